@@ -1,0 +1,99 @@
+"""The paper's three stages in miniature, on real handwritten digits (CPU, minutes).
+
+    moresjax demo                                       all of it, with a report
+    moresjax train --config configs/digits.py:stage=llm --workdir runs/llm
+
+Stages: `llm` (text only), `vit` (vision encoder), `pretrain` (connector), `finetune` (visual
+instruction tuning with `tuning=...`).
+"""
+
+from moresjax.errors import choice_error
+from moresjax.training.config import base_config, parse_arg
+
+LLM = {
+    "vocab_size": 38,
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_layers": 4,
+    "num_heads": 4,
+    "unroll": True,
+}
+VISION = {
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "activation": "gelu_tanh",
+    "feature_layer": -1,
+    "unroll": True,
+}
+
+
+def get_config(arg=None):
+    args = parse_arg(arg, stage="finetune", tuning="mores:rank=1,positions=image", seed=0)
+    stages = {"llm": _llm, "vit": _vit, "pretrain": _pretrain, "finetune": _finetune}
+    if args.stage not in stages:
+        raise choice_error("stage", args.stage, stages)
+    config = base_config()
+    config.name = args.stage
+    config.seed = args.seed
+    config.tokenizer = "digits"
+    config.template = "bare"
+    config.batch_size = 32
+    config.optimizer.b2 = 0.98
+    config.optimizer.warmup = 0.05
+    config.optimizer.end = 0.05
+    config.checkpoint.every = 1_000_000
+    with config.unlocked(), config.ignore_type():
+        config.model.llm = LLM
+        config.model.vision = VISION
+        config.data = {"name": "digits", "seed": args.seed}
+        stages[args.stage](config, args)
+    return config
+
+
+def _llm(config, args):
+    config.model.vision = ""
+    config.tuning = "full"
+    config.also_train = ()
+    config.data.task = "text"
+    config.images = 0
+    config.length = 76
+    config.steps = 800
+    config.optimizer.lr = 3e-3
+    config.optimizer.weight_decay = 0.01
+
+
+def _vit(config, args):
+    config.objective = "patch_classes"
+    config.model.classes = (10, 4)
+    config.also_train = ("vision", "head")
+    config.data.task = "patches"
+    config.batch_size = 64
+    config.steps = 400
+    config.optimizer.lr = 2e-3
+
+
+def _pretrain(config, args):
+    config.init.llm = "../llm"
+    config.init.vision = "../vit"
+    config.template = "plain"
+    config.data.task = "caption"
+    config.length = 33
+    config.batch_size = 64
+    config.steps = 300
+    config.optimizer.lr = 2e-3
+
+
+def _finetune(config, args):
+    config.init.llm = "../llm"
+    config.init.vision = "../vit"
+    config.init.connector = "../pretrain"
+    config.tuning = args.tuning
+    config.data.task = "instruct"
+    config.length = 64
+    config.steps = 200
+    config.optimizer.lr = 1e-2
+    config.optimizer.lr_by_component = {"connector": 4e-3}

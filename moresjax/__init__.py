@@ -1,0 +1,13 @@
+"""moresjax: train, evaluate and explain multimodal LLMs by editing representations."""
+
+__version__ = "0.1.0"
+__all__ = ["Model", "load"]
+
+
+def __getattr__(name):
+    # Loaded on first use: `moresjax params` should not wait for the data and generation stacks.
+    if name in __all__:
+        from moresjax import model
+
+        return {"Model": model.Model, "load": model.load}[name]
+    raise AttributeError(f"module 'moresjax' has no attribute {name!r}")

@@ -1,0 +1,179 @@
+"""Attention statistics: group masses, share and LMAR.
+
+Axis legend: L layers, B samples, N heads, Q queries, S keys, C = 4 key groups (`GROUPS`: system, image,
+question, answer).
+
+The query of a generated token is the position whose logits gave it. With a(k) its attention averaged
+over heads, `mass` on a group is the sum of a(k) over the group's keys and `score` is the mean over its
+visible keys. Source: LLaVA Steering, figures 1 and 2, equation 2.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from moresjax.layout import Segment
+from moresjax.models.attention import GROUPS, attention_probabilities, group_masses
+from moresjax.tuning.base import ProbeContext
+
+IMAGE = GROUPS.index(Segment.IMAGE)
+# What the image is compared with; the first is the default (the paper does not say).
+TEXT_VARIANTS = {
+    "text": (Segment.QUESTION, Segment.ANSWER),
+    "question": (Segment.QUESTION,),
+    "all_nonvisual": (Segment.SYSTEM, Segment.QUESTION, Segment.ANSWER),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionProbe:
+    """Group masses and key counts of the chosen queries; never an S x S map.
+
+    Reads `mass` `[B, N, C]` (summed over the queries of a row) and, for each text variant and the
+    image, `score` `[B, N, 1 + variants]`, the mean attention per visible key (0 without any).
+    """
+
+    name: str = "attention"
+    site: str = "attn"
+
+    def read(self, context: ProbeContext, q, k) -> dict[str, Float[Array, "..."]]:
+        if context.queries is not None:
+            q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
+        probabilities = attention_probabilities(q, k, context.mask)
+        masses = group_masses(probabilities, context.segment)  # [B, N, Q, C]
+        members = (context.segment[:, :, None] == jnp.asarray(GROUPS)).astype(jnp.float32)
+        counts = jnp.einsum("bqs,bsc->bqc", context.mask.astype(jnp.float32), members)[:, None]
+
+        def mean(groups: Sequence[Segment]):
+            chosen = np.asarray([group in groups for group in GROUPS], np.float32)
+            return (masses * chosen).sum(-1) / jnp.maximum((counts * chosen).sum(-1), 1)
+
+        scores = [mean((Segment.IMAGE,)), *(mean(groups) for groups in TEXT_VARIANTS.values())]
+        return {"mass": masses.sum(2), "score": jnp.stack(scores, axis=-1).sum(2)}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMaps:
+    """Full attention of the chosen queries, averaged over heads: `[B, Q, S]`. Only on request."""
+
+    name: str = "maps"
+    site: str = "attn"
+
+    def read(self, context: ProbeContext, q, k) -> Float[Array, "B Q S"]:
+        if context.queries is not None:
+            q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
+        return attention_probabilities(q, k, context.mask).mean(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSummary:
+    """Statistics of many samples.
+
+    Attributes:
+      share: attention on each group per layer, mean over tokens and samples `[L, C]`; rows sum to 1.
+      share_by_head: the same for every head `[L, N, C]`.
+      lmar: per text variant, the mean over samples of image score / text score per layer `[L]`.
+      lmar_of_means: per text variant, the ratio of the two scores' means over samples `[L]`; unlike
+        `lmar` it does not explode when a few samples hardly look at the text.
+      samples: number of samples counted.
+      excluded: samples without an image or without a generated token.
+    """
+
+    share: Float[np.ndarray, "L C"]
+    share_by_head: Float[np.ndarray, "L N C"]
+    lmar: dict[str, Float[np.ndarray, " L"]]
+    lmar_of_means: dict[str, Float[np.ndarray, " L"]]
+    samples: int
+    excluded: int
+
+    def to_dict(self) -> dict:
+        names = [group.name.lower() for group in GROUPS]
+        return {
+            "samples": self.samples,
+            "excluded": self.excluded,
+            "groups": names,
+            "share": self.share.tolist(),
+            "average_visual_share": float(self.share[:, IMAGE].mean()),
+            "lmar": {name: x.tolist() for name, x in self.lmar.items()},
+            "lmar_of_means": {name: x.tolist() for name, x in self.lmar_of_means.items()},
+        }
+
+
+def summarize(
+    mass: Float[np.ndarray, "L B N C"],
+    score: Float[np.ndarray, "L B N _"],
+    tokens: np.ndarray,
+    has_image: np.ndarray,
+) -> AttentionSummary:
+    """Share and LMAR from sums over each sample's tokens.
+
+    Args:
+      mass: `AttentionProbe`'s masses summed over each sample's queries.
+      score: its scores, summed likewise.
+      tokens: number of generated tokens per sample.
+      has_image: whether the sample has an image.
+    """
+    kept = np.asarray(has_image) & (np.asarray(tokens) > 0)
+    count = np.asarray(tokens)[kept][None, :, None, None]
+    mass, score = np.asarray(mass)[:, kept] / count, np.asarray(score)[:, kept] / count
+    score = score.mean(axis=2)  # heads
+    image, texts = score[..., 0], score[..., 1:]
+    ratios, of_means = {}, {}
+    for number, name in enumerate(TEXT_VARIANTS):
+        text = texts[..., number]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios[name] = (image / text).mean(axis=1)
+            of_means[name] = image.mean(axis=1) / text.mean(axis=1)
+    return AttentionSummary(
+        share=mass.mean(axis=(1, 2)),
+        share_by_head=mass.mean(axis=1),
+        lmar=ratios,
+        lmar_of_means=of_means,
+        samples=int(kept.sum()),
+        excluded=int((~kept).sum()),
+    )
+
+
+def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.ndarray, "L G V"]]:
+    """Generates an answer and returns, for every generated token, its attention on the visual tokens.
+
+    Args:
+      model: a `moresjax.Model`.
+      row: a prompt with one image (`Model.prompt`).
+      max_new_tokens: G at most.
+
+    Returns:
+      The tokens as text and their head-averaged attention per layer on the V visual tokens.
+    """
+    generation = model.generate_rows([row], max_new_tokens)
+    count = int(generation.length[0])
+    tokens = np.asarray(generation.tokens)[0, :count]
+    prompt = len(row["tokens"])
+    answer = {name: np.zeros(count, np.int32) for name in ("document", "branch")}
+    answer |= {
+        "tokens": tokens,
+        "segment": np.full(count, int(Segment.ANSWER), np.int32),
+        "image": np.full(count, -1, np.int32),
+        "position": row["position"][-1] + 1 + np.arange(count, dtype=np.int32),
+    }
+    whole = {name: np.concatenate([row[name], answer[name]]) for name in answer}
+    batch = model.processor.batch([whole | {"pixels": row["pixels"]}])
+    queries = jnp.arange(prompt - 1, prompt - 1 + count)[None]
+    maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
+    slots = model.mllm.tuning.num_slots
+    visual = np.flatnonzero(whole["image"] >= 0) + slots
+    texts = [model.processor.tokenizer.decode([token]) for token in tokens]
+    return texts, np.asarray(maps)[:, 0][:, :, visual]
+
+
+def to_grid(values: Float[np.ndarray, "*L V"], vision) -> Float[np.ndarray, "*L Y X"]:
+    """Values of one image's visual tokens on the patch grid; nan where a patch has no token."""
+    side = vision.image_size // vision.patch_size
+    grid = np.full((*values.shape[:-1], side * side), np.nan)
+    classes = int(vision.class_token and vision.first_feature == 0)
+    first = 0 if vision.class_token else vision.first_feature
+    grid[..., first:] = values[..., classes:]
+    return grid.reshape(*values.shape[:-1], side, side)

@@ -1,0 +1,198 @@
+"""From a configuration, a run's directory or a Hugging Face folder to a model and its processor."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from moresjax.data.images import ImageProcessor
+from moresjax.data.processor import Processor
+from moresjax.data.templates import get_template
+from moresjax.errors import UserError, choice_error
+from moresjax.models.decoder import DecoderConfig
+from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.models.vision import PatchClassifier, VisionConfig
+from moresjax.models.zoo import LLMS, VISION
+from moresjax.training.checkpoint import Checkpoints
+from moresjax.training.config import RANDOM, read_config
+from moresjax.paths import path_name
+from moresjax.weights.hf import load_pretrained, pretrained_config
+
+PARTS = ("llm", "vision", "connector")
+
+
+def model_config(config) -> MLLMConfig:
+    """The architecture that a run's configuration names.
+
+    Raises:
+      UserError: for an unknown name or field.
+    """
+    llm = _part("LLM", config.model.llm, LLMS, DecoderConfig)
+    vision = config.model.vision
+    vision = _part("vision encoder", vision, VISION, VisionConfig) if vision else None
+    return MLLMConfig(llm=llm, vision=vision, connector=config.model.connector)
+
+
+def _part(what: str, value, named: Mapping, kind: type):
+    if isinstance(value, str):
+        if value not in named:
+            raise choice_error(what, value, named)
+        return named[value]
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for key in value:
+        if key not in fields:
+            raise choice_error(f"field of {what}", key, fields)
+    return kind(**value)
+
+
+def build_processor(config) -> Processor:
+    """Tokenizer, template and image processor of a configuration.
+
+    Raises:
+      UserError: for an unknown template or tokenizer folder.
+    """
+    vision = config.model.vision
+    vision = _part("vision encoder", vision, VISION, VisionConfig) if vision else None
+    return Processor(
+        tokenizer=load_tokenizer(config.tokenizer),
+        template=get_template(config.template),
+        image=ImageProcessor(vision.image_size) if vision else None,
+        visual_tokens=vision.num_tokens if vision else 0,
+    )
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of the built-in digits world, or one from a folder.
+
+    Raises:
+      UserError: when the folder has no tokenizer.
+    """
+    if name == "digits":
+        from moresjax.data.digits import build_tokenizer
+
+        return build_tokenizer()
+    from transformers import AutoTokenizer
+
+    if not Path(name).is_dir():
+        raise UserError(f"tokenizer {name!r} is neither 'digits' nor a folder")
+    return AutoTokenizer.from_pretrained(name, local_files_only=True)
+
+
+def build_model(config, *, root: str | Path = ".") -> nnx.Module:
+    """The model of a configuration with its initial weights and fresh tuning parameters.
+
+    Args:
+      config: a run's configuration.
+      root: folder that relative `init` paths start from.
+
+    Raises:
+      UserError: when a part's source does not exist or does not fit.
+    """
+    rngs = nnx.Rngs(config.seed)
+    if config.objective == "patch_classes":
+        vision = _part("vision encoder", config.model.vision, VISION, VisionConfig)
+        return PatchClassifier(vision, tuple(config.model.classes), rngs=rngs)
+    model = MLLM(model_config(config), rngs=rngs)
+    for part in PARTS:
+        source = config.init[part]
+        if source != RANDOM and getattr(model, part) is not None:
+            load_part(model, part, Path(root) / source)
+    model.attach(config.tuning, seed=config.seed)
+    return model
+
+
+def load_part(model: nnx.Module, part: str, source: Path) -> None:
+    """Fills one part of a model from a run's directory or a Hugging Face folder.
+
+    Raises:
+      UserError: when the source does not exist, or lacks or does not fit the part.
+    """
+    if (source / "checkpoints").is_dir():
+        found = trained_parameters(source)
+    elif (source / "config.json").is_file():
+        loaded = nnx.to_flat_state(nnx.state(load_pretrained(source), nnx.Param))
+        found = {path_name(p): v.get_value() for p, v in loaded}
+    else:
+        raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
+    fill(model, found, part, str(source))
+
+
+def fill(model: nnx.Module, arrays: Mapping[str, jax.Array], part: str, source: str) -> None:
+    """Sets every parameter below `part` from `arrays`.
+
+    Raises:
+      UserError: when one is missing or has another shape.
+    """
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    wanted = {path_name(path): (path, v) for path, v in flat if path_name(path).startswith(part)}
+    new = []
+    for name, (path, variable) in wanted.items():
+        if name not in arrays:
+            raise UserError(f"{source} holds no weights for {name}")
+        if arrays[name].shape != variable.shape:
+            raise UserError(
+                f"{source}: {name} has shape {arrays[name].shape}, the model needs {variable.shape}"
+            )
+        new.append((path, variable.replace(arrays[name])))
+    nnx.update(model, nnx.from_flat_state(new))
+
+
+def trained_parameters(workdir: Path) -> dict[str, jax.Array]:
+    """What the newest checkpoint of a run holds, by parameter name.
+
+    Raises:
+      UserError: when the folder is not a run's directory or has no checkpoint.
+    """
+    if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir} is not a workdir: it has no config.json and checkpoints")
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    try:
+        return checkpoints.restore_parameters()[1]
+    finally:
+        checkpoints.close()
+
+
+def load_workdir(workdir: str | Path) -> tuple[MLLM, Processor]:
+    """Model and processor of a run: the base parts from their sources, what trained from the newest
+    checkpoint.
+
+    Raises:
+      UserError: when the folder is not a run's directory.
+    """
+    workdir = Path(workdir)
+    trained = trained_parameters(workdir)
+    config = read_config(workdir / "config.json")
+    if config.objective != "next_token":
+        raise UserError(f"{workdir} trained {config.objective}; it is not a language model")
+    skipped = {part for part in PARTS if any(name.startswith(part + ".") for name in trained)}
+    with config.unlocked():
+        for part in skipped:
+            config.init[part] = RANDOM
+    model = build_model(config, root=workdir)
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    new = [(p, v.replace(trained[path_name(p)])) for p, v in flat if path_name(p) in trained]
+    nnx.update(model, nnx.from_flat_state(new))
+    return model, build_processor(config)
+
+
+def saved_config(folder: str | Path) -> tuple[MLLMConfig, str]:
+    """Architecture and tuning spec of a run's directory or a Hugging Face folder, without weights.
+
+    Raises:
+      UserError: when the folder is neither.
+    """
+    folder = Path(folder)
+    if is_workdir(folder):
+        config = read_config(folder / "config.json")
+        return model_config(config), config.tuning
+    return pretrained_config(folder), "none"
+
+
+def is_workdir(path: Path) -> bool:
+    """Whether a folder is a run's directory rather than a Hugging Face checkpoint."""
+    if not (path / "config.json").is_file():
+        return False
+    return "optimizer" in json.loads((path / "config.json").read_text())

@@ -1,0 +1,200 @@
+"""The `moresjax` command. Subcommands are thin: they parse, call, and print."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moresjax import __version__
+from moresjax.errors import UserError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moresjax",
+        description="Train, evaluate and explain multimodal LLMs by editing representations.",
+    )
+    parser.add_argument("--version", action="version", version=f"moresjax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        return command
+
+    demo = add("demo", _demo, "the paper's three stages on built-in real data, with a report")
+    demo.add_argument("--out", default="runs/demo", help="directory of the report (%(default)s)")
+    demo.add_argument("--seeds", type=int, default=1, help="repetitions of stage 2")
+    demo.add_argument("--fast", action="store_true", help="a few steps of everything, for tests")
+
+    train = add("train", _train, "train what a config file describes")
+    train.add_argument("--config", required=True, metavar="FILE[:args]")
+    train.add_argument("--workdir", required=True)
+    train.add_argument("--resume", choices=("auto", "never"), default="auto")
+
+    evaluate = add("evaluate", _evaluate, "score a model on benchmarks")
+    evaluate.add_argument("--model", required=True, metavar="DIR")
+    evaluate.add_argument("--tasks", required=True, metavar="A,B")
+    evaluate.add_argument("--data-root", metavar="DIR")
+    evaluate.add_argument("--limit", type=int, help="items per task")
+    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--out", required=True, metavar="DIR")
+
+    generate = add("generate", _generate, "answer a prompt about images")
+    generate.add_argument("--model", required=True, metavar="DIR")
+    generate.add_argument("--image", action="append", default=[], metavar="PATH")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=128)
+
+    analyze = commands.add_parser("analyze", help="look inside a model")
+    kinds = analyze.add_subparsers(dest="kind", required=True, metavar="KIND")
+    attention = kinds.add_parser("attention", help="share of attention on the image, and LMAR")
+    attention.set_defaults(run=_analyze_attention)
+    attention.add_argument("--json", action="store_true", help="print one JSON object")
+    attention.add_argument("--model", action="append", required=True, metavar="[NAME=]DIR")
+    attention.add_argument("--tasks", default="digits", metavar="A,B")
+    attention.add_argument("--data-root", metavar="DIR")
+    attention.add_argument("--limit", type=int, default=100, help="items per task (%(default)s)")
+    attention.add_argument("--split", default="test")
+    attention.add_argument("--batch-size", type=int, default=64)
+    attention.add_argument("--out", required=True, metavar="DIR")
+
+    params = add("params", _params, "exact parameter counts of a model with a tuning method")
+    params.add_argument("--model", metavar="DIR", help="a workdir or a Hugging Face folder")
+    params.add_argument("--llm", metavar="NAME")
+    params.add_argument("--vision", metavar="NAME")
+    params.add_argument("--connector", default="mlp2x_gelu", metavar="NAME")
+    params.add_argument("--tuning", default=None, metavar="SPEC")
+    params.add_argument("--also-train", default="connector", metavar="PATH,...")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code is 2 for a user's mistake."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    args, rest = _parser().parse_known_args(arguments)
+    prefix = "--config."
+    overrides = [item.removeprefix(prefix) for item in rest if item.startswith(prefix)]
+    unknown = [item for item in rest if not item.startswith(prefix)]
+    if unknown or (overrides and args.command != "train"):
+        print(f"moresjax: error: unknown argument {(unknown or rest)[0]!r}", file=sys.stderr)
+        return 2
+    args.overrides = overrides
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"moresjax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moresjax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _print(args, data: dict, text: str) -> None:
+    print(json.dumps(data) if args.json else text)
+
+
+def _demo(args) -> None:
+    from moresjax.demo import run_demo
+
+    results = run_demo(args.out, seeds=args.seeds, fast=args.fast)
+    _print(args, results, f"report: {Path(args.out) / 'report.html'}")
+
+
+def _train(args) -> None:
+    from moresjax.training.config import load_config
+    from moresjax.training.loop import train
+
+    config = load_config(args.config, args.overrides)
+    result = train(config, args.workdir, resume=args.resume)
+    numbers = " ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    data = {"workdir": args.workdir, "step": result.step, **result.metrics}
+    _print(args, data, f"{args.workdir}: step {result.step} {numbers}")
+
+
+def _evaluate(args) -> None:
+    from moresjax.evaluation.run import evaluate, write_results
+    from moresjax.model import load
+
+    result = evaluate(
+        load(args.model),
+        args.tasks.split(","),
+        data_root=args.data_root,
+        limit=args.limit,
+        split=args.split,
+        batch_size=args.batch_size,
+    )
+    path = write_results(result, args.out, model=args.model, split=args.split)
+    lines = [
+        f"{name:24s} {score['accuracy']:.3f} +- {score['stderr']:.3f}  (n = {score['n']})"
+        for name, score in result.scores.items()
+    ]
+    _print(args, json.loads(path.read_text()), "\n".join([*lines, f"results: {path}"]))
+
+
+def _generate(args) -> None:
+    from moresjax.model import load
+
+    model = load(args.model)
+    text = model.generate([args.prompt], [args.image], max_new_tokens=args.max_new_tokens)[0]
+    _print(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
+
+
+def _analyze_attention(args) -> None:
+    from moresjax.analysis.report import attention_report
+
+    summaries = attention_report(
+        [tuple(m.split("=", 1)) if "=" in m else (Path(m).name, m) for m in args.model],
+        args.tasks.split(","),
+        args.out,
+        data_root=args.data_root,
+        limit=args.limit,
+        split=args.split,
+        batch_size=args.batch_size,
+    )
+    lines = [
+        f"{name:20s} average visual attention {s['average_visual_share']:.3f}  LMAR "
+        + " ".join(f"{x:.2f}" for x in s["lmar_of_means"]["text"])
+        for name, s in summaries.items()
+    ]
+    _print(args, summaries, "\n".join([*lines, f"plots: {args.out}"]))
+
+
+def _params(args) -> None:
+    from moresjax.tuning.count import count_parameters
+
+    tuning, also = args.tuning, tuple(filter(None, args.also_train.split(",")))
+    if bool(args.model) == bool(args.llm):
+        raise UserError("params needs either --model DIR or --llm NAME")
+    if args.model:
+        from moresjax.build import saved_config
+
+        config, saved_tuning = saved_config(args.model)
+        tuning = tuning or saved_tuning
+    else:
+        from moresjax.models.zoo import mllm_config
+
+        config = mllm_config(args.llm, args.vision, args.connector)
+    tuning = tuning or "none"
+    also = also if config.vision else tuple(p for p in also if p != "connector")
+    report = count_parameters(config, tuning, also)
+    rows = [(part, count.total, count.trainable) for part, count in report.components.items()]
+    rows.append(("all", report.total, report.trainable))
+    lines = [f"{'component':10s} {'parameters':>16s} {'trainable':>14s}"]
+    lines += [f"{part:10s} {total:16,d} {trainable:14,d}" for part, total, trainable in rows]
+    lines.append(f"trainable in the LLM (TP): {report.trainable_in_llm:,d}")
+    lines.append(f"trainable share: {report.trainable / report.total:.4%}")
+    lines.append(f"checkpoint of what trains: {report.checkpoint_bytes / 2**20:.1f} MiB")
+    _print(args, {"tuning": tuning, **report.to_dict()}, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

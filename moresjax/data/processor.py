@@ -1,0 +1,180 @@
+"""Samples to model inputs: tokens, layout and pixels, built piece by piece.
+
+Axis legend: B rows, S tokens, N images per row, V visual tokens per image.
+
+Ids and segments come from the same tokenisation: the text between two images is tokenised once, and
+every token takes the segment and branch of its last character. A label mask therefore cannot disagree
+with the tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from moresjax.data.images import ImageProcessor
+from moresjax.data.samples import IMAGE_MARK, Sample
+from moresjax.data.templates import Piece, Template
+from moresjax.errors import UserError
+from moresjax.layout import Batch, Segment, TokenLayout
+
+Row = dict[str, np.ndarray]
+FIELDS = ("segment", "image", "position", "document", "branch")
+_FILL = {"segment": int(Segment.PAD), "image": -1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Turns samples into rows and rows into batches.
+
+    Attributes:
+      tokenizer: a fast tokenizer of `transformers`.
+      template: how conversations are written.
+      image: how images become pixels; None for a model without vision.
+      visual_tokens: V, visual tokens per image.
+    """
+
+    tokenizer: object
+    template: Template
+    image: ImageProcessor | None = None
+    visual_tokens: int = 0
+
+    def __post_init__(self):
+        if not self.tokenizer.is_fast:
+            raise UserError("the tokenizer must be a fast one: offsets are needed for the labels")
+        # Prompts, questions and answers recur: most chunks are looked up, not tokenised.
+        object.__setattr__(self, "_chunk", functools.lru_cache(1 << 16)(self._tokenize))
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        return (self.tokenizer.eos_token_id,)
+
+    def _tokenize(
+        self, chunk: tuple[tuple[str, Segment], ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids and segments of consecutive texts, tokenised as one string."""
+        joined = "".join(text for text, _ in chunk)
+        encoded = self.tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
+        borders = np.cumsum([len(text) for text, _ in chunk])
+        last = [max(end - 1, start) for start, end in encoded.offsets]
+        pieces = np.searchsorted(borders, last, side="right")
+        return tuple(encoded.ids), tuple(int(chunk[i][1]) for i in pieces)
+
+    @functools.cached_property
+    def _bos(self) -> tuple[int, ...]:
+        ids = self.tokenizer("")["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        return (bos,) if bos is not None and bos in ids else ()
+
+    def row(self, sample: Sample) -> Row:
+        """Unpadded token ids, layout fields and pixels of one sample.
+
+        Raises:
+          UserError: when the number of `<image>` marks and images differ, or there is no answer.
+        """
+        pieces = self.template.render(sample, self.tokenizer.eos_token or "")
+        row = self._encode(pieces, sample)
+        if sample.images:
+            if self.image is None:
+                raise UserError(f"sample {sample.id}: this model takes no images")
+            row["pixels"] = np.stack([self.image(image) for image in sample.images])
+        return row
+
+    def _encode(self, pieces: Sequence[Piece], sample: Sample) -> Row:
+        ids = list(self._bos)
+        segments = [int(Segment.SYSTEM)] * len(ids)
+        branches, images = [0] * len(ids), [-1] * len(ids)
+        found = 0
+        for chunk in _chunks(pieces):
+            if chunk is None:
+                slots = range(found * self.visual_tokens, (found + 1) * self.visual_tokens)
+                ids += [0] * len(slots)
+                images += slots
+                segments += [int(Segment.IMAGE)] * len(slots)
+                branches += [0] * len(slots)
+                found += 1
+                continue
+            branch, parts = chunk
+            chunk_ids, chunk_segments = self._chunk(parts)
+            ids += chunk_ids
+            segments += chunk_segments
+            images += [-1] * len(chunk_ids)
+            branches += [branch] * len(chunk_ids)
+        if found != len(sample.images):
+            raise UserError(
+                f"sample {sample.id}: the text has {found} {IMAGE_MARK} but "
+                f"{len(sample.images)} images are given"
+            )
+        branch = np.asarray(branches, np.int32)
+        return {
+            "tokens": np.asarray(ids, np.int32),
+            "segment": np.asarray(segments, np.int32),
+            "image": np.asarray(images, np.int32),
+            "position": _positions(branch),
+            "document": np.zeros(len(ids), np.int32),
+            "branch": branch,
+        }
+
+    def pad(self, row: Row, length: int, images: int, name: str = "") -> Row:
+        """The row right-padded to `length` tokens and `images` images.
+
+        Raises:
+          UserError: when it is longer; nothing is cut silently.
+        """
+        tokens = len(row["tokens"])
+        if tokens > length:
+            raise UserError(f"sample {name}: {tokens} tokens do not fit into {length}")
+        padded = {}
+        for key in ("tokens", *FIELDS):
+            padded[key] = np.full(length, _FILL.get(key, 0), np.int32)
+            padded[key][:tokens] = row[key]
+        if images:
+            pixels = row.get("pixels", ())
+            if len(pixels) > images:
+                raise UserError(f"sample {name}: {len(pixels)} images, but rows hold {images}")
+            size = self.image.size
+            padded["pixels"] = np.zeros((images, size, size, 3), np.float32)
+            padded["pixels"][: len(pixels)] = pixels if len(pixels) else 0
+        return padded
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """Stacks padded rows."""
+        stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        return self.to_batch(stacked)
+
+    def to_batch(self, stacked: Row) -> Batch:
+        layout = TokenLayout(
+            **{f: stacked[f] for f in FIELDS}, visual_tokens=self.visual_tokens
+        )
+        return Batch(stacked["tokens"], layout, stacked.get("pixels"))
+
+
+def _chunks(pieces: Sequence[Piece]):
+    """Runs of text without an image as (branch, parts), with None for every image between them.
+
+    A chunk also ends where the branch changes, so that a question is tokenised the same whether it is
+    asked alone or beside others.
+    """
+    branch, parts = 0, []
+    for piece in pieces:
+        for number, text in enumerate(piece.text.split(IMAGE_MARK)):
+            if parts and (number or branch != piece.branch):
+                yield branch, tuple(parts)
+                parts = []
+            if number:
+                yield None
+            branch = piece.branch
+            if text:
+                parts.append((text, piece.segment))
+    if parts:
+        yield branch, tuple(parts)
+
+
+def _positions(branch: np.ndarray) -> np.ndarray:
+    """Positions count up along the trunk; every branch goes on from the trunk's end."""
+    index = np.arange(len(branch), dtype=np.int32)
+    starts = np.r_[True, branch[1:] != branch[:-1]]
+    run_start = np.maximum.accumulate(np.where(starts, index, 0))
+    trunk = int((branch == 0).sum())
+    return np.where(branch == 0, index, trunk + index - run_start).astype(np.int32)

@@ -1,0 +1,48 @@
+"""Scaled dot-product attention.
+
+Axis legend: B batch, N query heads, K key/value heads, G = N/K queries per key head, T queries,
+S keys, H head features, C key groups.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moresjax.layout import Segment
+
+# The key groups of every attention statistic, in the order of their last axis.
+GROUPS = (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION, Segment.ANSWER)
+
+
+def attention_probabilities(
+    q: Float[Array, "B N T H"], k: Float[Array, "B K S H"], mask: Bool[Array, "B T S"] | None
+) -> Float[Array, "B N T S"]:
+    """Softmax over the visible keys, in fp32."""
+    batch, heads, queries, dim = q.shape
+    # Query heads of one key head are stacked along the queries: everything stays four-dimensional.
+    grouped = q.reshape(batch, k.shape[1], -1, dim)
+    logits = jnp.matmul(grouped, k.swapaxes(-1, -2)).astype(jnp.float32) * dim**-0.5
+    logits = logits.reshape(batch, heads, queries, -1)
+    if mask is not None:
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def attention(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "B T S"] | None,
+) -> Float[Array, "B N T H"]:
+    """Attention with grouped key/value heads; `mask` is True where a key is visible."""
+    probabilities = attention_probabilities(q, k, mask).astype(v.dtype)
+    grouped = probabilities.reshape(q.shape[0], k.shape[1], -1, k.shape[2])
+    return jnp.matmul(grouped, v).reshape(q.shape)
+
+
+def group_masses(
+    probabilities: Float[Array, "B N T S"], segment
+) -> Float[Array, "B N T 4"]:
+    """Attention mass on each of `GROUPS`; the four add up to 1 for a token that is not padding."""
+    members = (segment[:, :, None] == jnp.asarray(GROUPS)).astype(probabilities.dtype)
+    return jnp.einsum("bnts,bsc->bntc", probabilities, members)

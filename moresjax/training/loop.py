@@ -1,0 +1,194 @@
+"""Training: `train(config, workdir)` reads top to bottom."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections import deque
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from moresjax.build import build_model, build_processor
+from moresjax.data.pipeline import make_iterator, make_source, to_device_batch
+from moresjax.errors import UserError, choice_error
+from moresjax.parallel.mesh import batch_sharding, make_mesh, place, replicated
+from moresjax.training.checkpoint import Checkpoints
+from moresjax.training.config import differences, read_config, save_config
+from moresjax.training.metrics import MetricWriter, Progress
+from moresjax.training.objectives import OBJECTIVES
+from moresjax.training.optimizer import make_optimizer
+from moresjax.training.step import TrainState, make_train_step, split_model
+
+logger = logging.getLogger(__name__)
+
+# Written at the end of a run.
+RESULT = "train.json"
+# Steps that may be under way before their loss is looked at.
+IN_FLIGHT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended.
+
+    Attributes:
+      step: steps done.
+      metrics: last logged metrics.
+      seconds: time of this process in the loop, without compilation.
+      compile_seconds: time of the first step, which compiles.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    seconds: float
+    compile_seconds: float
+
+
+def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
+    """Runs the training that `config` describes and leaves its checkpoints in `workdir`.
+
+    Args:
+      config: see `moresjax.training.config.base_config`.
+      workdir: the run's directory; relative `init` paths start there.
+      resume: `auto` goes on from the newest intact checkpoint; `never` wants an empty directory.
+
+    Raises:
+      UserError: for a configuration that cannot run, or a directory of another run.
+    """
+    workdir = Path(workdir)
+    if resume not in ("auto", "never"):
+        raise choice_error("resume", resume, ("auto", "never"))
+    if config.objective not in OBJECTIVES:
+        raise choice_error("objective", config.objective, OBJECTIVES)
+    _check_workdir(config, workdir, resume)
+    if finished := _finished(config, workdir):
+        return finished
+
+    # Model, split into what trains and what does not, each on the mesh.
+    mesh = make_mesh(**config.mesh)
+    model = build_model(config, root=workdir)
+    graphdef, trainable, frozen = split_model(model, config.also_train)
+    optimizer, schedule = make_optimizer(config.optimizer, config.steps, trainable)
+    trainable, frozen = place(trainable, mesh), place(frozen, mesh)
+    zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
+    state = TrainState(zero, trainable, _place_optimizer(optimizer, trainable, mesh))
+    step_fn = make_train_step(
+        graphdef,
+        OBJECTIVES[config.objective],
+        optimizer,
+        seed=config.seed,
+        microbatches=config.microbatches,
+    )
+    step_fn = jax.jit(step_fn, donate_argnums=0)
+
+    # Data.
+    processor = build_processor(config)
+    iterator = make_iterator(
+        make_source(**config.data),
+        processor,
+        batch_size=config.batch_size,
+        length=config.length,
+        images=config.images,
+        seed=config.seed,
+    )
+    rows = batch_sharding(mesh)
+
+    # Resume.
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_config(config, workdir / "config.json")
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    if restored := checkpoints.restore(state):
+        state, position = restored
+        iterator.set_state(position)
+    done = int(state.step)
+    if done:
+        logger.info("resuming %s at step %d", config.name, done)
+
+    writer = MetricWriter(workdir, tensorboard=config.tensorboard)
+    progress = Progress(config.steps, done, config.name, line_every=max(config.steps // 4, 1))
+    pending = deque()
+    metrics, compile_seconds, start = {}, 0.0, time.monotonic()
+    first = done
+    try:
+        while done < config.steps:
+            stacked = next(iterator)
+            ids = stacked.pop("id", None)
+            batch = to_device_batch(stacked, processor, rows)
+            state, measured = step_fn(state, frozen, batch)
+            done += 1
+            pending.append((done, measured, ids))
+            if done == first + 1:
+                jax.block_until_ready(measured)
+                compile_seconds, start = time.monotonic() - start, time.monotonic()
+            while len(pending) > (IN_FLIGHT if done < config.steps else 0):
+                metrics = _finish_step(*pending.popleft(), workdir)
+            if done % config.log_every == 0 or done == config.steps:
+                values = metrics | {"lr": float(schedule(done - 1))}
+                writer.write(done, values)
+                progress.update(done, {k: metrics[k] for k in ("loss", "accuracy")})
+            else:
+                progress.update(done)
+            if done % config.checkpoint.every == 0 or done == config.steps:
+                checkpoints.save(state, iterator.get_state())
+        seconds = time.monotonic() - start
+    finally:
+        progress.close()
+        writer.close()
+        checkpoints.close()
+    result = TrainResult(done, metrics, seconds, compile_seconds)
+    (workdir / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    return result
+
+
+def _finished(config, workdir: Path) -> TrainResult | None:
+    """The result of a run that has nothing left to do."""
+    if not (workdir / RESULT).is_file():
+        return None
+    result = TrainResult(**json.loads((workdir / RESULT).read_text()))
+    return result if result.step >= config.steps else None
+
+
+def _check_workdir(config, workdir: Path, resume: str) -> None:
+    """Refuses to mix two runs in one directory."""
+    if not workdir.exists() or not any(workdir.iterdir()):
+        return
+    if resume == "never":
+        raise UserError(f"workdir {workdir} is not empty and --resume is never")
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"workdir {workdir} is not empty and holds no run to resume")
+    earlier = read_config(workdir / "config.json").to_dict()
+    wanted = config.to_dict()
+    harmless = ("name", "log_every", "tensorboard", "checkpoint.every", "checkpoint.keep")
+    changed = [key for key in differences(earlier, wanted) if key not in harmless]
+    if changed:
+        raise UserError(
+            f"workdir {workdir} holds a run with other settings ({', '.join(changed)}); "
+            "give another --workdir or the same settings"
+        )
+
+
+def _finish_step(step: int, measured: dict, ids, workdir: Path) -> dict[str, float]:
+    """Waits for a step's metrics; a non-finite loss ends the run."""
+    metrics = {name: float(value) for name, value in measured.items()}
+    if not np.isfinite(metrics["loss"]):
+        names = [] if ids is None else [str(i) for i in ids]
+        path = workdir / f"non_finite_step_{step}.json"
+        path.write_text(json.dumps({"step": step, "metrics": repr(metrics), "samples": names}))
+        raise UserError(f"the loss is {metrics['loss']} at step {step}; its samples are in {path}")
+    return metrics
+
+
+def _place_optimizer(optimizer, trainable, mesh):
+    """Optimizer state on the mesh: moments like their parameters, the rest replicated."""
+    opt_state = jax.jit(optimizer.init)(trainable)
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda moment, parameter: jax.device_put(moment, parameter.sharding),
+        opt_state,
+        trainable,
+        transform_non_params=lambda x: jax.device_put(x, replicated(mesh)),
+    )

@@ -1,0 +1,58 @@
+"""Where training metrics go: a JSON-lines file, TensorBoard, and a progress bar."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class MetricWriter:
+    """Writes `metrics.jsonl` and TensorBoard events into a run's directory."""
+
+    def __init__(self, directory: str | Path, *, tensorboard: bool = True):
+        self._file = open(Path(directory) / "metrics.jsonl", "a", encoding="utf-8")
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(Path(directory) / "tensorboard"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items() if self._board else ():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere one line per interval."""
+
+    def __init__(self, total: int, done: int, title: str, *, line_every: int = 0):
+        self._terminal = sys.stderr.isatty()
+        self._title, self._total, self._every = title, total, line_every
+        self._bar = tqdm(
+            total=total, initial=done, desc=title, leave=True, disable=not self._terminal
+        )
+        self._start, self._first = time.monotonic(), done
+
+    def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
+        self._bar.update(step - self._bar.n if self._terminal else 0)
+        if not values:
+            return
+        text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._terminal:
+            self._bar.set_postfix_str(text)
+        elif self._every and (step % self._every == 0 or step == self._total):
+            rate = (step - self._first) / max(time.monotonic() - self._start, 1e-9)
+            print(f"{self._title}: {step}/{self._total} {text} ({rate:.1f}/s)", file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()

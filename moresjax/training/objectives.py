@@ -1,0 +1,50 @@
+"""What a batch is trained for: `objective(model, batch, key) -> Loss`, all sums, no means.
+
+Axis legend: B rows, S tokens, V vocabulary, P patches.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from moresjax.layout import loss_mask
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """Sums over the labels of a batch; the mean is exact over any split of the batch."""
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]  # number of labels
+    correct: Float[Array, ""]  # labels that are the argmax
+
+
+def next_token(model, batch, key=None) -> Loss:
+    """Cross-entropy of the answer tokens given everything before them."""
+    hidden = model(batch, key=key).hidden
+    mask = loss_mask(batch.layout)
+    labels = jnp.roll(jnp.asarray(batch.tokens), -1, axis=1)
+    return _cross_entropy(model.llm.logits(hidden), labels, mask)
+
+
+def patch_classes(model, batch, key=None) -> Loss:
+    """Cross-entropy of every label set of every patch (vision pretraining)."""
+    labels = jnp.asarray(batch["classes"])
+    logits = model(jnp.asarray(batch["pixels"]))
+    losses = [_cross_entropy(x, labels[..., i], True) for i, x in enumerate(logits)]
+    return jax.tree.map(lambda *x: sum(x), *losses)
+
+
+def _cross_entropy(logits, labels, mask) -> Loss:
+    mask = jnp.broadcast_to(mask, labels.shape).astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = (logits.argmax(-1) == labels) * mask
+    return Loss((losses * mask).sum(), mask.sum(), correct.sum())
+
+
+OBJECTIVES: dict[str, Callable] = {"next_token": next_token, "patch_classes": patch_classes}

@@ -1,0 +1,69 @@
+"""AdamW with a warmed-up schedule and a learning rate per component."""
+
+from collections.abc import Mapping
+
+import jax
+import optax
+from flax import nnx
+
+from moresjax.errors import choice_error
+from moresjax.paths import matches, path_name
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def make_schedule(name: str, lr: float, steps: int, warmup: float, end: float) -> optax.Schedule:
+    """Linear warmup over a share `warmup` of the steps, then decay to `end * lr` at the last step.
+
+    Raises:
+      UserError: for an unknown schedule.
+    """
+    warm = max(round(steps * warmup), 1) if warmup else 0
+    rest = max(steps - warm, 1)
+    decays = {
+        "cosine": lambda: optax.cosine_decay_schedule(lr, rest, end),
+        "linear": lambda: optax.linear_schedule(lr, end * lr, rest),
+        "constant": lambda: optax.constant_schedule(lr),
+    }
+    if name not in decays:
+        raise choice_error("schedule", name, SCHEDULES)
+    return optax.join_schedules([optax.linear_schedule(0.0, lr, warm), decays[name]()], [warm])
+
+
+def learning_rate_ratios(trainable: nnx.State, lr: float, overrides: Mapping[str, float]) -> dict:
+    """For every parameter name its learning rate relative to `lr`; the last matching override wins."""
+    ratios = {}
+    for path, _ in nnx.to_flat_state(trainable):
+        name = path_name(path)
+        own = [value for pattern, value in overrides.items() if matches(name, pattern)]
+        ratios[name] = (own[-1] if own else lr) / lr
+    return ratios
+
+
+def make_optimizer(config, steps: int, trainable: nnx.State) -> tuple:
+    """The optax transformation and the schedule of the default learning rate.
+
+    Args:
+      config: `lr`, `lr_by_component` (parameter path -> learning rate), `schedule`, `warmup`, `end`,
+        `b1`, `b2`, `eps`, `weight_decay` (kernels and tables only), `clip` (global norm; 0: none).
+      steps: steps of the whole run.
+      trainable: the parameters, for their names.
+    """
+    schedule = make_schedule(config.schedule, config.lr, steps, config.warmup, config.end)
+    ratios = learning_rate_ratios(trainable, config.lr, dict(config.lr_by_component))
+    names = [path_name(path) for path, _ in nnx.to_flat_state(trainable)]
+    structure = jax.tree.structure(trainable)
+    ratio_tree = jax.tree.unflatten(structure, [ratios[name] for name in names])
+    decays = [name.endswith((".kernel", ".table")) for name in names]
+    chain = [
+        optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=jax.tree.unflatten(structure, decays)
+        )
+        if config.weight_decay
+        else optax.identity(),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: u * r, updates, ratio_tree)),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    return optax.chain(*chain), schedule

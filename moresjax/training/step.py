@@ -1,0 +1,118 @@
+"""The train step: one jitted function over the trainable part only.
+
+The model is split structurally: `trainable` (fp32) is differentiated, updated, donated and saved;
+`frozen` is an ordinary argument that nothing differentiates, donates or returns.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Int
+
+from moresjax.errors import UserError
+from moresjax.training.objectives import Loss
+from moresjax.paths import matches, path_name
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    step: Int[Array, ""]
+    trainable: nnx.State
+    opt_state: optax.OptState
+
+
+def split_model(
+    model: nnx.Module, also_train: Sequence[str] = ()
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """Splits a model into its definition, the trainable part (cast to fp32) and the frozen rest.
+
+    Trainable are the attached tuning parameters, the base parameters that a method trains in full,
+    and the parameters matched by `also_train` (a path prefix such as `connector`, or a regex).
+
+    Raises:
+      UserError: when a pattern of `also_train` matches nothing, or nothing trains.
+    """
+    tuning = getattr(model, "tuning", None)
+    patterns = list(also_train)
+    if tuning is not None:
+        patterns += [path for _, method in tuning.methods for path in method.trains]
+        patterns.append("tuning.theta")
+    names = [path_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    for pattern in also_train:
+        if not any(matches(name, pattern) for name in names):
+            parts = sorted({name.split(".")[0] for name in names})
+            raise UserError(
+                f"also_train {pattern!r} matches no parameter; the model's parts are {', '.join(parts)}"
+            )
+    chosen = {name for name in names if any(matches(name, pattern) for pattern in patterns)}
+    if not chosen:
+        raise UserError("nothing to train: the tuning has no parameters and also_train is empty")
+    graphdef, trainable, frozen = nnx.split(model, lambda path, _: path_name(path) in chosen, ...)
+    return graphdef, jax.tree.map(lambda x: x.astype(jnp.float32), trainable), frozen
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    objective: Callable[..., Loss],
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    microbatches: int = 1,
+) -> Callable:
+    """`step(state, frozen, batch) -> (state, metrics)`, to be jitted with `state` donated.
+
+    Gradients and label counts are summed over `microbatches` slices of the batch and divided once, so
+    the loss is the mean over labels however the batch is cut or sharded.
+    """
+
+    def loss_sum(trainable, frozen, batch, key):
+        loss = objective(nnx.merge(graphdef, trainable, frozen), batch, key)
+        return loss.total, loss
+
+    def gradients(trainable, frozen, batch, key):
+        (_, loss), grads = jax.value_and_grad(loss_sum, has_aux=True)(
+            trainable, frozen, batch, key
+        )
+        return grads, loss
+
+    def accumulated(trainable, frozen, batch, key):
+        # Strided, so that every slice has rows of every device.
+        slices = jax.tree.map(
+            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def add(total, xs):
+            part, number = xs
+            new = gradients(trainable, frozen, part, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, total, new), None
+
+        shapes = jax.eval_shape(gradients, trainable, frozen, _first(slices), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add, zeros, (slices, jnp.arange(microbatches)))[0]
+
+    def step(state: TrainState, frozen: nnx.State, batch) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        compute = gradients if microbatches == 1 else accumulated
+        grads, loss = compute(state.trainable, frozen, batch, key)
+        weight = jnp.maximum(loss.weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        metrics = {
+            "loss": loss.total / weight,
+            "accuracy": loss.correct / weight,
+            "labels": loss.weight,
+            "grad_norm": optax.global_norm(grads),
+        }
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    return step
+
+
+def _first(slices):
+    return jax.tree.map(lambda x: x[0], slices)

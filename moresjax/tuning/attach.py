@@ -1,0 +1,206 @@
+"""The tuning attached to a model: its parameters, layer gates, and the hooks of a forward pass.
+
+Axis legend: B rows, S tokens, P extra tokens, D hidden size, L layers.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from moresjax.errors import UserError
+from moresjax.layout import SHARED, Batch, Segment, TokenLayout
+from moresjax.tuning.base import Edit, Method, Probe, ProbeContext, Slots, WeightDelta
+from moresjax.tuning.hooks import Attached, Hooks
+from moresjax.tuning.selectors import parse_layers, parse_selector
+from moresjax.tuning.sites import num_layers
+from moresjax.tuning.spec import format_spec, parse_spec
+
+
+class Gate(nnx.Variable):
+    """Which layers a method acts on, `[L]`: data, so that one program serves every choice."""
+
+
+class Tuning(nnx.Module):
+    """What a spec string attaches to a model.
+
+    Attributes:
+      methods: key (the method's name, numbered when it occurs twice) and method, in spec order.
+      theta: fp32 parameters, `theta[method][site][leaf]`, with a leading layer axis at layered sites.
+      gates: `gates[method][site]`, one flag per layer.
+
+    Raises:
+      UserError: when the spec does not fit the model.
+    """
+
+    def __init__(self, spec: str, config, *, rngs: nnx.Rngs):
+        self.config = config
+        methods = [method for method in parse_spec(spec) if method.name != "none"]
+        self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
+        self.theta, self.gates = nnx.Dict(), nnx.Dict()
+        for key, method in self.methods:
+            if isinstance(method, Edit):
+                parse_selector(method.positions)
+            sites = method.sites(config)
+            if not sites:
+                continue
+            self.theta[key], self.gates[key] = nnx.Dict(), nnx.Dict()
+            for site, shape in sites.items():
+                layers = num_layers(site, config)
+                if layers:
+                    keys = jax.random.split(rngs.params(), layers)
+                    theta = jax.vmap(lambda k, m=method, s=shape: m.initial(k, *s))(keys)
+                    chosen = parse_layers(method.layer_choice, layers)
+                    self.gates[key][site] = Gate(jnp.asarray(chosen))
+                else:
+                    theta = method.initial(rngs.params(), *shape)
+                self.theta[key][site] = nnx.Dict({n: nnx.Param(x) for n, x in theta.items()})
+
+    @property
+    def spec(self) -> str:
+        """The spec string, in its shortest form."""
+        return format_spec(method for _, method in self.methods)
+
+    @property
+    def num_slots(self) -> int:
+        """P, the number of extra tokens before the first token."""
+        return sum(method.length for _, method in self.methods if isinstance(method, Slots))
+
+    def prepend_slots(self, h: Float[Array, "B S D"]) -> Float[Array, "B SP D"]:
+        """Puts the extra tokens' embeddings before the rows."""
+        for key, method in reversed(self.methods):
+            if isinstance(method, Slots):
+                theta = {n: x[...] for n, x in self.theta[key]["llm.embed"].items()}
+                content = method.content(theta).astype(h.dtype)
+                content = jnp.broadcast_to(content, (h.shape[0], *content.shape))
+                h = jnp.concatenate([content, h], axis=1)
+        return h
+
+    def subset(self, keep: Callable[[Method], bool]) -> "Tuning":
+        """A copy with some of the methods."""
+        part = nnx.clone(self)
+        part.methods = tuple((key, method) for key, method in self.methods if keep(method))
+        for key in set(part.theta) - {key for key, _ in part.methods}:
+            del part.theta[key], part.gates[key]
+        return part
+
+    def for_decoding(self) -> "Tuning":
+        """The part that can act on a generated token."""
+
+        def acts(method: Method) -> bool:
+            if isinstance(method, Edit):
+                return parse_selector(method.positions).acts_while_decoding
+            return isinstance(method, WeightDelta)
+
+        return self.subset(acts)
+
+    def hooks(
+        self,
+        batch: Batch,
+        *,
+        key: PRNGKeyArray | None = None,
+        decoding: bool = False,
+        probes: Sequence[Probe] = (),
+        context: ProbeContext | None = None,
+    ) -> Hooks:
+        """The hooks of one forward pass over `batch`.
+
+        While decoding, edits whose selector cannot meet a generated token are left out, so that the
+        program is that of the bare model.
+        """
+        masks = _Masks(batch, self.config, 0 if decoding else self.num_slots)
+        items = []
+        for name, method in self.methods:
+            if not isinstance(method, Edit | WeightDelta):
+                continue
+            for site, variables in self.theta[name].items():
+                theta = {n: x[...] for n, x in variables.items()}
+                gate = self.gates[name][site][...] if site in self.gates[name] else None
+                if isinstance(method, WeightDelta):
+                    theta = gated(method, theta, gate)
+                    items.append((site, Attached(method, _prepare(method, theta, gate))))
+                    continue
+                selector = parse_selector(method.positions)
+                if decoding and not (selector.acts_while_decoding and site.startswith("llm.")):
+                    continue
+                prepared = _prepare(method, theta, gate)
+                items.append((site, Attached(method, prepared, gate, masks(site, selector))))
+        return Hooks(items, key, probes, context)
+
+
+def _numbered(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
+    seen, keyed = {}, []
+    for method in methods:
+        seen[method.name] = count = seen.get(method.name, 0) + 1
+        keyed.append((method.name if count == 1 else f"{method.name}_{count}", method))
+    return tuple(keyed)
+
+
+def _prepare(method: Method, theta, gate):
+    return method.prepare(theta) if gate is None else jax.vmap(method.prepare)(theta)
+
+
+def gated(method: WeightDelta, theta, gate):
+    """Stacked parameters in which gated-off layers are neutral."""
+
+    def choose(on, off):
+        return jnp.where(gate.reshape(-1, *[1] * (on.ndim - 1)), on, off)
+
+    return jax.tree.map(choose, theta, jax.vmap(method.neutral)(theta))
+
+
+def extend_layout(layout: TokenLayout, slots: int) -> TokenLayout:
+    """The layout with `slots` extra tokens in front, seen by every document of the row."""
+    if not slots:
+        return layout
+
+    def pad(field, value):
+        return jnp.pad(jnp.asarray(field), ((0, 0), (slots, 0)), constant_values=value)
+
+    ahead = jnp.broadcast_to(jnp.arange(slots), (layout.shape[0], slots))
+    return layout.replace(
+        segment=pad(layout.segment, int(Segment.SYSTEM)),
+        image=pad(layout.image, -1),
+        position=jnp.concatenate([ahead, jnp.asarray(layout.position) + slots], axis=1),
+        document=pad(layout.document, SHARED),
+        branch=pad(layout.branch, 0),
+    )
+
+
+class _Masks:
+    """Masks of selected tokens at each tower, computed once per selector."""
+
+    def __init__(self, batch: Batch, config, slots: int):
+        self.batch, self.config, self.slots = batch, config, slots
+        self.known = {}
+
+    def __call__(self, site, selector):
+        tower = site.split(".")[0]
+        if (tower, selector.text) not in self.known:
+            self.known[tower, selector.text] = self._mask(tower, selector)
+        return self.known[tower, selector.text]
+
+    def _mask(self, tower, selector):
+        batch, slots = self.batch, self.slots
+        if tower == "llm":
+            tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (slots, 0)), constant_values=-1)
+            return selector(extend_layout(batch.layout, slots), tokens, batch.roi)
+        if batch.pixels is None:
+            raise UserError(f"selector {selector.text!r} at a vision site needs images")
+        rows, images = batch.pixels.shape[:2]
+        vision = self.config.vision
+        if tower == "connector":
+            layout = _feature_layout(rows, images, vision.num_tokens, 0)
+            return selector(layout, roi=batch.roi)
+        return selector(_feature_layout(rows * images, 1, vision.num_patches, vision.class_token))
+
+
+def _feature_layout(rows: int, images: int, visual_tokens: int, extra: int) -> TokenLayout:
+    """Layout of visual features, `extra` tokens (a class token) before those of each row."""
+    image = jnp.arange(-extra, images * visual_tokens)
+    image = jnp.broadcast_to(jnp.maximum(image, -1), (rows, image.size))
+    zeros = jnp.zeros_like(image)
+    segment = jnp.where(image >= 0, int(Segment.IMAGE), int(Segment.SYSTEM))
+    return TokenLayout(segment, image, zeros, zeros, zeros, visual_tokens)

@@ -1,0 +1,152 @@
+"""The four kinds of tuning, as interfaces, and the registry of methods.
+
+Axis legend: B batch, S tokens, D features in, F features out, P extra tokens.
+
+A method is a frozen dataclass whose fields are the keys of its spec string, in a file of its own that
+this package's `__init__` imports. `theta` is a dict of fp32 arrays for *one* layer; the framework adds
+the leading layer axis, scans it beside the frozen blocks and gates layers on and off.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Protocol
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from moresjax.errors import UserError
+
+Theta = dict[str, Array]
+
+METHODS: dict[str, type["Method"]] = {}
+
+
+def register(cls: type["Method"]) -> type["Method"]:
+    """Makes a method available to spec strings under its `name`."""
+    METHODS[cls.name] = cls
+    return cls
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What every method has in common.
+
+    Attributes:
+      name: the method's name in spec strings.
+      trains: paths of base parameters that train in full with this method, such as `llm`.
+    """
+
+    name: ClassVar[str]
+    trains: ClassVar[tuple[str, ...]] = ()
+
+    def sites(self, config) -> dict[str, Any]:
+        """Sites the method acts on in a model of this `MLLMConfig`, each with the shape information
+        that `initial` takes. Layered sites start with `llm.block.` or `vision.block.`."""
+        return {}
+
+    @property
+    def layer_choice(self) -> str:
+        return getattr(self, "layers", "all")
+
+    def prepare(self, theta: Theta) -> Theta:
+        """Parameters as the forward pass uses them; called once per step, per layer."""
+        return theta
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit(Method):
+    """Changes activations at a site: `h' = h + where(mask, delta(theta, h), 0)`."""
+
+    positions: str = "image"
+    layers: str = "all"
+    dropout: float = 0.0  # on the delta
+
+    def initial(self, key: PRNGKeyArray, dim: int) -> Theta:
+        """Initial parameters of one layer for activations with `dim` features."""
+        raise NotImplementedError
+
+    def delta(self, theta: Theta, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """What is added at selected tokens. `theta` has been through `prepare`."""
+        raise NotImplementedError
+
+
+class LinearLike(Protocol):
+    """A linear, possibly already wrapped by other methods."""
+
+    kernel: Float[Array, "D F"]
+    bias: Float[Array, "F"] | None
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightDelta(Method):
+    """Acts on a named linear: `apply(theta, linear, x) -> y`, merged where the maths allows."""
+
+    layers: str = "all"
+
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Theta:
+        raise NotImplementedError
+
+    def neutral(self, theta: Theta) -> Theta:
+        """Parameters of the same shapes that leave the linear as it is (a gated-off layer)."""
+        raise NotImplementedError
+
+    def apply(
+        self,
+        theta: Theta,
+        linear: LinearLike,
+        x: Float[Array, "*B D"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B F"]:
+        """The tuned linear. `key` is given in training, for dropout."""
+        raise NotImplementedError
+
+    def merge(
+        self, theta: Theta, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
+        """Kernel and bias of a plain linear with the same output."""
+        raise UserError(f"{self.name} cannot be merged into the weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots(Method):
+    """Extra tokens with learned content, placed before everything else and seen by all documents."""
+
+    length: int = 10
+
+    def initial(self, key: PRNGKeyArray, dim: int) -> Theta:
+        raise NotImplementedError
+
+    def content(self, theta: Theta) -> Float[Array, "P D"]:
+        """Embeddings of the extra tokens."""
+        raise NotImplementedError
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProbeContext:
+    """What a probe may know about the tokens besides the tensors it reads.
+
+    Attributes:
+      segment: segment of every key, `[B, S]`.
+      mask: which keys each chosen query sees, `[B, Q, S]`.
+      queries: row index of each chosen query, `[B, Q]`; None when the pass has only chosen queries.
+    """
+
+    segment: Int[Array, "B S"]
+    mask: Bool[Array, "B Q S"]
+    queries: Int[Array, "B Q"] | None
+
+
+class Probe(Protocol):
+    """Read-only: returns reduced statistics of one layer, stacked over layers by the framework.
+
+    Attributes:
+      name: key of the statistics in the output.
+      site: `attn` (tensors `q`, `k`) or `out` (tensor `h`) of the decoder's blocks.
+    """
+
+    name: str
+    site: str
+
+    def read(self, context: ProbeContext, **tensors: Array) -> Any: ...

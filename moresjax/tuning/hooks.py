@@ -1,0 +1,143 @@
+"""What attached methods and probes do during one forward pass.
+
+The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the plain
+linear, the identity and nothing. Sites are named `vision.block.X`, `connector.out`, `llm.embed.out`
+and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`, `mlp.out`, `out`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from moresjax.tuning.base import Edit, Probe, ProbeContext, Theta, WeightDelta
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+TOWERS = ("vision", "llm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attached:
+    """A method at one site: prepared parameters and, for edits, the mask of selected tokens.
+
+    At layered sites every leaf of `theta` and `gate` has a leading layer axis.
+    """
+
+    method: Edit | WeightDelta
+    theta: Theta
+    gate: Array | None = None
+    mask: Array | None = None
+
+
+def _apply_edit(item: Attached, theta, gate, h, key):
+    delta = item.method.delta(theta, h)
+    if key is not None and item.method.dropout:
+        keep = jax.random.bernoulli(key, 1 - item.method.dropout, delta.shape)
+        delta = jnp.where(keep, delta / (1 - item.method.dropout), 0)
+    mask = item.mask if gate is None else item.mask & gate
+    return h + jnp.where(mask[..., None], delta, 0).astype(h.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tuned:
+    """A linear seen through a weight delta."""
+
+    method: WeightDelta
+    theta: Theta
+    linear: Callable
+    key: PRNGKeyArray | None
+
+    @property
+    def kernel(self):
+        return self.linear.kernel
+
+    @property
+    def bias(self):
+        return self.linear.bias
+
+    def __call__(self, x):
+        return self.method.apply(self.theta, self.linear, x, self.key)
+
+
+class LayerHooks:
+    """The hooks of one layer. `stats` collects what the probes read."""
+
+    def __init__(self, tower: "TowerHooks", stacked, layer):
+        self._tower, self._stacked, self._layer = tower, stacked, layer
+        self.stats = {}
+
+    def _key(self, site_number: int):
+        if self._tower.key is None:
+            return None
+        return jax.random.fold_in(jax.random.fold_in(self._tower.key, self._layer), site_number)
+
+    def linear(self, name: str, linear: Callable, x: Float[Array, "B S D"]):
+        for number, item in self._tower.at(name):
+            theta, _ = self._stacked[number]
+            linear = _Tuned(item.method, theta, linear, self._key(number))
+        return linear(x)
+
+    def edit(self, name: str, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        for number, item in self._tower.at(name):
+            h = _apply_edit(item, *self._stacked[number], h, self._key(number))
+        return h
+
+    def read(self, name: str, **tensors: Array) -> None:
+        for probe in self._tower.probes:
+            if probe.site == name:
+                self.stats[probe.name] = probe.read(self._tower.context, **tensors)
+
+
+class TowerHooks:
+    """The hooks of all layers of one tower. `stacked` is scanned beside the blocks."""
+
+    def __init__(
+        self,
+        items: Sequence[tuple[str, Attached]] = (),
+        key: PRNGKeyArray | None = None,
+        probes: Sequence[Probe] = (),
+        context: ProbeContext | None = None,
+    ):
+        self._items = list(items)
+        self.key, self.probes, self.context = key, probes, context
+        self.stacked = [(item.theta, item.gate) for _, item in self._items]
+
+    def at(self, name: str):
+        return [(n, item) for n, (site, item) in enumerate(self._items) if site == name]
+
+    def layer(self, stacked, layer) -> LayerHooks:
+        return LayerHooks(self, stacked, layer)
+
+
+class Hooks:
+    """The hooks of a whole forward pass, built by `Tuning.hooks`."""
+
+    def __init__(
+        self,
+        items: Sequence[tuple[str, Attached]] = (),
+        key: PRNGKeyArray | None = None,
+        probes: Sequence[Probe] = (),
+        context: ProbeContext | None = None,
+    ):
+        self._items, self._key, self._probes, self._context = items, key, probes, context
+
+    def tower(self, name: str) -> TowerHooks:
+        """The hooks of the blocks of `vision` or `llm`."""
+        prefix = f"{name}.block."
+        items = [(s.removeprefix(prefix), i) for s, i in self._items if s.startswith(prefix)]
+        key = None if self._key is None else jax.random.fold_in(self._key, TOWERS.index(name))
+        if name == "llm":
+            return TowerHooks(items, key, self._probes, self._context)
+        return TowerHooks(items, key)
+
+    def edit(self, site: str, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Edits at a site outside the blocks."""
+        for number, (name, item) in enumerate(self._items):
+            if name == site:
+                key = self._key
+                if key is not None:
+                    key = jax.random.fold_in(jax.random.fold_in(key, len(TOWERS)), number)
+                h = _apply_edit(item, item.theta, item.gate, h, key)
+        return h

@@ -1,0 +1,47 @@
+"""IA3: learned rescaling of keys, values and the MLP's inner activations (Liu et al. 2022).
+
+Axis legend: D features in, F features out.
+
+    k, v:   y = l * (x W + b)        down:   y = (l * x) W + b        l = 1 at the start
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.sites import linear_sites
+
+# Linears rescaled on their input; every other one is rescaled on its output.
+ON_INPUT = ("down",)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class IA3(WeightDelta):
+    """IA3 on the linears named by `targets`."""
+
+    name = "ia3"
+    targets: str = "k;v;down"
+
+    def sites(self, config):
+        shapes = linear_sites(self, config, self.targets)
+        return {site: (*dims, site.split(".")[-1] in ON_INPUT) for site, dims in shapes.items()}
+
+    def initial(self, key, d_in, d_out, on_input):
+        return {"scale_in": jnp.ones(d_in)} if on_input else {"scale_out": jnp.ones(d_out)}
+
+    def neutral(self, theta):
+        return {name: jnp.ones_like(x) for name, x in theta.items()}
+
+    def apply(self, theta, linear, x, key=None):
+        if "scale_in" in theta:
+            return linear(x * theta["scale_in"].astype(x.dtype))
+        return linear(x) * theta["scale_out"].astype(x.dtype)
+
+    def merge(self, theta, kernel, bias):
+        if "scale_in" in theta:
+            return (kernel * theta["scale_in"][:, None]).astype(kernel.dtype), bias
+        scale = theta["scale_out"]
+        kernel = (kernel * scale).astype(kernel.dtype)
+        return kernel, None if bias is None else (bias * scale).astype(bias.dtype)

@@ -1,0 +1,57 @@
+"""LoRA: low-rank additions to linears (Hu et al. 2021).
+
+Axis legend: B batch, D features in, F features out, r rank.
+
+    y = x W + (alpha / r) dropout(x) A B,    A ~ U(-1/sqrt(D), 1/sqrt(D)),  B = 0
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moresjax.ops import project
+from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.sites import linear_sites
+from moresjax.tuning.spec import check_rank
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class LoRA(WeightDelta):
+    """LoRA on the linears named by `targets`; `alpha` 0 stands for twice the rank."""
+
+    name = "lora"
+    rank: int = 8
+    alpha: float = 0.0
+    dropout: float = 0.0
+    targets: str = "all"
+
+    def __post_init__(self):
+        check_rank(self)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.alpha else 2.0
+
+    def sites(self, config):
+        return linear_sites(self, config, self.targets)
+
+    def initial(self, key, d_in, d_out):
+        bound = d_in**-0.5
+        a = jax.random.uniform(key, (d_in, self.rank), minval=-bound, maxval=bound)
+        return {"a": a, "b": jnp.zeros((self.rank, d_out))}
+
+    def neutral(self, theta):
+        return theta | {"b": jnp.zeros_like(theta["b"])}
+
+    def apply(self, theta, linear, x, key=None):
+        low = x
+        if key is not None and self.dropout:
+            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
+            low = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        low = project(low, theta["a"].astype(x.dtype))
+        return linear(x) + self.scale * project(low, theta["b"].astype(x.dtype))
+
+    def merge(self, theta, kernel, bias):
+        return kernel + (self.scale * theta["a"] @ theta["b"]).astype(kernel.dtype), bias

@@ -1,0 +1,216 @@
+"""Selectors: strings that turn a token layout into a mask.
+
+    image                    every visual token (of every image)
+    image:f4+l5              the first 4 and the last 5 of each image; each side capped at half
+    image:f4  question:l4    one side only
+    image:uniform(9)         9 evenly spaced tokens, step (n-1)//(9-1), starting at the first
+    image:uniform(1%)        the same with round(1% of n) tokens, at least one
+    image:25%                round(25% of n) tokens: half of them first, the rest last
+    image:at(0;5;9)          by index
+    question  prompt  answer  system  all     other regions; `prompt` is all that is not an answer
+    last_prompt              the token that predicts the first answer token
+    generated                tokens that generation appends (in training: the answer)
+    roi                      visual tokens inside the batch's region of interest
+    token(cat)               every occurrence of a one-token word
+    image|question:f4        the union of several selectors
+
+Slices count inside one image for `image`, and inside one document and branch for text regions.
+"""
+
+import dataclasses
+import re
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from moresjax.errors import UserError, choice_error
+from moresjax.layout import (
+    SHARED,
+    Segment,
+    TokenLayout,
+    last_prompt_mask,
+    rank_in_run,
+    valid_mask,
+)
+
+REGIONS = {
+    "image": (Segment.IMAGE,),
+    "system": (Segment.SYSTEM,),
+    "question": (Segment.QUESTION,),
+    "prompt": (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION),
+    "answer": (Segment.ANSWER,),
+    "generated": (Segment.ANSWER,),
+    "all": (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION, Segment.ANSWER),
+}
+SPECIAL = ("last_prompt", "roi", "token(WORD)")
+SLICES = ("fN", "lN", "fN+lN", "uniform(N)", "uniform(P%)", "P%", "at(I;J)")
+_DECODED = {"answer", "generated", "all"}
+
+_NUMBER = r"(\d+(?:\.\d+)?)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Which of n tokens of a run are meant; a pure function of a token's rank and of n."""
+
+    kind: str  # all | ends | uniform | ratio | at
+    first: int = 0
+    last: int = 0
+    count: float = 0.0  # tokens, or a share of them when `percent`
+    percent: bool = False
+    indices: tuple[int, ...] = ()
+
+    def __call__(self, rank: Int[Array, "..."], n: Int[Array, "..."]) -> Bool[Array, "..."]:
+        if self.kind == "all":
+            return rank >= 0
+        if self.kind == "at":
+            return jnp.isin(rank, jnp.asarray(self.indices))
+        if self.kind == "ends":
+            # With both ends asked for, neither may reach past the middle: they never overlap.
+            half = n // 2 if self.first and self.last else n
+            return (rank < jnp.minimum(self.first, half)) | (
+                rank >= n - jnp.minimum(self.last, half)
+            )
+        if self.percent:
+            count = jnp.maximum(jnp.round(n * self.count / 100).astype(jnp.int32), 1)
+        else:
+            count = jnp.minimum(jnp.full_like(n, int(self.count)), jnp.maximum(n, 1))
+        if self.kind == "ratio":
+            first = count // 2
+            return (rank < first) | (rank >= n - (count - first))
+        step = jnp.maximum((n - 1) // jnp.maximum(count - 1, 1), 1)
+        return (rank % step == 0) & (rank // step < count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """A parsed selector. Call it on a layout to get the mask `[B, S]`."""
+
+    text: str
+    parts: tuple[tuple[str, Slice], ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def acts_while_decoding(self) -> bool:
+        """Whether any generated token can be selected; if not, the decode program is untouched."""
+        return any(region in _DECODED or region.startswith("token(") for region, _ in self.parts)
+
+    def __call__(
+        self,
+        layout: TokenLayout,
+        tokens: Int[Array, "B S"] | None = None,
+        roi: Bool[Array, "B R"] | None = None,
+        words: dict[str, int] | None = None,
+    ) -> Bool[Array, "B S"]:
+        """Mask of the selected tokens.
+
+        Args:
+          layout: the layout of the batch.
+          tokens: token ids, needed by `token(WORD)`.
+          roi: for each visual token of the row (images in order, V each) whether it lies in the
+            region of interest, needed by `roi`.
+          words: id of each word named by a `token(WORD)`.
+        """
+        mask = jnp.zeros(layout.shape, bool)
+        for region, part in self.parts:
+            mask |= _region_mask(region, part, layout, tokens, roi, words)
+        # Learned prompt tokens belong to no text region.
+        return mask & valid_mask(layout) & (jnp.asarray(layout.document) != SHARED)
+
+
+def _region_mask(region, part, layout, tokens, roi, words):
+    if region == "last_prompt":
+        return last_prompt_mask(layout)
+    if region.startswith("token("):
+        word = region[len("token(") : -1]
+        if tokens is None or not words or word not in words:
+            raise UserError(f"selector {region!r} needs the batch's tokens and a tokenizer")
+        return tokens == words[word]
+    image = jnp.asarray(layout.image)
+    if region == "roi":
+        if roi is None:
+            raise UserError("selector 'roi' needs a batch with a region of interest")
+        inside = jnp.take_along_axis(roi, jnp.maximum(image, 0), axis=1)
+        return inside & (image >= 0)
+    inside = jnp.isin(jnp.asarray(layout.segment), jnp.asarray(REGIONS[region]))
+    if part.kind == "all":
+        return inside
+    if region == "image":
+        n = jnp.full_like(image, layout.visual_tokens)
+        return inside & part(image % max(layout.visual_tokens, 1), n)
+    before, after = rank_in_run(layout, inside)
+    return inside & part(before, before + after + 1)
+
+
+def parse_selector(text: str) -> Selector:
+    """Parses a selector string.
+
+    Raises:
+      UserError: for an unknown region or slice; the message names the allowed ones.
+    """
+    parts = []
+    for piece in text.split("|"):
+        region, _, sliced = piece.strip().partition(":")
+        if re.fullmatch(r"token\(\S+\)", region) or region in ("last_prompt", "roi"):
+            if sliced:
+                raise UserError(f"selector {text!r}: {region!r} takes no slice, got {sliced!r}")
+        elif region not in REGIONS:
+            raise choice_error(f"region in selector {text!r}", region, (*REGIONS, *SPECIAL))
+        parts.append((region, _parse_slice(sliced, text)))
+    return Selector(text, tuple(parts))
+
+
+def _parse_slice(sliced: str, text: str) -> Slice:
+    if not sliced:
+        return Slice("all")
+    if m := re.fullmatch(r"(?:f(\d+))?(?:(?<=\d)\+(?=l))?(?:l(\d+))?", sliced):
+        return Slice("ends", first=int(m[1] or 0), last=int(m[2] or 0))
+    if m := re.fullmatch(rf"(uniform\()?{_NUMBER}(%?)(\))?", sliced):
+        uniform, closed, percent = bool(m[1]), bool(m[4]), bool(m[3])
+        count = float(m[2])
+        if uniform == closed and (uniform or percent) and (percent or count.is_integer()):
+            if not 0 < count or (percent and count > 100):
+                raise UserError(f"selector {text!r}: {sliced!r} is out of range")
+            return Slice("uniform" if uniform else "ratio", count=count, percent=percent)
+    if m := re.fullmatch(r"at\((\d+(?:;\d+)*)\)", sliced):
+        return Slice("at", indices=tuple(int(i) for i in m[1].split(";")))
+    raise choice_error(f"slice in selector {text!r}", sliced, SLICES)
+
+
+def parse_layers(text: str, num_layers: int) -> tuple[bool, ...]:
+    """Parses a layer choice into one flag per layer.
+
+    `all`, `0;2;4`, `3-7` (inclusive), `every:3`, and `shallow`, `middle`, `deep`: the first half, the
+    middle half and the last half of the layers (0-15, 8-23, 16-31 of 32).
+
+    Raises:
+      UserError: for anything else, and for a layer the model does not have.
+    """
+    allowed = ("all", "0;2;4", "3-7", "every:K", "shallow", "middle", "deep")
+    half, quarter = num_layers // 2, num_layers // 4
+    named = {
+        "all": range(num_layers),
+        "shallow": range(half),
+        "middle": range(quarter, quarter + half),
+        "deep": range(half, num_layers),
+    }
+    if text in named:
+        chosen = set(named[text])
+    elif m := re.fullmatch(r"every:([1-9]\d*)", text):
+        chosen = set(range(0, num_layers, int(m[1])))
+    elif re.fullmatch(r"\d+(-\d+)?(;\d+(-\d+)?)*", text):
+        chosen = set()
+        for piece in text.split(";"):
+            low, _, high = piece.partition("-")
+            chosen |= set(range(int(low), int(high or low) + 1))
+        if not chosen:
+            raise UserError(f"layers {text!r} select nothing")
+    else:
+        raise choice_error("layers", text, allowed)
+    if max(chosen) >= num_layers:
+        raise UserError(
+            f"layers {text!r} name layer {max(chosen)}, but the model has layers 0-{num_layers - 1}"
+        )
+    return tuple(layer in chosen for layer in range(num_layers))

@@ -1,0 +1,66 @@
+"""Sites: the named places of a model where methods act, checked against a model's configuration.
+
+Edits:    vision.block.{out,attn.out,mlp.out}  connector.out  llm.embed.out
+          llm.block.{out,attn.out,mlp.out}
+Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}
+"""
+
+from moresjax.errors import UserError, choice_error
+from moresjax.tuning.base import Method
+
+_BLOCK_OUTPUTS = ("out", "attn.out", "mlp.out")
+EDIT_SITES = (
+    *(f"vision.block.{o}" for o in _BLOCK_OUTPUTS),
+    "connector.out",
+    "llm.embed.out",
+    *(f"llm.block.{o}" for o in _BLOCK_OUTPUTS),
+)
+
+
+def edit_dim(method: Method, config) -> int:
+    """Features of the activations at `method.site`.
+
+    Raises:
+      UserError: for an unknown site, or one of a vision encoder that the model does not have.
+    """
+    site = method.site
+    if site not in EDIT_SITES:
+        raise choice_error(f"site of {method.name}", site, EDIT_SITES)
+    if not site.startswith("llm.") and config.vision is None:
+        raise UserError(f"{method.name}: site {site!r} needs a vision encoder; this model has none")
+    return config.vision.hidden_size if site.startswith("vision.") else config.llm.hidden_size
+
+
+def linear_sites(method: Method, config, targets: str) -> dict[str, tuple[int, int]]:
+    """Sites and (in, out) features of the linears that `targets` names.
+
+    `all` stands for every linear of the decoder's blocks, `q;v` for some of them, `vision.q` for one
+    of the vision encoder.
+
+    Raises:
+      UserError: for a linear the model does not have.
+    """
+    available = {f"llm.block.{n}": s for n, s in config.llm.linears().items()}
+    everything = dict(available)
+    if config.vision is not None:
+        available |= {f"vision.block.{n}": s for n, s in config.vision.linears().items()}
+    if targets == "all":
+        return everything
+    chosen = {}
+    for target in targets.split(";"):
+        tower, dot, name = target.rpartition(".")
+        site = f"{tower if dot else 'llm'}.block.{name}"
+        if site not in available:
+            names = [s.replace(".block", "").removeprefix("llm.") for s in available]
+            raise choice_error(f"target of {method.name}", target, ("all", *names))
+        chosen[site] = available[site]
+    return chosen
+
+
+def num_layers(site: str, config) -> int:
+    """Layers of the tower a layered site belongs to; 0 for a site outside the blocks."""
+    if site.startswith("llm.block."):
+        return config.llm.num_layers
+    if site.startswith("vision.block."):
+        return config.vision.used_layers
+    return 0

@@ -1,0 +1,76 @@
+"""Spec strings: `method[:key=value,...]`, several joined by `/`.
+
+    mores:rank=1,positions=image:f4+l5,layers=0;2;4/lora:rank=8
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import get_type_hints
+
+from moresjax.errors import UserError, choice_error
+from moresjax.tuning.base import METHODS, Method
+
+
+def parse_spec(spec: str) -> tuple[Method, ...]:
+    """Parses a tuning spec.
+
+    Raises:
+      UserError: for an unknown method or key or a value of the wrong type.
+    """
+    return tuple(_parse_method(piece.strip()) for piece in spec.split("/"))
+
+
+def format_spec(methods: Iterable[Method]) -> str:
+    """The spec string of methods, default values left out; the inverse of `parse_spec`."""
+    return "/".join(_format_method(method) for method in methods) or "none"
+
+
+def _format_method(method: Method) -> str:
+    changed = []
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if value != field.default:
+            text = str(value).lower() if isinstance(value, bool) else str(value)
+            changed.append(f"{field.name}={text}")
+    return method.name + (":" + ",".join(changed) if changed else "")
+
+
+def _parse_method(piece: str) -> Method:
+    name, _, arguments = piece.partition(":")
+    if name not in METHODS:
+        raise choice_error("tuning method", name, sorted(METHODS))
+    cls = METHODS[name]
+    types = get_type_hints(cls)
+    keys = [field.name for field in dataclasses.fields(cls)]
+    values = {}
+    for argument in filter(None, arguments.split(",")):
+        key, equals, value = argument.partition("=")
+        if key not in keys or not equals:
+            raise choice_error(f"key of tuning method {name!r}", argument, keys or ("none",))
+        values[key] = _convert(name, key, value, types[key])
+    return cls(**values)
+
+
+def _convert(method: str, key: str, value: str, kind: type):
+    if kind is bool:
+        if value not in ("true", "false"):
+            raise choice_error(f"value of {method}:{key}", value, ("true", "false"))
+        return value == "true"
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(
+            f"{method}:{key} takes {'a whole number' if kind is int else 'a number'}, got {value!r}"
+        ) from None
+
+
+def check_choice(method: Method, key: str, allowed: tuple[str, ...]) -> None:
+    """For `__post_init__`: the field must have one of the allowed values."""
+    if getattr(method, key) not in allowed:
+        raise choice_error(f"value of {method.name}:{key}", getattr(method, key), allowed)
+
+
+def check_rank(method: Method) -> None:
+    """For `__post_init__`: a rank of at least 1."""
+    if method.rank < 1:
+        raise UserError(f"{method.name}:rank must be at least 1, got {method.rank}")
