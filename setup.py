@@ -19,6 +19,7 @@ setup(
     # The config files are part of the package, so that the demo finds them wherever it runs.
     packages=[*find_packages(include=["moresjax", "moresjax.*"]), "moresjax.configs"],
     package_dir={"moresjax.configs": "configs"},
+    package_data={"moresjax.analysis": ["*.j2"]},
     install_requires=[
         "jax>=0.10,<0.11",
         "flax>=0.12.8,<0.13",
@@ -57,7 +58,6 @@ setup(
     },
     entry_points={"console_scripts": ["moresjax=moresjax.cli:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],

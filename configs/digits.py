@@ -10,12 +10,25 @@ instruction tuning with `tuning=...`).
 from moresjax.errors import choice_error
 from moresjax.training.config import base_config, parse_arg
 
+TEMPLATE = "bare"
+
+# What stage 2 compares; name -> tuning spec. The connector trains with every one of them.
+METHODS = {
+    "connector only": "none",
+    "mores r=1": "mores:rank=1,positions=image,init=identity",
+    "mores r=4": "mores:rank=4,positions=image,init=identity",
+    "lora r=8": "lora:rank=8",
+    "ia3": "ia3",
+    "full": "full",
+}
+
 LLM = {
-    "vocab_size": 38,
+    "vocab_size": 37,
     "hidden_size": 96,
     "intermediate_size": 192,
-    "num_layers": 4,
-    "num_heads": 4,
+    "num_layers": 3,
+    "num_heads": 6,
+    "rope_theta": 100.0,  # rows are short: more of the frequencies tell neighbours apart
     "unroll": True,
 }
 VISION = {
@@ -40,7 +53,7 @@ def get_config(arg=None):
     config.name = args.stage
     config.seed = args.seed
     config.tokenizer = "digits"
-    config.template = "bare"
+    config.template = TEMPLATE
     config.batch_size = 32
     config.optimizer.b2 = 0.98
     config.optimizer.warmup = 0.05
@@ -60,10 +73,10 @@ def _llm(config, args):
     config.also_train = ()
     config.data.task = "text"
     config.images = 0
-    config.length = 76
-    config.steps = 800
+    config.length = 62
+    config.steps = 450
     config.optimizer.lr = 3e-3
-    config.optimizer.weight_decay = 0.01
+    config.optimizer.weight_decay = 0.1
 
 
 def _vit(config, args):
@@ -71,7 +84,6 @@ def _vit(config, args):
     config.model.classes = (10, 4)
     config.also_train = ("vision", "head")
     config.data.task = "patches"
-    config.batch_size = 64
     config.steps = 400
     config.optimizer.lr = 2e-3
 
@@ -81,9 +93,8 @@ def _pretrain(config, args):
     config.init.vision = "../vit"
     config.template = "plain"
     config.data.task = "caption"
-    config.length = 33
-    config.batch_size = 64
-    config.steps = 300
+    config.length = 25
+    config.steps = 250
     config.optimizer.lr = 2e-3
 
 
@@ -94,6 +105,6 @@ def _finetune(config, args):
     config.tuning = args.tuning
     config.data.task = "instruct"
     config.length = 64
-    config.steps = 200
+    config.steps = 160
     config.optimizer.lr = 1e-2
     config.optimizer.lr_by_component = {"connector": 4e-3}

@@ -13,6 +13,7 @@ from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError, choice_error
 from moresjax.models.decoder import DecoderConfig
+from moresjax.models.initialize import described, fill, initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import PatchClassifier, VisionConfig
 from moresjax.models.zoo import LLMS, VISION
@@ -91,17 +92,23 @@ def build_model(config, *, root: str | Path = ".") -> nnx.Module:
     Raises:
       UserError: when a part's source does not exist or does not fit.
     """
-    rngs = nnx.Rngs(config.seed)
     if config.objective == "patch_classes":
         vision = _part("vision encoder", config.model.vision, VISION, VisionConfig)
-        return PatchClassifier(vision, tuple(config.model.classes), rngs=rngs)
-    model = MLLM(model_config(config), rngs=rngs)
+        return initialize(PatchClassifier(vision, tuple(config.model.classes)), config.seed)
+    model = MLLM(model_config(config), config.tuning)
+    load_parts(model, config.init, Path(root))
+    return initialize(model, config.seed)
+
+
+def load_parts(model: MLLM, sources: Mapping[str, str], root: Path) -> None:
+    """Fills the parts whose source is not `random`.
+
+    Raises:
+      UserError: when a source does not exist, or lacks or does not fit its part.
+    """
     for part in PARTS:
-        source = config.init[part]
-        if source != RANDOM and getattr(model, part) is not None:
-            load_part(model, part, Path(root) / source)
-    model.attach(config.tuning, seed=config.seed)
-    return model
+        if sources[part] != RANDOM and getattr(model, part) is not None:
+            load_part(model, part, (root / sources[part]).resolve())
 
 
 def load_part(model: nnx.Module, part: str, source: Path) -> None:
@@ -117,27 +124,9 @@ def load_part(model: nnx.Module, part: str, source: Path) -> None:
         found = {path_name(p): v.get_value() for p, v in loaded}
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
-    fill(model, found, part, str(source))
-
-
-def fill(model: nnx.Module, arrays: Mapping[str, jax.Array], part: str, source: str) -> None:
-    """Sets every parameter below `part` from `arrays`.
-
-    Raises:
-      UserError: when one is missing or has another shape.
-    """
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    wanted = {path_name(path): (path, v) for path, v in flat if path_name(path).startswith(part)}
-    new = []
-    for name, (path, variable) in wanted.items():
-        if name not in arrays:
-            raise UserError(f"{source} holds no weights for {name}")
-        if arrays[name].shape != variable.shape:
-            raise UserError(
-                f"{source}: {name} has shape {arrays[name].shape}, the model needs {variable.shape}"
-            )
-        new.append((path, variable.replace(arrays[name])))
-    nnx.update(model, nnx.from_flat_state(new))
+    fill(model, found, str(source), part)
+    if missing := described(model, part):
+        raise UserError(f"{source} holds no weights for {missing[0]}")
 
 
 def trained_parameters(workdir: Path) -> dict[str, jax.Array]:
@@ -167,15 +156,12 @@ def load_workdir(workdir: str | Path) -> tuple[MLLM, Processor]:
     config = read_config(workdir / "config.json")
     if config.objective != "next_token":
         raise UserError(f"{workdir} trained {config.objective}; it is not a language model")
-    skipped = {part for part in PARTS if any(name.startswith(part + ".") for name in trained)}
-    with config.unlocked():
-        for part in skipped:
-            config.init[part] = RANDOM
-    model = build_model(config, root=workdir)
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    new = [(p, v.replace(trained[path_name(p)])) for p, v in flat if path_name(p) in trained]
-    nnx.update(model, nnx.from_flat_state(new))
-    return model, build_processor(config)
+    model = MLLM(model_config(config), config.tuning)
+    fill(model, trained, str(workdir))
+    rest = {part: config.init[part] if described(model, part) else RANDOM for part in PARTS}
+    load_parts(model, rest, workdir)
+    fill(model, trained, str(workdir))  # what trained wins over the part it was started from
+    return initialize(model, config.seed), build_processor(config)
 
 
 def saved_config(folder: str | Path) -> tuple[MLLMConfig, str]:

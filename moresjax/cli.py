@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moresjax import __version__
 from moresjax.errors import UserError
+from moresjax.parallel.host import keep_freed_memory
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"moresjax: error: unknown argument {(unknown or rest)[0]!r}", file=sys.stderr)
         return 2
     args.overrides = overrides
+    keep_freed_memory()
     try:
         args.run(args)
     except UserError as error:

@@ -67,42 +67,29 @@ def random_digits(rng: np.random.Generator) -> tuple[int, ...]:
 def make_scene(rng: np.random.Generator, split: str, shift: int = 0) -> Scene:
     """A random scene of the split's handwriting; digits move by up to `shift` pixels."""
     digits = random_digits(rng)
-    canvas = np.zeros((SIZE, SIZE), np.uint8)
+    glyphs = _glyphs(split, shift)
+    canvas = np.zeros((SIZE, SIZE, 3), np.uint8)
     for cell, digit in enumerate(digits):
-        pool = _by_class(split)[digit]
-        glyph = pool[rng.integers(len(pool))]
-        if shift:
-            dy, dx = rng.integers(-shift, shift + 1, 2)
-            glyph = _shifted(glyph, dy, dx)
+        pool = glyphs[digit]
         y, x = divmod(cell, 2)
+        glyph = pool[rng.integers(len(pool))]
         canvas[y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL] = glyph
-    return Scene(digits, np.repeat(canvas[:, :, None], 3, axis=2))
+    return Scene(digits, canvas)
 
 
 @functools.cache
-def _by_class(split: str):
+def _glyphs(split: str, shift: int) -> list[np.ndarray]:
+    """For every digit its instances, `[n, 16, 16, 1]`, each in all shifts of up to `shift` pixels."""
     images, labels = load_instances()[split]
-    return [images[labels == digit] for digit in range(10)]
+    padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift)))
+    moves = [(y, x) for y in range(2 * shift + 1) for x in range(2 * shift + 1)]
+    moved = np.stack([padded[:, y : y + CELL, x : x + CELL] for y, x in moves], axis=1)
+    return [moved[labels == digit].reshape(-1, CELL, CELL, 1) for digit in range(10)]
 
 
-def _shifted(glyph: np.ndarray, dy: int, dx: int) -> np.ndarray:
-    moved = np.zeros_like(glyph)
-    h, w = glyph.shape
-    moved[max(dy, 0) : h + min(dy, 0), max(dx, 0) : w + min(dx, 0)] = glyph[
-        max(-dy, 0) : h + min(-dy, 0), max(-dx, 0) : w + min(-dx, 0)
-    ]
-    return moved
-
-
-def describe(digits: tuple[int, ...], rng: np.random.Generator | None = None) -> str:
-    """A caption of all four cells: in reading order, or in random order and one of two phrasings."""
-    order = range(4) if rng is None else rng.permutation(4)
-    swap = rng is not None and rng.random() < 0.5
-    phrases = [
-        f"{CELLS[c]} is {WORDS[digits[c]]}" if swap else f"{WORDS[digits[c]]} at {CELLS[c]}"
-        for c in order
-    ]
-    return " , ".join(phrases)
+def describe(digits: tuple[int, ...], rng: np.random.Generator) -> str:
+    """The four cells in random order, so that every digit answers the cell just named."""
+    return " ".join(f"{CELLS[c]} {WORDS[digits[c]]}" for c in rng.permutation(4))
 
 
 def ask(family: str, digits: tuple[int, ...], rng: np.random.Generator) -> Turn:
@@ -179,7 +166,7 @@ class DigitsSource:
         if self.task == "patches":
             return {"pixels": scene.image, "classes": self._patch_classes(scene.digits)}
         if self.task == "caption":
-            return Sample(name, (Turn(None, describe(scene.digits)),), (scene.image,))
+            return Sample(name, (Turn(None, describe(scene.digits, rng)),), (scene.image,))
         turns = self._turns(scene.digits, rng, self.families or FAMILIES)
         return Sample(name, turns, (scene.image,), context=IMAGE_MARK + "\n", independent=True)
 
@@ -190,7 +177,7 @@ class DigitsSource:
     def _text(self, name, digits, rng) -> Sample:
         seen = [f for f in FAMILIES if f != UNSEEN]
         asked = self._turns(digits, rng, self.families or seen)
-        turns = (Turn(None, describe(digits)), *asked)
+        turns = (Turn(None, describe(digits, rng)), *asked)
         context = describe(digits, rng) + "\n"
         return Sample(name, turns, context=context, independent=True)
 
@@ -203,8 +190,7 @@ class DigitsSource:
 
 def vocabulary() -> list[str]:
     """Every word of the world, special tokens first."""
-    words = "at is , there a how many times what the largest smallest ? larger than"
-    words += " are and same yes no"
+    words = "is there a how many times what at the largest smallest larger than are and same ? yes no"
     return [*SPECIAL, *words.split(), *WORDS, *CELLS]
 
 

@@ -82,39 +82,43 @@ class Processor:
         return row
 
     def _encode(self, pieces: Sequence[Piece], sample: Sample) -> Row:
-        ids = list(self._bos)
-        segments = [int(Segment.SYSTEM)] * len(ids)
-        branches, images = [0] * len(ids), [-1] * len(ids)
+        fields = {name: [] for name in ("tokens", "segment", "image", "position", "branch")}
+        trunk = current = position = 0  # end of the trunk, branch and position of the next token
+
+        def add(ids, segments, images, branch):
+            nonlocal trunk, current, position
+            if branch != current:  # every branch goes on from the trunk's end
+                current, position = branch, trunk
+            fields["tokens"] += ids
+            fields["segment"] += segments
+            fields["image"] += images
+            fields["branch"] += [branch] * len(ids)
+            fields["position"] += range(position, position + len(ids))
+            position += len(ids)
+            if branch == 0:
+                trunk = position
+
+        def none(ids):
+            return [-1] * len(ids)
+
+        add(self._bos, [int(Segment.SYSTEM)] * len(self._bos), none(self._bos), 0)
         found = 0
         for chunk in _chunks(pieces):
             if chunk is None:
-                slots = range(found * self.visual_tokens, (found + 1) * self.visual_tokens)
-                ids += [0] * len(slots)
-                images += slots
-                segments += [int(Segment.IMAGE)] * len(slots)
-                branches += [0] * len(slots)
+                visual = range(found * self.visual_tokens, (found + 1) * self.visual_tokens)
                 found += 1
-                continue
-            branch, parts = chunk
-            chunk_ids, chunk_segments = self._chunk(parts)
-            ids += chunk_ids
-            segments += chunk_segments
-            images += [-1] * len(chunk_ids)
-            branches += [branch] * len(chunk_ids)
+                add([0] * len(visual), [int(Segment.IMAGE)] * len(visual), visual, 0)
+            else:
+                branch, parts = chunk
+                ids, segments = self._chunk(parts)
+                add(ids, segments, none(ids), branch)
         if found != len(sample.images):
             raise UserError(
                 f"sample {sample.id}: the text has {found} {IMAGE_MARK} but "
                 f"{len(sample.images)} images are given"
             )
-        branch = np.asarray(branches, np.int32)
-        return {
-            "tokens": np.asarray(ids, np.int32),
-            "segment": np.asarray(segments, np.int32),
-            "image": np.asarray(images, np.int32),
-            "position": _positions(branch),
-            "document": np.zeros(len(ids), np.int32),
-            "branch": branch,
-        }
+        row = {name: np.asarray(values, np.int32) for name, values in fields.items()}
+        return row | {"document": np.zeros(len(row["tokens"]), np.int32)}
 
     def pad(self, row: Row, length: int, images: int, name: str = "") -> Row:
         """The row right-padded to `length` tokens and `images` images.
@@ -169,12 +173,3 @@ def _chunks(pieces: Sequence[Piece]):
                 parts.append((text, piece.segment))
     if parts:
         yield branch, tuple(parts)
-
-
-def _positions(branch: np.ndarray) -> np.ndarray:
-    """Positions count up along the trunk; every branch goes on from the trunk's end."""
-    index = np.arange(len(branch), dtype=np.int32)
-    starts = np.r_[True, branch[1:] != branch[:-1]]
-    run_start = np.maximum.accumulate(np.where(starts, index, 0))
-    trunk = int((branch == 0).sum())
-    return np.where(branch == 0, index, trunk + index - run_start).astype(np.int32)

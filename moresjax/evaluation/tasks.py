@@ -11,6 +11,7 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
+from lm_eval.config.task import TaskConfig
 
 from moresjax.errors import choice_error
 
@@ -68,7 +69,8 @@ class VisualTask(Task):
         max_new_tokens: int,
         metric: Callable[[str, str], float] = exact_match,
     ):
-        super().__init__(config={"task": name, "num_fewshot": 0, "repeats": 1})
+        super().__init__()
+        self._config = TaskConfig(task=name, num_fewshot=0, repeats=1, output_type=self.OUTPUT_TYPE)
         self.items = list(items)
         self._max_new_tokens, self._metric = max_new_tokens, metric
 

@@ -68,9 +68,9 @@ class LayerCache:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig):
         def linear(name, axes, bias):
-            return Linear(*config.linears()[name], axes=axes, bias=bias, rngs=rngs)
+            return Linear(*config.linears()[name], axes=axes, bias=bias)
 
         self.config = config
         self.q = linear("q", ("embed", "heads"), config.qkv_bias)
@@ -98,9 +98,9 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig):
         def linear(name, axes):
-            return Linear(*config.linears()[name], axes=axes, bias=config.mlp_bias, rngs=rngs)
+            return Linear(*config.linears()[name], axes=axes, bias=config.mlp_bias)
 
         self.activation = config.activation
         self.gate = linear("gate", ("embed", "mlp")) if config.gated_mlp else None
@@ -117,13 +117,13 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP with residuals; returns the block output and its keys and values."""
 
-    def __init__(self, config: BlockConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: BlockConfig):
         norm = lambda: Norm(config.hidden_size, kind=config.norm, eps=config.norm_eps)  # noqa: E731
         self.parallel = config.parallel
         self.attn_norm = norm()
         self.mlp_norm = None if config.parallel else norm()
-        self.attn = Attention(config, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
 
     def __call__(
         self,

@@ -30,12 +30,11 @@ def connector_depth(name: str) -> int:
 class Connector(nnx.Module):
     """`identity`, `linear`, or `mlp{n}x_gelu`: n linears with exact GELU between them."""
 
-    def __init__(self, name: str, d_in: int, d_out: int, *, rngs: nnx.Rngs):
+    def __init__(self, name: str, d_in: int, d_out: int):
         self.layers = nnx.List()
         for i in range(connector_depth(name)):
             width = d_in if i == 0 else d_out
-            axes = ("vision_embed" if i == 0 else "embed_in", "embed")
-            self.layers.append(Linear(width, d_out, axes=axes, bias=True, rngs=rngs))
+            self.layers.append(Linear(width, d_out, axes=(None, "embed"), bias=True))
 
     def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B V D"]:
         for i, layer in enumerate(self.layers):

@@ -35,16 +35,16 @@ class DecoderConfig(BlockConfig):
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm and vocabulary head."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig):
         d, vocab = config.hidden_size, config.vocab_size
         self.config = config
-        self.embed = Embedding(vocab, d, rngs=rngs)
-        self.blocks = stack(lambda rngs: Block(config, rngs=rngs), config.num_layers, rngs)
+        self.embed = Embedding(vocab, d)
+        self.blocks = stack(Block(config), config.num_layers)
         self.norm = Norm(d, kind=config.norm, eps=config.norm_eps)
         self.head = (
             None
             if config.tie_embeddings
-            else Linear(d, vocab, axes=("embed", "vocab"), bias=config.head_bias, rngs=rngs)
+            else Linear(d, vocab, axes=("embed", "vocab"), bias=config.head_bias)
         )
 
     def __call__(

@@ -2,9 +2,11 @@
 
 Axis legend: B batch, S tokens, D features in, F features out, H head features, L layers.
 
-Parameters are `nnx.Param`s that carry the logical name of each of their axes in the metadata `axes`
-(`moresjax.parallel` maps names to mesh axes). Compute happens in the dtype of the activations;
-parameters are cast to it where they are used.
+Constructors describe parameters, they do not allocate them: a new module holds shapes, and
+`moresjax.models.initialize` or a checkpoint fills in the values. A parameter's metadata says which
+logical axes it has (`axes`; `moresjax.parallel` maps names to mesh axes) and how it starts (`std` of a
+normal distribution, or a constant `fill`). Compute happens in the dtype of the activations; parameters
+are cast to it where they are used.
 """
 
 from collections.abc import Callable
@@ -26,17 +28,17 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def param(key, shape, axes, scale=0.02, dtype=jnp.float32) -> nnx.Param:
-    """A normally distributed parameter with named axes."""
-    return nnx.Param(scale * jax.random.normal(key, shape, dtype), axes=axes)
+def param(shape: tuple[int, ...], axes: tuple, **start: float) -> nnx.Param:
+    """The description of a parameter; `start` is `std=` or `fill=`."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, **start)
 
 
 class Linear(nnx.Module):
     """`y = x W + b` with kernel `[D, F]`, initialised with variance 1/D."""
 
-    def __init__(self, d_in, d_out, *, axes, bias=False, rngs: nnx.Rngs):
-        self.kernel = param(rngs.params(), (d_in, d_out), axes, d_in**-0.5)
-        self.bias = nnx.Param(jnp.zeros(d_out), axes=axes[1:]) if bias else None
+    def __init__(self, d_in: int, d_out: int, *, axes: tuple, bias: bool = False):
+        self.kernel = param((d_in, d_out), axes, std=d_in**-0.5)
+        self.bias = param((d_out,), axes[1:], fill=0.0) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         y = project(x, self.kernel[...].astype(x.dtype))
@@ -50,8 +52,8 @@ class Norm(nnx.Module):
         if kind not in ("rms", "layer"):
             raise ValueError(f"unknown norm {kind!r}")
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(dim), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros(dim), axes=("embed",)) if kind == "layer" else None
+        self.scale = param((dim,), ("embed",), fill=1.0)
+        self.bias = param((dim,), ("embed",), fill=0.0) if kind == "layer" else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y = x.astype(jnp.float32)
@@ -67,8 +69,8 @@ class Norm(nnx.Module):
 class Embedding(nnx.Module):
     """Token embedding table `[V, D]`."""
 
-    def __init__(self, vocab, dim, *, rngs: nnx.Rngs):
-        self.table = param(rngs.params(), (vocab, dim), ("vocab", "embed"), 0.1)
+    def __init__(self, vocab: int, dim: int):
+        self.table = param((vocab, dim), ("vocab", "embed"), std=0.1)
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         return self.table[...][tokens]
@@ -97,10 +99,9 @@ def apply_rope(x: Float[Array, "B N S H"], rope) -> Float[Array, "B N S H"]:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
-    """One module whose parameters have a leading axis of `layers` independent initialisations."""
-    keys = jax.random.split(rngs.params(), layers)
-    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+def stack(module: nnx.Module, layers: int) -> nnx.Module:
+    """A module whose parameters have a leading layer axis."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), module)
 
 
 def unstack(module: nnx.Module, layers: int) -> nnx.List:

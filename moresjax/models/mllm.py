@@ -46,19 +46,18 @@ class MLLMConfig:
 
 
 class MLLM(nnx.Module):
-    """`model(batch)` gives the decoder's hidden states; `model.llm.logits` turns them into logits."""
+    """`model(batch)` gives the decoder's hidden states; `model.llm.logits` turns them into logits.
 
-    def __init__(self, config: MLLMConfig, tuning: str = "none", *, rngs: nnx.Rngs):
+    A new model holds shapes only; `moresjax.models.initialize` or a checkpoint fills in the values.
+    """
+
+    def __init__(self, config: MLLMConfig, tuning: str = "none"):
         self.config = config
-        vision = config.vision
-        self.vision = VisionEncoder(vision, rngs=rngs) if vision else None
-        self.connector = (
-            Connector(config.connector, vision.hidden_size, config.llm.hidden_size, rngs=rngs)
-            if vision
-            else None
-        )
-        self.llm = Decoder(config.llm, rngs=rngs)
-        self.tuning = Tuning(tuning, config, rngs=rngs)
+        vision, width = config.vision, config.llm.hidden_size
+        self.vision = VisionEncoder(vision) if vision else None
+        self.connector = Connector(config.connector, vision.hidden_size, width) if vision else None
+        self.llm = Decoder(config.llm)
+        self.tuning = Tuning(tuning, config)
 
     def visual_features(
         self, pixels: Float[Array, "B N Y X 3"], hooks: Hooks
@@ -157,4 +156,5 @@ class MLLM(nnx.Module):
         Raises:
           UserError: when the spec is malformed or does not fit this model.
         """
-        self.tuning = Tuning(tuning, self.config, rngs=nnx.Rngs(seed))
+        self.tuning = Tuning(tuning, self.config)
+        self.tuning.initialize(seed)

@@ -58,21 +58,18 @@ class VisionConfig(BlockConfig):
 class VisionEncoder(nnx.Module):
     """Images to visual features."""
 
-    def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig):
         d, patch = config.hidden_size, config.patch_size
         norm = lambda: Norm(d, kind=config.norm, eps=config.norm_eps)  # noqa: E731
-        make = lambda rngs: Block(config, rngs=rngs)  # noqa: E731
         self.config = config
-        self.patch = Linear(
-            patch * patch * 3, d, axes=(None, "embed"), bias=config.patch_bias, rngs=rngs
-        )
+        self.patch = Linear(patch * patch * 3, d, axes=(None, "embed"), bias=config.patch_bias)
         positions = config.num_patches + config.class_token
-        self.position = param(rngs.params(), (positions, d), (None, "embed"))
-        self.cls = param(rngs.params(), (d,), ("embed",)) if config.class_token else None
+        self.position = param((positions, d), (None, "embed"), std=0.02)
+        self.cls = param((d,), ("embed",), std=0.02) if config.class_token else None
         self.pre_norm = norm() if config.pre_norm else None
-        self.blocks = stack(make, config.used_layers, rngs)
+        self.blocks = stack(Block(config), config.used_layers)
         unused = config.num_layers - config.used_layers
-        self.tail = stack(make, unused, rngs) if unused else None
+        self.tail = stack(Block(config), unused) if unused else None
         self.post_norm = norm()
 
     def __call__(
@@ -105,12 +102,10 @@ class PatchClassifier(nnx.Module):
     `classes` lists the sizes of the label sets; each patch gets one label from each set.
     """
 
-    def __init__(self, config: VisionConfig, classes: tuple[int, ...], *, rngs: nnx.Rngs):
+    def __init__(self, config: VisionConfig, classes: tuple[int, ...]):
         self.classes = tuple(classes)
-        self.vision = VisionEncoder(config, rngs=rngs)
-        self.head = Linear(
-            config.hidden_size, sum(classes), axes=("embed", None), bias=True, rngs=rngs
-        )
+        self.vision = VisionEncoder(config)
+        self.head = Linear(config.hidden_size, sum(classes), axes=("embed", None), bias=True)
 
     def __call__(self, pixels: Float[Array, "B Y X 3"]) -> list[Float[Array, "B V _"]]:
         """Logits for each label set."""

@@ -18,8 +18,6 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 RULES = {
     "embed": "fsdp",
-    "vision_embed": "fsdp",
-    "embed_in": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",

@@ -17,7 +17,7 @@ from moresjax.data.pipeline import make_iterator, make_source, to_device_batch
 from moresjax.errors import UserError, choice_error
 from moresjax.parallel.mesh import batch_sharding, make_mesh, place, replicated
 from moresjax.training.checkpoint import Checkpoints
-from moresjax.training.config import differences, read_config, save_config
+from moresjax.training.config import differences, save_config
 from moresjax.training.metrics import MetricWriter, Progress
 from moresjax.training.objectives import OBJECTIVES
 from moresjax.training.optimizer import make_optimizer
@@ -80,6 +80,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
         graphdef,
         OBJECTIVES[config.objective],
         optimizer,
+        schedule,
         seed=config.seed,
         microbatches=config.microbatches,
     )
@@ -127,8 +128,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
             while len(pending) > (IN_FLIGHT if done < config.steps else 0):
                 metrics = _finish_step(*pending.popleft(), workdir)
             if done % config.log_every == 0 or done == config.steps:
-                values = metrics | {"lr": float(schedule(done - 1))}
-                writer.write(done, values)
+                writer.write(done, metrics)
                 progress.update(done, {k: metrics[k] for k in ("loss", "accuracy")})
             else:
                 progress.update(done)
@@ -160,8 +160,8 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
         raise UserError(f"workdir {workdir} is not empty and --resume is never")
     if not (workdir / "config.json").is_file():
         raise UserError(f"workdir {workdir} is not empty and holds no run to resume")
-    earlier = read_config(workdir / "config.json").to_dict()
-    wanted = config.to_dict()
+    earlier = json.loads((workdir / "config.json").read_text())
+    wanted = json.loads(json.dumps(config.to_dict()))  # tuples as lists, as in the file
     harmless = ("name", "log_every", "tensorboard", "checkpoint.every", "checkpoint.keep")
     changed = [key for key in differences(earlier, wanted) if key not in harmless]
     if changed:

@@ -60,6 +60,7 @@ def make_train_step(
     graphdef: nnx.GraphDef,
     objective: Callable[..., Loss],
     optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
     *,
     seed: int = 0,
     microbatches: int = 1,
@@ -107,6 +108,7 @@ def make_train_step(
             "accuracy": loss.correct / weight,
             "labels": loss.weight,
             "grad_norm": optax.global_norm(grads),
+            "lr": schedule(state.step),
         }
         trainable = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state), metrics

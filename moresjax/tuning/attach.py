@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.errors import UserError
 from moresjax.layout import SHARED, Batch, Segment, TokenLayout
-from moresjax.tuning.base import Edit, Method, Probe, ProbeContext, Slots, WeightDelta
+from moresjax.tuning.base import Edit, Method, Probe, ProbeContext, Slots, Theta, WeightDelta
 from moresjax.tuning.hooks import Attached, Hooks
 from moresjax.tuning.selectors import parse_layers, parse_selector
 from moresjax.tuning.sites import num_layers
@@ -28,14 +28,15 @@ class Tuning(nnx.Module):
 
     Attributes:
       methods: key (the method's name, numbered when it occurs twice) and method, in spec order.
-      theta: fp32 parameters, `theta[method][site][leaf]`, with a leading layer axis at layered sites.
+      theta: fp32 parameters, `theta[method][site][leaf]`, with a leading layer axis at layered sites;
+        shapes only until `initialize`.
       gates: `gates[method][site]`, one flag per layer.
 
     Raises:
       UserError: when the spec does not fit the model.
     """
 
-    def __init__(self, spec: str, config, *, rngs: nnx.Rngs):
+    def __init__(self, spec: str, config):
         self.config = config
         methods = [method for method in parse_spec(spec) if method.name != "none"]
         self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
@@ -47,15 +48,35 @@ class Tuning(nnx.Module):
             if not sites:
                 continue
             self.theta[key], self.gates[key] = nnx.Dict(), nnx.Dict()
-            for site, shape in sites.items():
-                layers = num_layers(site, config)
-                if layers:
-                    keys = jax.random.split(rngs.params(), layers)
-                    theta = jax.vmap(lambda k, m=method, s=shape: m.initial(k, *s))(keys)
+            for site in sites:
+                if layers := num_layers(site, config):
                     chosen = parse_layers(method.layer_choice, layers)
                     self.gates[key][site] = Gate(jnp.asarray(chosen))
+        shapes = jax.eval_shape(self._values, jax.random.key(0))
+        for key, by_site in shapes.items():
+            for site, theta in by_site.items():
+                self.theta[key][site] = nnx.Dict({n: nnx.Param(x) for n, x in theta.items()})
+
+    def _values(self, key: PRNGKeyArray) -> dict[str, dict[str, Theta]]:
+        """Initial parameters by method and site."""
+        values = {}
+        for number, (name, method) in enumerate(self.methods):
+            for place, (site, shape) in enumerate(method.sites(self.config).items()):
+                own = jax.random.fold_in(jax.random.fold_in(key, number), place)
+                if layers := num_layers(site, self.config):
+                    start = jax.vmap(lambda k, m=method, s=shape: m.initial(k, *s))
+                    theta = start(jax.random.split(own, layers))
                 else:
-                    theta = method.initial(rngs.params(), *shape)
+                    theta = method.initial(own, *shape)
+                values.setdefault(name, {})[site] = theta
+        return values
+
+    def initialize(self, seed: int = 0) -> None:
+        """Gives every parameter its initial value."""
+        if not self.methods:
+            return
+        for key, by_site in jax.jit(self._values)(jax.random.key(seed)).items():
+            for site, theta in by_site.items():
                 self.theta[key][site] = nnx.Dict({n: nnx.Param(x) for n, x in theta.items()})
 
     @property

@@ -64,7 +64,7 @@ def count_parameters(
     Raises:
       UserError: when the spec is malformed or does not fit the model.
     """
-    model = nnx.eval_shape(lambda: MLLM(config, tuning, rngs=nnx.Rngs(0)))
+    model = MLLM(config, tuning)
     patterns = [*also_train, *(p for _, method in model.tuning.methods for p in method.trains)]
     totals: dict[str, list[int]] = {}
     in_llm = 0

@@ -78,7 +78,7 @@ class MoReS(Edit):
 
     def initial(self, key, dim):
         k_rotate, k_weight, k_bias = jax.random.split(key, 3)
-        rotate = orthonormalize_qr(jax.random.normal(k_rotate, (dim, self.rank)))
+        rotate = orthonormalize(jax.random.normal(k_rotate, (dim, self.rank)))
         if self.init == "identity":
             return {"rotate": rotate, "weight": rotate.T, "bias": jnp.zeros(self.rank)}
         bound = dim**-0.5

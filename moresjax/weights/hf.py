@@ -17,8 +17,10 @@ from safetensors import safe_open
 
 from moresjax.errors import UserError, choice_error
 from moresjax.models.decoder import DecoderConfig
+from moresjax.models.initialize import fill
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
+from moresjax.paths import path_name
 from moresjax.weights import tables
 
 LLM_TABLES = {"llama": tables.LLAMA, "phi": tables.PHI}
@@ -159,10 +161,9 @@ def _to_ours(tensor: np.ndarray, kind: str) -> np.ndarray:
 
 def parameter_sources(config: MLLMConfig, hf: Mapping) -> Iterator[tuple[Path_, list[str], str]]:
     """(path in our model, Hugging Face names in layer order, leaf kind) of every base parameter."""
-    abstract = nnx.eval_shape(lambda: MLLM(config, rngs=nnx.Rngs(0)))
     llava = hf["model_type"] == "llava"
     by_component = _component_tables(hf)
-    for path, _ in nnx.to_flat_state(nnx.state(abstract, nnx.Param)):
+    for path, _ in nnx.to_flat_state(nnx.state(MLLM(config), nnx.Param)):
         path = tuple(str(p) for p in path)
         table, prefix = by_component[path[0]]
         inner, first = path[1:], 0
@@ -205,12 +206,9 @@ def import_state(
 
 def build_model(config: MLLMConfig, state: Mapping[Path_, jax.Array], tuning: str = "none") -> MLLM:
     """A model with the given base parameters and freshly initialised tuning parameters."""
-    model = nnx.eval_shape(lambda: MLLM(config, rngs=nnx.Rngs(0)))
-    graphdef, abstract = nnx.split(model)
-    flat = dict(nnx.to_flat_state(abstract))
-    filled = {p: v.replace(state[tuple(map(str, p))]) for p, v in flat.items()}
-    model = nnx.merge(graphdef, nnx.from_flat_state(filled))
-    model.attach(tuning)
+    model = MLLM(config, tuning)
+    fill(model, {path_name(path): x for path, x in state.items()}, "checkpoint")
+    model.tuning.initialize()
     return model
 
 
