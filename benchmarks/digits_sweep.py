@@ -60,7 +60,10 @@ def main() -> None:
         ]
         value = sum(scores) / len(scores)
         spread = " ".join(f"{x:.3f}" for x in scores)
-        print(f"{name:15s} lr {lr:7.4f} connector {connector:7.4f}  {value:.3f}  ({spread})", flush=True)
+        print(
+            f"{name:15s} lr {lr:7.4f} connector {connector:7.4f}  {value:.3f}  ({spread})",
+            flush=True,
+        )
         return value
 
     connector = args.connector
@@ -68,7 +71,9 @@ def main() -> None:
         tried = {lr: mean("connector-only", "none", lr, lr) for lr in CONNECTOR}
         connector = max(tried, key=tried.get)
     for name, rates in OWN.items():
-        tried = {lr: mean(name.replace(" ", "-"), recipe.METHODS[name], lr, connector) for lr in rates}
+        tried = {
+            lr: mean(name.replace(" ", "-"), recipe.METHODS[name], lr, connector) for lr in rates
+        }
         print(f"{name}: {max(tried, key=tried.get):g}", flush=True)
 
 

@@ -96,7 +96,7 @@ def build_model(config, *, root: str | Path = ".") -> nnx.Module:
         vision = _part("vision encoder", config.model.vision, VISION, VisionConfig)
         return initialize(PatchClassifier(vision, tuple(config.model.classes)), config.seed)
     model = MLLM(model_config(config), config.tuning)
-    load_parts(model, config.init, Path(root))
+    load_parts(model, config.init.to_dict(), Path(root))
     return initialize(model, config.seed)
 
 

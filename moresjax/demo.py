@@ -153,9 +153,7 @@ def finding(results: dict) -> str:
     gain = 100 * (mean[mores] - mean[plain])
     better = [name for name in ranking if mean[name] > mean[mores]]
     unseen = results["unseen"]
-    unseen_gain = 100 * (
-        methods[mores]["accuracy"][unseen] - methods[plain]["accuracy"][unseen]
-    )
+    unseen_gain = 100 * (methods[mores]["accuracy"][unseen] - methods[plain]["accuracy"][unseen])
     zero = results["methods"][ZERO_SHOT]["attention"]["average_visual_share"]
     direction = "above" if share[mores] > share[plain] else "below"
     most = max(share, key=share.get)
@@ -192,5 +190,3 @@ def _plots(out: Path, results: dict, models: dict[str, Model], questions: dict) 
     plots.save(plots.heat_map(item.images[0], grid, title), out / "heat_map.png")
     share = float(np.nansum(grid, axis=(1, 2)).mean())
     return {"question": question, "answer": words[0], "right": item.answer, "visual_share": share}
-
-

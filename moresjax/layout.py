@@ -85,9 +85,7 @@ def valid_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
     return jnp.asarray(layout.segment) != Segment.PAD
 
 
-def visible(
-    layout: TokenLayout, queries: Int[Array, "B Q"] | None = None
-) -> Bool[Array, "B Q S"]:
+def visible(layout: TokenLayout, queries: Int[Array, "B Q"] | None = None) -> Bool[Array, "B Q S"]:
     """Which keys the tokens at row indices `queries` (default: all) attend to.
 
     A key is visible when it is not padding, stands at or before the query in the row, belongs to the

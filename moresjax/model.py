@@ -196,7 +196,9 @@ def hf_batch(
     """A batch from tokens with the conventions of `transformers` (see `Model.logits`)."""
     ids = np.asarray(input_ids, np.int32)
     valid = np.ones_like(ids, bool) if attention_mask is None else np.asarray(attention_mask) > 0
-    is_image = (ids == image_token_id) & valid if image_token_id is not None else np.zeros_like(valid)
+    is_image = (
+        (ids == image_token_id) & valid if image_token_id is not None else np.zeros_like(valid)
+    )
     counts = is_image.sum(1)
     per_row = counts // max(visual_tokens, 1)
     given = 0 if pixel_values is None else len(pixel_values)

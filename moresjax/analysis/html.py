@@ -21,7 +21,9 @@ def write_demo_report(results: dict, out: str | Path) -> Path:
     out = Path(out)
     images = {name: _data_uri(out / f"{name}.png") for name in FIGURES}
     source = resources.files("moresjax.analysis").joinpath("demo_report.html.j2").read_text()
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        source
+    )
     path = out / "report.html"
     path.write_text(template.render(results=results, images=images), encoding="utf-8")
     return path

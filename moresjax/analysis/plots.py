@@ -12,7 +12,12 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from moresjax.models.attention import GROUPS  # noqa: E402
 
-GROUP_COLOURS = {"system": "#c9c9c9", "image": "#3b8f5a", "question": "#8a8a8a", "answer": "#5c5c5c"}
+GROUP_COLOURS = {
+    "system": "#c9c9c9",
+    "image": "#3b8f5a",
+    "question": "#8a8a8a",
+    "answer": "#5c5c5c",
+}
 
 
 def attention_shares(shares: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
@@ -67,7 +72,9 @@ def share_against_size(points: Mapping[str, tuple[int, float]], ylabel: str) -> 
     figure, axis = plt.subplots(figsize=(4.6, 3.4))
     for method, (size, value) in points.items():
         axis.scatter(max(size, 1), value, s=28)
-        axis.annotate(method, (max(size, 1), value), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axis.annotate(
+            method, (max(size, 1), value), fontsize=7, xytext=(4, 3), textcoords="offset points"
+        )
     axis.set_xscale("symlog", linthresh=100)
     axis.set_xlim(left=0)
     axis.set_xlabel("trainable parameters in the LLM")
@@ -94,7 +101,11 @@ def accuracy_bars(
     for number, family in enumerate(families):
         label = "majority" if number == 0 else None
         axis.plot(
-            [number - 0.45, number + 0.45], [baseline[family]] * 2, color="black", lw=1.2, label=label
+            [number - 0.45, number + 0.45],
+            [baseline[family]] * 2,
+            color="black",
+            lw=1.2,
+            label=label,
         )
     axis.set_xticks(range(len(families)), families)
     axis.set_ylim(0, 1.02)

@@ -17,7 +17,9 @@ def write_attention_plots(summaries: Mapping[str, Mapping], out: str | Path) -> 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     figures = {
-        "attention_share.png": plots.attention_shares({n: s["share"] for n, s in summaries.items()}),
+        "attention_share.png": plots.attention_shares(
+            {n: s["share"] for n, s in summaries.items()}
+        ),
         "lmar.png": plots.lmar_lines(
             {n: s["lmar_of_means"]["text"] for n, s in summaries.items()},
             "LMAR, ratio of means (text = question + answer)",

@@ -190,7 +190,9 @@ class DigitsSource:
 
 def vocabulary() -> list[str]:
     """Every word of the world, special tokens first."""
-    words = "is there a how many times what at the largest smallest larger than are and same ? yes no"
+    words = (
+        "is there a how many times what at the largest smallest larger than are and same ? yes no"
+    )
     return [*SPECIAL, *words.split(), *WORDS, *CELLS]
 
 

@@ -6,7 +6,7 @@ into the checkpoint, so a resumed run sees exactly the batches that an uninterru
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -18,6 +18,7 @@ from moresjax.data.samples import Sample
 from moresjax.errors import choice_error
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random access to samples."""
 
@@ -86,7 +87,9 @@ def make_iterator(
         .shuffle(seed=seed)[index::count]
         .repeat()
         .map(EncodeSample(processor, length, images))
-        .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch_size))
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch_size)
+        )
         .batch(batch_size // count, drop_remainder=True)
     )
     return iter(dataset)

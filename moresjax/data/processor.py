@@ -148,9 +148,7 @@ class Processor:
         return self.to_batch(stacked)
 
     def to_batch(self, stacked: Row) -> Batch:
-        layout = TokenLayout(
-            **{f: stacked[f] for f in FIELDS}, visual_tokens=self.visual_tokens
-        )
+        layout = TokenLayout(**{f: stacked[f] for f in FIELDS}, visual_tokens=self.visual_tokens)
         return Batch(stacked["tokens"], layout, stacked.get("pixels"))
 
 

@@ -102,7 +102,9 @@ def evaluate(
         title=title,
     )
     by_name = {task.config.task: task for task in loaded}
-    run_tasks(lm=lm, task_dict={"tasks": by_name, "groups": {}}, bootstrap_iters=0, log_samples=False)
+    run_tasks(
+        lm=lm, task_dict={"tasks": by_name, "groups": {}}, bootstrap_iters=0, log_samples=False
+    )
     scores, predictions = {}, []
     for name, task in by_name.items():
         values = []

@@ -40,9 +40,7 @@ def attention(
     return jnp.matmul(grouped, v).reshape(q.shape)
 
 
-def group_masses(
-    probabilities: Float[Array, "B N T S"], segment
-) -> Float[Array, "B N T 4"]:
+def group_masses(probabilities: Float[Array, "B N T S"], segment) -> Float[Array, "B N T 4"]:
     """Attention mass on each of `GROUPS`; the four add up to 1 for a token that is not padding."""
     members = (segment[:, :, None] == jnp.asarray(GROUPS)).astype(probabilities.dtype)
     return jnp.einsum("bnts,bsc->bntc", probabilities, members)

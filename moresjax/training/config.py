@@ -151,7 +151,9 @@ def _convert(key: str, text: str, like):
     if isinstance(like, float) and isinstance(value, int):
         value = float(value)
     if like is not None and not isinstance(value, type(like)):
-        raise UserError(f"config key {key} takes a value of type {type(like).__name__}, got {text!r}")
+        raise UserError(
+            f"config key {key} takes a value of type {type(like).__name__}, got {text!r}"
+        )
     return value
 
 

@@ -58,9 +58,7 @@ def make_optimizer(config, steps: int, trainable: nnx.State) -> tuple:
     chain = [
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(
-            config.weight_decay, mask=jax.tree.unflatten(structure, decays)
-        )
+        optax.add_decayed_weights(config.weight_decay, mask=jax.tree.unflatten(structure, decays))
         if config.weight_decay
         else optax.identity(),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: u * r, updates, ratio_tree)),

@@ -76,9 +76,7 @@ def make_train_step(
         return loss.total, loss
 
     def gradients(trainable, frozen, batch, key):
-        (_, loss), grads = jax.value_and_grad(loss_sum, has_aux=True)(
-            trainable, frozen, batch, key
-        )
+        (_, loss), grads = jax.value_and_grad(loss_sum, has_aux=True)(trainable, frozen, batch, key)
         return grads, loss
 
     def accumulated(trainable, frozen, batch, key):

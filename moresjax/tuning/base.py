@@ -8,7 +8,7 @@ the leading layer axis, scans it beside the frozen blocks and gates layers on an
 """
 
 import dataclasses
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
@@ -69,6 +69,7 @@ class Edit(Method):
         raise NotImplementedError
 
 
+@runtime_checkable
 class LinearLike(Protocol):
     """A linear, possibly already wrapped by other methods."""
 
@@ -138,6 +139,7 @@ class ProbeContext:
     queries: Int[Array, "B Q"] | None
 
 
+@runtime_checkable
 class Probe(Protocol):
     """Read-only: returns reduced statistics of one layer, stacked over layers by the framework.
 

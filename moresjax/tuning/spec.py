@@ -1,6 +1,6 @@
 """Spec strings: `method[:key=value,...]`, several joined by `/`.
 
-    mores:rank=1,positions=image:f4+l5,layers=0;2;4/lora:rank=8
+mores:rank=1,positions=image:f4+l5,layers=0;2;4/lora:rank=8
 """
 
 import dataclasses

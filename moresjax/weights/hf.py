@@ -122,7 +122,8 @@ def llava_config(hf: Mapping) -> MLLMConfig:
             feature_layer=hf["vision_feature_layer"],
             select="cls_patch" if keeps_all else "patch",
             # "default" drops the first token whether or not it is a class token.
-            drop_first_token=not keeps_all and hf["vision_config"]["model_type"] != "clip_vision_model",
+            drop_first_token=not keeps_all
+            and hf["vision_config"]["model_type"] != "clip_vision_model",
         ),
         connector="mlp2x_gelu",
     )

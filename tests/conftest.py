@@ -1,0 +1,36 @@
+"""Shared by all tests: fake devices, run-time shape checks, the command line."""
+
+import os
+
+# Before JAX starts: eight CPU devices, no network.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("moresjax", "beartype.beartype")
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment of a user's process: one device, no checks."""
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+@pytest.fixture
+def moresjax() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs the command line in a process of its own."""
+
+    def run(*arguments, timeout: float = 600, **options):
+        command = [sys.executable, "-m", "moresjax.cli", *map(str, arguments)]
+        options = {"env": clean_environment(), "capture_output": True, "text": True} | options
+        return subprocess.run(command, timeout=timeout, **options)
+
+    return run
