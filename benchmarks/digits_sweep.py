@@ -2,9 +2,9 @@
 
     python benchmarks/digits_sweep.py --out runs/sweep --seeds 2
 
-Needs the stages 0 and 1 of a demo in `--base`. The connector's learning rate is chosen for connector-only
-training first; each method then tries four learning rates of its own beside it. Prints a table; the
-winners are written into `configs/digits.py` by hand.
+Needs the stages 0 and 1 of a demo in `--base`. The connector's learning rate is chosen for
+connector-only training first; each method then tries four learning rates of its own beside it.
+Prints a table; the winners are written into `configs/digits.py` by hand.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from moresjax.configs import digits as recipe
+
 from moresjax.evaluation.run import evaluate
 from moresjax.model import load
 from moresjax.parallel.host import keep_freed_memory

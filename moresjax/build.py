@@ -17,9 +17,9 @@ from moresjax.models.initialize import described, fill, initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import PatchClassifier, VisionConfig
 from moresjax.models.zoo import LLMS, VISION
+from moresjax.paths import path_name
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.config import RANDOM, read_config
-from moresjax.paths import path_name
 from moresjax.weights.hf import load_pretrained, pretrained_config
 
 PARTS = ("llm", "vision", "connector")

@@ -1,7 +1,7 @@
 """`moresjax demo`: the paper's three stages on handwritten digits, as a list of ordinary runs.
 
-Every stage is `train(config)` with `configs/digits.py`, every score comes from `evaluate`, every figure
-from `moresjax.analysis`; this file says in which order, and collects the numbers.
+Every stage is `train(config)` with `configs/digits.py`, every score comes from `evaluate`, every
+figure from `moresjax.analysis`; this file says in which order, and collects the numbers.
 """
 
 import json

@@ -2,10 +2,10 @@
 
 Axis legend: B rows, S tokens per row, Q queries, V visual tokens per image.
 
-The data pipeline emits expanded sequences (one entry per visual token) of static shape together with
-one `TokenLayout`. Everything that depends on where a token stands is derived from it by the pure
-functions below: attention masks, loss masks, steering masks (`moresjax.tuning.selectors`) and the key
-groups of the attention statistics.
+The data pipeline emits expanded sequences (one entry per visual token) of static shape together
+with one `TokenLayout`. Everything that depends on where a token stands is derived from it by the
+pure functions below: attention masks, loss masks, steering masks (`moresjax.tuning.selectors`) and
+the key groups of the attention statistics.
 """
 
 import dataclasses
@@ -45,8 +45,9 @@ class TokenLayout:
       position: the rotary position; counts from 0 in every document, padding excluded.
       document: number of the packed document; tokens of different documents never see each other,
         except that all of them see `SHARED` tokens.
-      branch: 0 for the trunk of a document, which all of its later tokens see; k > 0 for the k-th of
-        several continuations that share the trunk but not each other (many questions on one image).
+      branch: 0 for the trunk of a document, which all of its later tokens see; k > 0 for the k-th
+        of several continuations that share the trunk but not each other (many questions on one
+        image).
       visual_tokens: V, the number of visual tokens of one image (static).
     """
 
@@ -88,9 +89,9 @@ def valid_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
 def visible(layout: TokenLayout, queries: Int[Array, "B Q"] | None = None) -> Bool[Array, "B Q S"]:
     """Which keys the tokens at row indices `queries` (default: all) attend to.
 
-    A key is visible when it is not padding, stands at or before the query in the row, belongs to the
-    query's document (or to all of them), and lies in the trunk or in the query's own branch. A padding query sees only
-    itself, so that its softmax stays finite; nothing ever reads its output.
+    A key is visible when it is not padding, stands at or before the query in the row, belongs to
+    the query's document (or to all of them), and lies in the trunk or in the query's own branch. A
+    padding query sees only itself, so that its softmax stays finite; nothing ever reads its output.
     """
     batch, length = layout.shape
     index = jnp.arange(length)
@@ -158,7 +159,8 @@ def rank_in_run(
 
     def count(region, first):
         before = jnp.cumsum(region, axis=1) - region
-        # `before` never falls, so its running maximum over run starts is the count at the own start.
+        # `before` never falls, so its running maximum over run starts is the count at the
+        # own start.
         return before - jax.lax.cummax(jnp.where(first, before, 0), axis=1)
 
     region = region.astype(jnp.int32)
@@ -175,8 +177,8 @@ class Batch:
     Attributes:
       tokens: token ids `[B, S]`; the id under a visual token is never read.
       layout: what each token is.
-      pixels: normalised images `[B, N, height, width, 3]`, N per row (unused ones are zero), or None:
-        then the vision encoder is not run at all.
+      pixels: normalised images `[B, N, height, width, 3]`, N per row (unused ones are zero), or
+        None: then the vision encoder is not run at all.
       roi: region of interest over each row's visual tokens `[B, N * V]`, or None.
     """
 

@@ -204,7 +204,7 @@ def hf_batch(
     given = 0 if pixel_values is None else len(pixel_values)
     if (counts != per_row * visual_tokens).any() or per_row.sum() != given:
         raise UserError(
-            f"{counts.sum()} image tokens do not match {given} images of {visual_tokens} tokens each"
+            f"{counts.sum()} image tokens do not match {given} images of {visual_tokens} tokens"
         )
     image = np.where(is_image, np.cumsum(is_image, axis=1) - 1, -1).astype(np.int32)
     segment = np.where(valid, np.where(is_image, Segment.IMAGE, Segment.QUESTION), Segment.PAD)

@@ -1,11 +1,11 @@
 """Attention statistics: group masses, share and LMAR.
 
-Axis legend: L layers, B samples, N heads, Q queries, S keys, C = 4 key groups (`GROUPS`: system, image,
-question, answer).
+Axis legend: L layers, B samples, N heads, Q queries, S keys, C = 4 key groups (`GROUPS`: system,
+image, question, answer).
 
-The query of a generated token is the position whose logits gave it. With a(k) its attention averaged
-over heads, `mass` on a group is the sum of a(k) over the group's keys and `score` is the mean over its
-visible keys. Source: LLaVA Steering, figures 1 and 2, equation 2.
+The query of a generated token is the position whose logits gave it. With a(k) its attention
+averaged over heads, `mass` on a group is the sum of a(k) over the group's keys and `score` is the
+mean over its visible keys. Source: LLaVA Steering, figures 1 and 2, equation 2.
 """
 
 import dataclasses
@@ -73,7 +73,8 @@ class AttentionSummary:
     """Statistics of many samples.
 
     Attributes:
-      share: attention on each group per layer, mean over tokens and samples `[L, C]`; rows sum to 1.
+      share: attention on each group per layer, mean over tokens and samples `[L, C]`; every
+        row sums to 1.
       share_by_head: the same for every head `[L, N, C]`.
       lmar: per text variant, the mean over samples of image score / text score per layer `[L]`.
       lmar_of_means: per text variant, the ratio of the two scores' means over samples `[L]`; unlike
@@ -138,7 +139,7 @@ def summarize(
 
 
 def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.ndarray, "L G V"]]:
-    """Generates an answer and returns, for every generated token, its attention on the visual tokens.
+    """Generates an answer and returns the attention of its tokens on the visual tokens.
 
     Args:
       model: a `moresjax.Model`.

@@ -7,10 +7,10 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
-from moresjax.models.attention import GROUPS  # noqa: E402
+from moresjax.models.attention import GROUPS
 
 GROUP_COLOURS = {
     "system": "#c9c9c9",
@@ -68,7 +68,7 @@ def lmar_lines(lmar: Mapping[str, Sequence[float]], title: str) -> Figure:
 
 
 def share_against_size(points: Mapping[str, tuple[int, float]], ylabel: str) -> Figure:
-    """A value against the number of trainable parameters, one point per method (figure 1, right)."""
+    """A value against trainable parameters, one point per method (figure 1, right)."""
     figure, axis = plt.subplots(figsize=(4.6, 3.4))
     for method, (size, value) in points.items():
         axis.scatter(max(size, 1), value, s=28)

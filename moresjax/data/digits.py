@@ -79,7 +79,7 @@ def make_scene(rng: np.random.Generator, split: str, shift: int = 0) -> Scene:
 
 @functools.cache
 def _glyphs(split: str, shift: int) -> list[np.ndarray]:
-    """For every digit its instances, `[n, 16, 16, 1]`, each in all shifts of up to `shift` pixels."""
+    """For every digit its instances `[n, 16, 16, 1]`, in all shifts of up to `shift` pixels."""
     images, labels = load_instances()[split]
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift)))
     moves = [(y, x) for y in range(2 * shift + 1) for x in range(2 * shift + 1)]
@@ -164,7 +164,8 @@ class DigitsSource:
             return self._text(name, random_digits(rng), rng)
         scene = make_scene(rng, self.split, shift=int(self.split == "train"))
         if self.task == "patches":
-            return {"pixels": scene.image, "classes": self._patch_classes(scene.digits)}
+            classes = self._patch_classes(scene.digits)
+            return {"id": name, "pixels": scene.image, "classes": classes}
         if self.task == "caption":
             return Sample(name, (Turn(None, describe(scene.digits, rng)),), (scene.image,))
         turns = self._turns(scene.digits, rng, self.families or FAMILIES)

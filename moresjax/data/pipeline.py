@@ -1,7 +1,7 @@
 """From a source to an iterator of batches, with Grain.
 
-Every process reads its own share of the source; the iterator's state is a small JSON value that goes
-into the checkpoint, so a resumed run sees exactly the batches that an uninterrupted one would.
+Every process reads its own share of the source; the iterator's state is a small JSON value that
+goes into the checkpoint, so a resumed run sees exactly the batches that an uninterrupted one would.
 """
 
 import dataclasses
@@ -56,7 +56,9 @@ class EncodeSample(grain.transforms.Map):
     def map(self, element):
         if isinstance(element, Sample):
             row = self.processor.row(element)
-            return self.processor.pad(row, self.length, self.images, element.id)
+            return self.processor.pad(row, self.length, self.images, element.id) | {
+                "id": element.id
+            }
         return dict(element) | {"pixels": self.processor.image(element["pixels"])}
 
 
@@ -97,10 +99,7 @@ def make_iterator(
 
 def to_device_batch(stacked: Mapping[str, Any], processor: Processor, sharding=None):
     """Stacked rows as the objective's input, on the devices of `sharding` (leading axis split)."""
-    if "tokens" in stacked:
-        batch = processor.to_batch(stacked)
-    else:
-        batch = dict(stacked)
+    batch = processor.to_batch(stacked) if "tokens" in stacked else dict(stacked)
     if sharding is None:
         return jax.tree.map(jax.numpy.asarray, batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -3,8 +3,8 @@
 Axis legend: B rows, S tokens, N images per row, V visual tokens per image.
 
 Ids and segments come from the same tokenisation: the text between two images is tokenised once, and
-every token takes the segment and branch of its last character. A label mask therefore cannot disagree
-with the tokens.
+every token takes the segment and branch of its last character. A label mask therefore cannot
+disagree with the tokens.
 """
 
 import dataclasses
@@ -155,8 +155,8 @@ class Processor:
 def _chunks(pieces: Sequence[Piece]):
     """Runs of text without an image as (branch, parts), with None for every image between them.
 
-    A chunk also ends where the branch changes, so that a question is tokenised the same whether it is
-    asked alone or beside others.
+    A chunk also ends where the branch changes, so that a question is tokenised the same whether it
+    is asked alone or beside others.
     """
     branch, parts = 0, []
     for piece in pieces:

@@ -10,8 +10,8 @@ IMAGE_MARK = "<image>"
 class Turn:
     """One question and its answer.
 
-    The answer of a prompt, to be generated, is None. A question of None stands for text that goes on
-    from the context without role markers: captions and plain text.
+    The answer of a prompt, to be generated, is None. A question of None stands for text that goes
+    on from the context without role markers: captions and plain text.
     """
 
     question: str | None

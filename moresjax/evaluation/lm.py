@@ -17,8 +17,8 @@ from moresjax.tuning.base import Probe
 class MoresjaxLM(LM):
     """Batched generation and log-likelihood.
 
-    Requests with images (`{"visual": [...]}`) are user turns of a conversation in the model's template;
-    others are raw text.
+    Requests with images (`{"visual": [...]}`) are user turns of a conversation in the model's
+    template; others are raw text.
 
     Args:
       model: the model.
@@ -72,7 +72,7 @@ class MoresjaxLM(LM):
         # Neighbours in a batch have the same length limit and about the same length.
         limits = [args[1].get("max_gen_toks", 128) for args in arguments]
         order = sorted(range(len(rows)), key=lambda i: (limits[i], len(rows[i]["tokens"])))
-        with tqdm(total=len(rows), desc=self.title, disable=disable_tqdm) as bar:
+        with tqdm(total=len(rows), desc=self.title, disable=disable_tqdm or None) as bar:
             for numbers in _batches(order, limits, self.batch_size):
                 chosen = [rows[i] for i in numbers]
                 # Short batches are filled up, so that they do not compile anew.
@@ -112,7 +112,7 @@ class MoresjaxLM(LM):
     def _score(self, pairs, disable_tqdm) -> list[tuple[float, bool]]:
         results: list[tuple[float, bool] | None] = [None] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-        for start in tqdm(range(0, len(order), self.batch_size), disable=disable_tqdm):
+        for start in tqdm(range(0, len(order), self.batch_size), disable=disable_tqdm or None):
             numbers = order[start : start + self.batch_size]
             length = max(len(pairs[i][0]) for i in numbers)
             ids = np.zeros((len(numbers), length), np.int32)

@@ -1,8 +1,8 @@
 """Benchmarks as `lm_eval` tasks.
 
 A benchmark is a file that defines a function `load(data_root, limit) -> list[VisualTask]` and
-registers it with `@benchmark(name)`. An item knows its prompt, images and answer; the task compares the
-generated text with the answer.
+registers it with `@benchmark(name)`. An item knows its prompt, images and answer; the task compares
+the generated text with the answer.
 """
 
 import dataclasses

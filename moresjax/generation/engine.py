@@ -3,9 +3,9 @@
 Axis legend: B rows, S prompt tokens, G new tokens, T = P + S + G cache length (P extra tokens of
 attached slots), L layers.
 
-Prefill runs the whole model; decoding runs the bare LLM on unstacked layers, so that each layer's cache
-is a buffer of its own that XLA updates in place. Methods that cannot act on a generated token are
-dropped from the decode model: with MoReS attached, the decode program is that of the base LLM.
+Prefill runs the whole model; decoding runs the bare LLM on unstacked layers, so that each layer's
+cache is a buffer of its own that XLA updates in place. Methods that cannot act on a generated token
+are dropped from the decode model: with MoReS attached, the decode program is that of the base LLM.
 """
 
 import dataclasses
@@ -84,8 +84,8 @@ class Engine:
     def generate(self, batch: Batch, max_new_tokens: int) -> Generation:
         """Continues every row by at most `max_new_tokens` tokens.
 
-        Rows may be padded on either side; a row's continuation does not depend on the others. Compiles
-        once per batch shape and `max_new_tokens`.
+        Rows may be padded on either side; a row's continuation does not depend on the others.
+        Compiles once per batch shape and `max_new_tokens`.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")

@@ -4,8 +4,9 @@ Axis legend: B batch, S tokens, D hidden size, F MLP size, N query heads, K key/
 size, T length of the KV cache.
 
 Every linear is called through the hooks and every branch output passes them, so an attached tuning
-method acts inside the block and therefore inside rematerialisation. Sites inside a block: the linears
-`q k v o gate up down`, and `attn.out`, `mlp.out`, `out`; probes also read `attn` (queries and keys).
+method acts inside the block and therefore inside rematerialisation. Sites inside a block: the
+linears `q k v o gate up down`, and `attn.out`, `mlp.out`, `out`; probes also read `attn` (queries
+and keys).
 """
 
 import dataclasses
@@ -169,8 +170,10 @@ def run_blocks(
 ) -> BlocksOutput:
     """Runs all layers: a scan over stacked blocks, or a loop over a list of them.
 
-    The loop is what decoding uses: each layer's cache is then a buffer of its own, updated in place.
-    `hooks` are the `TowerHooks` of this tower; their stacked parameters are scanned beside the blocks.
+    The loop is what decoding uses: each layer's cache is then a buffer of its own, updated in
+    place.
+    `hooks` are the `TowerHooks` of this tower; their stacked parameters are scanned beside the
+    blocks.
     """
 
     def one_layer(h, block, theta, layer, cache=None):

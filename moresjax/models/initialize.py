@@ -46,8 +46,8 @@ def described(model: nnx.Module, part: str = "") -> list[str]:
 def initialize(model: nnx.Module, seed: int = 0) -> nnx.Module:
     """Gives every parameter without a value its start value; returns the model.
 
-    Base parameters depend on the seed and their own name only, so a part starts the same whatever it
-    is combined with.
+    Base parameters depend on the seed and their own name only, so a part starts the same whatever
+    it is combined with.
     """
     new = []
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):

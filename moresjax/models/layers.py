@@ -4,9 +4,9 @@ Axis legend: B batch, S tokens, D features in, F features out, H head features, 
 
 Constructors describe parameters, they do not allocate them: a new module holds shapes, and
 `moresjax.models.initialize` or a checkpoint fills in the values. A parameter's metadata says which
-logical axes it has (`axes`; `moresjax.parallel` maps names to mesh axes) and how it starts (`std` of a
-normal distribution, or a constant `fill`). Compute happens in the dtype of the activations; parameters
-are cast to it where they are used.
+logical axes it has (`axes`; `moresjax.parallel` maps names to mesh axes) and how it starts (`std`
+of a normal distribution, or a constant `fill`). Compute happens in the dtype of the activations;
+parameters are cast to it where they are used.
 """
 
 from collections.abc import Callable

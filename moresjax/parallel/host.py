@@ -10,9 +10,9 @@ def keep_freed_memory() -> bool:
     """Makes glibc keep freed memory instead of handing it back to the kernel.
 
     XLA's CPU backend allocates the temporaries of every run of a program anew. glibc maps blocks of
-    that size from the kernel and unmaps them when they are freed, so each train step pays for tens of
-    thousands of page faults. Call it before threads start. For programs that do little but run steps on a CPU; a process that must
-    give memory back (an importer) should not call it.
+    that size from the kernel and unmaps them when they are freed, so each train step pays for tens
+    of thousands of page faults. Call it before threads start. For programs that do little but run
+    steps on a CPU; a process that must give memory back (an importer) should not call it.
 
     Returns:
       Whether the settings were taken; False where the C library is not glibc.

@@ -1,8 +1,9 @@
 """The device mesh and where arrays go on it.
 
-Three mesh axes: `data` (replicas), `fsdp` (replicas that also split the parameters), `tensor` (split
-features). Modules name the axes of their parameters; `RULES` maps those names to mesh axes. A rule
-whose mesh axis does not divide the dimension is left out, so every preset works on every model.
+Three mesh axes: `data` (replicas), `fsdp` (replicas that also split the parameters), `tensor`
+(split features). Modules name the axes of their parameters; `RULES` maps those names to mesh axes.
+A rule whose mesh axis does not divide the dimension is left out, so every preset works on every
+model.
 """
 
 import math

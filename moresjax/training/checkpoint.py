@@ -1,8 +1,8 @@
 """Checkpoints of what trains: parameters, optimizer, step and data position (Orbax).
 
-The frozen backbone is never saved, so a checkpoint of a tuning run is megabytes and is written in the
-background. Parameters are stored under their names. Every checkpoint carries a checksum per array; one
-that does not come back with the same bytes counts as damaged.
+The frozen backbone is never saved, so a checkpoint of a tuning run is megabytes and is written in
+the background. Parameters are stored under their names. Every checkpoint carries a checksum per
+array; one that does not come back with the same bytes counts as damaged.
 """
 
 import logging

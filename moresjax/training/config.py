@@ -90,8 +90,8 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
 def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
     """Arguments of a config file, `a=1,b=text`, over their defaults; types follow the defaults.
 
-    A tuning spec may itself contain `,` and `=`: a piece that names no argument belongs to the value
-    before it.
+    A tuning spec may itself contain `,` and `=`: a piece that names no argument belongs to the
+    value before it.
 
     Raises:
       UserError: for an unknown argument.

@@ -16,6 +16,7 @@ from moresjax.build import build_model, build_processor
 from moresjax.data.pipeline import make_iterator, make_source, to_device_batch
 from moresjax.errors import UserError, choice_error
 from moresjax.parallel.mesh import batch_sharding, make_mesh, place, replicated
+from moresjax.paths import matches
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.config import differences, save_config
 from moresjax.training.metrics import MetricWriter, Progress
@@ -117,7 +118,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     try:
         while done < config.steps:
             stacked = next(iterator)
-            ids = stacked.pop("id", None)
+            ids = stacked.pop("id")
             batch = to_device_batch(stacked, processor, rows)
             state, measured = step_fn(state, frozen, batch)
             done += 1
@@ -162,8 +163,10 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
         raise UserError(f"workdir {workdir} is not empty and holds no run to resume")
     earlier = json.loads((workdir / "config.json").read_text())
     wanted = json.loads(json.dumps(config.to_dict()))  # tuples as lists, as in the file
-    harmless = ("name", "log_every", "tensorboard", "checkpoint.every", "checkpoint.keep")
-    changed = [key for key in differences(earlier, wanted) if key not in harmless]
+    harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh")
+    changed = [
+        key for key in differences(earlier, wanted) if not any(matches(key, h) for h in harmless)
+    ]
     if changed:
         raise UserError(
             f"workdir {workdir} holds a run with other settings ({', '.join(changed)}); "
@@ -175,9 +178,10 @@ def _finish_step(step: int, measured: dict, ids, workdir: Path) -> dict[str, flo
     """Waits for a step's metrics; a non-finite loss ends the run."""
     metrics = {name: float(value) for name, value in measured.items()}
     if not np.isfinite(metrics["loss"]):
-        names = [] if ids is None else [str(i) for i in ids]
         path = workdir / f"non_finite_step_{step}.json"
-        path.write_text(json.dumps({"step": step, "metrics": repr(metrics), "samples": names}))
+        path.write_text(
+            json.dumps({"step": step, "metrics": repr(metrics), "samples": list(map(str, ids))})
+        )
         raise UserError(f"the loss is {metrics['loss']} at step {step}; its samples are in {path}")
     return metrics
 

@@ -13,7 +13,7 @@ class MetricWriter:
     """Writes `metrics.jsonl` and TensorBoard events into a run's directory."""
 
     def __init__(self, directory: str | Path, *, tensorboard: bool = True):
-        self._file = open(Path(directory) / "metrics.jsonl", "a", encoding="utf-8")
+        self._file = (Path(directory) / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -38,9 +38,7 @@ class Progress:
     def __init__(self, total: int, done: int, title: str, *, line_every: int = 0):
         self._terminal = sys.stderr.isatty()
         self._title, self._total, self._every = title, total, line_every
-        self._bar = tqdm(
-            total=total, initial=done, desc=title, leave=True, disable=not self._terminal
-        )
+        self._bar = tqdm(total=total, initial=done, desc=title, disable=not self._terminal)
         self._start, self._first = time.monotonic(), done
 
     def update(self, step: int, values: Mapping[str, float] | None = None) -> None:

@@ -31,7 +31,7 @@ def make_schedule(name: str, lr: float, steps: int, warmup: float, end: float) -
 
 
 def learning_rate_ratios(trainable: nnx.State, lr: float, overrides: Mapping[str, float]) -> dict:
-    """For every parameter name its learning rate relative to `lr`; the last matching override wins."""
+    """Learning rate of every parameter relative to `lr`; the last matching override wins."""
     ratios = {}
     for path, _ in nnx.to_flat_state(trainable):
         name = path_name(path)
@@ -44,8 +44,9 @@ def make_optimizer(config, steps: int, trainable: nnx.State) -> tuple:
     """The optax transformation and the schedule of the default learning rate.
 
     Args:
-      config: `lr`, `lr_by_component` (parameter path -> learning rate), `schedule`, `warmup`, `end`,
-        `b1`, `b2`, `eps`, `weight_decay` (kernels and tables only), `clip` (global norm; 0: none).
+      config: `lr`, `lr_by_component` (parameter path -> learning rate), `schedule`, `warmup`,
+        `end`, `b1`, `b2`, `eps`, `weight_decay` (kernels and tables only), `clip` (global norm; 0:
+        none).
       steps: steps of the whole run.
       trainable: the parameters, for their names.
     """

@@ -14,8 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from moresjax.errors import UserError
-from moresjax.training.objectives import Loss
 from moresjax.paths import matches, path_name
+from moresjax.training.objectives import Loss
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +47,7 @@ def split_model(
         if not any(matches(name, pattern) for name in names):
             parts = sorted({name.split(".")[0] for name in names})
             raise UserError(
-                f"also_train {pattern!r} matches no parameter; the model's parts are {', '.join(parts)}"
+                f"also_train {pattern!r} matches no parameter; the parts are {', '.join(parts)}"
             )
     chosen = {name for name in names if any(matches(name, pattern) for pattern in patterns)}
     if not chosen:
@@ -67,8 +67,8 @@ def make_train_step(
 ) -> Callable:
     """`step(state, frozen, batch) -> (state, metrics)`, to be jitted with `state` donated.
 
-    Gradients and label counts are summed over `microbatches` slices of the batch and divided once, so
-    the loss is the mean over labels however the batch is cut or sharded.
+    Gradients and label counts are summed over `microbatches` slices of the batch and divided once,
+    so the loss is the mean over labels however the batch is cut or sharded.
     """
 
     def loss_sum(trainable, frozen, batch, key):

@@ -28,8 +28,8 @@ class Tuning(nnx.Module):
 
     Attributes:
       methods: key (the method's name, numbered when it occurs twice) and method, in spec order.
-      theta: fp32 parameters, `theta[method][site][leaf]`, with a leading layer axis at layered sites;
-        shapes only until `initialize`.
+      theta: fp32 parameters, `theta[method][site][leaf]`, with a leading layer axis at layered
+        sites; shapes only until `initialize`.
       gates: `gates[method][site]`, one flag per layer.
 
     Raises:

@@ -2,9 +2,10 @@
 
 Axis legend: B batch, S tokens, D features in, F features out, P extra tokens.
 
-A method is a frozen dataclass whose fields are the keys of its spec string, in a file of its own that
-this package's `__init__` imports. `theta` is a dict of fp32 arrays for *one* layer; the framework adds
-the leading layer axis, scans it beside the frozen blocks and gates layers on and off.
+A method is a frozen dataclass whose fields are the keys of its spec string, in a file of its own
+that this package's `__init__` imports. `theta` is a dict of fp32 arrays for *one* layer; the
+framework adds the leading layer axis, scans it beside the frozen blocks and gates layers on and
+off.
 """
 
 import dataclasses
@@ -111,7 +112,7 @@ class WeightDelta(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Slots(Method):
-    """Extra tokens with learned content, placed before everything else and seen by all documents."""
+    """Extra tokens with learned content, before everything else and seen by all documents."""
 
     length: int = 10
 

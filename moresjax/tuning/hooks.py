@@ -1,8 +1,9 @@
 """What attached methods and probes do during one forward pass.
 
-The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the plain
-linear, the identity and nothing. Sites are named `vision.block.X`, `connector.out`, `llm.embed.out`
-and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`, `mlp.out`, `out`.
+The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the
+plain linear, the identity and nothing. Sites are named `vision.block.X`, `connector.out`,
+`llm.embed.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
+`mlp.out`, `out`.
 """
 
 import dataclasses

@@ -4,10 +4,11 @@ Axis legend: B batch, S tokens, D hidden size, r rank.
 
     h' = h + (h W^T + b - h R) R^T        at selected visual tokens of every selected block's output
 
-`R` (D x r) has orthonormal columns. It is stored raw and orthonormalised in the forward pass, so that
-saving, loading and resuming keep it exactly orthonormal. Steered tokens change what later tokens
-attend to, through the KV cache; nothing is left to do while decoding. The last block's output at a
-visual token feeds nothing, so with visual positions its parameters get a gradient of exactly zero.
+`R` (D x r) has orthonormal columns. It is stored raw and orthonormalised in the forward pass, so
+that saving, loading and resuming keep it exactly orthonormal. Steered tokens change what later
+tokens attend to, through the KV cache; nothing is left to do while decoding. The last block's
+output at a visual token feeds nothing, so with visual positions its parameters get a gradient of
+exactly zero.
 """
 
 import dataclasses
@@ -53,8 +54,8 @@ class MoReS(Edit):
 
     Attributes:
       rank: r.
-      init: `paper` starts from a random `R` and torch's default linear (not the identity at step 0);
-        `identity` sets `W = R^T` and `b = 0`.
+      init: `paper` starts from a random `R` and torch's default linear (not the identity at step
+        0); `identity` sets `W = R^T` and `b = 0`.
       orthonormal: `cholesky` or `qr`; two ways to the same matrix.
     """
 

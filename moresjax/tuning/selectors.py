@@ -171,7 +171,7 @@ def _parse_slice(sliced: str, text: str) -> Slice:
         uniform, closed, percent = bool(m[1]), bool(m[4]), bool(m[3])
         count = float(m[2])
         if uniform == closed and (uniform or percent) and (percent or count.is_integer()):
-            if not 0 < count or (percent and count > 100):
+            if not count > 0 or (percent and count > 100):
                 raise UserError(f"selector {text!r}: {sliced!r} is out of range")
             return Slice("uniform" if uniform else "ratio", count=count, percent=percent)
     if m := re.fullmatch(r"at\((\d+(?:;\d+)*)\)", sliced):
@@ -182,8 +182,8 @@ def _parse_slice(sliced: str, text: str) -> Slice:
 def parse_layers(text: str, num_layers: int) -> tuple[bool, ...]:
     """Parses a layer choice into one flag per layer.
 
-    `all`, `0;2;4`, `3-7` (inclusive), `every:3`, and `shallow`, `middle`, `deep`: the first half, the
-    middle half and the last half of the layers (0-15, 8-23, 16-31 of 32).
+    `all`, `0;2;4`, `3-7` (inclusive), `every:3`, and `shallow`, `middle`, `deep`: the first half,
+    the middle half and the last half of the layers (0-15, 8-23, 16-31 of 32).
 
     Raises:
       UserError: for anything else, and for a layer the model does not have.

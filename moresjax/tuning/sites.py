@@ -34,8 +34,8 @@ def edit_dim(method: Method, config) -> int:
 def linear_sites(method: Method, config, targets: str) -> dict[str, tuple[int, int]]:
     """Sites and (in, out) features of the linears that `targets` names.
 
-    `all` stands for every linear of the decoder's blocks, `q;v` for some of them, `vision.q` for one
-    of the vision encoder.
+    `all` stands for every linear of the decoder's blocks, `q;v` for some of them, `vision.q` for
+    one of the vision encoder.
 
     Raises:
       UserError: for a linear the model does not have.
