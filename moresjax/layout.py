@@ -13,8 +13,9 @@ import enum
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from moresjax.types import AnyArray, pytree_dataclass
 
 
 class Segment(enum.IntEnum):
@@ -30,11 +31,10 @@ class Segment(enum.IntEnum):
 # Document number of tokens that every document of the row sees (learned prompt tokens).
 SHARED = -1
 
-IntField = Int[Array, "B S"] | Int[np.ndarray, "B S"]
+IntField = Int[AnyArray, "B S"]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class TokenLayout:
     """Per-token integers of a batch, all `[B, S]`.
 
@@ -66,9 +66,7 @@ class TokenLayout:
         return dataclasses.replace(self, **changes)
 
 
-def text_layout(
-    valid: Bool[Array, "B S"] | Bool[np.ndarray, "B S"], segment: Segment = Segment.QUESTION
-) -> TokenLayout:
+def text_layout(valid: Bool[AnyArray, "B S"], segment: Segment = Segment.QUESTION) -> TokenLayout:
     """Layout of plain text rows, padded on either side, one document each."""
     valid = jnp.asarray(valid)
     zeros = jnp.zeros(valid.shape, jnp.int32)
@@ -86,7 +84,9 @@ def valid_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
     return jnp.asarray(layout.segment) != Segment.PAD
 
 
-def visible(layout: TokenLayout, queries: Int[Array, "B Q"] | None = None) -> Bool[Array, "B Q S"]:
+def visible(
+    layout: TokenLayout, queries: Int[AnyArray, "B Q"] | None = None
+) -> Bool[Array, "B Q S"]:
     """Which keys the tokens at row indices `queries` (default: all) attend to.
 
     A key is visible when it is not padding, stands at or before the query in the row, belongs to
@@ -97,6 +97,7 @@ def visible(layout: TokenLayout, queries: Int[Array, "B Q"] | None = None) -> Bo
     index = jnp.arange(length)
     if queries is None:
         queries = jnp.broadcast_to(index, (batch, length))
+    queries = jnp.asarray(queries)
 
     def at_queries(field):
         return jnp.take_along_axis(jnp.asarray(field), queries, axis=1)[:, :, None]
@@ -147,7 +148,7 @@ def last_prompt_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
 
 
 def rank_in_run(
-    layout: TokenLayout, region: Bool[Array, "B S"]
+    layout: TokenLayout, region: Bool[AnyArray, "B S"]
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
     """How many tokens of `region` stand before and after each token of its document and branch.
 
@@ -163,14 +164,13 @@ def rank_in_run(
         # own start.
         return before - jax.lax.cummax(jnp.where(first, before, 0), axis=1)
 
-    region = region.astype(jnp.int32)
+    region = jnp.asarray(region).astype(jnp.int32)
     before = count(region, jnp.concatenate([edge, changes], axis=1))
     after = count(region[:, ::-1], jnp.concatenate([edge, changes[:, ::-1]], axis=1))[:, ::-1]
     return before, after
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Batch:
     """What the data pipeline emits and every model call takes.
 
@@ -184,5 +184,5 @@ class Batch:
 
     tokens: IntField
     layout: TokenLayout
-    pixels: Float[Array, "B N Y X 3"] | Float[np.ndarray, "B N Y X 3"] | None = None
-    roi: Bool[Array, "B R"] | Bool[np.ndarray, "B R"] | None = None
+    pixels: Float[AnyArray, "B N Y X 3"] | None = None
+    roi: Bool[AnyArray, "B R"] | None = None

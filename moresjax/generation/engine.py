@@ -23,10 +23,10 @@ from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
+from moresjax.types import AnyArray, pytree_dataclass
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Generation:
     """What was generated.
 
@@ -37,22 +37,21 @@ class Generation:
         leading axes `[L, B]`.
     """
 
-    tokens: Int[Array, "B G"]
-    length: Int[Array, " B"]
+    tokens: Int[AnyArray, "B G"]
+    length: Int[AnyArray, " B"]
     stats: dict
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class _Carry:
     """State of the decode loop."""
 
-    step: Int[Array, ""]  # new tokens so far
-    tokens: Int[Array, "B G"]
-    done: Bool[Array, " B"]
-    length: Int[Array, " B"]
-    position: Int[Array, " B"]  # of the last token
-    document: Int[Array, " B"]
+    step: Int[AnyArray, ""]  # new tokens so far
+    tokens: Int[AnyArray, "B G"]
+    done: Bool[AnyArray, " B"]
+    length: Int[AnyArray, " B"]
+    position: Int[AnyArray, " B"]  # of the last token
+    document: Int[AnyArray, " B"]
     keys: TokenLayout  # of the cache [B, T]
     caches: list[LayerCache]
     stats: dict

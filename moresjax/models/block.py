@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moresjax.models.attention import attention
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope
 from moresjax.tuning.hooks import LayerHooks
+from moresjax.types import AnyArray, pytree_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,12 @@ class BlockConfig:
         return shapes | {"up": (d, f), "down": (f, d)}
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class LayerCache:
     """Keys (after rotation) and values of one layer, `[B, K, T, H]`."""
 
-    k: Float[Array, "B K T H"]
-    v: Float[Array, "B K T H"]
+    k: Float[AnyArray, "B K T H"]
+    v: Float[AnyArray, "B K T H"]
 
 
 class Attention(nnx.Module):

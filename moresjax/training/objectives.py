@@ -3,7 +3,6 @@
 Axis legend: B rows, S tokens, V vocabulary, P patches.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,10 +11,10 @@ import optax
 from jaxtyping import Array, Float
 
 from moresjax.layout import loss_mask
+from moresjax.types import pytree_dataclass
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class Loss:
     """Sums over the labels of a batch; the mean is exact over any split of the batch."""
 

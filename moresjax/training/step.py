@@ -4,7 +4,6 @@ The model is split structurally: `trainable` (fp32) is differentiated, updated, 
 `frozen` is an ordinary argument that nothing differentiates, donates or returns.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,10 +15,10 @@ from jaxtyping import Array, Int
 from moresjax.errors import UserError
 from moresjax.paths import matches, path_name
 from moresjax.training.objectives import Loss
+from moresjax.types import pytree_dataclass
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class TrainState:
     step: Int[Array, ""]
     trainable: nnx.State

@@ -11,10 +11,10 @@ off.
 import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.errors import UserError
+from moresjax.types import pytree_dataclass
 
 Theta = dict[str, Array]
 
@@ -53,12 +53,18 @@ class Method:
         return theta
 
 
+def layer_field():
+    """The `layers` key. It takes no part in comparisons: which layers are on is data (the gates),
+    so methods that differ in nothing else share one compiled program."""
+    return dataclasses.field(default="all", compare=False)
+
+
 @dataclasses.dataclass(frozen=True)
 class Edit(Method):
     """Changes activations at a site: `h' = h + where(mask, delta(theta, h), 0)`."""
 
     positions: str = "image"
-    layers: str = "all"
+    layers: str = layer_field()
     dropout: float = 0.0  # on the delta
 
     def initial(self, key: PRNGKeyArray, dim: int) -> Theta:
@@ -84,7 +90,7 @@ class LinearLike(Protocol):
 class WeightDelta(Method):
     """Acts on a named linear: `apply(theta, linear, x) -> y`, merged where the maths allows."""
 
-    layers: str = "all"
+    layers: str = layer_field()
 
     def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Theta:
         raise NotImplementedError
@@ -124,8 +130,7 @@ class Slots(Method):
         raise NotImplementedError
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@pytree_dataclass
 class ProbeContext:
     """What a probe may know about the tokens besides the tensors it reads.
 

@@ -26,12 +26,14 @@ from jaxtyping import Array, Bool, Int
 from moresjax.errors import UserError, choice_error
 from moresjax.layout import (
     SHARED,
+    IntField,
     Segment,
     TokenLayout,
     last_prompt_mask,
     rank_in_run,
     valid_mask,
 )
+from moresjax.types import AnyArray
 
 REGIONS = {
     "image": (Segment.IMAGE,),
@@ -100,8 +102,8 @@ class Selector:
     def __call__(
         self,
         layout: TokenLayout,
-        tokens: Int[Array, "B S"] | None = None,
-        roi: Bool[Array, "B R"] | None = None,
+        tokens: IntField | None = None,
+        roi: Bool[AnyArray, "B R"] | None = None,
         words: dict[str, int] | None = None,
     ) -> Bool[Array, "B S"]:
         """Mask of the selected tokens.
@@ -127,12 +129,12 @@ def _region_mask(region, part, layout, tokens, roi, words):
         word = region[len("token(") : -1]
         if tokens is None or not words or word not in words:
             raise UserError(f"selector {region!r} needs the batch's tokens and a tokenizer")
-        return tokens == words[word]
+        return jnp.asarray(tokens) == words[word]
     image = jnp.asarray(layout.image)
     if region == "roi":
         if roi is None:
             raise UserError("selector 'roi' needs a batch with a region of interest")
-        inside = jnp.take_along_axis(roi, jnp.maximum(image, 0), axis=1)
+        inside = jnp.take_along_axis(jnp.asarray(roi), jnp.maximum(image, 0), axis=1)
         return inside & (image >= 0)
     inside = jnp.isin(jnp.asarray(layout.segment), jnp.asarray(REGIONS[region]))
     if part.kind == "all":

@@ -1,0 +1,40 @@
+"""What all rooms share: the type of arrays in signatures, and dataclasses that are pytrees."""
+
+import dataclasses
+from typing import TypeVar, dataclass_transform
+
+import jax
+import numpy as np
+
+AnyArray = jax.Array | np.ndarray
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree_dataclass(cls: type[T]) -> type[T]:
+    """A frozen dataclass that is a pytree; fields with `metadata={"static": True}` are no leaves.
+
+    JAX rebuilds trees with whatever leaves it needs (shapes, shardings, None). Here, unlike with
+    `jax.tree_util.register_dataclass`, that does not go through `__init__`, whose run-time checks
+    are for what people construct.
+    """
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
+    leaves = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+
+    def flatten(tree):
+        return [getattr(tree, n) for n in leaves], tuple(getattr(tree, n) for n in static)
+
+    def flatten_with_keys(tree):
+        children, aux = flatten(tree)
+        keys = map(jax.tree_util.GetAttrKey, leaves)
+        return list(zip(keys, children, strict=True)), aux
+
+    def unflatten(aux, children):
+        tree = object.__new__(cls)
+        for name, value in [*zip(leaves, children, strict=True), *zip(static, aux, strict=True)]:
+            object.__setattr__(tree, name, value)
+        return tree
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
