@@ -1,0 +1,120 @@
+"""Images: what is read becomes normalised RGB squares; what cannot be read is named."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from moresjax.data.images import ImageProcessor, open_image
+from moresjax.errors import UserError
+
+
+def photo(size=(8, 8), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
+
+
+def test_values_are_normalised():
+    image = np.zeros((4, 4, 3), np.uint8)
+    image[0, 0], image[0, 1] = (255, 0, 51), (255, 255, 255)
+    pixels = ImageProcessor(4)(image)
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels[0, 0], [1, -1, -0.6], atol=1e-6)
+    np.testing.assert_array_equal(pixels[0, 1], 1)
+    own = ImageProcessor(4, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))(image)
+    np.testing.assert_allclose(own[0, 0], [1.8, -0.8, -0.05], atol=1e-6)
+
+
+def test_a_path_an_image_and_an_array_are_the_same(tmp_path):
+    array = photo()
+    image = Image.fromarray(array)
+    image.save(tmp_path / "photo.png")
+    processor = ImageProcessor(8)
+    for source in (image, tmp_path / "photo.png", str(tmp_path / "photo.png")):
+        np.testing.assert_array_equal(processor(source), processor(array))
+
+
+@pytest.mark.parametrize("size", [(5, 13), (16, 16), (3, 2)])
+def test_any_size_becomes_a_square(size):
+    array = photo(size)
+    resized = Image.fromarray(array).resize((8, 8), Image.Resampling.BICUBIC)
+    processor = ImageProcessor(8)
+    np.testing.assert_array_equal(processor(array), processor(np.asarray(resized)))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
+def test_any_mode_becomes_rgb(mode, tmp_path):
+    image = Image.fromarray(photo()).convert(mode)
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(path)
+    for source in (image, path):
+        opened = open_image(source)
+        assert opened.mode == "RGB"
+        np.testing.assert_array_equal(opened, image.convert("RGB"))
+
+
+def test_a_grey_array_becomes_rgb():
+    grey = photo()[..., 0]
+    np.testing.assert_array_equal(open_image(grey), np.stack([grey] * 3, axis=-1))
+
+
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.png does not exist"):
+        open_image(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        open_image(tmp_path)
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path):
+    path = tmp_path / "notes.png"
+    path.write_text("not an image")
+    with pytest.raises(UserError, match=r"notes\.png cannot be read"):
+        open_image(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "gif", "bmp"])
+def test_a_cut_off_image_is_named(tmp_path, kind):
+    path = tmp_path / f"photo.{kind}"
+    Image.fromarray(photo((64, 64))).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"photo\.{kind} cannot be read"):
+        open_image(path)
+
+
+def test_an_image_bomb_is_named(tmp_path, monkeypatch):
+    Image.fromarray(photo((64, 64))).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"bomb\.png cannot be read"):
+        open_image(tmp_path / "bomb.png")
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(photo((16, 16))).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_a_damaged_header_is_named(tmp_path):
+    content = bytearray(encoded("png"))
+    content[11] = 5  # length of the first chunk, which has 13 bytes
+    path = tmp_path / "photo.png"
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"photo\.png cannot be read"):
+        open_image(path)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.sampled_from(["png", "jpeg", "gif"]), st.data())
+def test_damaged_bytes_are_read_or_named(tmp_path_factory, kind, data):
+    content = bytearray(encoded(kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / f"photo.{kind}"
+    path.write_bytes(bytes(content))
+    try:
+        outcome = open_image(path).mode
+    except UserError as error:
+        outcome = str(error)
+    assert outcome == "RGB" or str(path) in outcome

@@ -1,0 +1,287 @@
+"""Generation: greedy ids of `transformers`, independence of padding and batch, one compilation."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_batch, tiny_model
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    SiglipVisionConfig,
+)
+
+from moresjax.generation import engine as engine_module
+from moresjax.generation.engine import Engine, bucket
+from moresjax.layout import Segment, TokenLayout
+from moresjax.model import hf_batch
+from moresjax.models.mllm import MLLM
+from moresjax.weights.hf import build_model, import_state, llava_config
+
+VOCAB, IMAGE_ID, PAD, NEW = 61, 60, 5, 8
+NEVER = (VOCAB + 1,)  # an end token that no row can produce
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+# Images per row; the rows have different lengths.
+IMAGES = (1, 0, 2, 1)
+
+
+def oracle_of(family: str) -> LlavaForConditionalGeneration:
+    text, vision = {
+        "llama + clip": (LlamaConfig(**TEXT, num_key_value_heads=2), CLIPVisionConfig(**TOWER)),
+        "phi + siglip": (
+            PhiConfig(**TEXT, partial_rotary_factor=0.5, pad_token_id=PAD),
+            SiglipVisionConfig(**TOWER),
+        ),
+    }[family]
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE_ID,
+        vision_feature_select_strategy="default" if "clip" in family else "full",
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            one_dimensional = parameter.ndim == 1
+            mean = float(one_dimensional and "norm" in name and name.endswith("weight"))
+            parameter.normal_(mean, 0.3 if one_dimensional else 0.25, generator=generator)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@dataclasses.dataclass
+class Case:
+    """An oracle, our model with its weights, and prompts."""
+
+    oracle: LlavaForConditionalGeneration
+    model: MLLM
+    rows: list[list[int]]
+    pixels: list[np.ndarray]  # per row
+
+    def arrays(self, chosen=None, left=True, extra=0):
+        """Ids, mask and pixels of some rows with the conventions of `transformers`."""
+        chosen = range(len(self.rows)) if chosen is None else chosen
+        rows = [self.rows[i] for i in chosen]
+        length = max(map(len, rows)) + extra
+        ids, mask = np.full((len(rows), length), PAD), np.zeros((len(rows), length), int)
+        for number, row in enumerate(rows):
+            where = slice(length - len(row), None) if left else slice(len(row))
+            ids[number, where], mask[number, where] = row, 1
+        pixels = np.concatenate([self.pixels[i] for i in chosen])
+        return ids, mask, pixels if len(pixels) else None
+
+    def batch(self, **options):
+        ids, mask, pixels = self.arrays(**options)
+        return hf_batch(ids, mask, pixels, IMAGE_ID, self.model.config.visual_tokens)
+
+    def expected(self, eos: list[int] | None = None) -> np.ndarray:
+        """What `transformers` generates, filled up with the pad id to NEW tokens."""
+        ids, mask, pixels = (None if x is None else torch.tensor(x) for x in self.arrays())
+        with torch.no_grad():
+            out = self.oracle.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                pixel_values=pixels,
+                max_new_tokens=NEW,
+                do_sample=False,
+                eos_token_id=eos,
+                pad_token_id=PAD,
+            )[:, ids.shape[1] :].numpy()
+        return np.pad(out, ((0, 0), (0, NEW - out.shape[1])), constant_values=PAD)
+
+
+def case_of(family: str) -> Case:
+    oracle = oracle_of(family)
+    hf = oracle.config.to_dict()
+    config = llava_config(hf)
+    tensors = {name: x.detach().numpy() for name, x in oracle.state_dict().items()}
+    model = build_model(config, import_state(config, hf, tensors.get, tensors))
+    rng = np.random.default_rng(1)
+    rows, pixels = [], []
+    for number, images in enumerate(IMAGES):
+        row = rng.integers(1, IMAGE_ID, 2 + number).tolist()
+        for _ in range(images):
+            row += [IMAGE_ID] * config.visual_tokens + rng.integers(1, IMAGE_ID, 3).tolist()
+        rows.append(row)
+        pixels.append(rng.standard_normal((images, 3, 8, 8)).astype(np.float32))
+    return Case(oracle, model, rows, pixels)
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return case_of("llama + clip")
+
+
+@pytest.fixture(scope="module")
+def engine(case) -> Engine:
+    return Engine(case.model, eos_ids=NEVER, pad_id=PAD)
+
+
+@pytest.fixture(scope="module")
+def greedy(case, engine) -> np.ndarray:
+    generation = engine.generate(case.batch(), NEW)
+    np.testing.assert_array_equal(generation.length, NEW)
+    return np.asarray(generation.tokens)
+
+
+def test_greedy_ids(case, greedy):
+    assert len({tuple(row) for row in greedy.tolist()}) == len(IMAGES)
+    np.testing.assert_array_equal(greedy, case.expected())
+
+
+@pytest.mark.parametrize("family", ["llama + clip", "phi + siglip"])
+def test_greedy_ids_with_rows_that_end_early(family):
+    case = case_of(family)
+    free = case.expected()
+    # Two end tokens that a row says early on, and that together leave a row that never ends.
+    said = dict.fromkeys(int(t) for row in free for t in row[1:-2])
+    pairs = [(a, b) for a in said for b in said if a < b]
+    eos = next(p for p in pairs if len(set(ends_of(free, p))) > 2 and NEW in ends_of(free, p))
+    generation = Engine(case.model, eos_ids=eos, pad_id=PAD).generate(case.batch(), NEW)
+    np.testing.assert_array_equal(generation.tokens, case.expected(list(eos)))
+    np.testing.assert_array_equal(generation.length, ends_of(free, eos))
+
+
+def ends_of(tokens: np.ndarray, eos) -> list[int]:
+    """Number of tokens of each row up to and with its first end token."""
+    return [next((i + 1 for i, t in enumerate(row) if t in eos), len(row)) for row in tokens]
+
+
+@pytest.mark.parametrize("options", [{"left": False}, {"left": True, "extra": 5}])
+def test_padding_does_not_matter(case, engine, greedy, options):
+    np.testing.assert_array_equal(engine.generate(case.batch(**options), NEW).tokens, greedy)
+
+
+@pytest.mark.parametrize("chosen", [(1,), (3, 0)])
+def test_other_rows_do_not_matter(case, engine, greedy, chosen):
+    apart = engine.generate(case.batch(chosen=chosen), NEW)
+    np.testing.assert_array_equal(apart.tokens, greedy[list(chosen)])
+
+
+def test_teacher_forcing_gives_the_same_tokens(case, greedy):
+    batch = case.batch(left=False)
+    tokens, shape = greedy, greedy.shape
+    valid = np.asarray(batch.layout.segment) != Segment.PAD
+    position = valid.sum(1, keepdims=True) + np.arange(NEW)
+    answer = {
+        "segment": np.full(shape, int(Segment.ANSWER)),
+        "image": np.full(shape, -1),
+        "position": position,
+        "document": np.zeros(shape),
+        "branch": np.zeros(shape),
+    }
+    fields = {
+        name: np.concatenate([getattr(batch.layout, name), x], axis=1).astype(np.int32)
+        for name, x in answer.items()
+    }
+    layout = TokenLayout(**fields, visual_tokens=batch.layout.visual_tokens)
+    whole = dataclasses.replace(
+        batch, tokens=np.concatenate([batch.tokens, tokens], axis=1), layout=layout
+    )
+    logits = jax.jit(lambda model, batch: model.llm.logits(model(batch).hidden))(case.model, whole)
+    length = batch.layout.shape[1]
+    for row, wanted in enumerate(tokens):
+        last = np.flatnonzero(valid[row])[-1]
+        places = [last, *range(length, length + NEW - 1)]
+        np.testing.assert_array_equal(np.asarray(logits)[row, places].argmax(-1), wanted)
+
+
+def test_a_shorter_generation_is_a_prefix(case, engine, greedy):
+    one = engine.generate(case.batch(chosen=(1,)), 1)
+    np.testing.assert_array_equal(one.tokens, greedy[1:2, :1])
+    np.testing.assert_array_equal(one.length, [1])
+
+
+# The programs
+
+# A shape that no other test uses, so that nothing has compiled it before.
+UNIQUE = {"rows": 2, "images": 0, "answer": 7}
+
+
+def test_one_shape_compiles_once():
+    engine = Engine(tiny_model(), eos_ids=NEVER)
+    programs = engine_module._prefill, engine_module._decode
+    before = [program._cache_size() for program in programs]
+    first = engine.generate(tiny_batch(**UNIQUE, seed=0), 5)
+    assert [program._cache_size() for program in programs] == [n + 1 for n in before]
+    second = engine.generate(tiny_batch(**UNIQUE, seed=1), 5)
+    assert [program._cache_size() for program in programs] == [n + 1 for n in before]
+    assert not np.array_equal(first.tokens, second.tokens)
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model()
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    Engine(model, eos_ids=NEVER).generate(tiny_batch(**UNIQUE), 5)
+    assert model.vision is not None
+    assert not isinstance(model.llm.blocks, nnx.List)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+
+
+def test_decoding_writes_into_the_donated_caches():
+    model, batch, new = tiny_model(), tiny_batch(), 3
+    text = Engine(model, eos_ids=NEVER).lower_decode(batch, new).as_text()
+    config = model.config.llm
+    rows, length = batch.layout.shape
+    shape = f"{rows}x{config.num_kv_heads}x{length + new}x{config.head_dim}xf32"
+    signature = next(line for line in text.splitlines() if "@main(" in line)
+    caches = re.findall(rf"%arg\d+: tensor<{shape}>( {{[^%]*}})?", signature)
+    assert len(caches) == 2 * config.num_layers  # keys and values
+    for attributes in caches:
+        assert "tf.aliasing_output" in attributes or "jax.buffer_donor" in attributes
+
+
+def test_the_decode_program_has_no_vision_side():
+    model = tiny_model()
+    text = Engine(model, eos_ids=NEVER).lower_decode(tiny_batch(), 3).as_text()
+    signature = next(line for line in text.splitlines() if "@main(" in line)
+    vision = model.config.vision
+    assert f"{vision.num_patches}x{vision.hidden_size}xf32" not in signature  # its positions
+    llm = len(jax.tree.leaves(nnx.state(Engine(model, eos_ids=NEVER)._decode[1])))
+    assert llm == 9 * model.config.llm.num_layers + 3  # per-layer weights; embedding, norm, head
+
+
+@pytest.mark.parametrize("new", [0, -1])
+def test_at_least_one_token(new):
+    with pytest.raises(ValueError, match=f"max_new_tokens must be at least 1, got {new}"):
+        Engine(tiny_model(), eos_ids=NEVER).generate(tiny_batch(), new)
+
+
+# Buckets
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 10_000), st.integers(1, 10_000))
+def test_bucket_holds_the_length_and_never_falls(a, b):
+    assert bucket(a) >= a
+    assert bucket(a) < 2 * a or bucket(a) == 32
+    assert bucket(bucket(a)) == bucket(a)
+    assert (a <= b) <= (bucket(a) <= bucket(b))
+
+
+def test_buckets():
+    assert sorted({bucket(n) for n in range(1, 400)}) == [32, 48, 64, 96, 128, 192, 256, 384, 512]

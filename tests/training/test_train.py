@@ -1,0 +1,355 @@
+"""Whole training runs: they learn, resume exactly, and refuse what they should."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moresjax.build import build_model, load_workdir, trained_parameters
+from moresjax.data.digits import SPECIAL, DigitsSource
+from moresjax.data.images import ImageProcessor
+from moresjax.data.pipeline import SOURCES
+from moresjax.errors import UserError
+from moresjax.models.initialize import fill
+from moresjax.training import loop
+from moresjax.training.checkpoint import Checkpoints, named
+from moresjax.training.config import load_config, read_config
+from moresjax.training.loop import train
+from moresjax.training.objectives import OBJECTIVES, next_token
+from moresjax.training.optimizer import make_schedule
+from moresjax.tuning.count import count_parameters
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.py"
+TINY = {
+    **{f"model.llm.{key}_size": 8 for key in ("hidden", "intermediate")},
+    **{f"model.{part}.num_heads": 2 for part in ("llm", "vision")},
+    **{f"model.{part}.num_layers": 1 for part in ("llm", "vision")},
+    **{f"model.vision.{key}_size": 8 for key in ("hidden", "intermediate")},
+    **{f"init.{part}": "random" for part in ("llm", "vision", "connector")},
+    "batch_size": 8,
+    "tensorboard": False,
+}
+TEXT_ONLY = {key: value for key, value in TINY.items() if not key.startswith("model.vision.")}
+# The head alone trains: the cheapest run there is.
+HEAD = TEXT_ONLY | {"tuning": "none", "also_train": "llm.head", "steps": 4, "log_every": 4}
+
+
+def config_of(arg: str, settings: dict):
+    return load_config(f"{DIGITS}:{arg}", [f"{key}={value}" for key, value in settings.items()])
+
+
+def cli_arguments(arg: str, workdir: Path, settings: dict) -> list[str]:
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["train", "--config", f"{DIGITS}:{arg}", "--workdir", str(workdir), *overrides]
+
+
+def logged(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def rewind(workdir: Path, step: int) -> None:
+    """Makes of a finished run what it was when its checkpoint of `step` was its last."""
+    for path in (workdir / "checkpoints").glob("[0-9]*"):
+        if int(path.name) > step:
+            shutil.rmtree(path)
+    (workdir / "train.json").unlink()
+
+
+def assert_equal_weights(found: Path, wanted: Path) -> None:
+    found, wanted = trained_parameters(found), trained_parameters(wanted)
+    assert set(found) == set(wanted)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-6, rtol=0, err_msg=name)
+
+
+# ---- Learning.
+
+
+def test_a_short_run_learns_real_digits(tmp_path, moresjax):
+    settings = {"steps": 100, "log_every": 20, "tensorboard": False}
+    done = moresjax(*cli_arguments("stage=vit", tmp_path / "vit", settings))
+    assert done.returncode == 0, done.stderr
+    lines = logged(tmp_path / "vit")
+    assert [line["step"] for line in lines] == [20, 40, 60, 80, 100]
+    assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+
+    # Handwriting that no training scene shows.
+    model = build_model(read_config(tmp_path / "vit" / "config.json"))
+    fill(model, trained_parameters(tmp_path / "vit"), "vit")
+    source, image = DigitsSource("patches", split="test"), ImageProcessor(32)
+    rows = [source[i] for i in range(64)]
+    digits, cells = model(jnp.stack([image(row["pixels"]) for row in rows]))
+    labels = np.stack([row["classes"] for row in rows])
+    assert (digits.argmax(-1) == labels[..., 0]).mean() > 0.35  # chance: 0.1
+    assert (cells.argmax(-1) == labels[..., 1]).mean() > 0.9  # chance: 0.25
+
+
+# ---- Resuming.
+
+KILLED = {
+    "llm": ("stage=llm", TEXT_ONLY),
+    "finetune": (
+        "stage=finetune,tuning=mores:rank=1,positions=image/lora:rank=2,dropout=0.3,targets=q",
+        TINY,
+    ),
+}
+
+
+def run_and_kill(arguments: list[str], workdir: Path, step: int, env: dict) -> None:
+    """Starts a run and kills it when its checkpoint of `step` is there."""
+    log = workdir.with_suffix(".log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moresjax.cli", *arguments], env=env, stdout=file, stderr=file
+        )
+        while not any((workdir / "checkpoints" / str(s)).is_dir() for s in (step, step + 4)):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.005)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, log.read_text()
+
+
+@pytest.mark.parametrize("stage", KILLED)
+def test_a_killed_run_resumes_to_the_same_weights(stage, tmp_path, moresjax):
+    arg, settings = KILLED[stage]
+    settings = settings | {"steps": 40, "log_every": 4, "checkpoint.every": 4}
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    # The three processes compile the same program.
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+
+    done = moresjax(*cli_arguments(arg, whole, settings), env=env)
+    assert done.returncode == 0, done.stderr
+    run_and_kill(cli_arguments(arg, killed, settings), killed, 8, env)
+    assert not (killed / "train.json").exists()
+    started_again_at = max(int(p.name) for p in (killed / "checkpoints").glob("[0-9]*"))
+    assert 8 <= started_again_at < 40
+    done = moresjax(*cli_arguments(arg, killed, settings), env=env)
+    assert done.returncode == 0, done.stderr
+
+    assert_equal_weights(killed, whole)
+    lines = {line["step"]: line for line in logged(whole)}
+    assert list(lines) == list(range(4, 41, 4))
+    assert {line["step"] for line in logged(killed)} == set(lines)
+    for line in logged(killed):
+        assert line == pytest.approx(lines[line["step"]], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small finished run with checkpoints of steps 2 and 4; tests leave it as it is."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    train(config_of("stage=llm", HEAD | {"checkpoint.every": 2}), workdir)
+    return workdir
+
+
+def head_config(**changes):
+    return config_of("stage=llm", HEAD | {"checkpoint.every": 2} | changes)
+
+
+def compilations(caplog) -> int:
+    """How often a train step was compiled."""
+    texts = [record.getMessage() for record in caplog.records]
+    return sum(text.startswith("Finished XLA compilation of jit(step)") for text in texts)
+
+
+def test_a_resumed_run_compiles_its_step_once(finished, tmp_path, caplog):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    rewind(workdir, 2)
+    with caplog.at_level(logging.DEBUG), jax.log_compiles():
+        assert train(head_config(), workdir).step == 4
+    assert_equal_weights(workdir, finished)
+    assert compilations(caplog) == 1
+
+
+def test_a_new_run_compiles_its_step_once(tmp_path, caplog):
+    with caplog.at_level(logging.DEBUG), jax.log_compiles():
+        train(head_config(), tmp_path / "run")
+    assert compilations(caplog) == 1
+
+
+def test_a_run_recovers_from_a_damaged_last_checkpoint(finished, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "train.json").unlink()
+    for path in (workdir / "checkpoints" / "4" / "params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-8])
+    assert train(head_config(), workdir).step == 4
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step, _ = checkpoints.restore_parameters()
+    checkpoints.close()
+    assert step == 4
+    assert_equal_weights(workdir, finished)
+
+
+def test_a_finished_run_is_not_repeated(finished, monkeypatch):
+    before = contents(finished)
+    monkeypatch.setattr(loop, "build_model", lambda *_, **__: pytest.fail("it was started again"))
+    result = train(head_config(), finished)
+    assert result.step == 4
+    assert result.metrics["loss"] == logged(finished)[-1]["loss"]
+    assert contents(finished) == before
+
+
+def test_what_does_not_change_the_numbers_may_change(finished):
+    changes = {"name": "other", "log_every": 1, "checkpoint.keep": 5, "tensorboard": True}
+    assert train(head_config(**changes), finished).step == 4
+
+
+def test_the_directory_of_another_run_is_refused(finished):
+    before = contents(finished)
+    with pytest.raises(UserError, match=r"length, optimizer\.lr") as error:
+        train(head_config(**{"optimizer.lr": 0.5, "length": 70}), finished)
+    assert str(finished) in str(error.value)
+    assert contents(finished) == before
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty"):
+        train(head_config(), tmp_path)
+    assert contents(tmp_path) == {"thesis.txt": b"years of work"}
+
+
+def test_never_resuming_wants_an_empty_directory(finished):
+    before = contents(finished)
+    with pytest.raises(UserError, match="not empty"):
+        train(head_config(), finished, resume="never")
+    with pytest.raises(UserError, match="auto, never"):
+        train(head_config(), finished, resume="maybe")
+    assert contents(finished) == before
+
+
+def test_never_resuming_on_the_command_line(tmp_path, moresjax):
+    (tmp_path / "notes").write_text("")
+    done = moresjax(*cli_arguments("stage=llm", tmp_path, HEAD), "--resume", "never")
+    assert done.returncode == 2
+    assert done.stderr.startswith("moresjax: error: ")
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---- Metrics.
+
+
+def test_every_line_is_about_its_own_step(tmp_path):
+    config = head_config(log_every=1)
+    train(config, tmp_path)
+    lines = logged(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    o = config.optimizer
+    schedule = make_schedule(o.schedule, o.lr, config.steps, o.warmup, o.end)
+    wanted = [float(schedule(step)) for step in range(4)]
+    assert [line["lr"] for line in lines] == pytest.approx(wanted)
+
+
+# ---- The frozen part.
+
+
+def test_a_checkpoint_holds_what_trains_and_the_rest_never_changes(tmp_path):
+    settings = TINY | {"steps": 3, "checkpoint.every": 3, "log_every": 3}
+    config = config_of("stage=finetune,tuning=mores:rank=1,positions=all", settings)
+    train(config, tmp_path)
+    saved = trained_parameters(tmp_path)
+    theta = {f"tuning.theta.mores.llm.block.out.{x}" for x in ("rotate", "weight", "bias")}
+    connector = {f"connector.layers.{i}.{x}" for i in (0, 1) for x in ("kernel", "bias")}
+    assert set(saved) == theta | connector
+
+    model, _ = load_workdir(tmp_path)
+    report = count_parameters(model.config, config.tuning, tuple(config.also_train))
+    assert sum(array.nbytes for array in saved.values()) == 4 * report.trainable
+    start = named(nnx.state(build_model(config), nnx.Param))
+    end = named(nnx.state(model, nnx.Param))
+    assert set(start) == set(end)
+    same = {name for name in start if np.array_equal(start[name], end[name])}
+    assert same == set(start) - set(saved)
+
+
+# ---- A loss that is not finite.
+
+POISON = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class PoisonedSource(DigitsSource):
+    """Digits, one sample of which has a word that the tokenizer does not know."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if index == POISON:
+            sample = dataclasses.replace(sample, context="poison " + sample.context)
+        return sample
+
+
+def poisoned(model, batch, key=None):
+    """`next_token`, but not a number for a batch with an unknown word."""
+    loss = next_token(model, batch, key)
+    bad = (jnp.asarray(batch.tokens) == SPECIAL.index("<unk>")).any()
+    return dataclasses.replace(loss, total=loss.total * jnp.where(bad, jnp.nan, 1.0))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """The directory and the error of a run that meets a poisoned sample."""
+    workdir = tmp_path_factory.mktemp("runs") / "broken"
+    config = head_config(**{"steps": 8, "checkpoint.every": 1, "length": 64})
+    with config.unlocked():
+        config.data.size = 24
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SOURCES, "digits", PoisonedSource)
+        patch.setitem(OBJECTIVES, "next_token", poisoned)
+        with pytest.raises(UserError) as error:
+            train(config, workdir)
+    return workdir, str(error.value)
+
+
+def test_a_loss_that_is_not_finite_names_the_samples(broken):
+    workdir, message = broken
+    [file] = workdir.glob("non_finite*.json")
+    assert "nan" in message
+    assert str(file) in message
+    report = json.loads(file.read_text())
+    assert f"step {report['step']}" in message
+    assert len(set(report["samples"])) == 8
+    assert f"digits-text-0-{POISON}" in report["samples"]
+    assert not (workdir / "train.json").exists()
+
+
+def test_no_checkpoint_is_written_from_a_step_that_went_wrong(broken):
+    workdir, _ = broken
+    [file] = workdir.glob("non_finite*.json")
+    failed = json.loads(file.read_text())["step"]
+    assert failed > 1  # a good step comes first
+    saved = sorted(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
+    assert saved
+    assert saved[-1] < failed
+    for name, array in trained_parameters(workdir).items():
+        assert np.isfinite(array).all(), name
+
+
+# ---- Settings that cannot run.
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("batch_size", 12), ("microbatches", 3), ("log_every", 0), ("checkpoint.every", 0)],
+)
+def test_numbers_that_cannot_run_are_refused_by_name(key, value, tmp_path):
+    with pytest.raises(UserError, match=key):
+        train(head_config(**{key: value}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
