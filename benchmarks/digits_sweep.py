@@ -38,7 +38,7 @@ def score(base: Path, out: Path, spec: str, seed: int, lr: float, connector: flo
         parts = {"llm": "llm", "vision": "vit", "connector": "pretrain"}
         config.init = {part: str((base / stage).resolve()) for part, stage in parts.items()}
         config.optimizer.lr = lr
-        config.optimizer.lr_by_component = {"connector": connector}
+        config.optimizer.lr_by_component = f"connector={connector}"
     train(config, out)
     result = evaluate(load(out).merge(), ["digits"], split="val", title=out.name)
     done.write_text(json.dumps(result.mean_accuracy))

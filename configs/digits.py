@@ -22,6 +22,10 @@ METHODS = {
     "full": "full",
 }
 
+# Stage 2, by method; chosen on validation handwriting by `benchmarks/digits_sweep.py`.
+LEARNING_RATES = {"none": 8e-3, "mores": 3e-2, "lora": 1e-2, "ia3": 1e-1, "full": 3e-3}
+CONNECTOR_LR = 8e-3
+
 LLM = {
     "vocab_size": 37,
     "hidden_size": 96,
@@ -106,5 +110,6 @@ def _finetune(config, args):
     config.data.task = "instruct"
     config.length = 64
     config.steps = 160
-    config.optimizer.lr = 1e-2
-    config.optimizer.lr_by_component = {"connector": 4e-3}
+    method = args.tuning.split(":")[0]
+    config.optimizer.lr = LEARNING_RATES.get(method, 1e-2)
+    config.optimizer.lr_by_component = f"connector={CONNECTOR_LR}"

@@ -253,7 +253,7 @@ def load(path: str | Path, *, template: str | None = None, tuning: str = "none")
         processor = Processor(
             load_tokenizer(str(path)),
             get_template(template or "vicuna_v1"),
-            ImageProcessor(vision.image_size) if vision else None,
+            ImageProcessor.from_pretrained(path, vision.image_size) if vision else None,
             mllm.config.visual_tokens,
         )
     return Model(mllm, processor)

@@ -9,6 +9,7 @@ into train, val and test, so a test scene shows handwriting that no stage has se
 
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -157,7 +158,7 @@ class DigitsSource:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> Sample | dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> Sample | dict[str, Any]:
         rng = np.random.default_rng((self.seed, index))
         name = f"digits-{self.task}-{self.seed}-{index}"
         if self.task == "text":

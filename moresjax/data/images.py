@@ -4,11 +4,12 @@ Axis legend: Y, X pixels, 3 colour channels.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from moresjax.errors import UserError
 
@@ -26,9 +27,9 @@ def open_image(source) -> Image.Image:
     path = Path(source)
     if not path.is_file():
         raise UserError(f"image {path} does not exist")
-    try:
+    try:  # broken files make Pillow raise many kinds
         return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be read: {error}") from None
 
 
@@ -39,6 +40,14 @@ class ImageProcessor:
     size: int
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, size: int) -> "ImageProcessor":
+        """With the mean and standard deviation of a folder's `preprocessor_config.json`, if any."""
+        path = folder / "preprocessor_config.json"
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+        names = {"mean": "image_mean", "std": "image_std"}
+        return cls(size, **{k: tuple(saved[n]) for k, n in names.items() if n in saved})
 
     def __call__(self, source) -> Float[np.ndarray, "Y X 3"]:
         if not (isinstance(source, np.ndarray) and source.shape == (self.size, self.size, 3)):

@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
-import numpy as np
 
 from moresjax.data.digits import DigitsSource
 from moresjax.data.processor import Processor
@@ -24,7 +23,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample | Mapping[str, np.ndarray]: ...
+    def __getitem__(self, index: int) -> Sample | Mapping[str, Any]: ...
 
 
 SOURCES: dict[str, Callable[..., Source]] = {"digits": DigitsSource}

@@ -51,7 +51,8 @@ class Template:
 
     def _turn(self, turn: Turn, eos: str, branch: int) -> list[Piece]:
         if turn.question is None:
-            return [Piece(f"{turn.answer}\n", Segment.ANSWER, branch)]
+            answer = () if turn.answer is None else (f"{turn.answer}\n",)
+            return [Piece(text, Segment.ANSWER, branch) for text in answer]
         pieces = [Piece(turn.question + self.assistant, Segment.QUESTION, branch)]
         if turn.answer is not None:
             pieces.append(Piece(f" {turn.answer}{eos}", Segment.ANSWER, branch))

@@ -90,10 +90,14 @@ class VisionEncoder(nnx.Module):
 
 
 def patchify(pixels: Float[Array, "B Y X 3"], patch: int) -> Float[Array, "B P K"]:
-    """Cuts images into patches in raster order, each flattened as (row, column, channel)."""
+    """Cuts images into patches in raster order, each flattened as (row, column, channel).
+
+    Pixels of an incomplete patch at the right or the bottom are left out.
+    """
     b, y, x, c = pixels.shape
-    cut = pixels.reshape(b, y // patch, patch, x // patch, patch, c).transpose(0, 1, 3, 2, 4, 5)
-    return cut.reshape(b, -1, patch * patch * c)
+    y, x = y - y % patch, x - x % patch
+    cut = pixels[:, :y, :x].reshape(b, y // patch, patch, x // patch, patch, c)
+    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
 
 
 class PatchClassifier(nnx.Module):

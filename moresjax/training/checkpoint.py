@@ -7,7 +7,7 @@ array; one that does not come back with the same bytes counts as damaged.
 
 import logging
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -68,6 +68,8 @@ class Checkpoints:
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """The newest intact checkpoint: state and data position; None when there is none at all.
 
+        Damaged newer ones are moved out of the way, to `damaged-STEP` beside the directory.
+
         Raises:
           UserError: when there are checkpoints but all of them are damaged.
         """
@@ -78,9 +80,10 @@ class Checkpoints:
         if found is None:
             return None
         step, items, meta = found
+        self._set_aside([newer for newer in self.steps if newer > step])
         leaves = [items["optimizer"][name] for name in optimizer]
         state = TrainState(
-            jnp.asarray(step, jnp.int32),
+            jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding),
             renamed(like.trainable, items["params"]),
             jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
         )
@@ -117,6 +120,15 @@ class Checkpoints:
         if read != {name: found.meta["checksums"][name] for name in read}:
             raise ValueError("checksums differ")
         return step, items, found.meta
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        for step in steps if jax.process_index() == 0 else ():
+            target = self.directory.parent / f"damaged-{step}"
+            while target.exists():
+                target = target.with_name(target.name + "x")
+            (self.directory / str(step)).rename(target)
+        if steps:
+            self._manager.reload()
 
     def close(self) -> None:
         """Waits for a running save."""

@@ -17,6 +17,8 @@ import ml_collections
 from moresjax.errors import UserError, choice_error
 
 RANDOM = "random"
+# Dicts whose keys are checked where they are used: options of a source, fields of a part.
+OPEN = ("data", "model.llm", "model.vision")
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -26,7 +28,7 @@ def base_config() -> ml_collections.ConfigDict:
             "name": "run",
             "seed": 0,
             # Parts by zoo name, or a dict of configuration fields; vision "" for a plain LLM.
-            "model": {"llm": "", "vision": "", "connector": "mlp2x_gelu"},
+            "model": {"llm": "", "vision": "", "connector": "mlp2x_gelu", "classes": ()},
             # Where each part's weights come from: "random", a workdir of an earlier run, or a
             # Hugging Face folder.
             "init": {"llm": RANDOM, "vision": RANDOM, "connector": RANDOM},
@@ -43,7 +45,7 @@ def base_config() -> ml_collections.ConfigDict:
             "steps": 1000,
             "optimizer": {
                 "lr": 1e-3,
-                "lr_by_component": {},
+                "lr_by_component": "",  # PATTERN=LR;... by parameter path
                 "schedule": "cosine",
                 "warmup": 0.03,
                 "end": 0.0,
@@ -59,8 +61,6 @@ def base_config() -> ml_collections.ConfigDict:
             "tensorboard": True,
         }
     )
-    for free in (config.model, config.data, config.optimizer.lr_by_component):
-        free.unlock()
     return config.lock()
 
 
@@ -118,17 +118,17 @@ def set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     *parents, last = key.split(".")
     node = config
     for name in (*parents, last):
-        if not isinstance(node, ml_collections.ConfigDict) or (
-            name not in node and (node.is_locked or name != last)
-        ):
+        opened = name is last and ".".join(parents) in OPEN
+        if not isinstance(node, ml_collections.ConfigDict) or not (name in node or opened):
             allowed = sorted(node) if isinstance(node, ml_collections.ConfigDict) else ()
             raise choice_error("config key", key, allowed)
         if name is not last:
             node = node[name]
-    if last not in node:
-        node[last] = _literal(text)
-    else:
+    if last in node:
         node[last] = _convert(key, text, node[last])
+    else:
+        with node.unlocked():
+            node[last] = _literal(text)
 
 
 def _literal(text: str):
@@ -150,7 +150,7 @@ def _convert(key: str, text: str, like):
         return tuple(value) if isinstance(value, tuple | list) else (text,)
     if isinstance(like, float) and isinstance(value, int):
         value = float(value)
-    if like is not None and not isinstance(value, type(like)):
+    if isinstance(value, bool) or (like is not None and not isinstance(value, type(like))):
         raise UserError(
             f"config key {key} takes a value of type {type(like).__name__}, got {text!r}"
         )
@@ -166,6 +166,7 @@ def read_config(path: str | Path) -> ml_collections.ConfigDict:
     config = base_config().unlock()
     values = json.loads(Path(path).read_text())
     values["also_train"] = tuple(values["also_train"])
+    values["model"]["classes"] = tuple(values["model"]["classes"])
     with config.ignore_type():
         config.update(values)
     return config.lock()

@@ -15,7 +15,7 @@ import optax
 from moresjax.build import build_model, build_processor
 from moresjax.data.pipeline import make_iterator, make_source, to_device_batch
 from moresjax.errors import UserError, choice_error
-from moresjax.parallel.mesh import batch_sharding, make_mesh, place, replicated
+from moresjax.parallel.mesh import batch_sharding, batch_shards, make_mesh, place, replicated
 from moresjax.paths import matches
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.config import differences, save_config
@@ -71,6 +71,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
 
     # Model, split into what trains and what does not, each on the mesh.
     mesh = make_mesh(**config.mesh)
+    _check_numbers(config, batch_shards(mesh))
     model = build_model(config, root=workdir)
     graphdef, trainable, frozen = split_model(model, config.also_train)
     optimizer, schedule = make_optimizer(config.optimizer, config.steps, trainable)
@@ -85,7 +86,8 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
         seed=config.seed,
         microbatches=config.microbatches,
     )
-    step_fn = jax.jit(step_fn, donate_argnums=0)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
 
     # Data.
     processor = build_processor(config)
@@ -115,6 +117,17 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     pending = deque()
     metrics, compile_seconds, start = {}, 0.0, time.monotonic()
     first = done
+
+    def settle() -> dict[str, float]:
+        """Waits for the oldest step under way and reports it under its own number."""
+        step, measured, ids = pending.popleft()
+        values = _finite(step, measured, ids, workdir)
+        logged = step % config.log_every == 0 or step == config.steps
+        if logged:
+            writer.write(step, values)
+        progress.update(step, {k: values[k] for k in ("loss", "accuracy")} if logged else None)
+        return values
+
     try:
         while done < config.steps:
             stacked = next(iterator)
@@ -126,14 +139,11 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
             if done == first + 1:
                 jax.block_until_ready(measured)
                 compile_seconds, start = time.monotonic() - start, time.monotonic()
-            while len(pending) > (IN_FLIGHT if done < config.steps else 0):
-                metrics = _finish_step(*pending.popleft(), workdir)
-            if done % config.log_every == 0 or done == config.steps:
-                writer.write(done, metrics)
-                progress.update(done, {k: metrics[k] for k in ("loss", "accuracy")})
-            else:
-                progress.update(done)
-            if done % config.checkpoint.every == 0 or done == config.steps:
+            saves = done % config.checkpoint.every == 0 or done == config.steps
+            # Only a state whose steps are known to be finite is saved.
+            while len(pending) > (0 if saves else IN_FLIGHT):
+                metrics = settle()
+            if saves:
                 checkpoints.save(state, iterator.get_state())
         seconds = time.monotonic() - start
     finally:
@@ -151,6 +161,19 @@ def _finished(config, workdir: Path) -> TrainResult | None:
         return None
     result = TrainResult(**json.loads((workdir / RESULT).read_text()))
     return result if result.step >= config.steps else None
+
+
+def _check_numbers(config, shards: int) -> None:
+    """Refuses sizes that cannot work before anything is built or written."""
+    sizes = {key: config[key] for key in ("steps", "batch_size", "microbatches", "log_every")}
+    for key, value in {**sizes, "checkpoint.every": config.checkpoint.every}.items():
+        if value < 1:
+            raise UserError(f"config key {key} must be at least 1, got {value}")
+    if config.batch_size % (shards * config.microbatches):
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide into {shards} parts of the mesh times "
+            f"{config.microbatches} microbatches"
+        )
 
 
 def _check_workdir(config, workdir: Path, resume: str) -> None:
@@ -174,15 +197,18 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
         )
 
 
-def _finish_step(step: int, measured: dict, ids, workdir: Path) -> dict[str, float]:
-    """Waits for a step's metrics; a non-finite loss ends the run."""
+def _finite(step: int, measured: dict, ids, workdir: Path) -> dict[str, float]:
+    """A step's metrics; a loss or gradient that is not finite ends the run."""
     metrics = {name: float(value) for name, value in measured.items()}
-    if not np.isfinite(metrics["loss"]):
+    if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
         path = workdir / f"non_finite_step_{step}.json"
         path.write_text(
             json.dumps({"step": step, "metrics": repr(metrics), "samples": list(map(str, ids))})
         )
-        raise UserError(f"the loss is {metrics['loss']} at step {step}; its samples are in {path}")
+        raise UserError(
+            f"loss {metrics['loss']} or gradient norm {metrics['grad_norm']} is not finite at step "
+            f"{step}; the samples are in {path}"
+        )
     return metrics
 
 

@@ -1,12 +1,10 @@
 """AdamW with a warmed-up schedule and a learning rate per component."""
 
-from collections.abc import Mapping
-
 import jax
 import optax
 from flax import nnx
 
-from moresjax.errors import choice_error
+from moresjax.errors import UserError, choice_error
 from moresjax.paths import matches, path_name
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -30,13 +28,32 @@ def make_schedule(name: str, lr: float, steps: int, warmup: float, end: float) -
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warm), decays[name]()], [warm])
 
 
-def learning_rate_ratios(trainable: nnx.State, lr: float, overrides: Mapping[str, float]) -> dict:
-    """Learning rate of every parameter relative to `lr`; the last matching override wins."""
-    ratios = {}
-    for path, _ in nnx.to_flat_state(trainable):
-        name = path_name(path)
-        own = [value for pattern, value in overrides.items() if matches(name, pattern)]
-        ratios[name] = (own[-1] if own else lr) / lr
+def learning_rate_ratios(trainable: nnx.State, lr: float, overrides: str) -> dict[str, float]:
+    """Learning rate of every parameter relative to `lr`.
+
+    Args:
+      trainable: the parameters, for their names.
+      lr: the default learning rate.
+      overrides: `PATTERN=LR;...`; the last matching one wins.
+
+    Raises:
+      UserError: for a malformed override, or one that matches no trained parameter.
+    """
+    names = [path_name(path) for path, _ in nnx.to_flat_state(trainable)]
+    ratios = dict.fromkeys(names, 1.0)
+    for override in filter(None, overrides.split(";")):
+        pattern, _, text = override.rpartition("=")
+        try:
+            own = float(text)
+        except ValueError:
+            own = None
+        if not pattern or own is None:
+            raise UserError(f"lr_by_component {override!r} is not of the form PATTERN=LR")
+        matched = [name for name in names if matches(name, pattern)]
+        if not matched:
+            parts = sorted({name.split(".")[0] for name in names})
+            raise choice_error("pattern in lr_by_component", pattern, (*parts, "a path below one"))
+        ratios |= dict.fromkeys(matched, own / lr)
     return ratios
 
 
@@ -44,14 +61,14 @@ def make_optimizer(config, steps: int, trainable: nnx.State) -> tuple:
     """The optax transformation and the schedule of the default learning rate.
 
     Args:
-      config: `lr`, `lr_by_component` (parameter path -> learning rate), `schedule`, `warmup`,
+      config: `lr`, `lr_by_component` (`PATTERN=LR;...`), `schedule`, `warmup`,
         `end`, `b1`, `b2`, `eps`, `weight_decay` (kernels and tables only), `clip` (global norm; 0:
         none).
       steps: steps of the whole run.
       trainable: the parameters, for their names.
     """
     schedule = make_schedule(config.schedule, config.lr, steps, config.warmup, config.end)
-    ratios = learning_rate_ratios(trainable, config.lr, dict(config.lr_by_component))
+    ratios = learning_rate_ratios(trainable, config.lr, config.lr_by_component)
     names = [path_name(path) for path, _ in nnx.to_flat_state(trainable)]
     structure = jax.tree.structure(trainable)
     ratio_tree = jax.tree.unflatten(structure, [ratios[name] for name in names])

@@ -79,19 +79,17 @@ def make_train_step(
         return grads, loss
 
     def accumulated(trainable, frozen, batch, key):
-        # Strided, so that every slice has rows of every device.
-        slices = jax.tree.map(
-            lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-        )
+        def part(number):
+            # Strided, so that every slice has rows of every device.
+            rows = lambda x: x.reshape(-1, microbatches, *x.shape[1:])[:, number]  # noqa: E731
+            own = jax.random.fold_in(key, number)
+            return gradients(trainable, frozen, jax.tree.map(rows, batch), own)
 
-        def add(total, xs):
-            part, number = xs
-            new = gradients(trainable, frozen, part, jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, total, new), None
+        def add(total, number):
+            return jax.tree.map(jnp.add, total, part(number)), None
 
-        shapes = jax.eval_shape(gradients, trainable, frozen, _first(slices), key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, zeros, (slices, jnp.arange(microbatches)))[0]
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0))
+        return jax.lax.scan(add, zeros, jnp.arange(microbatches))[0]
 
     def step(state: TrainState, frozen: nnx.State, batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -111,7 +109,3 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
-
-
-def _first(slices):
-    return jax.tree.map(lambda x: x[0], slices)

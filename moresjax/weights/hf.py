@@ -5,7 +5,6 @@ Source of the layouts: transformers 5 (`LlamaForCausalLM`, `PhiForCausalLM`, `CL
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -214,9 +213,24 @@ def build_model(config: MLLMConfig, state: Mapping[Path_, jax.Array], tuning: st
 
 
 def _read_config(folder: Path) -> dict:
+    """The whole configuration of a folder; what its file leaves out has its family's defaults."""
+    from transformers import AutoConfig
+
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a Hugging Face checkpoint: it has no config.json")
-    return json.loads((folder / "config.json").read_text())
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    except Exception as error:  # transformers raises many kinds
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}/config.json cannot be used: {reason}") from None
+
+
+def _state_dict_name(name: str) -> str:
+    """Name in the model's state dict of a tensor in a file, which may have an older layout."""
+    for old, new in tables.FILE_PREFIXES.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def pretrained_config(folder: str | Path) -> MLLMConfig:
@@ -243,10 +257,11 @@ def load_pretrained(folder: str | Path, tuning: str = "none") -> MLLM:
     where = {}
     for file in files:
         with safe_open(file, framework="numpy") as tensors:
-            where |= dict.fromkeys(tensors.keys(), file)
+            where |= {_state_dict_name(name): (file, name) for name in tensors.keys()}  # noqa: SIM118
 
     def get(name):
-        with safe_open(where[name], framework="numpy") as tensors:
-            return tensors.get_tensor(name)
+        file, stored = where[name]
+        with safe_open(file, framework="numpy") as tensors:
+            return tensors.get_tensor(stored)
 
     return build_model(config, import_state(config, hf, get, where), tuning)

@@ -50,6 +50,15 @@ _VIT = {
 SIGLIP = _VIT
 CLIP = _VIT | {"cls": "embeddings.class_embedding", "pre_norm": "pre_layrnorm"}
 
+# Prefixes of LLaVA tensors in files -> in the state dict of transformers 5; the first match counts.
+FILE_PREFIXES = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.vision_model.": "model.vision_tower.",
+    "vision_tower.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
+
 LLAVA_CONNECTOR = {
     "layers.0": "multi_modal_projector.linear_1",
     "layers.1": "multi_modal_projector.linear_2",
