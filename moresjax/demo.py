@@ -47,6 +47,8 @@ def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")
     out, start = Path(out), time.monotonic()
+    if out.exists() and any(out.iterdir()) and not (out / STAGES[0]).is_dir():
+        raise UserError(f"{out} is not empty and holds no demo to go on with")
     limit = 20 if fast else DEFAULT_LIMIT
 
     # Stages 0 and 1, then the model that every method starts from.
@@ -159,11 +161,12 @@ def finding(results: dict) -> str:
     most = max(share, key=share.get)
     ahead = f"{', '.join(better)} stay ahead of it" if better else "no method is ahead of it"
     return (
-        f"With {methods[mores]['trainable_in_llm']:,} parameters in the LLM, {mores} changes the mean "
-        f"accuracy of the {plain} model by {gain:+.1f} points ({unseen_gain:+.1f} on {unseen!r}, which "
-        f"the LLM never met as text); {ahead}. Of the attention of generated tokens, "
-        f"{share[mores]:.1%} goes to the image with {mores}, {direction} {plain} ({share[plain]:.1%}) "
-        f"and against {zero:.1%} before stage 2; the most is {share[most]:.1%} with {most}."
+        f"With {methods[mores]['trainable_in_llm']:,} parameters in the LLM, {mores} changes the "
+        f"mean accuracy of the {plain} model by {gain:+.1f} points ({unseen_gain:+.1f} on "
+        f"{unseen!r}, which the LLM never met as text); {ahead}. Of the attention of generated "
+        f"tokens, {share[mores]:.1%} goes to the image with {mores}, {direction} {plain} "
+        f"({share[plain]:.1%}) and against {zero:.1%} before stage 2; the most is "
+        f"{share[most]:.1%} with {most}."
     )
 
 

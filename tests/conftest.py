@@ -24,8 +24,8 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
-@pytest.fixture
-def moresjax() -> Callable[..., subprocess.CompletedProcess]:
+@pytest.fixture(scope="session")
+def run_moresjax() -> Callable[..., subprocess.CompletedProcess]:
     """Runs the command line in a process of its own."""
 
     def run(*arguments, timeout: float = 600, **options):

@@ -81,9 +81,9 @@ def assert_equal_weights(found: Path, wanted: Path) -> None:
 # ---- Learning.
 
 
-def test_a_short_run_learns_real_digits(tmp_path, moresjax):
+def test_a_short_run_learns_real_digits(tmp_path, run_moresjax):
     settings = {"steps": 100, "log_every": 20, "tensorboard": False}
-    done = moresjax(*cli_arguments("stage=vit", tmp_path / "vit", settings))
+    done = run_moresjax(*cli_arguments("stage=vit", tmp_path / "vit", settings))
     assert done.returncode == 0, done.stderr
     lines = logged(tmp_path / "vit")
     assert [line["step"] for line in lines] == [20, 40, 60, 80, 100]
@@ -126,7 +126,7 @@ def run_and_kill(arguments: list[str], workdir: Path, step: int, env: dict) -> N
 
 
 @pytest.mark.parametrize("stage", KILLED)
-def test_a_killed_run_resumes_to_the_same_weights(stage, tmp_path, moresjax):
+def test_a_killed_run_resumes_to_the_same_weights(stage, tmp_path, run_moresjax):
     arg, settings = KILLED[stage]
     settings = settings | {"steps": 40, "log_every": 4, "checkpoint.every": 4}
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
@@ -134,13 +134,13 @@ def test_a_killed_run_resumes_to_the_same_weights(stage, tmp_path, moresjax):
     env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-    done = moresjax(*cli_arguments(arg, whole, settings), env=env)
+    done = run_moresjax(*cli_arguments(arg, whole, settings), env=env)
     assert done.returncode == 0, done.stderr
     run_and_kill(cli_arguments(arg, killed, settings), killed, 8, env)
     assert not (killed / "train.json").exists()
     started_again_at = max(int(p.name) for p in (killed / "checkpoints").glob("[0-9]*"))
     assert 8 <= started_again_at < 40
-    done = moresjax(*cli_arguments(arg, killed, settings), env=env)
+    done = run_moresjax(*cli_arguments(arg, killed, settings), env=env)
     assert done.returncode == 0, done.stderr
 
     assert_equal_weights(killed, whole)
@@ -235,9 +235,9 @@ def test_never_resuming_wants_an_empty_directory(finished):
     assert contents(finished) == before
 
 
-def test_never_resuming_on_the_command_line(tmp_path, moresjax):
+def test_never_resuming_on_the_command_line(tmp_path, run_moresjax):
     (tmp_path / "notes").write_text("")
-    done = moresjax(*cli_arguments("stage=llm", tmp_path, HEAD), "--resume", "never")
+    done = run_moresjax(*cli_arguments("stage=llm", tmp_path, HEAD), "--resume", "never")
     assert done.returncode == 2
     assert done.stderr.startswith("moresjax: error: ")
     assert "--resume" in done.stderr

@@ -1,0 +1,199 @@
+"""The command line from end to end: the demo in a process of its own, then what it left behind."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moresjax.cli import main
+from moresjax.configs import digits as recipe
+from moresjax.data.digits import FAMILIES
+
+CONFIG = recipe.__file__
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, run_moresjax):
+    """A demo of a few steps per stage: all the plumbing, none of the learning."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    done = run_moresjax("demo", "--fast", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    return out, json.loads(done.stdout)
+
+
+def test_the_demo_writes_one_self_contained_report(demo):
+    out, _ = demo
+    page = (out / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    assert len(sources) == 6
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in page
+    for name in recipe.METHODS:
+        assert name in page
+    figures = {path.name for path in out.glob("*.png")}
+    assert {"accuracy.png", "attention_share.png", "lmar.png", "heat_map.png"} <= figures
+    for path in out.glob("*.png"):
+        assert min(Image.open(path).size) > 100
+
+
+def test_the_demos_numbers_are_those_of_its_runs(demo):
+    out, printed = demo
+    results = json.loads((out / "results.json").read_text())
+    assert results == printed
+    assert results["split"] == "test"
+    assert list(results["methods"]) == ["zero-shot", *recipe.METHODS]
+    assert set(results["majority"]) == set(FAMILIES)
+    layers = recipe.LLM["num_layers"]
+    for name, method in results["methods"].items():
+        assert set(method["accuracy"]) == set(FAMILIES)
+        assert method["mean"] == pytest.approx(np.mean(list(method["accuracy"].values())))
+        share = np.asarray(method["attention"]["share"])
+        assert share.shape == (layers, 4)
+        np.testing.assert_allclose(share.sum(1), 1, atol=1e-4)
+        assert len(method["attention"]["lmar"]["text"]) == layers
+        if name != "zero-shot":
+            folder = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+            saved = out / "finetune" / f"{folder}-seed0" / "eval-test" / "results.json"
+            assert json.loads(saved.read_text())["mean_accuracy"] == pytest.approx(method["mean"])
+            adapter = json.loads((out / "adapters" / folder / "adapter.json").read_text())
+            assert adapter["parameters"] == method["trainable"]
+    width, rank = recipe.LLM["hidden_size"], 4
+    assert results["methods"]["mores r=4"]["trainable_in_llm"] == layers * (2 * width * rank + rank)
+    assert results["methods"]["connector only"]["trainable_in_llm"] == 0
+
+
+def test_evaluate_and_analyze_run_on_what_the_demo_trained(demo, tmp_path, capsys):
+    out, _ = demo
+    model = str(out / "finetune" / "mores-r-1-seed0")
+    common = ["--limit", "3", "--batch-size", "21", "--json"]
+    assert main(["evaluate", "--model", model, "--out", str(tmp_path / "e"), *common]) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert [s["n"] for s in scores.values()] == [3] * len(FAMILIES)
+    assert len((tmp_path / "e" / "predictions.jsonl").read_text().splitlines()) == 3 * len(FAMILIES)
+    arguments = ["analyze", "attention", "--model", f"mores={model}", "--out", str(tmp_path / "a")]
+    assert main([*arguments, *common]) == 0
+    summary = json.loads(capsys.readouterr().out)["mores"]
+    assert summary["samples"] == 3 * len(FAMILIES)
+    assert (tmp_path / "a" / "attention_share.png").is_file()
+
+
+def test_generate_answers_about_an_image_file(demo, tmp_path, capsys):
+    out, _ = demo
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "scene.png")
+    arguments = ["generate", "--model", str(out / "finetune" / "lora-r-8-seed0")]
+    arguments += ["--image", str(tmp_path / "scene.png"), "--prompt", "what is the largest ?"]
+    assert main([*arguments, "--max-new-tokens", "2", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["images"] == [str(tmp_path / "scene.png")]
+    assert isinstance(answer["text"], str)
+
+
+def test_params_of_a_run(demo, capsys):
+    out, printed = demo
+    assert main(["params", "--model", str(out / "finetune" / "ia3-seed0"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["trainable"] == printed["methods"]["ia3"]["trainable"]
+
+
+def refused(arguments, capsys) -> str:
+    """The one sentence that a wrong command line is answered with."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("moresjax: error: ")
+    return lines[0]
+
+
+TRAIN = ["train", "--config", f"{CONFIG}:stage=llm", "--workdir"]
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "words"),
+    [
+        (f"{CONFIG}:stage=llm", ["--config.step=3"], ["'step'", "steps"]),
+        (f"{CONFIG}:stage=llm", ["--config.optimizer.rate=3"], ["'optimizer.rate'", "lr"]),
+        (f"{CONFIG}:stage=llm", ["--config.steps=many"], ["steps", "int", "'many'"]),
+        (f"{CONFIG}:stage=llm", ["--config.data.tasks=text"], ["'tasks'", "task"]),
+        (f"{CONFIG}:stage=llm", ["--config.model.llm.depth=2"], ["'depth'", "num_layers"]),
+        (f"{CONFIG}:stage=sft", [], ["'sft'", "finetune"]),
+        (f"{CONFIG}:stages=llm", [], ["'stages=llm'", "stage"]),
+        ("nowhere.py", [], ["nowhere.py", "does not exist"]),
+        (f"{CONFIG}:stage=llm", ["--config.tuning=moress"], ["'moress'", "mores"]),
+        (f"{CONFIG}:stage=llm", ["--config.tuning=mores:positions=img"], ["'img'", "image"]),
+        (f"{CONFIG}:stage=llm", ["--config.tuning=mores:layers=9"], ["layer 9", "0-2"]),
+        (f"{CONFIG}:stage=llm", ["--config.tuning=mores:rank=0"], ["rank", "at least 1"]),
+        (f"{CONFIG}:stage=llm", ["--config.tuning=mores:rank=97"], ["rank=97", "96"]),
+        (f"{CONFIG}:stage=llm", ["--config.also_train=head"], ["'head'", "llm"]),
+        (f"{CONFIG}:stage=finetune", [], ["init", "llm", "neither a workdir nor"]),
+        (f"{CONFIG}:stage=llm", ["--config.template=chat"], ["'chat'", "vicuna_v1"]),
+        (f"{CONFIG}:stage=llm", ["--config.batch_size=0"], ["batch_size", "at least 1"]),
+        (f"{CONFIG}:stage=llm", ["--config.length=20"], ["tokens do not fit into 20"]),
+    ],
+)
+def test_a_wrong_training_command_is_one_sentence(config, overrides, words, tmp_path, capsys):
+    command = ["train", "--config", config, "--workdir", tmp_path / "run", *overrides]
+    sentence = refused(command, capsys)
+    for word in words:
+        assert word in sentence
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_models_and_tasks_that_do_not_exist(demo, tmp_path, capsys):
+    out, _ = demo
+    model, empty = out / "finetune" / "ia3-seed0", tmp_path / "empty"
+    empty.mkdir()
+    evaluate = ["evaluate", "--out", tmp_path / "e", "--model"]
+    assert "does not exist" in refused([*evaluate, tmp_path / "nothing"], capsys)
+    assert "config.json" in refused([*evaluate, empty], capsys)
+    assert "'digit'" in refused([*evaluate, model, "--tasks", "digit"], capsys)
+    assert "patch_classes" in refused([*evaluate, out / "vit"], capsys)
+    assert not (tmp_path / "e").exists()
+    assert "'phi-3'" in refused(["params", "--llm", "phi-3"], capsys)
+    assert "--nonsense" in refused(["params", "--nonsense"], capsys)
+
+
+def test_prompts_and_images_that_do_not_agree(demo, tmp_path, capsys):
+    out, _ = demo
+    generate = ["generate", "--model", out / "finetune" / "ia3-seed0", "--prompt"]
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    image = ["--image", tmp_path / "broken.png"]
+    assert "broken.png cannot be read" in refused([*generate, "is there a two ?", *image], capsys)
+    image = ["--image", tmp_path / "missing.png"]
+    assert "missing.png does not exist" in refused([*generate, "is there a two ?", *image], capsys)
+    sentence = refused([*generate, "<image>\nis there a two ?"], capsys)
+    assert "1 <image> but 0 images" in sentence
+    assert "prompt is empty" in refused([*generate, " "], capsys)
+
+
+def test_a_damaged_run_is_refused_and_left_as_it_is(demo, tmp_path, capsys):
+    import shutil
+
+    out, _ = demo
+    run = tmp_path / "llm"
+    shutil.copytree(out / "llm", run)
+    (run / "train.json").unlink()
+    arrays = [p for p in (run / "checkpoints").rglob("*") if p.is_file() and p.stat().st_size > 4096]
+    for path in arrays:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        path.write_bytes(data)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    command = ["train", "--config", f"{CONFIG}:stage=llm", "--workdir", run]
+    command += ["--config.steps=4", "--config.batch_size=8", "--config.name=llm"]
+    sentence = refused(command, capsys)
+    assert "damaged" in sentence
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert "damaged" in refused(["evaluate", "--model", run, "--out", tmp_path / "e"], capsys)
+
+
+def test_a_directory_of_something_else_is_not_touched(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "holds no run" in refused([*TRAIN, tmp_path], capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert "at least 1" in refused(["demo", "--out", tmp_path, "--seeds", "0"], capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
