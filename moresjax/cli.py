@@ -13,8 +13,13 @@ from moresjax.errors import UserError
 from moresjax.parallel.host import keep_freed_memory
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="moresjax",
         description="Train, evaluate and explain multimodal LLMs by editing representations.",
     )
@@ -80,16 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    args, rest = _parser().parse_known_args(arguments)
-    prefix = "--config."
-    overrides = [item.removeprefix(prefix) for item in rest if item.startswith(prefix)]
-    unknown = [item for item in rest if not item.startswith(prefix)]
-    if unknown or (overrides and args.command != "train"):
-        print(f"moresjax: error: unknown argument {(unknown or rest)[0]!r}", file=sys.stderr)
-        return 2
-    args.overrides = overrides
     keep_freed_memory()
     try:
+        args = _parse(arguments)
         args.run(args)
     except UserError as error:
         print(f"moresjax: error: {error}", file=sys.stderr)
@@ -98,6 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("moresjax: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    args, rest = _parser().parse_known_args(arguments)
+    prefix = "--config."
+    args.overrides = [item.removeprefix(prefix) for item in rest if item.startswith(prefix)]
+    unknown = [item for item in rest if not item.startswith(prefix)]
+    if unknown or (args.overrides and args.command != "train"):
+        raise UserError(f"unknown argument {(unknown or rest)[0]!r}")
+    return args
 
 
 def _print(args, data: dict, text: str) -> None:

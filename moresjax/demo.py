@@ -141,6 +141,7 @@ def _summary(
         "train_seconds": [_seconds(result) for result in trained],
         "evaluate_seconds": [round(run.seconds, 1) for run in runs],
         "attention": runs[0].attention.to_dict(),
+        "visual_share_by_seed": [run.attention.average_visual_share for run in runs],
     }
 
 
@@ -149,16 +150,16 @@ def finding(results: dict) -> str:
     methods = {name: m for name, m in results["methods"].items() if name != ZERO_SHOT}
     mean = {name: m["mean"] for name, m in methods.items()}
     ranking = sorted(mean, key=mean.get, reverse=True)
-    share = {name: m["attention"]["average_visual_share"] for name, m in methods.items()}
+    share = {name: float(np.mean(m["visual_share_by_seed"])) for name, m in methods.items()}
     mores = max((name for name in mean if name.startswith("mores")), key=mean.get)
     plain = next(name for name in mean if methods[name]["tuning"] == "none")
     gain = 100 * (mean[mores] - mean[plain])
     better = [name for name in ranking if mean[name] > mean[mores]]
     unseen = results["unseen"]
     unseen_gain = 100 * (methods[mores]["accuracy"][unseen] - methods[plain]["accuracy"][unseen])
-    zero = results["methods"][ZERO_SHOT]["attention"]["average_visual_share"]
+    (zero,) = results["methods"][ZERO_SHOT]["visual_share_by_seed"]
     direction = "above" if share[mores] > share[plain] else "below"
-    most = max(share, key=share.get)
+    most, least = max(share, key=share.get), min(share, key=share.get)
     ahead = f"{', '.join(better)} stay ahead of it" if better else "no method is ahead of it"
     return (
         f"With {methods[mores]['trainable_in_llm']:,} parameters in the LLM, {mores} changes the "
@@ -166,7 +167,7 @@ def finding(results: dict) -> str:
         f"{unseen!r}, which the LLM never met as text); {ahead}. Of the attention of generated "
         f"tokens, {share[mores]:.1%} goes to the image with {mores}, {direction} {plain} "
         f"({share[plain]:.1%}) and against {zero:.1%} before stage 2; the most is "
-        f"{share[most]:.1%} with {most}."
+        f"{share[most]:.1%} with {most}, the least {share[least]:.1%} with {least}."
     )
 
 
@@ -177,7 +178,7 @@ def _plots(out: Path, results: dict, models: dict[str, Model], questions: dict) 
     accuracy = {name: m["accuracy"] for name, m in methods.items()}
     plots.save(plots.accuracy_bars(accuracy, results["majority"]), out / "accuracy.png")
     points = {
-        name: (m["trainable_in_llm"], m["attention"]["average_visual_share"])
+        name: (m["trainable_in_llm"], float(np.mean(m["visual_share_by_seed"])))
         for name, m in methods.items()
     }
     figure = plots.share_against_size(points, "average share of attention on the image")

@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
+from moresjax.configs import digits as recipe
 from PIL import Image
 
 from moresjax.cli import main
-from moresjax.configs import digits as recipe
 from moresjax.data.digits import FAMILIES
 
 CONFIG = recipe.__file__
@@ -68,7 +68,8 @@ def test_evaluate_and_analyze_run_on_what_the_demo_trained(demo, tmp_path, capsy
     out, _ = demo
     model = str(out / "finetune" / "mores-r-1-seed0")
     common = ["--limit", "3", "--batch-size", "21", "--json"]
-    assert main(["evaluate", "--model", model, "--out", str(tmp_path / "e"), *common]) == 0
+    evaluate = ["evaluate", "--model", model, "--tasks", "digits", "--out", str(tmp_path / "e")]
+    assert main([*evaluate, *common]) == 0
     scores = json.loads(capsys.readouterr().out)["scores"]
     assert [s["n"] for s in scores.values()] == [3] * len(FAMILIES)
     assert len((tmp_path / "e" / "predictions.jsonl").read_text().splitlines()) == 3 * len(FAMILIES)
@@ -147,7 +148,8 @@ def test_models_and_tasks_that_do_not_exist(demo, tmp_path, capsys):
     out, _ = demo
     model, empty = out / "finetune" / "ia3-seed0", tmp_path / "empty"
     empty.mkdir()
-    evaluate = ["evaluate", "--out", tmp_path / "e", "--model"]
+    evaluate = ["evaluate", "--tasks", "digits", "--out", tmp_path / "e", "--model"]
+    assert "--tasks" in refused(["evaluate", "--model", model, "--out", tmp_path / "e"], capsys)
     assert "does not exist" in refused([*evaluate, tmp_path / "nothing"], capsys)
     assert "config.json" in refused([*evaluate, empty], capsys)
     assert "'digit'" in refused([*evaluate, model, "--tasks", "digit"], capsys)
@@ -177,7 +179,9 @@ def test_a_damaged_run_is_refused_and_left_as_it_is(demo, tmp_path, capsys):
     run = tmp_path / "llm"
     shutil.copytree(out / "llm", run)
     (run / "train.json").unlink()
-    arrays = [p for p in (run / "checkpoints").rglob("*") if p.is_file() and p.stat().st_size > 4096]
+    arrays = [
+        p for p in (run / "checkpoints").rglob("*") if p.is_file() and p.stat().st_size > 4096
+    ]
     for path in arrays:
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 0xFF
@@ -188,7 +192,8 @@ def test_a_damaged_run_is_refused_and_left_as_it_is(demo, tmp_path, capsys):
     sentence = refused(command, capsys)
     assert "damaged" in sentence
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
-    assert "damaged" in refused(["evaluate", "--model", run, "--out", tmp_path / "e"], capsys)
+    evaluate = ["evaluate", "--model", run, "--tasks", "digits"]
+    assert "damaged" in refused([*evaluate, "--out", tmp_path / "e"], capsys)
 
 
 def test_a_directory_of_something_else_is_not_touched(tmp_path, capsys):

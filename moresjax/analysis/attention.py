@@ -90,6 +90,11 @@ class AttentionSummary:
     samples: int
     excluded: int
 
+    @property
+    def average_visual_share(self) -> float:
+        """Share of attention on the image, mean over layers."""
+        return float(self.share[:, IMAGE].mean())
+
     def to_dict(self) -> dict:
         names = [group.name.lower() for group in GROUPS]
         return {
@@ -97,7 +102,7 @@ class AttentionSummary:
             "excluded": self.excluded,
             "groups": names,
             "share": self.share.tolist(),
-            "average_visual_share": float(self.share[:, IMAGE].mean()),
+            "average_visual_share": self.average_visual_share,
             "lmar": {name: x.tolist() for name, x in self.lmar.items()},
             "lmar_of_means": {name: x.tolist() for name, x in self.lmar_of_means.items()},
         }

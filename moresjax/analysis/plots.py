@@ -1,5 +1,6 @@
 """Figures. Every function returns a matplotlib figure and draws nothing on a screen."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -54,9 +55,12 @@ def attention_shares(shares: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
 def lmar_lines(lmar: Mapping[str, Sequence[float]], title: str) -> Figure:
     """LMAR per layer and method (figure 2)."""
     figure, axis = plt.subplots(figsize=(5.2, 3.4))
+    strokes = itertools.cycle(["-", "--", ":", "-."])
     for method, values in lmar.items():
-        highlight = {"color": "#c0392b", "linewidth": 2.2} if method.startswith("mores") else {}
-        axis.plot(range(len(values)), values, marker="o", markersize=3, label=method, **highlight)
+        style = {}
+        if method.startswith("mores"):
+            style = {"color": "#c0392b", "linewidth": 2.2, "linestyle": next(strokes)}
+        axis.plot(range(len(values)), values, marker="o", markersize=3, label=method, **style)
     axis.axhline(1, color="#999999", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(max(len(v) for v in lmar.values())))
     axis.set_xlabel("layer")
@@ -76,7 +80,8 @@ def share_against_size(points: Mapping[str, tuple[int, float]], ylabel: str) -> 
             method, (max(size, 1), value), fontsize=7, xytext=(4, 3), textcoords="offset points"
         )
     axis.set_xscale("symlog", linthresh=100)
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 30 * max(size for size, _ in points.values()))  # room for the names
+    axis.margins(y=0.12)
     axis.set_xlabel("trainable parameters in the LLM")
     axis.set_ylabel(ylabel)
     figure.tight_layout()

@@ -47,6 +47,12 @@ def load_instances() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {split: (images[i], labels[i]) for split, i in index.items()}
 
 
+def _instances(split: str) -> tuple[np.ndarray, np.ndarray]:
+    if split not in SPLITS:
+        raise choice_error("split", split, SPLITS)
+    return load_instances()[split]
+
+
 @dataclasses.dataclass(frozen=True)
 class Scene:
     """Digits of the four cells in the order of `CELLS`, and their image `[Y, X, 3]` uint8."""
@@ -66,7 +72,11 @@ def random_digits(rng: np.random.Generator) -> tuple[int, ...]:
 
 
 def make_scene(rng: np.random.Generator, split: str, shift: int = 0) -> Scene:
-    """A random scene of the split's handwriting; digits move by up to `shift` pixels."""
+    """A random scene of the split's handwriting; digits move by up to `shift` pixels.
+
+    Raises:
+      UserError: for an unknown split.
+    """
     digits = random_digits(rng)
     glyphs = _glyphs(split, shift)
     canvas = np.zeros((SIZE, SIZE, 3), np.uint8)
@@ -81,7 +91,7 @@ def make_scene(rng: np.random.Generator, split: str, shift: int = 0) -> Scene:
 @functools.cache
 def _glyphs(split: str, shift: int) -> list[np.ndarray]:
     """For every digit its instances `[n, 16, 16, 1]`, in all shifts of up to `shift` pixels."""
-    images, labels = load_instances()[split]
+    images, labels = _instances(split)
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift)))
     moves = [(y, x) for y in range(2 * shift + 1) for x in range(2 * shift + 1)]
     moved = np.stack([padded[:, y : y + CELL, x : x + CELL] for y, x in moves], axis=1)
@@ -152,8 +162,7 @@ class DigitsSource:
     def __post_init__(self):
         if self.task not in ("text", "patches", "caption", "instruct"):
             raise choice_error("digits task", self.task, ("text", "patches", "caption", "instruct"))
-        if self.split not in SPLITS:
-            raise choice_error("split", self.split, SPLITS)
+        _instances(self.split)
 
     def __len__(self) -> int:
         return self.size

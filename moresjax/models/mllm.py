@@ -18,6 +18,7 @@ from moresjax.models.vision import VisionConfig, VisionEncoder, image_batch
 from moresjax.tuning.attach import Tuning, extend_layout
 from moresjax.tuning.base import Probe, ProbeContext
 from moresjax.tuning.hooks import Hooks
+from moresjax.types import AnyArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class MLLM(nnx.Module):
         *,
         key: PRNGKeyArray | None = None,
         probes: Sequence[Probe] = (),
-        queries: Int[Array, "B Q"] | None = None,
+        queries: Int[AnyArray, "B Q"] | None = None,
         keep_cache: bool = False,
     ) -> BlocksOutput:
         """Runs a whole batch (training, scoring, prefill).
@@ -103,7 +104,7 @@ class MLLM(nnx.Module):
         context = None
         full = extend_layout(layout, slots)
         if probes:
-            queries = queries if queries is None else queries + slots
+            queries = queries if queries is None else jnp.asarray(queries) + slots
             context = ProbeContext(jnp.asarray(full.segment), visible(full, queries), queries)
         hooks = self.tuning.hooks(batch, key=key, probes=probes, context=context)
         h = self.tuning.prepend_slots(self.embed(batch, hooks))

@@ -80,7 +80,9 @@ def test_uniform_attention_has_an_lmar_of_one_in_every_layer_and_variant():
     kernel = model.llm.blocks.attn.q.kernel
     kernel[...] = jnp.zeros_like(kernel[...])
     generation, found = generate(model, prompt())
-    summary = summarize(found["mass"], found["score"], generation.length, np.ones(2, bool))
+    summary = summarize(
+        found["mass"], found["score"], np.asarray(generation.length), np.ones(2, bool)
+    )
     for name in TEXT_VARIANTS:
         np.testing.assert_allclose(summary.lmar[name], 1.0, atol=1e-5)
         np.testing.assert_allclose(summary.lmar_of_means[name], 1.0, atol=1e-5)

@@ -107,17 +107,18 @@ def test_accuracy_per_family_is_what_the_predictions_say(model, tmp_path):
 
 def test_lm_eval_tasks_run_unchanged(model):
     """A text task of lm_eval itself, with its own metrics, on local data."""
+    from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate as run
 
     docs = [
-        {"q": "is there a two ?", "choices": ["yes", "no"], "gold": 0},
+        {"q": "is there a two ?", "choices": ["yes", "no", "two"], "gold": 0},
         {"q": "what is the largest ?", "choices": ["nine", "two", "six"], "gold": 1},
     ]
     task = ConfigurableTask(
         config={
             "task": "words",
-            "custom_dataset": lambda **_: {"test": docs},
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
             "test_split": "test",
             "output_type": "multiple_choice",
             "doc_to_text": "{{q}}",

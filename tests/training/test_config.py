@@ -118,9 +118,9 @@ def test_open_dicts_take_new_keys():
     config = base_config()
     set_value(config, "data.size", "32")
     set_value(config, "data.task", "text")
-    set_value(config, "optimizer.lr_by_component.connector", "1e-4")
     assert config.data.to_dict() == {"name": "digits", "size": 32, "task": "text"}
-    assert config.optimizer.lr_by_component.connector == 1e-4
+    with pytest.raises(UserError, match="optimizer.rate"):
+        set_value(config, "optimizer.rate", "1e-4")
 
 
 @pytest.mark.parametrize(

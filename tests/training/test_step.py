@@ -279,7 +279,7 @@ def trainable():
 
 def test_learning_rates_by_component(trainable):
     base, _ = first_update(trainable, lr=1e-3)
-    updates, _ = first_update(trainable, lr=1e-3, lr_by_component={"connector": 4e-3, "llm": 1e-4})
+    updates, _ = first_update(trainable, lr=1e-3, lr_by_component="connector=4e-3;llm=1e-4")
     ratios = {"connector": 4.0, "llm": 0.1, "tuning": 1.0}
     for name, update in updates.items():
         ratio = ratios[name.split(".")[0]]
@@ -289,8 +289,8 @@ def test_learning_rates_by_component(trainable):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_the_last_matching_override_wins(trainable, flip):
-    rates = [("connector", 2e-3), (r".*\.bias", 5e-3)]
-    ratios = learning_rate_ratios(trainable, 1e-3, dict(rates[::-1] if flip else rates))
+    rates = ["connector=2e-3", r".*\.bias=5e-3"]
+    ratios = learning_rate_ratios(trainable, 1e-3, ";".join(rates[::-1] if flip else rates))
     assert ratios["connector.layers.0.kernel"] == pytest.approx(2)
     assert ratios["connector.layers.0.bias"] == pytest.approx(2 if flip else 5)
     assert ratios["tuning.theta.mores.llm.block.out.bias"] == pytest.approx(5)
@@ -300,9 +300,8 @@ def test_the_last_matching_override_wins(trainable, flip):
 @pytest.mark.parametrize("flip", [False, True])
 def test_overrides_keep_the_order_of_the_config(trainable, flip):
     config = base_config()
-    rates = [("llm", 2e-3), ("[cl].*", 5e-3)]
-    with config.unlocked():
-        config.optimizer.lr_by_component = dict(rates[::-1] if flip else rates)
+    rates = ["llm=2e-3", "[cl].*=5e-3"]
+    config.optimizer.lr_by_component = ";".join(rates[::-1] if flip else rates)
     config.optimizer.clip, config.optimizer.warmup, config.optimizer.lr = 0.0, 0.0, 1e-3
     optimizer, _ = make_optimizer(config.optimizer, 10, trainable)
     grads = random_like(trainable)
@@ -313,8 +312,7 @@ def test_overrides_keep_the_order_of_the_config(trainable, flip):
 
 def test_a_config_can_name_a_parameter_inside_a_component(trainable):
     config = base_config()
-    with config.unlocked():
-        config.optimizer.lr_by_component = {"connector.layers.0": 5e-3}
+    config.optimizer.lr_by_component = "connector.layers.0=5e-3"
     config.optimizer.clip, config.optimizer.warmup, config.optimizer.lr = 0.0, 0.0, 1e-3
     optimizer, _ = make_optimizer(config.optimizer, 10, trainable)
     grads = random_like(trainable)
@@ -325,7 +323,13 @@ def test_a_config_can_name_a_parameter_inside_a_component(trainable):
 
 def test_an_override_that_matches_nothing_is_refused(trainable):
     with pytest.raises(UserError, match="conector"):
-        first_update(trainable, lr_by_component={"conector": 1e-4})
+        first_update(trainable, lr_by_component="conector=1e-4")
+
+
+@pytest.mark.parametrize("text", ["connector", "connector=fast", "=1e-3"])
+def test_a_malformed_override_is_refused(trainable, text):
+    with pytest.raises(UserError, match="PATTERN=LR"):
+        first_update(trainable, lr_by_component=text)
 
 
 def test_weight_decay_is_for_kernels_and_tables(trainable):
