@@ -148,7 +148,7 @@ def _convert(key: str, text: str, like):
     value = _literal(text)
     if isinstance(like, tuple):
         return tuple(value) if isinstance(value, tuple | list) else (text,)
-    if isinstance(like, float) and isinstance(value, int):
+    if isinstance(like, float) and type(value) is int:
         value = float(value)
     if isinstance(value, bool) or (like is not None and not isinstance(value, type(like))):
         raise UserError(
