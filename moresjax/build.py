@@ -1,7 +1,6 @@
 """From a configuration, a run's directory or a Hugging Face folder to a model and its processor."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -135,7 +134,7 @@ def trained_parameters(workdir: Path) -> dict[str, jax.Array]:
     Raises:
       UserError: when the folder is not a run's directory or has no checkpoint.
     """
-    if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
+    if not is_workdir(workdir):
         raise UserError(f"{workdir} is not a workdir: it has no config.json and checkpoints")
     checkpoints = Checkpoints(workdir / "checkpoints")
     try:
@@ -179,6 +178,4 @@ def saved_config(folder: str | Path) -> tuple[MLLMConfig, str]:
 
 def is_workdir(path: Path) -> bool:
     """Whether a folder is a run's directory rather than a Hugging Face checkpoint."""
-    if not (path / "config.json").is_file():
-        return False
-    return "optimizer" in json.loads((path / "config.json").read_text())
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()

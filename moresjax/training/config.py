@@ -162,13 +162,20 @@ def save_config(config: ml_collections.ConfigDict, path: str | Path) -> None:
 
 
 def read_config(path: str | Path) -> ml_collections.ConfigDict:
-    """A config written by `save_config`."""
+    """A config written by `save_config`; keys that it lacks have their defaults.
+
+    Raises:
+      UserError: when the file is not one.
+    """
     config = base_config().unlock()
-    values = json.loads(Path(path).read_text())
-    values["also_train"] = tuple(values["also_train"])
-    values["model"]["classes"] = tuple(values["model"]["classes"])
-    with config.ignore_type():
-        config.update(values)
+    try:
+        with config.ignore_type():
+            config.update(json.loads(Path(path).read_text()))
+        # JSON has no tuples.
+        config.also_train = tuple(config.also_train)
+        config.model.classes = tuple(config.model.classes)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a run's configuration: {error}") from None
     return config.lock()
 
 

@@ -18,7 +18,7 @@ from moresjax.errors import UserError, choice_error
 from moresjax.parallel.mesh import batch_sharding, batch_shards, make_mesh, place, replicated
 from moresjax.paths import matches
 from moresjax.training.checkpoint import Checkpoints
-from moresjax.training.config import differences, save_config
+from moresjax.training.config import differences, read_config, save_config
 from moresjax.training.metrics import MetricWriter, Progress
 from moresjax.training.objectives import OBJECTIVES
 from moresjax.training.optimizer import make_optimizer
@@ -184,11 +184,12 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
         raise UserError(f"workdir {workdir} is not empty and --resume is never")
     if not (workdir / "config.json").is_file():
         raise UserError(f"workdir {workdir} is not empty and holds no run to resume")
-    earlier = json.loads((workdir / "config.json").read_text())
-    wanted = json.loads(json.dumps(config.to_dict()))  # tuples as lists, as in the file
+    earlier = read_config(workdir / "config.json").to_dict()
     harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh")
     changed = [
-        key for key in differences(earlier, wanted) if not any(matches(key, h) for h in harmless)
+        key
+        for key in differences(earlier, config.to_dict())
+        if not any(matches(key, h) for h in harmless)
     ]
     if changed:
         raise UserError(

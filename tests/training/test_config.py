@@ -245,3 +245,11 @@ NESTED = st.recursive(
 def test_differences_are_empty_for_equal_dicts_only(a, b):
     assert (differences(a, b) == []) == (a == b)
     assert differences(a, b) == differences(b, a)
+
+
+def test_a_file_that_is_no_configuration_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    for text in ("{", "[1]", '{"also_train": 3}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"config\.json is not a run's configuration"):
+            read_config(path)
