@@ -186,11 +186,8 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
         raise UserError(f"workdir {workdir} is not empty and holds no run to resume")
     earlier = read_config(workdir / "config.json").to_dict()
     harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh")
-    changed = [
-        key
-        for key in differences(earlier, config.to_dict())
-        if not any(matches(key, h) for h in harmless)
-    ]
+    found = differences(earlier, config.to_dict())
+    changed = [key for key in found if not any(matches(key, h) for h in harmless)]
     if changed:
         raise UserError(
             f"workdir {workdir} holds a run with other settings ({', '.join(changed)}); "

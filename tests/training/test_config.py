@@ -119,7 +119,7 @@ def test_open_dicts_take_new_keys():
     set_value(config, "data.size", "32")
     set_value(config, "data.task", "text")
     assert config.data.to_dict() == {"name": "digits", "size": 32, "task": "text"}
-    with pytest.raises(UserError, match="optimizer.rate"):
+    with pytest.raises(UserError, match=r"optimizer\.rate"):
         set_value(config, "optimizer.rate", "1e-4")
 
 
