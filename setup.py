@@ -40,7 +40,6 @@ setup(
         "jinja2",
         "tensorboardX",
         "tqdm",
-        "rich",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.11"],

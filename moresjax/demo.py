@@ -18,7 +18,7 @@ from moresjax.analysis.report import write_attention_plots
 from moresjax.configs import digits as recipe
 from moresjax.data.digits import FAMILIES, UNSEEN
 from moresjax.errors import UserError
-from moresjax.evaluation.digits import DEFAULT_LIMIT, items, majority
+from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT, items, majority
 from moresjax.evaluation.run import EvaluationResult, evaluate, write_results
 from moresjax.model import Model, load
 from moresjax.training.loop import TrainResult, train

@@ -73,7 +73,7 @@ def evaluate(
     from lm_eval.evaluator import evaluate as run_tasks
 
     # Benchmarks register themselves on import.
-    from moresjax.evaluation import digits  # noqa: F401
+    from moresjax.evaluation import benchmarks  # noqa: F401
     from moresjax.evaluation.lm import MoresjaxLM
     from moresjax.evaluation.tasks import load_benchmark
 

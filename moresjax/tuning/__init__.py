@@ -1,5 +1,3 @@
-"""Tuning methods. To add one: write its file beside the others and import it here."""
+"""Tuning: the four kinds of methods, their sites and selectors, and one file per method."""
 
-from moresjax.tuning import full, ia3, lora, mores, prompt
-
-__all__ = ["full", "ia3", "lora", "mores", "prompt"]
+from moresjax.tuning import methods  # noqa: F401  (methods register themselves)

@@ -2,10 +2,9 @@
 
 Axis legend: B batch, S tokens, D features in, F features out, P extra tokens.
 
-A method is a frozen dataclass whose fields are the keys of its spec string, in a file of its own
-that this package's `__init__` imports. `theta` is a dict of fp32 arrays for *one* layer; the
-framework adds the leading layer axis, scans it beside the frozen blocks and gates layers on and
-off.
+A method is a frozen dataclass whose fields are the keys of its spec string, in a file of its own in
+`moresjax/tuning/methods`. `theta` is a dict of fp32 arrays for *one* layer; the framework adds the
+leading layer axis, scans it beside the frozen blocks and gates layers on and off.
 """
 
 import dataclasses

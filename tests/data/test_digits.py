@@ -26,7 +26,7 @@ from moresjax.data.digits import (
 )
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.errors import UserError
-from moresjax.evaluation.digits import items, majority
+from moresjax.evaluation.benchmarks.digits import items, majority
 from moresjax.evaluation.tasks import Item
 
 TASKS = ("text", "patches", "caption", "instruct")

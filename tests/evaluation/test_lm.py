@@ -13,7 +13,7 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
-from moresjax.evaluation.digits import items, majority
+from moresjax.evaluation.benchmarks.digits import items, majority
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.run import evaluate, write_results
 from moresjax.evaluation.tasks import exact_match

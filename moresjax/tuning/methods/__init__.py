@@ -1,0 +1,7 @@
+"""One file per tuning method. Every file in this folder is imported, and registers its methods."""
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
