@@ -1,8 +1,8 @@
 """Benchmarks as `lm_eval` tasks.
 
 A benchmark is a file of `moresjax.evaluation.benchmarks` with a function
-`load(data_root, limit, split) -> list[VisualTask]`, registered by `@benchmark(name)`. An item knows its prompt, images and answer; the task compares
-the generated text with the answer.
+`load(data_root, limit, split) -> list[VisualTask]`, registered by `@benchmark(name)`. An item knows
+its prompt, images and answer; the task compares the generated text with the answer.
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ A method is a frozen dataclass whose fields are the keys of its spec string, in 
 leading layer axis, scans it beside the frozen blocks and gates layers on and off.
 """
 
+import abc
 import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -59,20 +60,20 @@ def layer_field():
 
 
 @dataclasses.dataclass(frozen=True)
-class Edit(Method):
+class Edit(Method, abc.ABC):
     """Changes activations at a site: `h' = h + where(mask, delta(theta, h), 0)`."""
 
     positions: str = "image"
     layers: str = layer_field()
     dropout: float = 0.0  # on the delta
 
+    @abc.abstractmethod
     def initial(self, key: PRNGKeyArray, dim: int) -> Theta:
         """Initial parameters of one layer for activations with `dim` features."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def delta(self, theta: Theta, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What is added at selected tokens. `theta` has been through `prepare`."""
-        raise NotImplementedError
 
 
 @runtime_checkable
@@ -86,18 +87,19 @@ class LinearLike(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightDelta(Method):
+class WeightDelta(Method, abc.ABC):
     """Acts on a named linear: `apply(theta, linear, x) -> y`, merged where the maths allows."""
 
     layers: str = layer_field()
 
-    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Theta:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Theta: ...
 
+    @abc.abstractmethod
     def neutral(self, theta: Theta) -> Theta:
         """Parameters of the same shapes that leave the linear as it is (a gated-off layer)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def apply(
         self,
         theta: Theta,
@@ -106,7 +108,6 @@ class WeightDelta(Method):
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*B F"]:
         """The tuned linear. `key` is given in training, for dropout."""
-        raise NotImplementedError
 
     def merge(
         self, theta: Theta, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
@@ -116,17 +117,17 @@ class WeightDelta(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Slots(Method):
+class Slots(Method, abc.ABC):
     """Extra tokens with learned content, before everything else and seen by all documents."""
 
     length: int = 10
 
-    def initial(self, key: PRNGKeyArray, dim: int) -> Theta:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def initial(self, key: PRNGKeyArray, dim: int) -> Theta: ...
 
+    @abc.abstractmethod
     def content(self, theta: Theta) -> Float[Array, "P D"]:
         """Embeddings of the extra tokens."""
-        raise NotImplementedError
 
 
 @pytree_dataclass

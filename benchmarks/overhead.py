@@ -1,0 +1,139 @@
+"""What tuning methods and attention statistics cost, as ratios measured side by side.
+
+    python benchmarks/overhead.py [--rounds 15]
+
+Everything is compiled first; then rounds go through all variants in turn, so that a slow moment of the
+machine meets all of them. A ratio is the median over rounds of (variant / baseline of the same round).
+The model is the demo's, larger: 6 layers, 256 features, batches of 32 rows.
+"""
+
+import argparse
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from moresjax.configs import digits as recipe
+
+from moresjax.analysis.attention import AttentionProbe
+from moresjax.build import build_processor, model_config
+from moresjax.data.pipeline import make_iterator, make_source, to_device_batch
+from moresjax.generation.engine import Engine
+from moresjax.models.initialize import initialize
+from moresjax.models.mllm import MLLM
+from moresjax.parallel.host import keep_freed_memory
+from moresjax.training.objectives import next_token
+from moresjax.training.optimizer import make_optimizer
+from moresjax.training.step import TrainState, make_train_step, split_model
+
+METHODS = (
+    "none",
+    "mores:rank=1",
+    "mores:rank=1,positions=image",
+    "mores:rank=8",
+    "ia3",
+    "lora:rank=8",
+    "lora:rank=128",
+    "full",
+)
+
+
+def setting():
+    """Configuration and one batch on the device."""
+    config = recipe.get_config("stage=finetune")
+    config.model.llm.update(
+        {"hidden_size": 256, "intermediate_size": 512, "num_layers": 6, "num_heads": 8}
+    )
+    processor = build_processor(config)
+    iterator = make_iterator(
+        make_source(**config.data),
+        processor,
+        batch_size=config.batch_size,
+        length=config.length,
+        images=config.images,
+    )
+    rows = next(iterator)
+    rows.pop("id")
+    return config, to_device_batch(rows, processor)
+
+
+def train_steps(config, batch, methods=METHODS, **llm):
+    """Spec -> function that runs one train step and waits for it."""
+    steps = {}
+    for spec in methods:
+        with config.unlocked():
+            config.model.llm.update(llm)
+        model = initialize(MLLM(model_config(config), spec))
+        graphdef, trainable, frozen = split_model(model, config.also_train)
+        optimizer, schedule = make_optimizer(config.optimizer, 100, trainable)
+        state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+        step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)
+        box = [state]
+
+        def run(step=step, box=box, frozen=frozen):
+            box[0], metrics = step(box[0], frozen, batch)
+            jax.block_until_ready(metrics)
+
+        steps[spec] = run
+    return steps
+
+
+def forwards(config, batch):
+    """Generation of 32 tokens, with and without steering and statistics."""
+    runs = {}
+    for name, spec, probes in (
+        ("base", "none", ()),
+        ("mores:rank=1", "mores:rank=1", ()),
+        ("lora:rank=8, not merged", "lora:rank=8", ()),
+        ("base + attention statistics", "none", (AttentionProbe(),)),
+    ):
+        model = initialize(MLLM(model_config(config), spec))
+        engine = Engine(model, eos_ids=(-1,), probes=probes)
+
+        def run(engine=engine):
+            jax.block_until_ready(engine.generate(batch, 32).tokens)
+
+        runs[name] = run
+    return runs
+
+
+def compare(title: str, runs: dict, rounds: int) -> None:
+    """Prints milliseconds and ratios to the first variant as a table."""
+    for run in runs.values():
+        run()
+        run()
+    seconds = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    base = next(iter(runs))
+    print(f"\n| {title} | ms | ratio |\n|---|---:|---:|")
+    for name, values in seconds.items():
+        ratio = statistics.median(
+            value / other for value, other in zip(values, seconds[base], strict=True)
+        )
+        print(f"| `{name}` | {1e3 * statistics.median(values):.0f} | {ratio:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    keep_freed_memory()
+    config, batch = setting()
+    compare("train step", train_steps(config, batch), rounds)
+    compare("generation, 32 tokens", forwards(config, batch), rounds)
+    layers = {
+        "unrolled": {"unroll": True, "remat": False},
+        "scanned": {"unroll": False, "remat": False},
+        "scanned, remat": {"unroll": False, "remat": True},
+    }
+    spec = "mores:rank=1"
+    runs = {name: train_steps(config, batch, (spec,), **c)[spec] for name, c in layers.items()}
+    compare("layers, train step with MoReS", runs, rounds)
+
+
+if __name__ == "__main__":
+    main()
