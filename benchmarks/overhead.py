@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--rounds 15]
 
-Everything is compiled first; then rounds go through all variants in turn, so that a slow moment of the
-machine meets all of them. A ratio is the median over rounds of (variant / baseline of the same round).
-The model is the demo's, larger: 6 layers, 256 features, batches of 32 rows.
+Everything is compiled first; then rounds go through all variants in turn, so that a slow moment of
+the machine meets all of them. A ratio is the median over rounds of (variant / baseline of the same
+round). The model is the demo's, larger: 6 layers, 256 features, batches of 32 rows.
 """
 
 import argparse

@@ -112,7 +112,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     if done:
         logger.info("resuming %s at step %d", config.name, done)
 
-    writer = MetricWriter(workdir, tensorboard=config.tensorboard)
+    writer = MetricWriter(workdir, done=done, tensorboard=config.tensorboard)
     progress = Progress(config.steps, done, config.name, line_every=max(config.steps // 4, 1))
     pending = deque()
     metrics, compile_seconds, start = {}, 0.0, time.monotonic()

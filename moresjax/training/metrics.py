@@ -10,15 +10,27 @@ from tqdm import tqdm
 
 
 class MetricWriter:
-    """Writes `metrics.jsonl` and TensorBoard events into a run's directory."""
+    """Writes `metrics.jsonl` and TensorBoard events into a run's directory.
 
-    def __init__(self, directory: str | Path, *, tensorboard: bool = True):
-        self._file = (Path(directory) / "metrics.jsonl").open("a", encoding="utf-8")
+    Args:
+      directory: the run's directory.
+      done: steps that the run goes on from; what an interrupted run wrote beyond them is dropped.
+      tensorboard: whether to write TensorBoard events.
+    """
+
+    def __init__(self, directory: str | Path, *, done: int = 0, tensorboard: bool = True):
+        path = Path(directory) / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        # A killed process may leave half a line.
+        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
         self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(Path(directory) / "tensorboard"))
+            board = str(Path(directory) / "tensorboard")
+            self._board = SummaryWriter(board, purge_step=done + 1 if done else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")

@@ -27,6 +27,7 @@ from moresjax.training import loop
 from moresjax.training.checkpoint import Checkpoints, named
 from moresjax.training.config import load_config, read_config
 from moresjax.training.loop import train
+from moresjax.training.metrics import MetricWriter
 from moresjax.training.objectives import OBJECTIVES, next_token
 from moresjax.training.optimizer import make_schedule
 from moresjax.tuning.count import count_parameters
@@ -146,7 +147,7 @@ def test_a_killed_run_resumes_to_the_same_weights(stage, tmp_path, run_moresjax)
     assert_equal_weights(killed, whole)
     lines = {line["step"]: line for line in logged(whole)}
     assert list(lines) == list(range(4, 41, 4))
-    assert {line["step"] for line in logged(killed)} == set(lines)
+    assert [line["step"] for line in logged(killed)] == list(lines)
     for line in logged(killed):
         assert line == pytest.approx(lines[line["step"]], abs=1e-6)
 
@@ -256,6 +257,17 @@ def test_every_line_is_about_its_own_step(tmp_path):
     schedule = make_schedule(o.schedule, o.lr, config.steps, o.warmup, o.end)
     wanted = [float(schedule(step)) for step in range(4)]
     assert [line["lr"] for line in lines] == pytest.approx(wanted)
+
+
+def test_lines_beyond_the_resumed_step_are_dropped(tmp_path):
+    text = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    writer = MetricWriter(tmp_path, done=1)
+    writer.write(2, {"loss": 0.5})
+    writer.close()
+    assert [(line["step"], line["loss"]) for line in logged(tmp_path)] == [(1, 2.0), (2, 0.5)]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
 
 
 # ---- The frozen part.
