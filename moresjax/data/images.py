@@ -4,56 +4,121 @@ Axis legend: Y, X pixels, 3 colour channels.
 """
 
 import dataclasses
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from moresjax.errors import UserError
+from moresjax.errors import UserError, choice_error
+
+# Longer than this, an image whose shorter side is enlarged would not fit into memory.
+MAX_ASPECT = 200
+ASPECTS = ("square", "pad")
+# Files in which transformers saves image processors, without their ending.
+SAVED = ("preprocessor", "processor")
 
 
 def open_image(source) -> Image.Image:
     """An RGB image from a path, a PIL image or a uint8 array.
 
+    Transparency is dropped, as the reference implementations do; 16-bit greys are scaled to 8 bits.
+
     Raises:
-      UserError: when a file is missing or is not an image.
+      UserError: when a file is missing or is not an image, or is too long for its width.
     """
     if isinstance(source, np.ndarray):
-        return Image.fromarray(source).convert("RGB")
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    path = Path(source)
+        image, name = Image.fromarray(source), "array"
+    elif isinstance(source, Image.Image):
+        image, name = source, "image"
+    else:
+        image, name = _read(Path(source)), f"image {source}"
+    short, long = sorted(image.size)
+    if long > MAX_ASPECT * max(short, 1):
+        raise UserError(
+            f"{name} has {image.width} x {image.height} pixels; "
+            f"its sides may differ {MAX_ASPECT}-fold at most"
+        )
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _read(path: Path) -> Image.Image:
     if not path.is_file():
         raise UserError(f"image {path} does not exist")
     try:  # broken files make Pillow raise many kinds
-        return Image.open(path).convert("RGB")
+        image = Image.open(path)
+        image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"image {path} cannot be read: {error}") from None
+    return image
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The image centred on a square of that colour (LLaVA-1.5's `pad` aspect mode)."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Resizes to a square (bicubic), scales to 0..1 and normalises."""
+    """Scales images to a square, to 0..1, and normalises.
+
+    Attributes:
+      size: height and width of the result.
+      mean, std: of the normalisation.
+      aspect: `square` leaves the shape to the scaling; `pad` first pads with the mean colour.
+      reference: an image processor of `transformers` that does everything after `aspect`; without
+        one, images are scaled to the square (bicubic).
+    """
 
     size: int
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    aspect: str = "square"
+    reference: Callable | None = None
+
+    def __post_init__(self):
+        if self.aspect not in ASPECTS:
+            raise choice_error("image aspect", self.aspect, ASPECTS)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, size: int) -> "ImageProcessor":
-        """With the mean and standard deviation of a folder's `preprocessor_config.json`, if any."""
-        path = folder / "preprocessor_config.json"
-        saved = json.loads(path.read_text()) if path.is_file() else {}
-        names = {"mean": "image_mean", "std": "image_std"}
-        return cls(size, **{k: tuple(saved[n]) for k, n in names.items() if n in saved})
+    def from_pretrained(cls, folder: Path, size: int, aspect: str = "square") -> "ImageProcessor":
+        """The processor saved in a folder, or the default one when none was saved.
+
+        Raises:
+          UserError: when it makes images of another size than the model takes.
+        """
+        if not any((folder / f"{name}_config.json").is_file() for name in SAVED):
+            return cls(size, aspect=aspect)
+        from transformers import AutoImageProcessor
+
+        reference = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        mean, std = (tuple(x) for x in (reference.image_mean, reference.image_std))
+        processor = cls(size, mean, std, aspect, reference)
+        made = processor(np.zeros((size, size, 3), np.uint8)).shape[:2]
+        if made != (size, size):
+            raise UserError(f"{folder}: images become {made[0]} x {made[1]}, not {size} x {size}")
+        return processor
 
     def __call__(self, source) -> Float[np.ndarray, "Y X 3"]:
-        if not (isinstance(source, np.ndarray) and source.shape == (self.size, self.size, 3)):
-            image = open_image(source)
-            if image.size != (self.size, self.size):
-                image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-            source = np.asarray(image)
+        ready = isinstance(source, np.ndarray) and source.shape == (self.size, self.size, 3)
+        if ready and self.reference is None:
+            return self._normalise(source)
+        image = open_image(source)
+        if self.aspect == "pad":
+            image = pad_to_square(image, tuple(int(255 * x) for x in self.mean))
+        if self.reference is not None:
+            pixels = self.reference(images=image, return_tensors="np")["pixel_values"][0]
+            return np.asarray(pixels, np.float32).transpose(1, 2, 0)
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        return self._normalise(np.asarray(image))
+
+    def _normalise(self, pixels: np.ndarray) -> Float[np.ndarray, "Y X 3"]:
         mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))
-        return (source.astype(np.float32) / 255.0 - mean) / std
+        return (pixels.astype(np.float32) / 255.0 - mean) / std

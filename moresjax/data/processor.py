@@ -48,7 +48,12 @@ class Processor:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        return (self.tokenizer.eos_token_id,)
+        """Tokens that end an answer: the tokenizer's end token and the template's own, if any."""
+        ends = {self.tokenizer.eos_token_id}
+        closing = (self.template.end or "").strip()
+        if closing in self.tokenizer.get_vocab():
+            ends.add(self.tokenizer.convert_tokens_to_ids(closing))
+        return tuple(sorted(ends))
 
     def _tokenize(
         self, chunk: tuple[tuple[str, Segment], ...]

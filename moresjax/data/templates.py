@@ -21,54 +21,94 @@ class Template:
     Attributes:
       system: text before the first turn.
       user: role marker before a question.
-      assistant: role marker after a question; an answer follows after `gap`.
+      assistant: role marker after a question.
+      gap: what stands between the marker and the answer.
+      end: what closes an answer and is trained with it; None stands for the tokenizer's end token.
+      next_user: the marker of later questions where it differs from the first.
       keep_question: False writes images and answers only, without markers (connector pretraining).
     """
 
     system: str = ""
     user: str = "USER: "
     assistant: str = " ASSISTANT:"
+    gap: str = " "
+    end: str | None = None
+    next_user: str | None = None
     keep_question: bool = True
 
     def render(self, sample: Sample, eos: str) -> list[Piece]:
         """The pieces of a sample in order; joined they are the conversation's text.
 
-        An answer follows its marker after a blank and ends with `eos`; text that goes on from the
-        context ends with a newline. A prompt (last answer None) ends with the assistant marker.
+        Text that goes on from the context ends with a newline. A prompt (last answer None) ends
+        with the assistant marker.
         """
+        end = eos if self.end is None else self.end
         if not self.keep_question:
             caption = dataclasses.replace(sample.turns[0], question=None)
             images = IMAGE_MARK * len(sample.images)
-            return [Piece(images, Segment.QUESTION), *self._turn(caption, eos, 0)]
+            return [Piece(images, Segment.QUESTION), *self._turn(caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
         pieces = [Piece(self.system + self.user, Segment.SYSTEM)]
         pieces.append(Piece(sample.context, Segment.QUESTION))
+        marker = self.user if self.next_user is None else self.next_user
         for number, turn in enumerate(sample.turns):
             if number and not sample.independent:
-                pieces.append(Piece(self.user, Segment.QUESTION))
-            pieces += self._turn(turn, eos, number + 1 if sample.independent else 0)
+                pieces.append(Piece(marker, Segment.QUESTION))
+            pieces += self._turn(turn, end, number + 1 if sample.independent else 0)
         return [piece for piece in pieces if piece.text]
 
-    def _turn(self, turn: Turn, eos: str, branch: int) -> list[Piece]:
+    def _turn(self, turn: Turn, end: str, branch: int) -> list[Piece]:
         if turn.question is None:
             answer = () if turn.answer is None else (f"{turn.answer}\n",)
             return [Piece(text, Segment.ANSWER, branch) for text in answer]
         pieces = [Piece(turn.question + self.assistant, Segment.QUESTION, branch)]
         if turn.answer is not None:
-            pieces.append(Piece(f" {turn.answer}{eos}", Segment.ANSWER, branch))
+            pieces.append(Piece(f"{self.gap}{turn.answer}{end}", Segment.ANSWER, branch))
         return pieces
 
 
-_LLAVA_SYSTEM = (
+_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the user's questions. "
+    "helpful, detailed, and polite answers to the user's questions."
 )
+_LLAVA = Template(system=f"{_SYSTEM} ")
 
+
+def _header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+# The first group is that of LLaVA and its factories; they differ in the tokenizer's end token only.
+# The second is that of the LLMs' own chat versions.
 TEMPLATES = {
-    "vicuna_v1": Template(system=_LLAVA_SYSTEM),
-    "phi": Template(system=_LLAVA_SYSTEM),
+    "vicuna_v1": _LLAVA,
+    "phi": _LLAVA,
+    "gemma": _LLAVA,
     "plain": Template(keep_question=False),
     "bare": Template(user="", assistant=""),  # no markers at all
+    "llama2": Template(
+        system=f"[INST] <<SYS>>\n{_SYSTEM}\n<</SYS>>\n\n",
+        user="",
+        assistant=" [/INST]",
+        end=" </s>",
+        next_user="<s>[INST] ",
+    ),
+    "mistral": Template(user="[INST] ", assistant=" [/INST]"),
+    "llama3": Template(
+        system=f"{_header('system')}{_SYSTEM}<|eot_id|>",
+        user=_header("user"),
+        assistant=f"<|eot_id|>{_header('assistant')}",
+        gap="",
+        end="<|eot_id|>",
+    ),
+    "chatml": Template(
+        system=f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n",
+        user="<|im_start|>user\n",
+        assistant="<|im_end|>\n<|im_start|>assistant\n",
+        gap="",
+        end="<|im_end|>",
+        next_user="\n<|im_start|>user\n",
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from moresjax.data.images import ImageProcessor, open_image
 from moresjax.errors import UserError
@@ -118,3 +119,54 @@ def test_damaged_bytes_are_read_or_named(tmp_path_factory, kind, data):
     except UserError as error:
         outcome = str(error)
     assert outcome == "RGB" or str(path) in outcome
+
+
+SQUARE = {"height": 28, "width": 28}
+REFERENCES = {
+    "clip": CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=SQUARE),
+    "siglip": SiglipImageProcessorPil(size=SQUARE),
+}
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+@pytest.mark.parametrize("size", [(40, 60), (60, 40), (28, 28), (7, 9)])
+def test_a_saved_processor_is_that_of_transformers(kind, size, tmp_path):
+    reference = REFERENCES[kind]
+    reference.save_pretrained(tmp_path)
+    image = Image.fromarray(photo(size))
+    expected = reference(images=image, return_tensors="np")["pixel_values"][0]
+    ours = ImageProcessor.from_pretrained(tmp_path, 28)(image)
+    np.testing.assert_array_equal(ours, expected.transpose(1, 2, 0))
+
+
+def test_a_processor_of_another_size_is_refused(tmp_path):
+    REFERENCES["clip"].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"images become 28 x 28, not 56 x 56"):
+        ImageProcessor.from_pretrained(tmp_path, 56)
+
+
+@pytest.mark.parametrize("size", [(4, 8), (8, 4)])
+def test_padding_keeps_the_whole_image_on_the_mean_colour(size):
+    array = photo(size)
+    pixels = ImageProcessor(8, mean=(0.2, 0.4, 0.6), std=(1.0, 1.0, 1.0), aspect="pad")(array)
+    inside = np.zeros((8, 8), bool)
+    inside[(slice(2, 6), slice(None)) if size == (4, 8) else (slice(None), slice(2, 6))] = True
+    expected = array.reshape(-1, 3) / 255 - np.asarray([0.2, 0.4, 0.6])
+    np.testing.assert_allclose(pixels[inside], expected, atol=1e-6)
+    np.testing.assert_allclose(pixels[~inside], 0, atol=1 / 255)
+    with pytest.raises(UserError, match=r"aspect 'fill'.*square, pad"):
+        ImageProcessor(8, aspect="fill")
+
+
+def test_sixteen_bit_greys_are_scaled(tmp_path):
+    grey = (np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    opened = np.asarray(open_image(tmp_path / "deep.png"))
+    np.testing.assert_array_equal(opened, np.stack([grey // 257] * 3, axis=-1))
+
+
+def test_thin_images_are_read_up_to_a_limit(tmp_path):
+    assert open_image(np.zeros((1, 200, 3), np.uint8)).size == (200, 1)
+    Image.fromarray(np.zeros((1, 201, 3), np.uint8)).save(tmp_path / "thin.png")
+    with pytest.raises(UserError, match=r"thin\.png has 201 x 1 pixels.*200-fold"):
+        open_image(tmp_path / "thin.png")

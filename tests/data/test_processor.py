@@ -1,5 +1,6 @@
 """Samples to rows: one tokenisation for ids and segments, branches, images, templates, errors."""
 
+import copy
 import dataclasses
 
 import jax
@@ -80,12 +81,54 @@ BRANCHES = Sample(
 )
 
 
-@pytest.mark.parametrize("template", ["vicuna_v1", "phi"])
+@pytest.mark.parametrize("template", ["vicuna_v1", "phi", "gemma"])
 def test_text_of_a_conversation(template):
     assert text_of(TALK, template) == (
         SYSTEM + "USER: <image>\nwho ? ASSISTANT: me</s>USER: why ? ASSISTANT: so</s>"
     )
     assert text_of(TALK, template, "<|endoftext|>").endswith(" ASSISTANT: so<|endoftext|>")
+
+
+ANSWER = Segment.ANSWER
+CHATS = {
+    "llama2": (
+        f"[INST] <<SYS>>\n{SYSTEM.strip()}\n<</SYS>>\n\n<image>\nwho ? [/INST] me </s>"
+        "<s>[INST] why ? [/INST] so </s>"
+    ),
+    "mistral": "[INST] <image>\nwho ? [/INST] me</s>[INST] why ? [/INST] so</s>",
+    "llama3": (
+        f"<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM.strip()}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nwho ?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nme<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nwhy ?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nso<|eot_id|>"
+    ),
+    "chatml": (
+        f"<|im_start|>system\n{SYSTEM.strip()}<|im_end|>\n"
+        "<|im_start|>user\n<image>\nwho ?<|im_end|>\n<|im_start|>assistant\nme<|im_end|>\n"
+        "<|im_start|>user\nwhy ?<|im_end|>\n<|im_start|>assistant\nso<|im_end|>"
+    ),
+}
+
+
+@pytest.mark.parametrize("template", CHATS)
+def test_text_of_the_chat_versions(template):
+    assert text_of(TALK, template) == CHATS[template]
+    answers = [p.text for p in get_template(template).render(TALK, "</s>") if p.segment == ANSWER]
+    end = {"llama2": " </s>", "mistral": "</s>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
+    assert [text.removesuffix(end[template]).strip() for text in answers] == ["me", "so"]
+    # What the model is asked with is what it was trained after.
+    prompt = Sample("prompt", (*TALK.turns[:1], Turn("why ?")), (PHOTO,))
+    assert CHATS[template].startswith(text_of(prompt, template))
+
+
+def test_generation_ends_at_the_templates_own_end_token():
+    ends = processor(template="vicuna_v1").eos_ids
+    assert ends == (CHARACTERS.eos_token_id,)
+    tokenizer = copy.deepcopy(CHARACTERS)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    own = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert processor(tokenizer, "chatml").eos_ids == tuple(sorted((*ends, own)))
 
 
 def test_text_of_a_prompt_ends_where_the_answer_starts():
