@@ -11,15 +11,18 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError, choice_error
+from moresjax.models.connector import connector_tokens
 from moresjax.models.decoder import DecoderConfig
+from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.initialize import described, fill, initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import PatchClassifier, VisionConfig
-from moresjax.models.zoo import LLMS, VISION
+from moresjax.models.zoo import ENCODERS, LLMS
 from moresjax.paths import path_name
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.config import RANDOM, read_config
 from moresjax.weights.hf import load_pretrained, pretrained_config
+from moresjax.weights.parts import check_same_encoder, is_vision_folder, load_vision
 
 PARTS = ("llm", "vision", "connector")
 
@@ -31,9 +34,16 @@ def model_config(config) -> MLLMConfig:
       UserError: for an unknown name or field.
     """
     llm = _part("LLM", config.model.llm, LLMS, DecoderConfig)
-    vision = config.model.vision
-    vision = _part("vision encoder", vision, VISION, VisionConfig) if vision else None
+    vision = _vision(config.model.vision) if config.model.vision else None
     return MLLMConfig(llm=llm, vision=vision, connector=config.model.connector)
+
+
+def _vision(value) -> AnyVisionConfig:
+    """A vision encoder by name or fields; `encoders` (two of these) and `fusion` make a pair."""
+    if isinstance(value, str) or "encoders" not in value:
+        return _part("vision encoder", value, ENCODERS, VisionConfig)
+    fields = {**value, "encoders": tuple(_vision(encoder) for encoder in value["encoders"])}
+    return _part("vision encoder", fields, ENCODERS, FusedVisionConfig)
 
 
 def _part(what: str, value, named: Mapping, kind: type):
@@ -54,13 +64,14 @@ def build_processor(config) -> Processor:
     Raises:
       UserError: for an unknown template or tokenizer folder.
     """
-    vision = config.model.vision
-    vision = _part("vision encoder", vision, VISION, VisionConfig) if vision else None
+    vision = _vision(config.model.vision) if config.model.vision else None
+    tokens = connector_tokens(config.model.connector, vision.num_tokens) if vision else 0
+    normalise = (vision.pixel_mean, vision.pixel_std) if vision else ()
     return Processor(
         tokenizer=load_tokenizer(config.tokenizer),
         template=get_template(config.template),
-        image=ImageProcessor(vision.image_size) if vision else None,
-        visual_tokens=vision.num_tokens if vision else 0,
+        image=ImageProcessor(vision.image_size, *normalise) if vision else None,
+        visual_tokens=tokens,
     )
 
 
@@ -92,7 +103,9 @@ def build_model(config, *, root: str | Path = ".") -> nnx.Module:
       UserError: when a part's source does not exist or does not fit.
     """
     if config.objective == "patch_classes":
-        vision = _part("vision encoder", config.model.vision, VISION, VisionConfig)
+        vision = _vision(config.model.vision)
+        if vision.is_pair:
+            raise UserError("objective patch_classes needs one vision encoder, this is a pair")
         return initialize(PatchClassifier(vision, tuple(config.model.classes)), config.seed)
     model = MLLM(model_config(config), config.tuning)
     load_parts(model, config.init.to_dict(), Path(root))
@@ -106,18 +119,32 @@ def load_parts(model: MLLM, sources: Mapping[str, str], root: Path) -> None:
       UserError: when a source does not exist, or lacks or does not fit its part.
     """
     for part in PARTS:
-        if sources[part] != RANDOM and getattr(model, part) is not None:
-            load_part(model, part, (root / sources[part]).resolve())
+        if sources[part] == RANDOM or getattr(model, part) is None:
+            continue
+        folders = sources[part].split(";")
+        if len(folders) == 1:
+            load_part(model, part, (root / folders[0]).resolve())
+            continue
+        count = len(getattr(model.vision, "encoders", ())) if part == "vision" else 1
+        if len(folders) != count:
+            raise UserError(f"init.{part} names {len(folders)} folders; the model needs {count}")
+        for number, folder in enumerate(folders):
+            load_part(model, f"{part}.encoders.{number}", (root / folder).resolve())
 
 
 def load_part(model: nnx.Module, part: str, source: Path) -> None:
     """Fills one part of a model from a run's directory or a Hugging Face folder.
+
+    `part` is `llm`, `vision`, `connector`, or one of two vision encoders: `vision.encoders.0`. The
+    folder holds a LLaVA, or the LLM or the vision encoder alone.
 
     Raises:
       UserError: when the source does not exist, or lacks or does not fit the part.
     """
     if (source / "checkpoints").is_dir():
         found = trained_parameters(source)
+    elif part.startswith("vision") and is_vision_folder(source):
+        found = _vision_parameters(model, part, source)
     elif (source / "config.json").is_file():
         loaded = nnx.to_flat_state(nnx.state(load_pretrained(source), nnx.Param))
         found = {path_name(p): v.get_value() for p, v in loaded}
@@ -126,6 +153,18 @@ def load_part(model: nnx.Module, part: str, source: Path) -> None:
     fill(model, found, str(source), part)
     if missing := described(model, part):
         raise UserError(f"{source} holds no weights for {missing[0]}")
+
+
+def _vision_parameters(model: nnx.Module, part: str, source: Path) -> dict[str, jax.Array]:
+    """Parameters of a vision encoder's folder, by their names in the model."""
+    encoder = model.vision
+    if part != "vision":
+        encoder = encoder.encoders[int(part.rpartition(".")[2])]
+    if encoder.config.is_pair:
+        raise UserError(f"init.vision: {source} is one vision encoder; name two as FOLDER;FOLDER")
+    theirs, state = load_vision(source, feature_layer=encoder.config.feature_layer)
+    check_same_encoder(encoder.config, theirs, str(source))
+    return {f"{part}.{path_name(path)}": x for path, x in state.items()}
 
 
 def trained_parameters(workdir: Path) -> dict[str, jax.Array]:

@@ -42,7 +42,7 @@ class AttentionProbe:
     def read(self, context: ProbeContext, q, k) -> dict[str, Float[Array, "..."]]:
         if context.queries is not None:
             q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
-        probabilities = attention_probabilities(q, k, context.mask)
+        probabilities = attention_probabilities(q, k, context.mask, context.softcap)
         masses = group_masses(probabilities, context.segment)  # [B, N, Q, C]
         members = (context.segment[:, :, None] == jnp.asarray(GROUPS)).astype(jnp.float32)
         counts = jnp.einsum("bqs,bsc->bqc", context.mask.astype(jnp.float32), members)[:, None]
@@ -65,7 +65,7 @@ class AttentionMaps:
     def read(self, context: ProbeContext, q, k) -> Float[Array, "B Q S"]:
         if context.queries is not None:
             q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
-        return attention_probabilities(q, k, context.mask).mean(axis=1)
+        return attention_probabilities(q, k, context.mask, context.softcap).mean(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

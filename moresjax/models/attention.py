@@ -14,14 +14,23 @@ from moresjax.layout import Segment
 GROUPS = (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION, Segment.ANSWER)
 
 
+def soft_cap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """`cap * tanh(x / cap)`: values stay within +-cap; 0 leaves them as they are."""
+    return jnp.tanh(x / cap) * cap if cap else x
+
+
 def attention_probabilities(
-    q: Float[Array, "B N T H"], k: Float[Array, "B K S H"], mask: Bool[Array, "B T S"] | None
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    mask: Bool[Array, "B T S"] | None,
+    softcap: float = 0.0,
 ) -> Float[Array, "B N T S"]:
-    """Softmax over the visible keys, in fp32."""
+    """Softmax over the visible keys, in fp32, of logits that are soft-capped before masking."""
     batch, heads, queries, dim = q.shape
     # Query heads of one key head are stacked along the queries: everything stays four-dimensional.
     grouped = q.reshape(batch, k.shape[1], -1, dim)
     logits = jnp.matmul(grouped, k.swapaxes(-1, -2)).astype(jnp.float32) * dim**-0.5
+    logits = soft_cap(logits, softcap)
     logits = logits.reshape(batch, heads, queries, -1)
     if mask is not None:
         logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
@@ -33,9 +42,10 @@ def attention(
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
     mask: Bool[Array, "B T S"] | None,
+    softcap: float = 0.0,
 ) -> Float[Array, "B N T H"]:
     """Attention with grouped key/value heads; `mask` is True where a key is visible."""
-    probabilities = attention_probabilities(q, k, mask).astype(v.dtype)
+    probabilities = attention_probabilities(q, k, mask, softcap).astype(v.dtype)
     grouped = probabilities.reshape(q.shape[0], k.shape[1], -1, k.shape[2])
     return jnp.matmul(grouped, v).reshape(q.shape)
 

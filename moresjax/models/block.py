@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from moresjax.errors import UserError
 from moresjax.models.attention import attention
-from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope
+from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope, param
 from moresjax.tuning.hooks import LayerHooks
 from moresjax.types import AnyArray, pytree_dataclass
 
@@ -34,12 +35,20 @@ class BlockConfig:
     head_dim: int = 0  # 0: hidden_size // num_heads
     norm: str = "rms"  # rms | layer
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # added to the scale of every norm (Gemma: 1)
+    qk_norm: bool = False  # RMSNorm over each head's queries and keys, before the rotation
+    post_norms: bool = False  # also norms on the outputs of attention and MLP
+    query_scale: float = 0.0  # of the attention logits; 0: head_dim ** -0.5
+    attention_softcap: float = 0.0  # 0: none
+    window: int = 0  # keys a query of a local layer sees, itself included
+    attention_pattern: str = "g"  # l(ocal) or g(lobal) layers, repeated
     activation: str = "silu"
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
     parallel: bool = False  # one norm feeds attention and MLP, whose outputs are added
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    layer_scale: bool = False  # a learned factor per feature after attention and after the MLP
     dtype: str = "float32"  # of activations
     remat: bool = False
     unroll: bool = False  # unroll the scan over layers
@@ -49,6 +58,18 @@ class BlockConfig:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        pattern = self.attention_pattern
+        if not pattern or set(pattern) - set("lg") or ("l" in pattern and self.window < 1):
+            raise UserError(
+                f"attention_pattern {pattern!r} must consist of l (local; needs a window of at "
+                f"least 1, got {self.window}) and g (global)"
+            )
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Which layers see a sliding window only."""
+        pattern = self.attention_pattern
+        return tuple(pattern[i % len(pattern)] == "l" for i in range(self.num_layers))
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of every linear of a block."""
@@ -79,21 +100,35 @@ class Attention(nnx.Module):
         self.v = linear("v", ("embed", "kv_heads"), config.qkv_bias)
         self.o = linear("o", ("heads", "embed"), config.out_bias)
 
+        def norm():
+            options = {"eps": config.norm_eps, "offset": config.norm_offset}
+            return Norm(config.head_dim, axes=(None,), **options) if config.qk_norm else None
+
+        self.q_norm, self.k_norm = norm(), norm()
+
     def __call__(self, x, rope, mask, hooks: LayerHooks, cache, index):
+        config = self.config
+
         def heads(name, count):
             y = hooks.linear(name, getattr(self, name), x)
-            return y.reshape(*x.shape[:2], count, self.config.head_dim).swapaxes(1, 2)
+            return y.reshape(*x.shape[:2], count, config.head_dim).swapaxes(1, 2)
 
-        q = heads("q", self.config.num_heads)
-        k = heads("k", self.config.num_kv_heads)
-        v = heads("v", self.config.num_kv_heads)
+        q = heads("q", config.num_heads)
+        k = heads("k", config.num_kv_heads)
+        v = heads("v", config.num_kv_heads)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.query_scale:
+            # Attention divides by the root of the head size; what it should do instead is put into
+            # the queries, where probes see it too.
+            q = q * (config.query_scale * config.head_dim**0.5)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), index, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), index, 2)
-        hooks.read("attn", q=q, k=k)
-        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        hooks.read_attention(q, k, mask if config.window else None, config.attention_softcap)
+        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, config.attention_softcap)
         y = y.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         return hooks.linear("o", self.o, y), LayerCache(k, v)
 
@@ -115,16 +150,34 @@ class MLP(nnx.Module):
         return hooks.linear("down", self.down, y)
 
 
+def normed(y: Float[Array, "B S D"], norm: Norm | None) -> Float[Array, "B S D"]:
+    """A branch output through its norm, if it has one."""
+    return y if norm is None else norm(y)
+
+
+def scaled(y: Float[Array, "B S D"], scale: nnx.Param | None) -> Float[Array, "B S D"]:
+    """A branch output times its layer scale, if it has one."""
+    return y if scale is None else y * scale[...].astype(y.dtype)
+
+
 class Block(nnx.Module):
     """Attention and MLP with residuals; returns the block output and its keys and values."""
 
     def __init__(self, config: BlockConfig):
-        norm = lambda: Norm(config.hidden_size, kind=config.norm, eps=config.norm_eps)  # noqa: E731
+        def norm():
+            options = {"kind": config.norm, "eps": config.norm_eps, "offset": config.norm_offset}
+            return Norm(config.hidden_size, **options)
+
         self.parallel = config.parallel
         self.attn_norm = norm()
         self.mlp_norm = None if config.parallel else norm()
+        self.attn_post_norm = norm() if config.post_norms else None
+        self.mlp_post_norm = norm() if config.post_norms else None
         self.attn = Attention(config)
         self.mlp = MLP(config)
+        scale = lambda: param((config.hidden_size,), ("embed",), fill=1.0)  # noqa: E731
+        self.attn_scale = scale() if config.layer_scale else None
+        self.mlp_scale = scale() if config.layer_scale else None
 
     def __call__(
         self,
@@ -137,13 +190,16 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         x = self.attn_norm(h)
         attn, cache = self.attn(x, rope, mask, hooks, cache, index)
+        attn = scaled(normed(attn, self.attn_post_norm), self.attn_scale)
         attn = hooks.edit("attn.out", attn)
         if self.parallel:
-            mlp = hooks.edit("mlp.out", self.mlp(x, hooks))
-            h = h + (attn + mlp)
+            mlp = scaled(normed(self.mlp(x, hooks), self.mlp_post_norm), self.mlp_scale)
+            h = h + (attn + hooks.edit("mlp.out", mlp))
         else:
             h = h + attn
-            h = h + hooks.edit("mlp.out", self.mlp(self.mlp_norm(h), hooks))
+            mlp = self.mlp(self.mlp_norm(h), hooks)
+            mlp = scaled(normed(mlp, self.mlp_post_norm), self.mlp_scale)
+            h = h + hooks.edit("mlp.out", mlp)
         h = hooks.edit("out", h)
         hooks.read("out", h=h)
         return h, cache
@@ -164,6 +220,7 @@ def run_blocks(
     hooks,
     config: BlockConfig,
     *,
+    local: tuple | None = None,
     caches: list[LayerCache] | None = None,
     index=None,
     keep_cache: bool = False,
@@ -173,12 +230,27 @@ def run_blocks(
     The loop is what decoding uses: each layer's cache is then a buffer of its own, updated in
     place.
     `hooks` are the `TowerHooks` of this tower; their stacked parameters are scanned beside the
-    blocks.
+    blocks. `local` holds the rotation and the mask of local layers, when some layers are local.
     """
+    is_local = config.local_layers
+
+    def view(layer):
+        if local is None or not any(is_local):
+            return rope, mask
+        if all(is_local):
+            return local
+        if isinstance(layer, int):
+            return local if is_local[layer] else (rope, mask)
+        chosen = jnp.asarray(is_local)[layer]
+
+        def choose(a, b):
+            return a if a is b else jnp.where(chosen, a, b)
+
+        return jax.tree.map(choose, local, (rope, mask))
 
     def one_layer(h, block, theta, layer, cache=None):
         at_layer = hooks.layer(theta, layer)
-        h, cache = block(h, rope, mask, at_layer, cache, index)
+        h, cache = block(h, *view(layer), at_layer, cache, index)
         return h, cache if keep_cache else None, at_layer.stats
 
     if isinstance(blocks, nnx.List):

@@ -1,42 +1,125 @@
 """Connectors: visual features to the embedding space of the decoder.
 
-Axis legend: B images, V visual tokens, C vision features, D decoder features.
+Axis legend: B images, V visual features, T visual tokens, C vision features, D decoder features.
+
+A connector is named by a string, `NAME` or `NAME:option=value,...` (`resampler:latents=64`). The
+resampler and the Q-Former turn any number of features into a fixed number of tokens; all others
+keep the number.
 """
 
+import dataclasses
 import re
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moresjax.errors import choice_error
+from moresjax.errors import UserError, choice_error
 from moresjax.models.layers import ACTIVATIONS, Linear
+from moresjax.models.qformer import QFormer, QFormerConfig
+from moresjax.models.resampler import Resampler, ResamplerConfig
 
-CONNECTORS = ("identity", "linear", "mlp{n}x_gelu")
+CONNECTORS = (
+    "identity",
+    "linear",
+    "mlp{n}x_gelu",
+    "fused-gelu-mlp",
+    "mof_mlp",
+    "resampler",
+    "qformer",
+)
+# Those that read the features with learned queries: module and configuration.
+QUERYING = {"resampler": (Resampler, ResamplerConfig), "qformer": (QFormer, QFormerConfig)}
 
 
-def connector_depth(name: str) -> int:
-    """Number of linears of a connector.
+def build_connector(name: str, d_in: int, d_out: int, *, unroll: bool = False) -> nnx.Module:
+    """The module of a connector, `[B, V, C] -> [B, T, D]`.
 
     Raises:
-      UserError: for an unknown name.
+      UserError: for an unknown name or option.
     """
-    if name in ("identity", "linear"):
-        return int(name == "linear")
+    kind, options = parse_connector(name)
+    if kind in QUERYING:
+        return QUERYING[kind][0](options, d_in, d_out, unroll=unroll)
+    return MoFConnector(d_in, d_out) if kind == "mof_mlp" else Connector(name, d_in, d_out)
+
+
+def parse_connector(name: str) -> tuple[str, ResamplerConfig | QFormerConfig | None]:
+    """(name without options, configuration of a querying connector).
+
+    Raises:
+      UserError: for an unknown name or option.
+    """
+    kind, colon, text = name.partition(":")
+    if kind not in QUERYING:
+        if colon or (kind != "mof_mlp" and linear_widths(kind, 1, 1) is None):
+            raise choice_error("connector", name, CONNECTORS)
+        return kind, None
+    config, options = QUERYING[kind][1], {}
+    fields = [field.name for field in dataclasses.fields(config)]
+    for item in text.split(",") if colon else ():
+        key, _, value = item.partition("=")
+        if key not in fields:
+            raise choice_error(f"option of connector {kind}", key, fields)
+        if not re.fullmatch(r"[1-9]\d*", value):
+            raise UserError(f"connector {kind}: {key} must be a positive integer, got {value!r}")
+        options[key] = int(value)
+    return kind, config(**options)
+
+
+def connector_tokens(name: str, features: int) -> int:
+    """T, the number of visual tokens that a connector makes of `features` visual features.
+
+    Raises:
+      UserError: for an unknown name or option.
+    """
+    _, options = parse_connector(name)
+    return options.latents if options else features
+
+
+def linear_widths(name: str, d_in: int, d_out: int) -> list[int] | None:
+    """Features before, between and after the linears of a chain; None for another connector."""
+    if name == "identity":
+        return [d_in]
+    if name == "linear":
+        return [d_in, d_out]
+    if name == "fused-gelu-mlp":
+        return [d_in, 4 * d_in, d_out, d_out]
     if m := re.fullmatch(r"mlp([1-9]\d*)x_gelu", name):
-        return int(m[1])
-    raise choice_error("connector", name, CONNECTORS)
+        return [d_in] + [d_out] * int(m[1])
+    return None
 
 
 class Connector(nnx.Module):
-    """`identity`, `linear`, or `mlp{n}x_gelu`: n linears with exact GELU between them."""
+    """A chain of linears with exact GELU between them.
+
+    `identity` has none, `linear` one, `mlp{n}x_gelu` n, `fused-gelu-mlp` three (the first is four
+    times as wide as the features).
+
+    Raises:
+      UserError: for another name.
+    """
 
     def __init__(self, name: str, d_in: int, d_out: int):
+        widths = linear_widths(name, d_in, d_out)
+        if widths is None:
+            raise choice_error("connector", name, CONNECTORS)
         self.layers = nnx.List()
-        for i in range(connector_depth(name)):
-            width = d_in if i == 0 else d_out
-            self.layers.append(Linear(width, d_out, axes=(None, "embed"), bias=True))
+        for i, width in enumerate(widths[1:]):
+            self.layers.append(Linear(widths[i], width, axes=(None, "embed"), bias=True))
 
     def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B V D"]:
         for i, layer in enumerate(self.layers):
             x = layer(ACTIVATIONS["gelu"](x) if i else x)
         return x
+
+
+class MoFConnector(nnx.Module):
+    """`mof_mlp`: an `mlp2x_gelu` for each of two encoders whose features are interleaved."""
+
+    def __init__(self, d_in: int, d_out: int):
+        self.branches = nnx.List([Connector("mlp2x_gelu", d_in, d_out) for _ in range(2)])
+
+    def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B V D"]:
+        y = jnp.stack([branch(x[:, i::2]) for i, branch in enumerate(self.branches)], axis=2)
+        return y.reshape(*x.shape[:2], -1)

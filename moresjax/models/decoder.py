@@ -1,4 +1,4 @@
-"""Decoder LLM: LLaMA/Vicuna and Phi from one configuration.
+"""Decoder LLM: LLaMA, Mistral, Qwen, Gemma, Phi, StableLM and OPT from one configuration.
 
 Axis legend: B batch, S tokens, T keys, D hidden size, V vocabulary, L layers.
 """
@@ -6,9 +6,12 @@ Axis legend: B batch, S tokens, T keys, D hidden size, V vocabulary, L layers.
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from moresjax.errors import UserError, choice_error
+from moresjax.models.attention import soft_cap
 from moresjax.models.block import (
     Block,
     BlockConfig,
@@ -16,20 +19,68 @@ from moresjax.models.block import (
     LayerCache,
     run_blocks,
 )
-from moresjax.models.layers import Embedding, Linear, Norm, rope_table, stack, unstack
+from moresjax.models.layers import (
+    ROPE_SCALINGS,
+    Embedding,
+    Linear,
+    Norm,
+    param,
+    rope_frequencies,
+    rope_table,
+    scale_frequencies,
+    stack,
+    unstack,
+)
 from moresjax.tuning.hooks import TowerHooks
+
+POSITIONS = ("rope", "learned")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(BlockConfig):
-    """A decoder-only LLM. The defaults are LLaMA's."""
+    """A decoder-only LLM. The defaults are LLaMA's.
+
+    Raises:
+      UserError: for a kind of positions or rope scaling that does not exist.
+    """
 
     vocab_size: int
+    positions: str = "rope"  # rope | learned
+    position_offset: int = 0  # row of position 0 in the table of learned positions
     rope_theta: float = 10_000.0
+    rope_scaling: str = "default"  # default | linear | llama3
+    rope_factor: float = 1.0  # by which `rope_scaling` stretches the context
+    rope_low_turns: float = 1.0  # llama3: turns in the original context below which ..
+    rope_high_turns: float = 4.0  # .. and above which frequencies are divided and kept
+    rope_original_positions: int = 8192
+    local_rope_theta: float = 0.0  # of local layers, without scaling; 0: rotated like the others
     rotary_fraction: float = 1.0  # share of each head's features that is rotated
+    scale_embeddings: bool = False  # by the root of the hidden size
     tie_embeddings: bool = False
     head_bias: bool = False
+    logit_softcap: float = 0.0  # 0: none
     max_positions: int = 2048
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.positions not in POSITIONS:
+            raise choice_error("kind of positions", self.positions, POSITIONS)
+        if self.rope_scaling not in ROPE_SCALINGS:
+            raise choice_error("rope scaling", self.rope_scaling, ROPE_SCALINGS)
+
+    def rope_frequencies(self, local: bool = False) -> Float[np.ndarray, "H2"]:
+        """Radians per position of every rotated pair, in local or in the other layers."""
+        dim = int(self.head_dim * self.rotary_fraction)
+        if local and self.local_rope_theta:
+            return rope_frequencies(dim, self.local_rope_theta)
+        return scale_frequencies(
+            rope_frequencies(dim, self.rope_theta),
+            self.rope_scaling,
+            self.rope_factor,
+            self.rope_low_turns,
+            self.rope_high_turns,
+            self.rope_original_positions,
+        )
 
 
 class Decoder(nnx.Module):
@@ -39,13 +90,23 @@ class Decoder(nnx.Module):
         d, vocab = config.hidden_size, config.vocab_size
         self.config = config
         self.embed = Embedding(vocab, d)
+        rows = config.max_positions + config.position_offset
+        learned = config.positions == "learned"
+        self.position = param((rows, d), (None, "embed"), std=0.02) if learned else None
         self.blocks = stack(Block(config), config.num_layers)
-        self.norm = Norm(d, kind=config.norm, eps=config.norm_eps)
+        self.norm = Norm(d, kind=config.norm, eps=config.norm_eps, offset=config.norm_offset)
         self.head = (
             None
             if config.tie_embeddings
             else Linear(d, vocab, axes=("embed", "vocab"), bias=config.head_bias)
         )
+
+    def embeddings(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
+        """Word embeddings as the blocks take them, in the activations' dtype."""
+        h = self.embed(tokens).astype(self.config.dtype)
+        if self.config.scale_embeddings:
+            h = h * jnp.asarray(self.config.hidden_size**0.5, h.dtype)
+        return h
 
     def __call__(
         self,
@@ -57,28 +118,50 @@ class Decoder(nnx.Module):
         caches: list[LayerCache] | None = None,
         index: Int[Array, ""] | int | None = None,
         keep_cache: bool = False,
+        key_positions: Int[Array, "B T"] | None = None,
     ) -> BlocksOutput:
         """Runs the blocks and the final norm.
 
         Args:
           h: input embeddings.
-          positions: rotary positions, below T.
+          positions: of the tokens in their documents, below T.
           mask: True where a query sees a key.
           hooks: attached methods and probes.
           caches: per layer keys and values of earlier tokens, with room for these; needs `unstack`.
           index: where in the caches the new keys and values go.
           keep_cache: whether to return keys and values.
+          key_positions: of the tokens in the caches; default: `positions`.
+
+        Raises:
+          UserError: for more keys than there are learned positions.
         """
-        config = self.config
-        dim = int(config.head_dim * config.rotary_fraction)
-        rope = rope_table(positions, dim, config.rope_theta, mask.shape[-1])
+        config, length = self.config, mask.shape[-1]
+        if self.position is not None:
+            if length > config.max_positions:
+                raise UserError(
+                    f"{length} tokens do not fit the model's {config.max_positions} positions"
+                )
+            h = h + self.position[...][positions + config.position_offset].astype(h.dtype)
+
+        def rope(local):
+            if config.positions == "learned":
+                return None
+            return rope_table(positions, config.rope_frequencies(local), length)
+
+        common, local = rope(False), None
+        if any(config.local_layers):
+            keys = positions if key_positions is None else key_positions
+            # Positions, not places in the row: padding may lie between a query and its keys.
+            near = positions[:, :, None] - keys[:, None, :] < config.window
+            local = (rope(True) if config.local_rope_theta else common, mask & near)
         out = run_blocks(
             self.blocks,
             h,
-            rope,
+            common,
             mask,
             hooks or TowerHooks(),
             config,
+            local=local,
             caches=caches,
             index=index,
             keep_cache=keep_cache,
@@ -88,8 +171,10 @@ class Decoder(nnx.Module):
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Vocabulary logits in fp32 of normalised hidden states."""
         if self.head is None:
-            return (hidden @ self.embed.table[...].astype(hidden.dtype).T).astype(jnp.float32)
-        return self.head(hidden).astype(jnp.float32)
+            logits = hidden @ self.embed.table[...].astype(hidden.dtype).T
+        else:
+            logits = self.head(hidden)
+        return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
     def unstack(self) -> None:
         """Turns the stacked blocks into a list, as decoding needs them."""

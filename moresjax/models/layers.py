@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from moresjax.errors import choice_error
 from moresjax.ops import project
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -26,6 +27,9 @@ ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
 }
+
+
+ROPE_SCALINGS = ("default", "linear", "llama3")
 
 
 def param(shape: tuple[int, ...], axes: tuple, **start: float) -> nnx.Param:
@@ -46,21 +50,25 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """RMSNorm (`kind="rms"`) or LayerNorm with bias (`kind="layer"`), computed in fp32."""
+    """RMSNorm (`kind="rms"`) or LayerNorm with bias (`kind="layer"`), computed in fp32.
 
-    def __init__(self, dim, *, kind="rms", eps=1e-6):
+    The normalised features are multiplied by `offset + scale`.
+    """
+
+    def __init__(self, dim, *, kind="rms", eps=1e-6, offset=0.0, axes=("embed",)):
         if kind not in ("rms", "layer"):
             raise ValueError(f"unknown norm {kind!r}")
-        self.eps = eps
-        self.scale = param((dim,), ("embed",), fill=1.0)
-        self.bias = param((dim,), ("embed",), fill=0.0) if kind == "layer" else None
+        self.eps, self.offset = eps, offset
+        self.scale = param((dim,), axes, fill=1.0 - offset)
+        self.bias = param((dim,), axes, fill=0.0) if kind == "layer" else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * self.scale[...].astype(jnp.float32)
+        scale = self.scale[...].astype(jnp.float32)
+        y = y * (scale + self.offset if self.offset else scale)
         if self.bias is not None:
             y = y + self.bias[...].astype(jnp.float32)
         return y.astype(x.dtype)
@@ -76,16 +84,45 @@ class Embedding(nnx.Module):
         return self.table[...][tokens]
 
 
+def scale_frequencies(
+    frequency: Float[np.ndarray, "H2"],
+    kind: str,
+    factor: float,
+    low_turns: float,
+    high_turns: float,
+    length: int,
+) -> Float[np.ndarray, "H2"]:
+    """Rotary frequencies stretched to a longer context by `factor`.
+
+    `linear` divides all of them. `llama3` divides those that make fewer than `low_turns` turns in
+    the `length` positions of pretraining, keeps those that make more than `high_turns`, and
+    interpolates between.
+    """
+    if kind == "default":
+        return frequency
+    if kind == "linear":
+        return frequency / np.float32(factor)
+    if kind == "llama3":
+        turns = length * frequency / (2 * np.pi)
+        kept = np.clip((turns - low_turns) / (high_turns - low_turns), 0, 1)
+        return (frequency * (kept + (1 - kept) / factor)).astype(np.float32)
+    raise choice_error("rope scaling", kind, ROPE_SCALINGS)
+
+
+def rope_frequencies(dim: int, theta: float) -> Float[np.ndarray, "H2"]:
+    """Radians per position of the `dim / 2` rotated pairs of features."""
+    return (theta ** (-np.arange(0, dim, 2, dtype=np.float32) / dim)).astype(np.float32)
+
+
 def rope_table(
-    positions: Int[Array, "B S"], dim: int, theta: float, length: int
+    positions: Int[Array, "B S"], frequency: Float[np.ndarray, "H2"], length: int
 ) -> tuple[Float[Array, "B 1 S H2"], Float[Array, "B 1 S H2"]]:
-    """Cosines and sines of the rotary embedding for the first `dim` features of a head.
+    """Cosines and sines of the rotary embedding for the first `2 * H2` features of a head.
 
     They are looked up in a constant table of `length` positions: computed in the program, XLA would
     fuse, and so repeat, the trigonometry at every layer's every use.
     """
-    frequency = theta ** (-np.arange(0, dim, 2, dtype=np.float32) / dim)
-    angle = np.arange(length, dtype=np.float32)[:, None] * frequency.astype(np.float32)
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequency
     cos, sin = jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle))
     return cos[positions][:, None], sin[positions][:, None]
 

@@ -10,11 +10,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from moresjax.errors import UserError
 from moresjax.layout import Batch, TokenLayout, visible
 from moresjax.models.block import BlocksOutput, LayerCache
-from moresjax.models.connector import Connector
+from moresjax.models.connector import build_connector, connector_tokens, parse_connector
 from moresjax.models.decoder import Decoder, DecoderConfig
-from moresjax.models.vision import VisionConfig, VisionEncoder, image_batch
+from moresjax.models.fusion import (
+    AnyVisionConfig,
+    vision_from_dict,
+    vision_module,
+)
+from moresjax.models.vision import image_batch
 from moresjax.tuning.attach import Tuning, extend_layout
 from moresjax.tuning.base import Probe, ProbeContext
 from moresjax.tuning.hooks import Hooks
@@ -23,15 +29,33 @@ from moresjax.types import AnyArray
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLLMConfig:
-    """A multimodal LLM; without `vision` it is the plain LLM."""
+    """A multimodal LLM; without `vision` it is the plain LLM.
+
+    Raises:
+      UserError: for an unknown connector, or one that does not fit the other parts.
+    """
 
     llm: DecoderConfig
-    vision: VisionConfig | None = None
+    vision: AnyVisionConfig | None = None
     connector: str = "mlp2x_gelu"
+
+    def __post_init__(self):
+        kind, _ = parse_connector(self.connector)
+        if self.vision is None:
+            return
+        if kind == "mof_mlp" and getattr(self.vision, "fusion", None) != "interleave":
+            raise UserError("connector mof_mlp needs two vision encoders with fusion=interleave")
+        widths = self.vision.num_features, self.llm.hidden_size
+        if kind == "identity" and widths[0] != widths[1]:
+            raise UserError(
+                f"connector identity needs equal widths; the vision encoder has {widths[0]} "
+                f"features, the LLM {widths[1]}"
+            )
 
     @property
     def visual_tokens(self) -> int:
-        return self.vision.num_tokens if self.vision else 0
+        """V, the number of visual tokens per image."""
+        return connector_tokens(self.connector, self.vision.num_tokens) if self.vision else 0
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -41,9 +65,14 @@ class MLLMConfig:
         vision = data.get("vision")
         return cls(
             llm=DecoderConfig(**data["llm"]),
-            vision=VisionConfig(**vision) if vision else None,
+            vision=vision_from_dict(vision) if vision else None,
             connector=data["connector"],
         )
+
+
+def connector_module(config: MLLMConfig) -> nnx.Module:
+    widths = config.vision.num_features, config.llm.hidden_size
+    return build_connector(config.connector, *widths, unroll=config.llm.unroll)
 
 
 class MLLM(nnx.Module):
@@ -54,9 +83,9 @@ class MLLM(nnx.Module):
 
     def __init__(self, config: MLLMConfig, tuning: str = "none"):
         self.config = config
-        vision, width = config.vision, config.llm.hidden_size
-        self.vision = VisionEncoder(vision) if vision else None
-        self.connector = Connector(config.connector, vision.hidden_size, width) if vision else None
+        vision = config.vision
+        self.vision = vision_module(vision) if vision else None
+        self.connector = connector_module(config) if vision else None
         self.llm = Decoder(config.llm)
         self.tuning = Tuning(tuning, config)
 
@@ -70,7 +99,7 @@ class MLLM(nnx.Module):
 
     def embed(self, batch: Batch, hooks: Hooks) -> Float[Array, "B S D"]:
         """Input embeddings: word embeddings with visual features in the visual tokens' places."""
-        h = self.llm.embed(jnp.asarray(batch.tokens)).astype(self.config.llm.dtype)
+        h = self.llm.embeddings(jnp.asarray(batch.tokens))
         if batch.pixels is not None and batch.pixels.shape[1]:
             image = jnp.asarray(batch.layout.image)
             features = self.visual_features(jnp.asarray(batch.pixels), hooks).astype(h.dtype)
@@ -139,7 +168,7 @@ class MLLM(nnx.Module):
         hooks = self.tuning.hooks(
             Batch(tokens, step), decoding=True, probes=probes, context=context
         )
-        h = self.llm.embed(tokens).astype(self.config.llm.dtype)
+        h = self.llm.embeddings(tokens)
         h = hooks.edit("llm.embed.out", h)
         return self.llm(
             h,
@@ -149,6 +178,7 @@ class MLLM(nnx.Module):
             caches=caches,
             index=index,
             keep_cache=True,
+            key_positions=jnp.asarray(keys.position),
         )
 
     def attach(self, tuning: str, *, seed: int = 0) -> None:

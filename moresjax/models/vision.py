@@ -1,32 +1,49 @@
-"""Vision transformer: CLIP and SigLIP from one configuration.
+"""Vision transformer: CLIP, SigLIP and DINOv2 from one configuration.
 
-Axis legend: B images, Y, X pixels, P patches (plus one with a class token), D hidden size.
+Axis legend: B images, Y, X pixels, P patches, T encoder tokens (class token, registers, patches), V
+visual tokens (those handed to the connector), D hidden size.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moresjax.errors import UserError, choice_error
 from moresjax.models.block import Block, BlockConfig, run_blocks
 from moresjax.models.layers import Linear, Norm, param, stack
 from moresjax.tuning.hooks import TowerHooks
 
+SELECTIONS = ("patch", "cls_patch")
+
+# Mean and standard deviation of the colour channels, by who trained on them.
+HALF = (0.5, 0.5, 0.5)
+OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(BlockConfig):
-    """A ViT. The defaults are those shared by CLIP and SigLIP."""
+    """A ViT. The defaults are those of SigLIP.
+
+    Raises:
+      UserError: for an unknown `select`.
+    """
 
     image_size: int
     patch_size: int
-    class_token: bool = False  # CLIP has one
+    class_token: bool = False  # CLIP, DINOv2
+    registers: int = 0  # learned tokens between class token and patches, without a position
     pre_norm: bool = False  # norm before the first block (CLIP)
-    patch_bias: bool = True  # SigLIP has one
+    patch_bias: bool = True  # all but CLIP
     feature_layer: int = -2  # index into [embeddings, output of block 1, ...]
-    select: str = "patch"  # patch (class token dropped) | cls_patch
+    select: str = "patch"  # patch | cls_patch; registers are always dropped
     drop_first_token: bool = False  # drop one token even without a class token (728 of 729)
+    pixel_mean: Sequence[float] = HALF  # of the pixels it was trained on, 0..1
+    pixel_std: Sequence[float] = HALF
     norm: str = "layer"
     norm_eps: float = 1e-5
     gated_mlp: bool = False
@@ -34,19 +51,41 @@ class VisionConfig(BlockConfig):
     out_bias: bool = True
     mlp_bias: bool = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("pixel_mean", "pixel_std"):  # lists when read from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.select not in SELECTIONS:
+            raise choice_error("select of a vision encoder", self.select, SELECTIONS)
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether these are two encoders, whose blocks have no sites for tuning methods."""
+        return False
+
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
     @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches inside the encoder."""
+        return self.class_token + self.registers
+
+    @property
     def first_feature(self) -> int:
-        """Index of the first token that is handed to the connector."""
+        """Index, among class token and patches, of the first token handed to the connector."""
         return int((self.class_token and self.select == "patch") or self.drop_first_token)
 
     @property
     def num_tokens(self) -> int:
         """V, the number of visual tokens per image."""
         return self.num_patches + self.class_token - self.first_feature
+
+    @property
+    def num_features(self) -> int:
+        """Features of a visual token."""
+        return self.hidden_size
 
     @property
     def used_layers(self) -> int:
@@ -66,6 +105,8 @@ class VisionEncoder(nnx.Module):
         positions = config.num_patches + config.class_token
         self.position = param((positions, d), (None, "embed"), std=0.02)
         self.cls = param((d,), ("embed",), std=0.02) if config.class_token else None
+        registers = config.registers
+        self.registers = param((registers, d), (None, "embed"), std=0.02) if registers else None
         self.pre_norm = norm() if config.pre_norm else None
         self.blocks = stack(Block(config), config.used_layers)
         unused = config.num_layers - config.used_layers
@@ -75,18 +116,39 @@ class VisionEncoder(nnx.Module):
     def __call__(
         self, pixels: Float[Array, "B Y X 3"], hooks: TowerHooks | None = None
     ) -> Float[Array, "B V D"]:
-        """Features of the visual tokens at the feature layer, before the final norm."""
+        """Features of the visual tokens at the feature layer, before the final norm.
+
+        Raises:
+          UserError: for images of another size than the position embedding has.
+        """
         config = self.config
-        h = self.patch(patchify(pixels, config.patch_size).astype(config.dtype))
-        if self.cls is not None:
-            cls = jnp.broadcast_to(self.cls[...].astype(h.dtype), (h.shape[0], 1, h.shape[-1]))
-            h = jnp.concatenate([cls, h], axis=1)
-        h = h + self.position[...].astype(h.dtype)
-        if self.pre_norm is not None:
-            h = self.pre_norm(h)
+        h = self.embed(pixels)
         used = dataclasses.replace(config, num_layers=config.used_layers)
         h = run_blocks(self.blocks, h, None, None, hooks or TowerHooks(), used).hidden
+        if config.registers:
+            first = int(config.class_token)
+            h = jnp.concatenate([h[:, :first], h[:, config.prefix_tokens :]], axis=1)
         return h[:, config.first_feature :]
+
+    def embed(self, pixels: Float[Array, "B Y X 3"]) -> Float[Array, "B T D"]:
+        """What the first block reads."""
+        config, size = self.config, self.config.image_size
+        if pixels.shape[1:3] != (size, size):
+            y, x = pixels.shape[1:3]
+            raise UserError(f"images have {y}x{x} pixels; the vision encoder takes {size}x{size}")
+        h = self.patch(patchify(pixels, config.patch_size).astype(config.dtype))
+
+        def before(tokens, h):
+            tokens = jnp.broadcast_to(tokens.astype(h.dtype), (h.shape[0], *tokens.shape))
+            return jnp.concatenate([tokens, h], axis=1)
+
+        if self.cls is not None:
+            h = before(self.cls[...][None], h)
+        h = h + self.position[...].astype(h.dtype)
+        if self.registers is not None:
+            first = int(config.class_token)
+            h = jnp.concatenate([h[:, :first], before(self.registers[...], h[:, first:])], axis=1)
+        return h if self.pre_norm is None else self.pre_norm(h)
 
 
 def patchify(pixels: Float[Array, "B Y X 3"], patch: int) -> Float[Array, "B P K"]:

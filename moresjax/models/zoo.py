@@ -3,10 +3,16 @@
 import dataclasses
 
 from moresjax.errors import choice_error
-from moresjax.models.connector import connector_depth
 from moresjax.models.decoder import DecoderConfig
+from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
-from moresjax.models.vision import VisionConfig
+from moresjax.models.vision import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    OPENAI_MEAN,
+    OPENAI_STD,
+    VisionConfig,
+)
 
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, **changes) -> DecoderConfig:
@@ -52,11 +58,176 @@ def _clip(image: int, patch: int, hidden: int, layers: int) -> VisionConfig:
         pre_norm=True,
         patch_bias=False,
         activation="quick_gelu",
+        pixel_mean=OPENAI_MEAN,
+        pixel_std=OPENAI_STD,
+    )
+
+
+def _siglip(
+    image: int, patch: int, hidden: int = 768, mlp: int = 3072, layers: int = 12, heads: int = 12
+) -> VisionConfig:
+    return VisionConfig(
+        image_size=image,
+        patch_size=patch,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_layers=layers,
+        num_heads=heads,
+        norm_eps=1e-6,
+        activation="gelu_tanh",
+    )
+
+
+def _dinov2(hidden: int, layers: int, image: int = 518, **changes) -> VisionConfig:
+    defaults = {"intermediate_size": 4 * hidden, "activation": "gelu"}
+    return VisionConfig(
+        image_size=image,
+        patch_size=14,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=hidden // 64,
+        norm_eps=1e-6,
+        class_token=True,
+        layer_scale=True,
+        pixel_mean=IMAGENET_MEAN,
+        pixel_std=IMAGENET_STD,
+        **(defaults | changes),
+    )
+
+
+_LLAMA3_ROPE = {
+    "vocab_size": 128_256,
+    "max_positions": 131_072,
+    "rope_theta": 500_000.0,
+    "rope_scaling": "llama3",
+    "rope_original_positions": 8192,
+}
+
+
+def _qwen(hidden: int, mlp: int, layers: int, heads: int, **changes) -> DecoderConfig:
+    defaults = {"vocab_size": 151_936, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
+    return _llama(hidden, mlp, layers, heads, **(defaults | changes))
+
+
+def _gemma(hidden: int, mlp: int, layers: int, heads: int, **changes) -> DecoderConfig:
+    defaults = {
+        "vocab_size": 256_000,
+        "head_dim": 256,
+        "norm_eps": 1e-6,
+        "norm_offset": 1.0,
+        "activation": "gelu_tanh",
+        "scale_embeddings": True,
+        "tie_embeddings": True,
+        "max_positions": 8192,
+    }
+    return _llama(hidden, mlp, layers, heads, **(defaults | changes))
+
+
+def _opt(hidden: int, layers: int, heads: int) -> DecoderConfig:
+    return DecoderConfig(
+        vocab_size=50_272,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_layers=layers,
+        num_heads=heads,
+        positions="learned",
+        position_offset=2,
+        norm="layer",
+        norm_eps=1e-5,
+        activation="relu",
+        gated_mlp=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        tie_embeddings=True,
     )
 
 
 LLMS: dict[str, DecoderConfig] = {
+    "gemma-2b": _gemma(2048, 16_384, 18, 8, num_kv_heads=1),
+    "gemma-2-2b": _gemma(
+        2304,
+        9216,
+        26,
+        8,
+        num_kv_heads=4,
+        post_norms=True,
+        query_scale=256**-0.5,
+        attention_softcap=50.0,
+        logit_softcap=30.0,
+        window=4096,
+        attention_pattern="lg",
+    ),
+    "gemma-3-1b": _gemma(
+        1152,
+        6912,
+        26,
+        4,
+        num_kv_heads=1,
+        vocab_size=262_144,
+        max_positions=32_768,
+        qk_norm=True,
+        post_norms=True,
+        query_scale=256**-0.5,
+        window=512,
+        attention_pattern="lllllg",
+        rope_theta=1_000_000.0,
+        local_rope_theta=10_000.0,
+    ),
+    "llama-3.1-8b": _llama(4096, 14_336, 32, 32, num_kv_heads=8, rope_factor=8.0, **_LLAMA3_ROPE),
+    "llama-3.2-1b": _llama(
+        2048, 8192, 16, 32, num_kv_heads=8, rope_factor=32.0, tie_embeddings=True, **_LLAMA3_ROPE
+    ),
+    "mistral-7b": _llama(  # v0.1
+        4096,
+        14_336,
+        32,
+        32,
+        num_kv_heads=8,
+        max_positions=32_768,
+        window=4096,
+        attention_pattern="l",
+    ),
+    "opt-125m": _opt(768, 12, 12),
+    "phi-1.5": _phi(2048, 24, 32, 0.5),
     "phi-2": _phi(2560, 32, 32, 0.4),
+    "qwen2.5-0.5b": _qwen(
+        896, 4864, 24, 14, num_kv_heads=2, qkv_bias=True, tie_embeddings=True, max_positions=32_768
+    ),
+    "qwen2.5-7b": _qwen(
+        3584,
+        18_944,
+        28,
+        28,
+        num_kv_heads=4,
+        vocab_size=152_064,
+        qkv_bias=True,
+        max_positions=131_072,
+    ),
+    "qwen3-0.6b": _qwen(
+        1024,
+        3072,
+        28,
+        16,
+        num_kv_heads=8,
+        head_dim=128,
+        qk_norm=True,
+        tie_embeddings=True,
+        max_positions=40_960,
+    ),
+    "qwen3-8b": _qwen(
+        4096, 12_288, 36, 32, num_kv_heads=8, head_dim=128, qk_norm=True, max_positions=40_960
+    ),
+    "stablelm-2-1.6b": _llama(
+        2048,
+        5632,
+        24,
+        32,
+        vocab_size=100_352,
+        norm="layer",
+        rotary_fraction=0.25,
+        qkv_bias=True,
+    ),
     "tinyllama-1.1b": _llama(2048, 5632, 22, 32, num_kv_heads=4, max_positions=2048),
     "vicuna-7b": _llama(4096, 11_008, 32, 32),
     "vicuna-13b": _llama(5120, 13_824, 40, 40),
@@ -66,17 +237,33 @@ VISION: dict[str, VisionConfig] = {
     "clip-b-16-224": _clip(224, 16, 768, 12),
     "clip-l-14-224": _clip(224, 14, 1024, 24),
     "clip-l-14-336": _clip(336, 14, 1024, 24),
-    "siglip-so400m-14-384": VisionConfig(
-        image_size=384,
-        patch_size=14,
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_layers=27,
-        num_heads=16,
-        norm_eps=1e-6,
-        activation="gelu_tanh",
+    # SigLIP2's checkpoints of a fixed resolution have these sizes too.
+    "siglip-b-16-224": _siglip(224, 16),
+    "siglip-b-16-256": _siglip(256, 16),
+    "siglip-b-16-384": _siglip(384, 16),
+    "siglip-l-16-256": _siglip(256, 16, 1024, 4096, 24, 16),
+    "siglip-l-16-384": _siglip(384, 16, 1024, 4096, 24, 16),
+    "siglip-so400m-14-224": _siglip(224, 14, 1152, 4304, 27, 16),
+    "siglip-so400m-14-384": _siglip(384, 14, 1152, 4304, 27, 16),
+    "dinov2-s-14": _dinov2(384, 12),
+    "dinov2-b-14": _dinov2(768, 12),
+    "dinov2-l-14": _dinov2(1024, 24),
+    "dinov2-g-14": _dinov2(1536, 40, intermediate_size=4096, activation="silu", gated_mlp=True),
+    "dinov2-reg4-b-14": _dinov2(768, 12, registers=4),
+    "dinov2-reg4-l-14": _dinov2(1024, 24, registers=4),
+}
+
+# Two encoders at one image size. DINOv2 is published at 518 pixels only: its positions at these
+# sizes are new.
+FUSED_VISION: dict[str, FusedVisionConfig] = {
+    "mof-l-14-336": FusedVisionConfig(
+        encoders=(VISION["clip-l-14-336"], _dinov2(1024, 24, 336)), fusion="interleave"
+    ),
+    "dinov2-siglip-so400m-14-384": FusedVisionConfig(
+        encoders=(_dinov2(1024, 24, 384), VISION["siglip-so400m-14-384"]), fusion="channels"
     ),
 }
+ENCODERS: dict[str, AnyVisionConfig] = VISION | FUSED_VISION
 
 
 def mllm_config(
@@ -89,11 +276,10 @@ def mllm_config(
     """
     if llm not in LLMS:
         raise choice_error("LLM", llm, LLMS)
-    if vision is not None and vision not in VISION:
-        raise choice_error("vision encoder", vision, VISION)
-    connector_depth(connector)
+    if vision is not None and vision not in ENCODERS:
+        raise choice_error("vision encoder", vision, ENCODERS)
     return MLLMConfig(
         llm=dataclasses.replace(LLMS[llm], **changes),
-        vision=VISION[vision] if vision else None,
+        vision=ENCODERS[vision] if vision else None,
         connector=connector,
     )

@@ -213,13 +213,13 @@ class _Masks:
         rows, images = batch.pixels.shape[:2]
         vision = self.config.vision
         if tower == "connector":
-            layout = _feature_layout(rows, images, vision.num_tokens, 0)
+            layout = _feature_layout(rows, images, self.config.visual_tokens, 0)
             return selector(layout, roi=batch.roi)
-        return selector(_feature_layout(rows * images, 1, vision.num_patches, vision.class_token))
+        return selector(_feature_layout(rows * images, 1, vision.num_patches, vision.prefix_tokens))
 
 
 def _feature_layout(rows: int, images: int, visual_tokens: int, extra: int) -> TokenLayout:
-    """Layout of visual features, `extra` tokens (a class token) before those of each row."""
+    """Layout of visual features, `extra` tokens (class token, registers) before each row's."""
     image = jnp.arange(-extra, images * visual_tokens)
     image = jnp.broadcast_to(jnp.maximum(image, -1), (rows, image.size))
     zeros = jnp.zeros_like(image)

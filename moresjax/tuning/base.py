@@ -138,11 +138,13 @@ class ProbeContext:
       segment: segment of every key, `[B, S]`.
       mask: which keys each chosen query sees, `[B, Q, S]`.
       queries: row index of each chosen query, `[B, Q]`; None when the pass has only chosen queries.
+      softcap: of the attention logits; 0: none (static).
     """
 
     segment: Int[Array, "B S"]
     mask: Bool[Array, "B Q S"]
     queries: Int[Array, "B Q"] | None
+    softcap: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
 @runtime_checkable

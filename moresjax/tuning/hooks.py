@@ -85,10 +85,29 @@ class LayerHooks:
             h = _apply_edit(item, *self._stacked[number], h, self._key(number))
         return h
 
+    def read_attention(self, q, k, mask: Array | None, softcap: float) -> None:
+        """Shows queries and keys to the probes, as `attn`.
+
+        Args:
+          mask: what this layer's queries see, when that differs between layers; else None.
+          softcap: of the layer's attention logits.
+        """
+        if not any(probe.site == "attn" for probe in self._tower.probes):
+            return
+        context = dataclasses.replace(self._tower.context, softcap=softcap)
+        if mask is not None:
+            if context.queries is not None:
+                mask = jnp.take_along_axis(mask, context.queries[:, :, None], axis=1)
+            context = dataclasses.replace(context, mask=mask)
+        self._read(context, "attn", q=q, k=k)
+
     def read(self, name: str, **tensors: Array) -> None:
+        self._read(self._tower.context, name, **tensors)
+
+    def _read(self, context: ProbeContext | None, name: str, **tensors: Array) -> None:
         for probe in self._tower.probes:
             if probe.site == name:
-                self.stats[probe.name] = probe.read(self._tower.context, **tensors)
+                self.stats[probe.name] = probe.read(context, **tensors)
 
 
 class TowerHooks:

@@ -21,13 +21,18 @@ def edit_dim(method: Method, config) -> int:
     """Features of the activations at `method.site`.
 
     Raises:
-      UserError: for an unknown site, or one of a vision encoder that the model does not have.
+      UserError: for an unknown site, or one of a vision encoder that the model does not have or
+        has two of.
     """
     site = method.site
     if site not in EDIT_SITES:
         raise choice_error(f"site of {method.name}", site, EDIT_SITES)
     if not site.startswith("llm.") and config.vision is None:
         raise UserError(f"{method.name}: site {site!r} needs a vision encoder; this model has none")
+    if site.startswith("vision.") and config.vision.is_pair:
+        raise UserError(
+            f"{method.name}: site {site!r} needs one vision encoder; this model has two"
+        )
     return config.vision.hidden_size if site.startswith("vision.") else config.llm.hidden_size
 
 
@@ -42,7 +47,7 @@ def linear_sites(method: Method, config, targets: str) -> dict[str, tuple[int, i
     """
     available = {f"llm.block.{n}": s for n, s in config.llm.linears().items()}
     everything = dict(available)
-    if config.vision is not None:
+    if config.vision is not None and not config.vision.is_pair:
         available |= {f"vision.block.{n}": s for n, s in config.vision.linears().items()}
     if targets == "all":
         return everything

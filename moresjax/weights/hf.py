@@ -5,6 +5,7 @@ Source of the layouts: transformers 5 (`LlamaForCausalLM`, `PhiForCausalLM`, `CL
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,115 +15,39 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
-from moresjax.errors import UserError, choice_error
-from moresjax.models.decoder import DecoderConfig
+from moresjax.errors import UserError
 from moresjax.models.initialize import fill
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.models.vision import VisionConfig
 from moresjax.paths import path_name
 from moresjax.weights import tables
-
-LLM_TABLES = {"llama": tables.LLAMA, "phi": tables.PHI}
-VISION_TABLES = {"clip_vision_model": tables.CLIP, "siglip_vision_model": tables.SIGLIP}
-_ACTIVATIONS = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
+from moresjax.weights.configs import LLM_TABLES, decoder_config
+from moresjax.weights.vision import vision_config, vision_table
 
 Path_ = tuple[str, ...]
-
-
-def decoder_config(hf: Mapping) -> DecoderConfig:
-    """Our configuration of a Hugging Face LLM `config.json`.
-
-    Raises:
-      UserError: for a family that is not supported.
-    """
-    family = hf["model_type"]
-    if family not in LLM_TABLES:
-        raise choice_error("LLM family", family, LLM_TABLES)
-    common = {
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
-        "intermediate_size": hf["intermediate_size"],
-        "num_layers": hf["num_hidden_layers"],
-        "num_heads": hf["num_attention_heads"],
-        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "activation": _ACTIVATIONS[hf["hidden_act"]],
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-        "max_positions": hf["max_position_embeddings"],
-    }
-    rope = hf.get("rope_parameters") or {}
-    theta = rope.get("rope_theta") or hf.get("rope_theta", 10_000.0)
-    if rope.get("rope_type", "default") != "default" or hf.get("rope_scaling"):
-        raise UserError(f"rope scaling {rope or hf['rope_scaling']} is not supported")
-    if family == "phi":
-        return DecoderConfig(
-            **common,
-            rope_theta=theta,
-            rotary_fraction=rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 0.5)),
-            norm="layer",
-            norm_eps=hf["layer_norm_eps"],
-            gated_mlp=False,
-            parallel=True,
-            qkv_bias=True,
-            out_bias=True,
-            mlp_bias=True,
-            head_bias=True,
-        )
-    return DecoderConfig(
-        **common,
-        rope_theta=theta,
-        head_dim=hf.get("head_dim") or 0,
-        norm_eps=hf["rms_norm_eps"],
-        qkv_bias=hf.get("attention_bias", False),
-        out_bias=hf.get("attention_bias", False),
-        mlp_bias=hf.get("mlp_bias", False),
-    )
-
-
-def vision_config(hf: Mapping, **changes) -> VisionConfig:
-    """Our configuration of a CLIP or SigLIP vision `config.json`.
-
-    Raises:
-      UserError: for a family that is not supported.
-    """
-    family = hf["model_type"]
-    if family not in VISION_TABLES:
-        raise choice_error("vision encoder family", family, VISION_TABLES)
-    clip = family == "clip_vision_model"
-    return VisionConfig(
-        image_size=hf["image_size"],
-        patch_size=hf["patch_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
-        num_layers=hf["num_hidden_layers"],
-        num_heads=hf["num_attention_heads"],
-        norm_eps=hf["layer_norm_eps"],
-        activation=_ACTIVATIONS[hf["hidden_act"]],
-        class_token=clip,
-        pre_norm=clip,
-        patch_bias=not clip,
-        **changes,
-    )
 
 
 def llava_config(hf: Mapping) -> MLLMConfig:
     """Our configuration of a `LlavaForConditionalGeneration` `config.json`."""
     keeps_all = hf["vision_feature_select_strategy"] == "full"
+    llm = decoder_config(hf["text_config"])
+    vision = vision_config(
+        hf["vision_config"],
+        feature_layer=hf["vision_feature_layer"],
+        select="cls_patch" if keeps_all else "patch",
+    )
+    if vision.registers:  # transformers hands them to the LLM
+        raise UserError("a LLaVA folder whose vision encoder has register tokens is not supported")
     return MLLMConfig(
-        # The wrapper's vocabulary head never has a bias, not even over Phi.
-        llm=dataclasses.replace(decoder_config(hf["text_config"]), head_bias=False),
-        vision=vision_config(
-            hf["vision_config"],
-            feature_layer=hf["vision_feature_layer"],
-            select="cls_patch" if keeps_all else "patch",
-            # "default" drops the first token whether or not it is a class token.
-            drop_first_token=not keeps_all
-            and hf["vision_config"]["model_type"] != "clip_vision_model",
+        # The wrapper's own head is bare: no bias over Phi, no soft cap over Gemma 2.
+        llm=dataclasses.replace(
+            llm,
+            head_bias=False,
+            logit_softcap=0.0,
+            tie_embeddings=llm.tie_embeddings or hf.get("tie_word_embeddings", False),
+        ),
+        # "default" drops the first token whether or not it is a class token.
+        vision=dataclasses.replace(
+            vision, drop_first_token=not keeps_all and not vision.class_token
         ),
         connector="mlp2x_gelu",
     )
@@ -131,10 +56,9 @@ def llava_config(hf: Mapping) -> MLLMConfig:
 def _component_tables(hf: Mapping) -> dict[str, tuple[dict, str]]:
     """Table and name prefix of every component of a checkpoint with this configuration."""
     if hf["model_type"] == "llava":
-        vision = VISION_TABLES[hf["vision_config"]["model_type"]]
         return {
             "llm": (LLM_TABLES[hf["text_config"]["model_type"]], ""),
-            "vision": (vision, "model.vision_tower."),
+            "vision": (vision_table(hf["vision_config"]), "model.vision_tower."),
             "connector": (tables.LLAVA_CONNECTOR, "model."),
         }
     return {"llm": (LLM_TABLES[hf["model_type"]], "")}
@@ -146,14 +70,16 @@ def _hf_leaf(path: Path_, table: Mapping[str, str]) -> tuple[str, str]:
         if name := table.get(".".join(path[:end])):
             leaf = path[-1]
             if end == len(path):
-                return name, "copy"
+                return name, "vector" if leaf == "cls" else "copy"
             return f"{name}.{'bias' if leaf == 'bias' else 'weight'}", leaf
     raise KeyError(".".join(path))
 
 
 def _to_ours(tensor: np.ndarray, kind: str) -> np.ndarray:
+    if kind == "vector":
+        return tensor.reshape(-1)
     if kind != "kernel":
-        return tensor
+        return tensor[0] if tensor.ndim == 3 else tensor  # DINOv2 has a batch axis of one
     if tensor.ndim == 4:  # convolution [D, 3, patch, patch] -> [patch * patch * 3, D]
         return tensor.transpose(2, 3, 1, 0).reshape(-1, tensor.shape[0])
     return tensor.T
@@ -163,24 +89,28 @@ def parameter_sources(config: MLLMConfig, hf: Mapping) -> Iterator[tuple[Path_, 
     """(path in our model, Hugging Face names in layer order, leaf kind) of every base parameter."""
     llava = hf["model_type"] == "llava"
     by_component = _component_tables(hf)
-    for path, _ in nnx.to_flat_state(nnx.state(MLLM(config), nnx.Param)):
+    for path, variable in nnx.to_flat_state(nnx.state(MLLM(config), nnx.Param)):
         path = tuple(str(p) for p in path)
         table, prefix = by_component[path[0]]
-        inner, first = path[1:], 0
-        if inner[0] == "tail":  # blocks above the feature layer continue the numbering
-            inner, first = ("blocks", *inner[1:]), config.vision.used_layers
-        name, kind = _hf_leaf(inner, table)
-        name = prefix + name
+        first = config.vision.used_layers if path[1] == "tail" else 0
+        names, kind = module_source(path[1:], variable.shape, table, first)
+        names = [prefix + name for name in names]
         if llava and path[0] == "llm":
-            name = name.replace("model.", "model.language_model.", 1)
-        names = [name]
-        if "{}" in name:
-            count = config.llm.num_layers
-            if path[0] == "vision":
-                used = config.vision.used_layers
-                count = config.vision.num_layers - used if first else used
-            names = [name.format(first + i) for i in range(count)]
+            names = [name.replace("model.", "model.language_model.", 1) for name in names]
         yield path, names, kind
+
+
+def module_source(
+    path: Path_, shape: tuple[int, ...], table: Mapping[str, str], first: int
+) -> tuple[list[str], str]:
+    """(Hugging Face names in layer order, leaf kind) of one parameter of a tower.
+
+    `first` is the layer number of the first block in `tail`: the blocks above the feature layer
+    continue the numbering.
+    """
+    stacked = ("blocks", *path[1:]) if path[0] == "tail" else path
+    name, kind = _hf_leaf(stacked, table)
+    return [name.format(first + i) for i in range(shape[0])] if "{}" in name else [name], kind
 
 
 def import_state(
@@ -191,8 +121,20 @@ def import_state(
     Raises:
       UserError: when tensors are missing; the message lists them.
     """
-    sources = list(parameter_sources(config, hf))
-    available = set(available)
+    return read_sources(parameter_sources(config, hf), get, available)
+
+
+def read_sources(
+    sources: Iterable[tuple[Path_, list[str], str]],
+    get: Callable[[str], np.ndarray],
+    available: Iterable[str],
+) -> dict[Path_, jax.Array]:
+    """The parameters that `sources` describes, read tensor by tensor with `get`.
+
+    Raises:
+      UserError: when tensors are missing; the message lists them.
+    """
+    sources, available = list(sources), set(available)
     missing = [n for _, names, _ in sources for n in names if n not in available]
     if missing:
         raise UserError(f"checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
@@ -212,7 +154,7 @@ def build_model(config: MLLMConfig, state: Mapping[Path_, jax.Array], tuning: st
     return model
 
 
-def _read_config(folder: Path) -> dict:
+def read_hf_config(folder: Path) -> dict:
     """The whole configuration of a folder; what its file leaves out has its family's defaults."""
     from transformers import AutoConfig
 
@@ -227,6 +169,8 @@ def _read_config(folder: Path) -> dict:
 
 def _state_dict_name(name: str) -> str:
     """Name in the model's state dict of a tensor in a file, which may have an older layout."""
+    for old, new in tables.FILE_MODULES.items():
+        name = name.replace(old, new)
     for old, new in tables.FILE_PREFIXES.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
@@ -239,7 +183,7 @@ def pretrained_config(folder: str | Path) -> MLLMConfig:
     Raises:
       UserError: when there is none or the architecture is not supported.
     """
-    hf = _read_config(Path(folder))
+    hf = read_hf_config(Path(folder))
     return llava_config(hf) if hf["model_type"] == "llava" else MLLMConfig(llm=decoder_config(hf))
 
 
@@ -250,18 +194,39 @@ def load_pretrained(folder: str | Path, tuning: str = "none") -> MLLM:
       UserError: when the folder is not a checkpoint or its architecture is not supported.
     """
     folder = Path(folder)
-    config, hf = pretrained_config(folder), _read_config(folder)
+    config, hf = pretrained_config(folder), read_hf_config(folder)
+    tensors = tensor_readers(folder)
+    state = import_state(config, hf, lambda name: tensors[name](), tensors)
+    return build_model(config, state, tuning)
+
+
+def tensor_readers(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
+    """A reader for every tensor of a folder's safetensors, by its name in the state dict.
+
+    Raises:
+      UserError: when there is no file.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no *.safetensors file")
-    where = {}
+    readers = {}
     for file in files:
         with safe_open(file, framework="numpy") as tensors:
-            where |= {_state_dict_name(name): (file, name) for name in tensors.keys()}  # noqa: SIM118
+            names = list(tensors.keys())
+        for name in names:
+            read = functools.partial(_read_tensor, file, name)
+            ours = _state_dict_name(name)
+            readers[ours] = read
+            for whole, halves in tables.FILE_HALVES.items():
+                for number, half in enumerate(halves if whole in ours else ()):
+                    readers[ours.replace(whole, half)] = functools.partial(_half, read, number)
+    return readers
 
-    def get(name):
-        file, stored = where[name]
-        with safe_open(file, framework="numpy") as tensors:
-            return tensors.get_tensor(stored)
 
-    return build_model(config, import_state(config, hf, get, where), tuning)
+def _read_tensor(file: Path, name: str) -> np.ndarray:
+    with safe_open(file, framework="numpy") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _half(read: Callable[[], np.ndarray], number: int) -> np.ndarray:
+    return np.split(read(), 2)[number]

@@ -461,10 +461,10 @@ def test_unsupported_llm(folder):
 
 def test_unsupported_vision_encoder():
     hf = LlavaConfig(text_config=llama(), vision_config=clip()).to_dict()
-    hf["vision_config"]["model_type"] = "dinov2"
-    with pytest.raises(UserError, match=r"vision encoder family 'dinov2'.*clip_vision_model"):
+    hf["vision_config"]["model_type"] = "vit"
+    with pytest.raises(UserError, match=r"vision encoder family 'vit'.*clip_vision_model"):
         llava_config(hf)
-    with pytest.raises(UserError, match="'dinov2'"):
+    with pytest.raises(UserError, match="'vit'"):
         vision_config(hf["vision_config"])
 
 

@@ -1,0 +1,125 @@
+"""Two vision encoders that look at the same image.
+
+Axis legend: B images, Y, X pixels, V visual tokens, C features.
+
+`interleave` is the mixture of features (MoF) of Tong et al. (2024): the encoders' tokens take
+turns, twice as many tokens. `channels` puts the features of a patch side by side, as Prismatic VLMs
+does.
+
+Images are normalised once, with the first encoder's mean and standard deviation; for every other
+encoder the pixels are brought from there to that encoder's own.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from moresjax.errors import UserError, choice_error
+from moresjax.models.vision import VisionConfig, VisionEncoder
+
+FUSIONS = ("interleave", "channels")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FusedVisionConfig:
+    """Two encoders with the same patch grid.
+
+    Raises:
+      UserError: for an unknown `fusion`, or encoders that do not fit together.
+    """
+
+    encoders: Sequence[VisionConfig | Mapping]  # two; kept as a tuple of configurations
+    fusion: str = "interleave"  # interleave | channels
+
+    def __post_init__(self):
+        if self.fusion not in FUSIONS:
+            raise choice_error("fusion of vision encoders", self.fusion, FUSIONS)
+        # From JSON they come as a list of dicts.
+        encoders = [VisionConfig(**e) if isinstance(e, Mapping) else e for e in self.encoders]
+        object.__setattr__(self, "encoders", tuple(encoders))
+        if len(encoders) != 2:
+            raise UserError(f"fused vision encoders are two, got {len(encoders)}")
+        same = ["image_size", "num_patches", "num_tokens"]
+        same += ["hidden_size"] if self.fusion == "interleave" else []
+        for name in same:
+            first, second = (getattr(encoder, name) for encoder in encoders)
+            if first != second:
+                raise UserError(f"fused vision encoders differ in {name}: {first} and {second}")
+
+    @property
+    def is_pair(self) -> bool:
+        return True
+
+    @property
+    def image_size(self) -> int:
+        return self.encoders[0].image_size
+
+    @property
+    def pixel_mean(self) -> tuple[float, float, float]:
+        """Of the pixels that the pair takes."""
+        return self.encoders[0].pixel_mean
+
+    @property
+    def pixel_std(self) -> tuple[float, float, float]:
+        return self.encoders[0].pixel_std
+
+    @property
+    def num_tokens(self) -> int:
+        """V, the number of visual tokens per image."""
+        return self.encoders[0].num_tokens * (2 if self.fusion == "interleave" else 1)
+
+    @property
+    def num_features(self) -> int:
+        """C, the features of a visual token."""
+        widths = [encoder.hidden_size for encoder in self.encoders]
+        return widths[0] if self.fusion == "interleave" else sum(widths)
+
+
+class FusedVisionEncoder(nnx.Module):
+    """Images to the visual features of both encoders. Tuning methods have no sites in it."""
+
+    def __init__(self, config: FusedVisionConfig):
+        self.config = config
+        self.encoders = nnx.List([VisionEncoder(encoder) for encoder in config.encoders])
+
+    def __call__(self, pixels: Float[Array, "B Y X 3"], hooks=None) -> Float[Array, "B V C"]:
+        features = [encoder(self.renormalised(pixels, encoder.config)) for encoder in self.encoders]
+        if self.config.fusion == "channels":
+            return jnp.concatenate(features, axis=-1)
+        both = jnp.stack(features, axis=2)
+        return both.reshape(both.shape[0], -1, both.shape[-1])
+
+    def renormalised(self, pixels, encoder: VisionConfig) -> Float[Array, "B Y X 3"]:
+        """Pixels with the normalisation of one encoder."""
+        if (encoder.pixel_mean, encoder.pixel_std) == (
+            self.config.pixel_mean,
+            self.config.pixel_std,
+        ):
+            return pixels
+        mean, std, new_mean, new_std = (
+            np.asarray(x, np.float32)
+            for x in (
+                self.config.pixel_mean,
+                self.config.pixel_std,
+                encoder.pixel_mean,
+                encoder.pixel_std,
+            )
+        )
+        return pixels * (std / new_std) + (mean - new_mean) / new_std
+
+
+AnyVisionConfig = VisionConfig | FusedVisionConfig
+
+
+def vision_from_dict(data: Mapping) -> AnyVisionConfig:
+    """The configuration that `dataclasses.asdict` gave."""
+    return FusedVisionConfig(**data) if "encoders" in data else VisionConfig(**data)
+
+
+def vision_module(config: AnyVisionConfig) -> VisionEncoder | FusedVisionEncoder:
+    fused = isinstance(config, FusedVisionConfig)
+    return FusedVisionEncoder(config) if fused else VisionEncoder(config)

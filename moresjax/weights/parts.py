@@ -1,0 +1,80 @@
+"""Parts of a multimodal LLM from folders of their own."""
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from moresjax.errors import UserError
+from moresjax.models.vision import VisionConfig, VisionEncoder
+from moresjax.weights.hf import (
+    Path_,
+    module_source,
+    read_hf_config,
+    read_sources,
+    tensor_readers,
+)
+from moresjax.weights.vision import VISION_FAMILIES, vision_config, vision_table
+
+# Families whose folders hold a text encoder too.
+TWO_TOWERS = ("clip", "siglip")
+# In front of an encoder's names, when something stands on top of it.
+_PREFIXES = ("vision_model.", "dinov2.", "dinov2_with_registers.")
+
+
+def is_vision_folder(folder: Path) -> bool:
+    """Whether a Hugging Face folder is a vision encoder's, alone or beside a text encoder."""
+    if not (folder / "config.json").is_file():
+        return False
+    return read_hf_config(folder)["model_type"] in (*VISION_FAMILIES, *TWO_TOWERS)
+
+
+def load_vision(folder: str | Path, **changes) -> tuple[VisionConfig, dict[Path_, jax.Array]]:
+    """Configuration and parameters of a folder of CLIP, SigLIP or DINOv2.
+
+    Args:
+      folder: with `config.json` and safetensors, of the vision model alone or of the two towers.
+      changes: fields of the configuration; `feature_layer` decides which blocks are the `tail`.
+
+    Raises:
+      UserError: when the folder is not a checkpoint, or its family or variant is not supported.
+    """
+    folder = Path(folder)
+    hf = read_hf_config(folder)
+    if hf["model_type"] in TWO_TOWERS:
+        hf = hf["vision_config"]
+    config = vision_config(hf, **changes)
+    readers = {_encoder_name(name): read for name, read in tensor_readers(folder).items()}
+    table = vision_table(hf)
+
+    def sources():
+        for path, variable in nnx.to_flat_state(nnx.state(VisionEncoder(config), nnx.Param)):
+            path = tuple(str(p) for p in path)
+            first = config.used_layers if path[0] == "tail" else 0
+            yield path, *module_source(path, variable.shape, table, first)
+
+    return config, read_sources(sources(), lambda name: readers[name](), readers)
+
+
+def _encoder_name(name: str) -> str:
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def check_same_encoder(ours: VisionConfig, theirs: VisionConfig, source: str) -> None:
+    """Refuses weights made for another architecture, which the shapes alone may not show.
+
+    Raises:
+      UserError: that names the first field that differs.
+    """
+    # How the features are used, not what they are.
+    free = ("feature_layer", "select", "drop_first_token", "pixel_mean", "pixel_std")
+    free += ("dtype", "remat", "unroll")
+    for name, value in vars(theirs).items():
+        if name not in free and getattr(ours, name) != value:
+            raise UserError(
+                f"{source} has {name}={value}, the model's vision encoder has "
+                f"{name}={getattr(ours, name)}"
+            )

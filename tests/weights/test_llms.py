@@ -1,0 +1,564 @@
+"""LLM families: logits, greedy ids and attention of tiny random `transformers` models, in fp32."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from tiny import row_layout, stack_layout, tiny_batch, tiny_model
+from transformers import (
+    CLIPVisionConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StableLmConfig,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from moresjax.analysis.attention import AttentionMaps
+from moresjax.errors import UserError
+from moresjax.generation.engine import Engine
+from moresjax.layout import Batch, Segment
+from moresjax.model import Model, hf_batch
+from moresjax.models.initialize import initialize
+from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.models.zoo import LLMS, mllm_config
+from moresjax.tuning.count import count_parameters
+from moresjax.weights.hf import (
+    build_model,
+    decoder_config,
+    import_state,
+    llava_config,
+    load_pretrained,
+    parameter_sources,
+)
+
+TOLERANCE = 1e-4
+VOCAB, IMAGE_ID, PAD, NEW, WINDOW = 61, 60, 5, 32, 4
+NEVER = (VOCAB + 1,)  # an end token that no row can produce
+LENGTHS = (11, 6, 1)  # of the rows: longer than the window, and padded
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
+
+
+def opt(**changes) -> OPTConfig:
+    text = {k: x for k, x in TEXT.items() if k not in ("intermediate_size", "num_key_value_heads")}
+    return OPTConfig(**(text | {"ffn_dim": 48, "word_embed_proj_dim": 32} | changes))
+
+
+def gemma3(**changes) -> Gemma3TextConfig:
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+    }
+    own = {"num_hidden_layers": 4, "sliding_window_pattern": 3, "sliding_window": WINDOW}
+    own |= {"head_dim": 12, "query_pre_attn_scalar": 20, "rope_parameters": rope}
+    return Gemma3TextConfig(**(TEXT | own | changes))
+
+
+def gemma2(**changes) -> Gemma2Config:
+    own = {"sliding_window": WINDOW, "head_dim": 12, "query_pre_attn_scalar": 20}
+    own |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+    return Gemma2Config(**(TEXT | own | changes))
+
+
+def stablelm(**changes) -> StableLmConfig:
+    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+    return StableLmConfig(**(TEXT | {"rope_parameters": rope} | changes))
+
+
+def qwen2(**changes) -> Qwen2Config:
+    return Qwen2Config(**(TEXT | changes))
+
+
+FAMILIES = {
+    "llama 3": LlamaConfig(**TEXT, head_dim=16, rope_parameters=LLAMA3),
+    "llama, linear": LlamaConfig(**TEXT, rope_parameters=LINEAR, tie_word_embeddings=True),
+    "mistral": MistralConfig(**TEXT, sliding_window=WINDOW),
+    "mistral, no window": MistralConfig(**TEXT, sliding_window=None),
+    "qwen 2": qwen2(),
+    "qwen 2, window": qwen2(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
+    "qwen 3": Qwen3Config(**TEXT, head_dim=12, tie_word_embeddings=True),
+    "gemma": GemmaConfig(**TEXT, head_dim=12),
+    "gemma 2": gemma2(),
+    "gemma 3": gemma3(),
+    "stablelm": stablelm(),
+    "stablelm, biases, parallel": stablelm(use_qkv_bias=True, use_parallel_residual=True),
+    "opt": opt(),
+}
+LOCAL = {"mistral": "l", "qwen 2, window": "ggl", "gemma 2": "lg", "gemma 3": "llg"}
+
+
+def randomised(model, seed: int = 0):
+    """Random matrices; norm scales and biases far from their start values, so that they show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std, mean = (0.2, 0.0) if parameter.ndim > 1 else (0.3, 0.0)
+            # Gemma adds one to its scales, which therefore stay around zero.
+            if "norm" in name and name.endswith("weight") and "Gemma" not in type(model).__name__:
+                mean = 1.0
+            parameter.normal_(mean, std, generator=generator)
+    if model.generation_config is not None:
+        model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def oracle_of(config):
+    return randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+
+
+def padded(rows: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and attention mask of unequal rows."""
+    shape = len(rows), max(map(len, rows))
+    ids, mask = np.full(shape, PAD, np.int64), np.zeros(shape, np.int64)
+    for number, row in enumerate(rows):
+        where = slice(shape[1] - len(row), None) if left else slice(len(row))
+        ids[number, where], mask[number, where] = row, 1
+    return ids, mask
+
+
+def text_rows(*lengths: int) -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(6, IMAGE_ID, n).tolist() for n in lengths]
+
+
+def run(oracle, ids, mask, **options):
+    with torch.no_grad():
+        return oracle(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), **options)
+
+
+def assert_same_logits(oracle, ours: MLLM, ids, mask, pixels=None):
+    images = {} if pixels is None else {"pixel_values": torch.tensor(pixels)}
+    theirs = run(oracle, ids, mask, **images).logits.numpy()
+    logits = Model(ours, None).logits(
+        input_ids=ids, attention_mask=mask, pixel_values=pixels, image_token_id=IMAGE_ID
+    )
+    real = mask.astype(bool)
+    assert theirs[real].std() > 0.2, "the oracle's logits say nothing"
+    assert np.abs(np.asarray(logits) - theirs)[real].max() <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Oracle and our model of a family, which has read the oracle's folder; made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp("family")
+            oracle = oracle_of(FAMILIES[name])
+            oracle.save_pretrained(folder)
+            made[name] = oracle, load_pretrained(folder)
+        return made[name]
+
+    return get
+
+
+# Parity
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits(saved, name, left):
+    assert_same_logits(*saved(name), *padded(text_rows(*LENGTHS), left))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_ids(saved, name):
+    oracle, ours = saved(name)
+    ids, mask = padded(text_rows(*LENGTHS), left=True)
+    with torch.no_grad():
+        wanted = oracle.generate(
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=PAD,
+        )[:, ids.shape[1] :].numpy()
+    assert wanted.shape == (len(LENGTHS), NEW)
+    # The prompts of our side are padded on the right: the gap lies between them and the new tokens.
+    batch = hf_batch(*padded(text_rows(*LENGTHS), left=False), None, None, 0)
+    generation = Engine(ours, eos_ids=NEVER, pad_id=PAD).generate(batch, NEW)
+    np.testing.assert_array_equal(generation.tokens, wanted)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_tensor_is_imported(saved, name):
+    oracle, ours = saved(name)
+    sources = list(parameter_sources(ours.config, oracle.config.to_dict()))
+    used = [tensor for _, names, _ in sources for tensor in names]
+    assert len(used) == len(set(used)), "one tensor fills two parameters"
+    tied = {"lm_head.weight"} if ours.config.llm.tie_embeddings else set()
+    assert set(used) == set(oracle.state_dict()) - tied
+
+
+LLAVAS = {
+    "qwen 2": qwen2(),
+    "gemma 2": gemma2(),
+    "gemma 3": gemma3(),
+    # The wrapper ties its head to a place where OPT has no embedding: it cannot be tied.
+    "opt": opt(tie_word_embeddings=False),
+}
+
+
+@pytest.mark.parametrize("name", LLAVAS)
+def test_llava_logits(name):
+    tower = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    config = LlavaConfig(text_config=LLAVAS[name], vision_config=tower, image_token_index=IMAGE_ID)
+    oracle = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")
+    randomised(oracle)
+    hf = oracle.config.to_dict()
+    tensors = {n: x.detach().numpy() for n, x in oracle.state_dict().items()}
+    ours_config = llava_config(hf)
+    ours = build_model(ours_config, import_state(ours_config, hf, tensors.get, tensors))
+    first, second, last = text_rows(3, 4, 5)
+    ids, mask = padded([[*first, *[IMAGE_ID] * 4, *second], last], left=True)
+    pixels = np.random.default_rng(8).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    assert_same_logits(oracle, ours, ids, mask, pixels)
+
+
+# Local layers
+
+
+def changed(model: MLLM, **llm) -> MLLM:
+    """The same weights under another configuration."""
+    config = dataclasses.replace(model.config, llm=dataclasses.replace(model.config.llm, **llm))
+    new = MLLM(config)
+    for name in ("embed", "blocks", "norm", "head", "position"):
+        setattr(new.llm, name, getattr(model.llm, name))
+    new.llm.blocks = jax.tree.map(lambda x: x, model.llm.blocks)
+    return new
+
+
+def logits_of(model: MLLM, batch: Batch) -> np.ndarray:
+    return np.asarray(jax.jit(lambda m, b: m.llm.logits(m(b).hidden))(model, batch))
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_local_layers(saved, name):
+    config = saved(name)[1].config.llm
+    assert (config.window, config.attention_pattern) == (WINDOW, LOCAL[name])
+    every = LOCAL[name] * 4
+    assert config.local_layers == tuple(c == "l" for c in every[: config.num_layers])
+
+
+@pytest.mark.parametrize("name", [*LOCAL, "opt"])
+def test_scanned_unrolled_and_listed_layers_agree(saved, name):
+    model = saved(name)[1]
+    batch = hf_batch(*padded(text_rows(*LENGTHS), left=True), None, None, 0)
+    scanned = logits_of(model, batch)
+    np.testing.assert_allclose(logits_of(changed(model, unroll=True), batch), scanned, atol=2e-5)
+    np.testing.assert_allclose(logits_of(changed(model, remat=True), batch), scanned, atol=2e-5)
+    listed = changed(model)
+    listed.llm.unstack()
+    np.testing.assert_allclose(logits_of(listed, batch), scanned, atol=2e-5)
+    if name in LOCAL:
+        everywhere = logits_of(changed(model, attention_pattern="g"), batch)
+        # The window shows from the first query that has more keys before it, and not earlier.
+        np.testing.assert_allclose(everywhere[0, :1], scanned[0, :1], atol=2e-5)
+        assert np.abs(everywhere[0, WINDOW:] - scanned[0, WINDOW:]).max(-1).min() > 1e-3
+
+
+def test_packed_documents_have_windows_of_their_own(saved):
+    model = saved("mistral")[1]
+    rows = text_rows(9, 7)
+    apart = [logits_of(model, hf_batch(*padded([row], True), None, None, 0))[0] for row in rows]
+    pieces = [(Segment.QUESTION, len(row)) for row in rows]
+    layout = stack_layout([row_layout(*pieces)], visual=0)
+    document = np.repeat([[0, 1]], [9, 7], axis=1).astype(np.int32)
+    position = np.concatenate([np.arange(9), np.arange(7)])[None].astype(np.int32)
+    tokens = np.asarray([[*rows[0], *rows[1]]], np.int32)
+    packed = Batch(tokens, layout.replace(document=document, position=position))
+    np.testing.assert_allclose(logits_of(model, packed)[0], np.concatenate(apart), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma 3", "gemma 2"])
+def test_attention_maps_have_window_and_soft_cap(saved, name):
+    oracle, ours = saved(name)
+    ids, mask = padded(text_rows(*LENGTHS), left=True)
+    theirs = run(oracle, ids, mask, output_attentions=True).attentions
+    batch, real = hf_batch(ids, mask, None, None, 0), mask.astype(bool)
+    queries = np.asarray([[10, 4], [10, 6], [10, 10]])
+    for chosen in (None, queries):
+        maps = ours(batch, probes=[AttentionMaps()], queries=chosen).stats["maps"]
+        for layer, wanted in enumerate(theirs):
+            wanted = wanted.mean(1).numpy()
+            if chosen is None:
+                np.testing.assert_allclose(maps[layer][real], wanted[real], atol=1e-5)
+            else:
+                wanted = np.take_along_axis(wanted, queries[:, :, None], 1)
+                np.testing.assert_allclose(maps[layer], wanted, atol=1e-5)
+
+
+# Other parts
+
+
+def test_embeddings_are_scaled_in_the_activations_dtype():
+    model = tiny_model(scale_embeddings=True, hidden_size=24, dtype="bfloat16")
+    h = model.llm.embeddings(jnp.asarray([[3, 4]]))
+    assert h.dtype == jnp.bfloat16
+    table = model.llm.embed.table[...][jnp.asarray([[3, 4]])].astype(jnp.bfloat16)
+    np.testing.assert_array_equal(h, table * jnp.asarray(24**0.5, jnp.bfloat16))
+
+
+def test_norms_with_an_offset_start_as_the_identity():
+    llm = tiny_model(norm_offset=1.0, qk_norm=True, post_norms=True).llm
+    for norm in (llm.norm, llm.blocks.attn.q_norm, llm.blocks.mlp_post_norm):
+        assert not np.any(norm.scale[...])
+
+
+def test_learned_positions_are_limited():
+    model = tiny_model(positions="learned", max_positions=8)
+    with pytest.raises(UserError, match=r"18 tokens do not fit the model's 8 positions"):
+        model(tiny_batch())
+
+
+# Named sizes
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("mistral-7b", 7_241_732_096),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-8b", 8_190_735_360),
+        ("gemma-2b", 2_506_172_416),
+        ("gemma-2-2b", 2_614_341_888),
+        ("gemma-3-1b", 999_885_952),
+        ("stablelm-2-1.6b", 1_644_515_328),
+        ("opt-125m", 125_239_296),
+        ("phi-1.5", 1_418_270_720),
+    ],
+)
+def test_sizes(name, parameters):
+    report = count_parameters(mllm_config(name), also_train=())
+    assert report.components["llm"].total == parameters
+
+
+# What the `config.json` of each published checkpoint says, beyond its family's defaults.
+PUBLISHED = {
+    "llama-3.1-8b": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+        max_position_embeddings=131_072,
+        rms_norm_eps=1e-5,
+        rope_parameters=LLAMA3
+        | {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192},
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128_256,
+        max_position_embeddings=131_072,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_parameters=LLAMA3
+        | {"rope_theta": 500_000.0, "original_max_position_embeddings": 8192, "factor": 32.0},
+    ),
+    "mistral-7b": MistralConfig(max_position_embeddings=32_768, rms_norm_eps=1e-5),
+    "qwen2.5-0.5b": Qwen2Config(
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        rope_theta=1e6,
+        sliding_window=32_768,
+        tie_word_embeddings=True,
+    ),
+    "qwen2.5-7b": Qwen2Config(
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        rope_theta=1e6,
+        max_position_embeddings=131_072,
+        sliding_window=131_072,
+        vocab_size=152_064,
+    ),
+    "qwen3-0.6b": Qwen3Config(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        rope_theta=1e6,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-8b": Qwen3Config(
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_key_value_heads=8,
+        rope_theta=1e6,
+        max_position_embeddings=40_960,
+    ),
+    "gemma-2b": GemmaConfig(
+        hidden_size=2048,
+        intermediate_size=16_384,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+    ),
+    "gemma-2-2b": Gemma2Config(),
+    "gemma-3-1b": Gemma3TextConfig(
+        vocab_size=262_144,
+        hidden_size=1152,
+        intermediate_size=6912,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        max_position_embeddings=32_768,
+        sliding_window=512,
+        rope_theta=1e6,
+        rope_local_base_freq=10_000.0,
+    ),
+    "stablelm-2-1.6b": StableLmConfig(
+        vocab_size=100_352,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=24,
+        use_qkv_bias=True,
+    ),
+    "opt-125m": OPTConfig(),
+    "phi-1.5": PhiConfig(),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_sizes_are_the_published_ones(name):
+    assert decoder_config(PUBLISHED[name].to_dict()) == LLMS[name]
+
+
+# Wide heads, grouped keys and norms as published; two layers and a short vocabulary.
+@pytest.mark.parametrize("name", ["qwen3-0.6b", "gemma-3-1b"])
+def test_full_width_logits(name):
+    short = {"vocab_size": 128, "num_hidden_layers": 2, "pad_token_id": PAD, "layer_types": None}
+    local = {"sliding_window_pattern": 2, "sliding_window": WINDOW} if "gemma" in name else {}
+    config = PUBLISHED[name].to_dict() | short | local
+    config.pop("_sliding_window_pattern", None)
+    oracle = oracle_of(type(PUBLISHED[name])(**config))
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(0.15)
+    hf = oracle.config.to_dict()
+    tensors = {n: x.detach().numpy() for n, x in oracle.state_dict().items()}
+    ours = MLLMConfig(llm=decoder_config(hf))
+    ours = build_model(ours, import_state(ours, hf, tensors.get, tensors))
+    assert_same_logits(oracle, ours, *padded(text_rows(10, 7), left=True))
+
+
+@pytest.mark.parametrize("name", LLMS)
+def test_named_configs_survive_json(name):
+    config = mllm_config(name)
+    again = MLLMConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config
+    assert hash(again.llm) == hash(config.llm)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (qwen2(), {"hidden_act": "tanhshrink"}, "activation 'tanhshrink'.*silu"),
+        (opt(), {"activation_function": "mish"}, "activation 'mish'.*relu"),
+        (
+            LlamaConfig(**TEXT),
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "rope scaling 'yarn'.*linear, llama3",
+        ),
+        (
+            LlamaConfig(**TEXT),
+            {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope scaling 'dynamic'",
+        ),
+        (
+            gemma3(),
+            {"rope_parameters": {"full_attention": {}, "sliding_attention": LINEAR}},
+            "rope scaling 'linear'.*default",
+        ),
+        (qwen2(), {"layer_types": ["chunked_attention"] * 3}, "layer type 'chunked_attention'"),
+        (gemma2(), {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (stablelm(), {"qk_layernorm": True}, "stablelm with qk_layernorm=True"),
+        (PhiConfig(**TEXT), {"qk_layernorm": True}, "phi with qk_layernorm=True"),
+        (opt(), {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16.*hidden_size=32"),
+        (opt(), {"do_layer_norm_before": False}, "opt with do_layer_norm_before=False"),
+        (opt(), {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
+        (opt(), {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
+        (qwen2(), {"model_type": "rwkv"}, "LLM family 'rwkv'.*qwen3.*opt"),
+    ],
+)
+def test_unsupported(config, changes, message):
+    with pytest.raises(UserError, match=message):
+        decoder_config(config.to_dict() | changes)
+
+
+def test_rope_scaling_of_transformers_4():
+    hf = LlamaConfig(**TEXT).to_dict() | {"rope_parameters": None, "rope_theta": 100.0}
+    old = {k: x for k, x in LLAMA3.items() if k != "rope_theta"}
+    config = decoder_config(hf | {"rope_scaling": old})
+    assert config == decoder_config(LlamaConfig(**TEXT, rope_parameters=LLAMA3).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_pattern": "lx", "window": 4}, "attention_pattern 'lx'"),
+        ({"attention_pattern": "l"}, "window of at least 1, got 0"),
+        ({"attention_pattern": ""}, "attention_pattern ''"),
+        ({"positions": "alibi"}, "positions 'alibi'.*rope, learned"),
+        ({"rope_scaling": "yarn"}, "rope scaling 'yarn'.*llama3"),
+    ],
+)
+def test_configurations_are_checked(changes, message):
+    with pytest.raises(UserError, match=message):
+        initialize(tiny_model(**changes))
