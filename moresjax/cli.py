@@ -1,6 +1,7 @@
 """The `moresjax` command. Subcommands are thin: they parse, call, and print."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -69,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument("--split", default="test")
     attention.add_argument("--batch-size", type=int, default=64)
     attention.add_argument("--out", required=True, metavar="DIR")
+
+    add("zoo", _zoo, "named sizes of LLMs, vision encoders and whole models")
 
     params = add("params", _params, "exact parameter counts of a model with a tuning method")
     params.add_argument("--model", metavar="DIR", help="a workdir or a Hugging Face folder")
@@ -176,6 +179,14 @@ def _analyze_attention(args) -> None:
         for name, s in summaries.items()
     ]
     _print(args, summaries, "\n".join([*lines, f"plots: {args.out}"]))
+
+
+def _zoo(args) -> None:
+    from moresjax.models.cards import zoo_cards
+
+    cards = zoo_cards()
+    lines = [f"{c.kind:7s} {c.name:28s} {c.parameters:>16,d}  {c.text}" for c in cards]
+    _print(args, {card.name: dataclasses.asdict(card) for card in cards}, "\n".join(lines))
 
 
 def _params(args) -> None:

@@ -265,17 +265,33 @@ FUSED_VISION: dict[str, FusedVisionConfig] = {
 }
 ENCODERS: dict[str, AnyVisionConfig] = VISION | FUSED_VISION
 
+# Whole models: LLM and encoder; their connector is `mlp2x_gelu`.
+MODELS: dict[str, tuple[str, str]] = {
+    "llava-steering-3b": ("phi-2", "siglip-so400m-14-384"),
+    "llava-steering-7b": ("vicuna-7b", "clip-l-14-336"),
+    "llava-steering-13b": ("vicuna-13b", "clip-l-14-336"),
+    "llava-1.5-7b": ("vicuna-7b", "clip-l-14-336"),
+    "llava-1.5-13b": ("vicuna-13b", "clip-l-14-336"),
+}
+
 
 def mllm_config(
     llm: str, vision: str | None = None, connector: str = "mlp2x_gelu", **changes
 ) -> MLLMConfig:
     """Configuration of named parts; `changes` go to the LLM (`dtype`, `remat`, `unroll`).
 
+    Args:
+      llm: the name of an LLM, or of a whole model (`MODELS`), which has its encoder.
+      vision: the name of an encoder; None for a plain LLM.
+      connector: between the two.
+
     Raises:
       UserError: for an unknown name.
     """
+    if llm in MODELS and vision is None:
+        llm, vision = MODELS[llm]
     if llm not in LLMS:
-        raise choice_error("LLM", llm, LLMS)
+        raise choice_error("LLM", llm, (*LLMS, *(MODELS if vision is None else ())))
     if vision is not None and vision not in ENCODERS:
         raise choice_error("vision encoder", vision, ENCODERS)
     return MLLMConfig(

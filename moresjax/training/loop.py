@@ -184,6 +184,9 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
         raise UserError(f"workdir {workdir} is not empty and --resume is never")
     if not (workdir / "config.json").is_file():
         raise UserError(f"workdir {workdir} is not empty and holds no run to resume")
+    saved = workdir / "checkpoints"
+    if saved.is_dir() and not any(saved.glob("[0-9]*")):
+        return  # a run that ended before its first checkpoint has nothing to mix with
     earlier = read_config(workdir / "config.json").to_dict()
     harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh")
     found = differences(earlier, config.to_dict())

@@ -220,6 +220,20 @@ def test_the_directory_of_another_run_is_refused(finished):
     assert contents(finished) == before
 
 
+def test_a_run_that_never_saved_anything_may_be_started_differently(tmp_path):
+    with pytest.raises(UserError, match="do not fit"):
+        train(head_config(length=5), tmp_path)
+    assert (tmp_path / "config.json").is_file()
+    assert train(head_config(), tmp_path).step == 4
+
+
+def test_the_folder_of_a_model_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"not a run's configuration|other settings"):
+        train(head_config(), tmp_path)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "llama"}'
+
+
 def test_a_directory_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not empty"):

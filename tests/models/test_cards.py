@@ -1,0 +1,33 @@
+"""`moresjax zoo`: every name has a card with its exact size."""
+
+import json
+
+import pytest
+
+from moresjax.cli import main
+from moresjax.errors import UserError
+from moresjax.models.zoo import ENCODERS, LLMS, MODELS, mllm_config
+
+
+def test_every_name_has_a_card(capsys):
+    assert main(["zoo", "--json"]) == 0
+    cards = json.loads(capsys.readouterr().out)
+    assert set(cards) == {*LLMS, *ENCODERS, *MODELS}
+    assert cards["phi-2"]["parameters"] == 2_779_683_840
+    assert cards["vicuna-13b"]["parameters"] == 13_015_864_320
+    parts = ("vicuna-7b", "clip-l-14-336")
+    whole = sum(cards[part]["parameters"] for part in parts) + 20_979_712  # the connector
+    assert cards["llava-1.5-7b"]["parameters"] == whole
+    assert cards["clip-l-14-336"]["text"] == "576 tokens of 1024 at 336 px"
+    assert main(["zoo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(cards)
+    assert any("2,779,683,840" in line for line in lines)
+
+
+def test_whole_models_are_named_like_llms():
+    config = mllm_config("llava-steering-3b")
+    assert (config.llm, config.vision) == (LLMS["phi-2"], ENCODERS["siglip-so400m-14-384"])
+    assert config.visual_tokens == 729
+    with pytest.raises(UserError, match=r"LLM 'llava-2'.*phi-2.*llava-steering-3b"):
+        mllm_config("llava-2")
