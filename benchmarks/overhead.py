@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from moresjax.configs import digits as recipe
 
 from moresjax.analysis.attention import AttentionProbe
-from moresjax.build import build_processor, model_config
-from moresjax.data.pipeline import make_iterator, make_source, to_device_batch
+from moresjax.build import build_iterator, build_processor, model_config
+from moresjax.data.pipeline import to_device_batch
 from moresjax.generation.engine import Engine
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
@@ -45,14 +45,7 @@ def setting():
         {"hidden_size": 256, "intermediate_size": 512, "num_layers": 6, "num_heads": 8}
     )
     processor = build_processor(config)
-    iterator = make_iterator(
-        make_source(**config.data),
-        processor,
-        batch_size=config.batch_size,
-        length=config.length,
-        images=config.images,
-    )
-    rows = next(iterator)
+    rows = next(build_iterator(config, processor))
     rows.pop("id")
     return config, to_device_batch(rows, processor)
 

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from moresjax.data.images import ImageProcessor
+from moresjax.data.pipeline import make_iterator, make_source
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError, choice_error
@@ -72,6 +73,18 @@ def build_processor(config) -> Processor:
         template=get_template(config.template),
         image=ImageProcessor(vision.image_size, *normalise) if vision else None,
         visual_tokens=tokens,
+    )
+
+
+def build_iterator(config, processor: Processor):
+    """The batches of a configuration: an endless Grain iterator over this process's share."""
+    return make_iterator(
+        make_source(**config.data),
+        processor,
+        batch_size=config.batch_size,
+        length=config.length,
+        images=config.images,
+        seed=config.seed,
     )
 
 

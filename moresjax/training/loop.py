@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moresjax.build import build_model, build_processor
-from moresjax.data.pipeline import make_iterator, make_source, to_device_batch
+from moresjax.build import build_iterator, build_model, build_processor
+from moresjax.data.pipeline import to_device_batch
 from moresjax.errors import UserError, choice_error
 from moresjax.parallel.mesh import batch_sharding, batch_shards, make_mesh, place, replicated
 from moresjax.paths import matches
@@ -91,14 +91,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
 
     # Data.
     processor = build_processor(config)
-    iterator = make_iterator(
-        make_source(**config.data),
-        processor,
-        batch_size=config.batch_size,
-        length=config.length,
-        images=config.images,
-        seed=config.seed,
-    )
+    iterator = build_iterator(config, processor)
     rows = batch_sharding(mesh)
 
     # Resume.

@@ -39,8 +39,7 @@ def split_model(
     tuning = getattr(model, "tuning", None)
     patterns = list(also_train)
     if tuning is not None:
-        patterns += [path for _, method in tuning.methods for path in method.trains]
-        patterns.append("tuning.theta")
+        patterns += tuning.trains
     names = [path_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     for pattern in also_train:
         if not any(matches(name, pattern) for name in names):

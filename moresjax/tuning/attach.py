@@ -85,6 +85,11 @@ class Tuning(nnx.Module):
         return format_spec(method for _, method in self.methods)
 
     @property
+    def trains(self) -> tuple[str, ...]:
+        """Paths of what trains with these methods: their own parameters, and base parameters."""
+        return ("tuning.theta", *(path for _, method in self.methods for path in method.trains))
+
+    @property
     def num_slots(self) -> int:
         """P, the number of extra tokens before the first token."""
         return sum(method.length for _, method in self.methods if isinstance(method, Slots))

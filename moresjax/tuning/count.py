@@ -3,13 +3,10 @@
 import dataclasses
 import math
 
-import numpy as np
 from flax import nnx
 
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.paths import matches, path_name
-from moresjax.tuning.selectors import parse_layers
-from moresjax.tuning.sites import num_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +62,7 @@ def count_parameters(
       UserError: when the spec is malformed or does not fit the model.
     """
     model = MLLM(config, tuning)
-    patterns = [*also_train, *(p for _, method in model.tuning.methods for p in method.trains)]
+    patterns = (*also_train, *model.tuning.trains)
     totals: dict[str, list[int]] = {}
     in_llm = 0
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -74,7 +71,7 @@ def count_parameters(
         size = math.prod(variable.shape)
         if part == "tuning":
             size = _gated_on(size, model.tuning, path)
-        trains = part == "tuning" or any(matches(name, pattern) for pattern in patterns)
+        trains = any(matches(name, pattern) for pattern in patterns)
         total, trainable = totals.setdefault(part, [0, 0])
         totals[part] = [total + size, trainable + size * trains]
         site = path[3] if part == "tuning" else name
@@ -84,10 +81,8 @@ def count_parameters(
 
 def _gated_on(size: int, tuning, path) -> int:
     """Parameters in layers that the method acts on; `path` is tuning.theta.METHOD.SITE.LEAF."""
-
     _, _, key, site, _ = path
-    layers = num_layers(site, tuning.config)
-    if not layers:
+    if site not in tuning.gates[key]:
         return size
-    chosen = parse_layers(dict(tuning.methods)[key].layer_choice, layers)
-    return size // layers * int(np.sum(chosen))
+    gate = tuning.gates[key][site][...]
+    return size // len(gate) * int(gate.sum())

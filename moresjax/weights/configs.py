@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 from moresjax.errors import UserError, choice_error
 from moresjax.models.decoder import DecoderConfig
+from moresjax.models.layers import ROPE_SCALINGS
 from moresjax.weights import tables
 
 ACTIVATION_NAMES = {
@@ -77,7 +78,7 @@ def _rope_parameters(hf: Mapping) -> dict:
     return rope
 
 
-def _rope(rope: Mapping, supported: tuple[str, ...] = ("default", "linear", "llama3")) -> dict:
+def _rope(rope: Mapping, supported: tuple[str, ...] = ROPE_SCALINGS) -> dict:
     kind = rope["rope_type"]
     if kind not in supported:
         names = ", ".join(supported)
@@ -176,31 +177,31 @@ def _gemma3(hf: Mapping) -> dict:
     )
 
 
-def _stablelm(hf: Mapping) -> dict:
+def _partly_rotated(hf: Mapping, fraction: float, *scalings: str) -> dict:
+    """What StableLM and Phi share."""
     _refuse(hf, qk_layernorm=True)
     rope = _rope_parameters(hf)
     return {
-        **_rope(rope),
-        "rotary_fraction": float(rope.get("partial_rotary_factor", 0.25)),
+        **_rope(rope, scalings),
+        "rotary_fraction": float(rope.get("partial_rotary_factor", fraction)),
         "intermediate_size": hf["intermediate_size"],
         "activation": activation(hf["hidden_act"]),
         "norm": "layer",
         "norm_eps": hf["layer_norm_eps"],
+    }
+
+
+def _stablelm(hf: Mapping) -> dict:
+    return {
+        **_partly_rotated(hf, 0.25, *ROPE_SCALINGS),
         "parallel": hf.get("use_parallel_residual", False),
         "qkv_bias": hf.get("use_qkv_bias", False),
     }
 
 
 def _phi(hf: Mapping) -> dict:
-    _refuse(hf, qk_layernorm=True)
-    rope = _rope_parameters(hf)
     return {
-        **_rope(rope, ("default",)),
-        "rotary_fraction": float(rope.get("partial_rotary_factor", 0.5)),
-        "intermediate_size": hf["intermediate_size"],
-        "activation": activation(hf["hidden_act"]),
-        "norm": "layer",
-        "norm_eps": hf["layer_norm_eps"],
+        **_partly_rotated(hf, 0.5, "default"),
         "gated_mlp": False,
         "parallel": True,
         "qkv_bias": True,

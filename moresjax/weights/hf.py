@@ -183,7 +183,10 @@ def pretrained_config(folder: str | Path) -> MLLMConfig:
     Raises:
       UserError: when there is none or the architecture is not supported.
     """
-    hf = read_hf_config(Path(folder))
+    return _mllm_config(read_hf_config(Path(folder)))
+
+
+def _mllm_config(hf: Mapping) -> MLLMConfig:
     return llava_config(hf) if hf["model_type"] == "llava" else MLLMConfig(llm=decoder_config(hf))
 
 
@@ -194,7 +197,8 @@ def load_pretrained(folder: str | Path, tuning: str = "none") -> MLLM:
       UserError: when the folder is not a checkpoint or its architecture is not supported.
     """
     folder = Path(folder)
-    config, hf = pretrained_config(folder), read_hf_config(folder)
+    hf = read_hf_config(folder)
+    config = _mllm_config(hf)
     tensors = tensor_readers(folder)
     state = import_state(config, hf, lambda name: tensors[name](), tensors)
     return build_model(config, state, tuning)
