@@ -19,10 +19,9 @@ from moresjax.models.initialize import described, fill, initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import PatchClassifier, VisionConfig
 from moresjax.models.zoo import ENCODERS, LLMS
-from moresjax.paths import path_name
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.config import RANDOM, read_config
-from moresjax.weights.hf import load_pretrained, pretrained_config
+from moresjax.weights.hf import pretrained_config, read_pretrained
 from moresjax.weights.parts import check_same_encoder, is_vision_folder, load_vision
 
 PARTS = ("llm", "vision", "connector")
@@ -159,8 +158,7 @@ def load_part(model: nnx.Module, part: str, source: Path) -> None:
     elif part.startswith("vision") and is_vision_folder(source):
         found = _vision_parameters(model, part, source)
     elif (source / "config.json").is_file():
-        loaded = nnx.to_flat_state(nnx.state(load_pretrained(source), nnx.Param))
-        found = {path_name(p): v.get_value() for p, v in loaded}
+        found = read_pretrained(source, part=part.split(".")[0])[1]
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
     fill(model, found, str(source), part)
@@ -168,16 +166,17 @@ def load_part(model: nnx.Module, part: str, source: Path) -> None:
         raise UserError(f"{source} holds no weights for {missing[0]}")
 
 
-def _vision_parameters(model: nnx.Module, part: str, source: Path) -> dict[str, jax.Array]:
+def _vision_parameters(model: nnx.Module, part: str, source: Path) -> Mapping[str, jax.Array]:
     """Parameters of a vision encoder's folder, by their names in the model."""
     encoder = model.vision
     if part != "vision":
         encoder = encoder.encoders[int(part.rpartition(".")[2])]
     if encoder.config.is_pair:
         raise UserError(f"init.vision: {source} is one vision encoder; name two as FOLDER;FOLDER")
-    theirs, state = load_vision(source, feature_layer=encoder.config.feature_layer)
+    layer = encoder.config.feature_layer
+    theirs, parameters = load_vision(source, part=part, feature_layer=layer)
     check_same_encoder(encoder.config, theirs, str(source))
-    return {f"{part}.{path_name(path)}": x for path, x in state.items()}
+    return parameters
 
 
 def trained_parameters(workdir: Path) -> dict[str, jax.Array]:

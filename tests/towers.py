@@ -15,7 +15,6 @@ from transformers import (
 
 from moresjax.models.initialize import described, fill
 from moresjax.models.vision import VisionEncoder
-from moresjax.paths import path_name
 from moresjax.weights.parts import load_vision
 
 TOLERANCE = 1e-4
@@ -76,7 +75,7 @@ def saved(model, folder):
 def loaded(folder, **changes) -> VisionEncoder:
     config, state = load_vision(folder, **changes)
     encoder = VisionEncoder(config)
-    fill(encoder, {path_name(path): x for path, x in state.items()}, "here")
+    fill(encoder, state, "here")
     assert described(encoder) == []
     return encoder
 

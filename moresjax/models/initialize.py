@@ -28,11 +28,12 @@ def fill(model: nnx.Module, arrays: Mapping[str, jax.Array], source: str, part: 
         name = path_name(path)
         if name not in arrays or not f"{name}.".startswith(f"{part}." if part else ""):
             continue
-        if arrays[name].shape != variable.shape:
+        value = jnp.asarray(arrays[name])
+        if value.shape != variable.shape:
             raise UserError(
-                f"{source}: {name} has shape {arrays[name].shape}, the model needs {variable.shape}"
+                f"{source}: {name} has shape {value.shape}, the model needs {variable.shape}"
             )
-        new.append((path, variable.replace(jnp.asarray(arrays[name]))))
+        new.append((path, variable.replace(value)))
     nnx.update(model, nnx.from_flat_state(new))
 
 

@@ -1,10 +1,12 @@
-"""Our configuration of a Hugging Face LLM `config.json`, family by family.
+"""Our configuration of a Hugging Face LLM `config.json`, and back, family by family.
 
-Each family is one entry of `LLM_FAMILIES`: its name table and the fields in which it differs from
-LLaMA. Source of the facts: the configuration and modelling files of transformers 5.
+Each family is one `Family` in `LLM_FAMILIES`: its name table, and the fields in which it differs
+from LLaMA in both directions. Source of the facts: the configuration and modelling files of
+transformers 5.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 
 from moresjax.errors import UserError, choice_error
 from moresjax.models.decoder import DecoderConfig
@@ -20,6 +22,34 @@ ACTIVATION_NAMES = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
+
+
+# Our fields that every family has under a name of its own: ours -> Hugging Face's.
+COMMON = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "tie_embeddings": "tie_word_embeddings",
+    "max_positions": "max_position_embeddings",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A model type of `transformers`.
+
+    Attributes:
+      table: names of its tensors.
+      ours: fields of our configuration, from its own, beyond those common to all.
+      theirs: the other way round.
+    """
+
+    table: dict[str, str]
+    ours: Callable[[Mapping], dict]
+    theirs: Callable[[DecoderConfig], dict]
 
 
 def activation(name: str) -> str:
@@ -42,18 +72,23 @@ def decoder_config(hf: Mapping) -> DecoderConfig:
     family = hf["model_type"]
     if family not in LLM_FAMILIES:
         raise choice_error("LLM family", family, LLM_FAMILIES)
-    _, fields = LLM_FAMILIES[family]
-    common = {
-        "vocab_size": hf["vocab_size"],
-        "hidden_size": hf["hidden_size"],
-        "num_layers": hf["num_hidden_layers"],
-        "num_heads": hf["num_attention_heads"],
-        "num_kv_heads": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "head_dim": hf.get("head_dim") or 0,
-        "tie_embeddings": hf.get("tie_word_embeddings", False),
-        "max_positions": hf["max_position_embeddings"],
-    }
-    return DecoderConfig(**(common | fields(hf)))
+    common = {ours: hf[theirs] for ours, theirs in COMMON.items() if hf.get(theirs) is not None}
+    return DecoderConfig(**(common | LLM_FAMILIES[family].ours(hf)))
+
+
+def hf_candidates(config: DecoderConfig) -> Iterator[dict]:
+    """For every family, the `config.json` that comes nearest to a decoder.
+
+    At most one of them means the same decoder: `decoder_config` of it tells.
+    """
+    common = {theirs: getattr(config, ours) for ours, theirs in COMMON.items()}
+    for name, family in LLM_FAMILIES.items():
+        yield {"model_type": name, **common, **family.theirs(config)}
+
+
+def hf_activation(name: str) -> str:
+    """The name in `transformers` of one of our activation functions."""
+    return next(theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == name)
 
 
 def _refuse(hf: Mapping, **unsupported) -> None:
@@ -239,17 +274,108 @@ def _opt(hf: Mapping) -> dict:
     }
 
 
-# model_type -> (name table, fields that are not common to all)
-LLM_FAMILIES: dict[str, tuple[dict[str, str], Callable[[Mapping], dict]]] = {
-    "llama": (tables.LLAMA, _llama),
-    "phi": (tables.PHI, _phi),
-    "mistral": (tables.LLAMA, _mistral),
-    "qwen2": (tables.LLAMA, _qwen2),
-    "qwen3": (tables.QWEN3, _qwen3),
-    "gemma": (tables.LLAMA, _gemma),
-    "gemma2": (tables.GEMMA2, _gemma2),
-    "gemma3_text": (tables.GEMMA3, _gemma3),
-    "stablelm": (tables.STABLELM, _stablelm),
-    "opt": (tables.OPT, _opt),
+# The way back
+
+
+def _hf_rope(config: DecoderConfig) -> dict:
+    rope = {"rope_type": config.rope_scaling, "rope_theta": config.rope_theta}
+    if config.rope_scaling != "default":
+        rope["factor"] = config.rope_factor
+    if config.rope_scaling == "llama3":
+        rope |= {
+            "low_freq_factor": config.rope_low_turns,
+            "high_freq_factor": config.rope_high_turns,
+            "original_max_position_embeddings": config.rope_original_positions,
+        }
+    return rope
+
+
+def _hf_layers(config: DecoderConfig) -> dict:
+    names = {True: "sliding_attention", False: "full_attention"}
+    return {
+        "sliding_window": config.window or None,
+        "layer_types": [names[local] for local in config.local_layers],
+    }
+
+
+def _hf_llama(config: DecoderConfig) -> dict:
+    return {
+        "rope_parameters": _hf_rope(config),
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": hf_activation(config.activation),
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.qkv_bias,
+        "mlp_bias": config.mlp_bias,
+    }
+
+
+def _hf_mistral(config: DecoderConfig) -> dict:
+    return _hf_llama(config) | {"sliding_window": config.window or None}
+
+
+def _hf_qwen(config: DecoderConfig) -> dict:
+    window = {"use_sliding_window": bool(config.window), "max_window_layers": 0}
+    return _hf_llama(config) | _hf_layers(config) | window
+
+
+def _hf_gemma(config: DecoderConfig) -> dict:
+    return _hf_llama(config) | {"hidden_activation": hf_activation(config.activation)}
+
+
+def _hf_gemma2(config: DecoderConfig) -> dict:
+    scale = config.query_scale or config.head_dim**-0.5
+    return (
+        _hf_gemma(config)
+        | _hf_layers(config)
+        | {
+            "query_pre_attn_scalar": round(scale**-2),
+            "attn_logit_softcapping": config.attention_softcap or None,
+            "final_logit_softcapping": config.logit_softcap or None,
+        }
+    )
+
+
+def _hf_gemma3(config: DecoderConfig) -> dict:
+    local = {"rope_type": "default", "rope_theta": config.local_rope_theta}
+    both = {"full_attention": _hf_rope(config), "sliding_attention": local}
+    return _hf_gemma2(config) | {"rope_parameters": both}
+
+
+def _hf_partly_rotated(config: DecoderConfig) -> dict:
+    return {
+        "rope_parameters": _hf_rope(config) | {"partial_rotary_factor": config.rotary_fraction},
+        "intermediate_size": config.intermediate_size,
+        "hidden_act": hf_activation(config.activation),
+        "layer_norm_eps": config.norm_eps,
+    }
+
+
+def _hf_stablelm(config: DecoderConfig) -> dict:
+    return _hf_partly_rotated(config) | {
+        "use_parallel_residual": config.parallel,
+        "use_qkv_bias": config.qkv_bias,
+    }
+
+
+def _hf_opt(config: DecoderConfig) -> dict:
+    return {
+        "ffn_dim": config.intermediate_size,
+        "word_embed_proj_dim": config.hidden_size,
+        "activation_function": hf_activation(config.activation),
+        "enable_bias": config.qkv_bias,
+    }
+
+
+LLM_FAMILIES = {
+    "llama": Family(tables.LLAMA, _llama, _hf_llama),
+    "phi": Family(tables.PHI, _phi, _hf_partly_rotated),
+    "mistral": Family(tables.LLAMA, _mistral, _hf_mistral),
+    "qwen2": Family(tables.LLAMA, _qwen2, _hf_qwen),
+    "qwen3": Family(tables.QWEN3, _qwen3, _hf_qwen),
+    "gemma": Family(tables.LLAMA, _gemma, _hf_gemma),
+    "gemma2": Family(tables.GEMMA2, _gemma2, _hf_gemma2),
+    "gemma3_text": Family(tables.GEMMA3, _gemma3, _hf_gemma3),
+    "stablelm": Family(tables.STABLELM, _stablelm, _hf_stablelm),
+    "opt": Family(tables.OPT, _opt, _hf_opt),
 }
-LLM_TABLES = {family: table for family, (table, _) in LLM_FAMILIES.items()}
+LLM_TABLES = {name: family.table for name, family in LLM_FAMILIES.items()}

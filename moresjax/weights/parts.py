@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
-import jax
-from flax import nnx
+from jax.sharding import Mesh
 
 from moresjax.errors import UserError
 from moresjax.models.vision import VisionConfig, VisionEncoder
-from moresjax.weights.hf import (
-    Path_,
-    module_source,
-    read_hf_config,
-    read_sources,
-    tensor_readers,
+from moresjax.weights.files import open_tensors
+from moresjax.weights.hf import read_hf_config
+from moresjax.weights.sources import (
+    ParameterReader,
+    check_tensors,
+    module_sources,
 )
+from moresjax.weights.tables import BESIDE_VISION, UNUSED
 from moresjax.weights.vision import VISION_FAMILIES, vision_config, vision_table
 
 # Families whose folders hold a text encoder too.
@@ -29,11 +29,21 @@ def is_vision_folder(folder: Path) -> bool:
     return read_hf_config(folder)["model_type"] in (*VISION_FAMILIES, *TWO_TOWERS)
 
 
-def load_vision(folder: str | Path, **changes) -> tuple[VisionConfig, dict[Path_, jax.Array]]:
+def load_vision(
+    folder: str | Path,
+    *,
+    part: str = "",
+    allow_pickle: bool = False,
+    mesh: Mesh | None = None,
+    **changes,
+) -> tuple[VisionConfig, ParameterReader]:
     """Configuration and parameters of a folder of CLIP, SigLIP or DINOv2.
 
     Args:
       folder: with `config.json` and safetensors, of the vision model alone or of the two towers.
+      part: of a model that the parameters' names start with, such as `vision`.
+      allow_pickle: whether `*.bin` files may be read where there are no safetensors.
+      mesh: devices to split the parameters over.
       changes: fields of the configuration; `feature_layer` decides which blocks are the `tail`.
 
     Raises:
@@ -44,16 +54,15 @@ def load_vision(folder: str | Path, **changes) -> tuple[VisionConfig, dict[Path_
     if hf["model_type"] in TWO_TOWERS:
         hf = hf["vision_config"]
     config = vision_config(hf, **changes)
-    readers = {_encoder_name(name): read for name, read in tensor_readers(folder).items()}
-    table = vision_table(hf)
-
-    def sources():
-        for path, variable in nnx.to_flat_state(nnx.state(VisionEncoder(config), nnx.Param)):
-            path = tuple(str(p) for p in path)
-            first = config.used_layers if path[0] == "tail" else 0
-            yield path, *module_source(path, variable.shape, table, first)
-
-    return config, read_sources(sources(), lambda name: readers[name](), readers)
+    stored = open_tensors(folder, allow_pickle=allow_pickle)
+    tensors = {_encoder_name(name): tensor for name, tensor in stored.items()}
+    sources = module_sources(
+        VisionEncoder(config), vision_table(hf), first_of_tail=config.used_layers, mesh=mesh
+    )
+    check_tensors(sources, tensors, (*UNUSED, *BESIDE_VISION), str(folder))
+    if part:
+        sources = [source.under(part) for source in sources]
+    return config, ParameterReader(sources, tensors)
 
 
 def _encoder_name(name: str) -> str:

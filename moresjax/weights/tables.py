@@ -103,12 +103,23 @@ DINOV2_GATED_MLP = {
 }
 
 # Prefixes of LLaVA tensors in files -> in the state dict of transformers 5; the first match counts.
+# Those with an underscore are TinyLLaVA Factory's.
 FILE_PREFIXES = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
+    "vision_tower._vision_tower.vision_model.": "model.vision_tower.",
+    "vision_tower._vision_tower.": "model.vision_tower.",
     "vision_tower.vision_model.": "model.vision_tower.",
     "vision_tower.": "model.vision_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
+    "connector._connector": "model.connector",
+}
+
+# The other way, as published LLaVAs have it; older and newer versions of transformers read these.
+WRITTEN_PREFIXES = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
 }
 
 # Names of DINOv2 modules in files -> in the state dict of transformers 5.
@@ -126,3 +137,24 @@ LLAVA_CONNECTOR = {
     "layers.0": "multi_modal_projector.linear_1",
     "layers.1": "multi_modal_projector.linear_2",
 }
+
+# Tensors with leading axes of size one, and how many.
+BATCHED = {
+    "embeddings.cls_token": 2,
+    "embeddings.register_tokens": 1,
+    "embeddings.position_embeddings": 1,
+}
+
+# Parts of the names of tensors that nothing of ours needs: buffers, pretraining's mask token, the
+# pooling head of SigLIP ..
+UNUSED = ("rotary_emb.inv_freq", "position_ids", "mask_token", "vision_tower.head.")
+# .. and, in the folder of a vision encoder, what stands beside or on top of it.
+BESIDE_VISION = (
+    "text_model.",
+    "text_projection",
+    "visual_projection",
+    "logit_scale",
+    "logit_bias",
+    "head.",
+    "classifier.",
+)

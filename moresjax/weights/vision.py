@@ -6,7 +6,7 @@ resolution say `siglip_vision_model` and have SigLIP's layout; `siglip2_vision_m
 kind, which takes images of any shape cut into patches, and is not supported.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from moresjax.errors import UserError, choice_error
 from moresjax.models.vision import (
@@ -17,7 +17,7 @@ from moresjax.models.vision import (
     VisionConfig,
 )
 from moresjax.weights import tables
-from moresjax.weights.configs import activation
+from moresjax.weights.configs import activation, hf_activation
 
 
 def vision_config(hf: Mapping, **changes) -> VisionConfig:
@@ -86,7 +86,32 @@ def _dinov2_with_registers(hf: Mapping) -> dict:
     return _dinov2(hf) | {"registers": hf["num_register_tokens"]}
 
 
-# model_type -> (name table, fields that are not common to all)
+def hf_vision_candidates(config: VisionConfig) -> Iterator[dict]:
+    """For every family, `config.json`s that come near to an encoder; `vision_config` tells which
+    one means the same."""
+    common = {
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "layer_norm_eps": config.norm_eps,
+        "hidden_act": "gelu" if config.gated_mlp else hf_activation(config.activation),
+    }
+    wide = {"intermediate_size": config.intermediate_size}
+    yield {"model_type": "clip_vision_model", **common, **wide}
+    yield {"model_type": "siglip_vision_model", "vision_use_head": False, **common, **wide}
+    # The width of a gated MLP is rounded: several ratios give the same.
+    ratio = config.intermediate_size / config.hidden_size
+    for ratio in (4, 1.5 * ratio) if config.gated_mlp else (ratio,):
+        dinov2 = {
+            "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio,
+            "qkv_bias": config.qkv_bias,
+            "use_swiglu_ffn": config.gated_mlp,
+        }
+        yield {"model_type": "dinov2", **common, **dinov2}
+
+
 VISION_FAMILIES: dict[str, tuple[dict[str, str], Callable[[Mapping], dict]]] = {
     "clip_vision_model": (tables.CLIP, _clip),
     "siglip_vision_model": (tables.SIGLIP, _siglip),

@@ -164,7 +164,7 @@ def test_masses_and_maps_are_those_of_transformers():
     theirs = LlamaForCausalLM(config).eval()
     tensors = {name: x.numpy() for name, x in theirs.state_dict().items()}
     ours = dataclasses.replace(tiny_config(), llm=decoder_config(config.to_dict()), vision=None)
-    state = import_state(ours, config.to_dict(), tensors.__getitem__, tensors)
+    state = import_state(ours, config.to_dict(), tensors)
     model = build_model(ours, state)
     pieces = [(Segment.SYSTEM, 2), (Segment.IMAGE, 4), (Segment.QUESTION, 3), (Segment.ANSWER, 3)]
     layout = stack_layout([row_layout(*pieces)], visual=4)

@@ -119,7 +119,7 @@ def case_of(family: str) -> Case:
     hf = oracle.config.to_dict()
     config = llava_config(hf)
     tensors = {name: x.detach().numpy() for name, x in oracle.state_dict().items()}
-    model = build_model(config, import_state(config, hf, tensors.get, tensors))
+    model = build_model(config, import_state(config, hf, tensors))
     rng = np.random.default_rng(1)
     rows, pixels = [], []
     for number, images in enumerate(IMAGES):

@@ -28,7 +28,6 @@ from moresjax.models.initialize import fill, initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 from moresjax.models.zoo import ENCODERS, VISION, mllm_config
-from moresjax.paths import path_name
 from moresjax.tuning.count import count_parameters
 from moresjax.weights.parts import load_vision
 
@@ -174,12 +173,12 @@ def test_a_pair_has_no_vision_sites():
 def test_edits_of_patches_leave_class_and_register_tokens(tmp_path):
     """`image` selects the nine patches among 1 + 5 + 9 encoder tokens."""
     folder = saved(randomised(dinov2_with_registers()), tmp_path)
-    config, state = load_vision(folder, feature_layer=-1, select="cls_patch")
+    config, state = load_vision(folder, part="vision", feature_layer=-1, select="cls_patch")
     model = MLLM(
         MLLMConfig(llm=DecoderConfig(**TINY_LLM), vision=config),
         "mores:rank=2,positions=image,site=vision.block.out",
     )
-    fill(model, {f"vision.{path_name(p)}": x for p, x in state.items()}, "here")
+    fill(model, state, "here")
     initialize(model)
     batch = tiny_batch()
     hooks = model.tuning.hooks(batch)

@@ -61,7 +61,7 @@ def ours_and_peft(llama, tmp_path, spec: str, peft_config):
     llama.save_pretrained(tmp_path)
     tensors = {name: x.numpy() for name, x in llama.state_dict().items()}
     config, hf = pretrained_config(tmp_path), llama.config.to_dict()
-    model = build_model(config, import_state(config, hf, tensors.__getitem__, tensors), spec)
+    model = build_model(config, import_state(config, hf, tensors), spec)
     randomize(model)
     theirs = get_peft_model(copy.deepcopy(llama), peft_config).eval()
     state = dict(theirs.named_parameters())

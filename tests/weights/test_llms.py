@@ -41,7 +41,7 @@ from moresjax.weights.hf import (
     import_state,
     llava_config,
     load_pretrained,
-    parameter_sources,
+    model_sources,
 )
 
 TOLERANCE = 1e-4
@@ -215,8 +215,8 @@ def test_greedy_ids(saved, name):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_tensor_is_imported(saved, name):
     oracle, ours = saved(name)
-    sources = list(parameter_sources(ours.config, oracle.config.to_dict()))
-    used = [tensor for _, names, _ in sources for tensor in names]
+    sources = model_sources(ours.config, oracle.config.to_dict())
+    used = [tensor for source in sources for tensor in source.names]
     assert len(used) == len(set(used)), "one tensor fills two parameters"
     tied = {"lm_head.weight"} if ours.config.llm.tie_embeddings else set()
     assert set(used) == set(oracle.state_dict()) - tied
@@ -247,7 +247,7 @@ def test_llava_logits(name):
     hf = oracle.config.to_dict()
     tensors = {n: x.detach().numpy() for n, x in oracle.state_dict().items()}
     ours_config = llava_config(hf)
-    ours = build_model(ours_config, import_state(ours_config, hf, tensors.get, tensors))
+    ours = build_model(ours_config, import_state(ours_config, hf, tensors))
     first, second, last = text_rows(3, 4, 5)
     ids, mask = padded([[*first, *[IMAGE_ID] * 4, *second], last], left=True)
     pixels = np.random.default_rng(8).standard_normal((1, 3, 8, 8)).astype(np.float32)
@@ -491,7 +491,7 @@ def test_full_width_logits(name):
     hf = oracle.config.to_dict()
     tensors = {n: x.detach().numpy() for n, x in oracle.state_dict().items()}
     ours = MLLMConfig(llm=decoder_config(hf))
-    ours = build_model(ours, import_state(ours, hf, tensors.get, tensors))
+    ours = build_model(ours, import_state(ours, hf, tensors))
     assert_same_logits(oracle, ours, *padded(text_rows(10, 7), left=True))
 
 

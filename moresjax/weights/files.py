@@ -1,0 +1,132 @@
+"""Tensors in the files of a folder: safetensors, and pickles when they are allowed."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from moresjax.errors import UserError
+from moresjax.weights import tables
+from moresjax.weights.sources import Tensor, stored_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file, or rows of one; indexing reads only what is asked for."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    first_row: int = 0
+
+    def __getitem__(self, index) -> np.ndarray:
+        rows, *others = index if isinstance(index, tuple) else (index,)
+        start, stop, _ = rows.indices(self.shape[0])
+        # Opened anew every time: pages of an open file would count as resident memory.
+        with safe_open(self.file, framework="numpy") as tensors:
+            stored = tensors.get_slice(self.name)
+            return stored[(slice(self.first_row + start, self.first_row + stop), *others)]
+
+
+def open_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of a folder by their names in the state dict of `transformers`, unread.
+
+    Args:
+      folder: with `*.safetensors`, in it or in folders of TinyLLaVA Factory's stages below it.
+      allow_pickle: whether `*.bin` may be read (by torch, weights only) when there is nothing else.
+
+    Raises:
+      UserError: when there is no file that may be read, or one cannot be.
+    """
+    found = {}
+    for prefix, place in _places(folder).items():
+        for name, tensor in _stored(place, allow_pickle).items():
+            name = _state_dict_name(prefix + name)
+            found |= _halves(name, tensor) or {name: tensor}
+    return found
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """Folders with tensors, by what their names have to be completed with."""
+    stages = {
+        "language_model.": folder / "language_model",
+        "vision_tower._vision_tower.": folder / "vision_tower",
+        "connector.": folder / "connector",
+    }
+    return stages if all(place.is_dir() for place in stages.values()) else {"": folder}
+
+
+def _stored(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    if files := sorted(folder.glob("*.safetensors")):
+        return {name: tensor for file in files for name, tensor in _safetensors(file).items()}
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if not pickles:
+        raise UserError(f"{folder} has no *.safetensors file")
+    if not allow_pickle:
+        raise UserError(
+            f"{folder} has only pickled weights ({pickles[0].name}), and a pickle can run any code; "
+            "allow it with --allow-pickle if you trust its source"
+        )
+    return {name: tensor for file in pickles for name, tensor in _pickled(file).items()}
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    found = {}
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is not a dict
+                stored = tensors.get_slice(name)
+                dtype = stored_dtype(stored.get_dtype())
+                found[name] = StoredTensor(file, name, tuple(stored.get_shape()), dtype)
+    except Exception as error:  # of the reader's own kind
+        raise UserError(f"{file} cannot be read: {error}") from None
+    return found
+
+
+def _pickled(file: Path) -> dict[str, Tensor]:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"reading {file} needs torch, which is not installed") from None
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+
+    def array(tensor):
+        if tensor.dtype == torch.bfloat16:  # numpy has none of its own
+            return tensor.view(torch.int16).numpy().view(stored_dtype("BF16"))
+        return tensor.numpy()
+
+    return {name: array(tensor) for name, tensor in tensors.items()}
+
+
+def _state_dict_name(name: str) -> str:
+    """Name in the model's state dict of a tensor in a file, which may have an older layout."""
+    for old, new in tables.FILE_MODULES.items():
+        name = name.replace(old, new)
+    for old, new in tables.FILE_PREFIXES.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def _halves(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The two tensors that one is made of, by name; nothing for most."""
+    for whole, parts in tables.FILE_HALVES.items():
+        if whole in name:
+            rows = tensor.shape[0] // len(parts)
+            return {
+                name.replace(whole, part): _rows(tensor, number * rows, rows)
+                for number, part in enumerate(parts)
+            }
+    return {}
+
+
+def _rows(tensor: Tensor, first: int, count: int) -> Tensor:
+    if isinstance(tensor, StoredTensor):
+        shape = (count, *tensor.shape[1:])
+        return dataclasses.replace(tensor, shape=shape, first_row=tensor.first_row + first)
+    return tensor[first : first + count]
