@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from moresjax.data.images import ImageProcessor
 from moresjax.data.pipeline import make_iterator, make_source
@@ -13,7 +14,7 @@ from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError, choice_error
 from moresjax.models.connector import connector_tokens
-from moresjax.models.decoder import DecoderConfig
+from moresjax.models.decoder import DecoderConfig, quantized
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.initialize import described, fill, initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -33,7 +34,7 @@ def model_config(config) -> MLLMConfig:
     Raises:
       UserError: for an unknown name or field.
     """
-    llm = _part("LLM", config.model.llm, LLMS, DecoderConfig)
+    llm = quantized(_part("LLM", config.model.llm, LLMS, DecoderConfig), config.quantize)
     vision = _vision(config.model.vision) if config.model.vision else None
     return MLLMConfig(llm=llm, vision=vision, connector=config.model.connector)
 
@@ -58,21 +59,31 @@ def _part(what: str, value, named: Mapping, kind: type):
     return kind(**value)
 
 
-def build_processor(config) -> Processor:
+def build_processor(config, *, root: str | Path = ".") -> Processor:
     """Tokenizer, template and image processor of a configuration.
 
+    Args:
+      config: a run's configuration.
+      root: folder that relative paths start from.
+
     Raises:
-      UserError: for an unknown template or tokenizer folder.
+      UserError: for an unknown template, or a folder without tokenizer or image processor.
     """
     vision = _vision(config.model.vision) if config.model.vision else None
     tokens = connector_tokens(config.model.connector, vision.num_tokens) if vision else 0
-    normalise = (vision.pixel_mean, vision.pixel_std) if vision else ()
     return Processor(
-        tokenizer=load_tokenizer(config.tokenizer),
+        tokenizer=load_tokenizer(config.tokenizer, root),
         template=get_template(config.template),
-        image=ImageProcessor(vision.image_size, *normalise) if vision else None,
+        image=_image_processor(config, vision, Path(root)) if vision else None,
         visual_tokens=tokens,
     )
+
+
+def _image_processor(config, vision: AnyVisionConfig, root: Path) -> ImageProcessor:
+    size, aspect = vision.image_size, config.image_aspect
+    if not config.image_processor:
+        return ImageProcessor(size, vision.pixel_mean, vision.pixel_std, aspect)
+    return ImageProcessor.from_pretrained(root / config.image_processor, size, aspect)
 
 
 def build_iterator(config, processor: Processor):
@@ -87,8 +98,8 @@ def build_iterator(config, processor: Processor):
     )
 
 
-def load_tokenizer(name: str):
-    """The tokenizer of the built-in digits world, or one from a folder.
+def load_tokenizer(name: str, root: str | Path = "."):
+    """The tokenizer of the built-in digits world, or one from a folder below `root`.
 
     Raises:
       UserError: when the folder has no tokenizer.
@@ -99,17 +110,23 @@ def load_tokenizer(name: str):
         return build_tokenizer()
     from transformers import AutoTokenizer
 
-    if not Path(name).is_dir():
+    folder = Path(root) / name
+    if not name or not folder.is_dir():
         raise UserError(f"tokenizer {name!r} is neither 'digits' nor a folder")
-    return AutoTokenizer.from_pretrained(name, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} has no tokenizer that can be used: {reason}") from None
 
 
-def build_model(config, *, root: str | Path = ".") -> nnx.Module:
+def build_model(config, *, root: str | Path = ".", mesh: Mesh | None = None) -> nnx.Module:
     """The model of a configuration with its initial weights and fresh tuning parameters.
 
     Args:
       config: a run's configuration.
       root: folder that relative `init` paths start from.
+      mesh: devices over which weights of Hugging Face folders are split as they are read.
 
     Raises:
       UserError: when a part's source does not exist or does not fit.
@@ -120,11 +137,13 @@ def build_model(config, *, root: str | Path = ".") -> nnx.Module:
             raise UserError("objective patch_classes needs one vision encoder, this is a pair")
         return initialize(PatchClassifier(vision, tuple(config.model.classes)), config.seed)
     model = MLLM(model_config(config), config.tuning)
-    load_parts(model, config.init.to_dict(), Path(root))
+    load_parts(model, config.init.to_dict(), Path(root), mesh)
     return initialize(model, config.seed)
 
 
-def load_parts(model: MLLM, sources: Mapping[str, str], root: Path) -> None:
+def load_parts(
+    model: MLLM, sources: Mapping[str, str], root: Path, mesh: Mesh | None = None
+) -> None:
     """Fills the parts whose source is not `random`.
 
     Raises:
@@ -135,16 +154,16 @@ def load_parts(model: MLLM, sources: Mapping[str, str], root: Path) -> None:
             continue
         folders = sources[part].split(";")
         if len(folders) == 1:
-            load_part(model, part, (root / folders[0]).resolve())
+            load_part(model, part, (root / folders[0]).resolve(), mesh)
             continue
         count = len(getattr(model.vision, "encoders", ())) if part == "vision" else 1
         if len(folders) != count:
             raise UserError(f"init.{part} names {len(folders)} folders; the model needs {count}")
         for number, folder in enumerate(folders):
-            load_part(model, f"{part}.encoders.{number}", (root / folder).resolve())
+            load_part(model, f"{part}.encoders.{number}", (root / folder).resolve(), mesh)
 
 
-def load_part(model: nnx.Module, part: str, source: Path) -> None:
+def load_part(model: nnx.Module, part: str, source: Path, mesh: Mesh | None = None) -> None:
     """Fills one part of a model from a run's directory or a Hugging Face folder.
 
     `part` is `llm`, `vision`, `connector`, or one of two vision encoders: `vision.encoders.0`. The
@@ -156,9 +175,9 @@ def load_part(model: nnx.Module, part: str, source: Path) -> None:
     if (source / "checkpoints").is_dir():
         found = trained_parameters(source)
     elif part.startswith("vision") and is_vision_folder(source):
-        found = _vision_parameters(model, part, source)
+        found = _vision_parameters(model, part, source, mesh)
     elif (source / "config.json").is_file():
-        found = read_pretrained(source, part=part.split(".")[0])[1]
+        found = read_pretrained(source, part=part.split(".")[0], mesh=mesh)[1]
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
     fill(model, found, str(source), part)
@@ -166,15 +185,17 @@ def load_part(model: nnx.Module, part: str, source: Path) -> None:
         raise UserError(f"{source} holds no weights for {missing[0]}")
 
 
-def _vision_parameters(model: nnx.Module, part: str, source: Path) -> Mapping[str, jax.Array]:
+def _vision_parameters(
+    model: nnx.Module, part: str, source: Path, mesh: Mesh | None
+) -> Mapping[str, jax.Array]:
     """Parameters of a vision encoder's folder, by their names in the model."""
     encoder = model.vision
     if part != "vision":
         encoder = encoder.encoders[int(part.rpartition(".")[2])]
     if encoder.config.is_pair:
         raise UserError(f"init.vision: {source} is one vision encoder; name two as FOLDER;FOLDER")
-    layer = encoder.config.feature_layer
-    theirs, parameters = load_vision(source, part=part, feature_layer=layer)
+    same = {"feature_layer": encoder.config.feature_layer, "image_size": encoder.config.image_size}
+    theirs, parameters = load_vision(source, part=part, mesh=mesh, **same)
     check_same_encoder(encoder.config, theirs, str(source))
     return parameters
 
@@ -194,9 +215,13 @@ def trained_parameters(workdir: Path) -> dict[str, jax.Array]:
         checkpoints.close()
 
 
-def load_workdir(workdir: str | Path) -> tuple[MLLM, Processor]:
+def load_workdir(workdir: str | Path, *, quantize: str | None = None) -> tuple[MLLM, Processor]:
     """Model and processor of a run: the base parts from their sources, what trained from the newest
     checkpoint.
+
+    Args:
+      workdir: the run's directory.
+      quantize: `int8`, or empty for weights as they are stored; default: as the run had it.
 
     Raises:
       UserError: when the folder is not a run's directory.
@@ -206,12 +231,14 @@ def load_workdir(workdir: str | Path) -> tuple[MLLM, Processor]:
     config = read_config(workdir / "config.json")
     if config.objective != "next_token":
         raise UserError(f"{workdir} trained {config.objective}; it is not a language model")
+    if quantize is not None:
+        config.quantize = quantize
     model = MLLM(model_config(config), config.tuning)
     fill(model, trained, str(workdir))
     rest = {part: config.init[part] if described(model, part) else RANDOM for part in PARTS}
     load_parts(model, rest, workdir)
     fill(model, trained, str(workdir))  # what trained wins over the part it was started from
-    return initialize(model, config.seed), build_processor(config)
+    return initialize(model, config.seed), build_processor(config, root=workdir)
 
 
 def saved_config(folder: str | Path) -> tuple[MLLMConfig, str]:

@@ -227,13 +227,22 @@ def hf_batch(
     return Batch(jnp.asarray(ids), layout, jnp.asarray(pixels))
 
 
-def load(path: str | Path, *, template: str | None = None, tuning: str = "none") -> Model:
+def load(
+    path: str | Path,
+    *,
+    template: str | None = None,
+    tuning: str = "none",
+    quantize: str | None = None,
+    allow_pickle: bool = False,
+) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
     Args:
       path: the folder.
       template: conversation template; a run has its own, a Hugging Face folder `vicuna_v1`.
       tuning: attached to a Hugging Face folder's model.
+      quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
+      allow_pickle: whether a Hugging Face folder's `*.bin` files may be read.
 
     Raises:
       UserError: when the folder is neither, or is damaged.
@@ -242,11 +251,11 @@ def load(path: str | Path, *, template: str | None = None, tuning: str = "none")
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
-        mllm, processor = load_workdir(path)
+        mllm, processor = load_workdir(path, quantize=quantize)
         if template is not None:
             processor = dataclasses.replace(processor, template=get_template(template))
         return Model(mllm, processor)
-    mllm = load_pretrained(path, tuning)
+    mllm = load_pretrained(path, tuning, quantize=quantize or "", allow_pickle=allow_pickle)
     processor = None
     if (path / "tokenizer_config.json").is_file() or (path / "tokenizer.json").is_file():
         vision = mllm.config.vision

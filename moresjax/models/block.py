@@ -52,6 +52,7 @@ class BlockConfig:
     dtype: str = "float32"  # of activations
     remat: bool = False
     unroll: bool = False  # unroll the scan over layers
+    int8: bool = False  # kernels of whole numbers, with a factor per output feature
 
     def __post_init__(self):
         if not self.num_kv_heads:
@@ -92,7 +93,7 @@ class LayerCache:
 class Attention(nnx.Module):
     def __init__(self, config: BlockConfig):
         def linear(name, axes, bias):
-            return Linear(*config.linears()[name], axes=axes, bias=bias)
+            return Linear(*config.linears()[name], axes=axes, bias=bias, int8=config.int8)
 
         self.config = config
         self.q = linear("q", ("embed", "heads"), config.qkv_bias)
@@ -136,7 +137,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, config: BlockConfig):
         def linear(name, axes):
-            return Linear(*config.linears()[name], axes=axes, bias=config.mlp_bias)
+            shape, bias = config.linears()[name], config.mlp_bias
+            return Linear(*shape, axes=axes, bias=bias, int8=config.int8)
 
         self.activation = config.activation
         self.gate = linear("gate", ("embed", "mlp")) if config.gated_mlp else None

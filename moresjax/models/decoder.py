@@ -34,6 +34,7 @@ from moresjax.models.layers import (
 from moresjax.tuning.hooks import TowerHooks
 
 POSITIONS = ("rope", "learned")
+QUANTIZATIONS = ("", "int8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,17 @@ class DecoderConfig(BlockConfig):
             self.rope_high_turns,
             self.rope_original_positions,
         )
+
+
+def quantized(llm: DecoderConfig, how: str) -> DecoderConfig:
+    """The LLM with its blocks' weights in eight bits (`int8`), or as it is (empty).
+
+    Raises:
+      UserError: for another value.
+    """
+    if how not in QUANTIZATIONS:
+        raise choice_error("quantize", how, QUANTIZATIONS)
+    return dataclasses.replace(llm, int8=True) if how else llm
 
 
 class Decoder(nnx.Module):

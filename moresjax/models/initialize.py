@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Int8
 
 from moresjax.errors import UserError
 from moresjax.paths import path_name
+from moresjax.types import AnyArray
 
 
 def is_described(variable: nnx.Variable) -> bool:
@@ -17,14 +19,14 @@ def is_described(variable: nnx.Variable) -> bool:
     return isinstance(variable.get_value(), jax.ShapeDtypeStruct)
 
 
-def fill(model: nnx.Module, arrays: Mapping[str, jax.Array], source: str, part: str = "") -> None:
+def fill(model: nnx.Module, arrays: Mapping[str, AnyArray], source: str, part: str = "") -> None:
     """Sets the parameters below `part` (default: all) that `arrays` names; others stay as they are.
 
     Raises:
       UserError: when an array has another shape than its parameter.
     """
-    new = []
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+    new, flat = [], dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    for path, variable in flat.items():
         name = path_name(path)
         if name not in arrays or not f"{name}.".startswith(f"{part}." if part else ""):
             continue
@@ -33,6 +35,10 @@ def fill(model: nnx.Module, arrays: Mapping[str, jax.Array], source: str, part: 
             raise UserError(
                 f"{source}: {name} has shape {value.shape}, the model needs {variable.shape}"
             )
+        if variable.dtype == jnp.int8 and value.dtype != jnp.int8:
+            value, scale = quantize(value)
+            factor = (*path[:-1], "scale")
+            new.append((factor, flat[factor].replace(scale)))
         new.append((path, variable.replace(value)))
     nnx.update(model, nnx.from_flat_state(new))
 
@@ -50,14 +56,37 @@ def initialize(model: nnx.Module, seed: int = 0) -> nnx.Module:
     Base parameters depend on the seed and their own name only, so a part starts the same whatever
     it is combined with.
     """
-    new = []
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if is_described(variable) and path[0] != "tuning":
-            new.append((path, variable.replace(jnp.asarray(_start(variable, path, seed)))))
-    nnx.update(model, nnx.from_flat_state(new))
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    missing = {p: x for p, x in flat if is_described(x) and p[0] != "tuning"}
+    fill(
+        model,
+        {
+            path_name(p): _start(x, p, seed)
+            for p, x in missing.items()
+            if "derived" not in x.get_metadata()
+        },
+        "start",
+    )
     if described(model, "tuning"):
         model.tuning.initialize(seed)
     return model
+
+
+def quantize(kernel: Float[Array, "*L D F"]) -> tuple[Int8[Array, "*L D F"], Float[Array, "*L F"]]:
+    """Whole numbers of eight bits and the factor of each output feature: `W ~ whole * factor`."""
+    if kernel.ndim == 2:
+        return _quantize(kernel)
+    # Layer by layer: all of them in fp32 would not fit beside the model.
+    whole, factor = zip(*map(_quantize, kernel), strict=True)
+    return jnp.stack(whole), jnp.stack(factor)
+
+
+@jax.jit
+def _quantize(kernel):
+    kernel = kernel.astype(jnp.float32)
+    factor = jnp.abs(kernel).max(0) / 127
+    factor = jnp.where(factor > 0, factor, 1.0)
+    return jnp.round(kernel / factor).astype(jnp.int8), factor
 
 
 def _start(variable: nnx.Variable, path, seed: int) -> np.ndarray:

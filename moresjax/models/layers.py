@@ -32,21 +32,34 @@ ACTIVATIONS: dict[str, Callable] = {
 ROPE_SCALINGS = ("default", "linear", "llama3")
 
 
-def param(shape: tuple[int, ...], axes: tuple, **start: float) -> nnx.Param:
-    """The description of a parameter; `start` is `std=` or `fill=`."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes, **start)
+def param(shape: tuple[int, ...], axes: tuple, *, dtype=jnp.float32, **start) -> nnx.Param:
+    """The description of a parameter; `start` is `std=`, `fill=`, or `derived=True` for one that is
+    computed from another."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, **start)
 
 
 class Linear(nnx.Module):
-    """`y = x W + b` with kernel `[D, F]`, initialised with variance 1/D."""
+    """`y = x W + b` with kernel `[D, F]`, initialised with variance 1/D.
 
-    def __init__(self, d_in: int, d_out: int, *, axes: tuple, bias: bool = False):
-        self.kernel = param((d_in, d_out), axes, std=d_in**-0.5)
+    With `int8` the kernel holds whole numbers, and `scale` one factor per output feature.
+    """
+
+    def __init__(self, d_in: int, d_out: int, *, axes: tuple, bias: bool = False, int8=False):
+        dtype = jnp.int8 if int8 else jnp.float32
+        self.kernel = param((d_in, d_out), axes, dtype=dtype, std=d_in**-0.5)
+        self.scale = param((d_out,), axes[1:], derived=True) if int8 else None
         self.bias = param((d_out,), axes[1:], fill=0.0) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         y = project(x, self.kernel[...].astype(x.dtype))
+        if self.scale is not None:
+            y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def dense(self) -> Float[Array, "D F"]:
+        """W, whatever it is stored as."""
+        kernel = self.kernel[...]
+        return kernel if self.scale is None else kernel * self.scale[...]
 
 
 class Norm(nnx.Module):

@@ -147,4 +147,4 @@ def _abstract(tree):
 def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     """CRC-32 of every array that this process holds completely."""
     whole = {name: x for name, x in arrays.items() if x.is_fully_addressable}
-    return {name: zlib.crc32(np.ascontiguousarray(x).tobytes()) for name, x in whole.items()}
+    return {name: zlib.crc32(np.ascontiguousarray(x).view(np.uint8)) for name, x in whole.items()}

@@ -29,6 +29,7 @@ def base_config() -> ml_collections.ConfigDict:
             "seed": 0,
             # Parts by zoo name, or a dict of configuration fields; vision "" for a plain LLM.
             "model": {"llm": "", "vision": "", "connector": "mlp2x_gelu", "classes": ()},
+            "quantize": "",  # "int8": the LLM's blocks, frozen, in eight bits
             # Where each part's weights come from: "random", a workdir of an earlier run, or a
             # Hugging Face folder.
             "init": {"llm": RANDOM, "vision": RANDOM, "connector": RANDOM},
@@ -36,6 +37,9 @@ def base_config() -> ml_collections.ConfigDict:
             "tuning": "none",
             "also_train": ("connector",),
             "tokenizer": "",  # "digits" or a folder that transformers can load
+            # A folder with an image processor of transformers; "": images are scaled to the square.
+            "image_processor": "",
+            "image_aspect": "square",  # "pad": first made square with the mean colour
             "template": "vicuna_v1",
             "data": {"name": "digits"},
             "length": 2048,  # tokens per row

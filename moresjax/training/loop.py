@@ -72,7 +72,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     # Model, split into what trains and what does not, each on the mesh.
     mesh = make_mesh(**config.mesh)
     _check_numbers(config, batch_shards(mesh))
-    model = build_model(config, root=workdir)
+    model = build_model(config, root=workdir, mesh=mesh)
     graphdef, trainable, frozen = split_model(model, config.also_train)
     optimizer, schedule = make_optimizer(config.optimizer, config.steps, trainable)
     trainable, frozen = place(trainable, mesh), place(frozen, mesh)
@@ -90,7 +90,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
 
     # Data.
-    processor = build_processor(config)
+    processor = build_processor(config, root=workdir)
     iterator = build_iterator(config, processor)
     rows = batch_sharding(mesh)
 

@@ -50,6 +50,9 @@ def split_model(
     chosen = {name for name in names if any(matches(name, pattern) for pattern in patterns)}
     if not chosen:
         raise UserError("nothing to train: the tuning has no parameters and also_train is empty")
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path_name(path) in chosen and variable.dtype == jnp.int8:
+            raise UserError(f"{path_name(path)} is int8 and cannot train; leave it frozen")
     graphdef, trainable, frozen = nnx.split(model, lambda path, _: path_name(path) in chosen, ...)
     return graphdef, jax.tree.map(lambda x: x.astype(jnp.float32), trainable), frozen
 

@@ -66,6 +66,8 @@ def count_parameters(
     totals: dict[str, list[int]] = {}
     in_llm = 0
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if "derived" in variable.get_metadata():  # the factors of int8 kernels
+            continue
         name = path_name(path)
         part = name.split(".")[0]
         size = math.prod(variable.shape)

@@ -58,6 +58,9 @@ class _Tuned:
     def bias(self):
         return self.linear.bias
 
+    def dense(self):
+        return self.linear.dense()
+
     def __call__(self, x):
         return self.method.apply(self.theta, self.linear, x, self.key)
 

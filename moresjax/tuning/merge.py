@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from moresjax.errors import UserError
 from moresjax.tuning.attach import gated
 from moresjax.tuning.base import Edit, Method, Slots, WeightDelta
 
@@ -32,6 +33,8 @@ def _merge_site(model, site: str, method: Method, theta) -> None:
     tower, _, name = site.split(".")
     blocks = getattr(model, tower).blocks
     linear = getattr(blocks.attn if name in _IN_ATTENTION else blocks.mlp, name)
+    if linear.scale is not None:
+        raise UserError(f"{method.name} cannot be merged into int8 weights; load them as they are")
     bias = None if linear.bias is None else linear.bias[...]
     kernel, bias = jax.vmap(method.merge)(theta, linear.kernel[...], bias)
     linear.kernel[...] = kernel

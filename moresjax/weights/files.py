@@ -66,7 +66,7 @@ def _stored(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
         raise UserError(f"{folder} has no *.safetensors file")
     if not allow_pickle:
         raise UserError(
-            f"{folder} has only pickled weights ({pickles[0].name}), and a pickle can run any code; "
+            f"{folder} has only pickled weights ({pickles[0].name}), and pickles run code; "
             "allow it with --allow-pickle if you trust its source"
         )
     return {name: tensor for file in pickles for name, tensor in _pickled(file).items()}

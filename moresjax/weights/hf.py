@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from moresjax.errors import UserError
 from moresjax.models.connector import linear_widths
+from moresjax.models.decoder import quantized
 from moresjax.models.initialize import fill
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.weights import tables
@@ -99,7 +100,8 @@ def _connector_table(config: MLLMConfig, hf: Mapping) -> dict[str, str]:
 
 def model_sources(config: MLLMConfig, hf: Mapping, mesh: Mesh | None = None) -> list[Source]:
     """Where every base parameter is in a model with this whole `config.json`."""
-    model = MLLM(config)
+    stored = dataclasses.replace(config, llm=dataclasses.replace(config.llm, int8=False))
+    model = MLLM(stored)
     table = LLM_TABLES[hf.get("text_config", hf)["model_type"]]
     llm = module_sources(model.llm, table, mesh=mesh)
     if config.vision is None:
@@ -207,10 +209,20 @@ def read_pretrained(
     return config, import_state(config, hf, tensors, part=part, mesh=mesh, where=str(folder))
 
 
-def load_pretrained(folder: str | Path, tuning: str = "none", **options) -> MLLM:
-    """The model of a folder; `options` are those of `read_pretrained`.
+def load_pretrained(
+    folder: str | Path, tuning: str = "none", *, quantize: str = "", **options
+) -> MLLM:
+    """The model of a folder.
+
+    Args:
+      folder: see `read_pretrained`.
+      tuning: freshly attached.
+      quantize: `int8` for the LLM's blocks in eight bits.
+      options: those of `read_pretrained`.
 
     Raises:
       UserError: when the folder is not a checkpoint or its architecture is not supported.
     """
-    return build_model(*read_pretrained(folder, **options), tuning)
+    config, parameters = read_pretrained(folder, **options)
+    config = dataclasses.replace(config, llm=quantized(config.llm, quantize))
+    return build_model(config, parameters, tuning)

@@ -8,6 +8,7 @@ from moresjax.errors import UserError
 from moresjax.models.vision import VisionConfig, VisionEncoder
 from moresjax.weights.files import open_tensors
 from moresjax.weights.hf import read_hf_config
+from moresjax.weights.positions import resize_positions
 from moresjax.weights.sources import (
     ParameterReader,
     check_tensors,
@@ -18,6 +19,8 @@ from moresjax.weights.vision import VISION_FAMILIES, vision_config, vision_table
 
 # Families whose folders hold a text encoder too.
 TWO_TOWERS = ("clip", "siglip")
+# Of DINOv2, which is used at other image sizes than it was trained at.
+POSITIONS = "embeddings.position_embeddings"
 # In front of an encoder's names, when something stands on top of it.
 _PREFIXES = ("vision_model.", "dinov2.", "dinov2_with_registers.")
 
@@ -44,7 +47,8 @@ def load_vision(
       part: of a model that the parameters' names start with, such as `vision`.
       allow_pickle: whether `*.bin` files may be read where there are no safetensors.
       mesh: devices to split the parameters over.
-      changes: fields of the configuration; `feature_layer` decides which blocks are the `tail`.
+      changes: fields of the configuration; `feature_layer` decides which blocks are the `tail`, and
+        DINOv2's positions are interpolated to another `image_size`.
 
     Raises:
       UserError: when the folder is not a checkpoint, or its family or variant is not supported.
@@ -59,6 +63,10 @@ def load_vision(
     sources = module_sources(
         VisionEncoder(config), vision_table(hf), first_of_tail=config.used_layers, mesh=mesh
     )
+    if hf["model_type"].startswith("dinov2") and config.image_size != hf["image_size"]:
+        table = tensors[POSITIONS][:]
+        side, prefix = config.image_size // config.patch_size, int(config.class_token)
+        tensors[POSITIONS] = resize_positions(table[0], side, prefix)[None]
     check_tensors(sources, tensors, (*UNUSED, *BESIDE_VISION), str(folder))
     if part:
         sources = [source.under(part) for source in sources]

@@ -98,12 +98,12 @@ def hf_vision_candidates(config: VisionConfig) -> Iterator[dict]:
         "layer_norm_eps": config.norm_eps,
         "hidden_act": "gelu" if config.gated_mlp else hf_activation(config.activation),
     }
-    wide = {"intermediate_size": config.intermediate_size}
-    yield {"model_type": "clip_vision_model", **common, **wide}
-    yield {"model_type": "siglip_vision_model", "vision_use_head": False, **common, **wide}
+    width = {"intermediate_size": config.intermediate_size}
+    yield {"model_type": "clip_vision_model", **common, **width}
+    yield {"model_type": "siglip_vision_model", "vision_use_head": False, **common, **width}
     # The width of a gated MLP is rounded: several ratios give the same.
-    ratio = config.intermediate_size / config.hidden_size
-    for ratio in (4, 1.5 * ratio) if config.gated_mlp else (ratio,):
+    wide = config.intermediate_size / config.hidden_size
+    for ratio in (4, 1.5 * wide) if config.gated_mlp else (wide,):
         dinov2 = {
             "mlp_ratio": int(ratio) if ratio == int(ratio) else ratio,
             "qkv_bias": config.qkv_bias,

@@ -8,6 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from families import (
+    FAMILIES,
+    IMAGE_ID,
+    LOCAL,
+    PAD,
+    TEXT,
+    VOCAB,
+    WINDOW,
+    gemma2,
+    gemma3,
+    opt,
+    oracle_of,
+    padded,
+    qwen2,
+    randomised,
+    stablelm,
+    text_rows,
+)
 from tiny import row_layout, stack_layout, tiny_batch, tiny_model
 from transformers import (
     CLIPVisionConfig,
@@ -24,7 +42,6 @@ from transformers import (
     Qwen3Config,
     StableLmConfig,
 )
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from moresjax.analysis.attention import AttentionMaps
 from moresjax.errors import UserError
@@ -45,110 +62,9 @@ from moresjax.weights.hf import (
 )
 
 TOLERANCE = 1e-4
-VOCAB, IMAGE_ID, PAD, NEW, WINDOW = 61, 60, 5, 32, 4
+NEW = 32
 NEVER = (VOCAB + 1,)  # an end token that no row can produce
 LENGTHS = (11, 6, 1)  # of the rows: longer than the window, and padded
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": PAD,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 100.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
-
-
-def opt(**changes) -> OPTConfig:
-    text = {k: x for k, x in TEXT.items() if k not in ("intermediate_size", "num_key_value_heads")}
-    return OPTConfig(**(text | {"ffn_dim": 48, "word_embed_proj_dim": 32} | changes))
-
-
-def gemma3(**changes) -> Gemma3TextConfig:
-    rope = {
-        "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
-    }
-    own = {"num_hidden_layers": 4, "sliding_window_pattern": 3, "sliding_window": WINDOW}
-    own |= {"head_dim": 12, "query_pre_attn_scalar": 20, "rope_parameters": rope}
-    return Gemma3TextConfig(**(TEXT | own | changes))
-
-
-def gemma2(**changes) -> Gemma2Config:
-    own = {"sliding_window": WINDOW, "head_dim": 12, "query_pre_attn_scalar": 20}
-    own |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
-    return Gemma2Config(**(TEXT | own | changes))
-
-
-def stablelm(**changes) -> StableLmConfig:
-    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
-    return StableLmConfig(**(TEXT | {"rope_parameters": rope} | changes))
-
-
-def qwen2(**changes) -> Qwen2Config:
-    return Qwen2Config(**(TEXT | changes))
-
-
-FAMILIES = {
-    "llama 3": LlamaConfig(**TEXT, head_dim=16, rope_parameters=LLAMA3),
-    "llama, linear": LlamaConfig(**TEXT, rope_parameters=LINEAR, tie_word_embeddings=True),
-    "mistral": MistralConfig(**TEXT, sliding_window=WINDOW),
-    "mistral, no window": MistralConfig(**TEXT, sliding_window=None),
-    "qwen 2": qwen2(),
-    "qwen 2, window": qwen2(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2),
-    "qwen 3": Qwen3Config(**TEXT, head_dim=12, tie_word_embeddings=True),
-    "gemma": GemmaConfig(**TEXT, head_dim=12),
-    "gemma 2": gemma2(),
-    "gemma 3": gemma3(),
-    "stablelm": stablelm(),
-    "stablelm, biases, parallel": stablelm(use_qkv_bias=True, use_parallel_residual=True),
-    "opt": opt(),
-}
-LOCAL = {"mistral": "l", "qwen 2, window": "ggl", "gemma 2": "lg", "gemma 3": "llg"}
-
-
-def randomised(model, seed: int = 0):
-    """Random matrices; norm scales and biases far from their start values, so that they show."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            std, mean = (0.2, 0.0) if parameter.ndim > 1 else (0.3, 0.0)
-            # Gemma adds one to its scales, which therefore stay around zero.
-            if "norm" in name and name.endswith("weight") and "Gemma" not in type(model).__name__:
-                mean = 1.0
-            parameter.normal_(mean, std, generator=generator)
-    if model.generation_config is not None:
-        model.generation_config.eos_token_id = None
-    return model.eval()
-
-
-def oracle_of(config):
-    return randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
-
-
-def padded(rows: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and attention mask of unequal rows."""
-    shape = len(rows), max(map(len, rows))
-    ids, mask = np.full(shape, PAD, np.int64), np.zeros(shape, np.int64)
-    for number, row in enumerate(rows):
-        where = slice(shape[1] - len(row), None) if left else slice(len(row))
-        ids[number, where], mask[number, where] = row, 1
-    return ids, mask
-
-
-def text_rows(*lengths: int) -> list[list[int]]:
-    rng = np.random.default_rng(7)
-    return [rng.integers(6, IMAGE_ID, n).tolist() for n in lengths]
 
 
 def run(oracle, ids, mask, **options):
