@@ -86,9 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=SHAPES)
     args = parser.parse_args()
-    print(
-        f"{'checkpoint':12s} {'loader':14s} {'file GiB':>9s} {'peak GiB':>9s} {'over':>6s} {'s':>6s}"
-    )
+    print("checkpoint   loader          file GiB  peak GiB   over      s")
     for name in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
             size = write_checkpoint(SHAPES[name], Path(folder))

@@ -71,9 +71,10 @@ def build_processor(config, *, root: str | Path = ".") -> Processor:
     """
     vision = _vision(config.model.vision) if config.model.vision else None
     tokens = connector_tokens(config.model.connector, vision.num_tokens) if vision else 0
+    tokenizer = load_tokenizer(config.tokenizer, root)
     return Processor(
-        tokenizer=load_tokenizer(config.tokenizer, root),
-        template=get_template(config.template),
+        tokenizer=tokenizer,
+        template=get_template(config.template, tokenizer),
         image=_image_processor(config, vision, Path(root)) if vision else None,
         visual_tokens=tokens,
     )
@@ -120,13 +121,16 @@ def load_tokenizer(name: str, root: str | Path = "."):
         raise UserError(f"{folder} has no tokenizer that can be used: {reason}") from None
 
 
-def build_model(config, *, root: str | Path = ".", mesh: Mesh | None = None) -> nnx.Module:
+def build_model(
+    config, *, root: str | Path = ".", mesh: Mesh | None = None, allow_pickle: bool = False
+) -> nnx.Module:
     """The model of a configuration with its initial weights and fresh tuning parameters.
 
     Args:
       config: a run's configuration.
       root: folder that relative `init` paths start from.
       mesh: devices over which weights of Hugging Face folders are split as they are read.
+      allow_pickle: whether `*.bin` files may be read where there are no safetensors.
 
     Raises:
       UserError: when a part's source does not exist or does not fit.
@@ -137,14 +141,12 @@ def build_model(config, *, root: str | Path = ".", mesh: Mesh | None = None) -> 
             raise UserError("objective patch_classes needs one vision encoder, this is a pair")
         return initialize(PatchClassifier(vision, tuple(config.model.classes)), config.seed)
     model = MLLM(model_config(config), config.tuning)
-    load_parts(model, config.init.to_dict(), Path(root), mesh)
+    load_parts(model, config.init.to_dict(), Path(root), mesh=mesh, allow_pickle=allow_pickle)
     return initialize(model, config.seed)
 
 
-def load_parts(
-    model: MLLM, sources: Mapping[str, str], root: Path, mesh: Mesh | None = None
-) -> None:
-    """Fills the parts whose source is not `random`.
+def load_parts(model: MLLM, sources: Mapping[str, str], root: Path, **options) -> None:
+    """Fills the parts whose source is not `random`; `options` are those of `load_part`.
 
     Raises:
       UserError: when a source does not exist, or lacks or does not fit its part.
@@ -154,20 +156,23 @@ def load_parts(
             continue
         folders = sources[part].split(";")
         if len(folders) == 1:
-            load_part(model, part, (root / folders[0]).resolve(), mesh)
+            load_part(model, part, (root / folders[0]).resolve(), **options)
             continue
         count = len(getattr(model.vision, "encoders", ())) if part == "vision" else 1
         if len(folders) != count:
             raise UserError(f"init.{part} names {len(folders)} folders; the model needs {count}")
         for number, folder in enumerate(folders):
-            load_part(model, f"{part}.encoders.{number}", (root / folder).resolve(), mesh)
+            load_part(model, f"{part}.encoders.{number}", (root / folder).resolve(), **options)
 
 
-def load_part(model: nnx.Module, part: str, source: Path, mesh: Mesh | None = None) -> None:
+def load_part(model: nnx.Module, part: str, source: Path, **options) -> None:
     """Fills one part of a model from a run's directory or a Hugging Face folder.
 
-    `part` is `llm`, `vision`, `connector`, or one of two vision encoders: `vision.encoders.0`. The
-    folder holds a LLaVA, or the LLM or the vision encoder alone.
+    Args:
+      model: filled in place.
+      part: `llm`, `vision`, `connector`, or one of two vision encoders: `vision.encoders.0`.
+      source: a run's directory, or the folder of a LLaVA or of the LLM or vision encoder alone.
+      options: `mesh` and `allow_pickle`, as in `read_pretrained`.
 
     Raises:
       UserError: when the source does not exist, or lacks or does not fit the part.
@@ -175,9 +180,9 @@ def load_part(model: nnx.Module, part: str, source: Path, mesh: Mesh | None = No
     if (source / "checkpoints").is_dir():
         found = trained_parameters(source)
     elif part.startswith("vision") and is_vision_folder(source):
-        found = _vision_parameters(model, part, source, mesh)
+        found = _vision_parameters(model, part, source, options)
     elif (source / "config.json").is_file():
-        found = read_pretrained(source, part=part.split(".")[0], mesh=mesh)[1]
+        found = read_pretrained(source, part=part.split(".")[0], **options)[1]
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
     fill(model, found, str(source), part)
@@ -186,7 +191,7 @@ def load_part(model: nnx.Module, part: str, source: Path, mesh: Mesh | None = No
 
 
 def _vision_parameters(
-    model: nnx.Module, part: str, source: Path, mesh: Mesh | None
+    model: nnx.Module, part: str, source: Path, options: dict
 ) -> Mapping[str, jax.Array]:
     """Parameters of a vision encoder's folder, by their names in the model."""
     encoder = model.vision
@@ -195,7 +200,7 @@ def _vision_parameters(
     if encoder.config.is_pair:
         raise UserError(f"init.vision: {source} is one vision encoder; name two as FOLDER;FOLDER")
     same = {"feature_layer": encoder.config.feature_layer, "image_size": encoder.config.image_size}
-    theirs, parameters = load_vision(source, part=part, mesh=mesh, **same)
+    theirs, parameters = load_vision(source, part=part, **same, **options)
     check_same_encoder(encoder.config, theirs, str(source))
     return parameters
 
@@ -215,7 +220,9 @@ def trained_parameters(workdir: Path) -> dict[str, jax.Array]:
         checkpoints.close()
 
 
-def load_workdir(workdir: str | Path, *, quantize: str | None = None) -> tuple[MLLM, Processor]:
+def load_workdir(
+    workdir: str | Path, *, quantize: str | None = None
+) -> tuple[MLLM, Processor | None]:
     """Model and processor of a run: the base parts from their sources, what trained from the newest
     checkpoint.
 
@@ -238,7 +245,9 @@ def load_workdir(workdir: str | Path, *, quantize: str | None = None) -> tuple[M
     rest = {part: config.init[part] if described(model, part) else RANDOM for part in PARTS}
     load_parts(model, rest, workdir)
     fill(model, trained, str(workdir))  # what trained wins over the part it was started from
-    return initialize(model, config.seed), build_processor(config, root=workdir)
+    # A model that was imported without a tokenizer has no processor.
+    processor = build_processor(config, root=workdir) if config.tokenizer else None
+    return initialize(model, config.seed), processor
 
 
 def saved_config(folder: str | Path) -> tuple[MLLMConfig, str]:

@@ -71,6 +71,22 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument("--batch-size", type=int, default=64)
     attention.add_argument("--out", required=True, metavar="DIR")
 
+    imports = add("import", _import, "turn a Hugging Face folder into a run's directory")
+    imports.add_argument("source", metavar="SRC", help="a LLaVA, or an LLM")
+    imports.add_argument("out", metavar="OUT")
+    imports.add_argument("--vision", default="", metavar="DIR[;DIR]", help="encoder for an LLM")
+    imports.add_argument("--fusion", default="interleave", help="of two encoders")
+    imports.add_argument("--connector", default="mlp2x_gelu", metavar="NAME")
+    imports.add_argument("--image-processor", metavar="DIR")
+    imports.add_argument("--template", default="vicuna_v1", metavar="NAME")
+    imports.add_argument("--quantize", default="", metavar="int8")
+    imports.add_argument("--allow-pickle", action="store_true", help="read *.bin files too")
+
+    export = add("export", _export, "write a model in another tool's format")
+    export.add_argument("model", metavar="MODEL")
+    export.add_argument("out", metavar="OUT")
+    export.add_argument("--format", required=True, metavar="hf|merged")
+
     add("zoo", _zoo, "named sizes of LLMs, vision encoders and whole models")
 
     params = add("params", _params, "exact parameter counts of a model with a tuning method")
@@ -179,6 +195,28 @@ def _analyze_attention(args) -> None:
         for name, s in summaries.items()
     ]
     _print(args, summaries, "\n".join([*lines, f"plots: {args.out}"]))
+
+
+def _import(args) -> None:
+    from moresjax.convert import import_model
+    from moresjax.tuning.count import count_parameters
+
+    options = {
+        key: getattr(args, key)
+        for key in ("vision", "fusion", "connector", "template", "quantize", "allow_pickle")
+    }
+    model = import_model(args.source, args.out, image_processor=args.image_processor, **options)
+    total = count_parameters(model.config, also_train=()).total
+    data = {"out": args.out, "parameters": total, "model": model.config.to_dict()}
+    _print(args, data, f"{args.out}: {total:,d} parameters")
+
+
+def _export(args) -> None:
+    from moresjax.convert import export_model
+
+    out = export_model(args.model, args.out, args.format)
+    files = sorted(path.name for path in out.iterdir())
+    _print(args, {"out": args.out, "files": files}, f"{args.out}: {', '.join(files)}")
 
 
 def _zoo(args) -> None:

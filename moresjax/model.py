@@ -28,7 +28,7 @@ from moresjax.layout import Batch, Segment, TokenLayout
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.tuning.base import Probe
 from moresjax.tuning.merge import merged
-from moresjax.weights.hf import load_pretrained
+from moresjax.weights.hf import is_llava, load_pretrained
 
 
 class Model:
@@ -253,16 +253,26 @@ def load(
     if is_workdir(path):
         mllm, processor = load_workdir(path, quantize=quantize)
         if template is not None:
-            processor = dataclasses.replace(processor, template=get_template(template))
+            processor = dataclasses.replace(
+                processor, template=get_template(template, processor.tokenizer)
+            )
         return Model(mllm, processor)
     mllm = load_pretrained(path, tuning, quantize=quantize or "", allow_pickle=allow_pickle)
     processor = None
-    if (path / "tokenizer_config.json").is_file() or (path / "tokenizer.json").is_file():
+    if has_tokenizer(path):
         vision = mllm.config.vision
+        tokenizer = load_tokenizer(str(path))
+        if is_llava(path) and IMAGE_MARK not in tokenizer.get_vocab():
+            raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
         processor = Processor(
-            load_tokenizer(str(path)),
-            get_template(template or "vicuna_v1"),
+            tokenizer,
+            get_template(template or "vicuna_v1", tokenizer),
             ImageProcessor.from_pretrained(path, vision.image_size) if vision else None,
             mllm.config.visual_tokens,
         )
     return Model(mllm, processor)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer of `transformers` was saved in a folder."""
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))

@@ -56,6 +56,15 @@ def _read(path: Path) -> Image.Image:
     return image
 
 
+def saved_processor(folder: Path):
+    """The image processor that `transformers` saved in a folder; None when there is none."""
+    if not any((folder / f"{name}_config.json").is_file() for name in SAVED):
+        return None
+    from transformers import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+
+
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """The image centred on a square of that colour (LLaVA-1.5's `pad` aspect mode)."""
     side = max(image.size)
@@ -93,11 +102,9 @@ class ImageProcessor:
         Raises:
           UserError: when it makes images of another size than the model takes.
         """
-        if not any((folder / f"{name}_config.json").is_file() for name in SAVED):
+        reference = saved_processor(folder)
+        if reference is None:
             return cls(size, aspect=aspect)
-        from transformers import AutoImageProcessor
-
-        reference = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
         mean, std = (tuple(x) for x in (reference.image_mean, reference.image_std))
         processor = cls(size, mean, std, aspect, reference)
         made = processor(np.zeros((size, size, 3), np.uint8)).shape[:2]

@@ -3,7 +3,7 @@
 import dataclasses
 
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
-from moresjax.errors import choice_error
+from moresjax.errors import UserError, choice_error
 from moresjax.layout import Segment
 
 
@@ -112,12 +112,60 @@ TEMPLATES = {
 }
 
 
-def get_template(name: str) -> Template:
-    """The template of that name.
+# Names a tokenizer's own chat template.
+OWN = "tokenizer"
+
+
+def get_template(name: str, tokenizer=None) -> Template:
+    """The template of that name; `tokenizer` stands for the tokenizer's own chat template.
 
     Raises:
-      UserError: for an unknown name.
+      UserError: for an unknown name, or a tokenizer whose chat template cannot be used.
     """
+    if name == OWN and tokenizer is not None:
+        return chat_template(tokenizer)
     if name not in TEMPLATES:
-        raise choice_error("template", name, TEMPLATES)
+        raise choice_error("template", name, (*TEMPLATES, OWN))
     return TEMPLATES[name]
+
+
+def chat_template(tokenizer) -> Template:
+    """What a tokenizer's own chat template writes around questions and answers.
+
+    It is found by writing conversations with known words in their places.
+
+    Raises:
+      UserError: when the tokenizer has none, or one that writes earlier rounds differently once
+        there are later ones.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(f"template {OWN!r}: the tokenizer has no chat template of its own")
+    first, answer, second = "FirstQuestion", "TheAnswer", "SecondQuestion"
+
+    def written(*contents: str, prompt: bool) -> str:
+        roles = ("user", "assistant", "user")
+        rounds = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        return tokenizer.apply_chat_template(rounds, add_generation_prompt=prompt, tokenize=False)
+
+    system, _, assistant = written(first, prompt=True).partition(first)
+    opening, _, end = written(first, answer, prompt=False).partition(answer)
+    earlier, _, later = written(first, answer, second, prompt=True).partition(answer)
+    next_user, _, closing = later.partition(second)
+    gap = opening.removeprefix(system + first + assistant)
+    whole = system + first + assistant + gap
+    if not (earlier == opening == whole and next_user.startswith(end) and closing == assistant):
+        raise UserError(
+            f"template {OWN!r}: the tokenizer's chat template changes what it wrote when a "
+            "conversation goes on"
+        )
+    bos = tokenizer.bos_token or ""
+    if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        system = system.removeprefix(bos)  # the tokenizer puts it there
+    return Template(
+        system=system,
+        user="",
+        assistant=assistant,
+        gap=gap,
+        end=end,
+        next_user=next_user.removeprefix(end),
+    )

@@ -54,16 +54,12 @@ class Checkpoints:
           state: what trains.
           data: state of the data iterator (JSON).
         """
-        params, optimizer = named(state.trainable), _numbered(state.opt_state)
-        meta = {"data": data, "checksums": _checksums(params | optimizer)}
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        trees = {"params": named(state.trainable), "optimizer": _numbered(state.opt_state)}
+        checksums = {name: x for tree in trees.values() for name, x in _checksums(tree).items()}
+        # Orbax refuses empty trees: an imported model has no optimizer.
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if tree}
+        meta = ocp.args.JsonSave({"data": data, "checksums": checksums})
+        self._manager.save(int(state.step), args=ocp.args.Composite(meta=meta, **items))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """The newest intact checkpoint: state and data position; None when there is none at all.

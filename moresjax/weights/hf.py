@@ -175,6 +175,11 @@ def read_hf_config(folder: Path) -> dict:
         raise UserError(f"{file} cannot be used: {reason}") from None
 
 
+def is_llava(folder: Path) -> bool:
+    """Whether a folder is a `LlavaForConditionalGeneration`'s, whose tokenizer knows images."""
+    return json.loads((folder / "config.json").read_text()).get("model_type") == LLAVA
+
+
 def pretrained_config(folder: str | Path) -> MLLMConfig:
     """Architecture of a folder with a `config.json`.
 
