@@ -1,12 +1,12 @@
 """CHAIR: how many of the objects a caption mentions are not in the image.
 
-Source: Rohrbach et al. 2018 and `LisaAnne/Hallucination`; recall and length as in later tools (OPERA,
-LLaVA Steering). Objects are the 80 of COCO; the list of their synonyms is that repository's
-`data/synonyms.txt`, read by the caller.
+Source: Rohrbach et al. 2018 and `LisaAnne/Hallucination`; recall and length as in later tools
+(OPERA, LLaVA Steering). Objects are the 80 of COCO; the list of their synonyms is that repository's
+`data/synonyms.txt`, given by the caller.
 
-Plurals are where implementations differ (the original uses `pattern`, LLaVA Steering WordNet), by some
-percent of the captions: report the name of the lemmatiser with every score. The one here, `VOCABULARY`,
-takes an ending off only if that gives a word of the list.
+Plurals are where implementations differ (the original uses `pattern`, LLaVA Steering WordNet), by
+some percent of the captions: report the name of the lemmatiser with every score. The one here,
+`VOCABULARY`, takes an ending off only if that gives a word of the list.
 """
 
 import re
@@ -16,7 +16,7 @@ from moresjax.errors import UserError
 
 VOCABULARY = "vocabulary"  # the name to report for the lemmatiser of this file
 
-# Two words that mean something else than their second word alone: kept together, or the object meant.
+# Two words that together mean something else than one of them: what to read instead.
 _COMPOUNDS = {
     "bow tie": "tie",
     "toilet seat": "toilet",
@@ -25,7 +25,7 @@ _COMPOUNDS = {
     # The official list has this synonym with a stray blank, so it matches no object there.
     "motor bike": "motor bike",
 }
-_ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
+_ANIMALS = "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub"
 _ENDINGS = (("men", "man"), ("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", ""))
 _IRREGULAR = {"geese": "goose", "mice": "mouse"}
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*|'\w+|[^\w\s]")
@@ -46,14 +46,16 @@ def parse_synonyms(text: str) -> dict[str, str]:
 def _compounds(synonyms: Mapping[str, str]) -> dict[str, str]:
     pairs = {name: name for name in synonyms if name.count(" ") == 1}
     # A baby elephant is no person, and neither is a passenger train.
-    babies = {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS}
+    babies = {f"{age} {animal}": animal for age in ("baby", "adult") for animal in _ANIMALS.split()}
     vehicles = {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
     return pairs | babies | vehicles | _COMPOUNDS
 
 
 def vocabulary_lemmatizer(synonyms: Mapping[str, str]) -> Callable[[str], str]:
     """The lemmatiser `VOCABULARY`: word -> singular."""
-    known = {word for names in (synonyms, _compounds(synonyms)) for n in names for word in n.split()}
+    known = {
+        word for names in (synonyms, _compounds(synonyms)) for n in names for word in n.split()
+    }
 
     def singular(word: str) -> str:
         if word in known or word in _IRREGULAR:

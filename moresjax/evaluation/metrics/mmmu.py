@@ -81,7 +81,7 @@ def parse_multi_choice(response: str, options: Mapping[str, str], rng: random.Ra
 
 
 def normalize(text: str) -> list[str | float]:
-    """A number rounded to two digits, or lower-case text; one character becomes two padded forms."""
+    """A number rounded to two digits, or lower-case text; a single character twice, padded."""
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -109,7 +109,7 @@ def _key_phrases(response: str) -> list[str]:
 
 
 def parse_open(response: str) -> set[str | float]:
-    """Candidate answers of an open response: its key phrases and the numbers in them, normalised."""
+    """Candidate answers in an open response: key phrases and the numbers in them, normalised."""
     phrases = _key_phrases(response)
     numbers = [n for phrase in phrases for pattern in _NUMBERS for n in pattern.findall(phrase)]
     return {value for text in phrases + numbers for value in normalize(text)}

@@ -1,7 +1,7 @@
 """What steering did to the answers: words of a target concept, and accuracy by answer type.
 
-Source: Khayatan et al. 2025, "Analyzing Fine-tuning Representation Shift for Multimodal LLMs Steering",
-and `mshukor/xl-vlms`. Words are found as substrings, so "red" is also found in "colored".
+Source: Khayatan et al. 2025, "Analyzing Fine-tuning Representation Shift for Multimodal LLMs
+Steering", and `mshukor/xl-vlms`. Words are found as substrings: "red" is in "colored" too.
 """
 
 from collections import Counter, defaultdict
@@ -38,9 +38,10 @@ def target_counts(
       source_words: words it leads away from.
 
     Returns:
-      `num_preds_with_toi`: predictions with a target word; of these, `num_preds_and_targets_with_toi`
-      whose references, and `num_preds_and_baseline_preds_with_toi` whose baseline prediction, have a
-      source word; `num_preds_changed`: predictions that differ from the baseline's.
+      `num_preds_with_toi`: predictions with a target word (token of interest); of these,
+        `num_preds_and_targets_with_toi`: those whose references have a source word;
+        `num_preds_and_baseline_preds_with_toi`: those whose baseline prediction has one.
+      `num_preds_changed`: predictions that differ from the baseline's.
 
     Raises:
       UserError: for different numbers of items.
@@ -73,7 +74,9 @@ def matches_of_three(prediction: str, answers: Sequence[str]) -> float:
     return min(1.0, sum(plain_words(answer) == prediction for answer in answers) / 3)
 
 
-def accuracy_by_answer_type(scores: Sequence[float], answer_types: Sequence[str]) -> dict[str, float]:
+def accuracy_by_answer_type(
+    scores: Sequence[float], answer_types: Sequence[str]
+) -> dict[str, float]:
     """Percentage per answer type, and `overall`: the unweighted mean over the types.
 
     Raises:
@@ -81,7 +84,8 @@ def accuracy_by_answer_type(scores: Sequence[float], answer_types: Sequence[str]
     """
     if not scores or len(scores) != len(answer_types):
         raise UserError(
-            f"accuracy by answer type needs a type per score, got {len(answer_types)} for {len(scores)}"
+            f"accuracy by answer type needs a type per score, got {len(answer_types)} types for "
+            f"{len(scores)} scores"
         )
     groups = defaultdict(list)
     for score, kind in zip(scores, answer_types, strict=True):

@@ -4,8 +4,8 @@ Ten people answered every question; a prediction scores by how many of them it a
 
 - `vqa_accuracy`: the VQA challenge's evaluation tool (Antol et al. 2015, `GT-Vision-Lab/VQA`), for
   VQAv2, OKVQA and VizWiz. Answers stay as they are where all ten people agree.
-- `m4c_accuracy`: Pythia/M4C's evaluator, which LLaVA uses for TextVQA. Answers are always normalised,
-  and more strictly.
+- `m4c_accuracy`: Pythia/M4C's evaluator, which LLaVA uses for TextVQA. Answers are always
+  normalised, and more strictly.
 - `gqa_accuracy`: exact match after LLaVA's clean-up (`GQA`, Hudson & Manning 2019).
 """
 
@@ -17,12 +17,8 @@ from moresjax.errors import UserError
 
 ANNOTATORS = 10
 
-_DIGITS = {
-    word: str(number)
-    for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten".split()  # in order
-    )
-} | {"none": "0"}
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+_DIGITS = {word: str(n) for n, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
@@ -42,14 +38,14 @@ _CONTRACTED = """
     what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're
     why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
     you've
-""".split()
+"""
 
 
 def _contractions() -> dict[str, str]:
     """The tools' table: every contraction with one apostrophe forgotten, and one oddity."""
     table = {
         word[:i] + word[i + 1 :]: word
-        for word in _CONTRACTED
+        for word in _CONTRACTED.split()
         for i, character in enumerate(word)
         if character == "'"
     }

@@ -3,8 +3,8 @@
 - POPE: Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models" and its
   evaluation script (`RUCAIBox/POPE`, the same in LLaVA).
 - MME: Fu et al. 2023 and its `eval_tool/calculation.py`.
-- Yes rate and its average: the perception tasks of MRT (and MixLoRA), where an LLM judge says yes or
-  no to every answer.
+- Yes rate and its average: the perception tasks of MRT (and MixLoRA), where an LLM judge says yes
+  or no to every answer.
 """
 
 from collections import defaultdict
@@ -35,7 +35,7 @@ _MME_PREFIX = 4  # characters in which MME looks for the answer
 
 
 def pope_answer(text: str) -> str:
-    """`yes` or `no`: no if the first sentence has the word No, no or not; everything else is yes."""
+    """`no` if the first sentence has the word No, no or not; `yes` for everything else."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
@@ -111,8 +111,8 @@ def mme_summary(items: Iterable[tuple[str, str, str, str]]) -> dict:
         for image, hits in images.items():
             if len(hits) != _QUESTIONS_PER_IMAGE:
                 raise UserError(
-                    f"image {image} of MME subtask {subtask} needs {_QUESTIONS_PER_IMAGE} questions,"
-                    f" got {len(hits)}"
+                    f"image {image} of MME subtask {subtask} needs {_QUESTIONS_PER_IMAGE} "
+                    f"questions, got {len(hits)}"
                 )
         total = _QUESTIONS_PER_IMAGE * len(images)
         acc = 100 * sum(map(sum, images.values())) / total
