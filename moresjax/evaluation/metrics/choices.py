@@ -132,5 +132,5 @@ def mentioned_label(text: str, labels: Sequence[str]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _percent(values: Sequence[float]) -> float:
+def _percent(values: Sequence[bool]) -> float:
     return 100 * sum(values) / len(values)

@@ -132,23 +132,23 @@ def subject_of(item_id: str) -> str:
     return item_id.partition("_")[2].rpartition("_")[0]
 
 
-def mmmu_summary(scores: Mapping[str, Sequence[float]]) -> dict[str, float]:
+def mmmu_summary(hits: Mapping[str, Sequence[bool]]) -> dict[str, float]:
     """Accuracies as fractions, over items: of every subject, every domain, and `Overall`.
 
     Args:
-      scores: subject -> 0 or 1 of its items.
+      hits: subject -> whether each of its items is right.
 
     Raises:
       UserError: for an unknown subject, or one without items.
     """
     known = [subject for subjects in DOMAINS.values() for subject in subjects]
-    for subject, values in scores.items():
+    for subject, values in hits.items():
         if subject not in known:
             raise choice_error("MMMU subject", subject, known)
         if not values:
             raise UserError(f"MMMU subject {subject} has no items")
-    groups = {subject: list(values) for subject, values in scores.items()}
+    groups = {subject: list(values) for subject, values in hits.items()}
     for domain, subjects in DOMAINS.items():
-        groups[domain] = [value for subject in subjects for value in scores.get(subject, ())]
-    groups["Overall"] = [value for values in scores.values() for value in values]
+        groups[domain] = [value for subject in subjects for value in hits.get(subject, ())]
+    groups["Overall"] = [value for values in hits.values() for value in values]
     return {name: sum(values) / len(values) for name, values in groups.items() if values}

@@ -74,7 +74,7 @@ def pope_summary(texts: Sequence[str], labels: Sequence[str]) -> dict[str, float
     }
 
 
-def _ratio(part: float, whole: float) -> float:
+def _ratio(part: int | float, whole: int | float) -> float:
     return part / whole if whole else 0.0
 
 
@@ -120,7 +120,7 @@ def mme_summary(items: Iterable[tuple[str, str, str, str]]) -> dict:
         subtasks[subtask] = {"acc": acc, "acc_plus": acc_plus, "score": acc + acc_plus}
 
     def total_of(names: Sequence[str]) -> float:
-        return sum(subtasks[name]["score"] for name in names if name in subtasks)
+        return sum((subtasks[name]["score"] for name in names if name in subtasks), 0.0)
 
     return {
         "subtasks": subtasks,
