@@ -81,16 +81,17 @@ REFERENCE_TOKENS = [[tokenize(text) for text in texts] for texts in REFERENCES]
 
 
 def random_corpus(seed: int, images: int = 12):
+    """Candidates that differ from their first reference in one word."""
     rng = random.Random(seed)
     words = ["a", "the", "dog", "cat", "red", "blue", "runs", "sits", "on", "bench"]
-
-    def caption():
-        return rng.choices(words, k=rng.randint(1, 9))
-
-    return (
-        [caption() for _ in range(images)],
-        [[caption() for _ in range(rng.randint(1, 4))] for _ in range(images)],
-    )
+    references = [
+        [rng.choices(words, k=rng.randint(1, 9)) for _ in range(rng.randint(1, 4))]
+        for _ in range(images)
+    ]
+    candidates = [list(group[0]) for group in references]
+    for candidate in candidates:
+        candidate[rng.randrange(len(candidate))] = rng.choice(words)
+    return candidates, references
 
 
 def test_all_scores_equal_the_official_evaluation():

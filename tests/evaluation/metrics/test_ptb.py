@@ -1,7 +1,7 @@
 """The tokeniser against outputs of Stanford's (CoreNLP 3.4.1, as `pycocoevalcap` 1.2 calls it)."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moresjax.evaluation.metrics.ptb import tokenize
@@ -44,12 +44,13 @@ def test_tokens_equal_those_of_the_original(caption):
 
 
 @given(st.text(st.characters(codec="ascii"), max_size=40))
+@settings(deadline=None)
 def test_no_text_gives_an_empty_token_or_one_with_a_capital(caption):
     tokens = tokenize(caption)
     assert all(token.strip() and token == token.lower() for token in tokens)
 
 
-@given(st.lists(st.from_regex(r"[a-z]{5,8}", fullmatch=True), max_size=8))
+@given(st.lists(st.text("abdeinorst", min_size=5, max_size=8), max_size=8))
+@settings(deadline=None)
 def test_plain_words_stay_as_they_are(words):
-    plain = [word for word in words if word not in ("gonna", "gotta", "lemme", "gimme", "wanna")]
-    assert tokenize(" ".join(plain).capitalize() + ".") == plain
+    assert tokenize(" ".join(words).capitalize() + ".") == words
