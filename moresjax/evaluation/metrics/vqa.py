@@ -22,7 +22,6 @@ _DIGITS = {word: str(n) for n, word in enumerate(_NUMBER_WORDS.split())} | {"non
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
-_DIGIT_COMMAS_DIGIT = re.compile(r"(?<=\d),+(?=\d)")
 # The tools mean to keep the period after a digit too, but their look-behind is mistyped.
 _PERIOD = re.compile(r"\.(?!\d)")
 # They also pass a flag where the largest number of replacements belongs.
@@ -59,9 +58,9 @@ def _trim(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def _strip_punctuation(text: str, number_comma: re.Pattern) -> str:
+def _strip_punctuation(text: str) -> str:
     """Deletes a mark that touches a blank, turns it into a blank otherwise; then the periods."""
-    has_number_comma = number_comma.search(text) is not None
+    has_number_comma = _DIGIT_COMMA_DIGIT.search(text) is not None
     result = text
     for mark in _PUNCTUATION:
         touches = f"{mark} " in text or f" {mark}" in text
@@ -77,13 +76,13 @@ def plain_words(text: str) -> str:
 
 def normalize_vqa(text: str) -> str:
     """An answer as the VQA tool compares it where people disagree."""
-    return plain_words(_strip_punctuation(_trim(text), _DIGIT_COMMA_DIGIT))
+    return plain_words(_strip_punctuation(_trim(text)))
 
 
 def normalize_m4c(text: str) -> str:
     """An answer as the M4C evaluator compares it; also what goes into VQA submission files."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return plain_words(_strip_punctuation(_trim(text), _DIGIT_COMMAS_DIGIT))
+    return plain_words(_strip_punctuation(_trim(text)))
 
 
 def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:

@@ -71,6 +71,11 @@ def test_the_last_option_mentioned_is_the_choice(response, expected):
     assert find_option(response, OPTIONS) == expected
 
 
+def test_numbers_are_compared_to_two_digits():
+    assert is_open_correct(parse_open("so x = 3.141"), "3.14")
+    assert not is_open_correct(parse_open("so x = 3.16"), "3.2")
+
+
 def test_the_same_seed_makes_the_same_guesses():
     first, second = (
         [parse_multi_choice("?", OPTIONS, rng) for _ in range(50)]
