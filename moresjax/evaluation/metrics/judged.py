@@ -1,0 +1,111 @@
+"""Scores an LLM judge gives: how its replies are read, and how the scores are summed.
+
+- MM-Vet: Yu et al. 2023 and `yuweihao/MM-Vet`. The judge completes a table row with 0.0 to 1.0.
+- MMHal-Bench: Sun et al. 2023. The judge rates 0 to 6; below 3 is a hallucination.
+- HallusionBench's verdicts are in `hallusionbench.py`, MRT's yes rate in `yes_no.py`, the prompts
+  in `judge_prompts.py`.
+
+The `rule_*` functions stand in for a judge offline. Their scores are not comparable with a judge's.
+"""
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+
+from moresjax.errors import UserError
+
+MMHAL_MAX = 6
+_MMHAL_GOOD = 3  # lowest rating that counts as free of hallucination
+
+
+def mm_vet_answer(answer: str) -> str:
+    """A ground truth as the judge sees it, with blanks around `<AND>` and `<OR>`."""
+    return answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+
+
+def parse_mm_vet(reply: str) -> float | None:
+    """The first word of a reply as a score in 0..1; None asks for another attempt."""
+    try:
+        score = float(reply.split(" ")[0].strip())
+    except ValueError:
+        return None
+    return score if 0 <= score <= 1 else None
+
+
+def mm_vet_summary(
+    scores: Mapping[str, Sequence[float]], capabilities: Mapping[str, Collection[str]]
+) -> dict[str, float]:
+    """Percentages with one decimal: per capability, per combination, `total`, and its `std`.
+
+    Args:
+      scores: question id -> score in 0..1 of every run of the judge.
+      capabilities: question id -> what it needs (`rec`, `ocr`, `know`, `gen`, `spat`, `math`).
+
+    Returns:
+      Combinations are sorted names joined by `_`; that of one capability begins with `only_`. `std`
+      is over runs, not over questions.
+
+    Raises:
+      UserError: without scores, or if questions have different numbers of runs.
+    """
+    counts = {len(runs) for runs in scores.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise UserError(f"MM-Vet needs the same number of judge runs per question, got {counts}")
+    groups = defaultdict(list)
+    for name, runs in scores.items():
+        needs = sorted(set(capabilities[name]))
+        combination = "_".join(needs) if len(needs) > 1 else f"only_{needs[0]}"
+        for group in (*needs, combination, "total"):
+            groups[group].append(runs)
+    means = {
+        group: [100 * statistics.fmean(run) for run in zip(*rows, strict=True)]
+        for group, rows in groups.items()
+    }
+    summary = {group: round(statistics.fmean(runs), 1) for group, runs in means.items()}
+    return summary | {"std": round(statistics.pstdev(means["total"]), 1)}
+
+
+def parse_mmhal(reply: str) -> int:
+    """The rating in a reply; 0, as in the original, unless it states exactly one."""
+    text = reply.lower()
+    found = [rating for rating in range(MMHAL_MAX + 1) if f"rating: {rating}" in text]
+    return found[0] if len(found) == 1 else 0
+
+
+def mmhal_summary(ratings: Sequence[int], question_types: Sequence[str]) -> dict[str, float]:
+    """`average_score` and `hallucination_rate` (a fraction), and the average per question type.
+
+    Raises:
+      UserError: without ratings, unless each has a type, or for a rating outside 0..6.
+    """
+    if not ratings or len(ratings) != len(question_types):
+        raise UserError(
+            f"MMHal needs a question type per rating, got {len(question_types)} for {len(ratings)}"
+        )
+    for rating in ratings:
+        if not 0 <= rating <= MMHAL_MAX:
+            raise UserError(f"an MMHal rating is 0 to {MMHAL_MAX}, got {rating}")
+    groups = defaultdict(list)
+    for rating, kind in zip(ratings, question_types, strict=True):
+        groups[kind].append(rating)
+    return {
+        "average_score": statistics.fmean(ratings),
+        "hallucination_rate": sum(rating < _MMHAL_GOOD for rating in ratings) / len(ratings),
+        **{kind: statistics.fmean(values) for kind, values in groups.items()},
+    }
+
+
+def rule_mm_vet(prediction: str, answer: str) -> float:
+    """Without a judge: the share of `<AND>` parts in a prediction, for the best `<OR>` part."""
+    text = prediction.lower()
+    return max(
+        statistics.fmean(part.strip().lower() in text for part in option.split("<AND>"))
+        for option in answer.split("<OR>")
+    )
+
+
+def rule_mrt(prediction: str, target: str) -> str:
+    """Without a judge: `Yes` if a prediction has the target as whole words, else `No`."""
+    found = re.search(rf"(?<!\w){re.escape(target.strip())}(?!\w)", prediction, re.IGNORECASE)
+    return "Yes" if found else "No"

@@ -1,0 +1,155 @@
+"""Yes/no benchmarks: POPE, MME, and the share of a judge's yes.
+
+- POPE: Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models" and its
+  evaluation script (`RUCAIBox/POPE`, the same in LLaVA).
+- MME: Fu et al. 2023 and its `eval_tool/calculation.py`.
+- Yes rate and its average: the perception tasks of MRT (and MixLoRA), where an LLM judge says yes
+  or no to every answer.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from moresjax.errors import UserError, choice_error
+
+PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
+COGNITION = (
+    "commonsense_reasoning",
+    "numerical_calculation",
+    "text_translation",
+    "code_reasoning",
+)
+_QUESTIONS_PER_IMAGE = 2  # of MME
+_MME_PREFIX = 4  # characters in which MME looks for the answer
+
+
+def pope_answer(text: str) -> str:
+    """`no` if the first sentence has the word No, no or not; `yes` for everything else."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def pope_summary(texts: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
+    """Scores of one split, as fractions; `yes` is the positive class.
+
+    Args:
+      texts: generated answers.
+      labels: `yes` or `no`, in the same order.
+
+    Returns:
+      `accuracy`, `precision`, `recall`, `f1`, `yes_ratio` (of the predictions); a ratio without
+      cases is 0.
+
+    Raises:
+      UserError: for another label, no items, or different numbers of both.
+    """
+    if len(texts) != len(labels) or not texts:
+        raise UserError(f"POPE needs an answer per label, got {len(texts)} for {len(labels)}")
+    for label in labels:
+        if label not in ("yes", "no"):
+            raise choice_error("POPE label", label, ("yes", "no"))
+    answers = [pope_answer(text) for text in texts]
+    pairs = list(zip(answers, labels, strict=True))
+    true_yes, false_yes = pairs.count(("yes", "yes")), pairs.count(("yes", "no"))
+    true_no, false_no = pairs.count(("no", "no")), pairs.count(("no", "yes"))
+    precision = _ratio(true_yes, true_yes + false_yes)
+    recall = _ratio(true_yes, true_yes + false_no)
+    return {
+        "accuracy": _ratio(true_yes + true_no, len(pairs)),
+        "precision": precision,
+        "recall": recall,
+        "f1": _ratio(2 * precision * recall, precision + recall),
+        "yes_ratio": _ratio(true_yes + false_yes, len(pairs)),
+    }
+
+
+def _ratio(part: int | float, whole: int | float) -> float:
+    return part / whole if whole else 0.0
+
+
+def mme_answer(text: str) -> str:
+    """`yes`, `no` or `other`, from the first four characters."""
+    text = text.lower().strip().replace(".", "")
+    if text in ("y", "n"):
+        return {"y": "yes", "n": "no"}[text]
+    start = text[:_MME_PREFIX]
+    return next((answer for answer in ("yes", "no") if answer in start), "other")
+
+
+def mme_summary(items: Iterable[tuple[str, str, str, str]]) -> dict:
+    """MME scores.
+
+    Args:
+      items: (subtask, image, generated text, label) of every question; every image of a subtask has
+        two questions.
+
+    Returns:
+      `subtasks`: by name `acc` and `acc_plus` in percent and their sum `score` (at most 200);
+      `perception` and `cognition`: sums of the scores of their subtasks (at most 2000 and 800).
+
+    Raises:
+      UserError: for an unknown subtask, or an image that does not have two questions.
+    """
+    correct: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for subtask, image, text, label in items:
+        if subtask not in PERCEPTION + COGNITION:
+            raise choice_error("MME subtask", subtask, PERCEPTION + COGNITION)
+        correct[subtask][image].append(mme_answer(text) == label.lower())
+    subtasks = {}
+    for subtask, images in correct.items():
+        for image, hits in images.items():
+            if len(hits) != _QUESTIONS_PER_IMAGE:
+                raise UserError(
+                    f"image {image} of MME subtask {subtask} needs {_QUESTIONS_PER_IMAGE} "
+                    f"questions, got {len(hits)}"
+                )
+        total = _QUESTIONS_PER_IMAGE * len(images)
+        acc = 100 * sum(map(sum, images.values())) / total
+        acc_plus = 100 * sum(map(all, images.values())) / len(images)
+        subtasks[subtask] = {"acc": acc, "acc_plus": acc_plus, "score": acc + acc_plus}
+
+    def total_of(names: Sequence[str]) -> float:
+        return sum((subtasks[name]["score"] for name in names if name in subtasks), 0.0)
+
+    return {
+        "subtasks": subtasks,
+        "perception": total_of(PERCEPTION),
+        "cognition": total_of(COGNITION),
+    }
+
+
+def yes_rate(verdicts: Sequence[str]) -> float:
+    """Percentage of a judge's verdicts that begin with yes, whatever their case.
+
+    Raises:
+      UserError: without verdicts.
+    """
+    if not verdicts:
+        raise UserError("the yes rate needs at least one verdict, got none")
+    return 100 * sum(text.strip().lower().startswith("yes") for text in verdicts) / len(verdicts)
+
+
+def mm_average(rates: Mapping[str, float]) -> float:
+    """MRT's MMAvg: the mean over tasks, where the splits of POPE (`pope_*`) count as one task.
+
+    Raises:
+      UserError: without tasks.
+    """
+    if not rates:
+        raise UserError("the average over tasks needs at least one task, got none")
+    pope = [rate for task, rate in rates.items() if task.startswith("pope_")]
+    tasks = [rate for task, rate in rates.items() if not task.startswith("pope_")]
+    if pope:
+        tasks.append(sum(pope) / len(pope))
+    return sum(tasks) / len(tasks)

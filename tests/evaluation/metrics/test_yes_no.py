@@ -1,0 +1,135 @@
+"""POPE against scikit-learn, MME by hand, and what wrong implementations get."""
+
+import random
+
+import pytest
+from sklearn.metrics import precision_recall_fscore_support
+
+from moresjax.errors import UserError
+from moresjax.evaluation.metrics.yes_no import (
+    COGNITION,
+    PERCEPTION,
+    mm_average,
+    mme_answer,
+    mme_summary,
+    pope_answer,
+    pope_summary,
+    yes_rate,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes, there is a dog.", "yes"),
+        ("No", "no"),
+        ("There is not, I think.", "no"),
+        ("no, sir", "no"),
+        ("Yes. But no cat.", "yes"),  # only the first sentence counts
+        ("NO", "yes"),  # only these spellings count
+        ("none", "yes"),
+        ("There isn't one", "yes"),
+        ("", "yes"),
+    ],
+)
+def test_pope_reads_answers_as_its_script_does(text, expected):
+    assert pope_answer(text) == expected
+
+
+def test_pope_scores_equal_scikit_learn():
+    rng = random.Random(0)
+    texts = rng.choices(["Yes", "No.", "There is no dog", "I see it", "yes, two"], k=200)
+    labels = rng.choices(["yes", "no"], k=200)
+    answers = [pope_answer(text) for text in texts]
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, answers, pos_label="yes", average="binary"
+    )
+    assert pope_summary(texts, labels) == pytest.approx(
+        {
+            "accuracy": sum(a == b for a, b in zip(answers, labels, strict=True)) / 200,
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "yes_ratio": answers.count("yes") / 200,
+        }
+    )
+
+
+def test_pope_survives_a_model_that_never_says_yes():
+    summary = pope_summary(["no"] * 4, ["yes", "no", "yes", "no"])
+    expected = {"accuracy": 0.5, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0}
+    assert summary == expected
+
+
+def test_wrong_implementations_of_pope_are_told_apart():
+    summary = pope_summary(["Yes, I see it."] * 4, ["yes", "yes", "no", "no"])
+    assert summary["yes_ratio"] == 1, "not the share of yes among the labels"
+    assert summary["accuracy"] == 0.5, "a sentence counts, not only the bare word"
+
+
+def test_pope_names_bad_input():
+    with pytest.raises(UserError, match="unknown POPE label 'maybe'"):
+        pope_summary(["yes"], ["maybe"])
+    with pytest.raises(UserError, match="got 0 for 1"):
+        pope_summary([], ["yes"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes.", "yes"),
+        ("n", "no"),
+        (" yes, it is", "yes"),
+        ("No, it is not", "no"),
+        ("not", "no"),
+        ("The answer is yes", "other"),
+        ("I know", "other"),
+        ("a no", "no"),
+        ("", "other"),
+    ],
+)
+def test_mme_looks_at_four_characters(text, expected):
+    assert mme_answer(text) == expected
+
+
+def mme_items(subtask: str, *hits: tuple[bool, bool]):
+    for image, pair in enumerate(hits):
+        for hit, label in zip(pair, ("Yes", "No"), strict=True):
+            right, wrong = (label, {"Yes": "no", "No": "yes"}[label])
+            yield subtask, f"{image}.jpg", right if hit else wrong, label
+
+
+def test_mme_adds_accuracy_and_the_share_of_images_with_both_right():
+    items = [
+        *mme_items("existence", (True, True), (True, False)),
+        *mme_items("OCR", (False, False)),
+        *mme_items("code_reasoning", (True, True)),
+    ]
+    summary = mme_summary(items)
+    assert summary["subtasks"]["existence"] == {"acc": 75.0, "acc_plus": 50.0, "score": 125.0}
+    assert summary["perception"] == 125.0
+    assert summary["cognition"] == 200.0
+    assert mme_summary(reversed(items)) == summary
+
+
+def test_a_perfect_model_gets_the_maximum_of_mme():
+    summary = mme_summary(i for s in PERCEPTION + COGNITION for i in mme_items(s, (True, True)))
+    assert (summary["perception"], summary["cognition"]) == (2000, 800)
+
+
+def test_mme_names_bad_input():
+    with pytest.raises(UserError, match="unknown MME subtask 'colour'"):
+        mme_summary([("colour", "1.jpg", "yes", "Yes")])
+    with pytest.raises(
+        UserError, match=r"image 1.jpg of MME subtask color needs 2 questions, got 1"
+    ):
+        mme_summary([("color", "1.jpg", "yes", "Yes")])
+
+
+def test_the_average_over_tasks_counts_pope_once():
+    assert yes_rate(["Yes", "yes.", "No", " YES it is"]) == 75
+    rates = {"text_vqa": 50.0, "mnist": 90.0, "pope_rand": 80.0, "pope_pop": 70.0, "pope_adv": 60.0}
+    assert mm_average(rates) == pytest.approx((50 + 90 + 70) / 3)
+    for function, nothing in ((yes_rate, []), (mm_average, {})):
+        with pytest.raises(UserError, match="at least one"):
+            function(nothing)
