@@ -59,7 +59,7 @@ class Linear(nnx.Module):
     def dense(self) -> Float[Array, "D F"]:
         """W, whatever it is stored as."""
         kernel = self.kernel[...]
-        return kernel if self.scale is None else kernel * self.scale[...]
+        return kernel if self.scale is None else kernel * self.scale[...][..., None, :]
 
 
 class Norm(nnx.Module):

@@ -181,7 +181,7 @@ def _any_in(parts: Sequence[str], name: str) -> bool:
     return any(part in name for part in parts)
 
 
-class ParameterReader(Mapping[str, jax.Array]):
+class ParameterReader(Mapping):
     """Parameters by name, in the dtype they are stored in, each read when it is asked for.
 
     Each process reads what its own devices hold. On a CPU the array that is read into becomes the
