@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from moresjax.tuning.attach import gated
-from moresjax.tuning.base import Edit, Method, Slots, WeightDelta
+from moresjax.tuning.base import Edit, Method, Slots, Theta, WeightDelta
 
 _IN_ATTENTION = ("q", "k", "v", "o")
 
@@ -23,17 +23,22 @@ def merged(model: nnx.Module) -> nnx.Module:
         if isinstance(method, WeightDelta):
             for site, variables in tuning.theta[key].items():
                 theta = {name: x[...] for name, x in variables.items()}
-                _merge_site(model, site, method, gated(method, theta, tuning.gates[key][site][...]))
+                theta = gated(method, theta, tuning.gates[key][site][...])
+                _merge_site(model, site, method, theta, tuning.common(key))
     model.tuning = tuning.subset(lambda method: isinstance(method, Edit | Slots))
     return model
 
 
-def _merge_site(model, site: str, method: Method, theta) -> None:
+def _merge_site(model, site: str, method: Method, theta: Theta, common: Theta) -> None:
     tower, _, name = site.split(".")
     blocks = getattr(model, tower).blocks
     linear = getattr(blocks.attn if name in _IN_ATTENTION else blocks.mlp, name)
     bias = None if linear.bias is None else linear.bias[...]
-    kernel, bias = jax.vmap(method.merge)(theta, linear.kernel[...], bias)
+
+    def merge(theta, kernel, bias):
+        return method.merge(theta | common, kernel, bias)
+
+    kernel, bias = jax.vmap(merge)(theta, linear.kernel[...], bias)
     linear.kernel[...] = kernel
     if bias is not None:
         linear.bias[...] = bias
