@@ -131,9 +131,7 @@ class WeightDelta(Method, abc.ABC):
         raise UserError(f"{self.name} cannot be merged into the weights")
 
 
-def dropped(
-    x: Float[Array, "*B D"], rate: float, key: PRNGKeyArray | None
-) -> Float[Array, "*B D"]:
+def dropped(x: Float[Array, "*B D"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*B D"]:
     """`x` after dropout; unchanged without a key."""
     if key is None or not rate:
         return x

@@ -1,5 +1,7 @@
 """Folding weight deltas into the weights they act on."""
 
+import functools
+
 import jax
 from flax import nnx
 
@@ -29,10 +31,19 @@ def merged(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def _merge_site(model, site: str, method: Method, theta: Theta, common: Theta) -> None:
+def linear_path(site: str) -> tuple[str, ...]:
+    """Path in the model of the stacked linear that a site such as `llm.block.q` names."""
     tower, _, name = site.split(".")
-    blocks = getattr(model, tower).blocks
-    linear = getattr(blocks.attn if name in _IN_ATTENTION else blocks.mlp, name)
+    return tower, "blocks", "attn" if name in _IN_ATTENTION else "mlp", name
+
+
+def linear_at(model: nnx.Module, site: str) -> nnx.Module:
+    """The stacked linear that a site names."""
+    return functools.reduce(getattr, linear_path(site), model)
+
+
+def _merge_site(model, site: str, method: Method, theta: Theta, common: Theta) -> None:
+    linear = linear_at(model, site)
     bias = None if linear.bias is None else linear.bias[...]
 
     def merge(theta, kernel, bias):

@@ -52,7 +52,10 @@ class MixLoRA(WeightDelta):
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
         theta = {"a": uniform(keys[0], pool, d_in), "b": jnp.zeros((pool, d_out))}
-        theta |= {"router_a": uniform(keys[1], d_in, pool), "router_b": uniform(keys[2], d_in, pool)}
+        theta |= {
+            "router_a": uniform(keys[1], d_in, pool),
+            "router_b": uniform(keys[2], d_in, pool),
+        }
         if self.conditional:
             theta["router_ab"] = uniform(keys[3], self.rank, d_in, pool)
         return theta
