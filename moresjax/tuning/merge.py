@@ -49,7 +49,7 @@ def _merge_site(model, site: str, method: Method, theta: Theta, common: Theta) -
     def merge(theta, kernel, bias):
         return method.merge(theta | common, kernel, bias)
 
-    kernel, bias = jax.vmap(merge)(theta, linear.kernel[...], bias)
+    kernel, bias = jax.jit(jax.vmap(merge))(theta, linear.kernel[...], bias)
     linear.kernel[...] = kernel
     if bias is not None:
         linear.bias[...] = bias

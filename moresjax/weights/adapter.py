@@ -102,7 +102,7 @@ def load_adapter(mllm: MLLM, folder: str | Path) -> None:
         whole[chosen] = x
         expected[name] = whole
     mllm.tuning = tuning
-    fill(mllm, expected, str(folder))
+    fill(mllm, {name: jnp.asarray(x) for name, x in expected.items()}, str(folder))
 
 
 def _split(

@@ -141,7 +141,7 @@ def import_peft(folder: str | Path, mllm: MLLM) -> str:
     else:
         tuning = _linears_in(mllm, read_format(config), config, tensors)
     tensors.finish()
-    fill(mllm, base, str(folder))
+    fill(mllm, {name: jnp.asarray(x) for name, x in base.items()}, str(folder))
     mllm.tuning = tuning
     return tuning.spec
 

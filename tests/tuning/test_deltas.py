@@ -1,5 +1,7 @@
 """Weight deltas: definitions, merging, gradients, counts, and what cannot be combined."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,16 +26,15 @@ from moresjax.tuning.methods.oft_legacy import LegacyOFT
 
 LLMS = ("phi-2", "vicuna-7b", "vicuna-13b")
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
+# Every method on a linear of its own, and several on one.
 MERGEABLE = (
-    "lora:rank=2,rslora=true,alpha=3",
-    "dora:rank=2,layers=0;2/lora:rank=2",
-    "oft:block_size=4,targets=all",
-    "oft:block_size=4,cayley=exact/ia3",
-    "oft-legacy:blocks=2,layers=1",
-    "boft:block_size=4,factors=2,targets=q;down",
-    "vera:rank=5,targets=all,layers=0;1",
+    "lora:rank=2,rslora=true,alpha=3,targets=o/dora:rank=2,targets=q,layers=0;2/"
+    "oft:block_size=4,targets=k/oft-legacy:blocks=2,targets=v,layers=1/"
+    "boft:block_size=4,factors=2,targets=down/vera:rank=5,targets=up;gate,layers=0;1",
+    "oft:block_size=4,cayley=exact,targets=q/dora:rank=2,targets=k/boft:targets=v/"
+    "oft-legacy:blocks=4,targets=down/ia3:targets=q;k;v;down/lora:rank=2,targets=q;k;v;down",
 )
-OTHERS = ("mixlora:rank=2,factors=4", "mixlora:rank=2,factors=4,conditional=true,scored=true")
+MIXLORA = "mixlora:rank=2,factors=4,targets=o,conditional=true,scored=true"
 
 
 def randomized(model, scale=0.3):
@@ -56,7 +57,7 @@ def logits(model, batch):
 
 @pytest.fixture(scope="module")
 def batch():
-    return tiny_batch()
+    return tiny_batch(images=0)
 
 
 @pytest.fixture(scope="module")
@@ -73,56 +74,48 @@ def with_biases(spec, **llm):
     return model
 
 
-@pytest.mark.parametrize("spec", [*MERGEABLE, *OTHERS])
-def test_a_fresh_method_starts_at_the_base_model_and_its_merge_computes_the_same(spec, batch, base):
+@pytest.mark.parametrize("spec", MERGEABLE)
+def test_fresh_methods_start_at_the_base_model_and_merge_to_the_same_logits(spec, batch, base):
     model = with_biases(spec)
     np.testing.assert_allclose(logits(model, batch), base, atol=2e-6)
     tuned = logits(randomized(model), batch)
-    assert np.abs(tuned - base).max() > 1e-3
-    if spec in OTHERS:
-        with pytest.raises(UserError, match="mixlora cannot be merged"):
-            merged(model)
-    else:
-        np.testing.assert_allclose(logits(merged(model), batch), tuned, atol=1e-5)
+    assert np.abs(tuned - base).max() > 1e-2
+    np.testing.assert_allclose(logits(merged(model), batch), tuned, atol=1e-5)
 
 
-# Routers of MixLoRA learn through the scores only.
-ROUTERS = {"router_a": "scored", "router_b": "", "router_ab": ""}
+def test_mixlora_starts_at_the_base_model_and_cannot_be_merged(batch, base):
+    model = with_biases(MIXLORA)
+    np.testing.assert_allclose(logits(model, batch), base, atol=2e-6)
+    assert np.abs(logits(randomized(model), batch) - base).max() > 1e-2
+    with pytest.raises(UserError, match="mixlora cannot be merged"):
+        merged(model)
 
 
-@pytest.mark.parametrize(
-    "spec", [MERGEABLE[1], MERGEABLE[2], MERGEABLE[5], MERGEABLE[6], OTHERS[1]]
-)
-def test_gradients_are_the_same_with_rematerialisation_and_reach_every_parameter(spec, batch):
-    gradients = []
+def test_gradients_are_the_same_with_rematerialisation_and_reach_every_parameter(batch):
+    gradients, spec = [], MERGEABLE[0].replace("lora:rank=2,rslora=true,alpha=3,targets=o", MIXLORA)
     for remat in (False, True):
         model = randomized(with_biases(spec, remat=remat))
         graphdef, trainable, frozen = split_model(model, ())
 
-        @jax.jit
-        def gradient(trainable, frozen, graphdef=graphdef):
-            def loss(trainable):
-                return next_token(nnx.merge(graphdef, trainable, frozen), batch).total
+        def loss(trainable, graphdef=graphdef, frozen=frozen):
+            return next_token(nnx.merge(graphdef, trainable, frozen), batch).total
 
-            return jax.grad(loss)(trainable)
-
-        flat = nnx.to_flat_state(gradient(trainable, frozen))
+        flat = nnx.to_flat_state(jax.jit(jax.grad(loss))(trainable))
         gradients.append({path: np.asarray(x.get_value()) for path, x in flat})
     for path, found in gradients[0].items():
         np.testing.assert_allclose(found, gradients[1][path], atol=1e-5, rtol=1e-4)
         _, _, key, site, leaf = path
-        gate = np.asarray(model.tuning.gates[key][site][...])
-        if leaf in ("router_b", "router_ab"):
-            gate = np.zeros_like(gate)  # the choice of the best has no gradient
-        for layer, on in enumerate(gate):
-            assert (np.abs(found[layer]).max() > 0) == on
+        # Taking the best has no gradient; only the scores of A's router are used beyond it.
+        learns = leaf not in ("router_b", "router_ab")
+        for layer, on in enumerate(np.asarray(model.tuning.gates[key][site][...])):
+            assert (np.abs(found[layer]).max() > 0) == (on and learns), path
 
 
 def test_shared_arrays_of_vera_neither_train_nor_count():
     model = tiny_model("vera:rank=5,targets=all")
-    _, trainable, frozen = split_model(model, ())
+    _, trainable, _ = split_model(model, ())
     names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(trainable)}
-    assert names and not any("shared" in name for name in names)
+    assert all(name.startswith("tuning.theta.vera.") for name in names)
     assert model.tuning.common("vera")["a"].shape == (24, 5)  # down has the widest input
     assert model.tuning.common("vera")["b"].shape == (5, 24)
     for other, same in (
@@ -142,15 +135,20 @@ def block_diagonal(blocks):
     return torch.block_diag(*map(torch.tensor, blocks)).numpy()
 
 
-def plain(kernel, bias=None):
+@dataclasses.dataclass
+class Plain:
     """A linear as methods see it."""
-    from moresjax.models.layers import Linear
 
-    linear = Linear(*kernel.shape, axes=(None, None), bias=bias is not None)
-    linear.kernel[...] = jnp.asarray(kernel)
-    if bias is not None:
-        linear.bias[...] = jnp.asarray(bias)
-    return linear
+    kernel: np.ndarray
+    bias: np.ndarray | None = None
+
+    def __post_init__(self):
+        self.kernel = jnp.asarray(self.kernel)
+        self.bias = None if self.bias is None else jnp.asarray(self.bias)
+
+    def __call__(self, x):
+        y = x @ self.kernel
+        return y if self.bias is None else y + self.bias
 
 
 def random(*shape, seed=0):
@@ -163,7 +161,8 @@ def test_legacy_oft_turns_the_output_before_the_bias():
     skew = (matrix - matrix.swapaxes(1, 2)) / 2
     expected = x @ kernel @ block_diagonal(cayley(skew)) + bias
     theta = method.prepare({"matrix": jnp.asarray(matrix)})
-    np.testing.assert_allclose(method.apply(theta, plain(kernel, bias), x), expected, atol=1e-5)
+    found = method.apply(theta, Plain(kernel, bias), jnp.asarray(x))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_the_two_rotations_of_oft_are_inverse_to_first_order_and_orthogonal():
@@ -195,7 +194,7 @@ def test_boft_is_the_butterfly_of_peft(factors):
     method = BOFT(block_size=size, factors=factors)
     theta = {"matrix": jnp.asarray(matrix), "scale": jnp.asarray(random(5, seed=1))}
     x, kernel, bias = random(3, features, seed=2), random(features, 5, seed=3), random(5, seed=4)
-    found = method.apply(method.prepare(theta), plain(kernel, bias), x)
+    found = method.apply(method.prepare(theta), Plain(kernel, bias), jnp.asarray(x))
     np.testing.assert_allclose(found, x @ expected @ kernel * theta["scale"] + bias, atol=2e-5)
 
 
@@ -207,7 +206,7 @@ def test_mixlora_chooses_factors_by_the_mean_of_an_examples_tokens(conditional):
     theta = {n: random(*x.shape, seed=i) for i, (n, x) in enumerate(theta.items())}
     x, tokens, kernel = random(3, 7, 6), np.ones((3, 7), bool), random(6, 4, seed=9)
     tokens[1, 3:] = False
-    linear = plain(kernel)
+    linear = Plain(kernel)
     arrays = {n: jnp.asarray(v) for n, v in (theta | {"tokens": tokens}).items()}
     found = np.asarray(method.apply(arrays, linear, jnp.asarray(x)))
 
@@ -233,7 +232,7 @@ def test_dropout_of_dora_reaches_the_stretched_product_as_in_peft():
     theta = {n: jnp.asarray(random(*x.shape, seed=i)) for i, (n, x) in enumerate(theta.items())}
     x, kernel, bias = jnp.ones((64, 6)), random(6, 4, seed=7), random(4, seed=8)
     key = jax.random.key(3)
-    found = method.apply(theta, plain(kernel, bias), x, key)
+    found = method.apply(theta, Plain(kernel, bias), x, key)
     low = np.where(jax.random.bernoulli(key, 0.5, x.shape), 2.0, 0.0)
     added = method.scale * np.asarray(theta["a"]) @ np.asarray(theta["b"])
     magnitude = np.linalg.norm(kernel, axis=0) + np.asarray(theta["longer"])

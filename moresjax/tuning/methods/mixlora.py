@@ -45,20 +45,13 @@ class MixLoRA(WeightDelta):
         return linear_sites(self, config, self.targets)
 
     def initial(self, key, d_in, d_out):
-        pool, bound = self.factors, d_in**-0.5
-        keys = jax.random.split(key, 4)
-
-        def uniform(key, *shape):
-            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-
-        theta = {"a": uniform(keys[0], pool, d_in), "b": jnp.zeros((pool, d_out))}
-        theta |= {
-            "router_a": uniform(keys[1], d_in, pool),
-            "router_b": uniform(keys[2], d_in, pool),
-        }
-        if self.conditional:
-            theta["router_ab"] = uniform(keys[3], self.rank, d_in, pool)
-        return theta
+        pools = 3 + self.rank * self.conditional
+        # In one draw: the pool of A, both routers, and one router for each chosen factor.
+        shape, bound = (pools, d_in, self.factors), d_in**-0.5
+        drawn = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        theta = {"a": drawn[0].T, "b": jnp.zeros((self.factors, d_out))}
+        theta |= {"router_a": drawn[1], "router_b": drawn[2]}
+        return theta | ({"router_ab": drawn[3:]} if self.conditional else {})
 
     def neutral(self, theta):
         return theta | {"b": jnp.zeros_like(theta["b"])}

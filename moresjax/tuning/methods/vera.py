@@ -26,8 +26,8 @@ def torch_uniform(rng: np.random.RandomState, shape: tuple[int, int]) -> Float[n
     `peft` saved without them can be made again from its seed.
     """
     words = rng.randint(0, 1 << 32, shape, np.uint32) & ((1 << 24) - 1)
-    bound = np.float32((6 / shape[1]) ** 0.5)
-    return (words.astype(np.float32) * np.float32(2**-24)) * (bound + bound) - bound
+    bound = np.float32((6 / shape[1]) ** 0.5).astype(np.float64)
+    return (words * 2.0**-24 * (2 * bound) - bound).astype(np.float32)
 
 
 @register
