@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -61,7 +62,7 @@ def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> P
     if connector:
         parameters = _parameters(mllm)
         for ours, theirs, kind in _connector_names(mllm):
-            arrays[theirs] = _turned(parameters[ours], kind)
+            arrays[theirs] = _turned(np.asarray(parameters[ours]), kind)
         config["modules_to_save"] = [CONNECTOR]
     config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "peft_version": PEFT_VERSION}
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def _linears_out(mllm: MLLM, form: Format) -> tuple[Arrays, dict]:
         if not site.startswith("llm."):
             raise UserError(f"an adapter of peft is written for the LLM only, not for {site}")
         name, kernel = _linear_name(mllm, site), linear_at(mllm, site).kernel[...]
-        layers = np.flatnonzero(mllm.tuning.gates[key][site][...])
+        layers = np.flatnonzero(mllm.tuning.gates[key][site][...]).tolist()
         for leaf, x in variables.items():
             for i in layers:
                 value = form.leaves[leaf].to_peft(np.asarray(x[i]), kernel[i])
@@ -99,7 +100,7 @@ def _linears_out(mllm: MLLM, form: Format) -> tuple[Arrays, dict]:
 def _norms_out(mllm: MLLM) -> tuple[Arrays, dict]:
     arrays, parameters = {}, _parameters(mllm)
     for ours, names in _norm_names(mllm).items():
-        stacked = parameters[ours].reshape(len(names), -1)
+        stacked = np.asarray(parameters[ours]).reshape(len(names), -1)
         arrays |= dict(zip(names, stacked, strict=True))
     modules = {name.partition(".ln_tuning_layers.")[0] for name in arrays}
     # Where a whole stack of layers is meant, the numbers say no more than \d+ would.
@@ -286,6 +287,6 @@ def _turned(x: np.ndarray, kind: str) -> np.ndarray:
     return x.T if kind == "kernel" else x
 
 
-def _parameters(mllm: MLLM) -> Arrays:
+def _parameters(mllm: MLLM) -> dict[str, jax.Array]:
     flat = nnx.to_flat_state(nnx.state(mllm, nnx.Param))
     return {path_name(path): variable.get_value() for path, variable in flat}
