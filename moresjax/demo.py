@@ -69,7 +69,7 @@ def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool
             trained[name].append(result)
             title = f"{name}, seed {seed}"
             scored[name].append(_evaluate(model.merge(), workdir, title, split, limit))
-        save_adapter(out / "finetune" / f"{slug(name)}-seed0", out / "adapters" / slug(name))
+        save_adapter(models[name].mllm, out / "adapters" / slug(name), also_train=("connector",))
 
     specs = {ZERO_SHOT: "none", **recipe.METHODS}
     methods = {

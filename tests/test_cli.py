@@ -57,7 +57,7 @@ def test_the_demos_numbers_are_those_of_its_runs(demo):
             folder = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
             saved = out / "finetune" / f"{folder}-seed0" / "eval-test" / "results.json"
             assert json.loads(saved.read_text())["mean_accuracy"] == pytest.approx(method["mean"])
-            adapter = json.loads((out / "adapters" / folder / "adapter.json").read_text())
+            adapter = json.loads((out / "adapters" / folder / "tuning.json").read_text())
             assert adapter["parameters"] == method["trainable"]
     width, rank = recipe.LLM["hidden_size"], 4
     assert results["methods"]["mores r=4"]["trainable_in_llm"] == layers * (2 * width * rank + rank)

@@ -56,7 +56,7 @@ class Linear(nnx.Module):
             y = (y * self.scale[...]).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
-    def dense(self) -> Float[Array, "D F"]:
+    def dense(self) -> Float[Array, "*L D F"]:
         """W, whatever it is stored as."""
         kernel = self.kernel[...]
         return kernel if self.scale is None else kernel * self.scale[...][..., None, :]

@@ -23,6 +23,10 @@ class Gate(nnx.Variable):
     """Which layers a method acts on, `[L]`: data, so that one program serves every choice."""
 
 
+class Shared(nnx.Variable):
+    """A frozen array that all layers of a method use."""
+
+
 class Tuning(nnx.Module):
     """What a spec string attaches to a model.
 
@@ -31,6 +35,7 @@ class Tuning(nnx.Module):
       theta: fp32 parameters, `theta[method][site][leaf]`, with a leading layer axis at layered
         sites; shapes only until `initialize`.
       gates: `gates[method][site]`, one flag per layer.
+      shared: `shared[method][leaf]`, frozen arrays of methods that have some.
 
     Raises:
       UserError: when the spec does not fit the model.
@@ -40,7 +45,8 @@ class Tuning(nnx.Module):
         self.config = config
         methods = [method for method in parse_spec(spec) if method.name != "none"]
         self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
-        self.theta, self.gates = nnx.Dict(), nnx.Dict()
+        self.theta, self.gates, self.shared = nnx.Dict(), nnx.Dict(), nnx.Dict()
+        _check_conflicts(self.methods, config)
         for key, method in self.methods:
             if isinstance(method, Edit):
                 parse_selector(method.positions)
@@ -48,6 +54,9 @@ class Tuning(nnx.Module):
             if not sites:
                 continue
             self.theta[key], self.gates[key] = nnx.Dict(), nnx.Dict()
+            if isinstance(method, WeightDelta) and (shared := method.shared(config)):
+                shared = {n: Shared(jnp.asarray(x)) for n, x in shared.items()}
+                self.shared[key] = nnx.Dict(shared)
             for site in sites:
                 if layers := num_layers(site, config):
                     chosen = parse_layers(method.layer_choice, layers)
@@ -110,7 +119,13 @@ class Tuning(nnx.Module):
         part.methods = tuple((key, method) for key, method in self.methods if keep(method))
         for key in set(part.theta) - {key for key, _ in part.methods}:
             del part.theta[key], part.gates[key]
+            if key in part.shared:
+                del part.shared[key]
         return part
+
+    def common(self, key: str) -> Theta:
+        """The shared arrays of a method."""
+        return {n: x[...] for n, x in self.shared[key].items()} if key in self.shared else {}
 
     def for_decoding(self) -> "Tuning":
         """The part that can act on a generated token."""
@@ -145,8 +160,11 @@ class Tuning(nnx.Module):
                 theta = {n: x[...] for n, x in variables.items()}
                 gate = self.gates[name][site][...] if site in self.gates[name] else None
                 if isinstance(method, WeightDelta):
-                    theta = gated(method, theta, gate)
-                    items.append((site, Attached(method, _prepare(method, theta, gate))))
+                    theta = _prepare(method, gated(method, theta, gate), gate)
+                    common = self.common(name)
+                    if method.sees_tokens:
+                        common["tokens"] = masks(site, parse_selector("all"))
+                    items.append((site, Attached(method, theta, common=common)))
                     continue
                 selector = parse_selector(method.positions)
                 if decoding and not (selector.acts_while_decoding and site.startswith("llm.")):
@@ -162,6 +180,25 @@ def _numbered(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
         seen[method.name] = count = seen.get(method.name, 0) + 1
         keyed.append((method.name if count == 1 else f"{method.name}_{count}", method))
     return tuple(keyed)
+
+
+def _check_conflicts(methods: Sequence[tuple[str, Method]], config) -> None:
+    """Refuses two methods that both redefine one matrix."""
+    training = [method for _, method in methods if method.trains]
+    if len(training) > 1:
+        names = " and ".join(method.name for method in training)
+        raise UserError(f"{names} both train weights of the LLM itself; use one of them")
+    full = next((method for method in training if "llm" in method.trains), None)
+    first: dict[str, Method] = {}
+    for method in (method for _, method in methods if isinstance(method, WeightDelta)):
+        for site in method.sites(config):
+            before = full if full and site.startswith("llm.") else first.get(site)
+            if before and method.whole:
+                raise UserError(
+                    f"{method.name} redefines the whole matrix of {site} and cannot come after "
+                    f"{before.name}"
+                )
+            first.setdefault(site, method)
 
 
 def _prepare(method: Method, theta, gate):

@@ -11,10 +11,12 @@ import abc
 import dataclasses
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.errors import UserError
-from moresjax.types import pytree_dataclass
+from moresjax.types import AnyArray, pytree_dataclass
 
 Theta = dict[str, Array]
 
@@ -80,17 +82,31 @@ class Edit(Method, abc.ABC):
 class LinearLike(Protocol):
     """A linear, possibly already wrapped by other methods."""
 
-    kernel: Float[Array, "D F"]
     bias: Float[Array, "F"] | None
+
+    def dense(self) -> Float[Array, "D F"]:
+        """The weights, whatever they are stored as."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightDelta(Method, abc.ABC):
-    """Acts on a named linear: `apply(theta, linear, x) -> y`, merged where the maths allows."""
+    """Acts on a named linear: `apply(theta, linear, x) -> y`, merged where the maths allows.
 
+    Attributes:
+      whole: it redefines the whole matrix or reads the linear's weights, so it comes first on a
+        matrix and there is one at most.
+      sees_tokens: `theta["tokens"]` is the mask `[B, S]` of tokens that are not padding.
+    """
+
+    whole: ClassVar[bool] = False
+    sees_tokens: ClassVar[bool] = False
     layers: str = layer_field()
+
+    def shared(self, config) -> dict[str, AnyArray]:
+        """Frozen arrays that all layers and sites find in their `theta`; not saved, not trained."""
+        return {}
 
     @abc.abstractmethod
     def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Theta: ...
@@ -107,13 +123,22 @@ class WeightDelta(Method, abc.ABC):
         x: Float[Array, "*B D"],
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*B F"]:
-        """The tuned linear. `key` is given in training, for dropout."""
+        """The tuned linear. `theta` has been through `prepare`; `key` is given in training, for
+        dropout."""
 
     def merge(
         self, theta: Theta, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
     ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         """Kernel and bias of a plain linear with the same output."""
         raise UserError(f"{self.name} cannot be merged into the weights")
+
+
+def dropped(x: Float[Array, "*B D"], rate: float, key: PRNGKeyArray | None) -> Float[Array, "*B D"]:
+    """`x` after dropout; unchanged without a key."""
+    if key is None or not rate:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,13 +23,15 @@ TOWERS = ("vision", "llm")
 class Attached:
     """A method at one site: prepared parameters and, for edits, the mask of selected tokens.
 
-    At layered sites every leaf of `theta` and `gate` has a leading layer axis.
+    At layered sites every leaf of `theta` and `gate` has a leading layer axis; `common` is what a
+    weight delta finds in its parameters at every layer.
     """
 
     method: Edit | WeightDelta
     theta: Theta
     gate: Array | None = None
     mask: Array | None = None
+    common: Theta = dataclasses.field(default_factory=dict)
 
 
 def _apply_edit(item: Attached, theta, gate, h, key):
@@ -49,10 +51,6 @@ class _Tuned:
     theta: Theta
     linear: Callable
     key: PRNGKeyArray | None
-
-    @property
-    def kernel(self):
-        return self.linear.kernel
 
     @property
     def bias(self):
@@ -80,6 +78,7 @@ class LayerHooks:
     def linear(self, name: str, linear: Callable, x: Float[Array, "B S D"]):
         for number, item in self._tower.at(name):
             theta, _ = self._stacked[number]
+            theta = theta | item.common
             linear = _Tuned(item.method, theta, linear, self._key(number))
         return linear(x)
 

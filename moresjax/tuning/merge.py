@@ -1,11 +1,13 @@
 """Folding weight deltas into the weights they act on."""
 
+import functools
+
 import jax
 from flax import nnx
 
 from moresjax.errors import UserError
 from moresjax.tuning.attach import gated
-from moresjax.tuning.base import Edit, Method, Slots, WeightDelta
+from moresjax.tuning.base import Edit, Method, Slots, Theta, WeightDelta
 
 _IN_ATTENTION = ("q", "k", "v", "o")
 
@@ -24,19 +26,33 @@ def merged(model: nnx.Module) -> nnx.Module:
         if isinstance(method, WeightDelta):
             for site, variables in tuning.theta[key].items():
                 theta = {name: x[...] for name, x in variables.items()}
-                _merge_site(model, site, method, gated(method, theta, tuning.gates[key][site][...]))
+                theta = gated(method, theta, tuning.gates[key][site][...])
+                _merge_site(model, site, method, theta, tuning.common(key))
     model.tuning = tuning.subset(lambda method: isinstance(method, Edit | Slots))
     return model
 
 
-def _merge_site(model, site: str, method: Method, theta) -> None:
+def linear_path(site: str) -> tuple[str, ...]:
+    """Path in the model of the stacked linear that a site such as `llm.block.q` names."""
     tower, _, name = site.split(".")
-    blocks = getattr(model, tower).blocks
-    linear = getattr(blocks.attn if name in _IN_ATTENTION else blocks.mlp, name)
+    return tower, "blocks", "attn" if name in _IN_ATTENTION else "mlp", name
+
+
+def linear_at(model: nnx.Module, site: str) -> nnx.Module:
+    """The stacked linear that a site names."""
+    return functools.reduce(getattr, linear_path(site), model)
+
+
+def _merge_site(model, site: str, method: Method, theta: Theta, common: Theta) -> None:
+    linear = linear_at(model, site)
     if linear.scale is not None:
         raise UserError(f"{method.name} cannot be merged into int8 weights; load them as they are")
     bias = None if linear.bias is None else linear.bias[...]
-    kernel, bias = jax.vmap(method.merge)(theta, linear.kernel[...], bias)
+
+    def merge(theta, kernel, bias):
+        return method.merge(theta | common, kernel, bias)
+
+    kernel, bias = jax.jit(jax.vmap(merge))(theta, linear.kernel[...], bias)
     linear.kernel[...] = kernel
     if bias is not None:
         linear.bias[...] = bias

@@ -1,38 +1,175 @@
-"""Adapters: what a run trained, as one safetensors file with a description.
+"""Our own adapter folder: what a tuning trained, and which base it belongs to.
 
-`adapter.safetensors` holds every trained parameter under its name in the model; `adapter.json` says
-which method it is and what it was trained on.
+`tuning.safetensors` holds every trained parameter under its name in the model, of the layers that a
+method acts on only. `tuning.json` has the spec string and the base's fingerprint: its
+configuration, and checksums of a few values of parameters that did not train.
 """
 
 import json
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from moresjax import __version__
-from moresjax.build import trained_parameters
-from moresjax.training.config import read_config
+from moresjax.errors import UserError
+from moresjax.models.initialize import fill
+from moresjax.models.mllm import MLLM
+from moresjax.paths import matches, path_name
+from moresjax.tuning.attach import Tuning
+from moresjax.types import AnyArray
+
+DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
+FORMAT = "moresjax-tuning"
+# How a base is run, not what it is.
+_FREE = ("dtype", "remat", "unroll", "int8")
+# A checksum is of this many values, and there is one for this many parameters.
+_VALUES, _CHECKSUMS = 64, 8
 
 
-def save_adapter(workdir: str | Path, out: str | Path) -> Path:
-    """Writes the newest checkpoint of a run as an adapter; returns the safetensors path.
+def save_adapter(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = ()) -> Path:
+    """Writes the attached tuning as an adapter folder; returns the folder.
+
+    Args:
+      mllm: the tuned model.
+      folder: where to.
+      also_train: paths of other parameters that trained, such as `connector`.
 
     Raises:
-      UserError: when the folder is not a run's directory or has no checkpoint.
+      UserError: when nothing trained.
     """
-    workdir, out = Path(workdir), Path(out)
-    arrays = {name: np.asarray(x) for name, x in trained_parameters(workdir).items()}
-    config = read_config(workdir / "config.json")
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, out / "adapter.safetensors", metadata={"format": "moresjax"})
+    folder, tuning = Path(folder), mllm.tuning
+    base, trained = _split(mllm, also_train)
+    if not trained:
+        raise UserError(f"tuning {tuning.spec!r} has no parameters to save")
+    layers = _layers(tuning)
+    arrays = {name: np.asarray(x)[layers.get(_site(name), ...)] for name, x in trained.items()}
     description = {
-        "format": "moresjax-adapter",
+        "format": FORMAT,
         "version": __version__,
-        "tuning": config.tuning,
-        "also_train": list(config.also_train),
+        "spec": tuning.spec,
+        "sites": {key: [*sites] for key, sites in tuning.theta.items()},
+        "also_train": [*also_train],
         "parameters": sum(x.size for x in arrays.values()),
-        "model": config.model.to_dict(),
+        "base": {"config": mllm.config.to_dict(), "checksums": _checksums(base)},
     }
-    (out / "adapter.json").write_text(json.dumps(description, indent=2) + "\n")
-    return out / "adapter.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(arrays | _foreign(tuning), folder / TENSORS, metadata={"format": FORMAT})
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    return folder
+
+
+def load_adapter(mllm: MLLM, folder: str | Path) -> None:
+    """Attaches an adapter folder, replacing the attached tuning.
+
+    Raises:
+      UserError: when the folder is not an adapter, is damaged, or belongs to another base; the
+        model is then as it was.
+    """
+    folder = Path(folder)
+    for file in (DESCRIPTION, TENSORS):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} is not an adapter folder: it has no {file}")
+    description, arrays = (
+        json.loads((folder / DESCRIPTION).read_text()),
+        load_file(folder / TENSORS),
+    )
+    if difference := _difference(description["base"]["config"], mllm.config.to_dict()):
+        raise UserError(f"{folder} belongs to another base: {difference}")
+    tuning = Tuning(description["spec"], mllm.config)
+    tuning.initialize()
+    base, expected = _split(mllm, description["also_train"], tuning)
+    for name, checksum in description["base"]["checksums"].items():
+        if name not in base or _checksum(base[name]) != checksum:
+            raise UserError(f"{folder} belongs to another base: its {name} has other values")
+    for name in _shared(tuning):
+        if name in arrays:
+            _, _, key, leaf = name.split(".")
+            tuning.shared[key][leaf][...] = jnp.asarray(arrays.pop(name))
+    if wrong := sorted(set(expected) ^ set(arrays)):
+        raise UserError(f"{folder} lacks or should not hold: {', '.join(wrong[:8])}")
+    layers = _layers(tuning)
+    for name, x in arrays.items():
+        chosen, whole = layers.get(_site(name), ...), np.array(expected[name])
+        if whole[chosen].shape != x.shape:
+            raise UserError(
+                f"{folder}: {name} has shape {x.shape}, the model needs {whole[chosen].shape}"
+            )
+        whole[chosen] = x
+        expected[name] = whole
+    mllm.tuning = tuning
+    fill(mllm, {name: jnp.asarray(x) for name, x in expected.items()}, str(folder))
+
+
+def _split(
+    mllm: MLLM, also_train: Sequence[str], tuning: Tuning | None = None
+) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
+    """Parameters that stay and that train, with the attached tuning or with another one."""
+    tuning = mllm.tuning if tuning is None else tuning
+    flat = nnx.to_flat_state(nnx.state(mllm, nnx.Param))
+    values = {path_name(path): x.get_value() for path, x in flat if path[0] != "tuning"}
+    for path, x in nnx.to_flat_state(nnx.state(tuning, nnx.Param)):
+        values[f"tuning.{path_name(path)}"] = x.get_value()
+    patterns = (*also_train, *tuning.trains)
+    trains = {name for name in values if any(matches(name, p) for p in patterns)}
+    base = {name: x for name, x in values.items() if name not in trains}
+    return base, {name: values[name] for name in values if name in trains}
+
+
+def _site(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _layers(tuning: Tuning) -> dict[str, np.ndarray]:
+    """Flags of the layers that act, by the site's name in the model."""
+    return {
+        f"tuning.theta.{key}.{site}": np.asarray(gate[...])
+        for key, gates in tuning.gates.items()
+        for site, gate in gates.items()
+    }
+
+
+def _shared(tuning: Tuning) -> dict[str, np.ndarray]:
+    return {
+        f"tuning.shared.{key}.{leaf}": np.asarray(x)
+        for key in tuning.shared
+        for leaf, x in tuning.common(key).items()
+    }
+
+
+def _foreign(tuning: Tuning) -> dict[str, np.ndarray]:
+    """Shared arrays that are not those the spec makes: they came with an imported adapter."""
+    own = _shared(Tuning(tuning.spec, tuning.config))
+    return {n: x for n, x in _shared(tuning).items() if not np.array_equal(x, own[n])}
+
+
+def _checksums(base: Mapping[str, AnyArray]) -> dict[str, int]:
+    """Checksums of a few parameters, spread over the model.
+
+    The linears of blocks are left out: another run may hold them quantised.
+    """
+    names = sorted(n for n in base if not ("blocks" in n and n.endswith(".kernel")))
+    return {name: _checksum(base[name]) for name in names[:: -(-len(names) // _CHECKSUMS) or 1]}
+
+
+def _checksum(x: AnyArray) -> int:
+    """Of values spread over the array, as bf16: the same for a base loaded in bf16 or fp32."""
+    places = np.unravel_index(np.linspace(0, x.size - 1, _VALUES).astype(int), x.shape)
+    return zlib.crc32(np.asarray(x[places]).astype(jnp.bfloat16).tobytes())
+
+
+def _difference(stored: Mapping, ours: Mapping, place: str = "") -> str:
+    """The first field in which two configurations differ, or nothing."""
+    for name, value in stored.items():
+        at = f"{place}.{name}".lstrip(".")
+        other = ours.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            if found := _difference(value, other, at):
+                return found
+        elif name not in _FREE and json.dumps(value) != json.dumps(other):
+            return f"its {at} is {value}, here it is {other}"
+    return ""

@@ -2,7 +2,9 @@
 
 Axis legend: B batch, D features in, F features out, r rank.
 
-    y = x W + (alpha / r) dropout(x) A B,    A ~ U(-1/sqrt(D), 1/sqrt(D)),  B = 0
+    y = x W + s dropout(x) A B,    A ~ U(-1/sqrt(D), 1/sqrt(D)),  B = 0
+
+with `s = alpha / r`, or `alpha / sqrt(r)` when rank-stabilised (Kalajdzievski 2023).
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moresjax.ops import project
-from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.base import WeightDelta, dropped, register
 from moresjax.tuning.sites import linear_sites
 from moresjax.tuning.spec import check_rank
 
@@ -25,6 +27,7 @@ class LoRA(WeightDelta):
     rank: int = 8
     alpha: float = 0.0
     dropout: float = 0.0
+    rslora: bool = False
     targets: str = "all"
 
     def __post_init__(self):
@@ -32,7 +35,7 @@ class LoRA(WeightDelta):
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank if self.alpha else 2.0
+        return (self.alpha or 2.0 * self.rank) / (self.rank**0.5 if self.rslora else self.rank)
 
     def sites(self, config):
         return linear_sites(self, config, self.targets)
@@ -45,13 +48,13 @@ class LoRA(WeightDelta):
     def neutral(self, theta):
         return theta | {"b": jnp.zeros_like(theta["b"])}
 
+    def added(self, theta, x):
+        """`s x A B`."""
+        low = project(x, theta["a"].astype(x.dtype))
+        return self.scale * project(low, theta["b"].astype(x.dtype))
+
     def apply(self, theta, linear, x, key=None):
-        low = x
-        if key is not None and self.dropout:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, x.shape)
-            low = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        low = project(low, theta["a"].astype(x.dtype))
-        return linear(x) + self.scale * project(low, theta["b"].astype(x.dtype))
+        return linear(x) + self.added(theta, dropped(x, self.dropout, key))
 
     def merge(self, theta, kernel, bias):
         return kernel + (self.scale * theta["a"] @ theta["b"]).astype(kernel.dtype), bias

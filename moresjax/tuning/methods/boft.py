@@ -1,0 +1,82 @@
+"""BOFT: a product of sparse rotations of a linear's input, and a scale (Liu et al. 2023).
+
+Axis legend: D features in, F features out, m butterfly factors, n = D / b blocks, b block size.
+
+    y = s * (x R_m .. R_1 W) + bias,   R_i = P_i blockdiag(C_i1 .. C_in) P_i^T
+
+`C` is the Cayley transform of a stored matrix's skew part. `P_i` regroups features so that factor
+i mixes blocks 2^(i-1) apart, as in a fast Fourier transform.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from moresjax.errors import UserError
+from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.rotations import cayley, check_divides, rotate, skew_part
+from moresjax.tuning.sites import linear_sites
+
+
+def butterfly_order(features: int, block: int, factor: int) -> Int[np.ndarray, "D"]:
+    """Order of features before factor number `factor` (from 0): in every run of 2^factor blocks,
+    first the even half blocks, then the odd ones."""
+    halves = np.arange(features).reshape(-1, 2**factor, 2, block // 2)
+    return halves.swapaxes(1, 2).reshape(-1)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class BOFT(WeightDelta):
+    """BOFT on the linears named by `targets`."""
+
+    name = "boft"
+    whole = True
+    block_size: int = 4
+    factors: int = 1
+    targets: str = "q;v"
+
+    def sites(self, config):
+        if self.block_size % 2 or self.factors < 1:
+            raise UserError(
+                f"boft needs an even block_size and at least 1 of factors, got {self.block_size} "
+                f"and {self.factors}"
+            )
+        shapes = linear_sites(self, config, self.targets)
+        for site, (d_in, _) in shapes.items():
+            run = self.block_size * 2 ** (self.factors - 1)
+            check_divides(self, "block_size * 2^(factors-1)", run, d_in, f"inputs of {site}")
+        return shapes
+
+    def initial(self, key, d_in, d_out):
+        b = self.block_size
+        return {"matrix": jnp.zeros((self.factors, d_in // b, b, b)), "scale": jnp.ones(d_out)}
+
+    def neutral(self, theta):
+        return {"matrix": jnp.zeros_like(theta["matrix"]), "scale": jnp.ones_like(theta["scale"])}
+
+    def prepare(self, theta):
+        return {"rotation": cayley(skew_part(theta["matrix"])), "scale": theta["scale"]}
+
+    def turned(
+        self, x: Float[Array, "*B D"], rotation: Float[Array, "m n b b"], inverse: bool = False
+    ) -> Float[Array, "*B D"]:
+        """`x R_m .. R_1`, or `x` times its inverse."""
+        for factor in range(self.factors) if inverse else reversed(range(self.factors)):
+            order = butterfly_order(x.shape[-1], self.block_size, factor)
+            blocks = rotation[factor].mT if inverse else rotation[factor]
+            x = rotate(x[..., np.argsort(order)], blocks)[..., order]
+        return x
+
+    def apply(self, theta, linear, x, key=None):
+        bias = 0 if linear.bias is None else linear.bias[...].astype(x.dtype)
+        y = linear(self.turned(x, theta["rotation"])) - bias
+        return y * theta["scale"].astype(x.dtype) + bias
+
+    def merge(self, theta, kernel, bias):
+        theta = self.prepare(theta)
+        # R W = (W^T R^T)^T, and a rotation's transpose is its inverse.
+        turned = self.turned(kernel.T, theta["rotation"], inverse=True).T
+        return (turned * theta["scale"]).astype(kernel.dtype), bias

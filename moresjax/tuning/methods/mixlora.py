@@ -1,0 +1,74 @@
+"""MixLoRA: low-rank factors chosen from a pool by each example (Shen et al. 2024).
+
+Axis legend: B examples, S tokens, D features in, F features out, E pool size, r rank.
+
+    y = x W + (2E / r) sum_i (x . a_i) b_i,    a_1 .. a_r and b_1 .. b_r from pools of E
+
+The mean of an example's inputs scores the pools: `g_A = mean(x) G_A`, and with `conditional`
+factors `g_B = softmax(mean(x) G_B) + sum_i softmax(a_i G_AB_i)`; the r best of each are taken, best
+with best. As released, chosen factors are not weighted by their scores, so routers get no gradient
+and choose at random; with `scored` each factor of A is multiplied by its probability. A generated
+token is routed by itself, so cached decoding differs from one pass over the whole text. One row is
+one example: packed rows share a choice.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moresjax.errors import UserError
+from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.sites import linear_sites
+from moresjax.tuning.spec import check_rank
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class MixLoRA(WeightDelta):
+    """MixLoRA on the linears named by `targets`."""
+
+    name = "mixlora"
+    sees_tokens = True
+    factors: int = 16
+    rank: int = 4
+    conditional: bool = False
+    scored: bool = False
+    targets: str = "all"
+
+    def __post_init__(self):
+        check_rank(self)
+        if self.rank > self.factors:
+            raise UserError(f"mixlora:rank={self.rank} exceeds its factors={self.factors}")
+
+    def sites(self, config):
+        return linear_sites(self, config, self.targets)
+
+    def initial(self, key, d_in, d_out):
+        pools = 3 + self.rank * self.conditional
+        # In one draw: the pool of A, both routers, and one router for each chosen factor.
+        shape, bound = (pools, d_in, self.factors), d_in**-0.5
+        drawn = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+        theta = {"a": drawn[0].T, "b": jnp.zeros((self.factors, d_out))}
+        theta |= {"router_a": drawn[1], "router_b": drawn[2]}
+        return theta | ({"router_ab": drawn[3:]} if self.conditional else {})
+
+    def neutral(self, theta):
+        return theta | {"b": jnp.zeros_like(theta["b"])}
+
+    def apply(self, theta, linear, x, key=None):
+        tokens = theta["tokens"][..., None]
+        mean = jnp.where(tokens, x, 0).astype(jnp.float32).sum(1) / jnp.maximum(tokens.sum(1), 1)
+        score = mean @ theta["router_a"]
+        _, chosen = jax.lax.top_k(score, self.rank)
+        a = theta["a"][chosen]  # [B, r, D]
+        score_b = jax.nn.softmax(mean @ theta["router_b"])
+        if self.conditional:
+            own = jnp.einsum("brd,rde->bre", a, theta["router_ab"])
+            score_b = score_b + jax.nn.softmax(own).sum(1)
+        b = theta["b"][jax.lax.top_k(score_b, self.rank)[1]]  # [B, r, F]
+        if self.scored:
+            a = a * jnp.take_along_axis(jax.nn.softmax(score), chosen, axis=1)[..., None]
+        low = jnp.einsum("bsd,brd->bsr", x, a.astype(x.dtype))
+        scale = 2 * self.factors / self.rank
+        return linear(x) + scale * jnp.einsum("bsr,brf->bsf", low, b.astype(x.dtype))

@@ -1,0 +1,50 @@
+"""OFT as `peft` 0.10 had it, and LLaVA Steering used it: rotations of a linear's output.
+
+Axis legend: F features out, n blocks of b = F / n features.
+
+    y = (x W) blockdiag(R_1 .. R_n) + bias,   R_i = (I - Q)(I + Q)^-1,   Q = (M_i - M_i^T) / 2
+
+Every block stores all of M_i (b x b), about twice what it can use.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.rotations import cayley, check_divides, rotate, skew_part
+from moresjax.tuning.sites import linear_sites
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class LegacyOFT(WeightDelta):
+    """The first OFT of `peft` on the linears named by `targets`."""
+
+    name = "oft-legacy"
+    whole = True
+    blocks: int = 16
+    targets: str = "q;k;v"
+
+    def sites(self, config):
+        shapes = linear_sites(self, config, self.targets)
+        for site, (_, d_out) in shapes.items():
+            check_divides(self, "blocks", self.blocks, d_out, f"outputs of {site}")
+        return shapes
+
+    def initial(self, key, d_in, d_out):
+        size = d_out // self.blocks
+        return {"matrix": jnp.zeros((self.blocks, size, size))}
+
+    def neutral(self, theta):
+        return {"matrix": jnp.zeros_like(theta["matrix"])}
+
+    def prepare(self, theta):
+        return {"rotation": cayley(skew_part(theta["matrix"]))}
+
+    def apply(self, theta, linear, x, key=None):
+        bias = 0 if linear.bias is None else linear.bias[...].astype(x.dtype)
+        return rotate(linear(x) - bias, theta["rotation"]) + bias
+
+    def merge(self, theta, kernel, bias):
+        return rotate(kernel, self.prepare(theta)["rotation"]).astype(kernel.dtype), bias

@@ -1,0 +1,74 @@
+"""VeRA: trained vectors around one pair of random matrices (Kopiczko et al. 2024).
+
+Axis legend: D features in, F features out, r rank, D*, F* the widest of all tuned linears.
+
+    y = x W + lambda_b * ((lambda_d * (dropout(x) A)) B),   lambda_b = 0,  lambda_d = 0.1
+
+`A` (D* x r) and `B` (r x F*) are frozen, shared by all layers and linears, and cut to their widths.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from moresjax.ops import project
+from moresjax.tuning.base import WeightDelta, dropped, register
+from moresjax.tuning.sites import linear_sites
+from moresjax.tuning.spec import check_rank
+
+
+def torch_uniform(rng: np.random.RandomState, shape: tuple[int, int]) -> Float[np.ndarray, "a b"]:
+    """PyTorch's Kaiming-uniform matrix `[rows, fan_in]` from the Mersenne twister of `rng`.
+
+    PyTorch makes a float of the low 24 bits of every word, so the projections of an adapter that
+    `peft` saved without them can be made again from its seed.
+    """
+    words = rng.randint(0, 1 << 32, shape, np.uint32) & ((1 << 24) - 1)
+    bound = np.float32((6 / shape[1]) ** 0.5).astype(np.float64)
+    return (words * 2.0**-24 * (2 * bound) - bound).astype(np.float32)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class VeRA(WeightDelta):
+    """VeRA on the linears named by `targets`; `seed` makes the random matrices."""
+
+    name = "vera"
+    rank: int = 256
+    dropout: float = 0.0
+    seed: int = 0
+    targets: str = "q;v"
+
+    def __post_init__(self):
+        check_rank(self)
+
+    def sites(self, config):
+        return linear_sites(self, config, self.targets)
+
+    def shared(self, config):
+        widest = np.max(list(self.sites(config).values()), axis=0)
+        rng = np.random.RandomState(self.seed)
+        a = torch_uniform(rng, (self.rank, int(widest[0])))
+        b = torch_uniform(rng, (int(widest[1]), self.rank))
+        return {"a": a.T, "b": b.T}
+
+    def initial(self, key, d_in, d_out):
+        return {"lambda_d": jnp.full(self.rank, 0.1), "lambda_b": jnp.zeros(d_out)}
+
+    def neutral(self, theta):
+        return theta | {"lambda_b": jnp.zeros_like(theta["lambda_b"])}
+
+    def factors(self, theta, d_in, dtype):
+        """The two low-rank factors of one linear."""
+        b = theta["b"][:, : len(theta["lambda_b"])] * theta["lambda_b"]
+        return (theta["a"][:d_in] * theta["lambda_d"]).astype(dtype), b.astype(dtype)
+
+    def apply(self, theta, linear, x, key=None):
+        a, b = self.factors(theta, x.shape[-1], x.dtype)
+        return linear(x) + project(project(dropped(x, self.dropout, key), a), b)
+
+    def merge(self, theta, kernel, bias):
+        a, b = self.factors(theta, len(kernel), jnp.float32)
+        return kernel + (a @ b).astype(kernel.dtype), bias

@@ -1,0 +1,286 @@
+"""Adapter folders of Hugging Face `peft`, in and out: `adapter_config.json` and
+`adapter_model.safetensors`.
+
+A tensor's name is `base_model.model.`, the module's path in the `transformers` model, and the
+parameter. Target modules are written as a regex over whole paths, which no vision tower matches.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from moresjax.errors import UserError, choice_error
+from moresjax.models.decoder import Decoder, DecoderConfig
+from moresjax.models.initialize import fill
+from moresjax.models.mllm import MLLM
+from moresjax.paths import matches, path_name
+from moresjax.tuning.attach import Tuning
+from moresjax.tuning.base import METHODS
+from moresjax.tuning.merge import linear_at, linear_path
+from moresjax.tuning.methods.ln import NormTuning
+from moresjax.tuning.spec import format_spec
+from moresjax.weights import tables
+from moresjax.weights.configs import LLM_TABLES
+from moresjax.weights.peft_formats import (
+    NORMS,
+    PEFT_TYPES,
+    PEFT_VERSION,
+    Format,
+    format_of,
+    read_format,
+)
+from moresjax.weights.sources import Source, module_sources
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONNECTOR = "multi_modal_projector"
+Arrays = dict[str, np.ndarray]
+
+
+def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> Path:
+    """Writes the attached method as an adapter folder of `peft`; returns the folder.
+
+    Args:
+      mllm: a model with one attached method.
+      folder: where to.
+      connector: also write the connector of a LLaVA, as one of `modules_to_save`.
+
+    Raises:
+      UserError: when `peft` has no such method, or cannot hold the combination.
+    """
+    if len(mllm.tuning.methods) != 1:
+        raise UserError(f"peft holds one method, the model's tuning is {mllm.tuning.spec!r}")
+    method, folder = mllm.tuning.methods[0][1], Path(folder)
+    norms = isinstance(method, NormTuning)
+    arrays, config = _norms_out(mllm) if norms else _linears_out(mllm, format_of(method))
+    if connector:
+        parameters = _parameters(mllm)
+        for source in _connector_sources(mllm):
+            arrays |= source.to_tensors(np.asarray(parameters[path_name(source.path)]))
+        config["modules_to_save"] = [CONNECTOR]
+    config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "peft_version": PEFT_VERSION}
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {_file_name(n): np.ascontiguousarray(x, np.float32) for n, x in arrays.items()}
+    save_file(named, folder / TENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def _linears_out(mllm: MLLM, form: Format) -> tuple[Arrays, dict]:
+    key, method = mllm.tuning.methods[0]
+    arrays, patterns, on_input = {}, [], []
+    for site, variables in mllm.tuning.theta[key].items():
+        if not site.startswith("llm."):
+            raise UserError(f"an adapter of peft is written for the LLM only, not for {site}")
+        name, kernel = _linear_name(mllm, site), linear_at(mllm, site).dense()
+        layers = np.flatnonzero(mllm.tuning.gates[key][site][...]).tolist()
+        for leaf, x in variables.items():
+            for i in layers:
+                value = form.leaves[leaf].to_peft(np.asarray(x[i]), kernel[i])
+                arrays[f"{name.format(i)}.{form.leaves[leaf].name}"] = value
+        choice = layers if len(layers) < len(kernel) else None
+        patterns.append(_pattern(name, choice))
+        if "scale_in" in variables:
+            on_input.append(patterns[-1])
+    for leaf, x in mllm.tuning.common(key).items():
+        arrays[form.shared[leaf].name] = form.shared[leaf].to_peft(np.asarray(x), None)
+    config = {"peft_type": form.peft_type, **form.config(method), **form.neutral}
+    config["target_modules"] = "|".join(patterns)
+    if form.peft_type == "IA3":
+        config["feedforward_modules"] = "|".join(on_input) or []
+    return arrays, config
+
+
+def _norms_out(mllm: MLLM) -> tuple[Arrays, dict]:
+    arrays, parameters = {}, _parameters(mllm)
+    for ours, names in _norm_names(mllm).items():
+        stacked = np.asarray(parameters[ours]).reshape(len(names), -1)
+        arrays |= dict(zip(names, stacked, strict=True))
+    modules = {name.partition(".ln_tuning_layers.")[0] for name in arrays}
+    # Where a whole stack of layers is meant, the numbers say no more than \d+ would.
+    patterns = sorted({_pattern(re.sub(r"\.\d+\.", ".{}.", _in_model(mllm, m))) for m in modules})
+    arrays = {_in_model(mllm, name): x for name, x in arrays.items()}
+    return arrays, {"peft_type": NORMS, "target_modules": "|".join(patterns)}
+
+
+def import_peft(folder: str | Path, mllm: MLLM) -> str:
+    """Attaches an adapter folder of `peft`, replacing the attached tuning; returns its spec string.
+
+    LN tuning and a saved connector replace parameters of the model itself.
+
+    Raises:
+      UserError: when the folder is not a safetensors adapter, its method or one of its settings
+        is not supported, or its tensors are not those of this model; the message lists them.
+    """
+    folder = Path(folder)
+    for file in (CONFIG, TENSORS):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} is not an adapter of peft: it has no {file}")
+    config = json.loads((folder / CONFIG).read_text())
+    if config.get("peft_type") not in PEFT_TYPES:
+        raise choice_error("peft_type", config.get("peft_type"), PEFT_TYPES)
+    source = {
+        _relative(n): np.asarray(x, np.float32) for n, x in load_file(folder / TENSORS).items()
+    }
+    tensors = _Tensors(source, str(folder))
+    base: Arrays = {}
+    if CONNECTOR in (config.get("modules_to_save") or ()):
+        for source in _connector_sources(mllm):
+            tensor = tensors.take(source.names[0], source.tensor_shape)
+            base[path_name(source.path)] = source.to_ours(tensor, (slice(None),) * tensor.ndim)
+    if config["peft_type"] == NORMS:
+        tuning = Tuning(NormTuning.name, mllm.config)
+        shapes = {n: x.shape for n, x in _parameters(mllm).items()}
+        for ours, names in _norm_names(mllm).items():
+            rows = [tensors.take(name, shapes[ours][-1:]) for name in names]
+            base[ours] = np.stack(rows).reshape(shapes[ours])
+    else:
+        tuning = _linears_in(mllm, read_format(config), config, tensors)
+    tensors.finish()
+    fill(mllm, {name: jnp.asarray(x) for name, x in base.items()}, str(folder))
+    mllm.tuning = tuning
+    return tuning.spec
+
+
+def _linears_in(mllm: MLLM, form: Format, config: Mapping, tensors: "_Tensors") -> Tuning:
+    linears = [f"llm.block.{name}" for name in mllm.config.llm.linears()]
+    names = {site: _relative(_linear_name(mllm, site)) for site in linears}
+    layers = range(mllm.config.llm.num_layers)
+    ends = {leaf.name for leaf in form.leaves.values()}
+    found = {
+        site: [i for i in layers if any(f"{name.format(i)}.{end}" in tensors.left for end in ends)]
+        for site, name in names.items()
+    }
+    found = {site: chosen for site, chosen in found.items() if chosen}
+    chosen = next(iter(found.values()), [])
+    if not found:
+        raise UserError(
+            f"{tensors.source} holds no {form.method} of this model's LLM, only: "
+            f"{', '.join([*tensors.left][:8])}"
+        )
+    if any(other != chosen for other in found.values()):
+        raise UserError(
+            f"{tensors.source}: the adapter must act on the same layers at every linear, it acts "
+            f"on {found}"
+        )
+    examples = {
+        end: x for name, x in tensors.left.items() for end in ends if name.endswith(f".{end}")
+    }
+    method = METHODS[form.method](
+        **form.keys(config, examples),
+        targets="all" if list(found) == linears else ";".join(s.split(".")[-1] for s in found),
+        layers="all" if chosen == [*layers] else ";".join(map(str, chosen)),
+    )
+    tuning = Tuning(format_spec([method]), mllm.config)
+    tuning.initialize()
+    for site in found:
+        kernel = linear_at(mllm, site).dense()
+        for leaf, variable in tuning.theta[form.method][site].items():
+            values = np.array(variable[...])
+            for i in chosen:
+                shape = form.leaves[leaf].to_peft(values[i], kernel[i]).shape
+                x = tensors.take(f"{names[site].format(i)}.{form.leaves[leaf].name}", shape)
+                values[i] = form.leaves[leaf].to_ours(x, kernel[i])
+            variable[...] = jnp.asarray(values)
+    for leaf, x in tuning.common(form.method).items():
+        # Without them in the file, the seed has made the ones that peft would make.
+        if form.shared[leaf].name in tensors.left:
+            stored = tensors.take(form.shared[leaf].name, x.shape[::-1])
+            tuning.shared[form.method][leaf][...] = form.shared[leaf].to_ours(stored, None)
+    return tuning
+
+
+class _Tensors:
+    """The tensors of a file that nothing has asked for yet, and the names of those it lacks."""
+
+    def __init__(self, arrays: Arrays, source: str):
+        self.left, self.source, self.missing = dict(arrays), source, []
+
+    def take(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        x = self.left.pop(name, None)
+        if x is None:
+            self.missing.append(name)
+            return np.zeros(shape or (), np.float32)
+        if shape is not None and x.shape != shape:
+            raise UserError(f"{self.source}: {name} has shape {x.shape}, the model needs {shape}")
+        return x
+
+    def finish(self) -> None:
+        for what, names in (("lacks", self.missing), ("holds unknown", [*self.left])):
+            if names:
+                listed = ", ".join(names[:8])
+                raise UserError(f"{self.source} {what} tensors ({len(names)}): {listed}")
+
+
+# Names
+
+
+def _llm_table(config: DecoderConfig) -> dict[str, str]:
+    """The name table of the family with exactly this decoder's modules."""
+    paths = [path_name(p) for p, _ in nnx.to_flat_state(nnx.state(Decoder(config), nnx.Param))]
+
+    def covers(table):
+        return all(path in table or path.rpartition(".")[0] in table for path in paths)
+
+    return min((t for t in LLM_TABLES.values() if covers(t)), key=len)
+
+
+def _linear_name(mllm: MLLM, site: str) -> str:
+    """Path of a linear in the `transformers` model, `{}` for the layer."""
+    name = _llm_table(mllm.config.llm)[".".join(linear_path(site)[1:])]
+    return _in_model(mllm, name)
+
+
+def _norm_names(mllm: MLLM) -> dict[str, list[str]]:
+    """For each of our norm parameters the names of its layers, as for an LLM alone."""
+    table, names = _llm_table(mllm.config.llm), {}
+    for source in module_sources(mllm.llm, table):
+        ours = f"llm.{path_name(source.path)}"
+        if any(matches(ours, pattern) for pattern in NormTuning.trains):
+            split = (name.rpartition(".") for name in source.names)
+            names[ours] = [f"{module}.ln_tuning_layers.{leaf}" for module, _, leaf in split]
+    return names
+
+
+def _connector_sources(mllm: MLLM) -> list[Source]:
+    """Where every parameter of a LLaVA's connector is."""
+    if mllm.connector is None or mllm.config.connector != "mlp2x_gelu":
+        raise UserError("an adapter of peft holds a connector of kind mlp2x_gelu only")
+    sources = module_sources(mllm.connector, tables.LLAVA_CONNECTOR)
+    return [source.under("connector", "", "model.") for source in sources]
+
+
+def _in_model(mllm: MLLM, name: str) -> str:
+    """An LLM's module in the whole model, which may be a LLaVA."""
+    return name.replace("model.", "model.language_model.", 1) if mllm.config.vision else name
+
+
+def _file_name(name: str) -> str:
+    return name if name.startswith("base_model.") else f"base_model.model.{name}"
+
+
+def _relative(name: str) -> str:
+    """A tensor's name as in the LLM alone, whatever layout of LLaVA its file has."""
+    name = name.removeprefix("base_model.model.")
+    for old, new in tables.FILE_PREFIXES.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+            break
+    return name.replace("model.language_model.", "model.", 1)
+
+
+def _pattern(name: str, layers: Iterable[int] | None = None) -> str:
+    """Regex of a module in all layers, or in some."""
+    number = r"\d+" if layers is None else f"({'|'.join(map(str, layers))})"
+    return number.join(re.escape(piece) for piece in name.split("{}"))
+
+
+def _parameters(mllm: MLLM) -> dict[str, jax.Array]:
+    flat = nnx.to_flat_state(nnx.state(mllm, nnx.Param))
+    return {path_name(path): variable.get_value() for path, variable in flat}

@@ -1,0 +1,241 @@
+"""How each of our methods looks in an adapter folder of `peft`: one `Format` per method.
+
+Axis legend: D features in, F features out. Their matrices are `[out, in]`, ours `[in, out]`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from moresjax.errors import UserError, choice_error
+from moresjax.tuning.base import Method
+from moresjax.tuning.methods.dora import lengths
+
+# The version whose conventions we write; older readers and writers of OFT differ.
+PEFT_VERSION = "0.21.2"
+FIRST_OFT = (0, 18)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One of our arrays in a file: the end of its name, and the conversion both ways.
+
+    Conversions also take the kernel `[D, F]` of the linear.
+    """
+
+    name: str
+    to_peft: Callable = lambda x, kernel: x
+    to_ours: Callable = lambda x, kernel: x
+
+
+def _transposed(name: str) -> Leaf:
+    return Leaf(name, lambda x, kernel: x.T, lambda x, kernel: x.T)
+
+
+def _column(name: str) -> Leaf:
+    return Leaf(name, lambda x, kernel: x[:, None], lambda x, kernel: x[:, 0])
+
+
+_LORA = {"a": _transposed("lora_A.weight"), "b": _transposed("lora_B.weight")}
+_MAGNITUDE = Leaf(
+    "lora_magnitude_vector",
+    lambda x, kernel: x + np.asarray(lengths(kernel)),
+    lambda x, kernel: x - np.asarray(lengths(kernel)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A method's files.
+
+    Attributes:
+      method: our name of the method.
+      peft_type: theirs.
+      leaves: our parameters of one linear.
+      config: the settings of `adapter_config.json` that follow from the method.
+      keys: the method's keys from those settings and from one array per name in `leaves`.
+      neutral: settings that change what the adapter computes, with the value that does not.
+      shared: arrays that all linears use, by our name.
+    """
+
+    method: str
+    peft_type: str
+    leaves: Mapping[str, Leaf]
+    config: Callable[[Any], dict]
+    keys: Callable[[Mapping, Mapping[str, np.ndarray]], dict]
+    neutral: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shared: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)
+
+
+def _lora_config(method) -> dict:
+    return {
+        "r": method.rank,
+        "lora_alpha": method.alpha or 2 * method.rank,
+        "lora_dropout": method.dropout,
+        "use_rslora": method.rslora,
+        "use_dora": method.name == "dora",
+    }
+
+
+def _lora_keys(config, arrays) -> dict:
+    return {
+        "rank": config["r"],
+        "alpha": float(config["lora_alpha"]),
+        "dropout": float(config.get("lora_dropout", 0)),
+        "rslora": config.get("use_rslora", False),
+    }
+
+
+_LORA_NEUTRAL = {
+    "bias": "none",
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "use_qalora": False,
+}
+
+
+def _oft_config(method) -> dict:
+    return {
+        "r": 0,
+        "oft_block_size": method.block_size,
+        "use_cayley_neumann": method.cayley == "neumann",
+        "num_cayley_neumann_terms": 5,
+    }
+
+
+def _oft_keys(config, arrays) -> dict:
+    neumann = config.get("use_cayley_neumann", True)
+    version = config.get("peft_version") or "0"
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if neumann and found < FIRST_OFT:
+        raise UserError(
+            f"the adapter's OFT is of peft {version}, whose Cayley-Neumann series is another one; "
+            "peft 0.18 or newer is needed"
+        )
+    # The stored size, because peft silently changes one that does not divide the features.
+    elements = arrays["oft_R.weight"].shape[1]
+    size = (1 + math.isqrt(1 + 8 * elements)) // 2
+    return {"block_size": size, "cayley": "neumann" if neumann else "exact"}
+
+
+def _boft_config(method) -> dict:
+    return {
+        "boft_block_size": method.block_size,
+        "boft_block_num": 0,
+        "boft_n_butterfly_factor": method.factors,
+        "boft_dropout": 0.0,
+    }
+
+
+def _boft_keys(config, arrays) -> dict:
+    factors, _, size, _ = arrays["boft_R"].shape
+    return {"block_size": size, "factors": factors}
+
+
+def _vera_config(method) -> dict:
+    return {
+        "r": method.rank,
+        "vera_dropout": method.dropout,
+        "projection_prng_key": method.seed,
+        "save_projection": True,
+    }
+
+
+def _vera_keys(config, arrays) -> dict:
+    return {
+        "rank": config["r"],
+        "dropout": float(config.get("vera_dropout", 0)),
+        "seed": config.get("projection_prng_key", 0),
+    }
+
+
+FORMATS = (
+    Format("lora", "LORA", _LORA, _lora_config, _lora_keys, _LORA_NEUTRAL),
+    Format(
+        "dora",
+        "LORA",
+        _LORA | {"longer": _MAGNITUDE},
+        _lora_config,
+        _lora_keys,
+        _LORA_NEUTRAL,
+    ),
+    Format(
+        "ia3",
+        "IA3",
+        {
+            "scale_in": Leaf("ia3_l", lambda x, kernel: x[None], lambda x, kernel: x[0]),
+            "scale_out": _column("ia3_l"),
+        },
+        lambda method: {},
+        lambda config, arrays: {},
+    ),
+    Format(
+        "oft",
+        "OFT",
+        {"skew": Leaf("oft_R.weight")},
+        _oft_config,
+        _oft_keys,
+        {
+            "bias": "none",
+            "coft": False,
+            "block_share": False,
+            "module_dropout": 0.0,
+            "num_cayley_neumann_terms": 5,
+        },
+    ),
+    Format(
+        "boft",
+        "BOFT",
+        {"matrix": Leaf("boft_R"), "scale": _column("boft_s")},
+        _boft_config,
+        _boft_keys,
+        {"bias": "none"},
+    ),
+    Format(
+        "vera",
+        "VERA",
+        {"lambda_d": Leaf("vera_lambda_d"), "lambda_b": Leaf("vera_lambda_b")},
+        _vera_config,
+        _vera_keys,
+        {"bias": "none"},
+        {"a": _transposed("base_model.vera_A"), "b": _transposed("base_model.vera_B")},
+    ),
+)
+NORMS = "LN_TUNING"
+PEFT_TYPES = tuple(dict.fromkeys((*(f.peft_type for f in FORMATS), NORMS)))
+
+
+def format_of(method: Method) -> Format:
+    """The format of one of our methods.
+
+    Raises:
+      UserError: when `peft` has none.
+    """
+    for form in FORMATS:
+        if form.method == method.name:
+            return form
+    raise choice_error("method for peft", method.name, [*(f.method for f in FORMATS), "ln"])
+
+
+def read_format(config: Mapping) -> Format:
+    """The format of a folder with this `adapter_config.json`.
+
+    Raises:
+      UserError: for a setting that our method does not have.
+    """
+    name = "dora" if config.get("use_dora") else None
+    form = next(
+        f for f in FORMATS if f.peft_type == config["peft_type"] and name in (None, f.method)
+    )
+    for key, neutral in form.neutral.items():
+        value = config.get(key, neutral)
+        if value != neutral and (value or neutral):
+            raise UserError(f"an adapter of peft with {key}={value!r} is not supported")
+    return form

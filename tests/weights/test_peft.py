@@ -1,0 +1,245 @@
+"""Adapter folders of `peft`: its random adapters give its logits here, and ours there."""
+
+import copy
+import json
+import re
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from moresjax.errors import UserError
+from moresjax.model import Model
+from moresjax.models.mllm import MLLMConfig
+from moresjax.tuning.methods.vera import VeRA
+from moresjax.weights.hf import build_model, decoder_config, import_state, llava_config
+from moresjax.weights.peft import export_peft, import_peft
+
+VOCAB, IMAGE_ID = 31, 30
+TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+TOWER = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+QKV = ["q_proj", "k_proj", "v_proj"]
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+ADAPTERS = {
+    "lora:rank=3,alpha=7.0,rslora=true,targets=q;k;v": peft.LoraConfig(
+        r=3, lora_alpha=7, use_rslora=True, target_modules=QKV
+    ),
+    "lora:layers=1,rank=2,alpha=8.0,targets=up": peft.LoraConfig(
+        r=2, target_modules=["up_proj"], layers_to_transform=[1]
+    ),
+    "dora:rank=3,alpha=8.0,targets=q;up": peft.LoraConfig(
+        r=3, use_dora=True, target_modules=["q_proj", "up_proj"]
+    ),
+    "ia3:targets=k;down": peft.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "oft:block_size=4": peft.OFTConfig(oft_block_size=4, target_modules=QKV),
+    "oft:block_size=2,cayley=exact": peft.OFTConfig(
+        r=8, oft_block_size=0, use_cayley_neumann=False, target_modules=QKV
+    ),
+    "boft": peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj", "v_proj"]),
+    "vera:rank=5,seed=3,targets=q;down": peft.VeraConfig(
+        r=5, projection_prng_key=3, target_modules=["q_proj", "down_proj"]
+    ),
+    "ln": peft.LNTuningConfig(target_modules=NORMS),
+}
+
+
+class Base:
+    """A random model of `transformers`, and ours with its weights."""
+
+    def __init__(self, kind, config):
+        torch.manual_seed(0)
+        self.oracle = kind(config).eval()
+        for parameter in self.oracle.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        hf = config.to_dict()
+        is_llava = hf["model_type"] == "llava"
+        self.config = llava_config(hf) if is_llava else MLLMConfig(llm=decoder_config(hf))
+        tensors = {name: x.numpy().copy() for name, x in self.oracle.state_dict().items()}
+        self.state = import_state(self.config, hf, tensors)
+        rng = np.random.default_rng(0)
+        self.inputs = {"input_ids": rng.integers(1, IMAGE_ID, (2, 7))}
+        if is_llava:
+            self.inputs["input_ids"][:, 1:5] = IMAGE_ID
+            self.inputs["pixel_values"] = rng.standard_normal((2, 3, 8, 8)).astype(np.float32)
+
+    def ours(self):
+        return build_model(self.config, self.state)
+
+    def adapted(self, config, scale=0.2):
+        """A model of `peft` with noise on all that trains."""
+        theirs = peft.get_peft_model(copy.deepcopy(self.oracle), copy.deepcopy(config)).eval()
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.data += scale * torch.randn_like(parameter)
+        return theirs
+
+    def from_folder(self, folder):
+        return peft.PeftModel.from_pretrained(copy.deepcopy(self.oracle), folder).eval()
+
+    def their_logits(self, model):
+        with torch.no_grad():
+            return model(**{k: torch.tensor(x) for k, x in self.inputs.items()}).logits.numpy()
+
+    def our_logits(self, mllm):
+        return np.asarray(Model(mllm, None).logits(image_token_id=IMAGE_ID, **self.inputs))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return Base(LlamaForCausalLM, LlamaConfig(**TEXT))
+
+
+@pytest.fixture(scope="module")
+def phi():
+    text = {k: x for k, x in TEXT.items() if k != "num_key_value_heads"}
+    return Base(PhiForCausalLM, PhiConfig(**text))
+
+
+@pytest.fixture(scope="module")
+def llava():
+    text, vision = LlamaConfig(**TEXT), CLIPVisionConfig(**TOWER)
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_ID)
+    return Base(LlavaForConditionalGeneration, config)
+
+
+def check_both_directions(base, config, spec, tmp_path):
+    theirs = base.adapted(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = base.their_logits(theirs)
+    assert np.abs(expected - base.their_logits(base.oracle)).max() > 1e-2
+    model = base.ours()
+    assert import_peft(tmp_path / "theirs", model) == spec
+    assert model.tuning.spec == spec
+    np.testing.assert_allclose(base.our_logits(model), expected, atol=1e-5)
+    again = base.from_folder(export_peft(model, tmp_path / "ours"))
+    np.testing.assert_allclose(base.their_logits(again), expected, atol=1e-5)
+    return model
+
+
+@pytest.mark.parametrize("spec", ADAPTERS)
+def test_an_adapter_gives_the_same_logits_in_both_directions(llama, spec, tmp_path):
+    check_both_directions(llama, ADAPTERS[spec], spec, tmp_path)
+
+
+def test_lora_on_all_linears_of_phi(phi, tmp_path):
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules="all-linear")
+    check_both_directions(phi, config, "lora:rank=2,alpha=4.0", tmp_path)
+
+
+def test_lora_on_a_llava_with_its_connector_leaves_the_vision_tower_alone(llava, tmp_path):
+    pattern = r".*language_model.*\.(q_proj|v_proj)"
+    config = peft.LoraConfig(r=2, target_modules=pattern, modules_to_save=["multi_modal_projector"])
+    theirs = llava.adapted(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = llava.their_logits(theirs)
+    model = llava.ours()
+    assert import_peft(tmp_path / "theirs", model) == "lora:rank=2,alpha=8.0,targets=q;v"
+    np.testing.assert_allclose(llava.our_logits(model), expected, atol=1e-5)
+    again = llava.from_folder(export_peft(model, tmp_path / "ours", connector=True))
+    np.testing.assert_allclose(llava.their_logits(again), expected, atol=1e-5)
+    assert not [n for n, _ in again.named_parameters() if "vision" in n and "lora" in n]
+
+    # Adapters written before transformers 4.52 have the module levels the other way round.
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    old = {
+        re.sub("model.language_model.", "language_model.model.", n): x
+        for n, x in load_file(file).items()
+    }
+    assert old.keys() != load_file(file).keys()
+    save_file(old, file)
+    model = llava.ours()
+    import_peft(tmp_path / "theirs", model)
+    np.testing.assert_allclose(llava.our_logits(model), expected, atol=1e-5)
+
+
+def test_the_projections_of_vera_are_those_that_peft_makes_of_the_seed(llama, tmp_path):
+    config = peft.VeraConfig(r=5, projection_prng_key=3, target_modules=["q_proj", "down_proj"])
+    theirs = llama.adapted(config)
+    shared = VeRA(rank=5, seed=3, targets="q;down").shared(llama.config)
+    np.testing.assert_array_equal(shared["a"].T, theirs.base_model.vera_A["default"].numpy())
+    np.testing.assert_array_equal(shared["b"].T, theirs.base_model.vera_B["default"].numpy())
+
+
+def write(folder, config, arrays):
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(arrays, folder / "adapter_model.safetensors")
+
+
+def test_what_would_load_as_something_else_is_refused(llama, tmp_path):
+    model = llama.ours()
+    model.attach("lora:rank=2,targets=q")
+    folder = export_peft(model, tmp_path / "good")
+    good = json.loads((folder / "adapter_config.json").read_text())
+    arrays = load_file(folder / "adapter_model.safetensors")
+    name = next(iter(arrays))
+    cases = [
+        (good | {"peft_type": "LOHA"}, arrays, r"unknown peft_type 'LOHA'.*LORA.*LN_TUNING"),
+        (good | {"alpha_pattern": {"q_proj": 4}}, arrays, r"alpha_pattern=.* is not supported"),
+        (good | {"use_dora": True}, arrays, r"lacks tensors \(2\).*lora_magnitude_vector"),
+        (good, arrays | {"base_model.model.lm_head.weight": arrays[name]}, r"unknown .*lm_head"),
+        (good, {n: x for n, x in arrays.items() if n != name}, r"lacks tensors \(1\).*lora_A"),
+        (
+            good,
+            arrays | {name: arrays[name][:1]},
+            r"has shape \(1, 16\), the model needs \(2, 16\)",
+        ),
+    ]
+    model.attach("oft:block_size=4")
+    folder = export_peft(model, tmp_path / "oft")
+    turned = json.loads((folder / "adapter_config.json").read_text())
+    vectors = load_file(folder / "adapter_model.safetensors")
+    second = {n.replace("oft_R.weight", "oft_r"): x for n, x in vectors.items()}
+    cases += [
+        (turned | {"peft_version": "0.17.1"}, vectors, r"OFT is of peft 0\.17\.1"),
+        (turned | {"coft": True}, vectors, r"coft=True is not supported"),
+        (turned, second, r"no oft of this model's LLM, only: .*oft_r"),
+    ]
+    for config, tensors, message in cases:
+        write(tmp_path / "bad", config, tensors)
+        with pytest.raises(UserError, match=message):
+            import_peft(tmp_path / "bad", model)
+        assert model.tuning.spec == "oft:block_size=4"
+    with pytest.raises(UserError, match=r"no adapter_config\.json"):
+        import_peft(tmp_path, model)
+
+
+def test_only_one_method_that_peft_knows_is_exported(llama, tmp_path):
+    model = llama.ours()
+    for spec, message in (
+        ("ia3:targets=q/ia3:targets=k", "peft holds one method"),
+        ("mixlora:targets=q", r"unknown method for peft 'mixlora'.*lora.*vera.*ln"),
+        ("oft-legacy:blocks=2", r"unknown method for peft 'oft-legacy'"),
+    ):
+        model.attach(spec)
+        with pytest.raises(UserError, match=message):
+            export_peft(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
