@@ -9,7 +9,7 @@ from flax import nnx
 
 from moresjax.data.images import ImageProcessor
 from moresjax.data.pipeline import make_iterator, make_source
-from moresjax.data.processor import Processor
+from moresjax.data.processor import Processor, word_ids
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError, choice_error
 from moresjax.models.connector import connector_tokens
@@ -22,6 +22,7 @@ from moresjax.models.zoo import ENCODERS, LLMS
 from moresjax.paths import path_name
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.config import RANDOM, read_config
+from moresjax.tuning.attach import Tuning
 from moresjax.weights.hf import load_pretrained, pretrained_config
 from moresjax.weights.parts import check_same_encoder, is_vision_folder, load_vision
 
@@ -105,6 +106,15 @@ def load_tokenizer(name: str):
     return AutoTokenizer.from_pretrained(name, local_files_only=True)
 
 
+def name_words(tuning: Tuning, tokenizer) -> None:
+    """Tells a tuning the token ids of the words that its selectors name.
+
+    Raises:
+      UserError: for a word that is no token.
+    """
+    tuning.words = tuple((word, word_ids(tokenizer, word)) for word in tuning.selected_words)
+
+
 def build_model(config, *, root: str | Path = ".") -> nnx.Module:
     """The model of a configuration with its initial weights and fresh tuning parameters.
 
@@ -121,6 +131,8 @@ def build_model(config, *, root: str | Path = ".") -> nnx.Module:
             raise UserError("objective patch_classes needs one vision encoder, this is a pair")
         return initialize(PatchClassifier(vision, tuple(config.model.classes)), config.seed)
     model = MLLM(model_config(config), config.tuning)
+    if model.tuning.selected_words:
+        name_words(model.tuning, load_tokenizer(config.tokenizer))
     load_parts(model, config.init.to_dict(), Path(root))
     return initialize(model, config.seed)
 
