@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from moresjax.data.images import ImageProcessor
 from moresjax.data.pipeline import make_iterator, make_source
-from moresjax.data.processor import Processor
+from moresjax.data.processor import Processor, word_ids
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError, choice_error
 from moresjax.models.connector import connector_tokens
@@ -22,6 +22,7 @@ from moresjax.models.vision import PatchClassifier, VisionConfig
 from moresjax.models.zoo import ENCODERS, LLMS
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.config import RANDOM, read_config
+from moresjax.tuning.attach import Tuning
 from moresjax.weights.hf import pretrained_config, read_pretrained
 from moresjax.weights.parts import check_same_encoder, is_vision_folder, load_vision
 
@@ -121,6 +122,15 @@ def load_tokenizer(name: str, root: str | Path = "."):
         raise UserError(f"{folder} has no tokenizer that can be used: {reason}") from None
 
 
+def name_words(tuning: Tuning, tokenizer) -> None:
+    """Tells a tuning the token ids of the words that its selectors name.
+
+    Raises:
+      UserError: for a word that is no token.
+    """
+    tuning.words = tuple((word, word_ids(tokenizer, word)) for word in tuning.selected_words)
+
+
 def build_model(
     config, *, root: str | Path = ".", mesh: Mesh | None = None, allow_pickle: bool = False
 ) -> nnx.Module:
@@ -141,6 +151,8 @@ def build_model(
             raise UserError("objective patch_classes needs one vision encoder, this is a pair")
         return initialize(PatchClassifier(vision, tuple(config.model.classes)), config.seed)
     model = MLLM(model_config(config), config.tuning)
+    if model.tuning.selected_words:
+        name_words(model.tuning, load_tokenizer(config.tokenizer, root))
     load_parts(model, config.init.to_dict(), Path(root), mesh=mesh, allow_pickle=allow_pickle)
     return initialize(model, config.seed)
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moresjax.build import is_workdir, load_tokenizer, load_workdir
+from moresjax.build import is_workdir, load_tokenizer, load_workdir, name_words
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor, Row
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
@@ -42,6 +42,11 @@ class Model:
     def __init__(self, mllm: MLLM, processor: Processor | None):
         self.mllm, self.processor = mllm, processor
         self._engines: dict[tuple, Engine] = {}
+        self._name_words()
+
+    def _name_words(self) -> None:
+        if self.processor is not None:
+            name_words(self.mllm.tuning, self.processor.tokenizer)
 
     @property
     def config(self) -> MLLMConfig:
@@ -59,6 +64,7 @@ class Model:
           UserError: when the spec is malformed or does not fit the model.
         """
         self.mllm.attach(tuning, seed=seed)
+        self._name_words()
         self._engines.clear()
 
     def merge(self) -> "Model":

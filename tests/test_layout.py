@@ -231,7 +231,8 @@ def test_words_regions_of_interest_and_last_prompt():
         return np.flatnonzero(np.asarray(mask)[0]).tolist()
 
     assert chosen("roi", roi=roi) == [2, 4]
-    assert chosen("token(cat)", tokens=tokens, words={"cat": 7}) == [5, 7]
+    assert chosen("token(cat)", tokens=tokens, words={"cat": (7,)}) == [5, 7]
+    assert chosen("token(cat)", tokens=tokens, words={"cat": (8, 9)}) == [6, 8]
     assert chosen("last_prompt") == [6]
     assert chosen("generated") == chosen("answer") == [7, 8]
 

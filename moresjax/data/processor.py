@@ -157,6 +157,19 @@ class Processor:
         return Batch(stacked["tokens"], layout, stacked.get("pixels"))
 
 
+def word_ids(tokenizer, word: str) -> tuple[int, ...]:
+    """Ids of the tokens that are a word, at the start of a text and after a space.
+
+    Raises:
+      UserError: when the tokenizer has no token for it.
+    """
+    spelled = [tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
+    ids = {ids[0] for ids in spelled if len(ids) == 1} - {tokenizer.unk_token_id}
+    if not ids:
+        raise UserError(f"selector token({word}): the tokenizer has no single token for {word!r}")
+    return tuple(sorted(ids))
+
+
 def _chunks(pieces: Sequence[Piece]):
     """Runs of text without an image as (branch, parts), with None for every image between them.
 

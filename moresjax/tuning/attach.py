@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.errors import UserError
 from moresjax.layout import SHARED, Batch, Segment, TokenLayout
 from moresjax.tuning.base import Edit, Method, Probe, ProbeContext, Slots, Theta, WeightDelta
 from moresjax.tuning.hooks import Attached, Hooks
 from moresjax.tuning.selectors import parse_layers, parse_selector
-from moresjax.tuning.sites import num_layers
+from moresjax.tuning.sites import check_selector, num_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 
 
@@ -27,15 +26,20 @@ class Shared(nnx.Variable):
     """A frozen array that all layers of a method use."""
 
 
+class Constant(nnx.Variable):
+    """What a method was given rather than has to learn: no parameter, so nothing trains it."""
+
+
 class Tuning(nnx.Module):
     """What a spec string attaches to a model.
 
     Attributes:
       methods: key (the method's name, numbered when it occurs twice) and method, in spec order.
       theta: fp32 parameters, `theta[method][site][leaf]`, with a leading layer axis at layered
-        sites; shapes only until `initialize`.
+        sites; shapes only until `initialize`, except for constants.
       gates: `gates[method][site]`, one flag per layer.
       shared: `shared[method][leaf]`, frozen arrays of methods that have some.
+      words: word and its token ids, for `token(WORD)` selectors; set by who has the tokenizer.
 
     Raises:
       UserError: when the spec does not fit the model.
@@ -45,11 +49,10 @@ class Tuning(nnx.Module):
         self.config = config
         methods = [method for method in parse_spec(spec) if method.name != "none"]
         self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
+        self.words: tuple[tuple[str, tuple[int, ...]], ...] = ()
         self.theta, self.gates, self.shared = nnx.Dict(), nnx.Dict(), nnx.Dict()
         _check_conflicts(self.methods, config)
         for key, method in self.methods:
-            if isinstance(method, Edit):
-                parse_selector(method.positions)
             sites = method.sites(config)
             if not sites:
                 continue
@@ -58,18 +61,20 @@ class Tuning(nnx.Module):
                 shared = {n: Shared(jnp.asarray(x)) for n, x in shared.items()}
                 self.shared[key] = nnx.Dict(shared)
             for site in sites:
+                if isinstance(method, Edit):
+                    check_selector(method, site, config)
                 if layers := num_layers(site, config):
                     chosen = parse_layers(method.layer_choice, layers)
                     self.gates[key][site] = Gate(jnp.asarray(chosen))
-        shapes = jax.eval_shape(self._values, jax.random.key(0))
-        for key, by_site in shapes.items():
-            for site, theta in by_site.items():
-                self.theta[key][site] = nnx.Dict({n: nnx.Param(x) for n, x in theta.items()})
+        self._set(jax.eval_shape(self._values, jax.random.key(0)), nnx.Param)
+        self._set(self._values(jax.random.key(0), constant=True), Constant)
 
-    def _values(self, key: PRNGKeyArray) -> dict[str, dict[str, Theta]]:
-        """Initial parameters by method and site."""
+    def _values(self, key: PRNGKeyArray, constant: bool = False) -> dict[str, dict[str, Theta]]:
+        """Initial parameters, or constants, by method and site."""
         values = {}
         for number, (name, method) in enumerate(self.methods):
+            if method.constant != constant:
+                continue
             for place, (site, shape) in enumerate(method.sites(self.config).items()):
                 own = jax.random.fold_in(jax.random.fold_in(key, number), place)
                 if layers := num_layers(site, self.config):
@@ -80,13 +85,15 @@ class Tuning(nnx.Module):
                 values.setdefault(name, {})[site] = theta
         return values
 
+    def _set(self, values: dict[str, dict[str, dict]], kind: type[nnx.Variable]) -> None:
+        for key, by_site in values.items():
+            for site, theta in by_site.items():
+                self.theta[key][site] = nnx.Dict({n: kind(x) for n, x in theta.items()})
+
     def initialize(self, seed: int = 0) -> None:
         """Gives every parameter its initial value."""
-        if not self.methods:
-            return
-        for key, by_site in jax.jit(self._values)(jax.random.key(seed)).items():
-            for site, theta in by_site.items():
-                self.theta[key][site] = nnx.Dict({n: nnx.Param(x) for n, x in theta.items()})
+        if self.methods:
+            self._set(jax.jit(self._values)(jax.random.key(seed)), nnx.Param)
 
     @property
     def spec(self) -> str:
@@ -97,6 +104,12 @@ class Tuning(nnx.Module):
     def trains(self) -> tuple[str, ...]:
         """Paths of what trains with these methods: their own parameters, and base parameters."""
         return ("tuning.theta", *(path for _, method in self.methods for path in method.trains))
+
+    @property
+    def selected_words(self) -> tuple[str, ...]:
+        """The words of `token(WORD)` selectors."""
+        edits = [method for _, method in self.methods if isinstance(method, Edit)]
+        return tuple(word for m in edits for word in parse_selector(m.positions).words)
 
     @property
     def num_slots(self) -> int:
@@ -151,7 +164,8 @@ class Tuning(nnx.Module):
         While decoding, edits whose selector cannot meet a generated token are left out, so that the
         program is that of the bare model.
         """
-        masks = _Masks(batch, self.config, 0 if decoding else self.num_slots)
+        slots = 0 if decoding else self.num_slots
+        masks = _Masks(batch, self.config, slots, dict(self.words))
         items = []
         for name, method in self.methods:
             if not isinstance(method, Edit | WeightDelta):
@@ -166,8 +180,11 @@ class Tuning(nnx.Module):
                         common["tokens"] = masks(site, parse_selector("all"))
                     items.append((site, Attached(method, theta, common=common)))
                     continue
+                in_llm = site.startswith("llm.")
+                if batch.pixels is None and not in_llm:
+                    continue  # the vision encoder does not run
                 selector = parse_selector(method.positions)
-                if decoding and not (selector.acts_while_decoding and site.startswith("llm.")):
+                if decoding and not (selector.acts_while_decoding and in_llm):
                     continue
                 prepared = _prepare(method, theta, gate)
                 items.append((site, Attached(method, prepared, gate, masks(site, selector))))
@@ -235,8 +252,8 @@ def extend_layout(layout: TokenLayout, slots: int) -> TokenLayout:
 class _Masks:
     """Masks of selected tokens at each tower, computed once per selector."""
 
-    def __init__(self, batch: Batch, config, slots: int):
-        self.batch, self.config, self.slots = batch, config, slots
+    def __init__(self, batch: Batch, config, slots: int, words: dict[str, tuple[int, ...]]):
+        self.batch, self.config, self.slots, self.words = batch, config, slots, words
         self.known = {}
 
     def __call__(self, site, selector):
@@ -249,9 +266,7 @@ class _Masks:
         batch, slots = self.batch, self.slots
         if tower == "llm":
             tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (slots, 0)), constant_values=-1)
-            return selector(extend_layout(batch.layout, slots), tokens, batch.roi)
-        if batch.pixels is None:
-            raise UserError(f"selector {selector.text!r} at a vision site needs images")
+            return selector(extend_layout(batch.layout, slots), tokens, batch.roi, self.words)
         rows, images = batch.pixels.shape[:2]
         vision = self.config.vision
         if tower == "connector":

@@ -36,9 +36,11 @@ class Method:
     Attributes:
       name: the method's name in spec strings.
       trains: paths of base parameters that train in full with this method, such as `llm`.
+      constant: whether `theta` is given rather than learned: never trained, counted or saved.
     """
 
     name: ClassVar[str]
+    constant: ClassVar[bool] = False
     trains: ClassVar[tuple[str, ...]] = ()
 
     def sites(self, config) -> dict[str, Any]:
@@ -49,6 +51,10 @@ class Method:
     @property
     def layer_choice(self) -> str:
         return getattr(self, "layers", "all")
+
+    def parts(self) -> tuple["Method", ...]:
+        """What a spec string with this method stands for: itself, or several other methods."""
+        return (self,)
 
     def prepare(self, theta: Theta) -> Theta:
         """Parameters as the forward pass uses them; called once per step, per layer."""
@@ -69,6 +75,12 @@ class Edit(Method, abc.ABC):
     layers: str = layer_field()
     dropout: float = 0.0  # on the delta
 
+    def __post_init__(self):
+        if not 0 <= self.dropout < 1:
+            raise UserError(
+                f"{self.name}:dropout must be at least 0 and below 1, got {self.dropout}"
+            )
+
     @abc.abstractmethod
     def initial(self, key: PRNGKeyArray, dim: int) -> Theta:
         """Initial parameters of one layer for activations with `dim` features."""
@@ -76,6 +88,12 @@ class Edit(Method, abc.ABC):
     @abc.abstractmethod
     def delta(self, theta: Theta, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """What is added at selected tokens. `theta` has been through `prepare`."""
+
+    def drop(
+        self, key: PRNGKeyArray, delta: Float[Array, "B S D"], h: Float[Array, "B S D"]
+    ) -> Float[Array, "B S D"]:
+        """The delta after dropout (training only)."""
+        return dropped(delta, self.dropout, key)
 
 
 @runtime_checkable

@@ -37,8 +37,7 @@ class Attached:
 def _apply_edit(item: Attached, theta, gate, h, key):
     delta = item.method.delta(theta, h)
     if key is not None and item.method.dropout:
-        keep = jax.random.bernoulli(key, 1 - item.method.dropout, delta.shape)
-        delta = jnp.where(keep, delta / (1 - item.method.dropout), 0)
+        delta = item.method.drop(key, delta, h)
     mask = item.mask if gate is None else item.mask & gate
     return h + jnp.where(mask[..., None], delta, 0).astype(h.dtype)
 

@@ -3,15 +3,17 @@
     image                    every visual token (of every image)
     image:f4+l5              the first 4 and the last 5 of each image; each side capped at half
     image:f4  question:l4    one side only
+    question:f4+l0           one side of f4+l4: at most half; `f0+l4` is the other
     image:uniform(9)         9 evenly spaced tokens, step (n-1)//(9-1), starting at the first
     image:uniform(1%)        the same with round(1% of n) tokens, at least one
     image:25%                round(25% of n) tokens: half of them first, the rest last
     image:at(0;5;9)          by index
     question  prompt  answer  system  all     other regions; `prompt` is all that is not an answer
+    dialogue                 questions and answers, but nothing that is being generated
     last_prompt              the token that predicts the first answer token
     generated                tokens that generation appends (in training: the answer)
     roi                      visual tokens inside the batch's region of interest
-    token(cat)               every occurrence of a one-token word
+    token(cat)               every occurrence of a one-token word, with or without a space before it
     image|question:f4        the union of several selectors
 
 Slices count inside one image for `image`, and inside one document and branch for text regions.
@@ -19,6 +21,7 @@ Slices count inside one image for `image`, and inside one document and branch fo
 
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -41,6 +44,7 @@ REGIONS = {
     "question": (Segment.QUESTION,),
     "prompt": (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION),
     "answer": (Segment.ANSWER,),
+    "dialogue": (Segment.QUESTION, Segment.ANSWER),
     "generated": (Segment.ANSWER,),
     "all": (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION, Segment.ANSWER),
 }
@@ -58,9 +62,16 @@ class Slice:
     kind: str  # all | ends | uniform | ratio | at
     first: int = 0
     last: int = 0
+    halves: bool = False  # neither end reaches past the middle
     count: float = 0.0  # tokens, or a share of them when `percent`
     percent: bool = False
     indices: tuple[int, ...] = ()
+
+    @property
+    def needs(self) -> int:
+        """The smallest n for which every token that is asked for by number can exist."""
+        count = 0 if self.percent else int(self.count)
+        return max(self.first, self.last, count, *(i + 1 for i in self.indices))
 
     def __call__(self, rank: Int[Array, "..."], n: Int[Array, "..."]) -> Bool[Array, "..."]:
         if self.kind == "all":
@@ -68,8 +79,7 @@ class Slice:
         if self.kind == "at":
             return jnp.isin(rank, jnp.asarray(self.indices))
         if self.kind == "ends":
-            # With both ends asked for, neither may reach past the middle: they never overlap.
-            half = n // 2 if self.first and self.last else n
+            half = n // 2 if self.halves else n
             return (rank < jnp.minimum(self.first, half)) | (
                 rank >= n - jnp.minimum(self.last, half)
             )
@@ -99,12 +109,17 @@ class Selector:
         """Whether any generated token can be selected; if not, the decode program is untouched."""
         return any(region in _DECODED or region.startswith("token(") for region, _ in self.parts)
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Words named by `token(WORD)`."""
+        return tuple(r[len("token(") : -1] for r, _ in self.parts if r.startswith("token("))
+
     def __call__(
         self,
         layout: TokenLayout,
         tokens: IntField | None = None,
         roi: Bool[AnyArray, "B R"] | None = None,
-        words: dict[str, int] | None = None,
+        words: Mapping[str, Sequence[int]] | None = None,
     ) -> Bool[Array, "B S"]:
         """Mask of the selected tokens.
 
@@ -113,7 +128,7 @@ class Selector:
           tokens: token ids, needed by `token(WORD)`.
           roi: for each visual token of the row (images in order, V each) whether it lies in the
             region of interest, needed by `roi`.
-          words: id of each word named by a `token(WORD)`.
+          words: token ids of each word named by a `token(WORD)`, one for every way to write it.
         """
         mask = jnp.zeros(layout.shape, bool)
         for region, part in self.parts:
@@ -129,7 +144,7 @@ def _region_mask(region, part, layout, tokens, roi, words):
         word = region[len("token(") : -1]
         if tokens is None or not words or word not in words:
             raise UserError(f"selector {region!r} needs the batch's tokens and a tokenizer")
-        return jnp.asarray(tokens) == words[word]
+        return jnp.isin(jnp.asarray(tokens), jnp.asarray(words[word]))
     image = jnp.asarray(layout.image)
     if region == "roi":
         if roi is None:
@@ -168,7 +183,11 @@ def _parse_slice(sliced: str, text: str) -> Slice:
     if not sliced:
         return Slice("all")
     if m := re.fullmatch(r"(?:f(\d+))?(?:(?<=\d)\+(?=l))?(?:l(\d+))?", sliced):
-        return Slice("ends", first=int(m[1] or 0), last=int(m[2] or 0))
+        first, last = int(m[1] or 0), int(m[2] or 0)
+        if not first + last:
+            raise UserError(f"selector {text!r}: {sliced!r} is out of range")
+        # With both ends named, neither may reach past the middle: they never overlap.
+        return Slice("ends", first=first, last=last, halves="+" in sliced)
     if m := re.fullmatch(rf"(uniform\()?{_NUMBER}(%?)(\))?", sliced):
         uniform, closed, percent = bool(m[1]), bool(m[4]), bool(m[3])
         count = float(m[2])
@@ -184,13 +203,14 @@ def _parse_slice(sliced: str, text: str) -> Slice:
 def parse_layers(text: str, num_layers: int) -> tuple[bool, ...]:
     """Parses a layer choice into one flag per layer.
 
-    `all`, `0;2;4`, `3-7` (inclusive), `every:3`, and `shallow`, `middle`, `deep`: the first half,
-    the middle half and the last half of the layers (0-15, 8-23, 16-31 of 32).
+    `all`, `0;2;4`, `3-7` (inclusive), `3-` (to the last), `every:3`, and `shallow`, `middle`,
+    `deep`: the first half, the middle half and the last half of the layers (0-15, 8-23, 16-31 of
+    32).
 
     Raises:
       UserError: for anything else, and for a layer the model does not have.
     """
-    allowed = ("all", "0;2;4", "3-7", "every:K", "shallow", "middle", "deep")
+    allowed = ("all", "0;2;4", "3-7", "3-", "every:K", "shallow", "middle", "deep")
     half, quarter = num_layers // 2, num_layers // 4
     named = {
         "all": range(num_layers),
@@ -202,11 +222,12 @@ def parse_layers(text: str, num_layers: int) -> tuple[bool, ...]:
         chosen = set(named[text])
     elif m := re.fullmatch(r"every:([1-9]\d*)", text):
         chosen = set(range(0, num_layers, int(m[1])))
-    elif re.fullmatch(r"\d+(-\d+)?(;\d+(-\d+)?)*", text):
+    elif re.fullmatch(r"\d+(-\d*)?(;\d+(-\d*)?)*", text):
         chosen = set()
         for piece in text.split(";"):
-            low, _, high = piece.partition("-")
-            chosen |= set(range(int(low), int(high or low) + 1))
+            low, dash, high = piece.partition("-")
+            end = int(high or max(num_layers - 1, int(low)) if dash else low)
+            chosen |= set(range(int(low), end + 1))
         if not chosen:
             raise UserError(f"layers {text!r} select nothing")
     else:

@@ -6,7 +6,8 @@ Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}
 """
 
 from moresjax.errors import UserError, choice_error
-from moresjax.tuning.base import Method
+from moresjax.tuning.base import Edit, Method
+from moresjax.tuning.selectors import parse_selector
 
 _BLOCK_OUTPUTS = ("out", "attn.out", "mlp.out")
 EDIT_SITES = (
@@ -34,6 +35,29 @@ def edit_dim(method: Method, config) -> int:
             f"{method.name}: site {site!r} needs one vision encoder; this model has two"
         )
     return config.vision.hidden_size if site.startswith("vision.") else config.llm.hidden_size
+
+
+# Regions that tokens outside the LLM belong to; `system` is the class token and the registers.
+_REGIONS = {"vision": ("image", "system", "all"), "connector": ("image", "roi", "all")}
+
+
+def check_selector(method: Edit, site: str, config) -> None:
+    """Checks the positions of an edit at a site.
+
+    Raises:
+      UserError: for a malformed selector, and for one with a part that no token at this site, or no
+        token of an image of this many, can match.
+    """
+    selector, tower = parse_selector(method.positions), site.split(".")[0]
+    visual_tokens = config.vision.num_patches if tower == "vision" else config.visual_tokens
+    for region, part in selector.parts:
+        if region not in _REGIONS.get(tower, (region,)):
+            raise choice_error(f"region of {method.name} at {site}", region, _REGIONS[tower])
+        if region == "image" and visual_tokens and part.needs > visual_tokens:
+            raise UserError(
+                f"{method.name}:positions={selector} asks for {part.needs} visual tokens; an image "
+                f"has {visual_tokens} at {site}"
+            )
 
 
 def linear_sites(method: Method, config, targets: str) -> dict[str, tuple[int, int]]:

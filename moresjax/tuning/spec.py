@@ -1,14 +1,28 @@
 """Spec strings: `method[:key=value,...]`, several joined by `/`.
 
 mores:rank=1,positions=image:f4+l5,layers=0;2;4/lora:rank=8
+
+A preset is a name for a method with some keys, to which further keys may be added:
+`mores-large:layers=deep`. A method may stand for several others (`Method.parts`).
 """
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import get_type_hints
 
 from moresjax.errors import UserError, choice_error
 from moresjax.tuning.base import METHODS, Method
+
+PRESETS: dict[str, str] = {}
+
+# Not the slashes inside the path of a file.
+_BETWEEN_METHODS = re.compile(r"/(?![^,=]*\.npz)")
+
+
+def preset(name: str, spec: str) -> None:
+    """Makes `name` stand for `method:key=value,...` in spec strings."""
+    PRESETS[name] = spec
 
 
 def parse_spec(spec: str) -> tuple[Method, ...]:
@@ -17,7 +31,8 @@ def parse_spec(spec: str) -> tuple[Method, ...]:
     Raises:
       UserError: for an unknown method or key or a value of the wrong type.
     """
-    return tuple(_parse_method(piece.strip()) for piece in spec.split("/"))
+    pieces = _BETWEEN_METHODS.split(spec)
+    return tuple(part for piece in pieces for part in _parse_method(piece.strip()).parts())
 
 
 def format_spec(methods: Iterable[Method]) -> str:
@@ -37,8 +52,11 @@ def _format_method(method: Method) -> str:
 
 def _parse_method(piece: str) -> Method:
     name, _, arguments = piece.partition(":")
+    if name in PRESETS:
+        name, _, given = PRESETS[name].partition(":")
+        arguments = f"{given},{arguments}"
     if name not in METHODS:
-        raise choice_error("tuning method", name, sorted(METHODS))
+        raise choice_error("tuning method", name, sorted({*METHODS, *PRESETS}))
     cls = METHODS[name]
     types = get_type_hints(cls)
     keys = [field.name for field in dataclasses.fields(cls)]

@@ -20,6 +20,10 @@ LLMS = ("phi-2", "vicuna-7b", "vicuna-13b")
         ("mores:rank=4", (655_488, 1_048_704, 1_638_560)),
         ("mores:rank=8", (1_310_976, 2_097_408, 3_277_120)),
         ("lora:rank=128", (188_743_680, 319_815_680, 500_695_040)),
+        ("mores-base", (163_872, 262_176, 409_640)),
+        ("mores-large", (327_744, 524_352, 819_280)),
+        ("mores-huge", (655_488, 1_048_704, 1_638_560)),
+        ("adapter:bottleneck=256", (83_886_080, 201_326_592, 314_572_800)),
         ("ia3", (491_520, 614_400, 962_560)),
         ("full", (2_779_683_840, 6_738_415_616, 13_015_864_320)),
         ("none", (0, 0, 0)),
@@ -28,6 +32,30 @@ LLMS = ("phi-2", "vicuna-7b", "vicuna-13b")
 def test_published_counts(spec, expected):
     for llm, count in zip(LLMS, expected, strict=True):
         assert count_parameters(mllm_config(llm), spec, ()).trainable_in_llm == count
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("mrt", 2_429_328),
+        ("mrt-paper", 2_429_328),
+        ("mrt-code", 2_417_034),
+        ("reft:rank=4", 2_097_408),
+        ("loreft:rank=4", 1_048_704),
+        ("noreft:rank=4", 1_048_704),
+        ("direft:rank=4", 1_048_704),
+        ("nodireft:rank=4", 1_048_704),
+        ("consreft:rank=4", 524_416),
+        ("lobireft:rank=4", 524_416),
+        ("mores2:rank=1", 524_352),
+        ("red", 262_144),
+        ("houlsby:bottleneck=64", 33_820_672),
+        ("steer", 0),
+    ],
+)
+def test_counts_on_the_model_of_mrt(spec, expected):
+    config = mllm_config("vicuna-7b", "clip-l-14-224", "linear")
+    assert count_parameters(config, spec, ()).trainable == expected
 
 
 def test_totals_with_the_connector():

@@ -146,6 +146,9 @@ class Plain:
         self.kernel = jnp.asarray(self.kernel)
         self.bias = None if self.bias is None else jnp.asarray(self.bias)
 
+    def dense(self):
+        return self.kernel
+
     def __call__(self, x):
         y = x @ self.kernel
         return y if self.bias is None else y + self.bias

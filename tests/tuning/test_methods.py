@@ -203,10 +203,11 @@ def test_full_trains_the_llm_and_leaves_the_vision_encoder():
     }
 
 
-def test_an_edit_that_cannot_reach_its_tokens_says_so():
-    model = tiny_model("mores:site=connector.out,positions=image:f2")
-    with pytest.raises(UserError, match="needs images"):
-        model(tiny_batch(images=0))
+def test_an_edit_outside_the_llm_leaves_text_only_input_alone():
+    batch = tiny_batch(images=0)
+    for site in ("connector.out", "vision.block.out"):
+        model = tiny_model(f"mores:site={site},positions=image:f2")
+        np.testing.assert_array_equal(logits(model, batch), logits(tiny_model(), batch))
 
 
 @pytest.mark.parametrize("site", ["connector.out", "llm.embed.out", "vision.block.out"])

@@ -15,7 +15,7 @@ from moresjax.layout import Segment
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.objectives import next_token
 from moresjax.training.step import TrainState, make_train_step, split_model
-from moresjax.tuning.methods.mores import orthonormalize, orthonormalize_qr
+from moresjax.tuning.low_rank import orthonormalize, orthonormalize_qr
 
 SPEC = "mores:rank=2,positions=image"
 

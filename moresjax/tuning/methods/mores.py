@@ -4,52 +4,25 @@ Axis legend: B batch, S tokens, D hidden size, r rank.
 
     h' = h + (h W^T + b - h R) R^T        at selected visual tokens of every selected block's output
 
-`R` (D x r) has orthonormal columns. It is stored raw and orthonormalised in the forward pass, so
-that saving, loading and resuming keep it exactly orthonormal. Steered tokens change what later
-tokens attend to, through the KV cache; nothing is left to do while decoding. The last block's
-output at a visual token feeds nothing, so with visual positions its parameters get a gradient of
-exactly zero.
+`R` (D x r) has orthonormal columns. Steered tokens change what later tokens attend to, through the
+KV cache; nothing is left to do while decoding. The last block's output at a visual token feeds
+nothing, so with visual positions its parameters get a gradient of exactly zero.
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from moresjax.errors import UserError
 from moresjax.ops import project
-from moresjax.tuning.base import Edit, Theta, register
-from moresjax.tuning.sites import edit_dim
-from moresjax.tuning.spec import check_choice, check_rank
-
-
-def orthonormalize_qr(raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
-    """The definition: Q of the QR decomposition whose R has a positive diagonal (fp32)."""
-    q, r = jnp.linalg.qr(raw.astype(jnp.float32))
-    sign = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
-    return q * sign
-
-
-def orthonormalize(raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
-    """The same matrix by Cholesky, `A chol(A^T A)^{-T}`, twice for precision.
-
-    Works on rows split over devices (one r x r reduction), and for r = 1 is a normalisation. Its
-    gradient does not exist for linearly dependent columns: never start from zeros.
-    """
-    a = raw.astype(jnp.float32)
-    # Columns of unit length first: r = 1 is then done, and the Gram matrix is well scaled.
-    a = a / jnp.linalg.norm(a, axis=0, keepdims=True)
-    for _ in range(2 if a.shape[1] > 1 else 0):
-        gram = jnp.matmul(a.T, a, precision=jax.lax.Precision.HIGHEST)
-        factor = jnp.linalg.cholesky(gram)
-        a = jax.scipy.linalg.solve_triangular(factor, a.T, lower=True).T
-    return a
+from moresjax.tuning.base import Method, layer_field, register
+from moresjax.tuning.low_rank import LowRankEdit, orthonormalize, orthonormalize_qr
+from moresjax.tuning.spec import check_choice, preset
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class MoReS(Edit):
+class MoReS(LowRankEdit):
     """MoReS at `site`.
 
     Attributes:
@@ -57,44 +30,68 @@ class MoReS(Edit):
       init: `paper` starts from a random `R` and torch's default linear (not the identity at step
         0); `identity` sets `W = R^T` and `b = 0`.
       orthonormal: `cholesky` or `qr`; two ways to the same matrix.
+      parity: `paper`, or `llava-steering` for the arithmetic of the authors' code: the linear runs
+        in half precision, and dropout acts on the whole steered state instead of the delta.
     """
 
     name = "mores"
     positions: str = "image:f4+l5"
     rank: int = 1
-    init: str = "paper"
     orthonormal: str = "cholesky"
-    site: str = "llm.block.out"
+    parity: str = "paper"
 
     def __post_init__(self):
-        check_rank(self)
-        check_choice(self, "init", ("paper", "identity"))
+        super().__post_init__()
         check_choice(self, "orthonormal", ("cholesky", "qr"))
+        check_choice(self, "parity", ("paper", "llava-steering"))
+        if self.parity != "paper" and self.init != "paper":
+            raise UserError(f"mores:parity={self.parity} has init=paper, got {self.init!r}")
 
-    def sites(self, config):
-        dim = edit_dim(self, config)
-        if self.rank > dim:
-            raise UserError(f"mores:rank={self.rank} exceeds the hidden size {dim} at {self.site}")
-        return {self.site: (dim,)}
+    def rotation(self, raw):
+        return (orthonormalize if self.orthonormal == "cholesky" else orthonormalize_qr)(raw)
 
-    def initial(self, key, dim):
-        k_rotate, k_weight, k_bias = jax.random.split(key, 3)
-        rotate = orthonormalize(jax.random.normal(k_rotate, (dim, self.rank)))
-        if self.init == "identity":
-            return {"rotate": rotate, "weight": rotate.T, "bias": jnp.zeros(self.rank)}
-        bound = dim**-0.5
-        return {
-            "rotate": rotate,
-            "weight": jax.random.uniform(k_weight, (self.rank, dim), minval=-bound, maxval=bound),
-            "bias": jax.random.uniform(k_bias, (self.rank,), minval=-bound, maxval=bound),
-        }
-
-    def prepare(self, theta: Theta) -> Theta:
-        fast = self.orthonormal == "cholesky"
-        rotate = (orthonormalize if fast else orthonormalize_qr)(theta["rotate"])
-        # h W^T - h R in one product.
-        return {"up": rotate.T, "down": theta["weight"].T - rotate, "bias": theta["bias"]}
+    def prepare(self, theta):
+        if self.parity == "paper":
+            return super().prepare(theta)
+        rotate = self.rotation(theta["rotate"])
+        half = {name: theta[name].astype(jnp.float16) for name in ("weight", "bias")}
+        return half | {"rotate": rotate, "up": rotate.T}
 
     def delta(self, theta, h):
-        low = project(h.astype(jnp.float32), theta["down"]) + theta["bias"]
-        return project(low, theta["up"])
+        if self.parity == "paper":
+            return super().delta(theta, h)
+        learned = project(h.astype(jnp.float16), theta["weight"].T) + theta["bias"]
+        present = project(h.astype(jnp.float32), theta["rotate"]).astype(jnp.float16)
+        return project((learned - present).astype(jnp.float32), theta["up"])
+
+    def drop(self, key, delta, h):
+        if self.parity == "paper":
+            return super().drop(key, delta, h)
+        return super().drop(key, h + delta, h) - h
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class MoReS2(Method):
+    """Two MoReS with weights of their own, for visual and for text tokens."""
+
+    name = "mores2"
+    positions: str = "image:f4+l5"
+    text_positions: str = "question:f4+l5"
+    rank: int = 1
+    text_rank: int = 1
+    layers: str = layer_field()
+    dropout: float = 0.0
+    init: str = "paper"
+
+    def parts(self):
+        common = {"layers": self.layers, "dropout": self.dropout, "init": self.init}
+        return (
+            MoReS(positions=self.positions, rank=self.rank, **common),
+            MoReS(positions=self.text_positions, rank=self.text_rank, **common),
+        )
+
+
+preset("mores-base", "mores:rank=1")
+preset("mores-large", "mores:rank=2")
+preset("mores-huge", "mores:rank=4")

@@ -1,0 +1,124 @@
+"""The low-rank edit that MoReS, MRT and the ReFT family share.
+
+Axis legend: B batch, S tokens, D features, r rank.
+
+    h' = h + (h W^T + b - s h R) R^T        W (r x D), b (r), R (D x r), s = 0 or 1
+
+A method says which terms it has: whether the columns of `R` are orthonormal, whether `h R` is
+subtracted (s) and whether there is a `W`. `R` is stored raw and orthonormalised in the forward
+pass, so that saving, loading and resuming keep it exactly orthonormal.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from moresjax.errors import UserError
+from moresjax.ops import project
+from moresjax.tuning.base import Edit, Theta
+from moresjax.tuning.sites import edit_dim
+from moresjax.tuning.spec import check_choice, check_rank
+
+
+def orthonormalize_qr(raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
+    """The definition: Q of the QR decomposition whose R has a positive diagonal (fp32)."""
+    q, r = jnp.linalg.qr(raw.astype(jnp.float32))
+    sign = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
+    return q * sign
+
+
+def orthonormalize(raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
+    """The same matrix by Cholesky, `A chol(A^T A)^{-T}`, twice for precision.
+
+    Works on rows split over devices (one r x r reduction), and for r = 1 is a normalisation. Its
+    gradient does not exist for linearly dependent columns: never start from zeros.
+    """
+    a = raw.astype(jnp.float32)
+    # Columns of unit length first: r = 1 is then done, and the Gram matrix is well scaled.
+    a = a / jnp.linalg.norm(a, axis=0, keepdims=True)
+    for _ in range(2 if a.shape[1] > 1 else 0):
+        gram = jnp.matmul(a.T, a, precision=jax.lax.Precision.HIGHEST)
+        factor = jnp.linalg.cholesky(gram)
+        a = jax.scipy.linalg.solve_triangular(factor, a.T, lower=True).T
+    return a
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankEdit(Edit, abc.ABC):
+    """A low-rank edit at `site`.
+
+    Attributes:
+      rank: r.
+      init: `paper` starts from a random `R` and torch's default linear, which is not the identity;
+        `identity` starts with a delta of zero.
+      orthogonal: whether the columns of `R` are orthonormal; otherwise it is a parameter as it
+        stands, and starts like torch's linear.
+      subtracts: whether `h R` is subtracted.
+      has_weight: whether there is a `W`; otherwise `b` starts uniform in [0, 1), as in pyreft.
+    """
+
+    rank: int = 4
+    init: str = "paper"
+    site: str = "llm.block.out"
+
+    orthogonal: ClassVar[bool] = True
+    subtracts: ClassVar[bool] = True
+    has_weight: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_rank(self)
+        # h R cannot be cancelled without a W.
+        constant = self.subtracts and not self.has_weight
+        check_choice(self, "init", ("paper",) if constant else ("paper", "identity"))
+
+    def sites(self, config):
+        dim = edit_dim(self, config)
+        if self.rank > dim:
+            raise UserError(
+                f"{self.name}:rank={self.rank} exceeds the hidden size {dim} at {self.site}"
+            )
+        return {self.site: (dim,)}
+
+    def rotation(self, raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
+        """`R` as the edit uses it."""
+        return orthonormalize(raw) if self.orthogonal else raw
+
+    def initial(self, key, dim):
+        k_rotate, k_weight, k_bias = jax.random.split(key, 3)
+
+        def uniform(key, *shape):
+            return jax.random.uniform(key, shape, minval=-(dim**-0.5), maxval=dim**-0.5)
+
+        if self.orthogonal:
+            rotate = orthonormalize(jax.random.normal(k_rotate, (dim, self.rank)))
+        else:
+            rotate = uniform(k_rotate, dim, self.rank)
+        theta = {"rotate": rotate}
+        if self.init == "identity":
+            if self.has_weight:
+                theta["weight"] = rotate.T if self.subtracts else jnp.zeros_like(rotate.T)
+            return theta | {"bias": jnp.zeros(self.rank)}
+        if not self.has_weight:
+            return theta | {"bias": jax.random.uniform(k_bias, (self.rank,))}
+        weight, bias = uniform(k_weight, self.rank, dim), uniform(k_bias, self.rank)
+        return theta | {"weight": weight, "bias": bias}
+
+    def prepare(self, theta: Theta) -> Theta:
+        rotate = self.rotation(theta["rotate"])
+        prepared = {"up": rotate.T, "bias": theta["bias"]}
+        if self.has_weight:
+            # h W^T - h R in one product.
+            down = theta["weight"].T
+            return prepared | {"down": down - rotate if self.subtracts else down}
+        return prepared | {"down": -rotate} if self.subtracts else prepared
+
+    def delta(self, theta, h):
+        low = jnp.broadcast_to(theta["bias"], (*h.shape[:-1], self.rank))
+        if "down" in theta:
+            low = low + project(h.astype(jnp.float32), theta["down"])
+        return project(low, theta["up"])

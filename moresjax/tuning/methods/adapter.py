@@ -1,0 +1,64 @@
+"""Bottleneck adapters on the MLP's linears, the "Adapter" of LLaVA Steering's tables.
+
+Axis legend: D features in, F features out, m bottleneck.
+
+    up, gate (Phi's fc1):   y = linear(a(x))        down (Phi's fc2):   y = a(linear(x))
+    a(x) = x + tanh(dropout(x) A) B,    A (D x m), B (m x D) ~ N(0, 0.02^2), no biases
+
+It sits on the side of the linear that has the model's hidden size. It is not the identity at the
+start, and cannot be merged.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moresjax.errors import UserError
+from moresjax.ops import project
+from moresjax.tuning.base import WeightDelta, dropped, register
+from moresjax.tuning.sites import linear_sites
+
+# Linears whose output, not input, has the hidden size.
+AFTER = ("down",)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Adapter(WeightDelta):
+    """Adapters on every linear of the decoder's MLPs; `dropout` is on the adapter's input."""
+
+    name = "adapter"
+    bottleneck: int = 256
+    dropout: float = 0.05
+
+    def __post_init__(self):
+        if self.bottleneck < 1:
+            raise UserError(f"adapter:bottleneck must be at least 1, got {self.bottleneck}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"adapter:dropout must be at least 0 and below 1, got {self.dropout}")
+
+    def sites(self, config):
+        names = "gate;up;down" if config.llm.gated_mlp else "up;down"
+        shapes = linear_sites(self, config, names)
+        return {site: (*dims, site.split(".")[-1] in AFTER) for site, dims in shapes.items()}
+
+    def initial(self, key, d_in, d_out, after):
+        dim, (k_in, k_out) = d_out if after else d_in, jax.random.split(key)
+        into = 0.02 * jax.random.normal(k_in, (dim, self.bottleneck))
+        out = 0.02 * jax.random.normal(k_out, (self.bottleneck, dim))
+        side = "after" if after else "before"
+        return {f"{side}_in": into, f"{side}_out": out}
+
+    def neutral(self, theta):
+        return {name: jnp.zeros_like(x) for name, x in theta.items()}
+
+    def apply(self, theta, linear, x, key=None):
+        def adapted(x, side):
+            low = dropped(x, self.dropout, key)
+            low = jnp.tanh(project(low, theta[f"{side}_in"].astype(x.dtype)))
+            return x + project(low, theta[f"{side}_out"].astype(x.dtype))
+
+        if "before_in" in theta:
+            return linear(adapted(x, "before"))
+        return adapted(linear(x), "after")

@@ -1,0 +1,50 @@
+"""Houlsby adapters: two bottlenecks per block (Houlsby et al. 2019, figure 2).
+
+Axis legend: B batch, S tokens, D hidden size, m bottleneck.
+
+    h' = h + gelu(h A + a) B + b        on the outputs of attention and MLP, before the residual
+
+`B` and `b` start at zero, so the block starts as it was (the paper starts close to that).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from moresjax.errors import UserError
+from moresjax.ops import project
+from moresjax.tuning.base import Edit, register
+
+SITES = ("llm.block.attn.out", "llm.block.mlp.out")
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Houlsby(Edit):
+    """Both bottlenecks, on all tokens, also generated ones."""
+
+    name = "houlsby"
+    positions: str = "all"
+    bottleneck: int = 64
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bottleneck < 1:
+            raise UserError(f"houlsby:bottleneck must be at least 1, got {self.bottleneck}")
+
+    def sites(self, config):
+        return {site: (config.llm.hidden_size,) for site in SITES}
+
+    def initial(self, key, dim):
+        return {
+            "down": 0.01 * jax.random.normal(key, (dim, self.bottleneck)),
+            "down_bias": jnp.zeros(self.bottleneck),
+            "up": jnp.zeros((self.bottleneck, dim)),
+            "up_bias": jnp.zeros(dim),
+        }
+
+    def delta(self, theta, h):
+        theta = {name: x.astype(h.dtype) for name, x in theta.items()}
+        low = jax.nn.gelu(project(h, theta["down"]) + theta["down_bias"], approximate=False)
+        return project(low, theta["up"]) + theta["up_bias"]
