@@ -188,7 +188,7 @@ def _plots(out: Path, results: dict, models: dict[str, Model], questions: dict) 
     model, item = models[mores], questions["position"][0]
     row = model.prompt(item.prompt, item.images, item.id)
     words, maps = answer_maps(model, row, max_new_tokens=1)
-    grid = to_grid(maps[:, 0], model.config.vision)
+    grid = to_grid(maps[:, 0], model.config)
     question = item.prompt.split("\n")[-1]
     title = f"{question}  {words[0]}  ({mores}; right: {item.answer})"
     plots.save(plots.heat_map(item.images[0], grid, title), out / "heat_map.png")

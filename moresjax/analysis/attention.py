@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from moresjax.errors import UserError
 from moresjax.layout import Segment
 from moresjax.models.attention import GROUPS, attention_probabilities, group_masses
+from moresjax.models.connector import parse_connector
+from moresjax.models.mllm import MLLMConfig
 from moresjax.tuning.base import ProbeContext
 
 IMAGE = GROUPS.index(Segment.IMAGE)
@@ -175,8 +178,24 @@ def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.nd
     return texts, np.asarray(maps)[:, 0][:, :, visual]
 
 
-def to_grid(values: Float[np.ndarray, "*L V"], vision) -> Float[np.ndarray, "*L Y X"]:
-    """Values of one image's visual tokens on the patch grid; nan where a patch has no token."""
+def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.ndarray, "*L Y X"]:
+    """Values of one image's visual tokens on the patch grid; nan where a patch has no token.
+
+    Interleaved encoders have two tokens per patch, whose values are added.
+
+    Raises:
+      UserError: for a connector whose tokens have no place on the image.
+    """
+    vision = config.vision
+    if parse_connector(config.connector)[1] is not None:
+        raise UserError(
+            f"tokens of connector {config.connector} come from learned queries, not from places "
+            "on the image"
+        )
+    if vision.is_pair:
+        if vision.fusion == "interleave":
+            values = values.reshape(*values.shape[:-1], -1, 2).sum(-1)
+        vision = vision.encoders[0]
     side = vision.image_size // vision.patch_size
     grid = np.full((*values.shape[:-1], side * side), np.nan)
     classes = int(vision.class_token and vision.first_feature == 0)

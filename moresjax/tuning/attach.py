@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from moresjax.errors import UserError
 from moresjax.layout import SHARED, Batch, Segment, TokenLayout
 from moresjax.tuning.base import Edit, Method, Probe, ProbeContext, Slots, Theta, WeightDelta
 from moresjax.tuning.hooks import Attached, Hooks

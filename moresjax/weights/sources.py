@@ -21,6 +21,8 @@ from moresjax.weights.tables import BATCHED
 
 Path_ = tuple[str, ...]
 Index = tuple[slice, ...]
+# Columns of a transposed matrix that are copied at a time.
+STRIP = 64
 
 
 @runtime_checkable
@@ -211,14 +213,22 @@ class ParameterReader(Mapping):
             part = _aligned([s.stop - s.start for s in index], dtype)
             if source.stacked:
                 for place, tensor in enumerate(tensors[index[0]]):
-                    part[place] = source.to_ours(tensor, index[1:])
+                    _copy(source.to_ours(tensor, index[1:]), part[place])
             else:
-                part[...] = source.to_ours(tensors[0], index)
+                _copy(source.to_ours(tensors[0], index), part)
             return part
 
         if source.sharding is None:
             return jax.device_put(read((slice(None),) * len(shape)))
         return jax.make_array_from_callback(shape, source.sharding, read)
+
+
+def _copy(x: np.ndarray, out: np.ndarray) -> None:
+    """Copies into `out`; transposed matrices in strips that stay in the processor's caches, which
+    is several times faster."""
+    width = STRIP if x.ndim == 2 and x.strides[0] < x.strides[1] else max(x.shape[-1], 1)
+    for start in range(0, x.shape[-1], width):
+        out[..., start : start + width] = x[..., start : start + width]
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:

@@ -16,9 +16,12 @@ from moresjax.analysis.attention import (
     summarize,
     to_grid,
 )
+from moresjax.errors import UserError
 from moresjax.generation.engine import Engine
 from moresjax.layout import Batch, Segment, visible
 from moresjax.models.attention import GROUPS
+from moresjax.models.fusion import FusedVisionConfig
+from moresjax.models.mllm import MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.tuning.base import ProbeContext
 from moresjax.weights.hf import build_model, decoder_config, import_state
@@ -236,9 +239,23 @@ def test_visual_tokens_go_back_to_their_patches(changes, tokens, missing):
     # Patch p has the value p; a class token has -1.
     values = np.arange(9.0)[len(missing) :]
     values = np.concatenate([[-1.0] * (tokens - len(values)), values])
-    grid = to_grid(values[None], config)[0]
+    llm = tiny_config().llm
+    grid = to_grid(values[None], MLLMConfig(llm=llm, vision=config))[0]
     assert grid.shape == (3, 3)
     flat = grid.ravel()
     assert np.isnan(flat[missing]).all()
     kept = [i for i in range(9) if i not in missing]
     np.testing.assert_array_equal(flat[kept], np.asarray(kept, float))
+
+
+def test_two_tokens_of_a_patch_are_added_and_queries_have_no_place():
+    llm, encoder = tiny_config().llm, tiny_config().vision
+    pair = FusedVisionConfig(encoders=(encoder, encoder), fusion="interleave")
+    grid = to_grid(np.arange(18.0)[None], MLLMConfig(llm=llm, vision=pair))[0]
+    np.testing.assert_array_equal(grid.ravel(), np.arange(9) * 4.0 + 1)
+    side_by_side = FusedVisionConfig(encoders=(encoder, encoder), fusion="channels")
+    grid = to_grid(np.arange(9.0)[None], MLLMConfig(llm=llm, vision=side_by_side))[0]
+    np.testing.assert_array_equal(grid.ravel(), np.arange(9.0))
+    querying = MLLMConfig(llm=llm, vision=encoder, connector="resampler:latents=9")
+    with pytest.raises(UserError, match="connector resampler:latents=9 come from learned queries"):
+        to_grid(np.arange(9.0)[None], querying)

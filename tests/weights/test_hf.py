@@ -279,14 +279,14 @@ WIDE = {
             partial_rotary_factor=0.4,
         ),
     ),
-    "vicuna-7b": (
+    "vicuna-13b": (
         LlamaForCausalLM,
         LlamaConfig(
             vocab_size=128,
-            hidden_size=4096,
-            intermediate_size=11_008,
+            hidden_size=5120,
+            intermediate_size=13_824,
             num_hidden_layers=2,
-            num_attention_heads=32,
+            num_attention_heads=40,
             rms_norm_eps=1e-5,
             max_position_embeddings=4096,
         ),
