@@ -43,12 +43,14 @@ SHAPES = {
     ),
 }
 LOADERS = {
-    "moresjax": "import jax, moresjax as mj; m = mj.load({folder!r}).mllm; "
+    "moresjax": "import jax, moresjax as mj; m = mj.load({folder!r} + '/in').mllm; "
     "import flax.nnx as nnx; jax.block_until_ready(nnx.state(m))",
-    "moresjax int8": "import jax, moresjax as mj; m = mj.load({folder!r}, quantize='int8').mllm; "
+    "moresjax int8": "import jax, moresjax as mj; m = mj.load({folder!r} + '/in', quantize='int8').mllm; "
     "import flax.nnx as nnx; jax.block_until_ready(nnx.state(m))",
+    "moresjax import": "from moresjax.convert import import_model; "
+    "import_model({folder!r} + '/in', {folder!r} + '/out')",
     "transformers": "import transformers; "
-    "m = transformers.AutoModelForCausalLM.from_pretrained({folder!r}); "
+    "m = transformers.AutoModelForCausalLM.from_pretrained({folder!r} + '/in'); "
     "[float(x.detach().flatten()[::2048].sum()) for x in m.parameters()]",
 }
 REPORT = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
@@ -86,17 +88,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=SHAPES)
     args = parser.parse_args()
-    print("checkpoint   loader          file GiB  peak GiB   over      s")
+    print("checkpoint   loader           file GiB  peak GiB   over      s")
     for name in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            size = write_checkpoint(SHAPES[name], Path(folder))
+            (Path(folder) / "in").mkdir()
+            size = write_checkpoint(SHAPES[name], Path(folder) / "in")
             for loader, code in LOADERS.items():
                 start = time.monotonic()
                 command = [sys.executable, "-c", code.format(folder=folder) + REPORT]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 seconds, peak = time.monotonic() - start, int(done.stdout.split()[-1])
                 print(
-                    f"{name:12s} {loader:14s} {size / GIB:9.2f} {peak / GIB:9.2f} "
+                    f"{name:12s} {loader:15s} {size / GIB:9.2f} {peak / GIB:9.2f} "
                     f"{(peak - size) / GIB:+6.2f} {seconds:6.0f}",
                     flush=True,
                 )

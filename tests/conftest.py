@@ -1,6 +1,7 @@
 """Shared by all tests: fake devices, run-time shape checks, the command line."""
 
 import os
+import tempfile
 
 # Before JAX starts: eight CPU devices, quick compilation (tiny models compile longer than they
 # run), no network.
@@ -9,6 +10,11 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
+# One cache of compiled programs for all processes of a run: they use the same tiny models.
+OWNS_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if OWNS_CACHE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moresjax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -16,6 +22,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("moresjax", "beartype.beartype")
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +33,12 @@ import pytest
 def clean_environment() -> dict[str, str]:
     """The environment of a user's process: one device, no checks."""
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+def pytest_unconfigure():
+    """Removes the cache when the process that made it ends."""
+    if OWNS_CACHE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
