@@ -1,5 +1,6 @@
 """From a configuration, a run's directory or a Hugging Face folder to a model and its processor."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,19 @@ def model_config(config) -> MLLMConfig:
     """
     llm = quantized(_part("LLM", config.model.llm, LLMS, DecoderConfig), config.quantize)
     vision = _vision(config.model.vision) if config.model.vision else None
+    how = {"dtype": config.dtype} if config.dtype else {}
+    how |= {"remat": True} if config.remat else {}
+    llm, vision = dataclasses.replace(llm, **how), _run_as(vision, how)
     return MLLMConfig(llm=llm, vision=vision, connector=config.model.connector)
+
+
+def _run_as(vision: AnyVisionConfig | None, how: dict) -> AnyVisionConfig | None:
+    if vision is None:
+        return None
+    if vision.is_pair:
+        encoders = tuple(dataclasses.replace(encoder, **how) for encoder in vision.encoders)
+        return dataclasses.replace(vision, encoders=encoders)
+    return dataclasses.replace(vision, **how)
 
 
 def _vision(value) -> AnyVisionConfig:
@@ -65,7 +78,7 @@ def build_processor(config, *, root: str | Path = ".") -> Processor:
 
     Args:
       config: a run's configuration.
-      root: folder that relative paths start from.
+      root: the run's directory, see `locate`.
 
     Raises:
       UserError: for an unknown template, or a folder without tokenizer or image processor.
@@ -85,7 +98,7 @@ def _image_processor(config, vision: AnyVisionConfig, root: Path) -> ImageProces
     size, aspect = vision.image_size, config.image_aspect
     if not config.image_processor:
         return ImageProcessor(size, vision.pixel_mean, vision.pixel_std, aspect)
-    return ImageProcessor.from_pretrained(root / config.image_processor, size, aspect)
+    return ImageProcessor.from_pretrained(locate(config.image_processor, root), size, aspect)
 
 
 def build_iterator(config, processor: Processor):
@@ -101,7 +114,7 @@ def build_iterator(config, processor: Processor):
 
 
 def load_tokenizer(name: str, root: str | Path = "."):
-    """The tokenizer of the built-in digits world, or one from a folder below `root`.
+    """The tokenizer of the built-in digits world, or one from a folder (see `locate`).
 
     Raises:
       UserError: when the folder has no tokenizer.
@@ -112,7 +125,7 @@ def load_tokenizer(name: str, root: str | Path = "."):
         return build_tokenizer()
     from transformers import AutoTokenizer
 
-    folder = Path(root) / name
+    folder = locate(name, root)
     if not name or not folder.is_dir():
         raise UserError(f"tokenizer {name!r} is neither 'digits' nor a folder")
     try:
@@ -131,6 +144,31 @@ def name_words(tuning: Tuning, tokenizer) -> None:
     tuning.words = tuple((word, word_ids(tokenizer, word)) for word in tuning.selected_words)
 
 
+def locate(name: str, root: str | Path) -> Path:
+    """The folder that a configuration names.
+
+    What starts with a dot (`../llm`) starts from `root`, the run's directory, so that runs may move
+    together; everything else from where the command runs.
+    """
+    return (Path(root) / name if name.startswith(".") else Path(name)).resolve()
+
+
+def located(config):
+    """The configuration with folders that can be found from anywhere: paths that start from where
+    the command runs are made absolute."""
+    config = copy.deepcopy(config)
+
+    def absolute(name: str) -> str:
+        kept = not name or name in (RANDOM, "digits") or name.startswith(".")
+        return name if kept else ";".join(str(Path(part).resolve()) for part in name.split(";"))
+
+    for part in PARTS:
+        config.init[part] = absolute(config.init[part])
+    config.tokenizer = absolute(config.tokenizer)
+    config.image_processor = absolute(config.image_processor)
+    return config
+
+
 def build_model(
     config, *, root: str | Path = ".", mesh: Mesh | None = None, allow_pickle: bool = False
 ) -> nnx.Module:
@@ -138,7 +176,7 @@ def build_model(
 
     Args:
       config: a run's configuration.
-      root: folder that relative `init` paths start from.
+      root: the run's directory, see `locate`.
       mesh: devices over which weights of Hugging Face folders are split as they are read.
       allow_pickle: whether `*.bin` files may be read where there are no safetensors.
 
@@ -168,13 +206,13 @@ def load_parts(model: MLLM, sources: Mapping[str, str], root: Path, **options) -
             continue
         folders = sources[part].split(";")
         if len(folders) == 1:
-            load_part(model, part, (root / folders[0]).resolve(), **options)
+            load_part(model, part, locate(folders[0], root), **options)
             continue
         count = len(getattr(model.vision, "encoders", ())) if part == "vision" else 1
         if len(folders) != count:
             raise UserError(f"init.{part} names {len(folders)} folders; the model needs {count}")
         for number, folder in enumerate(folders):
-            load_part(model, f"{part}.encoders.{number}", (root / folder).resolve(), **options)
+            load_part(model, f"{part}.encoders.{number}", locate(folder, root), **options)
 
 
 def load_part(model: nnx.Module, part: str, source: Path, **options) -> None:

@@ -113,10 +113,10 @@ def _save_processor(source: Path, images: Path, out: Path, config) -> None:
     """Saves the tokenizer and image processor there are to `out`; the configuration names them."""
     if has_tokenizer(source):
         load_tokenizer(str(source)).save_pretrained(out)
-        config.tokenizer = out.name
+        config.tokenizer = f"./{out.name}"
     if config.model.vision and (reference := saved_processor(images)):
         reference.save_pretrained(out)
-        config.image_processor = out.name
+        config.image_processor = f"./{out.name}"
 
 
 def export_model(model: str | Path, out: str | Path, format: str) -> Path:

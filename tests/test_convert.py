@@ -160,7 +160,7 @@ def test_a_tokenizer_gets_an_image_token_where_there_is_room(tmp_path):
     import_model(tmp_path / "in", tmp_path / "run")
     tokenizer(image_token=False).save_pretrained(tmp_path / "run" / "processor")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    named = json.dumps(config | {"tokenizer": "processor"})
+    named = json.dumps(config | {"tokenizer": "./processor"})
     (tmp_path / "run" / "config.json").write_text(named)
     export_model(tmp_path / "run", tmp_path / "out", "hf")
     made = LlavaProcessor.from_pretrained(tmp_path / "out").tokenizer

@@ -29,9 +29,11 @@ def base_config() -> ml_collections.ConfigDict:
             "seed": 0,
             # Parts by zoo name, or a dict of configuration fields; vision "" for a plain LLM.
             "model": {"llm": "", "vision": "", "connector": "mlp2x_gelu", "classes": ()},
+            "dtype": "",  # of activations, in all parts; "": as each part says
+            "remat": False,  # compute activations again in the backward pass, in all parts
             "quantize": "",  # "int8": the LLM's blocks, frozen, in eight bits
             # Where each part's weights come from: "random", a workdir of an earlier run, or a
-            # Hugging Face folder.
+            # Hugging Face folder. Paths with a leading dot start from the run's own workdir.
             "init": {"llm": RANDOM, "vision": RANDOM, "connector": RANDOM},
             "objective": "next_token",
             "tuning": "none",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moresjax.build import build_iterator, build_model, build_processor
+from moresjax.build import build_iterator, build_model, build_processor, located
 from moresjax.data.pipeline import to_device_batch
 from moresjax.errors import UserError, choice_error
 from moresjax.parallel.mesh import batch_sharding, batch_shards, make_mesh, place, replicated
@@ -60,7 +60,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     Raises:
       UserError: for a configuration that cannot run, or a directory of another run.
     """
-    workdir = Path(workdir)
+    workdir, config = Path(workdir), located(config)
     if resume not in ("auto", "never"):
         raise choice_error("resume", resume, ("auto", "never"))
     if config.objective not in OBJECTIVES:

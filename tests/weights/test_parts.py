@@ -118,7 +118,7 @@ def test_parts_from_folders_of_their_own(tmp_path):
     config, _ = load_vision(tmp_path / "vision")
     llm = load(tmp_path / "llm").config.llm
     model = MLLM(MLLMConfig(llm=llm, vision=dataclasses.replace(config, feature_layer=1)))
-    load_parts(model, {"llm": "llm", "vision": "vision", "connector": "random"}, tmp_path)
+    load_parts(model, {"llm": "./llm", "vision": "./vision", "connector": "random"}, tmp_path)
     assert {name.split(".")[0] for name in described(model)} == {"connector"}
     features = model.vision(jnp.asarray(images()))
     assert np.abs(features - hidden_states(tower, images())[1][:, -9:]).max() <= TOLERANCE
@@ -172,11 +172,11 @@ def test_a_pair_from_a_run_configuration_and_two_folders(tmp_path):
     assert processor.visual_tokens == config.visual_tokens == 18
     assert processor.image.mean == config.vision.encoders[0].pixel_mean != (0.5, 0.5, 0.5)
     model = MLLM(config)
-    load_parts(model, {"llm": "random", "vision": "a;b", "connector": "random"}, tmp_path)
+    load_parts(model, {"llm": "random", "vision": "./a;./b", "connector": "random"}, tmp_path)
     assert not described(model, "vision")
     for encoder, name in zip(model.vision.encoders, "ab", strict=True):
         expected = loaded(tmp_path / name)(jnp.asarray(images()))
         np.testing.assert_allclose(encoder(jnp.asarray(images())), expected, atol=1e-6)
-    for sources, message in (("a", "name two"), ("a;b;a", "3 folders; the model needs 2")):
+    for sources, message in (("./a", "name two"), ("./a;./b;a", "3 folders; the model needs 2")):
         with pytest.raises(UserError, match=message):
             load_parts(MLLM(config), {"llm": "random", "vision": sources}, tmp_path)
