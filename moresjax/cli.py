@@ -42,6 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, metavar="FILE[:args]")
     train.add_argument("--workdir", required=True)
     train.add_argument("--resume", choices=("auto", "never"), default="auto")
+    train.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,PROCESSES,NUMBER",
+        help="this is one of several processes; on TPU pods and Slurm nothing more is needed",
+    )
 
     evaluate = add("evaluate", _evaluate, "score a model on benchmarks")
     evaluate.add_argument("--model", required=True, metavar="DIR")
@@ -139,10 +146,14 @@ def _demo(args) -> None:
 
 
 def _train(args) -> None:
+    from moresjax.parallel.processes import join_processes, use_compile_cache
     from moresjax.training.config import load_config
     from moresjax.training.loop import train
 
     config = load_config(args.config, args.overrides)
+    use_compile_cache()
+    if args.distributed:
+        join_processes(args.distributed)
     result = train(config, args.workdir, resume=args.resume)
     numbers = " ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     data = {"workdir": args.workdir, "step": result.step, **result.metrics}

@@ -1,0 +1,68 @@
+"""The processes of a run: what they keep, how they find each other, and when they are told to stop."""
+
+import os
+import signal
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from moresjax.errors import UserError
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs in `$XDG_CACHE_HOME/moresjax` (default `~/.cache/moresjax`), so that
+    the next process need not compile them again. `JAX_COMPILATION_CACHE_DIR` says otherwise."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "moresjax"))
+
+
+def join_processes(where: str) -> None:
+    """Makes this process one of several that run the same program.
+
+    Args:
+      where: `auto` on TPU pods, Slurm and the like, or `HOST:PORT,PROCESSES,NUMBER`.
+
+    Raises:
+      UserError: when the processes cannot find each other.
+    """
+    try:
+        if where == "auto":
+            jax.distributed.initialize()
+            return
+        address, processes, number = where.split(",")
+        jax.distributed.initialize(address, int(processes), int(number))
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--distributed {where}: {reason}; give auto where a cluster says what the processes "
+            "are, else HOST:PORT,PROCESSES,NUMBER"
+        ) from None
+
+
+class StopRequest:
+    """Notices that the process was asked to end (SIGTERM), while it is entered."""
+
+    def __init__(self):
+        self._asked = False
+
+    def __enter__(self) -> "StopRequest":
+        # Several processes are asked one by one; JAX's own handler tells them when all have been.
+        self._alone = jax.process_count() == 1
+        if self._alone:
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step; the same in all processes."""
+        if self._alone:
+            return self._asked
+        return multihost_utils.reached_preemption_sync_point(step)
