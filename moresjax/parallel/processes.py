@@ -1,4 +1,4 @@
-"""The processes of a run: what they keep, how they find each other, and when they are told to stop."""
+"""The processes of a run: what they keep, how they meet, and when they are told to stop."""
 
 import os
 import signal
