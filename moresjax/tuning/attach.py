@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from moresjax.layout import SHARED, Batch, Segment, TokenLayout
 from moresjax.tuning.base import Edit, Method, Probe, ProbeContext, Slots, Theta, WeightDelta
@@ -123,7 +123,7 @@ class Tuning(nnx.Module):
 
     @property
     def num_ahead(self) -> int:
-        """P, the number of keys before that of the first token: those of extra tokens, and others."""
+        """P, the number of keys before the first token's: learned ones, and extra tokens'."""
         return self.num_slots + self._slots("llm.block.kv")
 
     def subset(self, keep: Callable[[Method], bool]) -> "Tuning":

@@ -250,14 +250,15 @@ def test_what_would_load_as_something_else_is_refused(llama, tmp_path):
     good = json.loads((folder / "adapter_config.json").read_text())
     arrays = load_file(folder / "adapter_model.safetensors")
     name, wide = next(iter(arrays)), np.zeros((2, 17), np.float32)
+    prompt, prefix = ({"peft_type": kind} for kind in ("PROMPT_TUNING", "PREFIX_TUNING"))
     cases = [
         (good | {"peft_type": "LOHA"}, arrays, r"unknown peft_type 'LOHA'.*LORA.*LN_TUNING"),
         (good | {"alpha_pattern": {"q_proj": 4}}, arrays, r"alpha_pattern=.* is not supported"),
         (good | {"use_dora": True}, arrays, r"lacks tensors \(2\).*lora_magnitude_vector"),
         (good, arrays | {"base_model.model.lm_head.weight": arrays[name]}, r"unknown .*lm_head"),
-        ({"peft_type": "PROMPT_TUNING"}, {"prompt_embeddings": wide}, r"\(2, 17\), .* \(length, 16"),
-        ({"peft_type": "PREFIX_TUNING"}, {"prompt_embeddings": wide}, r"\(2, 17\), .* \(length, 32"),
-        ({"peft_type": "PREFIX_TUNING"}, {"embeddings": wide}, r"lacks tensors \(1\): prompt_emb"),
+        (prompt, {"prompt_embeddings": wide}, r"\(2, 17\), the model needs \(length, 16\)"),
+        (prefix, {"prompt_embeddings": wide}, r"\(2, 17\), the model needs \(length, 32\)"),
+        (prefix, {"embeddings": wide}, r"lacks tensors \(1\): prompt_embeddings"),
         (good, {n: x for n, x in arrays.items() if n != name}, r"lacks tensors \(1\).*lora_A"),
         (
             good,

@@ -15,9 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from moresjax.tuning.base import Slots, register
 
 
-def uniform_tokens(
-    key: PRNGKeyArray, length: int, dim: int, fan_in: int
-) -> Float[Array, "P D"]:
+def uniform_tokens(key: PRNGKeyArray, length: int, dim: int, fan_in: int) -> Float[Array, "P D"]:
     """Learned tokens, uniform within `sqrt(6 / (fan_in + D))`; with `fan_in` P that is Xavier's."""
     bound = (6 / (fan_in + dim)) ** 0.5
     return jax.random.uniform(key, (length, dim), minval=-bound, maxval=bound)
