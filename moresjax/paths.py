@@ -8,6 +8,12 @@ def path_name(path) -> str:
     return ".".join(str(part) for part in path)
 
 
+# What the field calls some parameters.
+ALIASES = {"lm_head": "llm.head"}
+
+
 def matches(name: str, pattern: str) -> bool:
-    """Whether a parameter name is the pattern, lies below it, or matches it as a whole regex."""
+    """Whether a parameter name is the pattern, lies below it, or matches it as a whole regex;
+    `lm_head` stands for `llm.head`."""
+    pattern = ALIASES.get(pattern, pattern)
     return name == pattern or name.startswith(pattern + ".") or bool(re.fullmatch(pattern, name))

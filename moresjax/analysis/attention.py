@@ -172,8 +172,7 @@ def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.nd
     batch = model.processor.batch([whole | {"pixels": row["pixels"]}])
     queries = jnp.arange(prompt - 1, prompt - 1 + count)[None]
     maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
-    slots = model.mllm.tuning.num_slots
-    visual = np.flatnonzero(whole["image"] >= 0) + slots
+    visual = np.flatnonzero(whole["image"] >= 0) + model.mllm.tuning.num_ahead
     texts = [model.processor.tokenizer.decode([token]) for token in tokens]
     return texts, np.asarray(maps)[:, 0][:, :, visual]
 

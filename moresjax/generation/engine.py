@@ -1,7 +1,7 @@
 """Generation: a jitted prefill and one jitted while-loop of decode steps.
 
-Axis legend: B rows, S prompt tokens, G new tokens, T = P + S + G cache length (P extra tokens of
-attached slots), L layers.
+Axis legend: B rows, S prompt tokens, G new tokens, T = P + S + G cache length (P attached slots),
+L layers.
 
 Prefill runs the whole model; decoding runs the bare LLM on unstacked layers, so that each layer's
 cache is a buffer of its own that XLA updates in place. Methods that cannot act on a generated token
@@ -119,7 +119,7 @@ def _decode_model(model: MLLM) -> MLLM:
 @functools.partial(jax.jit, static_argnames=("graphdef", "new", "probes", "ends"))
 def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry:
     model = nnx.merge(graphdef, state)
-    slots = model.tuning.num_slots
+    ahead = model.tuning.num_ahead
     rows, length = batch.layout.shape
     last = length - 1 - jnp.argmax(valid_mask(batch.layout)[:, ::-1], axis=1)
     out = model(batch, probes=probes, queries=last[:, None], keep_cache=True)
@@ -128,14 +128,14 @@ def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry
         return jnp.take_along_axis(jnp.asarray(x), last[:, None], axis=1)[:, 0]
 
     hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
-    total = slots + length + new
+    total = ahead + length + new
 
     def room(x, axis, fill=0):
         pads = [(0, 0)] * x.ndim
         pads[axis] = (0, total - x.shape[axis])
         return jnp.pad(x, pads, constant_values=fill)
 
-    full = extend_layout(batch.layout, slots)
+    full = extend_layout(batch.layout, ahead)
     keys = jax.tree.map(lambda x: room(jnp.asarray(x), 1), full)
     alive = jnp.ones(rows, bool)
     carry = _Carry(
@@ -143,7 +143,7 @@ def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry
         tokens=jnp.full((rows, new), ends[1], jnp.int32),
         done=~alive,
         length=jnp.zeros(rows, jnp.int32),
-        position=at_last(batch.layout.position) + slots,
+        position=at_last(batch.layout.position) + ahead,
         document=at_last(batch.layout.document),
         keys=keys.replace(image=room(jnp.asarray(full.image), 1, -1)),
         caches=[jax.tree.map(lambda x: room(x, 2), cache) for cache in out.cache],

@@ -5,8 +5,8 @@ size, T length of the KV cache.
 
 Every linear is called through the hooks and every branch output passes them, so an attached tuning
 method acts inside the block and therefore inside rematerialisation. Sites inside a block: the
-linears `q k v o gate up down`, and `attn.out`, `mlp.out`, `out`; probes also read `attn` (queries
-and keys).
+linears `q k v o gate up down`, and `attn.out`, `mlp.out`, `out`; slots come in at `in` and `kv`;
+probes also read `attn` (queries and keys).
 """
 
 import dataclasses
@@ -125,6 +125,7 @@ class Attention(nnx.Module):
             q = q * (config.query_scale * config.head_dim**0.5)
         if rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, rope)
+        k, v = hooks.extend(k, v)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), index, 2)
             v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), index, 2)
@@ -190,6 +191,7 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         index: Int[Array, ""] | int | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
+        h = hooks.enter(h)
         x = self.attn_norm(h)
         attn, cache = self.attn(x, rope, mask, hooks, cache, index)
         attn = scaled(normed(attn, self.attn_post_norm), self.attn_scale)

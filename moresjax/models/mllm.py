@@ -127,19 +127,30 @@ class MLLM(nnx.Module):
 
         Returns:
           Hidden states after the final norm for the tokens of the batch. Caches and statistics
-          include the tokens that attached `Slots` put before them.
+          include what attached `Slots` put before them.
         """
-        layout, slots = batch.layout, self.tuning.num_slots
-        context = None
-        full = extend_layout(layout, slots)
+        slots, ahead = self.tuning.num_slots, self.tuning.num_ahead
+        bare = ahead - slots  # keys without a token, and so without a query
+        full, context = extend_layout(batch.layout, ahead), None
+        rows, length = full.shape
+        mask = visible(full, jnp.broadcast_to(jnp.arange(bare, length), (rows, length - bare)))
         if probes:
-            queries = queries if queries is None else jnp.asarray(queries) + slots
-            context = ProbeContext(jnp.asarray(full.segment), visible(full, queries), queries)
+            seen = mask
+            if queries is not None:
+                queries = jnp.asarray(queries) + slots
+                seen = visible(full, queries + bare)
+            context = ProbeContext(jnp.asarray(full.segment), seen, queries)
         hooks = self.tuning.hooks(batch, key=key, probes=probes, context=context)
-        h = self.tuning.prepend_slots(self.embed(batch, hooks))
-        h = hooks.edit("llm.embed.out", h)
+        tower = hooks.tower("llm")
+        h = hooks.edit("llm.embed.out", tower.prepend(self.embed(batch, hooks)))
+        positions = jnp.asarray(full.position)
         out = self.llm(
-            h, jnp.asarray(full.position), visible(full), hooks.tower("llm"), keep_cache=keep_cache
+            h,
+            positions[:, bare:],
+            mask,
+            tower,
+            keep_cache=keep_cache,
+            key_positions=positions,
         )
         return dataclasses.replace(out, hidden=out.hidden[:, slots:])
 

@@ -121,10 +121,11 @@ class VisionEncoder(nnx.Module):
         Raises:
           UserError: for images of another size than the position embedding has.
         """
-        config = self.config
-        h = self.embed(pixels)
+        config, hooks = self.config, hooks or TowerHooks()
+        # Attention without mask or rotation does not know where in the row extra tokens stand.
+        h = hooks.prepend(self.embed(pixels))
         used = dataclasses.replace(config, num_layers=config.used_layers)
-        h = run_blocks(self.blocks, h, None, None, hooks or TowerHooks(), used).hidden
+        h = run_blocks(self.blocks, h, None, None, hooks, used).hidden[:, hooks.num_slots :]
         if config.registers:
             first = int(config.class_token)
             h = jnp.concatenate([h[:, :first], h[:, config.prefix_tokens :]], axis=1)

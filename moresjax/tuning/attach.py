@@ -1,6 +1,6 @@
 """The tuning attached to a model: its parameters, layer gates, and the hooks of a forward pass.
 
-Axis legend: B rows, S tokens, P extra tokens, D hidden size, L layers.
+Axis legend: B rows, S tokens, P slots, D hidden size, L layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from moresjax.errors import UserError
 from moresjax.layout import SHARED, Batch, Segment, TokenLayout
@@ -48,7 +48,7 @@ class Tuning(nnx.Module):
 
     def __init__(self, spec: str, config):
         self.config = config
-        methods = [method for method in parse_spec(spec) if method.name != "none"]
+        methods = [m.resolve(config) for m in parse_spec(spec) if m.name != "none"]
         self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
         self.words: tuple[tuple[str, tuple[int, ...]], ...] = ()
         self.theta, self.gates, self.shared = nnx.Dict(), nnx.Dict(), nnx.Dict()
@@ -112,20 +112,20 @@ class Tuning(nnx.Module):
         edits = [method for _, method in self.methods if isinstance(method, Edit)]
         return tuple(word for m in edits for word in parse_selector(m.positions).words)
 
+    def _slots(self, *sites: str) -> int:
+        """How many slots there are at some sites."""
+        slots = [(key, method) for key, method in self.methods if isinstance(method, Slots)]
+        return sum(method.length for key, method in slots for s in sites if s in self.theta[key])
+
     @property
     def num_slots(self) -> int:
-        """P, the number of extra tokens before the first token."""
-        return sum(method.length for _, method in self.methods if isinstance(method, Slots))
+        """The number of extra tokens before the first token of the LLM."""
+        return self._slots("llm.embed", "llm.block.in")
 
-    def prepend_slots(self, h: Float[Array, "B S D"]) -> Float[Array, "B SP D"]:
-        """Puts the extra tokens' embeddings before the rows."""
-        for key, method in reversed(self.methods):
-            if isinstance(method, Slots):
-                theta = {n: x[...] for n, x in self.theta[key]["llm.embed"].items()}
-                content = method.content(theta).astype(h.dtype)
-                content = jnp.broadcast_to(content, (h.shape[0], *content.shape))
-                h = jnp.concatenate([content, h], axis=1)
-        return h
+    @property
+    def num_ahead(self) -> int:
+        """P, the number of keys before the first token's: learned ones, and extra tokens'."""
+        return self.num_slots + self._slots("llm.block.kv")
 
     def subset(self, keep: Callable[[Method], bool]) -> "Tuning":
         """A copy with some of the methods."""
@@ -165,15 +165,22 @@ class Tuning(nnx.Module):
         While decoding, edits whose selector cannot meet a generated token are left out, so that the
         program is that of the bare model.
         """
-        slots = 0 if decoding else self.num_slots
+        slots = {
+            "vision": self._slots("vision.embed", "vision.block.in"),
+            "llm": 0 if decoding else self.num_slots,
+        }
         masks = _Masks(batch, self.config, slots, dict(self.words))
         items = []
         for name, method in self.methods:
-            if not isinstance(method, Edit | WeightDelta):
+            if name not in self.theta:
                 continue
             for site, variables in self.theta[name].items():
                 theta = {n: x[...] for n, x in variables.items()}
                 gate = self.gates[name][site][...] if site in self.gates[name] else None
+                if isinstance(method, Slots):
+                    if not decoding:
+                        items.append((site, Attached(method, theta)))
+                    continue
                 if isinstance(method, WeightDelta):
                     theta = _prepare(method, gated(method, theta, gate), gate)
                     common = self.common(name)
@@ -233,7 +240,7 @@ def gated(method: WeightDelta, theta, gate):
 
 
 def extend_layout(layout: TokenLayout, slots: int) -> TokenLayout:
-    """The layout with `slots` extra tokens in front, seen by every document of the row."""
+    """The layout with `slots` places in front, seen by every document of the row."""
     if not slots:
         return layout
 
@@ -253,7 +260,13 @@ def extend_layout(layout: TokenLayout, slots: int) -> TokenLayout:
 class _Masks:
     """Masks of selected tokens at each tower, computed once per selector."""
 
-    def __init__(self, batch: Batch, config, slots: int, words: dict[str, tuple[int, ...]]):
+    def __init__(
+        self,
+        batch: Batch,
+        config,
+        slots: dict[str, int],
+        words: dict[str, tuple[int, ...]],
+    ):
         self.batch, self.config, self.slots, self.words = batch, config, slots, words
         self.known = {}
 
@@ -266,6 +279,7 @@ class _Masks:
     def _mask(self, tower, selector):
         batch, slots = self.batch, self.slots
         if tower == "llm":
+            slots = slots["llm"]
             tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (slots, 0)), constant_values=-1)
             return selector(extend_layout(batch.layout, slots), tokens, batch.roi, self.words)
         rows, images = batch.pixels.shape[:2]
@@ -273,7 +287,8 @@ class _Masks:
         if tower == "connector":
             layout = _feature_layout(rows, images, self.config.visual_tokens, 0)
             return selector(layout, roi=batch.roi)
-        return selector(_feature_layout(rows * images, 1, vision.num_patches, vision.prefix_tokens))
+        layout = _feature_layout(rows * images, 1, vision.num_patches, vision.prefix_tokens)
+        return selector(extend_layout(layout, slots["vision"]))
 
 
 def _feature_layout(rows: int, images: int, visual_tokens: int, extra: int) -> TokenLayout:

@@ -1,6 +1,6 @@
 """The four kinds of tuning, as interfaces, and the registry of methods.
 
-Axis legend: B batch, S tokens, D features in, F features out, P extra tokens.
+Axis legend: B batch, S tokens, D features in, F features out, P slots.
 
 A method is a frozen dataclass whose fields are the keys of its spec string, in a file of its own in
 `moresjax/tuning/methods`. `theta` is a dict of fp32 arrays for *one* layer; the framework adds the
@@ -51,6 +51,10 @@ class Method:
     @property
     def layer_choice(self) -> str:
         return getattr(self, "layers", "all")
+
+    def resolve(self, config) -> "Method":
+        """The method in a model of this `MLLMConfig`: itself, or the one it is a variant of."""
+        return self
 
     def parts(self) -> tuple["Method", ...]:
         """What a spec string with this method stands for: itself, or several other methods."""
@@ -161,16 +165,29 @@ def dropped(x: Float[Array, "*B D"], rate: float, key: PRNGKeyArray | None) -> F
 
 @dataclasses.dataclass(frozen=True)
 class Slots(Method, abc.ABC):
-    """Extra tokens with learned content, before everything else and seen by all documents."""
+    """`length` places before all tokens, with learned content, that every document sees.
+
+    A site says what the places are, and which parameters it needs:
+
+      `llm.embed`, `vision.embed`: extra tokens; `embedding` [P, D] is the first block's input.
+      `llm.block.in`, `vision.block.in`: extra tokens; every block's input is its own `embedding`
+        [P, D], whatever the block before has made of them.
+      `llm.block.kv`: no tokens, but keys and values; `k` and `v` [P, F] in every block, the keys as
+        they are after rotation.
+
+    They take the first positions of the LLM: keys and values first, then tokens. What they do to a
+    prompt is in the cache of its keys and values, so decoding is that of the bare model.
+    """
 
     length: int = 10
 
-    @abc.abstractmethod
-    def initial(self, key: PRNGKeyArray, dim: int) -> Theta: ...
+    def __post_init__(self):
+        if self.length < 1:
+            raise UserError(f"{self.name}:length must be at least 1, got {self.length}")
 
     @abc.abstractmethod
-    def content(self, theta: Theta) -> Float[Array, "P D"]:
-        """Embeddings of the extra tokens."""
+    def initial(self, key: PRNGKeyArray, *shape: Any) -> Theta:
+        """Initial content, of one layer at a layered site."""
 
 
 @pytree_dataclass

@@ -3,7 +3,7 @@
 The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the
 plain linear, the identity and nothing. Sites are named `vision.block.X`, `connector.out`,
 `llm.embed.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
-`mlp.out`, `out`.
+`mlp.out`, `out`. Slots are at `vision.embed`, `llm.embed`, `X.block.in` and `llm.block.kv`.
 """
 
 import dataclasses
@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.tuning.base import Edit, Probe, ProbeContext, Theta, WeightDelta
+from moresjax.tuning.base import Edit, Probe, ProbeContext, Slots, Theta, WeightDelta
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 TOWERS = ("vision", "llm")
+# Where slots are tokens, inside a tower.
+TOKEN_SITES = ("embed", "in")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Attached:
     weight delta finds in its parameters at every layer.
     """
 
-    method: Edit | WeightDelta
+    method: Edit | WeightDelta | Slots
     theta: Theta
     gate: Array | None = None
     mask: Array | None = None
@@ -40,6 +42,13 @@ def _apply_edit(item: Attached, theta, gate, h, key):
         delta = item.method.drop(key, delta, h)
     mask = item.mask if gate is None else item.mask & gate
     return h + jnp.where(mask[..., None], delta, 0).astype(h.dtype)
+
+
+def _before(rows: Float[Array, "P F"], x: Float[Array, "B K S H"]) -> Float[Array, "B K T H"]:
+    """Puts the same learned keys, or values, before those of every row."""
+    batch, heads, _, dim = x.shape
+    rows = rows.reshape(-1, heads, dim).swapaxes(0, 1).astype(x.dtype)
+    return jnp.concatenate([jnp.broadcast_to(rows, (batch, *rows.shape)), x], axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +95,21 @@ class LayerHooks:
             h = _apply_edit(item, *self._stacked[number], h, self._key(number))
         return h
 
+    def enter(self, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The input of the block: extra tokens that have content at this layer get it."""
+        for number, _ in self._tower.at("in"):
+            h = self._tower.write(number, self._stacked[number][0], h)
+        return h
+
+    def extend(
+        self, k: Float[Array, "B K S H"], v: Float[Array, "B K S H"]
+    ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+        """Keys (after rotation) and values, with the learned ones before them."""
+        for number, _ in reversed(self._tower.at("kv")):
+            theta, _ = self._stacked[number]
+            k, v = _before(theta["k"], k), _before(theta["v"], v)
+        return k, v
+
     def read_attention(self, q, k, mask: Array | None, softcap: float) -> None:
         """Shows queries and keys to the probes, as `attn`.
 
@@ -123,7 +147,29 @@ class TowerHooks:
     ):
         self._items = list(items)
         self.key, self.probes, self.context = key, probes, context
-        self.stacked = [(item.theta, item.gate) for _, item in self._items]
+        self.stacked = [
+            ({}, None) if site == "embed" else (item.theta, item.gate) for site, item in self._items
+        ]
+        self.num_slots, self._places = 0, {}
+        for number, (site, item) in enumerate(self._items):
+            if site in TOKEN_SITES:
+                self._places[number] = self.num_slots
+                self.num_slots += item.method.length
+
+    def prepend(self, h: Float[Array, "B S D"]) -> Float[Array, "B PS D"]:
+        """Puts the extra tokens before the rows that the first block reads."""
+        if not self.num_slots:
+            return h
+        h = jnp.pad(h, ((0, 0), (self.num_slots, 0), (0, 0)))
+        for number, item in self.at("embed"):
+            h = self.write(number, item.theta, h)
+        return h
+
+    def write(self, number: int, theta: Theta, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Gives the extra tokens of one item their content."""
+        content = theta["embedding"].astype(h.dtype)
+        content = jnp.broadcast_to(content, (h.shape[0], *content.shape))
+        return jax.lax.dynamic_update_slice_in_dim(h, content, self._places[number], axis=1)
 
     def at(self, name: str):
         return [(n, item) for n, (site, item) in enumerate(self._items) if site == name]
@@ -147,7 +193,11 @@ class Hooks:
     def tower(self, name: str) -> TowerHooks:
         """The hooks of the blocks of `vision` or `llm`."""
         prefix = f"{name}.block."
-        items = [(s.removeprefix(prefix), i) for s, i in self._items if s.startswith(prefix)]
+        items = [
+            (s.removeprefix(prefix).removeprefix(f"{name}."), i)
+            for s, i in self._items
+            if s.startswith(prefix) or s == f"{name}.embed"
+        ]
         key = None if self._key is None else jax.random.fold_in(self._key, TOWERS.index(name))
         if name == "llm":
             return TowerHooks(items, key, self._probes, self._context)

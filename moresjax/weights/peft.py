@@ -36,6 +36,7 @@ from moresjax.weights.peft_formats import (
     format_of,
     read_format,
 )
+from moresjax.weights.peft_slots import SLOT_METHODS, SLOT_TYPES, TENSOR, slots_in, slots_out
 from moresjax.weights.sources import Source, module_sources
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -57,8 +58,14 @@ def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> P
     if len(mllm.tuning.methods) != 1:
         raise UserError(f"peft holds one method, the model's tuning is {mllm.tuning.spec!r}")
     method, folder = mllm.tuning.methods[0][1], Path(folder)
-    norms = isinstance(method, NormTuning)
-    arrays, config = _norms_out(mllm) if norms else _linears_out(mllm, format_of(method))
+    if isinstance(method, NormTuning):
+        arrays, config = _norms_out(mllm)
+    elif method.name in SLOT_METHODS:
+        if connector:
+            raise UserError(f"an adapter of peft with {method.name} cannot hold a connector")
+        arrays, config = slots_out(mllm)
+    else:
+        arrays, config = _linears_out(mllm, format_of(method))
     if connector:
         parameters = _parameters(mllm)
         for source in _connector_sources(mllm):
@@ -123,8 +130,9 @@ def import_peft(folder: str | Path, mllm: MLLM) -> str:
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not an adapter of peft: it has no {file}")
     config = json.loads((folder / CONFIG).read_text())
-    if config.get("peft_type") not in PEFT_TYPES:
-        raise choice_error("peft_type", config.get("peft_type"), PEFT_TYPES)
+    types = (*PEFT_TYPES, *SLOT_TYPES)
+    if config.get("peft_type") not in types:
+        raise choice_error("peft_type", config.get("peft_type"), types)
     source = {
         _relative(n): np.asarray(x, np.float32) for n, x in load_file(folder / TENSORS).items()
     }
@@ -140,6 +148,10 @@ def import_peft(folder: str | Path, mllm: MLLM) -> str:
         for ours, names in _norm_names(mllm).items():
             rows = [tensors.take(name, shapes[ours][-1:]) for name in names]
             base[ours] = np.stack(rows).reshape(shapes[ours])
+    elif config["peft_type"] in SLOT_TYPES:
+        tensor = tensors.take(TENSOR)
+        tensors.finish()
+        tuning = slots_in(mllm.config, config["peft_type"], tensor, str(folder))
     else:
         tuning = _linears_in(mllm, read_format(config), config, tensors)
     tensors.finish()
@@ -262,7 +274,8 @@ def _in_model(mllm: MLLM, name: str) -> str:
 
 
 def _file_name(name: str) -> str:
-    return name if name.startswith("base_model.") else f"base_model.model.{name}"
+    whole = name.startswith("base_model.") or name == TENSOR
+    return name if whole else f"base_model.model.{name}"
 
 
 def _relative(name: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from moresjax.errors import UserError, choice_error
 from moresjax.tuning.base import Method
 from moresjax.tuning.methods.dora import lengths
+from moresjax.weights.peft_slots import SLOT_METHODS
 
 # The version whose conventions we write; older readers and writers of OFT differ.
 PEFT_VERSION = "0.21.2"
@@ -221,7 +222,8 @@ def format_of(method: Method) -> Format:
     for form in FORMATS:
         if form.method == method.name:
             return form
-    raise choice_error("method for peft", method.name, [*(f.method for f in FORMATS), "ln"])
+    known = [*(form.method for form in FORMATS), "ln", *SLOT_METHODS]
+    raise choice_error("method for peft", method.name, known)
 
 
 def read_format(config: Mapping) -> Format:

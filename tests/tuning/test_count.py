@@ -51,6 +51,13 @@ def test_published_counts(spec, expected):
         ("red", 262_144),
         ("houlsby:bottleneck=64", 33_820_672),
         ("steer", 0),
+        ("prompt:length=10", 40_960),
+        ("prefix:length=10", 2_621_440),
+        ("ptum:length=64", 8_388_608),
+        ("vpt:length=20", 23 * 20 * 1024),  # the last block's output is not used
+        ("vpt:length=20,deep=false", 20 * 1024),
+        ("aprompt", 1_310_720 + 2_621_440),
+        ("m2pt", 23 * 10 * 1024 + 1_310_720 + 4_198_400 + 131_072_000),
     ],
 )
 def test_counts_on_the_model_of_mrt(spec, expected):

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from moresjax.errors import UserError
-from moresjax.model import Model
+from moresjax.generation.engine import Engine
+from moresjax.model import Model, hf_batch
 from moresjax.models.mllm import MLLMConfig
 from moresjax.tuning.methods.vera import VeRA
 from moresjax.weights.hf import build_model, decoder_config, import_state, llava_config
@@ -188,6 +189,54 @@ def test_the_projections_of_vera_are_those_that_peft_makes_of_the_seed(llama, tm
     np.testing.assert_array_equal(shared["b"].T, theirs.base_model.vera_B["default"].numpy())
 
 
+SLOTS = {
+    "prompt:length=3": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix:length=3": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("spec", SLOTS)
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_slots_give_the_same_logits_in_both_directions(family, spec, tmp_path, request):
+    base = request.getfixturevalue(family)
+    theirs = base.adapted(SLOTS[spec])
+    theirs.save_pretrained(tmp_path / "theirs")
+    length = base.inputs["input_ids"].shape[1]
+    expected = base.their_logits(theirs)[:, -length:]  # prompt tuning gives its own tokens' too
+    assert np.abs(expected - base.their_logits(base.oracle)).max() > 1e-2
+    model = base.ours()
+    assert import_peft(tmp_path / "theirs", model) == spec
+    np.testing.assert_allclose(base.our_logits(model), expected, atol=1e-5)
+    again = base.from_folder(export_peft(model, tmp_path / "ours"))
+    np.testing.assert_allclose(base.their_logits(again)[:, -length:], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_slots_generate_what_peft_generates(llama, left, tmp_path):
+    """Rows of different lengths, padded; the learned keys are before the padding."""
+    model = llama.ours()
+    model.attach("prefix:length=3", seed=1)
+    for variable in model.tuning.theta["prefix"]["llm.block.kv"].values():
+        variable[...] = 40 * variable[...]
+    theirs = llama.from_folder(export_peft(model, tmp_path / "ours"))
+    ids, mask = llama.inputs["input_ids"].copy(), np.ones((2, 7), int)
+    empty = slice(0, 2) if left else slice(5, 7)
+    ids[1, empty], mask[1, empty] = 0, 0
+    with torch.no_grad():
+        expected = [
+            theirs.generate(
+                input_ids=torch.tensor(row[keep.astype(bool)][None]),
+                max_new_tokens=5,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0, -5:].tolist()
+            for row, keep in zip(ids, mask, strict=True)
+        ]
+    batch = hf_batch(ids, mask, None, IMAGE_ID, 0)
+    assert Engine(model, eos_ids=(VOCAB,)).generate(batch, 5).tokens.tolist() == expected
+
+
 def write(folder, config, arrays):
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -200,12 +249,16 @@ def test_what_would_load_as_something_else_is_refused(llama, tmp_path):
     folder = export_peft(model, tmp_path / "good")
     good = json.loads((folder / "adapter_config.json").read_text())
     arrays = load_file(folder / "adapter_model.safetensors")
-    name = next(iter(arrays))
+    name, wide = next(iter(arrays)), np.zeros((2, 17), np.float32)
+    prompt, prefix = ({"peft_type": kind} for kind in ("PROMPT_TUNING", "PREFIX_TUNING"))
     cases = [
         (good | {"peft_type": "LOHA"}, arrays, r"unknown peft_type 'LOHA'.*LORA.*LN_TUNING"),
         (good | {"alpha_pattern": {"q_proj": 4}}, arrays, r"alpha_pattern=.* is not supported"),
         (good | {"use_dora": True}, arrays, r"lacks tensors \(2\).*lora_magnitude_vector"),
         (good, arrays | {"base_model.model.lm_head.weight": arrays[name]}, r"unknown .*lm_head"),
+        (prompt, {"prompt_embeddings": wide}, r"\(2, 17\), the model needs \(length, 16\)"),
+        (prefix, {"prompt_embeddings": wide}, r"\(2, 17\), the model needs \(length, 32\)"),
+        (prefix, {"embeddings": wide}, r"lacks tensors \(1\): prompt_embeddings"),
         (good, {n: x for n, x in arrays.items() if n != name}, r"lacks tensors \(1\).*lora_A"),
         (
             good,

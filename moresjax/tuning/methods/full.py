@@ -1,8 +1,11 @@
-"""Full fine-tuning, and none: what trains is base parameters, nothing is attached."""
+"""Full and partial fine-tuning, and none: what trains is base parameters, nothing is attached."""
 
 import dataclasses
 
+from moresjax.errors import UserError, choice_error
 from moresjax.tuning.base import Method, register
+
+PARTS = ("connector", "lm_head")
 
 
 @register
@@ -20,3 +23,28 @@ class Full(Method):
 
     name = "full"
     trains = ("llm",)
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class Partial(Method):
+    """Trains the parts named by `train`, as `also_train` does, but as a piece of a method."""
+
+    name = "partial"
+    train: str = "connector;lm_head"
+
+    def __post_init__(self):
+        for part in self.trains:
+            if part not in PARTS:
+                raise choice_error("part in partial:train", part, PARTS)
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        return tuple(self.train.split(";"))
+
+    def sites(self, config):
+        has = {"connector": config.vision is not None, "lm_head": not config.llm.tie_embeddings}
+        for part in self.trains:
+            if not has[part]:
+                raise UserError(f"{self.name}:train={self.train}: this model has no {part}")
+        return {}
