@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -41,7 +42,17 @@ def model_config(config) -> MLLMConfig:
     how = {"dtype": config.dtype} if config.dtype else {}
     how |= {"remat": True} if config.remat else {}
     llm, vision = dataclasses.replace(llm, **how), _run_as(vision, how)
+    if last := last_vision_layers(config.also_train):
+        if vision is None or vision.is_pair:
+            raise UserError(f"also_train vision:last{last} needs one vision encoder")
+        vision = dataclasses.replace(vision, last_layers=last)
     return MLLMConfig(llm=llm, vision=vision, connector=config.model.connector)
+
+
+def last_vision_layers(also_train: Sequence[str]) -> int:
+    """N of `vision:lastN`, 0 without it."""
+    found = [m for pattern in also_train if (m := re.fullmatch(r"vision:last(\d+)", pattern))]
+    return int(found[0][1]) if found else 0
 
 
 def _run_as(vision: AnyVisionConfig | None, how: dict) -> AnyVisionConfig | None:
@@ -235,9 +246,22 @@ def load_part(model: nnx.Module, part: str, source: Path, **options) -> None:
         found = read_pretrained(source, part=part.split(".")[0], **options)[1]
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
-    fill(model, found, str(source), part)
+    fill(model, _kept_apart(model, part, found), str(source), part)
     if missing := described(model, part):
         raise UserError(f"{source} holds no weights for {missing[0]}")
+
+
+def _kept_apart(model: nnx.Module, part: str, found: Mapping) -> Mapping:
+    """Parameters of a run that had all vision blocks in one stack, for a model with two."""
+    last = getattr(getattr(model.vision, "config", None), "last_layers", 0)
+    if part != "vision" or not last or any(name.startswith("vision.last.") for name in found):
+        return found
+    split = dict(found)
+    for name, x in found.items():
+        if name.startswith("vision.blocks."):
+            split[name] = x[:-last]
+            split[name.replace("vision.blocks.", "vision.last.", 1)] = x[-last:]
+    return split
 
 
 def _vision_parameters(

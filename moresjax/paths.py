@@ -14,6 +14,6 @@ ALIASES = {"lm_head": "llm.head"}
 
 def matches(name: str, pattern: str) -> bool:
     """Whether a parameter name is the pattern, lies below it, or matches it as a whole regex;
-    `lm_head` stands for `llm.head`."""
-    pattern = ALIASES.get(pattern, pattern)
+    `lm_head` stands for `llm.head`, `vision:lastN` for the blocks that are kept apart."""
+    pattern = "vision.last" if pattern.startswith("vision:last") else ALIASES.get(pattern, pattern)
     return name == pattern or name.startswith(pattern + ".") or bool(re.fullmatch(pattern, name))

@@ -40,6 +40,7 @@ class VisionConfig(BlockConfig):
     pre_norm: bool = False  # norm before the first block (CLIP)
     patch_bias: bool = True  # all but CLIP
     feature_layer: int = -2  # index into [embeddings, output of block 1, ...]
+    last_layers: int = 0  # used blocks at the end that are kept apart, so that they may train alone
     select: str = "patch"  # patch | cls_patch; registers are always dropped
     drop_first_token: bool = False  # drop one token even without a class token (728 of 729)
     pixel_mean: Sequence[float] = HALF  # of the pixels it was trained on, 0..1
@@ -57,6 +58,11 @@ class VisionConfig(BlockConfig):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.select not in SELECTIONS:
             raise choice_error("select of a vision encoder", self.select, SELECTIONS)
+        if not 0 <= self.last_layers < max(self.used_layers, 1):
+            raise UserError(
+                f"the last {self.last_layers} of {self.used_layers} vision blocks cannot be kept "
+                "apart: at least one must be left"
+            )
 
     @property
     def is_pair(self) -> bool:
@@ -93,6 +99,11 @@ class VisionConfig(BlockConfig):
         negative = self.num_layers + 1 if self.feature_layer < 0 else 0
         return self.feature_layer + negative
 
+    @property
+    def first_blocks(self) -> dict[str, int]:
+        """Layer number of the first block of `last` and of `tail`."""
+        return {"last": self.used_layers - self.last_layers, "tail": self.used_layers}
+
 
 class VisionEncoder(nnx.Module):
     """Images to visual features."""
@@ -108,7 +119,9 @@ class VisionEncoder(nnx.Module):
         registers = config.registers
         self.registers = param((registers, d), (None, "embed"), std=0.02) if registers else None
         self.pre_norm = norm() if config.pre_norm else None
-        self.blocks = stack(Block(config), config.used_layers)
+        last = config.last_layers
+        self.blocks = stack(Block(config), config.used_layers - last)
+        self.last = stack(Block(config), last) if last else None
         unused = config.num_layers - config.used_layers
         self.tail = stack(Block(config), unused) if unused else None
         self.post_norm = norm()
@@ -125,11 +138,19 @@ class VisionEncoder(nnx.Module):
         # Attention without mask or rotation does not know where in the row extra tokens stand.
         h = hooks.prepend(self.embed(pixels))
         used = dataclasses.replace(config, num_layers=config.used_layers)
-        h = run_blocks(self.blocks, h, None, None, hooks, used).hidden[:, hooks.num_slots :]
+        h = run_blocks(self.used_blocks(), h, None, None, hooks, used).hidden[:, hooks.num_slots :]
         if config.registers:
             first = int(config.class_token)
             h = jnp.concatenate([h[:, :first], h[:, config.prefix_tokens :]], axis=1)
         return h[:, config.first_feature :]
+
+    def used_blocks(self) -> Block:
+        """The stack of all blocks below the feature layer, in the dtype of the first of them."""
+        if self.last is None:
+            return self.blocks
+        return jax.tree.map(
+            lambda x, y: jnp.concatenate([x, y.astype(x.dtype)]), self.blocks, self.last
+        )
 
     def embed(self, pixels: Float[Array, "B Y X 3"]) -> Float[Array, "B T D"]:
         """What the first block reads."""

@@ -80,6 +80,7 @@ def hf_config(config: MLLMConfig) -> dict:
         remat=False,
         unroll=False,
         select="cls_patch" if keeps_all else "patch",
+        last_layers=0,
     )
     # Normalisation is the image processor's, the choice of features the wrapper's.
     used = ("feature_layer", "select", "drop_first_token", "pixel_mean", "pixel_std")

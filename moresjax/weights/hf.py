@@ -106,9 +106,8 @@ def model_sources(config: MLLMConfig, hf: Mapping, mesh: Mesh | None = None) -> 
     llm = module_sources(model.llm, table, mesh=mesh)
     if config.vision is None:
         return [source.under("llm") for source in llm]
-    first = config.vision.used_layers
     table = vision_table(hf["vision_config"])
-    vision = module_sources(model.vision, table, first_of_tail=first, mesh=mesh)
+    vision = module_sources(model.vision, table, first=config.vision.first_blocks, mesh=mesh)
     connector = module_sources(model.connector, _connector_table(config, hf), mesh=mesh)
     return [
         *(source.under("vision", "", "model.vision_tower.") for source in vision),

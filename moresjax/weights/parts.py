@@ -61,7 +61,7 @@ def load_vision(
     stored = open_tensors(folder, allow_pickle=allow_pickle)
     tensors = {_encoder_name(name): tensor for name, tensor in stored.items()}
     sources = module_sources(
-        VisionEncoder(config), vision_table(hf), first_of_tail=config.used_layers, mesh=mesh
+        VisionEncoder(config), vision_table(hf), first=config.first_blocks, mesh=mesh
     )
     if hf["model_type"].startswith("dinov2") and config.image_size != hf["image_size"]:
         table = tensors[POSITIONS][:]
@@ -87,7 +87,7 @@ def check_same_encoder(ours: VisionConfig, theirs: VisionConfig, source: str) ->
       UserError: that names the first field that differs.
     """
     # How the features are used, not what they are.
-    free = ("feature_layer", "select", "drop_first_token", "pixel_mean", "pixel_std")
+    free = ("feature_layer", "select", "drop_first_token", "pixel_mean", "pixel_std", "last_layers")
     free += ("dtype", "remat", "unroll")
     for name, value in vars(theirs).items():
         if name not in free and getattr(ours, name) != value:

@@ -6,6 +6,7 @@ Axis legend: L layers, D features in, F features out, p side of a patch.
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -21,6 +22,8 @@ from moresjax.weights.tables import BATCHED
 
 Path_ = tuple[str, ...]
 Index = tuple[slice, ...]
+# Parts of a tower that are blocks with a leading layer axis.
+STACKS = ("blocks", "last", "tail")
 # Columns of a transposed matrix that are copied at a time.
 STRIP = 64
 
@@ -58,7 +61,7 @@ class Source:
 
     @property
     def stacked(self) -> bool:
-        return "blocks" in self.path or "tail" in self.path
+        return any(stack in self.path for stack in STACKS)
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -113,7 +116,7 @@ def module_sources(
     module: nnx.Module,
     table: Mapping[str, str],
     *,
-    first_of_tail: int = 0,
+    first: Mapping[str, int] = MappingProxyType({}),
     mesh: Mesh | None = None,
 ) -> list[Source]:
     """The sources of every parameter of a tower or a connector.
@@ -121,8 +124,7 @@ def module_sources(
     Args:
       module: ours; shapes are enough.
       table: of `moresjax.weights.tables`.
-      first_of_tail: layer number of the first block in `tail`: the blocks above the feature layer
-        continue the numbering.
+      first: layer number of the first block of stacks that do not start from layer 0.
       mesh: devices to split the parameters over.
     """
     state, found = nnx.state(module, nnx.Param), []
@@ -130,11 +132,11 @@ def module_sources(
     where = [variable.get_value() for _, variable in nnx.to_flat_state(placed)]
     for (path, variable), sharding in zip(nnx.to_flat_state(state), where, strict=True):
         path = tuple(str(part) for part in path)
-        name, kind = _hf_leaf(("blocks", *path[1:]) if path[0] == "tail" else path, table)
+        name, kind = _hf_leaf(("blocks", *path[1:]) if path[0] in STACKS else path, table)
         names = (name,)
         if "{}" in name:
-            first = first_of_tail if path[0] == "tail" else 0
-            names = tuple(name.format(first + i) for i in range(variable.shape[0]))
+            start = first.get(path[0], 0)
+            names = tuple(name.format(start + i) for i in range(variable.shape[0]))
         if kind == "matrix" and path[0] == "patch":
             kind = "convolution"
         ones = BATCHED.get(name, 0)
