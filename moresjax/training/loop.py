@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Written at the end of a run.
 RESULT = "train.json"
+# Samples that could not be used, by process.
+SKIPPED = "skipped_samples_{}.json"
 # Steps that may be under way before their loss is looked at.
 IN_FLIGHT = 2
 
@@ -69,9 +71,15 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     if finished := _finished(config, workdir):
         return finished
 
-    # Model, split into what trains and what does not, each on the mesh.
     mesh = make_mesh(**config.mesh)
     _check_numbers(config, batch_shards(mesh))
+
+    # Data: before the model, whose reading takes longer than finding a mistake here.
+    processor = build_processor(config, root=workdir)
+    iterator = build_iterator(config, processor)
+    rows = batch_sharding(mesh)
+
+    # Model, split into what trains and what does not, each on the mesh.
     model = build_model(config, root=workdir, mesh=mesh)
     graphdef, trainable, frozen = split_model(model, config.also_train)
     optimizer, schedule = make_optimizer(config.optimizer, config.steps, trainable)
@@ -88,11 +96,6 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
-
-    # Data.
-    processor = build_processor(config, root=workdir)
-    iterator = build_iterator(config, processor)
-    rows = batch_sharding(mesh)
 
     # Resume.
     workdir.mkdir(parents=True, exist_ok=True)
@@ -138,6 +141,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
                 metrics = settle()
             if saves:
                 checkpoints.save(state, iterator.get_state())
+                iterator.bad.save(workdir / SKIPPED.format(jax.process_index()))
         seconds = time.monotonic() - start
     finally:
         progress.close()
@@ -158,7 +162,8 @@ def _finished(config, workdir: Path) -> TrainResult | None:
 
 def _check_numbers(config, shards: int) -> None:
     """Refuses sizes that cannot work before anything is built or written."""
-    sizes = {key: config[key] for key in ("steps", "batch_size", "microbatches", "log_every")}
+    keys = ("steps", "batch_size", "microbatches", "log_every", "reading_threads")
+    sizes = {key: config[key] for key in keys}
     for key, value in {**sizes, "checkpoint.every": config.checkpoint.every}.items():
         if value < 1:
             raise UserError(f"config key {key} must be at least 1, got {value}")
@@ -181,7 +186,7 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
     if saved.is_dir() and not any(saved.glob("[0-9]*")):
         return  # a run that ended before its first checkpoint has nothing to mix with
     earlier = read_config(workdir / "config.json").to_dict()
-    harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh")
+    harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh", "reading_threads")
     found = differences(earlier, config.to_dict())
     changed = [key for key in found if not any(matches(key, h) for h in harmless)]
     if changed:

@@ -20,7 +20,7 @@ from flax import nnx
 from moresjax.build import build_model, load_workdir, trained_parameters
 from moresjax.data.digits import SPECIAL, DigitsSource
 from moresjax.data.images import ImageProcessor
-from moresjax.data.pipeline import SOURCES
+from moresjax.data.sources import SOURCES
 from moresjax.errors import UserError
 from moresjax.models.initialize import fill
 from moresjax.training import loop
