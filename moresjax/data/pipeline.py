@@ -82,11 +82,12 @@ class Batches:
     """An endless iterator over stacked rows of this process's share.
 
     Attributes:
+      batching: how samples became rows.
       bad: the samples that were skipped.
     """
 
-    def __init__(self, dataset: grain.IterDataset, bad: BadSamples):
-        self.bad = bad
+    def __init__(self, dataset: grain.IterDataset, batching: str, bad: BadSamples):
+        self.batching, self.bad = batching, bad
         self._iterator = iter(dataset)
 
     def __iter__(self) -> "Batches":
@@ -96,21 +97,26 @@ class Batches:
         return next(self._iterator)
 
     def get_state(self) -> dict:
-        """Where all processes stand; every process must ask for it."""
+        """Where every process stands; all processes must ask for it together."""
         return {"processes": _everywhere(self._iterator.get_state())}
 
     def set_state(self, state: Mapping) -> None:
         """Goes on from a state.
 
         Raises:
-          UserError: when another number of processes saved it and their positions differ.
+          UserError: when another number of processes saved it and they stood at different places.
         """
         states, count = state["processes"], jax.process_count()
-        own = states[jax.process_index()] if len(states) == count else states[0]
-        if len(states) != count and any(s != own for s in states):
+        if len(states) == count:
+            own = states[jax.process_index()]
+        elif self.batching != "pack" and all(other == states[0] for other in states):
+            own = dict(states[0])
+            if self.batching == "pad":  # counts the samples of one process; buckets count batches
+                own["next_index"] = own["next_index"] * len(states) // count
+        else:
             raise UserError(
-                f"this run's data was read by {len(states)} processes that stood at different "
-                f"places; it cannot go on with {count}"
+                f"{len(states)} processes read this run's data and stood at different places; "
+                f"it cannot go on with {count}"
             )
         self._iterator.set_state(own)
 
@@ -184,30 +190,30 @@ def make_iterator(
             seed=seed,
         )
         numbers = grain.MapDataset.range(ENDLESS).map(batches)
-        return Batches(numbers.to_iter_dataset(_reading(threads, 2 * threads)), bad)
-    samples = _shuffled(rows, getattr(source, "shares", ()), seed)[index::count].repeat()
+        return Batches(numbers.to_iter_dataset(_reading(threads, 2 * threads)), batching, bad)
+    samples = _shuffled(rows, getattr(source, "shares", ()), seed, slice(index, None, count))
     dataset = samples.to_iter_dataset(_reading(threads, 4 * batch_size))
     if batching == "pack":
         packed = PackWindow(processor, length, images)
         dataset = dataset.batch(window or PACK_WINDOW, batch_fn=list)
         dataset = grain.experimental.FlatMapIterDataset(dataset, packed)
-    return Batches(dataset.batch(own, drop_remainder=True, batch_fn=_stack), bad)
+    return Batches(dataset.batch(own, drop_remainder=True, batch_fn=_stack), batching, bad)
 
 
 def _reading(threads: int, buffer: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
 
 
-def _shuffled(rows: Rows, shares, seed: int) -> grain.MapDataset:
-    """All rows in random order; with weights, an endless mixture of the parts."""
+def _shuffled(rows: Rows, shares, seed: int, own: slice) -> grain.MapDataset:
+    """This process's part of endless epochs in random order, or of a mixture with weights."""
     whole = grain.MapDataset.source(rows)
     if not shares:
-        return whole.shuffle(seed=seed)
+        return whole.shuffle(seed=seed).slice(own).repeat()
     parts = [
         whole.slice(part).shuffle(seed=seed + number).repeat()
         for number, (part, _) in enumerate(shares)
     ]
-    return grain.MapDataset.mix(parts, [weight for _, weight in shares])
+    return grain.MapDataset.mix(parts, [weight for _, weight in shares]).slice(own)
 
 
 def _stack(rows: Sequence[Row]) -> Row:
