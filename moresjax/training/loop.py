@@ -167,6 +167,8 @@ def _check_numbers(config, shards: int) -> None:
     for key, value in {**sizes, "checkpoint.every": config.checkpoint.every}.items():
         if value < 1:
             raise UserError(f"config key {key} must be at least 1, got {value}")
+    if config.window < 0:
+        raise UserError(f"config key window must be at least 0, got {config.window}")
     if config.batch_size % (shards * config.microbatches):
         raise UserError(
             f"batch_size {config.batch_size} does not divide into {shards} parts of the mesh times "
