@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from moresjax.data import pipeline
 from moresjax.data.buckets import FILLER, bucket_lengths, plan_batches
 from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
@@ -426,19 +425,3 @@ def test_batches_of_text_have_no_pixels_in_one_process(source, tmp_path, monkeyp
         as_process(monkeypatch, 0, 2)
         assert next(make_iterator(own, PROCESSOR, **options))["pixels"].shape[:2] == (2, IMAGES)
         monkeypatch.undo()
-
-
-def test_states_of_several_processes_are_gathered(monkeypatch):
-    states = [{"next_index": 7}, {"next_index": 1234}]
-
-    def gather(x):  # what the other process would send
-        other = np.frombuffer(json.dumps(states[1]).encode(), np.uint8)
-        mine = np.asarray(x)
-        if mine.ndim == 0:
-            return np.stack([mine, np.asarray(other.size)])
-        width = max(len(mine), other.size)
-        return np.stack([np.pad(row, (0, width - len(row))) for row in (mine, other)])
-
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(pipeline.multihost_utils, "process_allgather", gather)
-    assert pipeline._everywhere(states[0]) == states
