@@ -52,9 +52,10 @@ class BadSamples:
 
     def save(self, path: Path) -> None:
         """Adds what was found to a JSON file; no file is made for nothing."""
-        if not self.found:
+        found = dict(self.found)  # reading threads may add to it meanwhile
+        if not found:
             return
         known = json.loads(path.read_text())["samples"] if path.is_file() else {}
-        known |= {str(index): message for index, message in sorted(self.found.items())}
+        known |= {str(index): message for index, message in sorted(found.items())}
         report = {"skipped": len(known), "samples": known}
         path.write_text(json.dumps(report, indent=2) + "\n")
