@@ -26,6 +26,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
         "grain>=0.2.18",
+        "array_record>=0.8",
         "transformers>=5.0",
         "tokenizers",
         "safetensors",

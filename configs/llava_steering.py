@@ -123,7 +123,6 @@ def _task(config, args):
 
 def _tune(config, args):
     config.tuning = METHODS.get(args.tuning, args.tuning)
-    config.length = 2048
-    config.batching = "pack"
-    config.images = 4
+    config.length, config.images = 4096, 5
+    config.batching, config.reading_threads = "pack", 16
     config.optimizer.lr = LEARNING_RATES["full" if args.tuning == "full" else "peft"]

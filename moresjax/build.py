@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moresjax.data.images import ImageProcessor
-from moresjax.data.pipeline import make_iterator, make_source
+from moresjax.data.pipeline import Batches, make_iterator
 from moresjax.data.processor import Processor, word_ids
+from moresjax.data.sources import make_source
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError, choice_error
 from moresjax.models.connector import connector_tokens
@@ -112,8 +113,8 @@ def _image_processor(config, vision: AnyVisionConfig, root: Path) -> ImageProces
     return ImageProcessor.from_pretrained(locate(config.image_processor, root), size, aspect)
 
 
-def build_iterator(config, processor: Processor):
-    """The batches of a configuration: an endless Grain iterator over this process's share."""
+def build_iterator(config, processor: Processor) -> Batches:
+    """The batches of a configuration: an endless iterator over this process's share."""
     return make_iterator(
         make_source(**config.data),
         processor,
@@ -121,6 +122,11 @@ def build_iterator(config, processor: Processor):
         length=config.length,
         images=config.images,
         seed=config.seed,
+        threads=config.reading_threads,
+        batching=config.batching,
+        window=config.window,
+        buckets=config.buckets,
+        on_bad_sample=config.on_bad_sample,
     )
 
 

@@ -94,6 +94,28 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="OUT")
     export.add_argument("--format", required=True, metavar="hf|merged")
 
+    data = commands.add_parser("data", help="check, convert and build datasets")
+    jobs = data.add_subparsers(dest="job", required=True, metavar="JOB")
+    check = jobs.add_parser("check", help="tokenise everything that a config would train on")
+    check.set_defaults(run=_data_check)
+    check.add_argument("--config", required=True, metavar="FILE[:args]")
+    check.add_argument("--workers", type=int, default=0, help="processes; default: one per core")
+    convert = jobs.add_parser("convert", help="LLaVA JSON and images to sharded ArrayRecord")
+    convert.set_defaults(run=_data_convert)
+    convert.add_argument("--files", required=True, metavar="A;B")
+    convert.add_argument("--image-root", default=".", metavar="DIR")
+    convert.add_argument("--out", required=True, metavar="DIR")
+    convert.add_argument("--shards", type=int, default=16)
+    build = jobs.add_parser("build", help="a task file from a benchmark's official download")
+    build.set_defaults(run=_data_build)
+    build.add_argument("--task", required=True, metavar="NAME")
+    build.add_argument("--root", required=True, metavar="DIR", help="the download")
+    build.add_argument("--out", required=True, metavar="FILE")
+    build.add_argument("--split", default="train")
+    build.add_argument("--size", default="", help="samples to draw, such as 1K; default: all")
+    for job in (check, convert, build):
+        job.add_argument("--json", action="store_true", help="print one JSON object")
+
     add("zoo", _zoo, "named sizes of LLMs, vision encoders and whole models")
 
     params = add("params", _params, "exact parameter counts of a model with a tuning method")
@@ -129,7 +151,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     prefix = "--config."
     args.overrides = [item.removeprefix(prefix) for item in rest if item.startswith(prefix)]
     unknown = [item for item in rest if not item.startswith(prefix)]
-    if unknown or (args.overrides and args.command != "train"):
+    takes_overrides = args.command == "train" or getattr(args, "job", "") == "check"
+    if unknown or (args.overrides and not takes_overrides):
         raise UserError(f"unknown argument {(unknown or rest)[0]!r}")
     return args
 
@@ -228,6 +251,51 @@ def _export(args) -> None:
     out = export_model(args.model, args.out, args.format)
     files = sorted(path.name for path in out.iterdir())
     _print(args, {"out": args.out, "files": files}, f"{args.out}: {', '.join(files)}")
+
+
+def _data_check(args) -> None:
+    import functools
+
+    from moresjax.build import build_processor
+    from moresjax.data.check import check_data
+    from moresjax.data.sources import make_source
+    from moresjax.training.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    report = check_data(
+        make_source(**config.data),
+        functools.partial(build_processor, config),
+        length=config.length,
+        images=config.images,
+        workers=args.workers,
+    )
+    lines = [
+        f"{report.samples:,d} samples, {report.text_only:,d} of them text only; "
+        f"{report.images:,d} images; {report.tokens:,d} tokens, {report.answer_tokens:,d} trained",
+        *(f"  {first:6d}+ tokens  {count:10,d}" for first, count in report.histogram),
+        *(f"useful tokens with {name}: {share:.1%}" for name, share in report.useful.items()),
+        f"too long: {len(report.too_long)}; bad: {len(report.bad)}",
+        *report.too_long.values(),
+        *report.bad.values(),
+    ]
+    _print(args, dataclasses.asdict(report), "\n".join(lines))
+
+
+def _data_convert(args) -> None:
+    from moresjax.data.arrayrecord import convert_llava
+    from moresjax.data.llava import LlavaSource
+
+    source = LlavaSource(args.files, args.image_root)
+    index = convert_llava(source, args.out, shards=args.shards)
+    _print(args, index, f"{args.out}: {len(source):,d} samples in {args.shards} files")
+
+
+def _data_build(args) -> None:
+    from moresjax.data.generators import build_task
+
+    counts = build_task(args.task, args.root, args.out, split=args.split, size=args.size)
+    text = f"{args.out}: {counts['written']:,d} of {counts['available']:,d} samples"
+    _print(args, counts, text)
 
 
 def _zoo(args) -> None:

@@ -4,12 +4,13 @@ Axis legend: Y, X pixels, 3 colour channels.
 """
 
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from moresjax.errors import UserError, choice_error
 
@@ -21,7 +22,7 @@ SAVED = ("preprocessor", "processor")
 
 
 def open_image(source) -> Image.Image:
-    """An RGB image from a path, a PIL image or a uint8 array.
+    """An RGB image from a path, the bytes of a file, a PIL image or a uint8 array.
 
     Transparency is dropped, as the reference implementations do; 16-bit greys are scaled to 8 bits.
 
@@ -32,8 +33,13 @@ def open_image(source) -> Image.Image:
         image, name = Image.fromarray(source), "array"
     elif isinstance(source, Image.Image):
         image, name = source, "image"
+    elif isinstance(source, bytes):
+        image, name = _read(io.BytesIO(source), "image"), "image"
     else:
-        image, name = _read(Path(source)), f"image {source}"
+        name = f"image {source}"
+        if not Path(source).is_file():
+            raise UserError(f"{name} does not exist")
+        image = _read(Path(source), name)
     short, long = sorted(image.size)
     if long > MAX_ASPECT * max(short, 1):
         raise UserError(
@@ -45,14 +51,13 @@ def open_image(source) -> Image.Image:
     return image.convert("RGB")
 
 
-def _read(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise UserError(f"image {path} does not exist")
+def _read(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:  # broken files make Pillow raise many kinds
-        image = Image.open(path)
+        image = Image.open(file)
         image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {path} cannot be read: {error}") from None
+        reason = "it is no image file" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{name} cannot be read: {reason}") from None
     return image
 
 

@@ -5,60 +5,131 @@ goes into the checkpoint, so a resumed run sees exactly the batches that an unin
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from moresjax.data.digits import DigitsSource
-from moresjax.data.processor import Processor
+from moresjax.data.bad import BadSamples
+from moresjax.data.buckets import BucketedBatches, bucket_lengths
+from moresjax.data.packing import PackWindow
+from moresjax.data.processor import Processor, Row
 from moresjax.data.samples import Sample
-from moresjax.errors import choice_error
+from moresjax.data.sources import Source, sizes_of
+from moresjax.errors import UserError, choice_error
 
-
-@runtime_checkable
-class Source(Protocol):
-    """Random access to samples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Sample | Mapping[str, Any]: ...
-
-
-SOURCES: dict[str, Callable[..., Source]] = {"digits": DigitsSource}
-
-
-def make_source(name: str, **options) -> Source:
-    """The named source.
-
-    Raises:
-      UserError: for an unknown name or option.
-    """
-    if name not in SOURCES:
-        raise choice_error("data source", name, SOURCES)
-    fields = [field.name for field in dataclasses.fields(SOURCES[name])]
-    for option in options:
-        if option not in fields:
-            raise choice_error(f"option of data source {name!r}", option, fields)
-    return SOURCES[name](**options)
+BATCHING = ("pad", "pack", "bucket")
+PACK_WINDOW = 256  # samples packed together
+BUCKET_WINDOW = 32  # batches sorted together
+ENDLESS = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodeSample(grain.transforms.Map):
-    """Samples to padded rows; ready-made rows only have their images normalised."""
+class Rows:
+    """Random access to the rows of a source; None stands for a bad sample that is skipped.
 
+    Attributes:
+      source: the samples.
+      processor: how they become rows.
+      length: S, tokens that a row may have.
+      images: N, images that it may have.
+      bad: what becomes of bad samples.
+      padded: whether rows are padded to `length` and `images`.
+    """
+
+    source: Source
     processor: Processor
     length: int
     images: int
+    bad: BadSamples
+    padded: bool = True
 
-    def map(self, element):
-        if isinstance(element, Sample):
-            row = self.processor.row(element)
-            return self.processor.pad(row, self.length, self.images, element.id) | {
-                "id": element.id
-            }
-        return dict(element) | {"pixels": self.processor.image(element["pixels"])}
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Row | None:
+        return self.bad.guard(index, lambda: self._row(self.source[index]))
+
+    def _row(self, element: Sample | Mapping[str, Any]) -> Row:
+        """Ready-made rows only have their images normalised."""
+        if not isinstance(element, Sample):
+            if not self.padded:
+                raise UserError(f"ready-made rows ({element['id']}) need batching 'pad'")
+            return dict(element) | {"pixels": self.processor.image(element["pixels"])}
+        row = self.processor.row(element)
+        self.processor.check_fit(row, self.length, self.images, element.id)
+        if self.padded:
+            row = self.processor.pad(row, self.length, self.images, element.id)
+        return row | {"id": element.id}
+
+    def text(self, index: int) -> Row | None:
+        """The row of a sample without its pixels."""
+
+        def make() -> Row:
+            sample = self.source[index]
+            row = self.processor.text_row(sample)
+            self.processor.check_fit(row, self.length, self.images, sample.id)
+            return row | {"id": sample.id}
+
+        return self.bad.guard(index, make)
+
+
+class Batches:
+    """An endless iterator over stacked rows of this process's share.
+
+    Attributes:
+      batching: how samples became rows.
+      bad: the samples that were skipped.
+    """
+
+    def __init__(self, dataset: grain.IterDataset, batching: str, bad: BadSamples):
+        self.batching, self.bad = batching, bad
+        self._iterator = iter(dataset)
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Row:
+        return next(self._iterator)
+
+    def get_state(self) -> dict:
+        """Where every process stands; all processes must ask for it together."""
+        return {"processes": _everywhere(self._iterator.get_state())}
+
+    def set_state(self, state: Mapping) -> None:
+        """Goes on from a state.
+
+        Raises:
+          UserError: when another number of processes saved it and they stood at different places.
+        """
+        states, count = state["processes"], jax.process_count()
+        if len(states) == count:
+            own = states[jax.process_index()]
+        elif self.batching != "pack" and all(other == states[0] for other in states):
+            own = dict(states[0])
+            if self.batching == "pad":  # counts the samples of one process; buckets count batches
+                own["next_index"] = own["next_index"] * len(states) // count
+        else:
+            raise UserError(
+                f"{len(states)} processes read this run's data and stood at different places; "
+                f"it cannot go on with {count}"
+            )
+        self._iterator.set_state(own)
+
+
+def _everywhere(state: dict) -> list[dict]:
+    """The states of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [state]
+    data = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(data.size))
+    padded = np.pad(data, (0, int(sizes.max()) - data.size))
+    gathered = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(x[:n])) for x, n in zip(gathered, sizes, strict=True)]
 
 
 def make_iterator(
@@ -70,7 +141,11 @@ def make_iterator(
     images: int = 0,
     seed: int = 0,
     threads: int = 1,
-) -> "grain.DatasetIterator":
+    batching: str = "pad",
+    window: int = 0,
+    buckets: Sequence[int] = (),
+    on_bad_sample: str = "raise",
+) -> Batches:
     """An endless, shuffled iterator over stacked rows of this process's share.
 
     Args:
@@ -81,19 +156,75 @@ def make_iterator(
       images: N, images per row; 0 for text.
       seed: of the shuffling.
       threads: reading threads.
+      batching: `pad` (a sample per row), `pack` (several samples per row) or `bucket` (a sample per
+        row; rows of a batch are about equally long).
+      window: samples that are packed together, or sorted together in buckets; 0: `PACK_WINDOW`
+        samples, or `BUCKET_WINDOW` batches.
+      buckets: lengths of rows in buckets; `()`: quarters of `length`.
+      on_bad_sample: `raise` or `skip`.
+
+    Raises:
+      UserError: for an unknown choice, or a source that cannot be batched so.
     """
+    if batching not in BATCHING:
+        raise choice_error("batching", batching, BATCHING)
     count, index = jax.process_count(), jax.process_index()
-    dataset = (
-        grain.MapDataset.source(source)
-        .shuffle(seed=seed)[index::count]
-        .repeat()
-        .map(EncodeSample(processor, length, images))
-        .to_iter_dataset(
-            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch_size)
+    if batch_size % count:
+        raise UserError(f"batch_size {batch_size} does not divide into {count} processes")
+    own = batch_size // count
+    bad = BadSamples(on_bad_sample, len(source))
+    rows = Rows(source, processor, length, images, bad, padded=batching == "pad")
+    if batching == "bucket":
+        if getattr(source, "shares", ()):
+            raise UserError("batching 'bucket' takes no data weights; use 'pad' or 'pack'")
+        batches = BucketedBatches(
+            encode=rows.text,
+            load=rows.__getitem__,
+            processor=processor,
+            sizes=sizes_of(source),
+            batch_size=batch_size,
+            lengths=bucket_lengths(length, buckets),
+            images=images,
+            window=window or BUCKET_WINDOW * batch_size,
+            rows=slice(index * own, (index + 1) * own),
+            seed=seed,
         )
-        .batch(batch_size // count, drop_remainder=True)
-    )
-    return iter(dataset)
+        numbers = grain.MapDataset.range(ENDLESS).map(batches)
+        return Batches(numbers.to_iter_dataset(_reading(threads, 2 * threads)), batching, bad)
+    samples = _shuffled(rows, getattr(source, "shares", ()), seed, slice(index, None, count))
+    dataset = samples.to_iter_dataset(_reading(threads, 4 * batch_size))
+    if batching == "pack":
+        packed = PackWindow(processor, length, images)
+        dataset = dataset.batch(window or PACK_WINDOW, batch_fn=list)
+        dataset = grain.experimental.FlatMapIterDataset(dataset, packed)
+    return Batches(dataset.batch(own, drop_remainder=True, batch_fn=_stack), batching, bad)
+
+
+def _reading(threads: int, buffer: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+
+
+def _shuffled(rows: Rows, shares, seed: int, own: slice) -> grain.MapDataset:
+    """This process's part of endless epochs in random order, or of a mixture with weights."""
+    whole = grain.MapDataset.source(rows)
+    if not shares:
+        return whole.shuffle(seed=seed).slice(own).repeat()
+    parts = [
+        whole.slice(part).shuffle(seed=seed + number).repeat()
+        for number, (part, _) in enumerate(shares)
+    ]
+    return grain.MapDataset.mix(parts, [weight for _, weight in shares]).slice(own)
+
+
+def _stack(rows: Sequence[Row]) -> Row:
+    """Stacked rows. Where no row has an image there are no pixels, and the vision encoder rests.
+
+    Processes must agree on shapes, so with several of them the pixels stay.
+    """
+    stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    if jax.process_count() == 1 and "image" in stacked and (stacked["image"] < 0).all():
+        stacked.pop("pixels", None)
+    return stacked
 
 
 def to_device_batch(stacked: Mapping[str, Any], processor: Processor, sharding=None):

@@ -19,7 +19,8 @@ from moresjax.data.templates import Piece, Template
 from moresjax.errors import UserError
 from moresjax.layout import Batch, Segment, TokenLayout
 
-Row = dict[str, np.ndarray]
+# Arrays by field; `id` names the sample.
+Row = dict[str, np.ndarray | str]
 FIELDS = ("segment", "image", "position", "document", "branch")
 _FILL = {"segment": int(Segment.PAD), "image": -1}
 
@@ -76,14 +77,30 @@ class Processor:
         """Unpadded token ids, layout fields and pixels of one sample.
 
         Raises:
-          UserError: when the number of `<image>` marks and images differ, or there is no answer.
+          UserError: as `text_row`, and for an image that cannot be read.
+        """
+        row = self.text_row(sample)
+        if sample.images:
+            try:
+                row["pixels"] = np.stack([self.image(image) for image in sample.images])
+            except UserError as error:
+                raise UserError(f"sample {sample.id}: {error}") from None
+        return row
+
+    def text_row(self, sample: Sample) -> Row:
+        """The row of a sample without its pixels; images are not opened.
+
+        Raises:
+          UserError: when the number of `<image>` marks and images differ, the text cannot be
+            tokenised, or the model takes no images.
         """
         pieces = self.template.render(sample, self.tokenizer.eos_token or "")
-        row = self._encode(pieces, sample)
-        if sample.images:
-            if self.image is None:
-                raise UserError(f"sample {sample.id}: this model takes no images")
-            row["pixels"] = np.stack([self.image(image) for image in sample.images])
+        try:
+            row = self._encode(pieces, sample)
+        except (TypeError, UnicodeError) as error:  # lone surrogates, values that are not text
+            raise UserError(f"sample {sample.id}: the text cannot be tokenised: {error}") from None
+        if sample.images and self.image is None:
+            raise UserError(f"sample {sample.id}: this model takes no images")
         return row
 
     def _encode(self, pieces: Sequence[Piece], sample: Sample) -> Row:
@@ -125,27 +142,49 @@ class Processor:
         row = {name: np.asarray(values, np.int32) for name, values in fields.items()}
         return row | {"document": np.zeros(len(row["tokens"]), np.int32)}
 
+    def check_fit(self, row: Row, length: int, images: int, name: str) -> None:
+        """Nothing is cut silently.
+
+        Raises:
+          UserError: when the row has more than `length` tokens or more than `images` images.
+        """
+        if (tokens := len(row["tokens"])) > length:
+            raise UserError(f"sample {name}: {tokens} tokens do not fit into {length}")
+        if (found := len(row.get("pixels", ()))) > images:
+            raise UserError(f"sample {name}: {found} images, but rows hold {images}")
+
     def pad(self, row: Row, length: int, images: int, name: str = "") -> Row:
         """The row right-padded to `length` tokens and `images` images.
 
         Raises:
-          UserError: when it is longer; nothing is cut silently.
+          UserError: when it is longer.
         """
+        self.check_fit(row, length, images, name)
         tokens = len(row["tokens"])
-        if tokens > length:
-            raise UserError(f"sample {name}: {tokens} tokens do not fit into {length}")
         padded = {}
         for key in ("tokens", *FIELDS):
             padded[key] = np.full(length, _FILL.get(key, 0), np.int32)
             padded[key][:tokens] = row[key]
         if images:
             pixels = row.get("pixels", ())
-            if len(pixels) > images:
-                raise UserError(f"sample {name}: {len(pixels)} images, but rows hold {images}")
             size = self.image.size
             padded["pixels"] = np.zeros((images, size, size, 3), np.float32)
             padded["pixels"][: len(pixels)] = pixels if len(pixels) else 0
         return padded
+
+    def join(self, rows: Sequence[Row]) -> Row:
+        """Several rows as the documents of one: none of them sees another."""
+        joined = {name: np.concatenate([row[name] for row in rows]) for name in ("tokens", *FIELDS)}
+        images = [row["pixels"] for row in rows if "pixels" in row]
+        if images:
+            joined["pixels"] = np.concatenate(images)
+        counts = [len(row["tokens"]) for row in rows]
+        joined["document"] = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+        # The visual features of a row are those of all its documents, one after the other.
+        before = np.cumsum([0, *(len(row.get("pixels", ())) for row in rows)])[:-1]
+        shift = np.repeat(before * self.visual_tokens, counts).astype(np.int32)
+        joined["image"] = np.where(joined["image"] >= 0, joined["image"] + shift, -1)
+        return joined
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Stacks padded rows."""

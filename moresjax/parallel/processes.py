@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -42,27 +43,23 @@ def join_processes(where: str) -> None:
 
 
 class StopRequest:
-    """Notices that the process was asked to end (SIGTERM), while it is entered."""
+    """Notices that the process was asked to end (SIGTERM), until it is closed."""
 
     def __init__(self):
         self._asked = False
-
-    def __enter__(self) -> "StopRequest":
         # Several processes are asked one by one; JAX's own handler tells them when all have been.
         self._alone = jax.process_count() == 1
-        if self._alone:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
+        in_main = threading.current_thread() is threading.main_thread()
+        self._before = signal.signal(signal.SIGTERM, self._ask) if self._alone and in_main else None
 
     def _ask(self, *_) -> None:
         self._asked = True
 
     def at(self, step: int) -> bool:
         """Whether to stop after this step; the same in all processes."""
-        if self._alone:
-            return self._asked
-        return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def close(self) -> None:
+        """Hands the signal back to who had it before."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)

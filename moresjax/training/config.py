@@ -46,6 +46,11 @@ def base_config() -> ml_collections.ConfigDict:
             "data": {"name": "digits"},
             "length": 2048,  # tokens per row
             "images": 1,  # images per row
+            "batching": "pad",  # "pack": several samples per row; "bucket": rows of like length
+            "window": 0,  # samples that are packed, or sorted, together; 0: a usual number
+            "buckets": (),  # lengths of rows in buckets; (): quarters of `length`
+            "on_bad_sample": "raise",  # "skip": go on, count and list them
+            "reading_threads": 1,
             "batch_size": 128,
             "microbatches": 1,
             "steps": 1000,
@@ -179,6 +184,7 @@ def read_config(path: str | Path) -> ml_collections.ConfigDict:
             config.update(json.loads(Path(path).read_text()))
         # JSON has no tuples.
         config.also_train = tuple(config.also_train)
+        config.buckets = tuple(config.buckets)
         config.model.classes = tuple(config.model.classes)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a run's configuration: {error}") from None

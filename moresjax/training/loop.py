@@ -16,6 +16,7 @@ from moresjax.build import build_iterator, build_model, build_processor, located
 from moresjax.data.pipeline import to_device_batch
 from moresjax.errors import UserError, choice_error
 from moresjax.parallel.mesh import batch_sharding, batch_shards, make_mesh, place, replicated
+from moresjax.parallel.processes import StopRequest
 from moresjax.paths import matches
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.config import differences, read_config, save_config
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Written at the end of a run.
 RESULT = "train.json"
+# Samples that could not be used, by process.
+SKIPPED = "skipped_samples_{}.json"
 # Steps that may be under way before their loss is looked at.
 IN_FLIGHT = 2
 
@@ -69,9 +72,15 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     if finished := _finished(config, workdir):
         return finished
 
-    # Model, split into what trains and what does not, each on the mesh.
     mesh = make_mesh(**config.mesh)
     _check_numbers(config, batch_shards(mesh))
+
+    # Data: before the model, whose reading takes longer than finding a mistake here.
+    processor = build_processor(config, root=workdir)
+    iterator = build_iterator(config, processor)
+    rows = batch_sharding(mesh)
+
+    # Model, split into what trains and what does not, each on the mesh.
     model = build_model(config, root=workdir, mesh=mesh)
     graphdef, trainable, frozen = split_model(model, config.also_train)
     optimizer, schedule = make_optimizer(config.optimizer, config.steps, trainable)
@@ -88,11 +97,6 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
-
-    # Data.
-    processor = build_processor(config, root=workdir)
-    iterator = build_iterator(config, processor)
-    rows = batch_sharding(mesh)
 
     # Resume.
     workdir.mkdir(parents=True, exist_ok=True)
@@ -121,8 +125,10 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
         progress.update(step, {k: values[k] for k in ("loss", "accuracy")} if logged else None)
         return values
 
+    stop = StopRequest()
+    stopped = False
     try:
-        while done < config.steps:
+        while done < config.steps and not stopped:
             stacked = next(iterator)
             ids = stacked.pop("id")
             batch = to_device_batch(stacked, processor, rows)
@@ -132,18 +138,24 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
             if done == first + 1:
                 jax.block_until_ready(measured)
                 compile_seconds, start = time.monotonic() - start, time.monotonic()
-            saves = done % config.checkpoint.every == 0 or done == config.steps
+            stopped = stop.at(done)
+            saves = stopped or done % config.checkpoint.every == 0 or done == config.steps
             # Only a state whose steps are known to be finite is saved.
             while len(pending) > (0 if saves else IN_FLIGHT):
                 metrics = settle()
             if saves:
                 checkpoints.save(state, iterator.get_state())
+                iterator.bad.save(workdir / SKIPPED.format(jax.process_index()))
         seconds = time.monotonic() - start
     finally:
+        stop.close()
         progress.close()
         writer.close()
         checkpoints.close()
     result = TrainResult(done, metrics, seconds, compile_seconds)
+    if stopped:
+        logger.warning("stopped at step %d, which is saved; the same command goes on", done)
+        return result
     (workdir / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
 
@@ -158,10 +170,13 @@ def _finished(config, workdir: Path) -> TrainResult | None:
 
 def _check_numbers(config, shards: int) -> None:
     """Refuses sizes that cannot work before anything is built or written."""
-    sizes = {key: config[key] for key in ("steps", "batch_size", "microbatches", "log_every")}
+    keys = ("steps", "batch_size", "microbatches", "log_every", "reading_threads")
+    sizes = {key: config[key] for key in keys}
     for key, value in {**sizes, "checkpoint.every": config.checkpoint.every}.items():
         if value < 1:
             raise UserError(f"config key {key} must be at least 1, got {value}")
+    if config.window < 0:
+        raise UserError(f"config key window must be at least 0, got {config.window}")
     if config.batch_size % (shards * config.microbatches):
         raise UserError(
             f"batch_size {config.batch_size} does not divide into {shards} parts of the mesh times "
@@ -181,7 +196,7 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
     if saved.is_dir() and not any(saved.glob("[0-9]*")):
         return  # a run that ended before its first checkpoint has nothing to mix with
     earlier = read_config(workdir / "config.json").to_dict()
-    harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh")
+    harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh", "reading_threads")
     found = differences(earlier, config.to_dict())
     changed = [key for key in found if not any(matches(key, h) for h in harmless)]
     if changed:

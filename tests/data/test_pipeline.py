@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from moresjax.data.bad import BadSamples
 from moresjax.data.digits import DigitsSource, build_tokenizer
 from moresjax.data.images import ImageProcessor
-from moresjax.data.pipeline import EncodeSample, make_iterator, make_source, to_device_batch
+from moresjax.data.pipeline import Rows, make_iterator, to_device_batch
 from moresjax.data.processor import FIELDS, Processor
+from moresjax.data.sources import make_source
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
 from moresjax.layout import Batch, Segment
@@ -101,7 +103,7 @@ def test_patches_are_passed_on():
     assert batch["pixels"].min() >= -1
     assert batch["pixels"].max() <= 1
     source = DigitsSource("patches", "test")
-    row = EncodeSample(PROCESSOR, LENGTH, 1).map(source[0])
+    row = Rows(source, PROCESSOR, LENGTH, 1, BadSamples("raise", 1))[0]
     np.testing.assert_array_equal(row["pixels"], PROCESSOR.image(source[0]["pixels"]))
     np.testing.assert_array_equal(row["classes"], source[0]["classes"])
 
@@ -109,7 +111,7 @@ def test_patches_are_passed_on():
 def test_a_bad_sample_is_named():
     source = DigitsSource("instruct")
     with pytest.raises(UserError, match=rf"sample {source[5].id}: \d+ tokens do not fit into 20"):
-        EncodeSample(PROCESSOR, 20, 1).map(source[5])
+        Rows(source, PROCESSOR, 20, 1, BadSamples("raise", 1))[5]
     with pytest.raises(UserError, match=r"sample digits-instruct-0-\d+: \d+ tokens do not fit"):
         next(iterator(length=20))
 

@@ -1,0 +1,124 @@
+"""Conversations and their images in sharded ArrayRecord files, for random access over a network.
+
+A record is one line of JSON (LLaVA's, with the sizes of its images in bytes as `image_bytes`), then
+the image files one after the other, unchanged.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
+
+from moresjax.data.llava import LlavaSource, image_names, image_path, to_sample
+from moresjax.data.samples import Sample
+from moresjax.errors import UserError
+
+INDEX = "index.json"  # written last: a folder without it is not complete
+SIZES = "sizes.npy"
+
+
+def convert_llava(
+    source: LlavaSource, out: str | Path, *, shards: int = 16, progress: bool = True
+) -> dict:
+    """Writes LLaVA files and their images as ArrayRecord shards.
+
+    Args:
+      source: what to write, in its order.
+      out: a folder that is new or empty.
+      shards: number of files.
+      progress: whether to show a progress bar.
+
+    Returns:
+      What the index says: number of records, and every shard with its number of records.
+
+    Raises:
+      UserError: for a bad sample, an image that cannot be read, a folder with files, or a number of
+        shards below 1 or above the number of samples.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty")
+    if not 1 <= shards <= len(source):
+        raise UserError(f"shards must be between 1 and {len(source)}, got {shards}")
+    out.mkdir(parents=True, exist_ok=True)
+    borders = np.linspace(0, len(source), shards + 1).round().astype(int)
+    files = {}
+    with tqdm(total=len(source), unit="sample", disable=not progress) as bar:
+        for number, (start, stop) in enumerate(itertools.pairwise(borders)):
+            name = f"data-{number:05d}-of-{shards:05d}.arrayrecord"
+            # Groups of one record: shuffled reading never decompresses a neighbour.
+            writer = ArrayRecordWriter(str(out / name), "group_size:1")
+            for index in range(start, stop):
+                writer.write(_pack(source, index))
+                bar.update()
+            writer.close()
+            files[name] = int(stop - start)
+    np.save(out / SIZES, source.sizes)
+    index = {"records": len(source), "shards": files}
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return index
+
+
+def _pack(source: LlavaSource, index: int) -> bytes:
+    record, name = source.record(index)
+    paths = [image_path(source.image_root, i, name) for i in image_names(record, name)]
+    to_sample(record, name, paths)  # a bad sample stops the conversion
+    try:
+        images = [path.read_bytes() for path in paths]
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"sample {name}: image {error.filename} cannot be read: {reason}") from None
+    line = json.dumps(record | {"name": name, "image_bytes": [len(image) for image in images]})
+    return b"\n".join([line.encode(), b"".join(images)])
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecordSource:
+    """Samples of a folder written by `convert_llava`.
+
+    Attributes:
+      folder: with the shards and their index.
+    """
+
+    folder: str
+
+    def __post_init__(self):
+        _ = self._reader
+
+    @functools.cached_property
+    def _reader(self):
+        from grain.sources import ArrayRecordDataSource
+
+        root = Path(self.folder)
+        if not (root / INDEX).is_file():
+            raise UserError(f"{root} has no {INDEX}: it is not a (complete) converted data set")
+        shards = json.loads((root / INDEX).read_text())["shards"]
+        for name in shards:
+            if not (root / name).is_file():
+                raise UserError(f"{root} lacks the shard {name}")
+        reader = ArrayRecordDataSource([str(root / name) for name in shards])
+        if len(reader) != sum(shards.values()):
+            raise UserError(f"{root}: the shards have {len(reader)} records, not as {INDEX} says")
+        return reader
+
+    @property
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """Words and images of every sample."""
+        return np.load(Path(self.folder) / SIZES)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> Sample:
+        line, _, rest = self._reader[index].partition(b"\n")
+        record = json.loads(line)
+        borders = np.cumsum([0, *record["image_bytes"]])
+        images = [rest[a:b] for a, b in itertools.pairwise(borders)]
+        return to_sample(record, record["name"], images)

@@ -1,0 +1,186 @@
+"""Reading a whole data set before training: what is in it, how long it is, and what is bad."""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from moresjax.data.images import open_image
+from moresjax.data.packing import first_fit
+from moresjax.data.pipeline import PACK_WINDOW
+from moresjax.data.processor import Processor
+from moresjax.data.samples import Sample
+from moresjax.data.sources import Source
+from moresjax.errors import UserError
+from moresjax.layout import Segment
+
+CHUNK = 64  # samples that a worker takes at once
+BINS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class DataReport:
+    """What `check_data` found.
+
+    Attributes:
+      samples: number of samples, bad ones included.
+      text_only: good samples without an image.
+      images: images of all good samples.
+      tokens: tokens of all good samples, visual ones included; `answer_tokens` of them are trained.
+      longest: tokens of the longest good sample.
+      histogram: (first token count of a bin, good samples in it), bins of equal width.
+      useful: share of tokens that are no padding, by batching `pad` and `pack`, of the samples that
+        fit.
+      too_long: samples that do not fit into a row, with their sizes.
+      bad: message by sample, for all others that cannot be used.
+    """
+
+    samples: int
+    text_only: int
+    images: int
+    tokens: int
+    answer_tokens: int
+    longest: int
+    histogram: tuple[tuple[int, int], ...]
+    useful: dict[str, float]
+    too_long: dict[int, str]
+    bad: dict[int, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """One sample: tokens, trained tokens and images, or why it is bad."""
+
+    index: int
+    name: str = ""
+    tokens: int = 0
+    answer_tokens: int = 0
+    images: int = 0
+    error: str = ""
+
+
+def check_data(
+    source: Source,
+    make_processor: Callable[[], Processor],
+    *,
+    length: int,
+    images: int,
+    workers: int = 0,
+    decode: bool = True,
+    progress: bool = True,
+) -> DataReport:
+    """Reads and tokenises every sample, and looks at every image.
+
+    Args:
+      source: the samples.
+      make_processor: builds what tokenises them, once in every worker (so it must be picklable).
+      length: tokens that a row holds.
+      images: images that a row holds.
+      workers: processes; 0: one per core. One worker is this process.
+      decode: whether images are decoded, which takes most of the time; else they are not opened.
+      progress: whether to show a progress bar.
+    """
+    workers = workers or os.cpu_count() or 1
+    chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
+    processor = make_processor()  # here as well: a mistake is told before workers start
+    if workers == 1:
+        results = (_measure(source, processor, chunk, decode) for chunk in chunks)
+    else:
+        results = _in_parallel(source, make_processor, chunks, workers, decode)
+    found = []
+    with tqdm(total=len(source), unit="sample", disable=not progress) as bar:
+        for part in results:
+            found += part
+            bar.update(len(part))
+    return _report(found, length, images)
+
+
+def _measure(source: Source, processor: Processor, chunk: range, decode: bool) -> list[_Measured]:
+    found = []
+    for index in chunk:
+        try:
+            found.append(_measure_one(index, source[index], processor, decode))
+        except UserError as error:
+            found.append(_Measured(index, error=str(error)))
+    return found
+
+
+def _measure_one(index: int, sample, processor: Processor, decode: bool) -> _Measured:
+    if not isinstance(sample, Sample):
+        raise UserError(f"sample {index} of this source is no conversation")
+    row = processor.text_row(sample)
+    try:
+        for image in sample.images if decode else ():
+            open_image(image)
+    except UserError as error:
+        raise UserError(f"sample {sample.id}: {error}") from None
+    answers = int((row["segment"] == Segment.ANSWER).sum())
+    return _Measured(index, sample.id, len(row["tokens"]), answers, len(sample.images))
+
+
+# Of a worker process: set once when it starts, since sending them with every chunk would cost more
+# than the work.
+_worker: list = []
+
+
+def _start_worker(source: Source, make_processor: Callable[[], Processor]) -> None:
+    _worker[:] = [source, make_processor()]
+
+
+def _work(chunk: range, decode: bool) -> list[_Measured]:
+    return _measure(*_worker, chunk, decode)
+
+
+def _in_parallel(
+    source: Source, make_processor, chunks: Sequence[range], workers: int, decode: bool
+) -> Iterator[list[_Measured]]:
+    with concurrent.futures.ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),  # JAX's threads do not survive a fork
+        initializer=_start_worker,
+        initargs=(source, make_processor),
+    ) as pool:
+        yield from pool.map(_work, chunks, [decode] * len(chunks))
+
+
+def _report(found: Sequence[_Measured], length: int, capacity: int) -> DataReport:
+    good = [m for m in found if not m.error]
+    fits = [m for m in good if m.tokens <= length and m.images <= capacity]
+    sizes = f"rows hold {length} tokens and {capacity} images"
+    too_long = {
+        m.index: f"sample {m.name}: {m.tokens} tokens and {m.images} images, but {sizes}"
+        for m in good
+        if m.tokens > length or m.images > capacity
+    }
+    tokens = np.asarray([m.tokens for m in good], int)
+    longest = int(tokens.max(initial=0))
+    width = max(-(-(longest + 1) // BINS), 1)
+    counts = np.bincount(tokens // width, minlength=1)
+    return DataReport(
+        samples=len(found),
+        text_only=sum(m.images == 0 for m in good),
+        images=sum(m.images for m in good),
+        tokens=int(tokens.sum()),
+        answer_tokens=sum(m.answer_tokens for m in good),
+        longest=longest,
+        histogram=tuple((i * width, int(n)) for i, n in enumerate(counts)),
+        useful=_useful(fits, length, capacity),
+        too_long=too_long,
+        bad={m.index: m.error for m in found if m.error},
+    )
+
+
+def _useful(fits: Sequence[_Measured], length: int, capacity: int) -> dict[str, float]:
+    """Shares of tokens that are no padding, were the samples read in their order."""
+    if not fits:
+        return {}
+    tokens, images = [m.tokens for m in fits], [m.images for m in fits]
+    starts = range(0, len(fits), PACK_WINDOW)
+    windows = [slice(start, start + PACK_WINDOW) for start in starts]
+    packed = sum(len(first_fit(tokens[w], images[w], length, capacity)) for w in windows)
+    rows = {"pad": len(fits), "pack": packed}
+    return {name: sum(tokens) / (count * length) for name, count in rows.items()}

@@ -1,0 +1,109 @@
+"""The paper's task files: official downloads turned into LLaVA's conversation format.
+
+A generator is a file of `moresjax.data.tasks` with a function `records(root, split, rng)`,
+registered by `@task(name)`. It reads the annotations below `root` as their authors publish them and
+yields LLaVA records whose image paths start from `root`. Prompts are those of LLaVA-Steering's
+training files, which differ from those of the benchmarks.
+"""
+
+import importlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moresjax.data.samples import IMAGE_MARK
+from moresjax.errors import UserError, choice_error
+
+SEED = 42
+# Sizes of the multi-scale experiments, by name.
+SIZES = {"1K": 1_000, "5K": 5_000, "10K": 10_000}
+SHORT = "Answer the question using a single word or phrase."
+
+Generator = Callable[[Path, str, random.Random], Iterator[dict]]
+TASKS: dict[str, Generator] = {}
+
+
+def task(name: str):
+    """Registers a generator."""
+
+    def add(function: Generator) -> Generator:
+        TASKS[name] = function
+        return function
+
+    return add
+
+
+def build_task(
+    name: str, root: str | Path, out: str | Path, *, split: str = "train", size: str = ""
+) -> dict[str, int]:
+    """Writes the file of a task.
+
+    Args:
+      name: of the task.
+      root: folder of the official download; the image root of the written file.
+      out: the JSON file to write.
+      split: as the download calls it.
+      size: `1K`, `5K`, `10K` or a number of samples; a smaller task is taken whole. Empty: all.
+
+    Returns:
+      How many samples there are, and how many were written.
+
+    Raises:
+      UserError: for an unknown task or size, or a download that lacks a file.
+    """
+    importlib.import_module("moresjax.data.tasks")
+    if name not in TASKS:
+        raise choice_error("task", name, sorted(TASKS))
+    if size and size not in SIZES and not (size.isdecimal() and int(size)):
+        raise choice_error("size", size, (*SIZES, "a number of samples"))
+    if not Path(root).is_dir():
+        raise UserError(f"data root {root} is not a folder")
+    records = list(TASKS[name](Path(root), split, random.Random(SEED)))
+    if not records:
+        raise UserError(f"task {name}: {root} has no samples of split {split!r}")
+    chosen = subset(records, SIZES.get(size) or int(size)) if size else records
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(chosen, indent=1) + "\n")
+    return {"available": len(records), "written": len(chosen)}
+
+
+def subset(records: Sequence[dict], size: int) -> list[dict]:
+    """`min(size, len(records))` different records, drawn with the fixed seed."""
+    return random.Random(SEED).sample(list(records), min(size, len(records)))
+
+
+def record(name: object, image: str, question: str, answer: object) -> dict:
+    """One question about one image, in LLaVA's format."""
+    rounds = [("human", f"{IMAGE_MARK}\n{question}"), ("gpt", str(answer))]
+    conversations = [{"from": role, "value": value} for role, value in rounds]
+    return {"id": str(name), "image": image, "conversations": conversations}
+
+
+def read_json(root: Path, name: str) -> Any:
+    """A file of the download.
+
+    Raises:
+      UserError: when it does not exist or is not JSON.
+    """
+    path = root / name
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; it belongs to the task's official download")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def coco_questions(root: Path, split: str, prefix: str) -> Iterator[tuple[dict, dict, str]]:
+    """Question, annotation and image of VQA files over COCO; `prefix` is that of their version."""
+    asked = read_json(root, f"{prefix}OpenEnded_mscoco_{split}2014_questions.json")["questions"]
+    file = f"{prefix}mscoco_{split}2014_annotations.json"
+    answered = {a["question_id"]: a for a in read_json(root, file)["annotations"]}
+    for question in asked:
+        number = question["question_id"]
+        if number not in answered:
+            raise UserError(f"question {number} has no annotation in {root / file}")
+        image = f"{split}2014/COCO_{split}2014_{question['image_id']:012d}.jpg"
+        yield question, answered[number], image

@@ -1,0 +1,175 @@
+"""LLaVA's conversation files: pretraining captions (558k), the instruction mix (665k), task files.
+
+A record is `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}`; `image`
+is a path below the image root, a list of them, or left out for text alone.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from moresjax.data.records import JsonRecords
+from moresjax.data.samples import IMAGE_MARK, Sample, Turn
+from moresjax.errors import UserError
+
+ROLES = ("human", "gpt")
+
+
+def image_names(record: Any, name: str) -> tuple[str, ...]:
+    """The images of a record, as it names them.
+
+    Raises:
+      UserError: when `image` is neither text nor a list of texts.
+    """
+    if not isinstance(record, Mapping):
+        raise UserError(f"sample {name}: a record must be an object, not {type(record).__name__}")
+    value = record.get("image") or ()
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
+        raise UserError(f"sample {name}: image {value!r} is neither a path nor a list of paths")
+    return tuple(names)
+
+
+def image_path(root: str | Path, image: str, name: str) -> Path:
+    """Where an image is.
+
+    Raises:
+      UserError: when the path leaves the image root.
+    """
+    path = os.path.normpath(image)
+    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+        raise UserError(f"sample {name}: image {image} is outside of the image root")
+    return Path(root) / path
+
+
+def to_sample(record: Any, name: str, images: Sequence[Any]) -> Sample:
+    """A record as a conversation about `images`.
+
+    As in LLaVA, a question's single image comes first wherever its mark stands, on a line of its
+    own, and answers before the first question are left out. Several images of one question stay
+    where their marks are.
+
+    Raises:
+      UserError: when the conversation is empty, its roles do not take turns, a value is not text,
+        an answer has an image, or marks and images are not equally many.
+    """
+    rounds = record.get("conversations")
+    if not isinstance(rounds, Sequence) or isinstance(rounds, str) or not rounds:
+        raise UserError(f"sample {name}: the conversation is empty")
+    for item in rounds:
+        if not isinstance(item, Mapping) or not isinstance(item.get("value"), str):
+            raise UserError(f"sample {name}: a turn of the conversation has no text")
+    roles = [item.get("from") for item in rounds]
+    first = roles.index("human") if "human" in roles else 0
+    if len(roles[first:]) % 2 or roles[first:] != [*ROLES] * (len(roles[first:]) // 2):
+        raise UserError(
+            f"sample {name}: roles must be human and gpt in turn, got {', '.join(map(str, roles))}"
+        )
+    values = [item["value"] for item in rounds[first:]]
+    questions, answers = values[::2], values[1::2]
+    if any(IMAGE_MARK in answer for answer in answers):
+        raise UserError(f"sample {name}: an answer contains {IMAGE_MARK}")
+    marks = sum(question.count(IMAGE_MARK) for question in questions)
+    if marks != len(images):
+        raise UserError(
+            f"sample {name}: the text has {marks} {IMAGE_MARK} but {len(images)} images are given"
+        )
+    turns = (Turn(_image_first(q), a) for q, a in zip(questions, answers, strict=True))
+    return Sample(name, tuple(turns), tuple(images))
+
+
+def _image_first(question: str) -> str:
+    if question.count(IMAGE_MARK) != 1:
+        return question
+    return f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, '').strip()}".strip()
+
+
+def measure(record: Any) -> tuple[int, int]:
+    """Words and images of a record, without checking it: what rows are grouped by."""
+    try:
+        rounds, images = record["conversations"], record.get("image") or ()
+        words = sum(len(item["value"].split()) for item in rounds)
+        return words, 1 if isinstance(images, str) else len(images)
+    except (TypeError, KeyError, AttributeError):
+        return 0, 0  # whoever asks for the sample is told what is wrong with it
+
+
+@dataclasses.dataclass(frozen=True)
+class LlavaSource:
+    """Samples of one or several files; only an index of them is held in memory.
+
+    Attributes:
+      files: paths of JSON or JSON Lines files, joined by `;`.
+      image_root: folder that image paths start from.
+      weights: one number per file, joined by `;`: the files' shares of what is read. Empty: every
+        sample once per epoch.
+    """
+
+    files: str
+    image_root: str = "."
+    weights: str = ""
+
+    def __post_init__(self):
+        if not Path(self.image_root).is_dir():
+            raise UserError(f"image_root {self.image_root} is not a folder")
+        if self.weights and len(self._weights) != len(self.files.split(";")):
+            raise UserError(
+                f"data weights {self.weights!r} must be as many as the files {self.files!r}"
+            )
+        if not all(weight > 0 for weight in self._weights):
+            raise UserError(f"data weights {self.weights!r} must be positive")
+        _ = self.records
+
+    @functools.cached_property
+    def _weights(self) -> tuple[float, ...]:
+        try:
+            return tuple(float(weight) for weight in self.weights.split(";") if weight)
+        except ValueError:
+            raise UserError(f"data weights {self.weights!r} are not numbers") from None
+
+    @functools.cached_property
+    def records(self) -> tuple[JsonRecords, ...]:
+        """The files, indexed."""
+        return tuple(JsonRecords.scan(path, measure) for path in self.files.split(";"))
+
+    @functools.cached_property
+    def _borders(self) -> np.ndarray:
+        return np.cumsum([len(records) for records in self.records])
+
+    @property
+    def shares(self) -> tuple[tuple[slice, float], ...]:
+        """Which indices have which weight; empty without weights."""
+        starts = [0, *self._borders[:-1]]
+        parts = [slice(int(a), int(b)) for a, b in zip(starts, self._borders, strict=True)]
+        return tuple(zip(parts, self._weights, strict=True)) if self._weights else ()
+
+    @property
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """Words and images of every sample."""
+        return np.concatenate([records.sizes for records in self.records])
+
+    def __len__(self) -> int:
+        return int(self._borders[-1])
+
+    def record(self, index: int) -> tuple[Any, str]:
+        """A record as it is in the file, and the name of its sample.
+
+        Ids of the mix are not unique, so the name also says which record of which file it is.
+        """
+        part = int(np.searchsorted(self._borders, index, side="right"))
+        number = int(index - (self._borders[part - 1] if part else 0))
+        record = self.records[part][number]
+        name = f"{self.records[part].path.name}[{number}]"
+        own = record.get("id") if isinstance(record, Mapping) else None
+        return record, name if own is None else f"{name} {own}"
+
+    def __getitem__(self, index: int) -> Sample:
+        record, name = self.record(index)
+        names = image_names(record, name)
+        return to_sample(record, name, [image_path(self.image_root, i, name) for i in names])

@@ -1,0 +1,108 @@
+"""Records of JSON and JSON Lines files, read one at a time.
+
+A file of 665,000 conversations is a gigabyte of text and several of Python objects. It is read
+through once to note where every record stands, and again record by record when one is asked for.
+"""
+
+import codecs
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from moresjax.errors import UserError
+
+CHUNK = 1 << 22  # bytes read at once
+# Between records: list brackets, commas, blanks, a byte order mark.
+_BETWEEN = re.compile("[\\s,\\[\\]\ufeff]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonRecords:
+    """Random access to the records of a file; 20 bytes are held for each.
+
+    Attributes:
+      path: a JSON list, or JSON Lines.
+      offsets, lengths: bytes before and in each record.
+      sizes: two numbers that `measure` gave for each record.
+    """
+
+    path: Path
+    offsets: Int[np.ndarray, "n"]
+    lengths: Int[np.ndarray, "n"]
+    sizes: Int[np.ndarray, "n 2"]
+
+    @classmethod
+    def scan(
+        cls, path: str | Path, measure: Callable[[Any], tuple[int, int]] = lambda _: (0, 0)
+    ) -> "JsonRecords":
+        """Finds the records of a file.
+
+        Raises:
+          UserError: when the file does not exist, is not JSON, or ends early.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"data file {path} does not exist")
+        _check_whole(path)
+        found = [(offset, length, *measure(record)) for offset, length, record in _records(path)]
+        if not found:
+            raise UserError(f"data file {path} has no records")
+        table = np.asarray(found, np.int64)
+        return cls(path, table[:, 0], table[:, 1].astype(np.int32), table[:, 2:].astype(np.int32))
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, index: int) -> Any:
+        with self.path.open("rb") as file:
+            file.seek(int(self.offsets[index]))
+            return json.loads(file.read(int(self.lengths[index])))
+
+
+def _check_whole(path: Path) -> None:
+    """Refuses a list without its closing bracket: the copying of a file was interrupted."""
+    with path.open("rb") as file:
+        opening = file.read(16).lstrip(b" \t\r\n\xef\xbb\xbf")[:1]
+        file.seek(max(path.stat().st_size - 16, 0))
+        closing = file.read().rstrip()[-1:]
+    if opening == b"[" and closing != b"]":
+        raise UserError(f"data file {path} ends in the middle of its list")
+
+
+def _records(path: Path) -> Iterator[tuple[int, int, Any]]:
+    """First byte, number of bytes and value of every record."""
+    decode = json.JSONDecoder().raw_decode
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    text, place, offset, number, ended = "", 0, 0, 0, False
+    with path.open("rb") as file:
+        while not ended:
+            chunk = file.read(CHUNK)
+            ended = not chunk
+            try:
+                text, place = text[place:] + utf8.decode(chunk, final=ended), 0
+            except UnicodeDecodeError:
+                raise UserError(f"data file {path} is not UTF-8 text") from None
+            while True:
+                end = _BETWEEN.match(text, place).end()
+                offset += len(text[place:end].encode())
+                place = end
+                if place == len(text):
+                    break
+                try:
+                    record, end = decode(text, place)
+                except json.JSONDecodeError as error:
+                    # A record that goes on in the next chunk fails where the text ends.
+                    cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
+                    if cut and not ended:
+                        break
+                    message = f"{path}: record {number} is not JSON: {error.msg}"
+                    raise UserError(message) from None
+                length = len(text[place:end].encode())
+                yield offset, length, record
+                offset, place, number = offset + length, end, number + 1

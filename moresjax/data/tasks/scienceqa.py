@@ -1,0 +1,22 @@
+"""ScienceQA: questions with an image, answered by the letter of an option.
+
+Files: `problems.json`, `pid_splits.json`, `SPLIT/ID/image.png`.
+"""
+
+from moresjax.data.generators import read_json, record, task
+
+LETTERS = "ABCDEFGH"
+
+
+@task("scienceQA")
+def records(root, split, rng):
+    problems = read_json(root, "problems.json")
+    for number in read_json(root, "pid_splits.json").get(split, ()):
+        problem = problems[number]
+        if not problem["image"]:  # half of the questions are text alone
+            continue
+        pairs = zip(LETTERS, problem["choices"], strict=False)
+        options = ", ".join(f"{letter}.{choice}" for letter, choice in pairs)
+        image = f"{split}/{number}/{problem['image']}"
+        question = f"{problem['question']} {options}"
+        yield record(number, image, question, LETTERS[problem["answer"]])

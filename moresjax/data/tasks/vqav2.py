@@ -1,0 +1,15 @@
+"""VQAv2: short answers about COCO photos; the target is the most frequent of ten.
+
+Files: `v2_OpenEnded_mscoco_SPLIT2014_questions.json`, `v2_mscoco_SPLIT2014_annotations.json`,
+`SPLIT2014/`.
+"""
+
+from moresjax.data.generators import SHORT, coco_questions, record, task
+
+
+@task("vqav2")
+def records(root, split, rng):
+    for question, annotation, image in coco_questions(root, split, "v2_"):
+        text = f"{question['question']} {SHORT}"
+        answer = annotation["multiple_choice_answer"]
+        yield record(question["question_id"], image, text, answer)

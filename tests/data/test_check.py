@@ -1,0 +1,100 @@
+"""Checking a data set: every count is that of the samples, every bad one is listed."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pytest
+from corpus import conversation, make_images, make_records, write_list
+from tiny import TINY_LLM, TINY_VISION
+
+from moresjax.build import build_processor
+from moresjax.data.check import check_data
+from moresjax.data.digits import DigitsSource
+from moresjax.data.llava import LlavaSource
+from moresjax.layout import Segment
+from moresjax.training.config import base_config
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """Configuration, source of good samples, and the report."""
+    folder = tmp_path_factory.mktemp("check")
+    records = make_records(make_images(folder / "images", 10), 150)
+    (folder / "images" / "broken.png").write_bytes(b"no image")
+    bad = {
+        "missing": ({"image": "none.png"}, conversation("<image>", "a")),
+        "broken": ({"image": "broken.png"}, conversation("<image>", "a")),
+        "empty": ({}, []),
+    }
+    # 200 tokens do not fit; they are not bad in any other way.
+    bad["long"] = ({}, conversation("one " * 200, "two"))
+    for name, (fields, rounds) in bad.items():
+        records.append({"id": name, "conversations": rounds} | fields)
+    config = base_config()
+    with config.unlocked(), config.ignore_type():
+        config.tokenizer, config.template = "digits", "bare"
+        config.model.llm, config.model.vision = TINY_LLM, TINY_VISION
+    source = LlavaSource(write_list(folder / "mix.json", records), str(folder / "images"))
+    return config, source, check(config, source)
+
+
+def check(config, source, **options):
+    """A report for rows of 100 tokens and four images."""
+    options = {"length": 100, "images": 4, "workers": 1, "progress": False} | options
+    return check_data(source, functools.partial(build_processor, config), **options)
+
+
+def test_counts_are_those_of_the_rows(checked):
+    config, source, report = checked
+    processor = build_processor(config)
+    rows = [processor.text_row(source[i]) for i in [*range(150), 153]]
+    assert report.samples == 154
+    assert report.tokens == sum(len(row["tokens"]) for row in rows)
+    assert report.answer_tokens == sum((r["segment"] == Segment.ANSWER).sum() for r in rows)
+    images = [(row["image"] >= 0).sum() // 9 for row in rows]
+    assert report.images == sum(images)
+    assert report.text_only == images.count(0)
+    lengths = np.asarray([len(row["tokens"]) for row in rows])
+    assert report.longest == lengths.max() > 200
+    starts = [start for start, _ in report.histogram]
+    counts = np.histogram(lengths, [*starts, starts[-1] + starts[1]])[0]
+    assert [count for _, count in report.histogram] == counts.tolist()
+    assert len(starts) <= 16
+    fits = lengths[lengths <= 100]
+    assert report.useful["pad"] == pytest.approx(fits.sum() / (len(fits) * 100))
+    assert report.useful["pad"] < 0.6 < 0.9 < report.useful["pack"] <= 1
+
+
+def test_bad_samples_are_listed_with_their_reason(checked):
+    report = checked[2]
+    assert list(report.bad) == [150, 151, 152]
+    assert "mix.json[150] missing: image" in report.bad[150]
+    assert report.bad[150].endswith("none.png does not exist")
+    assert report.bad[151].endswith("cannot be read: it is no image file")
+    assert report.bad[152].endswith("empty: the conversation is empty")
+    assert list(report.too_long) == [153]
+    assert "long: 20" in report.too_long[153]
+    assert report.too_long[153].endswith("rows hold 100 tokens and 4 images")
+    json.dumps(dataclasses.asdict(report))
+
+
+def test_workers_find_the_same(checked):
+    config, source, report = checked
+    assert check(config, source, workers=2) == report
+
+
+def test_images_need_not_be_opened(checked):
+    assert list(check(*checked[:2], decode=False).bad) == [152]
+
+
+def test_progress_is_shown(checked, capsys):
+    check(*checked[:2], progress=True)
+    assert "154/154" in capsys.readouterr().err
+
+
+def test_what_is_no_conversation_is_bad(checked):
+    report = check(checked[0], DigitsSource("patches", size=2))
+    assert report.bad[0] == "sample 0 of this source is no conversation"
+    assert (report.useful, report.tokens, report.histogram) == ({}, 0, ((0, 0),))

@@ -1,0 +1,80 @@
+"""Runs on LLaVA files: packed and bucketed batches, skipped samples, exact resumption."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from corpus import make_images, make_records, write_list
+from tiny import TINY_LLM, TINY_VISION
+
+from moresjax.build import trained_parameters
+from moresjax.errors import UserError
+from moresjax.training.config import base_config
+from moresjax.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    records = make_records(make_images(folder / "images", 6), 30)
+    records[8]["image"] = "none.png"
+    config = base_config()
+    with config.unlocked(), config.ignore_type():
+        config.tokenizer, config.template = "digits", "bare"
+        small = {"num_layers": 1, "unroll": True}
+        config.model.llm = TINY_LLM | small | {"vocab_size": 37}
+        config.model.vision = TINY_VISION | small
+        files = write_list(folder / "mix.json", records)
+        config.data = {"name": "llava", "files": files, "image_root": str(folder / "images")}
+        config.update({"length": 96, "images": 4, "batch_size": 8, "steps": 4, "log_every": 4})
+        config.update({"window": 13, "tensorboard": False, "on_bad_sample": "skip"})
+        config.checkpoint.every = 2
+    return config
+
+
+def with_settings(config, **settings):
+    config = config.copy_and_resolve_references()
+    config.update(settings)
+    return config
+
+
+def test_a_packed_run_goes_on_exactly(config, tmp_path):
+    packed = with_settings(config, batching="pack", buckets=(48,))
+    train(packed, tmp_path / "whole")
+    # What the directory was after step 2.
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "4")
+    (tmp_path / "moved" / "train.json").unlink()
+    assert train(packed, tmp_path / "moved").step == 4
+    wanted, found = (trained_parameters(tmp_path / name) for name in ("whole", "moved"))
+    assert set(found) == set(wanted)
+    for name, array in found.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(wanted[name]), err_msg=name)
+    report = json.loads((tmp_path / "whole" / "skipped_samples_0.json").read_text())
+    assert report["skipped"] == 1
+    assert "none.png does not exist" in report["samples"]["8"]
+
+
+def test_a_bad_sample_ends_a_run_that_does_not_skip(config, tmp_path):
+    with pytest.raises(UserError, match=r"sample mix\.json\[8\] 0008: "):
+        train(with_settings(config, on_bad_sample="raise", batching="pack"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batching": "stack"}, "batching 'stack'; choose from: pad, pack, bucket"),
+        ({"on_bad_sample": "mask"}, "on_bad_sample 'mask'; choose from: raise, skip"),
+        ({"batching": "bucket", "buckets": (97,)}, r"buckets \(97,\) must be between 1 and"),
+        ({"reading_threads": 0}, "reading_threads must be at least 1, got 0"),
+        ({"window": -1}, "window must be at least 0, got -1"),
+    ],
+)
+def test_settings_of_the_data_are_checked_before_the_model_is_built(
+    config, tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.setattr("moresjax.training.loop.build_model", None)
+    with pytest.raises(UserError, match=message):
+        train(with_settings(config, **settings), tmp_path)
+    assert not list(tmp_path.iterdir())
