@@ -52,6 +52,7 @@ class _Carry:
     length: Int[AnyArray, " B"]
     position: Int[AnyArray, " B"]  # of the last token
     document: Int[AnyArray, " B"]
+    adapter: Int[AnyArray, " B"] | None
     keys: TokenLayout  # of the cache [B, T]
     caches: list[LayerCache]
     stats: dict
@@ -145,6 +146,7 @@ def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry
         length=jnp.zeros(rows, jnp.int32),
         position=at_last(batch.layout.position) + slots,
         document=at_last(batch.layout.document),
+        adapter=batch.adapter,
         keys=keys.replace(image=room(jnp.asarray(full.image), 1, -1)),
         caches=[jax.tree.map(lambda x: room(x, 2), cache) for cache in out.cache],
         stats=_count(out.stats, alive),
@@ -186,7 +188,7 @@ def _decode(graphdef, state, carry: _Carry, *, probes, ends) -> _Carry:
             carry.keys,
             step,
         )
-        out = model.decode_step(tokens, step, carry.caches, keys, index, probes)
+        out = model.decode_step(tokens, step, carry.caches, keys, index, probes, carry.adapter)
         stats = jax.tree.map(jnp.add, carry.stats, _count(out.stats, ~carry.done))
         carry = dataclasses.replace(
             carry, position=position, keys=keys, caches=out.cache, stats=stats

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from moresjax.errors import UserError
 from moresjax.layout import SHARED, Batch, Segment, TokenLayout
 from moresjax.tuning.base import Edit, Method, Probe, ProbeContext, Slots, Theta, WeightDelta
 from moresjax.tuning.hooks import Attached, Hooks
@@ -40,6 +41,8 @@ class Tuning(nnx.Module):
       gates: `gates[method][site]`, one flag per layer.
       shared: `shared[method][leaf]`, frozen arrays of methods that have some.
       words: word and its token ids, for `token(WORD)` selectors; set by who has the tokenizer.
+      adapters: names of several trained tunings held at once (`moresjax.tuning.many`), from which
+        `Batch.adapter` chooses; parameters and gates then have an adapter axis.
 
     Raises:
       UserError: when the spec does not fit the model.
@@ -50,6 +53,7 @@ class Tuning(nnx.Module):
         methods = [method for method in parse_spec(spec) if method.name != "none"]
         self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
         self.words: tuple[tuple[str, tuple[int, ...]], ...] = ()
+        self.adapters: tuple[str, ...] = ()
         self.theta, self.gates, self.shared = nnx.Dict(), nnx.Dict(), nnx.Dict()
         _check_conflicts(self.methods, config)
         for key, method in self.methods:
@@ -126,6 +130,13 @@ class Tuning(nnx.Module):
                 h = jnp.concatenate([content, h], axis=1)
         return h
 
+    def check_single(self, what: str) -> None:
+        """Raises a `UserError` when several tunings are held, of which `what` can use one only."""
+        if self.adapters:
+            raise UserError(
+                f"{what} takes a single tuning, the model holds {', '.join(self.adapters)}"
+            )
+
     def subset(self, keep: Callable[[Method], bool]) -> "Tuning":
         """A copy with some of the methods."""
         part = nnx.clone(self)
@@ -165,6 +176,7 @@ class Tuning(nnx.Module):
         program is that of the bare model.
         """
         slots = 0 if decoding else self.num_slots
+        rows = self._rows(batch)
         masks = _Masks(batch, self.config, slots, dict(self.words))
         items = []
         for name, method in self.methods:
@@ -178,7 +190,7 @@ class Tuning(nnx.Module):
                     common = self.common(name)
                     if method.sees_tokens:
                         common["tokens"] = masks(site, parse_selector("all"))
-                    items.append((site, Attached(method, theta, common=common)))
+                    items.append((site, Attached(method, theta, common=common, rows=rows(site))))
                     continue
                 in_llm = site.startswith("llm.")
                 if batch.pixels is None and not in_llm:
@@ -187,8 +199,26 @@ class Tuning(nnx.Module):
                 if decoding and not (selector.acts_while_decoding and in_llm):
                     continue
                 prepared = _prepare(method, theta, gate)
-                items.append((site, Attached(method, prepared, gate, masks(site, selector))))
+                mask = masks(site, selector)
+                items.append((site, Attached(method, prepared, gate, mask, rows=rows(site))))
         return Hooks(items, key, probes, context)
+
+    def _rows(self, batch: Batch) -> Callable[[str], Int[Array, "..."] | None]:
+        """For a site, the adapter of every row of its activations."""
+        if batch.adapter is not None and not self.adapters:
+            raise UserError("the batch chooses adapters, but the model has a single tuning")
+        chosen = -1 if batch.adapter is None else batch.adapter
+        chosen = jnp.broadcast_to(jnp.asarray(chosen), batch.layout.shape[:1])
+
+        def rows(site):
+            if not self.adapters:
+                return None
+            if site.startswith("vision.") and batch.pixels is not None:
+                # The encoder sees every image of a row as a row of its own.
+                return jnp.repeat(chosen, batch.pixels.shape[1])
+            return chosen
+
+        return rows
 
 
 def _numbered(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
@@ -219,16 +249,23 @@ def _check_conflicts(methods: Sequence[tuple[str, Method]], config) -> None:
 
 
 def _prepare(method: Method, theta, gate):
-    return method.prepare(theta) if gate is None else jax.vmap(method.prepare)(theta)
+    return _for_each(method.prepare, gate)(theta)
+
+
+def _for_each(function: Callable, gate) -> Callable:
+    """`function` of one layer's parameters, mapped over the axes that the gate has."""
+    for _ in range(0 if gate is None else gate.ndim):
+        function = jax.vmap(function)
+    return function
 
 
 def gated(method: WeightDelta, theta, gate):
     """Stacked parameters in which gated-off layers are neutral."""
 
     def choose(on, off):
-        return jnp.where(gate.reshape(-1, *[1] * (on.ndim - 1)), on, off)
+        return jnp.where(gate.reshape(*gate.shape, *[1] * (on.ndim - gate.ndim)), on, off)
 
-    return jax.tree.map(choose, theta, jax.vmap(method.neutral)(theta))
+    return jax.tree.map(choose, theta, _for_each(method.neutral, gate)(theta))
 
 
 def extend_layout(layout: TokenLayout, slots: int) -> TokenLayout:
