@@ -43,7 +43,7 @@ class Generation:
 
 
 @pytree_dataclass
-class _Carry:
+class Progress:
     """State of the decode loop."""
 
     step: Int[AnyArray, ""]  # new tokens so far
@@ -87,12 +87,19 @@ class Engine:
         Rows may be padded on either side; a row's continuation does not depend on the others.
         Compiles once per batch shape and `max_new_tokens`.
         """
+        return self.decode(self.prefill(batch, max_new_tokens))
+
+    def prefill(self, batch: Batch, max_new_tokens: int) -> Progress:
+        """The first half of `generate`: reads the prompts and chooses the first new tokens."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         options = {"probes": self._probes, "ends": self._ends}
-        carry = _prefill(*self._prefill, batch, new=max_new_tokens, **options)
-        carry = _decode(*self._decode, carry, **options)
-        return Generation(carry.tokens, carry.length, carry.stats)
+        return _prefill(*self._prefill, batch, new=max_new_tokens, **options)
+
+    def decode(self, progress: Progress) -> Generation:
+        """The second half: the other new tokens. The caches are consumed."""
+        done = _decode(*self._decode, progress, probes=self._probes, ends=self._ends)
+        return Generation(done.tokens, done.length, done.stats)
 
     def lower_decode(self, batch: Batch, max_new_tokens: int):
         """The lowered decode program for a batch of this shape, for inspection."""
@@ -118,7 +125,7 @@ def _decode_model(model: MLLM) -> MLLM:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "new", "probes", "ends"))
-def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry:
+def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> Progress:
     model = nnx.merge(graphdef, state)
     slots = model.tuning.num_slots
     rows, length = batch.layout.shape
@@ -139,7 +146,7 @@ def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry
     full = extend_layout(batch.layout, slots)
     keys = jax.tree.map(lambda x: room(jnp.asarray(x), 1), full)
     alive = jnp.ones(rows, bool)
-    carry = _Carry(
+    carry = Progress(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.full((rows, new), ends[1], jnp.int32),
         done=~alive,
@@ -157,7 +164,7 @@ def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry
 @functools.partial(
     jax.jit, static_argnames=("graphdef", "probes", "ends"), donate_argnames=("carry",)
 )
-def _decode(graphdef, state, carry: _Carry, *, probes, ends) -> _Carry:
+def _decode(graphdef, state, carry: Progress, *, probes, ends) -> Progress:
     # The whole carry is returned, so that the donated caches are the buffers that are written.
     model = nnx.merge(graphdef, state)
     new = carry.tokens.shape[1]
@@ -198,7 +205,7 @@ def _decode(graphdef, state, carry: _Carry, *, probes, ends) -> _Carry:
     return jax.lax.while_loop(goes_on, one_step, carry)
 
 
-def _append(carry: _Carry, logits, ends) -> _Carry:
+def _append(carry: Progress, logits, ends) -> Progress:
     """Chooses each row's next token and writes it down."""
     eos, pad = ends
     token = jnp.where(carry.done, pad, logits.argmax(-1)).astype(jnp.int32)
