@@ -1,6 +1,6 @@
 """What every tuning method costs beside no tuning: train step, prefill, decoding.
 
-    python benchmarks/tuning_overhead.py [--rounds 9] [--rows 2] [--text 64] [--new-tokens 16]
+    python benchmarks/tuning_overhead.py [--rounds 9] [--rows 2] [--methods none mores ...]
 
 A LLaMA-type decoder of 110 million parameters (12 layers of 768) with random weights reads one
 image of 100 tokens and some text per row; the connector trains with every method. Nothing is merged
@@ -10,12 +10,13 @@ generation, more than without tuning (there, on its hardware: MoReS 0.08, Adapte
 
 import argparse
 import statistics
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rounds import Seconds, measure, median_ratio
+from rounds import Run, Seconds, measure, median_ratio
 
 from moresjax.generation.engine import Engine
 from moresjax.layout import Batch, Segment, TokenLayout
@@ -81,10 +82,10 @@ def random_batch(config: MLLMConfig, rows: int, text: int, answer: int) -> Batch
     return Batch(jnp.asarray(tokens), layout, jnp.asarray(pixels))
 
 
-def training(base: MLLM, batch: Batch):
+def training(base: MLLM, batch: Batch, methods: Sequence[str]) -> dict[str, Run]:
     """Spec -> one train step. The frozen weights are the same arrays for all of them."""
     runs = {}
-    for spec in METHODS:
+    for spec in methods:
         model = nnx.clone(base)
         model.attach(spec)
         graphdef, trainable, frozen = split_model(model, ("connector",))
@@ -102,12 +103,12 @@ def training(base: MLLM, batch: Batch):
     return runs
 
 
-def generation(base: MLLM, batch: Batch, new_tokens: int):
+def generation(base: MLLM, batch: Batch, methods: Sequence[str], new_tokens: int) -> dict[str, Run]:
     """Spec -> a prefill and the decoding of all but the first new token."""
     base = nnx.clone(base)
     base.llm.unstack()  # once: the engines then share the layers
     runs = {}
-    for spec in METHODS:
+    for spec in methods:
         model = nnx.clone(base)
         model.attach(spec)
         engine = Engine(model, eos_ids=(-1,))
@@ -126,17 +127,18 @@ def print_table(config: MLLMConfig, seconds: Seconds, rows: int, new_tokens: int
     def per_sample(spec: str, *phases: str) -> float:
         return sum(statistics.median(seconds[spec][phase]) for phase in phases) / rows
 
-    base = per_sample(METHODS[0], "prefill", "decode")
+    first = next(iter(seconds))
+    base = per_sample(first, "prefill", "decode")
     print("| method | trainable in the LLM | train | prefill | decode | s per sample | added |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for spec in METHODS:
+    for spec in seconds:
         count = count_parameters(config, spec, ()).trainable_in_llm
         ratios = [f"{median_ratio(seconds, spec, p):.3f}" for p in ("train", "prefill", "decode")]
         whole = per_sample(spec, "prefill", "decode")
         cells = [f"`{spec}`", f"{count:,d}", *ratios, f"{whole:.3f}", f"{whole - base:+.3f}"]
         print(f"| {' | '.join(cells)} |")
-    step, prefill = (1e3 * per_sample(METHODS[0], phase) for phase in ("train", "prefill"))
-    token = 1e3 * per_sample(METHODS[0], "decode") / (new_tokens - 1)
+    step, prefill = (1e3 * per_sample(first, phase) for phase in ("train", "prefill"))
+    token = 1e3 * per_sample(first, "decode") / (new_tokens - 1)
     print(
         f"\nWithout tuning, per sample: {step:.0f} ms a train step, {prefill:.0f} ms prefill, "
         f"{token:.1f} ms a decoded token."
@@ -149,14 +151,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--text", type=int, default=64, help="text tokens per row")
     parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="the first is the baseline")
     args = parser.parse_args()
     keep_freed_memory()
     config = architecture()
     base = initialize(MLLM(config))
-    seconds: Seconds = {spec: {} for spec in METHODS}
+    seconds: Seconds = {spec: {} for spec in args.methods}
     for runs in (
-        training(base, random_batch(config, args.rows, args.text, ANSWER)),
-        generation(base, random_batch(config, args.rows, args.text, 0), args.new_tokens),
+        training(base, random_batch(config, args.rows, args.text, ANSWER), args.methods),
+        generation(
+            base, random_batch(config, args.rows, args.text, 0), args.methods, args.new_tokens
+        ),
     ):
         for spec, phases in measure(runs, args.rounds).items():
             seconds[spec] |= phases

@@ -3,6 +3,7 @@
 Axis legend: B rows, S tokens, P extra tokens, D hidden size, L layers.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -81,11 +82,9 @@ class Tuning(nnx.Module):
                 continue
             for place, (site, shape) in enumerate(method.sites(self.config).items()):
                 own = jax.random.fold_in(jax.random.fold_in(key, number), place)
-                if layers := num_layers(site, self.config):
-                    start = jax.vmap(lambda k, m=method, s=shape: m.initial(k, *s))
-                    theta = start(jax.random.split(own, layers))
-                else:
-                    theta = method.initial(own, *shape)
+                # A given vector takes no part in comparisons, so it must not be compiled in.
+                start = _start.__wrapped__ if constant else _start
+                theta = start(method, tuple(shape), num_layers(site, self.config), own)
                 values.setdefault(name, {})[site] = theta
         return values
 
@@ -97,7 +96,7 @@ class Tuning(nnx.Module):
     def initialize(self, seed: int = 0) -> None:
         """Gives every parameter its initial value."""
         if self.methods:
-            self._set(jax.jit(self._values)(jax.random.key(seed)), nnx.Param)
+            self._set(self._values(jax.random.key(seed)), nnx.Param)
 
     @property
     def spec(self) -> str:
@@ -219,6 +218,14 @@ class Tuning(nnx.Module):
             return chosen
 
         return rows
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(method: Method, shape: tuple, layers: int, key: PRNGKeyArray) -> Theta:
+    """Initial parameters at one site; compiled once for all sites and models of its kind."""
+    if not layers:
+        return method.initial(key, *shape)
+    return jax.vmap(lambda key: method.initial(key, *shape))(jax.random.split(key, layers))
 
 
 def _numbered(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
