@@ -2,18 +2,16 @@
 
     python benchmarks/overhead.py [--rounds 15]
 
-Everything is compiled first; then rounds go through all variants in turn, so that a slow moment of
-the machine meets all of them. A ratio is the median over rounds of (variant / baseline of the same
-round). The model is the demo's, larger: 6 layers, 256 features, batches of 32 rows.
+The model is the demo's, larger: 6 layers, 256 features, batches of 32 rows.
 """
 
 import argparse
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 from moresjax.configs import digits as recipe
+from rounds import measure, median_ratio
 
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.build import build_iterator, build_processor, model_config
@@ -51,7 +49,7 @@ def setting():
 
 
 def train_steps(config, batch, methods=METHODS, **llm):
-    """Spec -> function that runs one train step and waits for it."""
+    """Spec -> one train step, to be measured."""
     steps = {}
     for spec in methods:
         with config.unlocked():
@@ -66,6 +64,7 @@ def train_steps(config, batch, methods=METHODS, **llm):
         def run(step=step, box=box, frozen=frozen):
             box[0], metrics = step(box[0], frozen, batch)
             jax.block_until_ready(metrics)
+            yield "run"
 
         steps[spec] = run
     return steps
@@ -85,6 +84,7 @@ def forwards(config, batch):
 
         def run(engine=engine):
             jax.block_until_ready(engine.generate(batch, 32).tokens)
+            yield "run"
 
         runs[name] = run
     return runs
@@ -92,22 +92,11 @@ def forwards(config, batch):
 
 def compare(title: str, runs: dict, rounds: int) -> None:
     """Prints milliseconds and ratios to the first variant as a table."""
-    for run in runs.values():
-        run()
-        run()
-    seconds = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    base = next(iter(runs))
+    seconds = measure(runs, rounds)
     print(f"\n| {title} | ms | ratio |\n|---|---:|---:|")
-    for name, values in seconds.items():
-        ratio = statistics.median(
-            value / other for value, other in zip(values, seconds[base], strict=True)
-        )
-        print(f"| `{name}` | {1e3 * statistics.median(values):.0f} | {ratio:.2f} |", flush=True)
+    for name, phases in seconds.items():
+        ms = 1e3 * statistics.median(phases["run"])
+        print(f"| `{name}` | {ms:.0f} | {median_ratio(seconds, name, 'run'):.2f} |", flush=True)
 
 
 def main() -> None:

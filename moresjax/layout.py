@@ -180,9 +180,12 @@ class Batch:
       pixels: normalised images `[B, N, height, width, 3]`, N per row (unused ones are zero), or
         None: then the vision encoder is not run at all.
       roi: region of interest over each row's visual tokens `[B, N * V]`, or None.
+      adapter: number of each row's adapter where several are loaded `[B]`, -1 for the base model;
+        None: the base model for all rows.
     """
 
     tokens: IntField
     layout: TokenLayout
     pixels: Float[AnyArray, "B N Y X 3"] | None = None
     roi: Bool[AnyArray, "B R"] | None = None
+    adapter: Int[AnyArray, " B"] | None = None

@@ -8,7 +8,7 @@ Axis legend: B rows, S tokens, V vocabulary, N images per row.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -27,7 +27,9 @@ from moresjax.generation.engine import Engine, Generation, bucket
 from moresjax.layout import Batch, Segment, TokenLayout
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.tuning.base import Probe
+from moresjax.tuning.many import adapter_numbers
 from moresjax.tuning.merge import merged
+from moresjax.weights.adapter import load_adapters
 from moresjax.weights.hf import is_llava, load_pretrained
 
 
@@ -64,6 +66,20 @@ class Model:
           UserError: when the spec is malformed or does not fit the model.
         """
         self.mllm.attach(tuning, seed=seed)
+        self._name_words()
+        self._engines.clear()
+
+    def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        """Replaces the attached tuning by several adapter folders, one of which `generate` and
+        `logits` use for each prompt.
+
+        Args:
+          folders: by the names to choose them with; adapters of one spec, up to their layers.
+
+        Raises:
+          UserError: when a folder is not an adapter of this model, or they do not go together.
+        """
+        load_adapters(self.mllm, folders)
         self._name_words()
         self._engines.clear()
 
@@ -105,6 +121,7 @@ class Model:
         images: Sequence[Sequence] | None = None,
         *,
         max_new_tokens: int = 128,
+        adapters: Sequence[str | None] | None = None,
     ) -> list[str]:
         """Greedy answers to prompts.
 
@@ -112,9 +129,11 @@ class Model:
           prompts: user texts; `<image>` marks where an image goes.
           images: for every prompt its images (paths, PIL images or uint8 arrays).
           max_new_tokens: at most this many tokens each.
+          adapters: for every prompt the name of a loaded adapter, or None for the base model.
 
         Raises:
-          UserError: for an empty prompt, an unreadable image, or marks without images.
+          UserError: for an empty prompt, an unreadable image, marks without images, or an unknown
+            adapter.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         images = [()] * len(prompts) if images is None else images
@@ -124,10 +143,14 @@ class Model:
             self.prompt(p, i, f"prompt {n}")
             for n, (p, i) in enumerate(zip(prompts, images, strict=True))
         ]
-        return self.decode(self.generate_rows(rows, max_new_tokens))
+        return self.decode(self.generate_rows(rows, max_new_tokens, adapters=adapters))
 
     def generate_rows(
-        self, rows: Sequence[Row], max_new_tokens: int, probes: Sequence[Probe] = ()
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        probes: Sequence[Probe] = (),
+        adapters: Sequence[str | None] | None = None,
     ) -> Generation:
         """Continues prompt rows as one batch, padded to a bucket length."""
         if max_new_tokens < 1:
@@ -136,6 +159,7 @@ class Model:
         length = bucket(max(len(row["tokens"]) for row in rows))
         images = max(len(row.get("pixels", ())) for row in rows)
         batch = processor.batch([processor.pad(row, length, images) for row in rows])
+        batch = self._choose(batch, adapters)
         return self.engine(probes).generate(batch, max_new_tokens)
 
     def decode(self, generation: Generation) -> list[str]:
@@ -156,6 +180,7 @@ class Model:
         attention_mask=None,
         pixel_values=None,
         image_token_id: int | None = None,
+        adapters: Sequence[str | None] | None = None,
     ) -> Float[Array, "B S V"]:
         """Next-token logits in fp32.
 
@@ -167,6 +192,7 @@ class Model:
           attention_mask: `[B, S]`, 0 for padding on either side; default all ones.
           pixel_values: `[images, 3, height, width]`, the images of all rows in order.
           image_token_id: the id that stands for a visual token.
+          adapters: as in `generate`.
         """
         if prompts is not None:
             processor = self._need_processor()
@@ -180,7 +206,11 @@ class Model:
                 input_ids, attention_mask, pixel_values, image_token_id, self.config.visual_tokens
             )
         graphdef, state = nnx.split(self.mllm)
-        return _logits(graphdef, state, batch)
+        return _logits(graphdef, state, self._choose(batch, adapters))
+
+    def _choose(self, batch: Batch, adapters: Sequence[str | None] | None) -> Batch:
+        numbers = adapter_numbers(self.mllm.tuning, adapters, len(batch.tokens))
+        return dataclasses.replace(batch, adapter=numbers)
 
     def _need_processor(self) -> Processor:
         if self.processor is None:

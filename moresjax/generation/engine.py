@@ -43,7 +43,7 @@ class Generation:
 
 
 @pytree_dataclass
-class _Carry:
+class Progress:
     """State of the decode loop."""
 
     step: Int[AnyArray, ""]  # new tokens so far
@@ -52,6 +52,7 @@ class _Carry:
     length: Int[AnyArray, " B"]
     position: Int[AnyArray, " B"]  # of the last token
     document: Int[AnyArray, " B"]
+    adapter: Int[AnyArray, " B"] | None
     keys: TokenLayout  # of the cache [B, T]
     caches: list[LayerCache]
     stats: dict
@@ -86,12 +87,19 @@ class Engine:
         Rows may be padded on either side; a row's continuation does not depend on the others.
         Compiles once per batch shape and `max_new_tokens`.
         """
+        return self.decode(self.prefill(batch, max_new_tokens))
+
+    def prefill(self, batch: Batch, max_new_tokens: int) -> Progress:
+        """The first half of `generate`: reads the prompts and chooses the first new tokens."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         options = {"probes": self._probes, "ends": self._ends}
-        carry = _prefill(*self._prefill, batch, new=max_new_tokens, **options)
-        carry = _decode(*self._decode, carry, **options)
-        return Generation(carry.tokens, carry.length, carry.stats)
+        return _prefill(*self._prefill, batch, new=max_new_tokens, **options)
+
+    def decode(self, progress: Progress) -> Generation:
+        """The second half: the other new tokens. The caches are consumed."""
+        done = _decode(*self._decode, progress, probes=self._probes, ends=self._ends)
+        return Generation(done.tokens, done.length, done.stats)
 
     def lower_decode(self, batch: Batch, max_new_tokens: int):
         """The lowered decode program for a batch of this shape, for inspection."""
@@ -117,7 +125,7 @@ def _decode_model(model: MLLM) -> MLLM:
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "new", "probes", "ends"))
-def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry:
+def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> Progress:
     model = nnx.merge(graphdef, state)
     ahead = model.tuning.num_ahead
     rows, length = batch.layout.shape
@@ -138,13 +146,14 @@ def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry
     full = extend_layout(batch.layout, ahead)
     keys = jax.tree.map(lambda x: room(jnp.asarray(x), 1), full)
     alive = jnp.ones(rows, bool)
-    carry = _Carry(
+    carry = Progress(
         step=jnp.zeros((), jnp.int32),
         tokens=jnp.full((rows, new), ends[1], jnp.int32),
         done=~alive,
         length=jnp.zeros(rows, jnp.int32),
         position=at_last(batch.layout.position) + ahead,
         document=at_last(batch.layout.document),
+        adapter=batch.adapter,
         keys=keys.replace(image=room(jnp.asarray(full.image), 1, -1)),
         caches=[jax.tree.map(lambda x: room(x, 2), cache) for cache in out.cache],
         stats=_count(out.stats, alive),
@@ -155,7 +164,7 @@ def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> _Carry
 @functools.partial(
     jax.jit, static_argnames=("graphdef", "probes", "ends"), donate_argnames=("carry",)
 )
-def _decode(graphdef, state, carry: _Carry, *, probes, ends) -> _Carry:
+def _decode(graphdef, state, carry: Progress, *, probes, ends) -> Progress:
     # The whole carry is returned, so that the donated caches are the buffers that are written.
     model = nnx.merge(graphdef, state)
     new = carry.tokens.shape[1]
@@ -186,7 +195,7 @@ def _decode(graphdef, state, carry: _Carry, *, probes, ends) -> _Carry:
             carry.keys,
             step,
         )
-        out = model.decode_step(tokens, step, carry.caches, keys, index, probes)
+        out = model.decode_step(tokens, step, carry.caches, keys, index, probes, carry.adapter)
         stats = jax.tree.map(jnp.add, carry.stats, _count(out.stats, ~carry.done))
         carry = dataclasses.replace(
             carry, position=position, keys=keys, caches=out.cache, stats=stats
@@ -196,7 +205,7 @@ def _decode(graphdef, state, carry: _Carry, *, probes, ends) -> _Carry:
     return jax.lax.while_loop(goes_on, one_step, carry)
 
 
-def _append(carry: _Carry, logits, ends) -> _Carry:
+def _append(carry: Progress, logits, ends) -> Progress:
     """Chooses each row's next token and writes it down."""
     eos, pad = ends
     token = jnp.where(carry.done, pad, logits.argmax(-1)).astype(jnp.int32)

@@ -162,6 +162,7 @@ class MLLM(nnx.Module):
         keys: TokenLayout,
         index: Int[Array, ""],
         probes: Sequence[Probe] = (),
+        adapter: Int[Array, " B"] | None = None,
     ) -> BlocksOutput:
         """One generated token per row.
 
@@ -172,12 +173,13 @@ class MLLM(nnx.Module):
           keys: layout of the whole cache `[B, T]`, including these tokens at `index`.
           index: place of these tokens in the cache.
           probes: statistics to read.
+          adapter: of each row, as in `Batch`.
         """
         queries = jnp.broadcast_to(index, tokens.shape)
         mask = visible(keys, queries)
         context = ProbeContext(jnp.asarray(keys.segment), mask, None) if probes else None
         hooks = self.tuning.hooks(
-            Batch(tokens, step), decoding=True, probes=probes, context=context
+            Batch(tokens, step, adapter=adapter), decoding=True, probes=probes, context=context
         )
         h = self.llm.embeddings(tokens)
         h = hooks.edit("llm.embed.out", h)

@@ -3,12 +3,13 @@
 Axis legend: B rows, S tokens, P slots, D hidden size, L layers.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from moresjax.errors import UserError
 from moresjax.layout import SHARED, Batch, Segment, TokenLayout
@@ -41,6 +42,8 @@ class Tuning(nnx.Module):
       gates: `gates[method][site]`, one flag per layer.
       shared: `shared[method][leaf]`, frozen arrays of methods that have some.
       words: word and its token ids, for `token(WORD)` selectors; set by who has the tokenizer.
+      adapters: names of several trained tunings held at once (`moresjax.tuning.many`), from which
+        `Batch.adapter` chooses; parameters and gates then have an adapter axis.
 
     Raises:
       UserError: when the spec does not fit the model.
@@ -51,6 +54,7 @@ class Tuning(nnx.Module):
         methods = [m.resolve(config) for m in parse_spec(spec) if m.name != "none"]
         self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
         self.words: tuple[tuple[str, tuple[int, ...]], ...] = ()
+        self.adapters: tuple[str, ...] = ()
         self.theta, self.gates, self.shared = nnx.Dict(), nnx.Dict(), nnx.Dict()
         _check_conflicts(self.methods, config)
         for key, method in self.methods:
@@ -78,11 +82,9 @@ class Tuning(nnx.Module):
                 continue
             for place, (site, shape) in enumerate(method.sites(self.config).items()):
                 own = jax.random.fold_in(jax.random.fold_in(key, number), place)
-                if layers := num_layers(site, self.config):
-                    start = jax.vmap(lambda k, m=method, s=shape: m.initial(k, *s))
-                    theta = start(jax.random.split(own, layers))
-                else:
-                    theta = method.initial(own, *shape)
+                # A given vector takes no part in comparisons, so it must not be compiled in.
+                start = _start.__wrapped__ if constant else _start
+                theta = start(method, tuple(shape), num_layers(site, self.config), own)
                 values.setdefault(name, {})[site] = theta
         return values
 
@@ -94,7 +96,7 @@ class Tuning(nnx.Module):
     def initialize(self, seed: int = 0) -> None:
         """Gives every parameter its initial value."""
         if self.methods:
-            self._set(jax.jit(self._values)(jax.random.key(seed)), nnx.Param)
+            self._set(self._values(jax.random.key(seed)), nnx.Param)
 
     @property
     def spec(self) -> str:
@@ -126,6 +128,13 @@ class Tuning(nnx.Module):
     def num_ahead(self) -> int:
         """P, the number of keys before the first token's: learned ones, and extra tokens'."""
         return self.num_slots + self._slots("llm.block.kv")
+
+    def check_single(self, what: str) -> None:
+        """Raises a `UserError` when several tunings are held, of which `what` can use one only."""
+        if self.adapters:
+            raise UserError(
+                f"{what} takes a single tuning, the model holds {', '.join(self.adapters)}"
+            )
 
     def subset(self, keep: Callable[[Method], bool]) -> "Tuning":
         """A copy with some of the methods."""
@@ -169,6 +178,7 @@ class Tuning(nnx.Module):
             "vision": self._slots("vision.embed", "vision.block.in"),
             "llm": 0 if decoding else self.num_slots,
         }
+        rows = self._rows(batch)
         masks = _Masks(batch, self.config, slots, dict(self.words))
         items = []
         for name, method in self.methods:
@@ -186,7 +196,7 @@ class Tuning(nnx.Module):
                     common = self.common(name)
                     if method.sees_tokens:
                         common["tokens"] = masks(site, parse_selector("all"))
-                    items.append((site, Attached(method, theta, common=common)))
+                    items.append((site, Attached(method, theta, common=common, rows=rows(site))))
                     continue
                 in_llm = site.startswith("llm.")
                 if batch.pixels is None and not in_llm:
@@ -195,8 +205,34 @@ class Tuning(nnx.Module):
                 if decoding and not (selector.acts_while_decoding and in_llm):
                     continue
                 prepared = _prepare(method, theta, gate)
-                items.append((site, Attached(method, prepared, gate, masks(site, selector))))
+                mask = masks(site, selector)
+                items.append((site, Attached(method, prepared, gate, mask, rows=rows(site))))
         return Hooks(items, key, probes, context)
+
+    def _rows(self, batch: Batch) -> Callable[[str], Int[Array, "..."] | None]:
+        """For a site, the adapter of every row of its activations."""
+        if batch.adapter is not None and not self.adapters:
+            raise UserError("the batch chooses adapters, but the model has a single tuning")
+        chosen = -1 if batch.adapter is None else batch.adapter
+        chosen = jnp.broadcast_to(jnp.asarray(chosen), batch.layout.shape[:1])
+
+        def rows(site):
+            if not self.adapters:
+                return None
+            if site.startswith("vision.") and batch.pixels is not None:
+                # The encoder sees every image of a row as a row of its own.
+                return jnp.repeat(chosen, batch.pixels.shape[1])
+            return chosen
+
+        return rows
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _start(method: Method, shape: tuple, layers: int, key: PRNGKeyArray) -> Theta:
+    """Initial parameters at one site; compiled once for all sites and models of its kind."""
+    if not layers:
+        return method.initial(key, *shape)
+    return jax.vmap(lambda key: method.initial(key, *shape))(jax.random.split(key, layers))
 
 
 def _numbered(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
@@ -227,16 +263,23 @@ def _check_conflicts(methods: Sequence[tuple[str, Method]], config) -> None:
 
 
 def _prepare(method: Method, theta, gate):
-    return method.prepare(theta) if gate is None else jax.vmap(method.prepare)(theta)
+    return _for_each(method.prepare, gate)(theta)
+
+
+def _for_each(function: Callable, gate) -> Callable:
+    """`function` of one layer's parameters, mapped over the axes that the gate has."""
+    for _ in range(0 if gate is None else gate.ndim):
+        function = jax.vmap(function)
+    return function
 
 
 def gated(method: WeightDelta, theta, gate):
     """Stacked parameters in which gated-off layers are neutral."""
 
     def choose(on, off):
-        return jnp.where(gate.reshape(-1, *[1] * (on.ndim - 1)), on, off)
+        return jnp.where(gate.reshape(*gate.shape, *[1] * (on.ndim - gate.ndim)), on, off)
 
-    return jax.tree.map(choose, theta, jax.vmap(method.neutral)(theta))
+    return jax.tree.map(choose, theta, _for_each(method.neutral, gate)(theta))
 
 
 def extend_layout(layout: TokenLayout, slots: int) -> TokenLayout:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moresjax.tuning.base import Edit, Probe, ProbeContext, Slots, Theta, WeightDelta
 
@@ -26,7 +26,8 @@ class Attached:
     """A method at one site: prepared parameters and, for edits, the mask of selected tokens.
 
     At layered sites every leaf of `theta` and `gate` has a leading layer axis; `common` is what a
-    weight delta finds in its parameters at every layer.
+    weight delta finds in its parameters at every layer. With `rows`, the adapter of each row, the
+    next axis counts adapters.
     """
 
     method: Edit | WeightDelta | Slots
@@ -34,10 +35,21 @@ class Attached:
     gate: Array | None = None
     mask: Array | None = None
     common: Theta = dataclasses.field(default_factory=dict)
+    rows: Int[Array, " B"] | None = None
+
+
+def _by_row(function: Callable, theta, x, rows: Array | None):
+    """`function(theta, x)`, or the same with each row's own parameters."""
+    if rows is None:
+        return function(theta, x)
+    own = jax.tree.map(lambda leaf: leaf[rows], theta)
+    return jax.vmap(lambda theta, row: function(theta, row[None])[0])(own, x)
 
 
 def _apply_edit(item: Attached, theta, gate, h, key):
-    delta = item.method.delta(theta, h)
+    delta = _by_row(item.method.delta, theta, h, item.rows)
+    if item.rows is not None:
+        gate = gate[item.rows][:, None]
     if key is not None and item.method.dropout:
         delta = item.method.drop(key, delta, h)
     mask = item.mask if gate is None else item.mask & gate
@@ -84,11 +96,18 @@ class LayerHooks:
         return jax.random.fold_in(jax.random.fold_in(self._tower.key, self._layer), site_number)
 
     def linear(self, name: str, linear: Callable, x: Float[Array, "B S D"]):
-        for number, item in self._tower.at(name):
-            theta, _ = self._stacked[number]
-            theta = theta | item.common
-            linear = _Tuned(item.method, theta, linear, self._key(number))
-        return linear(x)
+        items = self._tower.at(name)
+        if not items:
+            return linear(x)
+
+        def tuned(thetas, x):
+            whole = linear
+            for theta, (number, item) in zip(thetas, items, strict=True):
+                whole = _Tuned(item.method, theta | item.common, whole, self._key(number))
+            return whole(x)
+
+        thetas = [self._stacked[number][0] for number, _ in items]
+        return _by_row(tuned, thetas, x, items[0][1].rows)
 
     def edit(self, name: str, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         for number, item in self._tower.at(name):

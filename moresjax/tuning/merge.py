@@ -18,10 +18,11 @@ def merged(model: nnx.Module) -> nnx.Module:
     What acts on activations stays attached; `full` leaves nothing behind but its weights.
 
     Raises:
-      UserError: when an attached weight delta cannot be merged.
+      UserError: when an attached weight delta cannot be merged, or several adapters are loaded.
     """
     model = nnx.clone(model)
     tuning = model.tuning
+    tuning.check_single("merging")
     for key, method in tuning.methods:
         if isinstance(method, WeightDelta):
             for site, variables in tuning.theta[key].items():

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,6 +22,7 @@ from moresjax.models.initialize import fill
 from moresjax.models.mllm import MLLM
 from moresjax.paths import matches, path_name
 from moresjax.tuning.attach import Tuning
+from moresjax.tuning.many import stack_adapters
 from moresjax.types import AnyArray
 
 DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
@@ -29,6 +31,7 @@ FORMAT = "moresjax-tuning"
 _FREE = ("dtype", "remat", "unroll", "int8")
 # A checksum is of this many values, and there is one for this many parameters.
 _VALUES, _CHECKSUMS = 64, 8
+MaybeArray = AnyArray | jax.ShapeDtypeStruct  # a shape where there is no value yet
 
 
 def save_adapter(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = ()) -> Path:
@@ -43,6 +46,7 @@ def save_adapter(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = 
       UserError: when nothing trained.
     """
     folder, tuning = Path(folder), mllm.tuning
+    tuning.check_single("an adapter folder")
     base, trained = _split(mllm, also_train)
     if not trained:
         raise UserError(f"tuning {tuning.spec!r} has no parameters to save")
@@ -70,7 +74,34 @@ def load_adapter(mllm: MLLM, folder: str | Path) -> None:
       UserError: when the folder is not an adapter, is damaged, or belongs to another base; the
         model is then as it was.
     """
-    folder = Path(folder)
+    tuning, base = _read(mllm, Path(folder))
+    mllm.tuning = tuning
+    fill(mllm, base, str(folder))
+
+
+def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:
+    """Attaches several adapter folders by name, for every row of a batch to choose from.
+
+    Raises:
+      UserError: when a folder is not an adapter of this base, one changes parameters of the base
+        itself, or they cannot be held together (`moresjax.tuning.many.stack_adapters`); the model
+        is then as it was.
+    """
+    tunings = {}
+    values = {path_name(p): x.get_value() for p, x in nnx.to_flat_state(nnx.state(mllm, nnx.Param))}
+    for name, folder in folders.items():
+        tunings[name], base = _read(mllm, Path(folder))
+        for changed, x in base.items():
+            if not np.array_equal(x, values[changed]):
+                raise UserError(
+                    f"adapter {name!r} has its own {changed}, which all rows of a batch share; "
+                    "load the adapters on a model with these values"
+                )
+    mllm.tuning = stack_adapters(tunings)
+
+
+def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
+    """The tuning in a folder, and its values of the base's own parameters."""
     for file in (DESCRIPTION, TENSORS):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not an adapter folder: it has no {file}")
@@ -81,7 +112,6 @@ def load_adapter(mllm: MLLM, folder: str | Path) -> None:
     if difference := _difference(description["base"]["config"], mllm.config.to_dict()):
         raise UserError(f"{folder} belongs to another base: {difference}")
     tuning = Tuning(description["spec"], mllm.config)
-    tuning.initialize()
     base, expected = _split(mllm, description["also_train"], tuning)
     for name, checksum in description["base"]["checksums"].items():
         if name not in base or _checksum(base[name]) != checksum:
@@ -94,20 +124,21 @@ def load_adapter(mllm: MLLM, folder: str | Path) -> None:
         raise UserError(f"{folder} lacks or should not hold: {', '.join(wrong[:8])}")
     layers = _layers(tuning)
     for name, x in arrays.items():
-        chosen, whole = layers.get(_site(name), ...), np.array(expected[name])
-        if whole[chosen].shape != x.shape:
-            raise UserError(
-                f"{folder}: {name} has shape {x.shape}, the model needs {whole[chosen].shape}"
-            )
-        whole[chosen] = x
-        expected[name] = whole
-    mllm.tuning = tuning
-    fill(mllm, {name: jnp.asarray(x) for name, x in expected.items()}, str(folder))
+        acts, shape = layers.get(_site(name)), expected[name].shape
+        needed = shape if acts is None else (int(acts.sum()), *shape[1:])
+        if x.shape != needed:
+            raise UserError(f"{folder}: {name} has shape {x.shape}, the model needs {needed}")
+        # A layer that does not act gets what its neighbour has: parameters like any others.
+        expected[name] = x if acts is None else x[np.maximum(np.cumsum(acts) - 1, 0)]
+    prefix = "tuning."
+    own = {n.removeprefix(prefix): x for n, x in expected.items() if n.startswith(prefix)}
+    fill(tuning, own, str(folder))
+    return tuning, {n: x for n, x in expected.items() if not n.startswith(prefix)}
 
 
 def _split(
     mllm: MLLM, also_train: Sequence[str], tuning: Tuning | None = None
-) -> tuple[dict[str, AnyArray], dict[str, AnyArray]]:
+) -> tuple[dict[str, MaybeArray], dict[str, MaybeArray]]:
     """Parameters that stay and that train, with the attached tuning or with another one."""
     tuning = mllm.tuning if tuning is None else tuning
     flat = nnx.to_flat_state(nnx.state(mllm, nnx.Param))

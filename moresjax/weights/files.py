@@ -69,7 +69,7 @@ def _stored(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
             f"{folder} has only pickled weights ({pickles[0].name}), and pickles run code; "
             "allow it with --allow-pickle if you trust its source"
         )
-    return {name: tensor for file in pickles for name, tensor in _pickled(file).items()}
+    return {name: tensor for file in pickles for name, tensor in read_pickle(file).items()}
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:
@@ -85,7 +85,12 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def _pickled(file: Path) -> dict[str, Tensor]:
+def read_pickle(file: Path) -> dict[str, Tensor]:
+    """The tensors of a `*.bin` file, which torch reads without running what is in it.
+
+    Raises:
+      UserError: when it cannot be read, or torch is not installed.
+    """
     try:
         import torch
     except ImportError:

@@ -55,6 +55,7 @@ def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> P
     Raises:
       UserError: when `peft` has no such method, or cannot hold the combination.
     """
+    mllm.tuning.check_single("a folder of peft")
     if len(mllm.tuning.methods) != 1:
         raise UserError(f"peft holds one method, the model's tuning is {mllm.tuning.spec!r}")
     method, folder = mllm.tuning.methods[0][1], Path(folder)

@@ -247,7 +247,6 @@ def test_dropout_of_dora_reaches_the_stretched_product_as_in_peft():
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("oft-legacy:blocks=16", (39_321_600, 100_663_296, 196_608_000)),
         ("oft:block_size=32", (None, 4096 // 32 * 496 * 3 * 32, None)),
         ("dora:rank=16", (None, 41_336_832, None)),
         ("lora:rank=16", (None, 39_976_960, None)),

@@ -428,8 +428,10 @@ def test_visual_editors_act_on_the_class_token_too():
 
 
 def test_prompt_edits_leave_the_decode_program_alone():
+    edits = "mrt-paper/mores2/loreft/noreft/direft/nodireft/consreft/lobireft/"
+    edits += "red:positions=image/houlsby:positions=question/steer:positions=prompt"
     bare, edited = (
         Engine(model_of(spec), eos_ids=(2,)).lower_decode(tiny_batch(answer=0), 4).as_text()
-        for spec in ("none", "mrt-paper/mores2/loreft")
+        for spec in ("none", edits)
     )
     assert edited == bare

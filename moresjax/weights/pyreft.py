@@ -1,0 +1,221 @@
+"""Folders of `pyreft` (0.1, with pyvene 0.1), in and out: `config.json` and one file per edit.
+
+Axis legend: D hidden size, r rank.
+
+`config.json` lists for every edit its layer, component, unit, number of units and rank; the file
+`intkey_KEY.bin` is a pickled state dict of `weight` (r x D), `bias` (r) and `rotate_layer` (D x r).
+That last one is the orthonormal R itself, not what is trained behind it: pyreft makes a new
+parametrisation around it and stops unless it gets the same matrix back, and it loses R when its
+training goes on from there. We write Q of the QR decomposition of our parameter in double
+precision, rounded once; read back, an orthonormal matrix is its own Q. Neither the tokens that are
+edited nor dropout are in the folder. pyreft takes `weight` and `bias` in bf16 whatever is written.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from moresjax.errors import UserError, choice_error
+from moresjax.models.mllm import MLLM
+from moresjax.tuning.attach import Tuning
+from moresjax.tuning.base import METHODS
+from moresjax.tuning.spec import format_spec
+from moresjax.weights.files import read_pickle
+
+METHOD_NAMES = ("loreft", "mores")
+SITE, COMPONENT = "llm.block.out", "block_output"
+_LOREFT = "<class 'pyreft.interventions.LoreftIntervention'>"
+# Fields of an entry of `representations` after layer, component, unit, units and rank.
+_UNUSED_FIELDS = 9
+# Of R^T R from the identity: bf16 is coarser than fp32, a matrix that was never orthonormal is far.
+_TOLERANCE = 0.05
+# The block's output by its path, as in `model.layers[3].output`.
+_PATH = re.compile(r"(?:\w+\.)*(?:layers|h)\[(\d+)\]\.output")
+
+
+def export_pyreft(mllm: MLLM, folder: str | Path) -> Path:
+    """Writes the attached `loreft` or `mores` edits as a folder of pyreft; returns the folder.
+
+    Several methods become several edits of a layer, in order (`#0`, `#1`).
+
+    Raises:
+      UserError: when another method is attached, or torch is not installed.
+    """
+    tuning, folder = mllm.tuning, Path(folder)
+    tuning.check_single("a folder of pyreft")
+    if not tuning.methods:
+        raise UserError(f"tuning {tuning.spec!r} has no edits to write for pyreft")
+    for _, method in tuning.methods:
+        if method.name not in METHOD_NAMES or method.site != SITE:
+            raise UserError(
+                f"pyreft's layout holds {' and '.join(METHOD_NAMES)} at {SITE} here, the model's "
+                f"tuning is {tuning.spec!r}"
+            )
+    try:
+        import torch
+    except ImportError:
+        raise UserError("writing a folder of pyreft needs torch, which is not installed") from None
+    entries, keys, files = [], [], {}
+    for name, method in tuning.methods:
+        theta = {leaf: np.asarray(x[...]) for leaf, x in tuning.theta[name][SITE].items()}
+        for layer in np.flatnonzero(tuning.gates[name][SITE][...]).tolist():
+            first = [layer, COMPONENT, "pos", 1, method.rank]
+            entries.append(first + [None] * _UNUSED_FIELDS)
+            stem = _stem(layer, COMPONENT, "pos", 1)
+            keys.append(f"{stem}#{sum(key.startswith(f'{stem}#') for key in keys)}")
+            files[keys[-1]] = {
+                "weight": torch.tensor(theta["weight"][layer]),
+                "bias": torch.tensor(theta["bias"][layer]),
+                "rotate_layer": torch.tensor(_orthonormal(theta["rotate"][layer])),
+            }
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, tensors in files.items():
+        torch.save(tensors, folder / f"intkey_{key}.bin")
+    config = {
+        "representations": entries,
+        "intervention_types": [_LOREFT] * len(keys),
+        "intervention_dimensions": [mllm.config.llm.hidden_size] * len(keys),
+        "intervention_constant_sources": [True] * len(keys),
+        "mode": "parallel",
+        "sorted_keys": keys,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+def import_pyreft(
+    folder: str | Path,
+    mllm: MLLM,
+    *,
+    method: str = "loreft",
+    positions: Sequence[str] | None = None,
+    allow_pickle: bool = False,
+) -> str:
+    """Attaches a folder of pyreft, replacing the attached tuning; returns its spec string.
+
+    Args:
+      folder: of LoReFT edits of block outputs.
+      mllm: the model they were trained on.
+      method: `loreft` or `mores`, which differ in the tokens they edit by default.
+      positions: which tokens, one selector for each edit of a layer; the folder does not say.
+        Default: the method's own, and for two edits `prompt:f4+l0` and `prompt:f0+l4`.
+      allow_pickle: pyreft has pickles only; they are read by torch, weights only.
+
+    Raises:
+      UserError: when pickles are not allowed, the folder is not one of LoReFT, or its tensors are
+        not those of this model; the attached tuning is then as it was.
+    """
+    folder = Path(folder)
+    if method not in METHOD_NAMES:
+        raise choice_error("method for a folder of pyreft", method, METHOD_NAMES)
+    groups = _read(folder, allow_pickle)
+    if positions is None and len(groups) == 2:
+        positions = ("prompt:f4+l0", "prompt:f0+l4")
+    if positions is not None and len(positions) != len(groups):
+        raise UserError(
+            f"{folder} has {len(groups)} edits per layer, but there are {len(positions)} positions"
+        )
+    llm, methods = mllm.config.llm, []
+    for number, edits in enumerate(groups):
+        ranks = {len(tensors["bias"]) for tensors in edits.values()}
+        if len(ranks) != 1:
+            raise UserError(f"{folder}: the layers of an edit must have one rank, got {ranks}")
+        every = sorted(edits) == [*range(llm.num_layers)]
+        keys = {} if positions is None else {"positions": positions[number]}
+        layers = "all" if every else ";".join(map(str, sorted(edits)))
+        methods.append(METHODS[method](rank=ranks.pop(), layers=layers, **keys))
+    tuning = Tuning(format_spec(methods), mllm.config)
+    for (name, _), edits in zip(tuning.methods, groups, strict=True):
+        acting = sorted(edits)
+        # A layer that does not act gets what its neighbour has: parameters like any others.
+        source = [max([i for i in acting if i <= j] or acting[:1]) for j in range(llm.num_layers)]
+        for leaf, variable in tuning.theta[name][SITE].items():
+            stacked = np.stack([edits[i][leaf] for i in source])
+            if stacked.shape != variable.shape:
+                raise UserError(
+                    f"{folder}: {leaf} of an edit has shape {stacked.shape[1:]}, the model needs "
+                    f"{variable.shape[1:]}"
+                )
+            variable.set_value(jnp.asarray(stacked))
+    mllm.tuning = tuning
+    return tuning.spec
+
+
+def _read(folder: Path, allow_pickle: bool) -> list[dict[int, dict[str, np.ndarray]]]:
+    """Our parameters of every edit by its number (`#0`, `#1`) and layer."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a folder of pyreft: it has no config.json")
+    config = json.loads((folder / "config.json").read_text())
+    if not isinstance(config.get("representations"), list) or not config["representations"]:
+        raise UserError(f"{folder} is not a folder of pyreft: config.json has no representations")
+    kinds = config.get("intervention_types", ())
+    for kind in [kinds] if isinstance(kinds, str) else kinds:
+        if kind != _LOREFT:
+            raise choice_error(f"intervention type in {folder}", kind, (_LOREFT,))
+    if not allow_pickle:
+        raise UserError(
+            f"{folder} has only pickled weights, and pickles run code; allow it with "
+            "--allow-pickle if you trust its source"
+        )
+    files = {_plain(file.stem): file for file in folder.glob("intkey_*.bin")}
+    groups: list[dict[int, dict[str, np.ndarray]]] = []
+    used: list[str] = []
+    for entry in config["representations"]:
+        layer, stem = _place(entry, folder)
+        key = _plain(f"intkey_{stem}#{used.count(stem)}")
+        used.append(stem)
+        if key not in files:
+            raise UserError(f"{folder} lacks the file {key}.bin")
+        number = sum(layer in edits for edits in groups)
+        if number == len(groups):
+            groups.append({})
+        groups[number][layer] = _parameters(read_pickle(files[key]), files[key])
+    return groups
+
+
+def _place(entry: Mapping[str, Any] | Sequence, folder: Path) -> tuple[int, str]:
+    """Layer and key of an entry of `representations`, without the number."""
+    fields = ("layer", "component", "unit", "max_number_of_units")
+    values = [entry[f] for f in fields] if isinstance(entry, Mapping) else entry[: len(fields)]
+    layer, component, unit, units = values
+    if path := _PATH.fullmatch(component):
+        layer = path[1]
+    elif component != COMPONENT:
+        raise choice_error(
+            f"component in {folder}", component, (COMPONENT, "PATH.layers[N].output")
+        )
+    if unit != "pos" or units != 1:
+        raise UserError(f"{folder}: edits must be of single positions, got {units} of {unit!r}")
+    return int(layer), _stem(*values)
+
+
+def _stem(layer: int, component: str, unit: str, units: int) -> str:
+    place = f"comp_{component}" if "." in component else f"layer_{layer}_comp_{component}"
+    return f"{place}_unit_{unit}_nunit_{units}"
+
+
+def _plain(stem: str) -> str:
+    """A file's stem in one spelling: older releases had dots, and `repr` for `comp`."""
+    return re.sub(r"_repr_", "_comp_", stem.replace(".", "_"))
+
+
+def _parameters(tensors: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
+    names = ("bias", "rotate_layer", "weight")
+    if sorted(tensors) != [*names]:
+        raise UserError(f"{file} must hold {', '.join(names)}, it holds {', '.join(tensors)}")
+    bias, rotate, weight = (np.asarray(tensors[name], np.float32) for name in names)
+    gram = rotate.T.astype(np.float64) @ rotate
+    if np.abs(gram - np.eye(len(gram))).max() > _TOLERANCE:
+        raise UserError(f"{file}: rotate_layer is not orthonormal")
+    return {"rotate": rotate, "weight": weight, "bias": bias}
+
+
+def _orthonormal(raw: Float[np.ndarray, "D r"]) -> Float[np.ndarray, "D r"]:
+    q, r = np.linalg.qr(raw.astype(np.float64))
+    return (q * np.where(np.diagonal(r) < 0, -1, 1)).astype(np.float32)
