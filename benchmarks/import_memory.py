@@ -45,7 +45,8 @@ SHAPES = {
 LOADERS = {
     "moresjax": "import jax, moresjax as mj; m = mj.load({folder!r} + '/in').mllm; "
     "import flax.nnx as nnx; jax.block_until_ready(nnx.state(m))",
-    "moresjax int8": "import jax, moresjax as mj; m = mj.load({folder!r} + '/in', quantize='int8').mllm; "
+    "moresjax int8": "import jax, moresjax as mj; "
+    "m = mj.load({folder!r} + '/in', quantize='int8').mllm; "
     "import flax.nnx as nnx; jax.block_until_ready(nnx.state(m))",
     "moresjax import": "from moresjax.convert import import_model; "
     "import_model({folder!r} + '/in', {folder!r} + '/out')",

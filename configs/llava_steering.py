@@ -1,15 +1,14 @@
 """The runs of LLaVA Steering: MoReS and its baselines on Phi-2 and Vicuna.
 
-    moresjax train --config configs/llava_steering.py:size=3b,stage=pretrain --workdir runs/3b/pretrain
-    moresjax train --config configs/llava_steering.py:size=3b,stage=finetune,tuning=mores-base \
-                   --workdir runs/3b/mores
-    moresjax train --config configs/llava_steering.py:size=3b,stage=task,task=scienceQA,samples=10000,\
-                   tuning=mores-large --workdir runs/3b/scienceqa
+    config=configs/llava_steering.py
+    moresjax train --config $config:size=3b,stage=pretrain --workdir runs/pretrain-3b
+    moresjax train --config $config:size=3b,tuning=mores-base --workdir runs/mores-3b
+    moresjax train --config $config:stage=task,task=vizwiz,samples=5000 --workdir runs/vizwiz
 
 Stages: `pretrain` (the connector on 558k captions), `finetune` (the 665k mix), `task` (ten epochs of
 one task file). Sizes: `3b` (Phi-2 + SigLIP), `7b` and `13b` (Vicuna + CLIP). Folders of the LLM and
-of the encoder are `init.llm` and `init.vision`, data is `data.files` and `data.image_root`; `configs/README.md`
-lists every run.
+of the encoder are `init.llm` and `init.vision`, data is `data.files` and `data.image_root`;
+`configs/README.md` lists every run.
 """
 
 import dataclasses

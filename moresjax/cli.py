@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", action="append", default=[], metavar="PATH")
     generate.add_argument("--prompt", required=True)
     generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--adapter", metavar="DIR", help="an adapter folder, ours or peft's")
 
     analyze = commands.add_parser("analyze", help="look inside a model")
     kinds = analyze.add_subparsers(dest="kind", required=True, metavar="KIND")
@@ -92,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "write a model in another tool's format")
     export.add_argument("model", metavar="MODEL")
     export.add_argument("out", metavar="OUT")
-    export.add_argument("--format", required=True, metavar="hf|merged")
+    export.add_argument("--format", required=True, metavar="hf|merged|adapter|peft|pyreft")
+    export.add_argument("--adapter", metavar="DIR", help="attach this adapter folder first")
 
     data = commands.add_parser("data", help="check, convert and build datasets")
     jobs = data.add_subparsers(dest="job", required=True, metavar="JOB")
@@ -207,6 +209,8 @@ def _generate(args) -> None:
     from moresjax.model import load
 
     model = load(args.model)
+    if args.adapter:
+        model.load_adapter(args.adapter)
     text = model.generate([args.prompt], [args.image], max_new_tokens=args.max_new_tokens)[0]
     _print(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
 
@@ -248,7 +252,7 @@ def _import(args) -> None:
 def _export(args) -> None:
     from moresjax.convert import export_model
 
-    out = export_model(args.model, args.out, args.format)
+    out = export_model(args.model, args.out, args.format, adapter=args.adapter)
     files = sorted(path.name for path in out.iterdir())
     _print(args, {"out": args.out, "files": files}, f"{args.out}: {', '.join(files)}")
 

@@ -7,20 +7,24 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
-from moresjax.build import PARTS, build_model, build_processor, load_tokenizer
+from moresjax.build import PARTS, build_model, build_processor, is_workdir, load_tokenizer
 from moresjax.data.images import saved_processor
 from moresjax.errors import UserError, choice_error
 from moresjax.model import has_tokenizer, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.training.checkpoint import Checkpoints
-from moresjax.training.config import RANDOM, base_config, save_config
+from moresjax.training.config import RANDOM, base_config, read_config, save_config
 from moresjax.training.step import TrainState
+from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf
 from moresjax.weights.hf import pretrained_config
 from moresjax.weights.parts import load_vision
+from moresjax.weights.peft import export_peft
+from moresjax.weights.pyreft import export_pyreft
 
-FORMATS = ("hf", "merged")
+ADAPTER_FORMATS = ("adapter", "peft", "pyreft")
+FORMATS = ("hf", "merged", *ADAPTER_FORMATS)
 # Where an import puts tokenizer and image processor.
 PROCESSOR = "processor"
 
@@ -119,21 +123,32 @@ def _save_processor(source: Path, images: Path, out: Path, config) -> None:
         config.image_processor = f"./{out.name}"
 
 
-def export_model(model: str | Path, out: str | Path, format: str) -> Path:
-    """Writes a model in another tool's format.
+def export_model(
+    model: str | Path, out: str | Path, format: str, *, adapter: str | Path | None = None
+) -> Path:
+    """Writes a model, or what was trained of it, in another tool's format.
 
     Args:
       model: a run's directory or a Hugging Face folder.
       out: new or empty.
       format: `hf`, a folder of `transformers` with the base weights; `merged`, the same with the
-        tuning folded into them.
+        tuning folded into them; `adapter`, our own folder of what trained; `peft` and `pyreft`,
+        folders of these libraries.
+      adapter: a folder of one of these three formats to attach first.
 
     Raises:
       UserError: when the format cannot hold the model.
     """
     if format not in FORMATS:
         raise choice_error("export format", format, FORMATS)
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; the export needs a new folder")
     loaded = load(model, quantize="")
+    if adapter is not None:
+        loaded.load_adapter(adapter)
+    if format in ADAPTER_FORMATS:
+        return _export_adapter(Path(model), loaded.mllm, out, format)
     if format == "merged":
         loaded = loaded.merge()
     if loaded.mllm.tuning.methods:
@@ -144,3 +159,13 @@ def export_model(model: str | Path, out: str | Path, format: str) -> Path:
         )
         raise UserError(f"format {format} cannot hold the tuning {loaded.tuning}; {hint}")
     return export_hf(loaded.mllm, out, loaded.processor)
+
+
+def _export_adapter(source: Path, mllm: MLLM, out: Path, format: str) -> Path:
+    if format == "pyreft":
+        return export_pyreft(mllm, out)
+    also = read_config(source / "config.json").also_train if is_workdir(source) else ()
+    if format == "adapter":
+        return save_adapter(mllm, out, also_train=also)
+    # What else trained goes along where the format has a place for it.
+    return export_peft(mllm, out, connector="connector" in also)

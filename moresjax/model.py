@@ -29,7 +29,7 @@ from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.tuning.base import Probe
 from moresjax.tuning.many import adapter_numbers
 from moresjax.tuning.merge import merged
-from moresjax.weights.adapter import load_adapters
+from moresjax.weights.adapter import attach_adapter, load_adapters
 from moresjax.weights.hf import is_llava, load_pretrained
 
 
@@ -66,6 +66,16 @@ class Model:
           UserError: when the spec is malformed or does not fit the model.
         """
         self.mllm.attach(tuning, seed=seed)
+        self._name_words()
+        self._engines.clear()
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Replaces the attached tuning by an adapter folder, our own or one of `peft`.
+
+        Raises:
+          UserError: when the folder is neither, or does not belong to this model.
+        """
+        attach_adapter(self.mllm, folder)
         self._name_words()
         self._engines.clear()
 

@@ -121,7 +121,7 @@ def test_command_lines(folder, tmp_path, capsys):
     assert main(["export", str(folder), str(tmp_path / "out"), "--format", "hf"]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", str(folder), str(tmp_path / "new"), "--format", "onnx"]) == 2
-    assert "'onnx'; choose from: hf, merged" in capsys.readouterr().err
+    assert "'onnx'; choose from: hf, merged, adapter, peft, pyreft" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -153,6 +153,26 @@ def test_edits_cannot_be_folded_in(tuned, tmp_path):
         with pytest.raises(UserError, match=f"format {format} cannot hold the tuning mores"):
             export_model(run, tmp_path / "out", format)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("format", "spec", "file"),
+    [
+        ("adapter", "mores:rank=2", "tuning.json"),
+        ("peft", "lora:rank=2", "adapter_config.json"),
+        ("pyreft", "mores:rank=2", "config.json"),
+    ],
+)
+def test_what_was_trained_alone(folder, tuned, tmp_path, format, spec, file):
+    run = tuned(spec)
+    export_model(run, tmp_path / "out", format)
+    assert (tmp_path / "out" / file).is_file()
+    if format != "pyreft":
+        model = mj.load(folder)
+        model.load_adapter(tmp_path / "out")
+        assert model.tuning.split(":")[0] == spec.split(":")[0]
+        ours = np.asarray(model.logits(PROMPT, [[PICTURE]]))
+        np.testing.assert_allclose(ours, logits(run), atol=1e-5)
 
 
 def test_a_tokenizer_gets_an_image_token_where_there_is_room(tmp_path):

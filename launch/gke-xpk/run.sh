@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A TPU slice on GKE through xpk. Usage:
-#   CLUSTER=name TPU_TYPE=v5litepod-16 launch/gke-xpk/run.sh CONFIG /shared/runs/name [...]
+#   CLUSTER=name TPU_TYPE=v5litepod-16 launch/gke-xpk/run.sh CONFIG /shared/runs/x [...]
 set -euo pipefail
 [[ $# -ge 2 && -n ${CLUSTER:-} && -n ${TPU_TYPE:-} ]] || {
   echo "usage: CLUSTER=name TPU_TYPE=type $0 CONFIG WORKDIR [--config.key=value ...]" >&2

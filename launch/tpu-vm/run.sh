@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every worker of a TPU VM or pod slice, over ssh. Usage:
-#   TPU=name ZONE=zone launch/tpu-vm/run.sh CONFIG /shared/runs/name [--config.key=value ...]
+#   TPU=name ZONE=zone launch/tpu-vm/run.sh CONFIG /shared/runs/x [--config.key=value ...]
 set -euo pipefail
 [[ $# -ge 2 && -n ${TPU:-} && -n ${ZONE:-} ]] || {
   echo "usage: TPU=name ZONE=zone $0 CONFIG WORKDIR [--config.key=value ...]" >&2

@@ -24,6 +24,7 @@ from moresjax.paths import matches, path_name
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.many import stack_adapters
 from moresjax.types import AnyArray
+from moresjax.weights import peft
 
 DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
 FORMAT = "moresjax-tuning"
@@ -77,6 +78,18 @@ def load_adapter(mllm: MLLM, folder: str | Path) -> None:
     tuning, base = _read(mllm, Path(folder))
     mllm.tuning = tuning
     fill(mllm, base, str(folder))
+
+
+def attach_adapter(mllm: MLLM, folder: str | Path) -> None:
+    """Attaches an adapter folder, our own or one of `peft`, replacing the attached tuning.
+
+    Raises:
+      UserError: when the folder is neither, or does not belong to the model.
+    """
+    if (Path(folder) / peft.CONFIG).is_file():
+        peft.import_peft(folder, mllm)
+    else:
+        load_adapter(mllm, folder)
 
 
 def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:

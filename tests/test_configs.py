@@ -1,0 +1,159 @@
+"""Every run that configs/README.md lists is a configuration that can be built."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moresjax.build import model_config
+from moresjax.data.templates import get_template
+from moresjax.errors import UserError
+from moresjax.models.zoo import ENCODERS
+from moresjax.training.config import differences, load_config, read_config, save_config
+from moresjax.tuning.count import count_parameters
+
+ROOT = Path(__file__).parents[1]
+STEERING, MRT = (str(ROOT / "configs" / name) for name in ("llava_steering.py", "mrt.py"))
+METHODS = ("full", "lora", "adapter", "oft", "ia3", "mores-base", "mores-large", "mores-huge")
+
+
+def counted(config):
+    return count_parameters(model_config(config), config.tuning, config.also_train)
+
+
+@pytest.mark.parametrize("size", ["3b", "7b", "13b"])
+def test_the_methods_of_llava_steering(size):
+    trained = {}
+    for method in METHODS:
+        config = load_config(f"{STEERING}:size={size},stage=finetune,tuning={method}")
+        trained[method] = counted(config).trainable_in_llm
+        assert (config.batch_size, config.steps) == (128, 5198)
+        assert config.optimizer.lr == (2e-5 if method == "full" else 2e-4)
+        get_template(config.template)
+    expected = {"3b": 163_872, "7b": 262_176, "13b": 409_640}[size]
+    assert trained["mores-base"] == expected
+    assert trained["mores-huge"] == 4 * expected
+    assert trained["full"] > trained["lora"] > trained["ia3"] > trained["mores-base"]
+
+
+def test_pretraining_trains_the_connector_on_728_tokens():
+    config = load_config(f"{STEERING}:size=3b,stage=pretrain")
+    report = counted(config)
+    assert (report.trainable, report.trainable_in_llm) == (9_507_840, 0)
+    assert model_config(config).visual_tokens == 728
+    assert (config.batch_size, config.steps, config.optimizer.lr) == (256, 2181, 1e-3)
+
+
+@pytest.mark.parametrize(("samples", "steps"), [(1000, 79), (5000, 391), (10_000, 782)])
+def test_ten_passes_over_a_task(samples, steps):
+    arguments = f"size=3b,stage=task,task=vizwiz,samples={samples},tuning=mores-large"
+    config = load_config(f"{STEERING}:{arguments}")
+    assert config.steps == steps
+    assert config.data.files == f"data/tasks/vizwiz_{samples}.json"
+
+
+def test_mrt_and_its_baselines():
+    assert counted(load_config(f"{MRT}:tuning=mrt-paper")).trainable == 2_429_328
+    assert counted(load_config(f"{MRT}:tuning=mrt-code")).trainable == 2_417_034
+    assert counted(load_config(f"{MRT}:tuning=lora")).trainable == 44_175_360
+    assert load_config(f"{MRT}:tuning=mrt-paper").steps == 4480
+
+
+def test_every_argument_of_the_readme_is_one():
+    text = (ROOT / "configs" / "README.md").read_text()
+    rows = re.findall(r"^\| [^|]+ \| `((?:size|tuning|stage)=[^`]+)`", text, re.M)
+    assert len(rows) > 8
+    for arguments in rows:
+        file = STEERING if "size=" in arguments else MRT
+        arguments = arguments.replace("tuning=M", "tuning=ia3").replace("task=T", "task=vizwiz")
+        model_config(load_config(f"{file}:{arguments}"))
+
+
+def test_configurations_survive_their_file(tmp_path):
+    for name in (STEERING, MRT, str(ROOT / "configs" / "forkme.py")):
+        config = load_config(name)
+        save_config(config, tmp_path / "config.json")
+        assert differences(read_config(tmp_path / "config.json").to_dict(), config.to_dict()) == []
+
+
+def test_the_last_vision_blocks_are_counted_alone():
+    config = load_config(f"{STEERING}:size=7b,tuning=none", ["also_train=('vision:last4',)"])
+    block = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
+    report = counted(config)
+    assert report.trainable == 4 * block
+    whole = count_parameters(model_config(load_config(f"{STEERING}:size=7b")), "none", ())
+    assert report.total == whole.total
+    with pytest.raises(UserError, match="last 23 of 23 vision blocks"):
+        counted(load_config(f"{STEERING}:size=7b", ["also_train=('vision:last23',)"]))
+
+
+def test_unknown_arguments():
+    for arguments, message in (("size=9b", "size '9b'"), ("stage=x", "stage 'x'")):
+        with pytest.raises(UserError, match=message):
+            load_config(f"{STEERING}:{arguments}")
+    assert "clip-l-14-336" in ENCODERS
+
+
+# Launch scripts
+
+SCRIPTS = sorted((ROOT / "launch").glob("*/run.sh"))
+STUB = '#!/bin/sh\necho "$(basename $0)" "$@" >> "$CALLS"\n'
+
+
+def run_script(script, tmp_path, *arguments, **environment):
+    """Runs a script with stubs for the commands of clusters; what they were called with."""
+    for name in ("gcloud", "xpk", "srun", "pip"):
+        (tmp_path / name).write_text(STUB)
+        (tmp_path / name).chmod(0o755)
+    venv = tmp_path / "venv" / "bin"
+    venv.mkdir(parents=True)
+    (venv / "moresjax").write_text(STUB)
+    (venv / "moresjax").chmod(0o755)
+    calls = tmp_path / "calls"
+    calls.touch()
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CALLS": str(calls), "HOME": str(tmp_path)}
+    env |= {"VENV": str(tmp_path / "venv")} | environment
+    done = subprocess.run(
+        ["bash", str(script), *arguments], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    return done, calls.read_text()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
+def test_scripts_are_short_and_say_how_they_are_used(script, tmp_path):
+    assert len(script.read_text().splitlines()) <= 50
+    assert (script.parent / "README.md").is_file()
+    assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0
+    done, calls = run_script(script, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: ")
+    assert calls == ""
+
+
+RUNS = {
+    "gpu": ({}, "moresjax train --config c.py:size=3b --workdir runs/x --config.steps=5"),
+    "slurm": ({}, "train --distributed --config c.py:size=3b --workdir runs/x --config.steps=5"),
+    "tpu-vm": (
+        {"TPU": "pod", "ZONE": "us-west4-a"},
+        "train --distributed --config c.py:size=3b --workdir runs/x --config.steps=5",
+    ),
+    "gke-xpk": (
+        {"CLUSTER": "big", "TPU_TYPE": "v5litepod-16", "IMAGE": "image"},
+        "train --distributed --config c.py:size=3b --workdir runs/x --config.steps=5",
+    ),
+}
+
+
+@pytest.mark.parametrize("target", RUNS)
+def test_scripts_call_the_same_command(target, tmp_path):
+    environment, expected = RUNS[target]
+    arguments = ("c.py:size=3b", "runs/x", "--config.steps=5")
+    script = ROOT / "launch" / target / "run.sh"
+    done, calls = run_script(script, tmp_path, *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    assert expected in calls
+    if target == "gke-xpk":
+        assert calls.startswith("xpk config set send-telemetry false")
+    if target == "tpu-vm":
+        assert calls.count("--worker=all") == 2
