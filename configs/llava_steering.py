@@ -5,9 +5,9 @@
     moresjax train --config $config:size=3b,tuning=mores-base --workdir runs/mores-3b
     moresjax train --config $config:stage=task,task=vizwiz,samples=5000 --workdir runs/vizwiz
 
-Stages: `pretrain` (the connector on 558k captions), `finetune` (the 665k mix), `task` (ten epochs of
-one task file). Sizes: `3b` (Phi-2 + SigLIP), `7b` and `13b` (Vicuna + CLIP). Folders of the LLM and
-of the encoder are `init.llm` and `init.vision`, data is `data.files` and `data.image_root`;
+Stages: `pretrain` (the connector on 558k captions), `finetune` (the 665k mix), `task` (ten epochs
+of one task file). Sizes: `3b` (Phi-2 + SigLIP), `7b` and `13b` (Vicuna + CLIP). Folders of the LLM
+and of the encoder are `init.llm` and `init.vision`, data is `data.files` and `data.image_root`;
 `configs/README.md` lists every run.
 """
 

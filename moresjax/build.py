@@ -252,13 +252,14 @@ def load_part(model: nnx.Module, part: str, source: Path, **options) -> None:
         found = read_pretrained(source, part=part.split(".")[0], **options)[1]
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
-    fill(model, _kept_apart(model, part, found), str(source), part)
+    fill(model, kept_apart(model, part, found), str(source), part)
     if missing := described(model, part):
         raise UserError(f"{source} holds no weights for {missing[0]}")
 
 
-def _kept_apart(model: nnx.Module, part: str, found: Mapping) -> Mapping:
-    """Parameters of a run that had all vision blocks in one stack, for a model with two."""
+def kept_apart(model: nnx.Module, part: str, found: Mapping) -> Mapping:
+    """Parameters by name that have all vision blocks in one stack, for a model that keeps the last
+    ones apart."""
     last = getattr(getattr(model.vision, "config", None), "last_layers", 0)
     if part != "vision" or not last or any(name.startswith("vision.last.") for name in found):
         return found

@@ -195,7 +195,8 @@ def differences(a: Mapping, b: Mapping, prefix: str = "") -> list[str]:
     """Dotted keys whose values differ between two configs."""
     found = []
     for key in sorted({*a, *b}):
-        x, y = a.get(key), b.get(key)
+        # JSON has no tuples: a list is the same.
+        x, y = (list(v) if isinstance(v, tuple) else v for v in (a.get(key), b.get(key)))
         if isinstance(x, Mapping) and isinstance(y, Mapping):
             found += differences(x, y, f"{prefix}{key}.")
         elif x != y:

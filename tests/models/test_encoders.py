@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from tiny import TINY_LLM, TINY_VISION, tiny_batch
 from towers import (
     ORACLES,
     TOLERANCE,
+    clip,
     dinov2,
     dinov2_with_registers,
     hidden_states,
@@ -21,13 +23,16 @@ from towers import (
     siglip,
 )
 
+from moresjax.build import kept_apart
 from moresjax.errors import UserError
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import FusedVisionConfig, FusedVisionEncoder
-from moresjax.models.initialize import fill, initialize
+from moresjax.models.initialize import described, fill, initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 from moresjax.models.zoo import ENCODERS, VISION, mllm_config
+from moresjax.paths import path_name
+from moresjax.training.step import split_model
 from moresjax.tuning.count import count_parameters
 from moresjax.weights.parts import load_vision
 
@@ -246,3 +251,30 @@ def test_encoder_sizes(name):
             )
     expected = sum(x.numel() for n, x in model.named_parameters() if not n.endswith("mask_token"))
     assert count_parameters(mllm_config("phi-2", name)).components["vision"].total == expected
+
+
+def test_blocks_that_are_kept_apart_compute_the_same_and_train_alone(tmp_path):
+    folder = saved(randomised(clip()), tmp_path)
+    whole, apart = loaded(folder), loaded(folder, last_layers=1)
+    assert apart.last.mlp.up.kernel[...].shape[0] == apart.blocks.mlp.up.kernel[...].shape[0] == 1
+    expected = np.asarray(whole(jnp.asarray(images())))
+    np.testing.assert_allclose(np.asarray(apart(jnp.asarray(images()))), expected, atol=1e-6)
+    model = MLLM(MLLMConfig(llm=DecoderConfig(**TINY_LLM), vision=apart.config))
+    _, trainable, _ = split_model(initialize(model), ("vision:last1",))
+    names = {path_name(path) for path, _ in nnx.to_flat_state(trainable)}
+    assert all(name.startswith("vision.last.") for name in names)
+    assert len(names) == 16
+    with pytest.raises(UserError, match="last 2 of 2 vision blocks cannot be kept apart"):
+        dataclasses.replace(apart.config, last_layers=2)
+
+
+def test_a_run_with_all_blocks_in_one_stack_fills_a_model_that_keeps_some_apart(tmp_path):
+    folder = saved(randomised(clip()), tmp_path / "clip")
+    config, parameters = load_vision(folder, part="vision")
+    apart = dataclasses.replace(config, last_layers=1)
+    model = MLLM(MLLMConfig(llm=DecoderConfig(**TINY_LLM), vision=apart))
+    fill(model, kept_apart(model, "vision", parameters), "here")
+    assert described(model, "vision") == []
+    np.testing.assert_allclose(
+        model.vision(jnp.asarray(images())), loaded(folder)(jnp.asarray(images())), atol=1e-6
+    )
