@@ -137,7 +137,7 @@ class VisionEncoder(nnx.Module):
         config, hooks = self.config, hooks or TowerHooks()
         # Attention without mask or rotation does not know where in the row extra tokens stand.
         h = hooks.prepend(self.embed(pixels))
-        used = dataclasses.replace(config, num_layers=config.used_layers)
+        used = dataclasses.replace(config, num_layers=config.used_layers, last_layers=0)
         h = run_blocks(self.used_blocks(), h, None, None, hooks, used).hidden[:, hooks.num_slots :]
         if config.registers:
             first = int(config.class_token)
