@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moresjax.errors import UserError
 from moresjax.paths import path_name
@@ -108,14 +110,32 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Mapping):
-        restores = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        trees = {
+            name: self._everywhere(step, name) if tree is None else tree
+            for name, tree in abstract.items()
+        }
+        restores = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         args = ocp.args.Composite(meta=ocp.args.JsonRestore(), **restores)
         found = self._manager.restore(step, args=args)
         items = {name: dict(found[name]) for name in abstract}
         read = _checksums({k: v for item in items.values() for k, v in item.items()})
-        if read != {name: found.meta["checksums"][name] for name in read}:
+        saved = found.meta["checksums"]
+        # Parts of arrays that several processes held had none.
+        if any(saved.get(name, checksum) != checksum for name, checksum in read.items()):
             raise ValueError("checksums differ")
         return step, items, found.meta
+
+    def _everywhere(self, step: int, item: str):
+        """What is saved, to be read whole by every process, whichever processes wrote it."""
+        mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+        whole = NamedSharding(mesh, PartitionSpec())
+        handler = ocp.StandardCheckpointHandler()
+        saved = dict(handler.metadata(epath.Path(self.directory / str(step) / item)).tree)
+        handler.close()
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+            for name, x in saved.items()
+        }
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         for step in steps if jax.process_index() == 0 else ():
@@ -142,5 +162,7 @@ def _abstract(tree):
 
 def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     """CRC-32 of every array that this process holds completely."""
-    whole = {name: x for name, x in arrays.items() if x.is_fully_addressable}
+    whole = {
+        name: x for name, x in arrays.items() if x.is_fully_addressable or x.is_fully_replicated
+    }
     return {name: zlib.crc32(np.ascontiguousarray(x).view(np.uint8)) for name, x in whole.items()}

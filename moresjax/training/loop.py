@@ -99,8 +99,10 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
 
     # Resume.
+    speaks = jax.process_index() == 0  # one process writes for all
     workdir.mkdir(parents=True, exist_ok=True)
-    save_config(config, workdir / "config.json")
+    if speaks:
+        save_config(config, workdir / "config.json")
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     if restored := checkpoints.restore(state):
         state, position = restored
@@ -109,8 +111,9 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     if done:
         logger.info("resuming %s at step %d", config.name, done)
 
-    writer = MetricWriter(workdir, done=done, tensorboard=config.tensorboard)
-    progress = Progress(config.steps, done, config.name, line_every=max(config.steps // 4, 1))
+    writer = MetricWriter(workdir, done=done, tensorboard=config.tensorboard, active=speaks)
+    line_every = max(config.steps // 4, 1) if speaks else 0
+    progress = Progress(config.steps, done, config.name, line_every=line_every)
     pending = deque()
     metrics, compile_seconds, start = {}, 0.0, time.monotonic()
     first = done
@@ -156,7 +159,8 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     if stopped:
         logger.warning("stopped at step %d, which is saved; the same command goes on", done)
         return result
-    (workdir / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    if speaks:
+        (workdir / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
 
 

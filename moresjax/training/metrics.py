@@ -16,16 +16,26 @@ class MetricWriter:
       directory: the run's directory.
       done: steps that the run goes on from; what an interrupted run wrote beyond them is dropped.
       tensorboard: whether to write TensorBoard events.
+      active: False for all but one of the processes of a run: nothing is written.
     """
 
-    def __init__(self, directory: str | Path, *, done: int = 0, tensorboard: bool = True):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        done: int = 0,
+        tensorboard: bool = True,
+        active: bool = True,
+    ):
+        self._file = self._board = None
+        if not active:
+            return
         path = Path(directory) / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         # A killed process may leave half a line.
         whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
         path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
-        self._board = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -33,22 +43,25 @@ class MetricWriter:
             self._board = SummaryWriter(board, purge_step=done + 1 if done else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        if not self._file:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items() if self._board else ():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             self._board.close()
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere one line per interval."""
+    """A progress bar on a terminal; elsewhere one line per `line_every` steps; 0: silence."""
 
     def __init__(self, total: int, done: int, title: str, *, line_every: int = 0):
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and line_every > 0
         self._title, self._total, self._every = title, total, line_every
         self._bar = tqdm(total=total, initial=done, desc=title, disable=not self._terminal)
         self._start, self._first = time.monotonic(), done
