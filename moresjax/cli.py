@@ -197,7 +197,7 @@ def _evaluate(args) -> None:
     )
     path = write_results(result, args.out, model=args.model, split=args.split)
     lines = [
-        f"{name:24s} {score['accuracy']:.3f} +- {score['stderr']:.3f}  (n = {score['n']})"
+        f"{name:24s} {score['score']:.3f} +- {score['stderr']:.3f}  (n = {score['n']})"
         for name, score in result.scores.items()
     ]
     _print(args, json.loads(path.read_text()), "\n".join([*lines, f"results: {path}"]))
