@@ -5,12 +5,13 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from moresjax.errors import UserError
 from moresjax.model import Model
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Answers a prompt in text.
 

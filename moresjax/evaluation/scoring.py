@@ -145,7 +145,7 @@ def judged(
         for attempt in range(attempts):
             found = parse(judge(asked + (retry if attempt else ""), attempt))
             if found is not None:
-                return found
+                return float(found)
         return 0.0
 
     def score(items: Sequence, predictions: Predictions, judge: Judge | None = None) -> Score:

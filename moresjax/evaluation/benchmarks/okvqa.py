@@ -1,7 +1,8 @@
 """OK-VQA (Marino et al. 2019): questions about COCO photos that need outside knowledge.
 
 Files in `okvqa/`, from https://okvqa.allenai.org/download.html:
-`OpenEnded_mscoco_val2014_questions.json` and `mscoco_val2014_annotations.json`. Photos in `coco/val2014/`.
+`OpenEnded_mscoco_val2014_questions.json` and `mscoco_val2014_annotations.json`.
+Photos in `coco/val2014/`.
 """
 
 from pathlib import Path

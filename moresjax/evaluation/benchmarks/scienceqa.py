@@ -36,7 +36,9 @@ def _task(name: str, items: list[Item]) -> list[VisualTask]:
     # A letter beyond a question's choices is never its answer.
     score = by_item(
         lambda text, answer: float(scienceqa_letter(text) == answer),
-        lambda items, texts, values: scienceqa_summary([item.facts for item in items], values),
+        lambda items, texts, values: scienceqa_summary(
+            [item.facts for item in items], [bool(value) for value in values]
+        ),
     )
     read = read_rows("question_id", "text")
     return [VisualTask(name, items, max_new_tokens=MAX_NEW_TOKENS, score=score, read=read)]

@@ -1,8 +1,8 @@
 """SEED-Bench (Li et al. 2023): multiple choice about images and videos, in twelve types.
 
 Files in `seed_bench/`, from https://huggingface.co/datasets/AILab-CVC/SEED-Bench:
-`SEED-Bench.json`, `SEED-Bench-image/`, and the middle frame of every video as `SEED-Bench-video-image/QUESTION_ID.png`
-(LLaVA's `extract_video_frames.py` makes them).
+`SEED-Bench.json`, `SEED-Bench-image/`, and the middle frame of every video as
+`SEED-Bench-video-image/QUESTION_ID.png` (LLaVA's `extract_video_frames.py` makes them).
 
 `seed_bench` asks for a letter, as LLaVA-1.5 does; `seed_bench_rank` takes the choice whose text is
 likeliest (summed over its tokens), as the benchmark's authors do.
