@@ -209,7 +209,8 @@ def _answer(
         errors = {item.id: error for item in items if (error := _problem(lm.model, item))}
         if not errors:
             raise
-        return _ask(lm, task, [item for item in items if item.id not in errors]), errors
+        rest = [item for item in items if item.id not in errors]
+        return _ask(lm, task, rest) if rest else {}, errors
 
 
 def _problem(model: Model, item: Item) -> str:

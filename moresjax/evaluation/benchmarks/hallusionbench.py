@@ -40,7 +40,8 @@ def load(data_root=None, limit: int | None = None, split: str = "test") -> list[
         rule=rule_verdict,
         fields=lambda item: {"answer": item.facts["gt_answer_details"]},
         values=lambda items, marks: [
-            float(is_correct(item.facts, int(mark))) for item, mark in zip(items, marks, strict=True)
+            float(is_correct(item.facts, int(mark)))
+            for item, mark in zip(items, marks, strict=True)
         ],
         details=lambda items, texts, marks: hallusionbench_summary(
             [item.facts for item in items], [int(mark) for mark in marks]

@@ -39,7 +39,7 @@ from moresjax.evaluation.tasks import VisualTask, benchmark
 
 SIZES = {"validation": 900, "dev": 150, "test": 10_500}
 HIDDEN = "?"  # answers of test
-_MARK = re.compile(r"<image (\d)>")
+_MARK = re.compile(r" ?<image (\d)>")
 
 
 def _item(row: Mapping) -> Item:
