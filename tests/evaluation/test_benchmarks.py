@@ -345,7 +345,7 @@ def test_hallusionbench(tmp_path):
             "question": "Is it equal?",
             "gt_answer": answer,
             "gt_answer_details": "They differ.",
-            "filename": None if visual == "0" else f"./VD/math/0_{figure}.png",
+            "filename": None if visual == "0" else f"./hallusion_bench/VD/math/0_{figure}.png",
         }
 
     rows = [row("1", "1", "1"), row("2", "2", "0")]
@@ -500,7 +500,7 @@ def test_seed_bench_generated_and_ranked(tmp_path):
     task = the_task("seed_bench", tmp_path)
     listed = "A. text a\nB. text b\nC. text c\nD. text d"
     assert task.items[0].prompt == f"<image>\nWhere?\n{listed}\n{LETTER}"
-    assert [item.images[0].name for item in task.items] == ["10_1", "2.png"]
+    assert [item.images[0].name for item in task.items] == ["10_1", "2_2.png"]
     saved = lines([{"question_id": 1, "prediction": "C"}, {"question_id": 2, "prediction": "C."}])
     entry = official("seed_bench", tmp_path, saved, "a.jsonl")["seed_bench"]
     assert entry["details"] == {"Scene": 100, "image": 100, "Action": 0, "video": 0, "total": 50}

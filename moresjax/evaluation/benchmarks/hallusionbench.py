@@ -22,7 +22,7 @@ NO_FIGURE = "0"
 
 def _item(folder, number: int, row: dict) -> Item:
     shown = str(row["visual_input"]) != NO_FIGURE
-    images = (folder / "hallusion_bench" / row["filename"],) if shown else ()
+    images = (folder / row["filename"],) if shown else ()
     prompt = ask(row["question"], "", len(images))
     return Item(str(number), prompt, str(row["gt_answer"]), images, facts=row)
 

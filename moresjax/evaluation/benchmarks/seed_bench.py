@@ -2,7 +2,8 @@
 
 Files in `seed_bench/`, from https://huggingface.co/datasets/AILab-CVC/SEED-Bench:
 `SEED-Bench.json`, `SEED-Bench-image/`, and the middle frame of every video as
-`SEED-Bench-video-image/QUESTION_ID.png` (LLaVA's `extract_video_frames.py` makes them).
+`SEED-Bench-video-image/TYPE_ID.png`, with the numbers of question type and question (LLaVA's
+`extract_video_frames.py` makes them).
 
 `seed_bench` asks for a letter, as LLaVA-1.5 does; `seed_bench_rank` takes the choice whose text is
 likeliest (summed over its tokens), as the benchmark's authors do.
@@ -43,7 +44,8 @@ def _tasks(name: str, rank: bool, data_root, limit, split) -> list[VisualTask]:
         options = [row[f"choice_{letter}"] for letter in "abcd"]
         image = folder / "SEED-Bench-image" / str(row["data_id"])
         if row["data_type"] == "video":
-            image = folder / "SEED-Bench-video-image" / f"{row['question_id']}.png"
+            frame = f"{row['question_type_id']}_{row['question_id']}.png"
+            image = folder / "SEED-Bench-video-image" / frame
         question = row["question"]
         asked = ask(question, "") if rank else ask(with_options(question, options), PICK_LETTER)
         facts = {"type": types[row["question_type_id"]], "data": row["data_type"]}
