@@ -51,12 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     evaluate = add("evaluate", _evaluate, "score a model on benchmarks")
-    evaluate.add_argument("--model", required=True, metavar="DIR")
-    evaluate.add_argument("--tasks", required=True, metavar="A,B")
+    evaluate.add_argument("--model", metavar="DIR")
+    evaluate.add_argument("--predictions", metavar="FILE", help="score these again; no model")
+    evaluate.add_argument("--tasks", required=True, metavar="A,B", help="benchmarks and presets")
     evaluate.add_argument("--data-root", metavar="DIR")
     evaluate.add_argument("--limit", type=int, help="items per task")
-    evaluate.add_argument("--split", default="test")
+    evaluate.add_argument("--split", help="default: each benchmark's own")
     evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint ..")
+    evaluate.add_argument(
+        "--judge-model", metavar="NAME", help=".. and the model there that judges"
+    )
     evaluate.add_argument("--out", required=True, metavar="DIR")
 
     generate = add("generate", _generate, "answer a prompt about images")
@@ -75,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument("--tasks", default="digits", metavar="A,B")
     attention.add_argument("--data-root", metavar="DIR")
     attention.add_argument("--limit", type=int, default=100, help="items per task (%(default)s)")
-    attention.add_argument("--split", default="test")
+    attention.add_argument("--split", help="default: each benchmark's own")
     attention.add_argument("--batch-size", type=int, default=64)
     attention.add_argument("--out", required=True, metavar="DIR")
 
@@ -186,23 +191,32 @@ def _train(args) -> None:
 
 
 def _evaluate(args) -> None:
-    from moresjax.evaluation.run import evaluate, write_results
+    from moresjax.evaluation.judges import EndpointJudge
+    from moresjax.evaluation.presets import table
+    from moresjax.evaluation.run import evaluate, rescore, write_results
     from moresjax.model import load
 
-    result = evaluate(
-        load(args.model),
-        args.tasks.split(","),
-        data_root=args.data_root,
-        limit=args.limit,
-        split=args.split,
-        batch_size=args.batch_size,
-    )
+    tasks = args.tasks.split(",")
+    if bool(args.judge_url) != bool(args.judge_model):
+        raise UserError("a judge needs both --judge-url and --judge-model")
+    judge = EndpointJudge(args.judge_url, args.judge_model) if args.judge_url else None
+    options = {
+        "data_root": args.data_root,
+        "limit": args.limit,
+        "split": args.split,
+        "judge": judge,
+    }
+    if args.predictions:
+        if len(tasks) != 1 or args.model:
+            raise UserError("--predictions scores one task of --tasks, without --model")
+        result = rescore(tasks[0], args.predictions, **options)
+    elif not args.model:
+        raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
+    else:
+        options |= {"batch_size": args.batch_size, "out": args.out}
+        result = evaluate(load(args.model), tasks, **options)
     path = write_results(result, args.out, model=args.model, split=args.split)
-    lines = [
-        f"{name:24s} {score['accuracy']:.3f} +- {score['stderr']:.3f}  (n = {score['n']})"
-        for name, score in result.scores.items()
-    ]
-    _print(args, json.loads(path.read_text()), "\n".join([*lines, f"results: {path}"]))
+    _print(args, json.loads(path.read_text()), f"{table(result.scores, tasks)}\nresults: {path}")
 
 
 def _generate(args) -> None:

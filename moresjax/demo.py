@@ -127,7 +127,7 @@ def _summary(
 ) -> dict:
     """Means over seeds of one method, with their standard deviations."""
     count = count_parameters(base.config, spec)
-    accuracy = {f: [run.scores[f"digits_{f}"]["accuracy"] for run in runs] for f in FAMILIES}
+    accuracy = {f: [run.scores[f"digits_{f}"]["score"] for run in runs] for f in FAMILIES}
     means = [run.mean_accuracy for run in runs]
     return {
         "tuning": spec,

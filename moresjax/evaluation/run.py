@@ -1,25 +1,43 @@
 """Running benchmarks: scores, standard errors and predictions of one model."""
 
 import dataclasses
+import hashlib
 import json
 import logging
-import math
 import os
+import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import lm_eval
 import numpy as np
+from tqdm import tqdm
 
 from moresjax import __version__
 from moresjax.analysis.attention import AttentionProbe, AttentionSummary, summarize
 from moresjax.errors import UserError
+from moresjax.evaluation.judges import Judge
+from moresjax.evaluation.lm import MoresjaxLM
+from moresjax.evaluation.predictions import (
+    FILE,
+    PredictionLog,
+    read_log,
+    read_predictions,
+    write_log,
+)
+from moresjax.evaluation.presets import expand
+from moresjax.evaluation.tasks import Item, VisualTask, load_benchmark
 from moresjax.model import Model
+from moresjax.weights.adapter import fingerprint
 
 # Nothing is fetched from a hub unless the user says so in the environment.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Batches between two writings of predictions: what a killed evaluation loses at most.
+_CHUNK = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +45,29 @@ class EvaluationResult:
     """Scores of one model.
 
     Attributes:
-      scores: per task `accuracy`, `stderr` and `n`.
-      predictions: one entry per question, in task order.
+      scores: per task `benchmark`, `metric`, `score` (a fraction, or points where `stderr` is
+        None; None when only a server or a judge can tell), `stderr`, `n`, `missing`,
+        `max_new_tokens`, `prompt_hash`, `details` of the benchmark's own tool, and where they
+        apply `judge` and `errors` (questions that could not be asked).
+      predictions: one entry per answered question, in task order.
       attention: attention statistics over all questions, when asked for.
       seconds: wall time.
+      submissions: file name -> content, for the servers and judges of benchmarks.
+      model: fingerprint of the model; empty when saved predictions were scored.
     """
 
-    scores: dict[str, dict[str, float]]
+    scores: dict[str, dict[str, Any]]
     predictions: list[dict]
     attention: AttentionSummary | None
     seconds: float
+    submissions: dict[str, str] = dataclasses.field(default_factory=dict)
+    model: str = ""
 
     @property
-    def mean_accuracy(self) -> float:
-        """Mean over tasks."""
-        return float(np.mean([score["accuracy"] for score in self.scores.values()]))
+    def mean_accuracy(self) -> float | None:
+        """Mean over tasks; None unless every score is a fraction."""
+        scores = [entry["score"] for entry in self.scores.values() if entry["stderr"] is not None]
+        return float(np.mean(scores)) if len(scores) == len(self.scores) else None
 
 
 def evaluate(
@@ -50,41 +76,34 @@ def evaluate(
     *,
     data_root: str | Path | None = None,
     limit: int | None = None,
-    split: str = "test",
+    split: str | None = None,
     batch_size: int = 64,
     attention: bool = False,
     title: str = "evaluate",
+    out: str | Path | None = None,
+    judge: Judge | None = None,
 ) -> EvaluationResult:
-    """Runs benchmarks through `lm_eval`.
+    """Runs benchmarks.
 
     Args:
       model: the model.
-      tasks: benchmark names.
+      tasks: names of benchmarks and presets.
       data_root: where the benchmarks' official files are.
       limit: at most this many items per task.
-      split: of the data.
+      split: of the data; default: each benchmark's own.
       batch_size: rows per batch.
       attention: also read the attention statistics of every generated token.
       title: of the progress bar.
+      out: directory where predictions are kept while they are made: a killed evaluation continues.
+      judge: grades answers where a benchmark wants it.
 
     Raises:
-      UserError: for an unknown task, or a limit below 1.
+      UserError: for an unknown task, a missing file, a limit below 1, `attention` with `out`, or a
+        task none of whose questions could be asked.
     """
-    from lm_eval.evaluator import evaluate as run_tasks
-
-    # Benchmarks register themselves on import.
-    from moresjax.evaluation import benchmarks  # noqa: F401
-    from moresjax.evaluation.lm import MoresjaxLM
-    from moresjax.evaluation.tasks import load_benchmark
-
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1, got {limit}")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    loaded = [
-        task
-        for name in tasks
-        for task in load_benchmark(name, data_root=data_root, limit=limit, split=split)
-    ]
+    if attention and out is not None:
+        raise UserError("attention statistics cannot be continued; evaluate without out")
+    loaded = _load(tasks, data_root, limit, split)
     start = time.monotonic()
     probe = AttentionProbe()
     collected = []
@@ -99,36 +118,30 @@ def evaluate(
         batch_size=batch_size,
         probes=(probe,) if attention else (),
         on_batch=collect if attention else None,
-        title=title,
     )
-    by_name = {task.config.task: task for task in loaded}
-    run_tasks(
-        lm=lm, task_dict={"tasks": by_name, "groups": {}}, bootstrap_iters=0, log_samples=False
-    )
-    scores, predictions = {}, []
-    for name, task in by_name.items():
-        values = []
-        for instance in task.instances:
-            text = instance.resps[0]
-            value = task.process_results(instance.doc, [text])["accuracy"]
-            values.append(value)
-            predictions.append(
-                {
-                    "task": name,
-                    "id": instance.doc.id,
-                    "prompt": instance.doc.prompt,
-                    "prediction": text,
-                    "answer": instance.doc.answer,
-                    "accuracy": value,
-                }
+    log = PredictionLog(out, fingerprint(model.mllm))
+    answered = []
+    with tqdm(total=sum(len(t.items) for _, t in loaded), desc=title, disable=None) as bar:
+        for benchmark, task in loaded:
+            known = log.known(task)
+            bar.update(len(known))
+            # Neighbours in a batch have about the same length.
+            pending = sorted(
+                (item for item in task.items if item.id not in known),
+                key=lambda item: len(item.prompt),
             )
-        n = len(values)
-        mean = float(np.mean(values))
-        scores[name] = {
-            "accuracy": mean,
-            "stderr": math.sqrt(mean * (1 - mean) / max(n - 1, 1)),
-            "n": n,
-        }
+            errors = {}
+            for at in range(0, len(pending), _CHUNK * batch_size):
+                chunk = pending[at : at + _CHUNK * batch_size]
+                found, bad = _answer(lm, task, chunk)
+                log.add(task, found)
+                known, errors = known | found, errors | bad
+                bar.update(len(chunk))
+            if not known:
+                raise UserError(
+                    f"no question of task {task.name} could be asked: {next(iter(errors.values()))}"
+                )
+            answered.append((benchmark, task, known, errors))
     summary = None
     if collected:
         mass, score, tokens, has_image = zip(*collected, strict=True)
@@ -138,19 +151,150 @@ def evaluate(
             np.concatenate(tokens),
             np.concatenate(has_image),
         )
-    return EvaluationResult(scores, predictions, summary, time.monotonic() - start)
+    result = _score(answered, judge, log.model)
+    return dataclasses.replace(result, attention=summary, seconds=time.monotonic() - start)
+
+
+def rescore(
+    task: str,
+    predictions: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    limit: int | None = None,
+    split: str | None = None,
+    judge: Judge | None = None,
+) -> EvaluationResult:
+    """Scores saved predictions without a model.
+
+    Args:
+      task: name of a benchmark.
+      predictions: our `predictions.jsonl`, or the benchmark's own result format.
+      data_root, limit, split, judge: as in `evaluate`.
+
+    Raises:
+      UserError: as `evaluate`; or when the file has no prediction for the benchmark's questions.
+    """
+    start = time.monotonic()
+    answered = [
+        (benchmark, loaded, read_predictions(loaded, _one_file(Path(predictions), loaded)), {})
+        for benchmark, loaded in _load([task], data_root, limit, split)
+    ]
+    return dataclasses.replace(_score(answered, judge, ""), seconds=time.monotonic() - start)
+
+
+def _one_file(path: Path, task: VisualTask) -> Path:
+    """The file of a task, where a benchmark of several is given a folder with one for each."""
+    inside = [path / f"{task.name}{ending}" for ending in (".jsonl", ".json")]
+    return next((file for file in inside if file.is_file()), path)
+
+
+def _load(tasks, data_root, limit, split) -> list[tuple[str, VisualTask]]:
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return [
+        (name, task)
+        for name in expand(tasks)
+        for task in load_benchmark(name, data_root=data_root, limit=limit, split=split)
+    ]
+
+
+def _answer(
+    lm: MoresjaxLM, task: VisualTask, items: Sequence[Item]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Predictions by id, and what is wrong with the questions that cannot be asked."""
+    try:
+        return _ask(lm, task, items), {}
+    except UserError:
+        errors = {item.id: error for item in items if (error := _problem(lm.model, item))}
+        if not errors:
+            raise
+        rest = [item for item in items if item.id not in errors]
+        return _ask(lm, task, rest) if rest else {}, errors
+
+
+def _problem(model: Model, item: Item) -> str:
+    try:
+        model.prompt(item.prompt, item.images, item.id)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _ask(lm: MoresjaxLM, task: VisualTask, items: Sequence[Item]) -> dict[str, str]:
+    requests = [task.construct_requests(item, None, index=i) for i, item in enumerate(items)]
+    method = lm.loglikelihood if task.ranks else lm.generate_until
+    replies = iter(method([r for own in requests for r in own], disable_tqdm=True))
+    return {
+        item.id: task.prediction(item, [next(replies) for _ in own])
+        for item, own in zip(items, requests, strict=True)
+    }
+
+
+def _score(answered: Sequence[tuple], judge: Judge | None, model: str) -> EvaluationResult:
+    scores, rows, submissions = {}, [], {}
+    for benchmark, task, found, errors in answered:
+        texts = [found.get(item.id) for item in task.items]
+        score = task.score(task.items, texts, judge)
+        prompts = "\0".join(item.prompt for item in task.items)
+        scores[task.name] = {
+            "benchmark": benchmark,
+            "metric": score.metric,
+            "score": score.value,
+            "stderr": score.stderr,
+            "n": len(texts),
+            "missing": texts.count(None),
+            "max_new_tokens": task.max_new_tokens,
+            "prompt_hash": hashlib.sha256(prompts.encode()).hexdigest()[:12],
+            "details": dict(score.details),
+            **({"judge": dict(score.judge)} if score.judge else {}),
+            **({"errors": errors} if errors else {}),
+        }
+        values = score.items or [None] * len(texts)
+        rows += [
+            {
+                "task": task.name,
+                "id": item.id,
+                "prompt": item.prompt,
+                "prediction": text,
+                "answer": item.answer,
+                "score": value,
+                "model": model,
+            }
+            for item, text, value in zip(task.items, texts, values, strict=True)
+            if text is not None
+        ]
+        if task.submission is not None:
+            name, write = task.submission
+            submissions[name] = write({item.id: found.get(item.id, "") for item in task.items})
+    return EvaluationResult(scores, rows, None, 0.0, submissions, model)
 
 
 def write_results(result: EvaluationResult, out: str | Path, **facts) -> Path:
-    """Writes `results.json` and `predictions.jsonl` into a directory; returns the former's path."""
+    """Writes `results.json`, `predictions.jsonl` and submission files into a directory.
+
+    Predictions of other tasks that are there stay there.
+
+    Returns:
+      The path of `results.json`.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for prediction in result.predictions:
-            file.write(json.dumps(prediction) + "\n")
-    data = {
+    others = [row for row in read_log(out / FILE) if row["task"] not in result.scores]
+    write_log(out / FILE, [*others, *result.predictions])
+    for name, text in result.submissions.items():
+        (out / name).write_text(text, encoding="utf-8")
+    data: dict[str, Mapping | Any] = {
         **facts,
+        "fingerprint": result.model,
+        "decoding": "greedy",
+        "seed": None,  # nothing is drawn; benchmarks that draw name their seed in the details
         "version": __version__,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "lm_eval": lm_eval.__version__,
+        },
         "seconds": round(result.seconds, 2),
         "mean_accuracy": result.mean_accuracy,
         "scores": result.scores,

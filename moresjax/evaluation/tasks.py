@@ -2,11 +2,12 @@
 
 A benchmark is a file of `moresjax.evaluation.benchmarks` with a function
 `load(data_root, limit, split) -> list[VisualTask]`, registered by `@benchmark(name)`. An item knows
-its prompt, images and answer; the task compares the generated text with the answer.
+its prompt, images and answer; the task knows how predictions become a score (`scoring.py`), and in
+which format the benchmark's own tools save and expect them (`files.py`).
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -14,6 +15,12 @@ from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 
 from moresjax.errors import choice_error
+from moresjax.evaluation.files import LETTERS, read_rows
+from moresjax.evaluation.items import Item
+from moresjax.evaluation.metrics.choices import lowest_loss
+from moresjax.evaluation.scoring import Score, Scorer, by_item
+
+_OURS = read_rows("id", "prediction")
 
 BENCHMARKS: dict[str, Callable[..., list["VisualTask"]]] = {}
 
@@ -28,34 +35,32 @@ def benchmark(name: str):
     return add
 
 
-def load_benchmark(name: str, **options) -> list["VisualTask"]:
-    """The tasks of a benchmark.
+def load_benchmark(name: str, *, split: str | None = None, **options) -> list["VisualTask"]:
+    """The tasks of a benchmark; without a split, those of its default one.
 
     Raises:
-      UserError: for an unknown name.
+      UserError: for an unknown name, or files that are missing or not as published.
     """
+    # Benchmarks register themselves on import.
+    from moresjax.evaluation import benchmarks  # noqa: F401
+
     if name not in BENCHMARKS:
-        raise choice_error("task", name, BENCHMARKS)
-    return BENCHMARKS[name](**options)
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """One question."""
-
-    id: str
-    prompt: str
-    answer: str
-    images: tuple[Any, ...] = ()
-
-
-def exact_match(prediction: str, answer: str) -> float:
-    """1 for the same text up to case and surrounding blanks."""
-    return float(prediction.strip().lower() == answer.strip().lower())
+        raise choice_error("task", name, sorted(BENCHMARKS))
+    chosen = {} if split is None else {"split": split}
+    return BENCHMARKS[name](**options, **chosen)
 
 
 class VisualTask(Task):
-    """Generated answers to questions about images, scored one by one."""
+    """Questions about images, answered in free text, or by ranking choices if the items have them.
+
+    Args:
+      name: of the task in results; a benchmark can have several.
+      items: the questions.
+      max_new_tokens: length limit of an answer.
+      score: predictions to score.
+      read: (file) to predictions by id, of the benchmark's own result format.
+      submission: (file name, (predictions by id) to its content), for a benchmark's server.
+    """
 
     VERSION = 1
     OUTPUT_TYPE = "generate_until"
@@ -66,13 +71,19 @@ class VisualTask(Task):
         name: str,
         items: Sequence[Item],
         *,
-        max_new_tokens: int,
-        metric: Callable[[str, str], float] = exact_match,
+        max_new_tokens: int = 128,
+        score: Scorer | None = None,
+        read: Callable[[Path], Mapping[str, str] | Sequence[str]] = _OURS,
+        submission: tuple[str, Callable[[Mapping[str, str]], str]] | None = None,
     ):
         super().__init__()
-        self._config = TaskConfig(task=name, num_fewshot=0, repeats=1, output_type=self.OUTPUT_TYPE)
         self.items = list(items)
-        self._max_new_tokens, self._metric = max_new_tokens, metric
+        self.ranks = bool(self.items and self.items[0].choices)
+        if self.ranks:
+            self.OUTPUT_TYPE = "loglikelihood"
+        self._config = TaskConfig(task=name, num_fewshot=0, repeats=1, output_type=self.OUTPUT_TYPE)
+        self.name, self.max_new_tokens, self.score = name, max_new_tokens, score or by_item()
+        self.read, self.submission = read, submission
 
     def download(self, *args, **kwargs) -> None:
         """Nothing to fetch: items are given."""
@@ -92,32 +103,50 @@ class VisualTask(Task):
     def doc_to_text(self, doc: Item) -> str:
         return doc.prompt
 
-    def doc_to_target(self, doc: Item) -> str:
+    def doc_to_target(self, doc: Item) -> Any:
         return doc.answer
 
     def doc_to_image(self, doc: Item):
         return list(doc.images)
 
     def build_all_requests(self, *, limit=None, samples=None, rank=0, world_size=1, **_) -> None:
-        """One request per item; the model writes the conversation around the prompt itself."""
+        """The requests of every item; the model writes the conversation around a prompt itself."""
         docs = self.doc_iterator(rank=rank, limit=limit, samples=samples, world_size=world_size)
-        self._instances = [self.construct_requests(doc, None, index=i) for i, doc in docs]
+        self._instances = [
+            request for i, doc in docs for request in self.construct_requests(doc, None, index=i)
+        ]
 
-    def construct_requests(self, doc: Item, ctx, *, index: int = 0, **_) -> Instance:
-        settings = {"until": [], "max_gen_toks": self._max_new_tokens, "do_sample": False}
-        return Instance(
-            request_type=self.OUTPUT_TYPE,
-            doc=doc,
-            arguments=(doc.prompt, settings, {"visual": list(doc.images)}),
-            idx=0,
-            metadata=(self.config.task, index, 1),
-        )
+    def construct_requests(self, doc: Item, ctx, *, index: int = 0, **_) -> list[Instance]:
+        """One request to generate, or one per choice for its log-likelihood."""
+        settings = {"until": [], "max_gen_toks": self.max_new_tokens, "do_sample": False}
+        return [
+            Instance(
+                request_type=self.OUTPUT_TYPE,
+                doc=doc,
+                arguments=(doc.prompt, wanted, {"visual": list(doc.images)}),
+                idx=number,
+                metadata=(self.config.task, index, 1),
+            )
+            for number, wanted in enumerate(doc.choices or (settings,))
+        ]
 
-    def process_results(self, doc: Item, results: Sequence[str]) -> dict[str, float]:
-        return {"accuracy": self._metric(results[0], doc.answer)}
+    def prediction(self, doc: Item, results: Sequence) -> str:
+        """What a model's replies to `construct_requests` say: the text, or the letter of the
+        likeliest choice."""
+        if not doc.choices:
+            return results[0]
+        return LETTERS[lowest_loss([-likelihood for likelihood, _ in results])]
+
+    def process_results(self, doc: Item, results: Sequence) -> dict[str, tuple[Item, str]]:
+        return {"score": (doc, self.prediction(doc, results))}
 
     def aggregation(self) -> dict[str, Callable]:
-        return {"accuracy": lambda values: sum(values) / len(values)}
+        def total(pairs: Sequence[tuple[Item, str]]) -> float | None:
+            items, texts = zip(*pairs, strict=True)
+            score: Score = self.score(items, texts)
+            return score.value
+
+        return {"score": total}
 
     def higher_is_better(self) -> dict[str, bool]:
-        return {"accuracy": True}
+        return {"score": True}

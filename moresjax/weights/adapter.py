@@ -5,6 +5,7 @@ method acts on only. `tuning.json` has the spec string and the base's fingerprin
 configuration, and checksums of a few values of parameters that did not train.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,15 @@ def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:
                     "load the adapters on a model with these values"
                 )
     mllm.tuning = stack_adapters(tunings)
+
+
+def fingerprint(mllm: MLLM) -> str:
+    """Twelve hexadecimal digits that tell models apart: by configuration, tuning, and a few values
+    of every parameter."""
+    flat = nnx.to_flat_state(nnx.state(mllm, nnx.Param))
+    sums = {path_name(path): _checksum(x.get_value()) for path, x in flat}
+    text = json.dumps([mllm.config.to_dict(), mllm.tuning.spec, sums], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:

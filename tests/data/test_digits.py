@@ -27,7 +27,7 @@ from moresjax.data.digits import (
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.errors import UserError
 from moresjax.evaluation.benchmarks.digits import items, majority
-from moresjax.evaluation.tasks import Item
+from moresjax.evaluation.items import Item
 
 TASKS = ("text", "patches", "caption", "instruct")
 scenes = st.tuples(*[st.integers(0, 9)] * 4)

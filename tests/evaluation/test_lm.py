@@ -16,7 +16,7 @@ from moresjax.errors import UserError
 from moresjax.evaluation.benchmarks.digits import items, majority
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.run import evaluate, write_results
-from moresjax.evaluation.tasks import exact_match
+from moresjax.evaluation.scoring import exact_match
 from moresjax.model import Model
 
 
@@ -90,11 +90,11 @@ def test_accuracy_per_family_is_what_the_predictions_say(model, tmp_path):
     for name, score in result.scores.items():
         own = [p for p in result.predictions if p["task"] == name]
         right = np.mean([p["prediction"].strip() == p["answer"] for p in own])
-        assert score["accuracy"] == pytest.approx(right)
+        assert score["score"] == pytest.approx(right)
         assert score["n"] == 6
         assert score["stderr"] == pytest.approx(np.sqrt(right * (1 - right) / 5))
     assert result.mean_accuracy == pytest.approx(
-        np.mean([score["accuracy"] for score in result.scores.values()])
+        np.mean([score["score"] for score in result.scores.values()])
     )
     assert result.attention.samples == 6 * len(FAMILIES)
     path = write_results(result, tmp_path, split="val")

@@ -6,7 +6,8 @@ import numpy as np
 
 from moresjax.data.digits import FAMILIES, ask, make_scene
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.evaluation.tasks import Item, VisualTask, benchmark
+from moresjax.evaluation.items import Item
+from moresjax.evaluation.tasks import VisualTask, benchmark
 
 DEFAULT_LIMIT = 300  # scenes; every scene is asked one question of every family
 

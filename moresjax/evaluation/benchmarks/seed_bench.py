@@ -1,0 +1,67 @@
+"""SEED-Bench (Li et al. 2023): multiple choice about images and videos, in twelve types.
+
+Files in `seed_bench/`, from https://huggingface.co/datasets/AILab-CVC/SEED-Bench:
+`SEED-Bench.json`, `SEED-Bench-image/`, and the middle frame of every video as
+`SEED-Bench-video-image/TYPE_ID.png`, with the numbers of question type and question (LLaVA's
+`extract_video_frames.py` makes them).
+
+`seed_bench` asks for a letter, as LLaVA-1.5 does; `seed_bench_rank` takes the choice whose text is
+likeliest (summed over its tokens), as the benchmark's authors do.
+"""
+
+from moresjax.data.generators import read_json
+from moresjax.evaluation.files import (
+    PICK_LETTER,
+    ask,
+    choose_split,
+    first,
+    folder_of,
+    read_rows,
+    with_options,
+)
+from moresjax.evaluation.items import Item
+from moresjax.evaluation.metrics.choices import seed_correct, seed_summary
+from moresjax.evaluation.scoring import by_item
+from moresjax.evaluation.tasks import VisualTask, benchmark
+
+SIZE = 19_242
+
+
+def _details(items, predictions, values) -> dict[str, float]:
+    return seed_summary(
+        (item.facts["type"], item.facts["data"], bool(value))
+        for item, value in zip(items, values, strict=True)
+    )
+
+
+def _tasks(name: str, rank: bool, data_root, limit, split) -> list[VisualTask]:
+    folder = folder_of("seed_bench", data_root)
+    choose_split(name, split, ("test",))
+    data = read_json(folder, "SEED-Bench.json")
+    types = {number: kind for kind, number in data["question_type"].items()}
+    items = []
+    for row in first(data["questions"], limit, name, SIZE, sure=False):
+        options = [row[f"choice_{letter}"] for letter in "abcd"]
+        image = folder / "SEED-Bench-image" / str(row["data_id"])
+        if row["data_type"] == "video":
+            frame = f"{row['question_type_id']}_{row['question_id']}.png"
+            image = folder / "SEED-Bench-video-image" / frame
+        question = row["question"]
+        asked = ask(question, "") if rank else ask(with_options(question, options), PICK_LETTER)
+        facts = {"type": types[row["question_type_id"]], "data": row["data_type"]}
+        choices = tuple(options) if rank else ()
+        items.append(Item(str(row["question_id"]), asked, row["answer"], (image,), choices, facts))
+    score, read = by_item(seed_correct, _details), read_rows("question_id", "prediction")
+    return [VisualTask(name, items, score=score, read=read)]
+
+
+@benchmark("seed_bench")
+def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+    """Accuracy of generated letters, by question type."""
+    return _tasks("seed_bench", False, data_root, limit, split)
+
+
+@benchmark("seed_bench_rank")
+def load_rank(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+    """Accuracy of ranked choices, by question type."""
+    return _tasks("seed_bench_rank", True, data_root, limit, split)

@@ -1,0 +1,59 @@
+"""VQAv2 (Goyal et al. 2017): open questions about COCO photos, ten answers each.
+
+Files in `vqav2/`, from https://visualqa.org/download.html:
+`v2_OpenEnded_mscoco_val2014_questions.json` and `v2_mscoco_val2014_annotations.json`; for the
+server `v2_OpenEnded_mscoco_test2015_questions.json` and, for test-dev, the file of
+`test-dev2015`. Photos in `coco/val2014/` and `coco/test2015/`.
+"""
+
+import json
+from collections.abc import Mapping
+
+from moresjax.data.generators import read_json
+from moresjax.evaluation.benchmarks.okvqa import vqa_items
+from moresjax.evaluation.files import ask, choose_split, coco_image, first, folder_of, read_rows
+from moresjax.evaluation.items import Item
+from moresjax.evaluation.metrics.vqa import normalize_m4c, vqa_accuracy
+from moresjax.evaluation.scoring import by_item, percent_by
+from moresjax.evaluation.tasks import VisualTask, benchmark
+
+SIZES = {"val": 214_354, "test": 447_793, "test-dev": 107_394}
+ALL = "v2_OpenEnded_mscoco_test2015_questions.json"
+
+
+@benchmark("vqav2")
+def load(data_root=None, limit: int | None = None, split: str = "val") -> list[VisualTask]:
+    """VQA accuracy on `val`; `test-dev` and `test` make the file for the EvalAI server."""
+    folder = folder_of("vqav2", data_root)
+    choose_split("vqav2", split, list(SIZES))
+    score = by_item(vqa_accuracy, percent_by("answer_type", "question_type"), "VQA accuracy")
+    read = read_rows("question_id", "answer")
+    if split == "val":
+        items = vqa_items("v2_", folder, data_root)
+        items = first(items, limit, "vqav2 val", SIZES[split])
+        return [VisualTask("vqav2", items, score=score, read=read)]
+    file = f"v2_OpenEnded_mscoco_{split}2015_questions.json"
+    rows = first(
+        read_json(folder, file)["questions"], limit, f"vqav2 {split}", SIZES[split], split == "test"
+    )
+    everything = [str(row["question_id"]) for row in read_json(folder, ALL)["questions"]]
+
+    def submission(predictions: Mapping[str, str]) -> str:
+        # The server wants all questions of test2015, also from those who answer test-dev.
+        return json.dumps(
+            [
+                {"question_id": int(name), "answer": normalize_m4c(predictions.get(name, ""))}
+                for name in everything
+            ]
+        )
+
+    items = [
+        Item(
+            str(row["question_id"]),
+            ask(row["question"]),
+            images=(coco_image(data_root, "test2015", row["image_id"]),),
+        )
+        for row in rows
+    ]
+    submit = ("vqav2-submission.json", submission)
+    return [VisualTask("vqav2", items, score=score, read=read, submission=submit)]
