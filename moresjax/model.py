@@ -33,6 +33,7 @@ from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.tuning.base import Probe
 from moresjax.tuning.many import adapter_numbers
 from moresjax.tuning.merge import merged
+from moresjax.types import Ids
 from moresjax.weights.adapter import load_adapters
 from moresjax.weights.hf import is_llava, load_pretrained
 
@@ -273,11 +274,11 @@ class Model:
         tokens, lengths = np.asarray(generation.tokens), np.asarray(generation.length)
         return [self.text(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
 
-    def text(self, ids: Sequence[int], stop: str | Sequence[str] = ()) -> str:
+    def text(self, ids: Ids, stop: str | Sequence[str] = ()) -> str:
         """New tokens as text, before the first stop string; special tokens left out."""
         return cut(self.spell(ids), check_stops(stop)).strip()
 
-    def spell(self, ids: Sequence[int]) -> str:
+    def spell(self, ids: Ids) -> str:
         """New tokens as text, special tokens left out."""
         return self._need_processor().tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -330,9 +331,7 @@ class Model:
             prompt["pixels"] = row["pixels"]
         return prompt, whole["tokens"][head:]
 
-    def score_rows(
-        self, pairs: Sequence[tuple[Row, Sequence[int]]], batch_size: int = 8
-    ) -> list[Score]:
+    def score_rows(self, pairs: Sequence[tuple[Row, Ids]], batch_size: int = 8) -> list[Score]:
         """Scores of continuations, given as prompt row and token ids; equal prompts share a row."""
         return score_rows(self.mllm, self.batch, pairs, batch_size)
 

@@ -13,6 +13,7 @@ from moresjax.generation.text import cut
 from moresjax.layout import Segment
 from moresjax.model import Model
 from moresjax.tuning.base import Probe
+from moresjax.types import Ids
 
 
 class MoresjaxLM(LM):
@@ -48,7 +49,7 @@ class MoresjaxLM(LM):
     def tokenizer_name(self) -> str:
         return type(self.model.processor.tokenizer).__name__
 
-    def _raw_row(self, ids: Sequence[int]) -> Row:
+    def _raw_row(self, ids: Ids) -> Row:
         ids = np.asarray(ids, np.int32)
         zeros = np.zeros_like(ids)
         return {
@@ -120,7 +121,7 @@ class MoresjaxLM(LM):
         pairs = [self._split(tokenizer(request.args[0])["input_ids"], 1) for request in requests]
         return [score for score, _ in self._score(pairs)]
 
-    def _split(self, ids: Sequence[int], head: int) -> tuple[Row, Sequence[int]]:
+    def _split(self, ids: Ids, head: int) -> tuple[Row, Ids]:
         return self._raw_row(ids[:head]), ids[head:]
 
     def _score(self, pairs) -> list[tuple[float, bool]]:

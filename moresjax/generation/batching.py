@@ -14,7 +14,7 @@ import numpy as np
 from moresjax.generation.engine import Engine, bucket
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.layout import Batch
-from moresjax.types import AnyArray
+from moresjax.types import AnyArray, Ids
 
 CHUNK = 16  # decode steps between two looks at which rows have ended
 
@@ -38,7 +38,7 @@ def generate_many(
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
     logprobs: bool = False,
-    ended: Callable[[Sequence[int]], bool] | None = None,
+    ended: Callable[[Ids], bool] | None = None,
     chunk: int = CHUNK,
 ) -> Iterator[tuple[int, Completion]]:
     """Continues prompts; yields number and completion of each as soon as it has ended.

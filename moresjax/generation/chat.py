@@ -21,6 +21,7 @@ from moresjax.model import Model
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.selectors import Selector, parse_selector
+from moresjax.types import Ids
 
 # Regions that mean the same tokens at every turn, and that no new question belongs to unless the
 # decode model acts on it.
@@ -107,7 +108,11 @@ class Chat:
         length = bucket(tokens)
         batch = self._model.batch([row], length)
         engine = self._model.engine()
+        room = bucket(engine.num_ahead + length + self._limit)
+        if self._carry is not None:
+            room = max(room, self._carry.keys.shape[1])
         options = {
+            "room": room,
             "sampling": self._sampling,
             "seeds": [(self._sampling.seed + len(self.turns)) % 2**32],
             "limits": [self._limit],
@@ -120,13 +125,11 @@ class Chat:
             self.tokens_read = tokens
             return engine.prefill(batch, self._limit, **options)
         self.tokens_read = tokens - first
-        room = self._carry.keys.shape[1]
-        caches = self._carry.caches
-        return engine.extend(batch, caches, first, count, self._limit, room=room, **options)
+        return engine.extend(batch, self._carry.caches, first, count, self._limit, **options)
 
     def _common(self, row: Row) -> int:
         """How many tokens at the start of `row` the cache holds as they would be read anew."""
-        if not _acts_token_by_token(self._model.mllm.tuning):
+        if not keeps_cache(self._model.mllm.tuning):
             return 0
         size = min(len(row["tokens"]), len(self._held["tokens"]))
         names = ("tokens", *FIELDS)
@@ -134,7 +137,7 @@ class Chat:
         return size if equal.all() else int(np.argmin(equal))
 
 
-def _with_answer(row: Row, ids: Sequence[int]) -> Row:
+def _with_answer(row: Row, ids: Ids) -> Row:
     """Tokens and layout of a prompt and the new tokens whose keys are in the cache."""
     position = row["position"][-1] + 1 + np.arange(len(ids))
     answer = {"tokens": ids, "segment": int(Segment.ANSWER), "image": -1, "position": position}
@@ -145,7 +148,7 @@ def _with_answer(row: Row, ids: Sequence[int]) -> Row:
     return held
 
 
-def _acts_token_by_token(tuning: Tuning) -> bool:
+def keeps_cache(tuning: Tuning) -> bool:
     """Whether the methods do to a token what they would still do to it later in the conversation,
     and do it to further text even in the decode model."""
     for _, method in tuning.methods:

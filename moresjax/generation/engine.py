@@ -144,6 +144,9 @@ class Engine:
           first, count: all tokens after these must be padding.
           max_new_tokens, limits, sampling, seeds, room: as in `prefill`.
         """
+        room = max(self.num_ahead + batch.layout.shape[1] + max_new_tokens, room)
+        # Caches that have to grow do so here: donated buffers cannot.
+        caches = [jax.tree.map(lambda x: _lengthened(x, 2, room), cache) for cache in caches]
         data, options = self._options(batch, sampling, seeds, False, limits)
         options |= {"new": max_new_tokens, "room": room, "count": count, "ahead": self.num_ahead}
         return _extend(*self._decode, batch, caches, jnp.int32(first), *data, **options)
@@ -255,6 +258,14 @@ def _last(batch: Batch):
     return batch.layout.shape[1] - 1 - jnp.argmax(valid_mask(batch.layout)[:, ::-1], axis=1)
 
 
+def _lengthened(x: jax.Array, axis: int, length: int, fill: int = 0) -> jax.Array:
+    if x.shape[axis] == length:
+        return x
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, pads, constant_values=fill)
+
+
 def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> Progress:
     """The state before the first new token."""
     rows, length = batch.layout.shape
@@ -263,13 +274,8 @@ def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> Progr
     def at_last(x):
         return jnp.take_along_axis(jnp.asarray(x), last[:, None], axis=1)[:, 0]
 
-    def extended(x, axis, fill=0):
-        pads = [(0, 0)] * x.ndim
-        pads[axis] = (0, total - x.shape[axis])
-        return jnp.pad(x, pads, constant_values=fill)
-
     full = extend_layout(batch.layout, ahead)
-    keys = jax.tree.map(lambda x: extended(jnp.asarray(x), 1), full)
+    keys = jax.tree.map(lambda x: _lengthened(jnp.asarray(x), 1, total), full)
     rolling = None
     if limits is not None:
         # Padding on the right is overwritten.
@@ -282,8 +288,8 @@ def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> Progr
         position=at_last(batch.layout.position) + ahead,
         document=at_last(batch.layout.document),
         adapter=batch.adapter,
-        keys=keys.replace(image=extended(jnp.asarray(full.image), 1, -1)),
-        caches=[jax.tree.map(lambda x: extended(x, 2), cache) for cache in caches],
+        keys=keys.replace(image=_lengthened(jnp.asarray(full.image), 1, total, -1)),
+        caches=[jax.tree.map(lambda x: _lengthened(x, 2, total), cache) for cache in caches],
         stats={},
         rules=rules,
         seeds=seeds,

@@ -52,9 +52,11 @@ def generate_file(
             window = range(start, min(start + WINDOW * batch_size, len(records)))
             lines, rows = [], []
             for number in window:
-                lines.append({"id": number})
+                record = records[number]
+                named = isinstance(record, dict) and "id" in record
+                lines.append({"id": record["id"] if named else number})
                 try:
-                    lines[-1] |= _checked(records[number], number)
+                    lines[-1] |= _checked(record, number)
                     rows.append(_row(model, lines[-1], root, max_new_tokens))
                 except UserError as error:
                     lines[-1]["error"] = str(error)
@@ -89,7 +91,7 @@ def _checked(record, number: int) -> dict:
     images, seed = record.get("images") or [], record.get("seed")
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise UserError(f"record {number}: 'images' must be a list of paths, got {images!r}")
-    line = {"id": record.get("id", number), "prompt": record["prompt"], "images": images}
+    line = {"prompt": record["prompt"], "images": images}
     if seed is None:
         return line
     if not isinstance(seed, int) or not 0 <= seed < 2**32:

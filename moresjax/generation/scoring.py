@@ -20,7 +20,7 @@ from moresjax.data.processor import Row
 from moresjax.generation.engine import bucket
 from moresjax.layout import Batch, Segment
 from moresjax.models.mllm import MLLM
-from moresjax.types import AnyArray
+from moresjax.types import AnyArray, Ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Branches:
     sizes: tuple[int, ...]
 
 
-def branches(prompt: Row, continuations: Sequence[Sequence[int]]) -> Branches:
+def branches(prompt: Row, continuations: Sequence[Ids]) -> Branches:
     """Puts the continuations of a prompt behind it.
 
     Args:
@@ -87,7 +87,7 @@ def branches(prompt: Row, continuations: Sequence[Sequence[int]]) -> Branches:
 def score_rows(
     model: MLLM,
     make_batch: Callable[[Sequence[Row], int], Batch],
-    pairs: Sequence[tuple[Row, Sequence[int]]],
+    pairs: Sequence[tuple[Row, Ids]],
     batch_size: int,
 ) -> list[Score]:
     """Scores of continuations; those of equal prompts share a row.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from moresjax.errors import UserError
+from moresjax.types import Ids
 
 # What a decoder writes for bytes that are no character, or not yet.
 _INCOMPLETE = "\ufffd"
@@ -42,11 +43,11 @@ class TextStream:
       stops: the text ends before the first of these.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()):
+    def __init__(self, decode: Callable[[Ids], str], stops: Sequence[str] = ()):
         self._decode, self._stops = decode, tuple(stops)
         self.text = ""  # given out so far
 
-    def push(self, ids: Sequence[int], final: bool = False) -> str:
+    def push(self, ids: Ids, final: bool = False) -> str:
         """The next piece, possibly empty.
 
         Args:
