@@ -25,6 +25,9 @@ def model() -> Model:
     return Model(tiny_model(tuning, vocab_size=len(vocabulary()), num_layers=2), processor)
 
 
+all_logits = jax.jit(lambda model, batch: model.llm.logits(model(batch).hidden))
+
+
 def alone(model: Model, images, ids) -> tuple[float, bool]:
     """One continuation in a row of its own, from all of its logits."""
     row = model.prompt(PROMPT, images)
@@ -37,8 +40,7 @@ def alone(model: Model, images, ids) -> tuple[float, bool]:
     whole["position"] = np.arange(head + len(ids))
     whole = {n: x if n == "pixels" else x.astype(np.int32) for n, x in whole.items()}
     batch = model.batch([whole], 40)
-    hidden = jax.jit(lambda model, batch: model.llm.logits(model(batch).hidden))
-    logits = hidden(model.mllm, batch)[0, head - 1 : head + len(ids) - 1]
+    logits = all_logits(model.mllm, batch)[0, head - 1 : head + len(ids) - 1]
     scores = np.asarray(jax.nn.log_softmax(logits))
     greedy = bool((scores.argmax(-1) == ids).all())
     return float(scores[np.arange(len(ids)), ids].sum()), greedy
