@@ -67,8 +67,17 @@ def _parser() -> argparse.ArgumentParser:
     generate = add("generate", _generate, "answer a prompt about images")
     generate.add_argument("--model", required=True, metavar="DIR")
     generate.add_argument("--image", action="append", default=[], metavar="PATH")
-    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--prompt", help="without it: a chat, or the prompts of --prompts")
+    generate.add_argument("--prompts", metavar="JSONL", help="id, prompt and images per line")
+    generate.add_argument("--out", metavar="JSONL", help="where the answers to --prompts go")
+    generate.add_argument("--image-root", metavar="DIR", help="of --prompts; default: its folder")
+    generate.add_argument("--batch-size", type=int, default=16)
     generate.add_argument("--max-new-tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
     generate.add_argument("--adapter", metavar="DIR", help="an adapter folder, ours or peft's")
 
     analyze = commands.add_parser("analyze", help="look inside a model")
@@ -220,13 +229,49 @@ def _evaluate(args) -> None:
 
 
 def _generate(args) -> None:
+    from moresjax.generation.jsonl import generate_file
+    from moresjax.generation.sampling import Sampling
     from moresjax.model import load
 
+    sampling = Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
+    )
+    options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
+    if bool(args.prompts) != bool(args.out) or (args.prompts and args.prompt):
+        raise UserError("a file of prompts needs --prompts and --out, and no --prompt")
     model = load(args.model)
     if args.adapter:
         model.load_adapter(args.adapter)
-    text = model.generate([args.prompt], [args.image], max_new_tokens=args.max_new_tokens)[0]
+    if args.prompts:
+        options |= {"image_root": args.image_root, "batch_size": args.batch_size}
+        counts = generate_file(model, args.prompts, args.out, **options)
+        text = f"{args.out}: {counts['records']} prompts, {counts['errors']} errors"
+        _print(args, counts, text)
+        return
+    if args.prompt is None:
+        _chat(model, args.image, options)
+        return
+    text = model.generate([args.prompt], [args.image], **options)[0]
     _print(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
+
+
+def _chat(model, images: Sequence[str], options: dict) -> None:
+    """Questions from the terminal until an empty one; the first is about the images."""
+    from moresjax.generation.chat import Chat
+
+    chat = Chat(model, **options)
+    while question := _ask():
+        for piece in chat.ask(question, images):
+            print(piece, end="", flush=True)
+        print()
+        images = ()
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
 
 
 def _analyze_attention(args) -> None:

@@ -8,7 +8,7 @@ Axis legend: B rows, S tokens, V vocabulary, N images per row.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,12 +23,17 @@ from moresjax.data.processor import Processor, Row
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
+from moresjax.generation.batching import Completion, generate_many
 from moresjax.generation.engine import Engine, Generation, bucket
+from moresjax.generation.sampling import GREEDY, Sampling
+from moresjax.generation.scoring import Score, score_rows
+from moresjax.generation.text import check_stops, cut, has_stop
 from moresjax.layout import Batch, Segment, TokenLayout
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.tuning.base import Probe
 from moresjax.tuning.many import adapter_numbers
 from moresjax.tuning.merge import merged
+from moresjax.types import Ids
 from moresjax.weights.adapter import attach_adapter, load_adapters
 from moresjax.weights.hf import is_llava, load_pretrained
 
@@ -121,9 +126,8 @@ class Model:
         """
         if not text.strip() and not images:
             raise UserError("the prompt is empty")
-        if IMAGE_MARK not in text:
-            text = (IMAGE_MARK + "\n") * len(images) + text
-        return self._need_processor().row(Sample(name, (Turn(text),), tuple(images)))
+        sample = Sample(name, (Turn(_marked(text, images)),), tuple(images))
+        return self._need_processor().row(sample)
 
     def generate(
         self,
@@ -132,18 +136,26 @@ class Model:
         *,
         max_new_tokens: int = 128,
         adapters: Sequence[str | None] | None = None,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        stop: str | Sequence[str] = (),
+        batch_size: int | None = None,
     ) -> list[str]:
-        """Greedy answers to prompts.
+        """Answers to prompts.
 
         Args:
           prompts: user texts; `<image>` marks where an image goes.
           images: for every prompt its images (paths, PIL images or uint8 arrays).
           max_new_tokens: at most this many tokens each.
           adapters: for every prompt the name of a loaded adapter, or None for the base model.
+          sampling: how tokens are chosen; greedy by default.
+          seeds: for every prompt that of its draws; default: `sampling.seed`.
+          stop: an answer ends before the first of these strings.
+          batch_size: prompts that are answered at a time; default: all.
 
         Raises:
-          UserError: for an empty prompt, an unreadable image, marks without images, or an unknown
-            adapter.
+          UserError: for an empty prompt, an unreadable image, marks without images, an unknown
+            adapter, or a prompt that is too long.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         images = [()] * len(prompts) if images is None else images
@@ -153,7 +165,13 @@ class Model:
             self.prompt(p, i, f"prompt {n}")
             for n, (p, i) in enumerate(zip(prompts, images, strict=True))
         ]
-        return self.decode(self.generate_rows(rows, max_new_tokens, adapters=adapters))
+        options = {"adapters": adapters, "sampling": sampling, "seeds": seeds}
+        if not stop and batch_size is None:
+            return self.decode(self.generate_rows(rows, max_new_tokens, **options))
+        size = max(len(rows), 1) if batch_size is None else batch_size
+        options |= {"stop": stop, "batch_size": size}
+        done = self.generate_many(rows, max_new_tokens, **options)
+        return [self.text(completion.tokens, stop) for completion in done]
 
     def generate_rows(
         self,
@@ -161,25 +179,171 @@ class Model:
         max_new_tokens: int,
         probes: Sequence[Probe] = (),
         adapters: Sequence[str | None] | None = None,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
     ) -> Generation:
-        """Continues prompt rows as one batch, padded to a bucket length."""
+        """Continues prompt rows as one batch, padded to a bucket length.
+
+        Raises:
+          UserError: for a row that leaves no room for the new tokens.
+        """
+        for row in rows:
+            self.check_context(row, max_new_tokens)
+        _check_seeds(seeds, rows)
+        batch = self.batch(rows, bucket(max(len(row["tokens"]) for row in rows)), adapters)
+        options = {"sampling": sampling, "seeds": seeds, "logprobs": logprobs}
+        return self.engine(probes).generate(batch, max_new_tokens, **options)
+
+    def generate_many(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int | Sequence[int],
+        *,
+        batch_size: int,
+        probes: Sequence[Probe] = (),
+        adapters: Sequence[str | None] | None = None,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
+        stop: str | Sequence[str] = (),
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Continues any number of prompt rows, `batch_size` at a time, and refills the batch.
+
+        Args:
+          rows: the prompts.
+          max_new_tokens: of all prompts, or of each.
+          batch_size, probes, logprobs: of the batch that is decoded.
+          adapters, sampling, seeds: as in `generate`.
+          stop: a row ends soon after one of these strings; the tokens are not cut there.
+          on_done: called with number and completion of every prompt as soon as it has ended.
+
+        Raises:
+          UserError: for a row that leaves no room for the new tokens, or a batch size below 1.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        limits = (
+            [max_new_tokens] * len(rows)
+            if isinstance(max_new_tokens, int)
+            else list(max_new_tokens)
+        )
+        for row, limit in zip(rows, limits, strict=True):
+            self.check_context(row, limit)
+        _check_seeds(seeds, rows)
+        stops = check_stops(stop)
+
+        def make_batch(numbers, length):
+            names = None if adapters is None else [adapters[i] for i in numbers]
+            return self.batch([rows[i] for i in numbers], length, names)
+
+        results: list[Completion | None] = [None] * len(rows)
+        for number, completion in generate_many(
+            self.engine(probes),
+            [len(row["tokens"]) for row in rows],
+            make_batch,
+            limits,
+            batch_size=batch_size,
+            sampling=sampling,
+            seeds=seeds,
+            logprobs=logprobs,
+            ended=(lambda ids: has_stop(self.spell(ids), stops)) if stops else None,
+        ):
+            results[number] = completion
+            if on_done is not None:
+                on_done(number, completion)
+        return results
+
+    def check_context(self, row: Row, max_new_tokens: int) -> None:
+        """Raises a `UserError` when a prompt and its continuation do not fit the model."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        tokens, most = len(row["tokens"]), self.config.llm.max_positions
+        tokens += self.mllm.tuning.num_ahead
+        if tokens + max_new_tokens > most:
+            raise UserError(
+                f"a prompt of {tokens} tokens and max_new_tokens={max_new_tokens} do not fit the "
+                f"model's {most} positions"
+            )
+
+    def batch(
+        self,
+        rows: Sequence[Row],
+        length: int,
+        adapters: Sequence[str | None] | None = None,
+    ) -> Batch:
+        """Prompt rows as one batch, padded to `length` tokens."""
         processor = self._need_processor()
-        length = bucket(max(len(row["tokens"]) for row in rows))
         images = max(len(row.get("pixels", ())) for row in rows)
         batch = processor.batch([processor.pad(row, length, images) for row in rows])
-        batch = self._choose(batch, adapters)
-        return self.engine(probes).generate(batch, max_new_tokens)
+        return self._choose(batch, adapters)
 
     def decode(self, generation: Generation) -> list[str]:
         """Texts of a generation, special tokens left out."""
         tokens, lengths = np.asarray(generation.tokens), np.asarray(generation.length)
-        tokenizer = self._need_processor().tokenizer
-        return [
-            tokenizer.decode(row[:n], skip_special_tokens=True).strip()
-            for row, n in zip(tokens, lengths, strict=True)
-        ]
+        return [self.text(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
+
+    def text(self, ids: Ids, stop: str | Sequence[str] = ()) -> str:
+        """New tokens as text, before the first stop string; special tokens left out."""
+        return cut(self.spell(ids), check_stops(stop)).strip()
+
+    def spell(self, ids: Ids) -> str:
+        """New tokens as text, special tokens left out."""
+        return self._need_processor().tokenizer.decode(ids, skip_special_tokens=True)
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        continuations: Sequence[Sequence[str]],
+        images: Sequence[Sequence] | None = None,
+        *,
+        batch_size: int = 8,
+    ) -> list[list[Score]]:
+        """Log-likelihoods of given answers; a prompt and its images are read once for all of them.
+
+        Prompt and answer are tokenised together, as the template writes them; the token that ends
+        an answer is not scored.
+
+        Args:
+          prompts, images: as in `generate`.
+          continuations: for every prompt its answers.
+          batch_size: prompts that are read at a time.
+
+        Raises:
+          UserError: as `generate`, and for an empty answer.
+        """
+        images = [()] * len(prompts) if images is None else images
+        pairs = []
+        for n, (prompt, answers, own) in enumerate(
+            zip(prompts, continuations, images, strict=True)
+        ):
+            row = self.prompt(prompt, own, f"prompt {n}")
+            pairs += [self.with_answer(row, prompt, own, answer) for answer in answers]
+        flat = iter(self.score_rows(pairs, batch_size))
+        return [[next(flat) for _ in answers] for answers in continuations]
+
+    def with_answer(
+        self, row: Row, text: str, images: Sequence, answer: str
+    ) -> tuple[Row, np.ndarray]:
+        """What `score_rows` takes for an answer to the prompt that `row` was made of.
+
+        Raises:
+          UserError: for an empty answer.
+        """
+        if not answer.strip():
+            raise UserError(f"an answer to score is empty: {text!r}")
+        sample = Sample("answer", (Turn(_marked(text, images), answer),), tuple(images))
+        whole = self._need_processor().without_end.text_row(sample)
+        head = int(np.argmax(whole["segment"] == Segment.ANSWER))
+        prompt = {name: x[:head] for name, x in whole.items()}
+        if "pixels" in row:
+            prompt["pixels"] = row["pixels"]
+        return prompt, whole["tokens"][head:]
+
+    def score_rows(self, pairs: Sequence[tuple[Row, Ids]], batch_size: int = 8) -> list[Score]:
+        """Scores of continuations, given as prompt row and token ids; equal prompts share a row."""
+        return score_rows(self.mllm, self.batch, pairs, batch_size)
 
     def logits(
         self,
@@ -205,18 +369,16 @@ class Model:
           adapters: as in `generate`.
         """
         if prompts is not None:
-            processor = self._need_processor()
             images = [()] * len(prompts) if images is None else images
             rows = [self.prompt(p, i) for p, i in zip(prompts, images, strict=True)]
-            length = max(len(row["tokens"]) for row in rows)
-            most = max(len(row.get("pixels", ())) for row in rows)
-            batch = processor.batch([processor.pad(row, length, most) for row in rows])
+            batch = self.batch(rows, max(len(row["tokens"]) for row in rows), adapters)
         else:
             batch = hf_batch(
                 input_ids, attention_mask, pixel_values, image_token_id, self.config.visual_tokens
             )
+            batch = self._choose(batch, adapters)
         graphdef, state = nnx.split(self.mllm)
-        return _logits(graphdef, state, self._choose(batch, adapters))
+        return _logits(graphdef, state, batch)
 
     def _choose(self, batch: Batch, adapters: Sequence[str | None] | None) -> Batch:
         numbers = adapter_numbers(self.mllm.tuning, adapters, len(batch.tokens))
@@ -226,6 +388,16 @@ class Model:
         if self.processor is None:
             raise UserError("this model was loaded without a tokenizer; text cannot be used")
         return self.processor
+
+
+def _marked(text: str, images: Sequence) -> str:
+    """The text with a mark for every image: at its start, unless it has marks."""
+    return text if IMAGE_MARK in text else (IMAGE_MARK + "\n") * len(images) + text
+
+
+def _check_seeds(seeds: Sequence[int] | None, rows: Sequence[Row]) -> None:
+    if seeds is not None and len(seeds) != len(rows):
+        raise UserError(f"{len(rows)} prompts but {len(seeds)} seeds")
 
 
 def _forward(graphdef, state, batch):

@@ -1,6 +1,11 @@
 """Array operations that every package may use."""
 
-from jaxtyping import Array, Float
+import functools
+
+import jax
+from jaxtyping import Array, Float, Int, Shaped
+
+from moresjax.types import AnyArray
 
 
 def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
@@ -11,3 +16,17 @@ def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array
     """
     y = x.reshape(-1, x.shape[-1]) @ kernel
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def place(
+    buffer: Shaped[AnyArray, "B *T"],
+    new: Shaped[AnyArray, "B *S"],
+    index: Int[AnyArray, "..."] | int,
+    axis: int,
+) -> Shaped[Array, "B *T"]:
+    """`buffer` with `new` written along `axis` from `index` on: one for all rows, or `[B]`."""
+    new = new.astype(buffer.dtype)
+    if not getattr(index, "ndim", 0):
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis)
+    row = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+    return jax.vmap(row)(buffer, new, index)

@@ -1,12 +1,15 @@
 """What all rooms share: the type of arrays in signatures, and dataclasses that are pytrees."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TypeVar, dataclass_transform
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 AnyArray = jax.Array | np.ndarray
+Ids = Sequence[int] | Int[AnyArray, "_"]  # token ids of one text
 T = TypeVar("T")
 
 

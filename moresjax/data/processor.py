@@ -56,6 +56,11 @@ class Processor:
             ends.add(self.tokenizer.convert_tokens_to_ids(closing))
         return tuple(sorted(ends))
 
+    @functools.cached_property
+    def without_end(self) -> "Processor":
+        """The same, but answers go without the token that ends them."""
+        return dataclasses.replace(self, template=dataclasses.replace(self.template, end=""))
+
     def _tokenize(
         self, chunk: tuple[tuple[str, Segment], ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:

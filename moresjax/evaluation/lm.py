@@ -9,9 +9,11 @@ from tqdm import tqdm
 
 from moresjax.data.processor import Row
 from moresjax.generation.engine import Generation
+from moresjax.generation.text import cut
 from moresjax.layout import Segment
 from moresjax.model import Model
 from moresjax.tuning.base import Probe
+from moresjax.types import Ids
 
 
 class MoresjaxLM(LM):
@@ -47,8 +49,8 @@ class MoresjaxLM(LM):
     def tokenizer_name(self) -> str:
         return type(self.model.processor.tokenizer).__name__
 
-    def _raw_row(self, text: str) -> Row:
-        ids = np.asarray(self.model.processor.tokenizer(text)["input_ids"], np.int32)
+    def _raw_row(self, ids: Ids) -> Row:
+        ids = np.asarray(ids, np.int32)
         zeros = np.zeros_like(ids)
         return {
             "tokens": ids,
@@ -65,7 +67,7 @@ class MoresjaxLM(LM):
         rows = [
             self.model.prompt(args[0], args[2]["visual"], f"request {number}")
             if len(args) > 2
-            else self._raw_row(args[0])
+            else self._raw_row(self.model.processor.tokenizer(args[0])["input_ids"])
             for number, args in enumerate(arguments)
         ]
         texts: list[str | None] = [None] * len(rows)
@@ -87,48 +89,44 @@ class MoresjaxLM(LM):
                     )
                     self._on_batch(numbers, chosen, part)
                 for i, text in zip(numbers, self.model.decode(generation), strict=False):
-                    texts[i] = _cut(text, arguments[i][1].get("until") or ())
+                    until = arguments[i][1].get("until") or ()
+                    stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+                    texts[i] = cut(text, stops)
                 bar.update(len(numbers))
         return texts
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations, tokenised together with their contexts."""
         tokenizer = self.model.processor.tokenizer
-        pairs = []
-        for request in requests:
+        pairs, prompts = [], {}
+        for number, request in enumerate(requests):
             context, continuation = request.args[:2]
+            if len(request.args) > 2:
+                images = request.args[2]["visual"]
+                key = context, *map(id, images)
+                if key not in prompts:  # images of a question are prepared once
+                    prompts[key] = self.model.prompt(context, images, f"request {number}")
+                answer = self.model.with_answer(prompts[key], context, images, continuation.strip())
+                pairs.append(answer)
+                continue
             whole = tokenizer(context + continuation)["input_ids"]
             # Blanks at the border belong to the continuation.
             head = tokenizer(context.rstrip())["input_ids"] if context else whole[:1]
-            pairs.append((whole, min(len(head), len(whole) - 1)))
-        return self._score(pairs, disable_tqdm)
+            pairs.append(self._split(whole, min(len(head), len(whole) - 1)))
+        return self._score(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts given the start token."""
         tokenizer = self.model.processor.tokenizer
-        pairs = [(tokenizer(request.args[0])["input_ids"], 1) for request in requests]
-        return [score for score, _ in self._score(pairs, disable_tqdm)]
+        pairs = [self._split(tokenizer(request.args[0])["input_ids"], 1) for request in requests]
+        return [score for score, _ in self._score(pairs)]
 
-    def _score(self, pairs, disable_tqdm) -> list[tuple[float, bool]]:
-        results: list[tuple[float, bool] | None] = [None] * len(pairs)
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-        for start in tqdm(range(0, len(order), self.batch_size), disable=disable_tqdm or None):
-            numbers = order[start : start + self.batch_size]
-            length = max(len(pairs[i][0]) for i in numbers)
-            ids = np.zeros((len(numbers), length), np.int32)
-            valid = np.zeros_like(ids)
-            for row, i in enumerate(numbers):
-                ids[row, : len(pairs[i][0])] = pairs[i][0]
-                valid[row, : len(pairs[i][0])] = 1
-            logits = self.model.logits(input_ids=ids, attention_mask=valid)
-            scores = np.asarray(jax.nn.log_softmax(logits, axis=-1))
-            for row, i in enumerate(numbers):
-                whole, head = pairs[i]
-                at = np.arange(head - 1, len(whole) - 1)
-                targets = np.asarray(whole[head:])
-                greedy = bool((scores[row, at].argmax(-1) == targets).all())
-                results[i] = float(scores[row, at, targets].sum()), greedy
-        return results
+    def _split(self, ids: Ids, head: int) -> tuple[Row, Ids]:
+        return self._raw_row(ids[:head]), ids[head:]
+
+    def _score(self, pairs) -> list[tuple[float, bool]]:
+        found = self.model.score_rows(pairs, self.batch_size)
+        return [(score.logprob, score.greedy) for score in found]
 
 
 def _batches(order: Sequence[int], limits: Sequence[int], size: int):
@@ -141,10 +139,3 @@ def _batches(order: Sequence[int], limits: Sequence[int], size: int):
         batch.append(i)
     if batch:
         yield batch
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    for stop in [stops] if isinstance(stops, str) else stops:
-        if stop:
-            text = text.split(stop)[0]
-    return text

@@ -6,6 +6,9 @@ L layers.
 Prefill runs the whole model; decoding runs the bare LLM on unstacked layers, so that each layer's
 cache is a buffer of its own that XLA updates in place. Methods that cannot act on a generated token
 are dropped from the decode model: with MoReS attached, the decode program is that of the base LLM.
+
+Rows usually start and stop together. They are *rolling* when they are given a limit each: then
+every row has its own place in the cache, and rows that have ended make room for others.
 """
 
 import dataclasses
@@ -16,11 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Float, Int
 
+from moresjax.generation.progress import Progress, Rolling, Rules, blank, count_stats, insert
+from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.layout import Batch, Segment, TokenLayout, valid_mask
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM
+from moresjax.ops import place
 from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
 from moresjax.types import AnyArray, pytree_dataclass
@@ -35,31 +41,18 @@ class Generation:
       length: number of new tokens per row, the end token included `[B]`.
       stats: per probe, its statistics summed over the queries that gave the new tokens; leaves have
         leading axes `[L, B]`.
+      logprobs: natural log-probabilities of the new tokens under the model, before any sampling
+        setting `[B, G]`, 0 after the end; None when not asked for.
     """
 
     tokens: Int[AnyArray, "B G"]
     length: Int[AnyArray, " B"]
     stats: dict
-
-
-@pytree_dataclass
-class Progress:
-    """State of the decode loop."""
-
-    step: Int[AnyArray, ""]  # new tokens so far
-    tokens: Int[AnyArray, "B G"]
-    done: Bool[AnyArray, " B"]
-    length: Int[AnyArray, " B"]
-    position: Int[AnyArray, " B"]  # of the last token
-    document: Int[AnyArray, " B"]
-    adapter: Int[AnyArray, " B"] | None
-    keys: TokenLayout  # of the cache [B, T]
-    caches: list[LayerCache]
-    stats: dict
+    logprobs: Float[AnyArray, "B G"] | None = None
 
 
 class Engine:
-    """Generates with a model; greedy.
+    """Generates with a model.
 
     Args:
       model: the model; it is not changed.
@@ -78,34 +71,125 @@ class Engine:
     ):
         self._prefill = nnx.split(_unstacked(model))
         self._decode = nnx.split(_decode_model(model))
-        self._ends = tuple(eos_ids), pad_id
+        self._rules = Rules(tuple(eos_ids), pad_id)
         self._probes = tuple(probes)
+        self.num_ahead: int = model.tuning.num_ahead
 
-    def generate(self, batch: Batch, max_new_tokens: int) -> Generation:
+    def generate(
+        self,
+        batch: Batch,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
+    ) -> Generation:
         """Continues every row by at most `max_new_tokens` tokens.
 
         Rows may be padded on either side; a row's continuation does not depend on the others.
-        Compiles once per batch shape and `max_new_tokens`.
-        """
-        return self.decode(self.prefill(batch, max_new_tokens))
+        Compiles once per batch shape, `max_new_tokens` and `sampling`.
 
-    def prefill(self, batch: Batch, max_new_tokens: int) -> Progress:
-        """The first half of `generate`: reads the prompts and chooses the first new tokens."""
+        Args:
+          batch: the prompts.
+          max_new_tokens: at most this many tokens each.
+          sampling: how tokens are chosen.
+          seeds: of the rows' draws; default: `sampling.seed` for every row.
+          logprobs: whether to return log-probabilities.
+        """
+        options = {"sampling": sampling, "seeds": seeds, "logprobs": logprobs}
+        return self.decode(self.prefill(batch, max_new_tokens, **options))
+
+    def prefill(
+        self,
+        batch: Batch,
+        max_new_tokens: int,
+        *,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
+        limits: Sequence[int] | None = None,
+        room: int = 0,
+    ) -> Progress:
+        """The first half of `generate`: reads the prompts and chooses the first new tokens.
+
+        Args:
+          batch, max_new_tokens, sampling, seeds, logprobs: as in `generate`.
+          limits: of each row's new tokens; makes the rows rolling.
+          room: cache length of rolling rows, at least P + S + G.
+        """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        options = {"probes": self._probes, "ends": self._ends}
-        return _prefill(*self._prefill, batch, new=max_new_tokens, **options)
+        data, options = self._options(batch, sampling, seeds, logprobs, limits)
+        options |= {"new": max_new_tokens, "room": room, "probes": self._probes}
+        return _prefill(*self._prefill, batch, *data, **options)
+
+    def extend(
+        self,
+        batch: Batch,
+        caches: list[LayerCache],
+        first: int,
+        count: int,
+        max_new_tokens: int,
+        *,
+        limits: Sequence[int],
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        room: int = 0,
+    ) -> Progress:
+        """`prefill` of right-padded rows whose first tokens are in the caches already.
+
+        Args:
+          batch: the whole prompts, of which tokens `first` to `first + count` are read: text only.
+          caches: keys and values; they are consumed.
+          first, count: all tokens after these must be padding.
+          max_new_tokens, limits, sampling, seeds, room: as in `prefill`.
+        """
+        room = max(self.num_ahead + batch.layout.shape[1] + max_new_tokens, room)
+        # Caches that have to grow do so here: donated buffers cannot.
+        caches = [jax.tree.map(lambda x: _lengthened(x, 2, room), cache) for cache in caches]
+        data, options = self._options(batch, sampling, seeds, False, limits)
+        options |= {"new": max_new_tokens, "room": room, "count": count, "ahead": self.num_ahead}
+        return _extend(*self._decode, batch, caches, jnp.int32(first), *data, **options)
+
+    def _options(self, batch, sampling, seeds, logprobs, limits) -> tuple[tuple, dict]:
+        """Arguments of the programs: data, and what is compiled in."""
+        if seeds is None:
+            seeds = [sampling.seed] * len(batch.tokens)
+        seeds = jnp.asarray(seeds, jnp.uint32) if sampling.temperature else None
+        limits = None if limits is None else jnp.asarray(limits, jnp.int32)
+        sampling = dataclasses.replace(sampling, seed=0)
+        rules = dataclasses.replace(self._rules, sampling=sampling, logprobs=logprobs)
+        return (seeds, limits), {"rules": rules}
 
     def decode(self, progress: Progress) -> Generation:
         """The second half: the other new tokens. The caches are consumed."""
-        done = _decode(*self._decode, progress, probes=self._probes, ends=self._ends)
-        return Generation(done.tokens, done.length, done.stats)
+        done = _decode(*self._decode, progress, probes=self._probes)
+        return Generation(done.tokens, done.length, done.stats, done.logprobs)
+
+    def insert(
+        self, carry: Progress | None, new: Progress, slots: Sequence[int], rows: int
+    ) -> Progress:
+        """Rolling rows with the rows of `new` in some places; `carry` is consumed.
+
+        Args:
+          carry: the rows; None: `rows` empty places.
+          new: as many rows as `slots`.
+          slots: their places.
+          rows: the size of the batch.
+        """
+        carry = blank(new, rows) if carry is None else carry
+        return _insert(carry, new, jnp.asarray(slots))
+
+    def advance(self, carry: Progress, steps: int) -> Progress:
+        """At most so many further tokens of rolling rows; `carry` is consumed."""
+        return _decode(*self._decode, carry.replace(left=jnp.int32(steps)), probes=self._probes)
 
     def lower_decode(self, batch: Batch, max_new_tokens: int):
         """The lowered decode program for a batch of this shape, for inspection."""
-        options = {"probes": self._probes, "ends": self._ends}
-        carry = _prefill.eval_shape(*self._prefill, batch, new=max_new_tokens, **options)
-        return _decode.lower(*self._decode, carry, **options)
+        data, options = self._options(batch, GREEDY, None, False, None)
+        options |= {"new": max_new_tokens, "room": 0, "probes": self._probes}
+        carry = _prefill.eval_shape(*self._prefill, batch, *data, **options)
+        return _decode.lower(*self._decode, carry, probes=self._probes)
 
 
 def _unstacked(model: MLLM) -> MLLM:
@@ -124,58 +208,104 @@ def _decode_model(model: MLLM) -> MLLM:
     return model
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "new", "probes", "ends"))
-def _prefill(graphdef, state, batch: Batch, *, new: int, probes, ends) -> Progress:
+@functools.partial(jax.jit, static_argnames=("graphdef", "new", "room", "probes", "rules"))
+def _prefill(graphdef, state, batch: Batch, seeds, limits, *, new, room, probes, rules) -> Progress:
     model = nnx.merge(graphdef, state)
-    ahead = model.tuning.num_ahead
-    rows, length = batch.layout.shape
-    last = length - 1 - jnp.argmax(valid_mask(batch.layout)[:, ::-1], axis=1)
+    last = _last(batch)
     out = model(batch, probes=probes, queries=last[:, None], keep_cache=True)
+    carry = _begin(batch, out.cache, last, seeds, limits, model.tuning.num_ahead, new, room, rules)
+    carry = carry.replace(stats=count_stats(out.stats, ~carry.done))
+    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
+    return _append_first(carry, batch, model.llm.logits(hidden))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("graphdef", "new", "room", "count", "ahead", "rules"),
+    donate_argnames=("caches",),
+)
+def _extend(
+    graphdef, state, batch, caches, first, seeds, limits, *, new, room, count, ahead, rules
+) -> Progress:
+    model = nnx.merge(graphdef, state)
+    last = _last(batch)
+    carry = _begin(batch, caches, last, seeds, limits, ahead, new, room, rules)
+
+    def part(x, start):
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), start, count, axis=1)
+
+    step = jax.tree.map(lambda x: part(x, first + ahead), carry.keys)
+    out = model.decode_step(
+        part(batch.tokens, first), step, carry.caches, carry.keys, first + ahead, (), carry.adapter
+    )
+    hidden = jnp.take_along_axis(out.hidden, (last - first)[:, None, None], axis=1)[:, 0]
+    carry = carry.replace(caches=out.cache)
+    return _append_first(carry, batch, model.llm.logits(hidden))
+
+
+def _append_first(carry: Progress, batch: Batch, logits) -> Progress:
+    if carry.rules.sampling.repetition_penalty != 1:
+        # The ids under visual tokens mean nothing.
+        word = valid_mask(batch.layout) & (jnp.asarray(batch.layout.image) < 0)
+        rows = jnp.arange(len(logits))[:, None]
+        seen = jnp.zeros(logits.shape, bool).at[rows, jnp.asarray(batch.tokens)].max(word)
+        carry = carry.replace(seen=seen)
+    return carry.append(logits)
+
+
+def _last(batch: Batch):
+    """Row index of every row's last token."""
+    return batch.layout.shape[1] - 1 - jnp.argmax(valid_mask(batch.layout)[:, ::-1], axis=1)
+
+
+def _lengthened(x: jax.Array, axis: int, length: int, fill: int = 0) -> jax.Array:
+    if x.shape[axis] == length:
+        return x
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, pads, constant_values=fill)
+
+
+def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> Progress:
+    """The state before the first new token."""
+    rows, length = batch.layout.shape
+    total = max(ahead + length + new, room)
 
     def at_last(x):
         return jnp.take_along_axis(jnp.asarray(x), last[:, None], axis=1)[:, 0]
 
-    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
-    total = ahead + length + new
-
-    def room(x, axis, fill=0):
-        pads = [(0, 0)] * x.ndim
-        pads[axis] = (0, total - x.shape[axis])
-        return jnp.pad(x, pads, constant_values=fill)
-
     full = extend_layout(batch.layout, ahead)
-    keys = jax.tree.map(lambda x: room(jnp.asarray(x), 1), full)
-    alive = jnp.ones(rows, bool)
-    carry = Progress(
-        step=jnp.zeros((), jnp.int32),
-        tokens=jnp.full((rows, new), ends[1], jnp.int32),
-        done=~alive,
+    keys = jax.tree.map(lambda x: _lengthened(jnp.asarray(x), 1, total), full)
+    rolling = None
+    if limits is not None:
+        # Padding on the right is overwritten.
+        rolling = Rolling(last.astype(jnp.int32) + ahead + 1, limits)
+    return Progress(
+        step=jnp.zeros((), jnp.int32) if rolling is None else jnp.zeros(rows, jnp.int32),
+        tokens=jnp.full((rows, new), rules.pad, jnp.int32),
+        done=jnp.zeros(rows, bool),
         length=jnp.zeros(rows, jnp.int32),
         position=at_last(batch.layout.position) + ahead,
         document=at_last(batch.layout.document),
         adapter=batch.adapter,
-        keys=keys.replace(image=room(jnp.asarray(full.image), 1, -1)),
-        caches=[jax.tree.map(lambda x: room(x, 2), cache) for cache in out.cache],
-        stats=_count(out.stats, alive),
+        keys=keys.replace(image=_lengthened(jnp.asarray(full.image), 1, total, -1)),
+        caches=[jax.tree.map(lambda x: _lengthened(x, 2, total), cache) for cache in caches],
+        stats={},
+        rules=rules,
+        seeds=seeds,
+        logprobs=jnp.zeros((rows, new)) if rules.logprobs else None,
+        rolling=rolling,
     )
-    return _append(carry, model.llm.logits(hidden), ends)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "probes", "ends"), donate_argnames=("carry",)
-)
-def _decode(graphdef, state, carry: Progress, *, probes, ends) -> Progress:
+@functools.partial(jax.jit, static_argnames=("graphdef", "probes"), donate_argnames=("carry",))
+def _decode(graphdef, state, carry: Progress, *, probes) -> Progress:
     # The whole carry is returned, so that the donated caches are the buffers that are written.
     model = nnx.merge(graphdef, state)
-    new = carry.tokens.shape[1]
-    first = carry.keys.shape[1] - new
-
-    def goes_on(carry):
-        return (carry.step < new) & ~carry.done.all()
 
     def one_step(carry):
-        index = first + carry.step - 1
-        tokens = jax.lax.dynamic_slice_in_dim(carry.tokens, carry.step - 1, 1, axis=1)
+        index = carry.index
+        tokens = carry.last_token
         segment = jnp.where(carry.done, int(Segment.PAD), int(Segment.ANSWER))
         position = carry.position + 1
         zeros = jnp.zeros_like(position)
@@ -190,42 +320,16 @@ def _decode(graphdef, state, carry: Progress, *, probes, ends) -> Progress:
             **{name: x[:, None].astype(jnp.int32) for name, x in fields.items()},
             visual_tokens=carry.keys.visual_tokens,
         )
-        keys = jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), index, 1),
-            carry.keys,
-            step,
-        )
+        keys = jax.tree.map(lambda x, y: place(x, y, index, 1), carry.keys, step)
         out = model.decode_step(tokens, step, carry.caches, keys, index, probes, carry.adapter)
-        stats = jax.tree.map(jnp.add, carry.stats, _count(out.stats, ~carry.done))
-        carry = dataclasses.replace(
-            carry, position=position, keys=keys, caches=out.cache, stats=stats
-        )
-        return _append(carry, model.llm.logits(out.hidden[:, 0]), ends)
+        stats = jax.tree.map(jnp.add, carry.stats, count_stats(out.stats, ~carry.done))
+        carry = carry.replace(position=position, keys=keys, caches=out.cache, stats=stats)
+        return carry.append(model.llm.logits(out.hidden[:, 0]))
 
-    return jax.lax.while_loop(goes_on, one_step, carry)
+    return jax.lax.while_loop(lambda carry: carry.goes_on, one_step, carry)
 
 
-def _append(carry: Progress, logits, ends) -> Progress:
-    """Chooses each row's next token and writes it down."""
-    eos, pad = ends
-    token = jnp.where(carry.done, pad, logits.argmax(-1)).astype(jnp.int32)
-    tokens = jax.lax.dynamic_update_slice_in_dim(carry.tokens, token[:, None], carry.step, axis=1)
-    return dataclasses.replace(
-        carry,
-        step=carry.step + 1,
-        tokens=tokens,
-        length=carry.length + ~carry.done,
-        done=carry.done | jnp.isin(token, jnp.asarray(eos)),
-    )
-
-
-def _count(stats, rows: Bool[Array, " B"]):
-    """Statistics of one query per row, zero for rows that are done."""
-
-    def keep(x):
-        return jnp.where(rows.reshape(1, -1, *[1] * (x.ndim - 2)), x, 0)
-
-    return jax.tree.map(keep, stats)
+_insert = jax.jit(insert, donate_argnames=("carry",))
 
 
 def bucket(length: int, smallest: int = 32) -> int:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moresjax.errors import UserError
 from moresjax.models.attention import attention
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope, param
+from moresjax.ops import place
 from moresjax.tuning.hooks import LayerHooks
 from moresjax.types import AnyArray, pytree_dataclass
 
@@ -127,8 +128,7 @@ class Attention(nnx.Module):
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         k, v = hooks.extend(k, v)
         if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), index, 2)
-            v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), index, 2)
+            k, v = place(cache.k, k, index, 2), place(cache.v, v, index, 2)
         hooks.read_attention(q, k, mask if config.window else None, config.attention_softcap)
         y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, config.attention_softcap)
         y = y.swapaxes(1, 2).reshape(*x.shape[:2], -1)
@@ -189,7 +189,7 @@ class Block(nnx.Module):
         mask: Bool[Array, "B S T"] | None,
         hooks: LayerHooks,
         cache: LayerCache | None = None,
-        index: Int[Array, ""] | int | None = None,
+        index: Int[Array, "..."] | int | None = None,
     ) -> tuple[Float[Array, "B S D"], LayerCache]:
         h = hooks.enter(h)
         x = self.attn_norm(h)

@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
         hooks: TowerHooks | None = None,
         *,
         caches: list[LayerCache] | None = None,
-        index: Int[Array, ""] | int | None = None,
+        index: Int[Array, "..."] | int | None = None,
         keep_cache: bool = False,
         key_positions: Int[Array, "B T"] | None = None,
     ) -> BlocksOutput:
@@ -140,7 +140,7 @@ class Decoder(nnx.Module):
           mask: True where a query sees a key.
           hooks: attached methods and probes.
           caches: per layer keys and values of earlier tokens, with room for these; needs `unstack`.
-          index: where in the caches the new keys and values go.
+          index: where in the caches the new keys and values go; one for all rows, or `[B]`.
           keep_cache: whether to return keys and values.
           key_positions: of the tokens in the caches; default: `positions`.
 

@@ -156,26 +156,27 @@ class MLLM(nnx.Module):
 
     def decode_step(
         self,
-        tokens: Int[Array, "B 1"],
+        tokens: Int[Array, "B Q"],
         step: TokenLayout,
         caches: list[LayerCache],
         keys: TokenLayout,
-        index: Int[Array, ""],
+        index: Int[Array, "..."],
         probes: Sequence[Probe] = (),
         adapter: Int[Array, " B"] | None = None,
     ) -> BlocksOutput:
-        """One generated token per row.
+        """One generated token per row, or some more text after what the caches hold.
 
         Args:
           tokens: the tokens generated last.
-          step: their layout, `[B, 1]`.
+          step: their layout, `[B, Q]`.
           caches: keys and values so far, with room at `index`.
           keys: layout of the whole cache `[B, T]`, including these tokens at `index`.
-          index: place of these tokens in the cache.
+          index: place of the first of these tokens in the cache; one for all rows, or `[B]`.
           probes: statistics to read.
           adapter: of each row, as in `Batch`.
         """
-        queries = jnp.broadcast_to(index, tokens.shape)
+        queries = jnp.reshape(index, (-1, 1)) + jnp.arange(tokens.shape[1])
+        queries = jnp.broadcast_to(queries, tokens.shape)
         mask = visible(keys, queries)
         context = ProbeContext(jnp.asarray(keys.segment), mask, None) if probes else None
         hooks = self.tuning.hooks(

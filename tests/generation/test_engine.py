@@ -176,6 +176,20 @@ def test_padding_does_not_matter(case, engine, greedy, options):
     np.testing.assert_array_equal(engine.generate(case.batch(**options), NEW).tokens, greedy)
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_rolling_rows_give_the_same_tokens(case, engine, greedy, left):
+    rows = len(greedy)
+    limits = [NEW, 1, 3, NEW]
+    new = engine.prefill(case.batch(left=left), NEW, limits=limits, room=64)
+    carry = engine.insert(None, new, [2, 0, 3, 1], rows)
+    while not carry.done.all():
+        carry = engine.advance(carry, 3)
+    for row, place in enumerate([2, 0, 3, 1]):
+        assert carry.length[place] == limits[row]
+        expected = greedy[row, : limits[row]]
+        np.testing.assert_array_equal(carry.tokens[place, : limits[row]], expected)
+
+
 @pytest.mark.parametrize("chosen", [(1,), (3, 0)])
 def test_other_rows_do_not_matter(case, engine, greedy, chosen):
     apart = engine.generate(case.batch(chosen=chosen), NEW)

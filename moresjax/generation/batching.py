@@ -1,0 +1,94 @@
+"""Many prompts through one batch of fixed size: rows that have ended make room for others.
+
+A long answer therefore never holds a batch. Prompts are read in groups of one, two, four .. rows,
+as many as there are free places, padded to a bucket length: few shapes, few compilations.
+"""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from moresjax.generation.engine import Engine, bucket
+from moresjax.generation.sampling import GREEDY, Sampling
+from moresjax.layout import Batch
+from moresjax.types import AnyArray, Ids
+
+CHUNK = 16  # decode steps between two looks at which rows have ended
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What one prompt was continued with; the fields are rows of those of `Generation`."""
+
+    tokens: AnyArray
+    logprobs: AnyArray | None
+    stats: dict
+
+
+def generate_many(
+    engine: Engine,
+    lengths: Sequence[int],
+    make_batch: Callable[[Sequence[int], int], Batch],
+    limits: Sequence[int],
+    *,
+    batch_size: int,
+    sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
+    logprobs: bool = False,
+    ended: Callable[[Ids], bool] | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[int, Completion]]:
+    """Continues prompts; yields number and completion of each as soon as it has ended.
+
+    Args:
+      engine: what generates.
+      lengths: tokens of every prompt.
+      make_batch: the prompts of some numbers, padded to a length.
+      limits: at most this many new tokens of every prompt.
+      batch_size: rows that are decoded at a time.
+      sampling, logprobs: as in `Engine.generate`.
+      seeds: of every prompt; default: `sampling.seed`.
+      ended: whether new tokens contain a stop string; asked after every chunk, so up to `chunk`
+        tokens may follow it.
+      chunk: decode steps at a time.
+    """
+    seeds = [sampling.seed] * len(lengths) if seeds is None else seeds
+    # Long prompts first: neighbours share a bucket.
+    waiting = deque(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
+    new = max(limits, default=0)
+    room = engine.num_ahead + bucket(max(lengths, default=0)) + new
+    running: dict[int, int] = {}  # number of the prompt in each place that is taken
+    carry = None
+    while waiting or running:
+        free = [place for place in range(batch_size) if place not in running]
+        while waiting and free:
+            count = 1 << (min(len(waiting), len(free)).bit_length() - 1)
+            numbers = [waiting.popleft() for _ in range(count)]
+            places, free = free[:count], free[count:]
+            prompts = engine.prefill(
+                make_batch(numbers, bucket(max(lengths[i] for i in numbers))),
+                new,
+                sampling=sampling,
+                seeds=[seeds[i] for i in numbers],
+                logprobs=logprobs,
+                limits=[limits[i] for i in numbers],
+                room=room,
+            )
+            carry = engine.insert(carry, prompts, places, batch_size)
+            running |= dict(zip(places, numbers, strict=True))
+        carry = engine.advance(carry, chunk)
+        done, tokens, length = map(np.array, (carry.done, carry.tokens, carry.length))
+        finished = {}
+        for place in list(running):
+            ids = tokens[place, : length[place]]
+            if done[place] or (ended is not None and ended(ids)):
+                done[place] = True
+                finished[place] = running.pop(place), ids
+        carry = carry.replace(done=done)
+        for place, (number, ids) in finished.items():
+            chosen = None if carry.logprobs is None else carry.logprobs[place, : len(ids)]
+            stats = jax.tree.map(lambda x, place=place: np.asarray(x[:, place]), carry.stats)
+            yield number, Completion(ids, None if chosen is None else np.asarray(chosen), stats)

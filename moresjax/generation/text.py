@@ -1,0 +1,70 @@
+"""New tokens as text: stop strings, and pieces of a text that is still growing."""
+
+from collections.abc import Callable, Sequence
+
+from moresjax.errors import UserError
+from moresjax.types import Ids
+
+# What a decoder writes for bytes that are no character, or not yet.
+_INCOMPLETE = "\ufffd"
+
+
+def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Stop strings as a tuple.
+
+    Raises:
+      UserError: for an empty one.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise UserError("a stop string is empty")
+    return stops
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string in it."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return text[: min(found)] if found else text
+
+
+def has_stop(text: str, stops: Sequence[str]) -> bool:
+    """Whether there is a stop string in the text."""
+    return any(stop in text for stop in stops)
+
+
+class TextStream:
+    """Cuts a growing token sequence into pieces of text that never change again.
+
+    The pieces joined are the whole text, cut at the first stop string and stripped. Held back are
+    characters whose bytes are still missing, blanks, and what may become a stop string.
+
+    Args:
+      decode: ids to text.
+      stops: the text ends before the first of these.
+    """
+
+    def __init__(self, decode: Callable[[Ids], str], stops: Sequence[str] = ()):
+        self._decode, self._stops = decode, tuple(stops)
+        self.text = ""  # given out so far
+
+    def push(self, ids: Ids, final: bool = False) -> str:
+        """The next piece, possibly empty.
+
+        Args:
+          ids: all tokens so far.
+          final: whether these are all there will ever be: nothing is held back.
+        """
+        whole = self._decode(ids)
+        ready = cut(whole, self._stops)
+        if not final and ready == whole:
+            ready = ready.rstrip(_INCOMPLETE)
+            ready = ready[: len(ready) - max(_overlap(ready, stop) for stop in ("", *self._stops))]
+        piece = ready.strip()[len(self.text) :]
+        self.text += piece
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` a stop string could begin with."""
+    sizes = range(min(len(text), len(stop) - 1), 0, -1)
+    return next((n for n in sizes if text.endswith(stop[:n])), 0)

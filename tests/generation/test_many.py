@@ -1,0 +1,173 @@
+"""Many prompts in one batch: refilled rows, seeds, stop strings, prompts from a file."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from moresjax.analysis.attention import AttentionProbe
+from moresjax.data.digits import build_tokenizer, vocabulary
+from moresjax.data.images import ImageProcessor
+from moresjax.data.processor import Processor
+from moresjax.data.templates import get_template
+from moresjax.errors import UserError
+from moresjax.generation.jsonl import generate_file
+from moresjax.generation.sampling import Sampling
+from moresjax.model import Model
+
+NEW = 6
+IMAGE = np.random.default_rng(0).integers(0, 255, (12, 12, 3)).astype(np.uint8)
+PROMPTS = [
+    "is there a two ?",
+    "what is at top-left ? " * 6,
+    "what is the largest ?",
+    "how many times three",
+    "are top-left and top-right the same ?",
+]
+SAMPLING = Sampling(temperature=1.5, top_k=20, top_p=0.95, repetition_penalty=1.2)
+SEEDS = [3, 1, 4]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    processor = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
+    return Model(tiny_model(vocab_size=len(vocabulary()), num_layers=2), processor)
+
+
+@pytest.fixture(scope="module")
+def rows(model) -> list:
+    """Two buckets, with and without an image."""
+    return [model.prompt(p, [IMAGE] if i % 2 else []) for i, p in enumerate(PROMPTS)]
+
+
+PROBES = (AttentionProbe(),)
+
+
+@pytest.fixture(scope="module")
+def together(model, rows):
+    """All rows as one ordinary batch."""
+    return jax.tree.map(np.asarray, model.generate_rows(rows, NEW, PROBES, logprobs=True))
+
+
+@pytest.fixture(scope="module")
+def refilled(model, rows):
+    """The same with two places, and limits that make the rows end at different times."""
+    order = []
+    done = model.generate_many(
+        rows,
+        [NEW, 2, NEW, 4, NEW],
+        batch_size=2,
+        probes=PROBES,
+        logprobs=True,
+        on_done=lambda number, _: order.append(number),
+    )
+    return done, order
+
+
+def test_refilled_rows_are_those_of_one_batch(together, refilled):
+    done, order = refilled
+    assert sorted(order) == list(range(5))
+    assert order != sorted(order)
+    lengths = np.minimum(together.length, [NEW, 2, NEW, 4, NEW])
+    assert [len(c.tokens) for c in done] == lengths.tolist()
+    for row, completion in enumerate(done):
+        count = len(completion.tokens)
+        np.testing.assert_array_equal(completion.tokens, together.tokens[row, :count])
+        np.testing.assert_allclose(completion.logprobs, together.logprobs[row, :count], atol=1e-5)
+
+
+def test_statistics_of_refilled_rows_are_those_of_one_batch(together, refilled):
+    for row in (0, 2, 4):
+        expected = jax.tree.map(lambda x, row=row: x[:, row], together.stats)
+        found = refilled[0][row].stats
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected)
+
+
+def test_logprobs_are_those_of_the_whole_text(model, rows, together):
+    tokens = together.tokens[0, : together.length[0]]
+    ids = np.concatenate([rows[0]["tokens"], tokens])[None]
+    scores = jax.nn.log_softmax(model.logits(input_ids=ids), axis=-1)[0]
+    at = np.arange(len(tokens)) + len(rows[0]["tokens"]) - 1
+    expected = np.asarray(scores)[at, tokens]
+    np.testing.assert_allclose(together.logprobs[0, : len(tokens)], expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def drawn(model, rows) -> list:
+    options = {"batch_size": 2, "sampling": SAMPLING, "seeds": SEEDS}
+    return model.generate_many(rows[::2], NEW, **options)
+
+
+def test_a_draw_depends_on_its_own_seed_only(model, rows, drawn):
+    apart = model.generate_rows(rows[::2], NEW, sampling=SAMPLING, seeds=SEEDS)
+    for row, completion in enumerate(drawn):
+        count = len(completion.tokens)
+        assert count == apart.length[row]
+        np.testing.assert_array_equal(completion.tokens, apart.tokens[row, :count])
+
+
+def test_other_seeds_draw_other_tokens(model, rows, drawn):
+    options = {"batch_size": 2, "sampling": SAMPLING}
+    other = model.generate_many(rows[::2], NEW, seeds=[s + 10 for s in SEEDS], **options)
+    assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(drawn, other, strict=True))
+
+
+def test_an_answer_ends_before_its_first_stop_string(model, rows, together):
+    words = model.text(together.tokens[0, : together.length[0]]).split()
+    expected = " ".join(words[: words.index(words[1])])
+    done = model.generate_many(rows[:1], 64, batch_size=2, stop=words[1])
+    # Rows are looked at every 16 steps.
+    assert len(done[0].tokens) <= 17
+    assert model.text(done[0].tokens, words[1]) == expected
+
+
+def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together, tmp_path):
+    from PIL import Image
+
+    Image.fromarray(IMAGE).save(tmp_path / "image.png")
+    records = [
+        {"id": "a", "prompt": PROMPTS[0]},
+        {"id": "b", "prompt": PROMPTS[3], "images": ["missing.png"]},
+        {"prompt": PROMPTS[3], "images": ["image.png"]},
+        {"id": "c", "prompt": " "},
+        {"id": "d"},
+        {"id": "e", "prompt": "two", "images": ["../image.png"]},
+        {"id": "f", "prompt": "is " * 3000},
+        {"id": "g", "prompt": "two", "images": "image.png"},
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    counts = generate_file(
+        model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_new_tokens=NEW, batch_size=2
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert counts == {"records": 8, "errors": 6}
+    assert [line["id"] for line in lines] == ["a", "b", 2, "c", "d", "e", "f", "g"]
+    answers = model.decode(together)
+    assert (lines[0]["text"], lines[2]["text"]) == (answers[0], answers[3])
+    for number, reason in {
+        1: "missing.png does not exist",
+        3: "the prompt is empty",
+        4: "record 4 has no text as its 'prompt'",
+        5: "outside of the image root",
+        6: "do not fit the model's 2048 positions",
+        7: "'images' must be a list of paths",
+    }.items():
+        assert reason in lines[number]["error"]
+        assert "text" not in lines[number]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seeds": [1]}, "2 prompts but 1 seeds"),
+        ({"max_new_tokens": 2045}, "6 tokens and max_new_tokens=2045 do not fit the model's 2048"),
+        ({"stop": ["a", ""]}, "a stop string is empty"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(model, options, message):
+    with pytest.raises(UserError, match=message):
+        model.generate(["is there a two ?"] * 2, **options)

@@ -1,0 +1,68 @@
+"""Scores of continuations: those of separate forward passes."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_model
+
+from moresjax.data.digits import build_tokenizer, vocabulary
+from moresjax.data.images import ImageProcessor
+from moresjax.data.processor import Processor
+from moresjax.data.templates import get_template
+from moresjax.errors import UserError
+from moresjax.layout import Segment
+from moresjax.model import Model
+
+PROMPT = "is there a two ?"
+IMAGES = list(np.random.default_rng(0).integers(0, 255, (2, 12, 12, 3)).astype(np.uint8))
+ANSWERS = ["yes", "two seven", "is there a three", "yes two"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    processor = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
+    tuning = "mores:rank=1,positions=image"
+    return Model(tiny_model(tuning, vocab_size=len(vocabulary()), num_layers=2), processor)
+
+
+all_logits = jax.jit(lambda model, batch: model.llm.logits(model(batch).hidden))
+
+
+def alone(model: Model, images, ids) -> tuple[float, bool]:
+    """One continuation in a row of its own, from all of its logits."""
+    row = model.prompt(PROMPT, images)
+    answer = {"tokens": ids, "segment": int(Segment.ANSWER), "image": -1, "document": 0}
+    head = len(row["tokens"])
+    whole = row | {
+        name: np.concatenate([row[name], np.broadcast_to(answer.get(name, 0), len(ids))])
+        for name in ("tokens", "segment", "image", "document", "branch")
+    }
+    whole["position"] = np.arange(head + len(ids))
+    whole = {n: x if n == "pixels" else x.astype(np.int32) for n, x in whole.items()}
+    batch = model.batch([whole], 40)
+    logits = all_logits(model.mllm, batch)[0, head - 1 : head + len(ids) - 1]
+    scores = np.asarray(jax.nn.log_softmax(logits))
+    greedy = bool((scores.argmax(-1) == ids).all())
+    return float(scores[np.arange(len(ids)), ids].sum()), greedy
+
+
+def test_answers_that_share_a_prompt_score_as_they_do_alone(model):
+    first = model.generate_rows([model.prompt(PROMPT, IMAGES[:1])], 1).tokens[0, 0]
+    best = model.processor.tokenizer.decode([int(first)])
+    prompts, images = [PROMPT, PROMPT], [IMAGES[:1], IMAGES[1:]]
+    answers = [[*ANSWERS, best], ANSWERS]
+    found = model.score(prompts, answers, images, batch_size=2)
+    assert [len(scores) for scores in found] == [5, 4]
+    for own, texts, scores in zip(images, answers, found, strict=True):
+        for text, score in zip(texts, scores, strict=True):
+            ids = model.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            logprob, greedy = alone(model, own, np.asarray(ids))
+            assert score.logprob == pytest.approx(logprob, abs=1e-5)
+            assert (score.greedy, score.tokens) == (greedy, len(ids))
+    assert found[0][-1].greedy
+    assert found[0][0].logprob != pytest.approx(found[1][0].logprob, abs=1e-3)
+
+
+def test_an_empty_answer_is_refused(model):
+    with pytest.raises(UserError, match="an answer to score is empty: 'is there a two"):
+        model.score([PROMPT], [["yes", " "]])
