@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moresjax.errors import UserError
+from moresjax.errors import UserError, choice_error
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -45,6 +45,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} devices"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_preset(name: str, devices: int) -> dict[str, int]:
+    """Sizes of the axes of a named mesh, as `config.mesh` takes them.
+
+    Args:
+      name: `replicated` (every device holds all parameters), `fsdp` (parameters split over all
+        devices), or `fsdp+tensor` (features split over 2 neighbours too; 4 of 16 and more).
+      devices: how many.
+
+    Raises:
+      UserError: for another name, or a number of devices that has no such mesh.
+    """
+    tensor = 4 if devices >= 16 else 2
+    presets = {
+        "replicated": {"data": devices, "fsdp": 1, "tensor": 1},
+        "fsdp": {"data": 1, "fsdp": devices, "tensor": 1},
+        "fsdp+tensor": {"data": 1, "fsdp": devices // tensor, "tensor": tensor},
+    }
+    if name not in presets:
+        raise choice_error("mesh preset", name, presets)
+    if math.prod(presets[name].values()) != devices:
+        raise UserError(f"mesh preset {name} needs a multiple of {tensor} devices, got {devices}")
+    return presets[name]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -54,7 +54,13 @@ def split_model(
         if path_name(path) in chosen and variable.dtype == jnp.int8:
             raise UserError(f"{path_name(path)} is int8 and cannot train; leave it frozen")
     graphdef, trainable, frozen = nnx.split(model, lambda path, _: path_name(path) in chosen, ...)
-    return graphdef, jax.tree.map(lambda x: x.astype(jnp.float32), trainable), frozen
+    return graphdef, jax.tree.map(_as_fp32, trainable), frozen
+
+
+def _as_fp32(x):
+    if isinstance(x, jax.ShapeDtypeStruct):  # of a model that is only described
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return x.astype(jnp.float32)
 
 
 def make_train_step(
