@@ -17,7 +17,10 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -51,29 +54,37 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     bodies, entry = _computations(hlo)
 
     @functools.cache
-    def inside(name: str) -> tuple[Collective, ...]:
-        found = []
+    def inside(name: str) -> dict[str, Collective]:
+        # By channel: TPU programs cut a collective into several pieces, all of one channel.
+        found = {}
         for line in bodies.get(name, ()):
             if own := _collective(line, name, devices):
-                found.append(own)
+                channel = _CHANNEL.search(line)
+                found.setdefault(channel[1] if channel else line, own)
             if "async-done(" in line or "async-update(" in line:
                 continue  # names the computation that async-start has run
             names = _CALLED.findall(line)
             for group in _BRANCHES.findall(line):
                 names += [called.strip().lstrip("%") for called in group.split(",")]
-            called = [c for n in names for c in inside(n)]
-            found += _repeated(called, line) if " while(" in line else called
-        return tuple(found)
+            called = {key: c for n in names for key, c in inside(n).items()}
+            if called and " while(" in line:
+                turns = _turns(line, bodies)
+                called = {
+                    key: dataclasses.replace(c, times=c.times * turns) for key, c in called.items()
+                }
+            for key, each in called.items():
+                found.setdefault(key, each)
+        return found
 
-    return list(inside(entry))
+    return list(inside(entry).values())
 
 
-def totals(found: list[Collective]) -> dict[str, dict[str, float]]:
+def totals(found: list[Collective]) -> dict[str, dict[str, int]]:
     """Runs and bytes per chip by kind."""
     times, moved = Counter(), Counter()
     for each in found:
         times[each.kind] += each.times
-        moved[each.kind] += each.times * each.bytes
+        moved[each.kind] += round(each.times * each.bytes)
     return {kind: {"times": times[kind], "bytes": moved[kind]} for kind in KINDS if times[kind]}
 
 
@@ -100,10 +111,7 @@ def _collective(line: str, computation: str, devices: int) -> Collective | None:
     if started and kind != "all-reduce":
         shapes = shapes[len(shapes) // 2 :]  # inputs, then outputs
     size = sum(map(_bytes, shapes))
-    groups = _GROUPS.search(line)
-    group = devices
-    if groups:
-        group = int(groups[1]) if groups[1] else len(groups[2].split(","))
+    group = _group(line, devices)
     if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
         # What TPUs fuse with the slice that follows.
         kind, size = "reduce-scatter", size / group
@@ -117,13 +125,27 @@ def _collective(line: str, computation: str, devices: int) -> Collective | None:
     return Collective(kind, shape, 1, moved)
 
 
-def _repeated(called: list[Collective], line: str) -> list[Collective]:
-    if not called:
-        return []
-    trips = _TRIPS.search(line)
-    if not trips:
+def _turns(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often a loop runs: what the compiler notes, or the limit of its counter."""
+    if noted := _TRIPS.search(line):
+        return int(noted[1])
+    condition = bodies.get(_CONDITION.search(line)[1], ())
+    limits = [limit for c in condition for limit in _LIMIT.findall(c)]
+    if len(limits) != 1:
         raise ValueError(f"a loop with collectives does not say how often it runs: {line.strip()}")
-    return [dataclasses.replace(c, times=c.times * int(trips[1])) for c in called]
+    return int(limits[0])
+
+
+def _group(line: str, devices: int) -> int:
+    """Chips that take part in one instance of a collective."""
+    found = _GROUPS.search(line)
+    if not found:
+        return devices
+    size, members, axes, used = found.groups()
+    if axes is not None:  # mesh['a'=2,'b'=4] {'b'}
+        sizes = dict(axis.split("=") for axis in axes.split(","))
+        return math.prod(int(sizes[name]) for name in used.split(","))
+    return int(size) if size else len(members.split(","))
 
 
 def _bytes(shape: tuple[str, str]) -> float:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from moresjax.errors import UserError, choice_error
 
@@ -83,6 +84,23 @@ def batch_shards(mesh: Mesh) -> int:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def keep_rows_split(x: Array) -> Array:
+    """Says inside a jitted function that activations `[B, ...]` are split by rows and nothing else.
+
+    Without being told, XLA may follow the parameters instead: split features, and every row on
+    every device. Does nothing where no mesh is in use (`use_mesh`).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def use_mesh(mesh: Mesh):
+    """Context in which functions are traced for a mesh, see `keep_rows_split`."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:

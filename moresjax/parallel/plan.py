@@ -90,7 +90,7 @@ class Plan:
     hbm_bytes: int
     memory: Memory | None
     needed_bytes: int
-    collectives: dict[str, dict[str, float]]
+    collectives: dict[str, dict[str, int]]
     flops: StepFlops
     seconds: dict[str, float]
 
@@ -194,6 +194,7 @@ def abstract_step(config, mesh: Mesh):
         OBJECTIVES[config.objective],
         optimizer,
         schedule,
+        mesh=mesh,
         seed=config.seed,
         microbatches=config.microbatches,
     )

@@ -92,6 +92,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
         OBJECTIVES[config.objective],
         optimizer,
         schedule,
+        mesh=mesh,
         seed=config.seed,
         microbatches=config.microbatches,
     )

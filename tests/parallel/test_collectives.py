@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from moresjax.parallel.collectives import Collective, collectives, totals
 
@@ -22,7 +22,7 @@ ENTRY main.1 (p: f32[4]) -> f32[4] {
 @pytest.fixture(scope="module")
 def program() -> str:
     """Eight devices: a sum in a loop, then a gather over groups of four."""
-    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
     def run(x):
         def turn(x, _):
@@ -52,19 +52,19 @@ def test_a_gather_moves_what_the_other_chips_of_its_group_hold(program):
     [
         (
             "bf16[2,64]{1,0:T(8,128)} collective-permute(%p), source_target_pairs={{0,1}}",
-            Collective("collective-permute", "bf16[2,64]", 1, 256),
+            Collective("collective-permute", "bf16[2,64]", 1, 256.0),
         ),
         (
             "(f32[8]{0}, f32[32]{0}) all-gather-start(%p), replica_groups=[2,4]<=[8]",
-            Collective("all-gather", "f32[32]", 1, 96),
+            Collective("all-gather", "f32[32]", 1, 96.0),
         ),
         (
             "f32[8]{0} reduce-scatter(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add",
-            Collective("reduce-scatter", "f32[8]", 1, 96),
+            Collective("reduce-scatter", "f32[8]", 1, 96.0),
         ),
         (
             "f32[8]{0} all-to-all(%p), replica_groups={}",
-            Collective("all-to-all", "f32[8]", 1, 28),
+            Collective("all-to-all", "f32[8]", 1, 28.0),
         ),
     ],
 )
