@@ -20,7 +20,11 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_LIMIT = re.compile(r" [su]32\[\]\S* constant\((\d+)\)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"(%\S+) = [su]32\[\]\S* constant\((\d+)\)")
+_COUNTER = re.compile(r" = [su]32\[\]\S* get-tuple-element\(.*index=(\d+)")
+_ROOT = re.compile(r"ROOT \S+ = .* tuple\((.*?)\)")
+_ADD = re.compile(r"(%\S+) = [su]32\[\]\S* add\((%\S+), (%\S+)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
@@ -54,13 +58,13 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     bodies, entry = _computations(hlo)
 
     @functools.cache
-    def inside(name: str) -> dict[str, Collective]:
+    def inside(name: str) -> dict[object, Collective]:
         # By channel: TPU programs cut a collective into several pieces, all of one channel.
         found = {}
         for line in bodies.get(name, ()):
             if own := _collective(line, name, devices):
                 channel = _CHANNEL.search(line)
-                found.setdefault(channel[1] if channel else line, own)
+                found.setdefault((channel[1], own) if channel else line, own)
             if "async-done(" in line or "async-update(" in line:
                 continue  # names the computation that async-start has run
             names = _CALLED.findall(line)
@@ -126,14 +130,30 @@ def _collective(line: str, computation: str, devices: int) -> Collective | None:
 
 
 def _turns(line: str, bodies: dict[str, list[str]]) -> int:
-    """How often a loop runs: what the compiler notes, or the limit of its counter."""
+    """How often a loop runs: what the compiler notes, or the limit of its counter over its step."""
     if noted := _TRIPS.search(line):
         return int(noted[1])
-    condition = bodies.get(_CONDITION.search(line)[1], ())
-    limits = [limit for c in condition for limit in _LIMIT.findall(c)]
-    if len(limits) != 1:
+    condition = "\n".join(bodies.get(_CONDITION.search(line)[1], ()))
+    limits, counter = _CONSTANT.findall(condition), _COUNTER.findall(condition)
+    if len(limits) != 1 or len(counter) != 1 or "direction=LT" not in condition:
         raise ValueError(f"a loop with collectives does not say how often it runs: {line.strip()}")
-    return int(limits[0])
+    step = _step(bodies[_BODY.search(line)[1]], int(counter[0]))
+    return math.ceil(int(limits[0][1]) / step)
+
+
+def _step(body: list[str], counter: int) -> int:
+    """What a loop adds to its counter: TPU programs do two turns in one and count by 2. A sum that
+    is hidden in a fusion is one of 1."""
+    constants = {name: int(value) for line in body for name, value in _CONSTANT.findall(line)}
+    root = _ROOT.search("\n".join(body))
+    if not root:
+        return 1
+    result = re.sub(r"/\*.*?\*/", "", root[1]).split(", ")[counter]
+    for line in body:
+        added = _ADD.search(line)
+        if added and added[1] == result:
+            return next((constants[n] for n in added.groups() if n in constants), 1)
+    return 1
 
 
 def _group(line: str, devices: int) -> int:

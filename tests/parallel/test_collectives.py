@@ -18,6 +18,28 @@ ENTRY main.1 (p: f32[4]) -> f32[4] {
 }
 """
 
+# As compilers for TPUs write loops: without a note, two turns in one.
+LOOP_BY_TWO = """
+%cond.1 (p: (f32[4], s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(6)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body.1 (p: (f32[4], s32[])) -> (f32[4], s32[]) {
+  %two = s32[]{:T(128)} constant(2)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p), index=1
+  %x = f32[4]{0} get-tuple-element(%p), index=0
+  %sum = f32[4]{0} all-reduce(%x), channel_id=1, replica_groups=mesh['a'=2,'b'=4] {'b'}
+  %next = s32[]{:T(128)} add(%i.1, %two)
+  ROOT %out = (f32[4]{0}, s32[]{:T(128)}) tuple(%sum, %next)
+}
+
+ENTRY %main.1 (p: (f32[4], s32[])) -> (f32[4], s32[]) {
+  ROOT %loop = (f32[4]{0}, s32[]) while(%p), condition=%cond.1, body=%body.1
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def program() -> str:
@@ -76,3 +98,13 @@ def test_every_kind_has_the_traffic_of_its_ring(instruction, expected):
 def test_a_loop_that_does_not_say_how_often_it_runs_is_refused():
     with pytest.raises(ValueError, match="how often"):
         collectives(LOOP_WITHOUT_COUNT, 8)
+
+
+def test_a_loop_that_counts_by_two_runs_half_as_often():
+    assert collectives(LOOP_BY_TWO, 8) == [Collective("all-reduce", "f32[4]", 3, 24.0)]
+
+
+def test_pieces_of_one_channel_are_one_collective():
+    piece = "bf16[64]{0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8]"
+    hlo = f"ENTRY main.1 (p: f32[4]) -> f32[4] {{\n  %x = {piece}\n  %y = {piece}\n}}\n"
+    assert [each.times for each in collectives(hlo, 8)] == [1]
