@@ -26,9 +26,21 @@ chip and step; milliseconds and tokens/s are bounds from the datasheets (padding
 which a real step does not reach.
 
 """
-COLUMNS = (
-    "model tuning slice mesh quantize batch peak_GiB of fits traffic_GiB bound_by ms tokens/s"
-).split()
+COLUMNS = [
+    "model",
+    "tuning",
+    "slice",
+    "mesh",
+    "quantize",
+    "batch",
+    "peak_GiB",
+    "of",
+    "fits",
+    "traffic_GiB",
+    "bound_by",
+    "ms",
+    "tokens/s",
+]
 
 
 def row(size: str, tuning: str, preset: str, args, target: str) -> str:
