@@ -26,21 +26,8 @@ chip and step; milliseconds and tokens/s are bounds from the datasheets (padding
 which a real step does not reach.
 
 """
-COLUMNS = [
-    "model",
-    "tuning",
-    "slice",
-    "mesh",
-    "quantize",
-    "batch",
-    "peak_GiB",
-    "of",
-    "fits",
-    "traffic_GiB",
-    "bound_by",
-    "ms",
-    "tokens/s",
-]
+COLUMNS = ("model", "tuning", "slice", "mesh", "quantize", "batch", "peak GiB", "of", "fits")
+COLUMNS += ("traffic GiB", "bound by", "ms", "tokens/s")
 
 
 def row(size: str, tuning: str, preset: str, args, target: str) -> str:
@@ -88,7 +75,7 @@ def main() -> None:
         rows = [line for line in rows if tuple(line.strip("| ").split(" | ")[:6]) != start]
         rows.append(row(size, tuning, args.preset, args, target))
         head = [
-            f"| {' | '.join(c.replace('_', ' ') for c in COLUMNS)} |",
+            f"| {' | '.join(COLUMNS)} |",
             "|---" * len(COLUMNS) + "|",
         ]
         DOCUMENT.write_text(HEAD + "\n".join([*head, *rows]) + "\n")
