@@ -54,6 +54,8 @@ setup(
             "torch==2.13.0",
             "peft>=0.21",
             "ruff",
+            # Plans are compiled for TPUs on any machine.
+            "jax[tpu]>=0.10,<0.11",
         ],
     },
     entry_points={"console_scripts": ["moresjax=moresjax.cli:main"]},

@@ -110,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", required=True, metavar="hf|merged|adapter|peft|pyreft")
     export.add_argument("--adapter", metavar="DIR", help="attach this adapter folder first")
 
+    plan = add("plan", _plan, "compile a run for a TPU slice, without one: does it fit, how fast")
+    plan.add_argument("--config", required=True, metavar="FILE[:args]")
+    plan.add_argument("--topology", required=True, metavar="v5e:4x4", help="or v5e-16")
+    plan.add_argument("--batch", type=int, help="rows per step; default: the configuration's")
+    plan.add_argument("--search", action="store_true", help="try batches, meshes and remat")
+
     data = commands.add_parser("data", help="check, convert and build datasets")
     jobs = data.add_subparsers(dest="job", required=True, metavar="JOB")
     check = jobs.add_parser("check", help="tokenise everything that a config would train on")
@@ -167,7 +173,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     prefix = "--config."
     args.overrides = [item.removeprefix(prefix) for item in rest if item.startswith(prefix)]
     unknown = [item for item in rest if not item.startswith(prefix)]
-    takes_overrides = args.command == "train" or getattr(args, "job", "") == "check"
+    takes_overrides = args.command in ("train", "plan") or getattr(args, "job", "") == "check"
     if unknown or (args.overrides and not takes_overrides):
         raise UserError(f"unknown argument {(unknown or rest)[0]!r}")
     return args
@@ -314,6 +320,20 @@ def _export(args) -> None:
     out = export_model(args.model, args.out, args.format, adapter=args.adapter)
     files = sorted(path.name for path in out.iterdir())
     _print(args, {"out": args.out, "files": files}, f"{args.out}: {', '.join(files)}")
+
+
+def _plan(args) -> None:
+    from moresjax.parallel.plan import describe, plan, search
+    from moresjax.training.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.batch:
+        config.batch_size = args.batch
+    found = search if args.search else plan
+    plans = found(config, args.topology)
+    plans = plans if args.search else [plans]
+    data = {"plans": [each.to_dict() for each in plans]}
+    _print(args, data, "\n\n".join(map(describe, plans)))
 
 
 def _data_check(args) -> None:

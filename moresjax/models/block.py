@@ -20,6 +20,7 @@ from moresjax.errors import UserError
 from moresjax.models.attention import attention
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope, param
 from moresjax.ops import place
+from moresjax.parallel.mesh import keep_rows_split
 from moresjax.tuning.hooks import LayerHooks
 from moresjax.types import AnyArray, pytree_dataclass
 
@@ -254,6 +255,7 @@ def run_blocks(
 
     def one_layer(h, block, theta, layer, cache=None):
         at_layer = hooks.layer(theta, layer)
+        h = keep_rows_split(h)
         h, cache = block(h, *view(layer), at_layer, cache, index)
         return h, cache if keep_cache else None, at_layer.stats
 

@@ -31,6 +31,7 @@ from moresjax.models.layers import (
     stack,
     unstack,
 )
+from moresjax.parallel.mesh import keep_rows_split
 from moresjax.tuning.hooks import TowerHooks
 
 POSITIONS = ("rope", "learned")
@@ -115,7 +116,7 @@ class Decoder(nnx.Module):
 
     def embeddings(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Word embeddings as the blocks take them, in the activations' dtype."""
-        h = self.embed(tokens).astype(self.config.dtype)
+        h = keep_rows_split(self.embed(tokens)).astype(self.config.dtype)
         if self.config.scale_embeddings:
             h = h * jnp.asarray(self.config.hidden_size**0.5, h.dtype)
         return h
@@ -178,7 +179,7 @@ class Decoder(nnx.Module):
             index=index,
             keep_cache=keep_cache,
         )
-        return dataclasses.replace(out, hidden=self.norm(out.hidden))
+        return dataclasses.replace(out, hidden=self.norm(keep_rows_split(out.hidden)))
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Vocabulary logits in fp32 of normalised hidden states."""
@@ -186,6 +187,7 @@ class Decoder(nnx.Module):
             logits = hidden @ self.embed.table[...].astype(hidden.dtype).T
         else:
             logits = self.head(hidden)
+        logits = keep_rows_split(logits)
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
     def unstack(self) -> None:

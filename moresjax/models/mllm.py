@@ -21,6 +21,7 @@ from moresjax.models.fusion import (
     vision_module,
 )
 from moresjax.models.vision import image_batch
+from moresjax.parallel.mesh import keep_rows_split
 from moresjax.tuning.attach import Tuning, extend_layout
 from moresjax.tuning.base import Probe, ProbeContext
 from moresjax.tuning.hooks import Hooks
@@ -93,7 +94,8 @@ class MLLM(nnx.Module):
         self, pixels: Float[Array, "B N Y X 3"], hooks: Hooks
     ) -> Float[Array, "B R D"]:
         """Connector outputs of all images of each row, flattened to R = N * V tokens."""
-        features = self.connector(self.vision(image_batch(pixels), hooks.tower("vision")))
+        features = keep_rows_split(self.vision(image_batch(pixels), hooks.tower("vision")))
+        features = keep_rows_split(self.connector(features))
         features = features.reshape(pixels.shape[0], -1, features.shape[-1])
         return hooks.edit("connector.out", features)
 

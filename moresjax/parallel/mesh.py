@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
-from moresjax.errors import UserError
+from moresjax.errors import UserError, choice_error
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -47,6 +48,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def mesh_preset(name: str, devices: int) -> dict[str, int]:
+    """Sizes of the axes of a named mesh, as `config.mesh` takes them.
+
+    Args:
+      name: `replicated` (every device holds all parameters), `fsdp` (parameters split over all
+        devices), or `fsdp+tensor` (features split over 2 neighbours too; 4 of 16 and more).
+      devices: how many.
+
+    Raises:
+      UserError: for another name, or a number of devices that has no such mesh.
+    """
+    tensor = 4 if devices >= 16 else 2
+    presets = {
+        "replicated": {"data": devices, "fsdp": 1, "tensor": 1},
+        "fsdp": {"data": 1, "fsdp": devices, "tensor": 1},
+        "fsdp+tensor": {"data": 1, "fsdp": devices // tensor, "tensor": tensor},
+    }
+    if name not in presets:
+        raise choice_error("mesh preset", name, presets)
+    if math.prod(presets[name].values()) != devices:
+        raise UserError(f"mesh preset {name} needs a multiple of {tensor} devices, got {devices}")
+    return presets[name]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows split over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -59,6 +84,23 @@ def batch_shards(mesh: Mesh) -> int:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def keep_rows_split(x: Array) -> Array:
+    """Says inside a jitted function that activations `[B, ...]` are split by rows and nothing else.
+
+    Without being told, XLA may follow the parameters instead: split features, and every row on
+    every device. Does nothing where no mesh is in use (`use_mesh`).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def use_mesh(mesh: Mesh):
+    """Context in which functions are traced for a mesh, see `keep_rows_split`."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:

@@ -73,7 +73,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
         return finished
 
     mesh = make_mesh(**config.mesh)
-    _check_numbers(config, batch_shards(mesh))
+    check_numbers(config, batch_shards(mesh))
 
     # Data: before the model, whose reading takes longer than finding a mistake here.
     processor = build_processor(config, root=workdir)
@@ -92,6 +92,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
         OBJECTIVES[config.objective],
         optimizer,
         schedule,
+        mesh=mesh,
         seed=config.seed,
         microbatches=config.microbatches,
     )
@@ -172,7 +173,7 @@ def _finished(config, workdir: Path) -> TrainResult | None:
     return result if result.step >= config.steps else None
 
 
-def _check_numbers(config, shards: int) -> None:
+def check_numbers(config, shards: int) -> None:
     """Refuses sizes that cannot work before anything is built or written."""
     keys = ("steps", "batch_size", "microbatches", "log_every", "reading_threads")
     sizes = {key: config[key] for key in keys}

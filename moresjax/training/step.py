@@ -4,15 +4,18 @@ The model is split structurally: `trainable` (fp32) is differentiated, updated, 
 `frozen` is an ordinary argument that nothing differentiates, donates or returns.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from moresjax.errors import UserError
+from moresjax.parallel.mesh import use_mesh
 from moresjax.paths import matches, path_name
 from moresjax.training.objectives import Loss
 from moresjax.types import pytree_dataclass
@@ -54,7 +57,13 @@ def split_model(
         if path_name(path) in chosen and variable.dtype == jnp.int8:
             raise UserError(f"{path_name(path)} is int8 and cannot train; leave it frozen")
     graphdef, trainable, frozen = nnx.split(model, lambda path, _: path_name(path) in chosen, ...)
-    return graphdef, jax.tree.map(lambda x: x.astype(jnp.float32), trainable), frozen
+    return graphdef, jax.tree.map(_as_fp32, trainable), frozen
+
+
+def _as_fp32(x):
+    if isinstance(x, jax.ShapeDtypeStruct):  # of a model that is only described
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    return x.astype(jnp.float32)
 
 
 def make_train_step(
@@ -63,17 +72,20 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
+    mesh: Mesh | None = None,
     seed: int = 0,
     microbatches: int = 1,
 ) -> Callable:
     """`step(state, frozen, batch) -> (state, metrics)`, to be jitted with `state` donated.
 
     Gradients and label counts are summed over `microbatches` slices of the batch and divided once,
-    so the loss is the mean over labels however the batch is cut or sharded.
+    so the loss is the mean over labels however the batch is cut or sharded. On a `mesh` activations
+    are split by rows.
     """
 
     def loss_sum(trainable, frozen, batch, key):
-        loss = objective(nnx.merge(graphdef, trainable, frozen), batch, key)
+        with use_mesh(mesh) if mesh else contextlib.nullcontext():
+            loss = objective(nnx.merge(graphdef, trainable, frozen), batch, key)
         return loss.total, loss
 
     def gradients(trainable, frozen, batch, key):

@@ -19,6 +19,7 @@ from moresjax.parallel.mesh import (
     SPLIT_FROM,
     batch_sharding,
     make_mesh,
+    mesh_preset,
     parameter_shardings,
     place,
     replicated,
@@ -226,3 +227,23 @@ def test_a_run_may_be_resumed_on_another_mesh(tmp_path):
         np.testing.assert_allclose(
             np.asarray(array), np.asarray(wanted[name]), atol=1e-5, rtol=0, err_msg=name
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "sizes"),
+    [
+        ("replicated", 8, (8, 1, 1)),
+        ("fsdp", 8, (1, 8, 1)),
+        ("fsdp+tensor", 8, (1, 4, 2)),
+        ("fsdp+tensor", 64, (1, 16, 4)),
+    ],
+)
+def test_presets_use_every_device(name, devices, sizes):
+    assert tuple(mesh_preset(name, devices).values()) == sizes
+
+
+def test_unknown_presets_are_refused():
+    with pytest.raises(UserError, match="choose from: replicated, fsdp, fsdp"):
+        mesh_preset("zero3", 8)
+    with pytest.raises(UserError, match="multiple of 2 devices, got 7"):
+        mesh_preset("fsdp+tensor", 7)

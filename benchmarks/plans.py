@@ -1,0 +1,86 @@
+"""Plans of the papers' runs for TPU slices, as docs/plans.md: no TPU needed, minutes a row.
+
+    JAX_PLATFORMS=cpu python benchmarks/plans.py --sizes 7b --tunings mores-base --slices v5e-8
+
+Rows that the file has already are kept, so the table may be made in several goes.
+"""
+
+import argparse
+import itertools
+import re
+from pathlib import Path
+
+from moresjax.parallel.chips import GIB, find_slice
+from moresjax.parallel.mesh import mesh_preset
+from moresjax.parallel.plan import PRESETS, Plan, plan
+from moresjax.training.config import load_config
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "plans.md"
+HEAD = """# Plans for TPU slices
+
+Written by `python benchmarks/plans.py`: the train step of `configs/llava_steering.py`, compiled by
+libtpu for chips that need not be there. Rows of 1024 tokens with one image, remat on, trained
+parameters in fp32. Memory is the compiler's peak per chip; traffic is that of all collectives per
+chip and step; milliseconds and tokens/s are bounds from the datasheets (padding counts as tokens),
+which a real step does not reach.
+
+"""
+COLUMNS = ("model", "tuning", "slice", "mesh", "quantize", "batch", "peak GiB", "of", "fits")
+COLUMNS += ("traffic GiB", "bound by", "ms", "tokens/s")
+
+
+def row(size: str, tuning: str, preset: str, args, target: str) -> str:
+    config = load_config(f"{ROOT / 'configs' / 'llava_steering.py'}:size={size},tuning={tuning}")
+    config.length, config.images, config.remat = 1024, 1, True
+    config.batch_size, config.quantize = args.batch, args.quantize
+    config.mesh.update(mesh_preset(preset, find_slice(target).size))
+    return cells(size, tuning, target, preset, plan(config, target))
+
+
+def cells(size: str, tuning: str, target: str, preset: str, found: Plan) -> str:
+    traffic = sum(each["bytes"] for each in found.collectives.values()) / GIB
+    known = found.memory is not None  # without a program there is no traffic, and so no bound
+    values = [
+        size,
+        tuning,
+        target,
+        preset,
+        found.setting["quantize"] or "-",
+        found.setting["batch_size"],
+        f"{found.needed_bytes / GIB:.2f}",
+        f"{found.hbm_bytes / GIB:.0f}",
+        "yes" if found.fits else "no",
+        f"{traffic:.2f}" if known else "-",
+        found.bound if known else "-",
+        f"{1e3 * found.seconds[found.bound]:.0f}" if known else "-",
+        f"{found.tokens_per_second:,.0f}" if known else "-",
+    ]
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", default=["3b", "7b", "13b"])
+    parser.add_argument("--tunings", nargs="+", default=["mores-base", "lora", "full"])
+    parser.add_argument("--slices", nargs="+", default=["v5e-8", "v5p-8", "v6e-8", "v5e-64"])
+    parser.add_argument("--preset", default="fsdp", choices=PRESETS)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--quantize", default="", choices=["", "int8"])
+    args = parser.parse_args()
+    known = DOCUMENT.read_text() if DOCUMENT.is_file() else ""
+    rows = [line for line in known.splitlines() if re.match(r"\| \d+b ", line)]
+    for size, tuning, target in itertools.product(args.sizes, args.tunings, args.slices):
+        start = (size, tuning, target, args.preset, args.quantize or "-", str(args.batch))
+        rows = [line for line in rows if tuple(line.strip("| ").split(" | ")[:6]) != start]
+        rows.append(row(size, tuning, args.preset, args, target))
+        head = [
+            f"| {' | '.join(COLUMNS)} |",
+            "|---" * len(COLUMNS) + "|",
+        ]
+        DOCUMENT.write_text(HEAD + "\n".join([*head, *rows]) + "\n")
+        print(rows[-1], flush=True)
+
+
+if __name__ == "__main__":
+    main()
