@@ -18,6 +18,7 @@ from moresjax.training.config import RANDOM, base_config, read_config, save_conf
 from moresjax.training.step import TrainState
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf
+from moresjax.weights.files import check_new
 from moresjax.weights.hf import pretrained_config
 from moresjax.weights.parts import load_vision
 from moresjax.weights.peft import export_peft
@@ -61,8 +62,7 @@ def import_model(
       UserError: when a folder is not what it should be; nothing is written then.
     """
     source, out = Path(source).resolve(), Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; the import needs a new folder")
+    check_new(out, "import")
     folders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
     architecture = _architecture(source, folders, fusion, connector, allow_pickle)
     config = base_config()
@@ -142,9 +142,9 @@ def export_model(
     if format not in FORMATS:
         raise choice_error("export format", format, FORMATS)
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; the export needs a new folder")
-    loaded = load(model, quantize="")
+    check_new(out, "export")
+    # Whole weights go out; what was trained beside them goes out over any.
+    loaded = load(model, quantize=None if format in ADAPTER_FORMATS else "")
     if adapter is not None:
         loaded.load_adapter(adapter)
     if format in ADAPTER_FORMATS:

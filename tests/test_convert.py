@@ -124,6 +124,14 @@ def test_command_lines(folder, tmp_path, capsys):
     assert "'onnx'; choose from: hf, merged, adapter, peft, pyreft" in capsys.readouterr().err
 
 
+def test_eight_bits_do_not_go_out_as_weights(folder, tmp_path):
+    import_model(folder, tmp_path / "run", quantize="int8")
+    with pytest.raises(UserError, match="in eight bits; load it with quantize=int8"):
+        export_model(tmp_path / "run", tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+    assert mj.load(tmp_path / "run").config.llm.int8
+
+
 @pytest.fixture
 def tuned(imported, tmp_path):
     """The import with a tuning attached: a run that ended before its first step."""

@@ -23,7 +23,8 @@ def fill(model: nnx.Module, arrays: Mapping[str, AnyArray], source: str, part: s
     """Sets the parameters below `part` (default: all) that `arrays` names; others stay as they are.
 
     Raises:
-      UserError: when an array has another shape than its parameter.
+      UserError: when an array has another shape than its parameter, or eight bits where the
+        parameter has none.
     """
     new, flat = [], dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     for path, variable in flat.items():
@@ -35,6 +36,8 @@ def fill(model: nnx.Module, arrays: Mapping[str, AnyArray], source: str, part: s
             raise UserError(
                 f"{source}: {name} has shape {value.shape}, the model needs {variable.shape}"
             )
+        if value.dtype == jnp.int8 and variable.dtype != jnp.int8:
+            raise UserError(f"{source} holds {name} in eight bits; load it with quantize=int8")
         if variable.dtype == jnp.int8 and value.dtype != jnp.int8:
             value, scale = quantize(value)
             factor = (*path[:-1], "scale")

@@ -39,10 +39,9 @@ from moresjax.parallel.mesh import (
     parameter_shardings,
     replicated,
 )
-from moresjax.training.loop import check_numbers
-from moresjax.training.objectives import OBJECTIVES
+from moresjax.training.loop import check_numbers, jitted_step
 from moresjax.training.optimizer import make_optimizer
-from moresjax.training.step import TrainState, make_train_step, split_model
+from moresjax.training.step import TrainState, split_model
 
 SETTING = ("batch_size", "microbatches", "length", "images", "remat", "quantize", "tuning")
 PRESETS = ("replicated", "fsdp", "fsdp+tensor")
@@ -189,17 +188,8 @@ def abstract_step(config, mesh: Mesh):
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     rows = batch_sharding(mesh)
     batch = jax.tree.map(lambda x: _shape(x, rows), abstract_batch(config, architecture))
-    step = make_train_step(
-        graphdef,
-        OBJECTIVES[config.objective],
-        optimizer,
-        schedule,
-        mesh=mesh,
-        seed=config.seed,
-        microbatches=config.microbatches,
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return state, frozen, batch, jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    step = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
+    return state, frozen, batch, step
 
 
 def abstract_batch(config, architecture: MLLMConfig) -> Batch:

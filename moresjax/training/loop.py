@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from moresjax.build import build_iterator, build_model, build_processor, located
 from moresjax.data.pipeline import to_device_batch
@@ -87,17 +88,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     trainable, frozen = place(trainable, mesh), place(frozen, mesh)
     zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
     state = TrainState(zero, trainable, _place_optimizer(optimizer, trainable, mesh))
-    step_fn = make_train_step(
-        graphdef,
-        OBJECTIVES[config.objective],
-        optimizer,
-        schedule,
-        mesh=mesh,
-        seed=config.seed,
-        microbatches=config.microbatches,
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+    step_fn = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
 
     # Resume.
     speaks = jax.process_index() == 0  # one process writes for all
@@ -163,6 +154,22 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     if speaks:
         (workdir / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
+
+
+def jitted_step(config, graphdef, optimizer, schedule, state: TrainState, mesh: Mesh):
+    """The train step of a configuration, `(state, frozen, batch) -> (state, metrics)`, which takes
+    over the state's memory and leaves the new one where `state` is; arrays or their shapes."""
+    step = make_train_step(
+        graphdef,
+        OBJECTIVES[config.objective],
+        optimizer,
+        schedule,
+        mesh=mesh,
+        seed=config.seed,
+        microbatches=config.microbatches,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _finished(config, workdir: Path) -> TrainResult | None:

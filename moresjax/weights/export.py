@@ -1,5 +1,6 @@
 """Models to Hugging Face folders that `transformers` loads with equal logits."""
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from moresjax.errors import UserError
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.weights import tables
 from moresjax.weights.configs import decoder_config, hf_candidates
+from moresjax.weights.files import check_new, renamed
 from moresjax.weights.hf import LLAVA, llava_config, model_sources
 from moresjax.weights.sources import Source
 from moresjax.weights.vision import hf_vision_candidates, vision_config
@@ -44,8 +46,7 @@ def export_hf(
       UserError: when no architecture of `transformers` is the model's, or the folder is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; the export needs a new folder")
+    check_new(folder, "export")
     hf = hf_config(mllm.config)
     tokenizer = None if processor is None else processor.tokenizer
     if hf["model_type"] == LLAVA:
@@ -123,7 +124,8 @@ def _write_tensors(mllm: MLLM, sources: list[Source], folder: Path, shard_size: 
 
     flat = nnx.to_flat_state(nnx.state(mllm, nnx.Param))
     values = {tuple(str(part) for part in path): x.get_value() for path, x in flat}
-    owners = {_file_name(name): source for source in sources for name in source.names}
+    prefixes = tables.WRITTEN_PREFIXES if mllm.config.vision else {}
+    owners = {renamed(name, prefixes): source for source in sources for name in source.names}
     sizes = {
         name: jax.ShapeDtypeStruct(source.tensor_shape, values[source.path].dtype)
         for name, source in owners.items()
@@ -139,20 +141,12 @@ def _write_tensors(mllm: MLLM, sources: list[Source], folder: Path, shard_size: 
         tensors = {}
         for path, source in needed.items():
             made = source.to_tensors(np.asarray(values[path]))
-            tensors |= {_file_name(name): tensor for name, tensor in made.items()}
+            tensors |= {renamed(name, prefixes): tensor for name, tensor in made.items()}
         tensors = {name: np.ascontiguousarray(tensors[name]) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _file_name(name: str) -> str:
-    """Name in published files of a tensor of the state dict."""
-    for old, new in tables.WRITTEN_PREFIXES.items():
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
 
 
 def _with_image_token(tokenizer, config: MLLMConfig):
@@ -169,8 +163,6 @@ def _with_image_token(tokenizer, config: MLLMConfig):
                 f"the tokenizer has no {IMAGE_MARK} token, and the LLM's {vocab} embeddings leave "
                 "no place for one"
             )
-        import copy
-
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
     return tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_MARK)

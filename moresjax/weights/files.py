@@ -1,6 +1,7 @@
 """Tensors in the files of a folder: safetensors, and pickles when they are allowed."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -112,10 +113,25 @@ def _state_dict_name(name: str) -> str:
     """Name in the model's state dict of a tensor in a file, which may have an older layout."""
     for old, new in tables.FILE_MODULES.items():
         name = name.replace(old, new)
-    for old, new in tables.FILE_PREFIXES.items():
+    return renamed(name, tables.FILE_PREFIXES)
+
+
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """The name with the first of the prefixes that it starts with replaced."""
+    for old, new in prefixes.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
+
+
+def check_new(folder: Path, what: str) -> None:
+    """Refuses to write into a folder that has something in it.
+
+    Raises:
+      UserError: that says what needs a new folder.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; the {what} needs a new folder")
 
 
 def _halves(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from moresjax.tuning.methods.ln import NormTuning
 from moresjax.tuning.spec import format_spec
 from moresjax.weights import tables
 from moresjax.weights.configs import LLM_TABLES
+from moresjax.weights.files import renamed
 from moresjax.weights.peft_formats import (
     NORMS,
     PEFT_TYPES,
@@ -282,10 +283,7 @@ def _file_name(name: str) -> str:
 def _relative(name: str) -> str:
     """A tensor's name as in the LLM alone, whatever layout of LLaVA its file has."""
     name = name.removeprefix("base_model.model.")
-    for old, new in tables.FILE_PREFIXES.items():
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-            break
+    name = renamed(name, tables.FILE_PREFIXES)
     return name.replace("model.language_model.", "model.", 1)
 
 

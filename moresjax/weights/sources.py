@@ -66,7 +66,7 @@ class Source:
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """Shape of each tensor in the Hugging Face model."""
-        own = self.shape[1:] if self.stacked else self.shape
+        own = self._own
         if self.kind == "matrix":
             return own[::-1]
         if self.kind == "convolution":

@@ -118,6 +118,7 @@ FILE_PREFIXES = {
 # The other way, as published LLaVAs have it; older and newer versions of transformers read these.
 WRITTEN_PREFIXES = {
     "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
     "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",
 }
