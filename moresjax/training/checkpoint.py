@@ -43,7 +43,15 @@ class Checkpoints:
     def __init__(self, directory: str | Path, *, keep: int = 2):
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        # Weights hardly compress, and Orbax would hold what it compresses beside the arrays.
+        handlers = {
+            "meta": ocp.JsonCheckpointHandler(),
+            "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
+        }
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=handlers
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -59,7 +67,7 @@ class Checkpoints:
         trees = {"params": named(state.trainable), "optimizer": _numbered(state.opt_state)}
         checksums = {name: x for tree in trees.values() for name, x in _checksums(tree).items()}
         # Orbax refuses empty trees: an imported model has no optimizer.
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items() if tree}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if tree}
         meta = ocp.args.JsonSave({"data": data, "checksums": checksums})
         self._manager.save(int(state.step), args=ocp.args.Composite(meta=meta, **items))
 
@@ -114,7 +122,12 @@ class Checkpoints:
             name: self._everywhere(step, name) if tree is None else tree
             for name, tree in abstract.items()
         }
-        restores = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        restores = {
+            name: ocp.args.PyTreeRestore(
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+            )
+            for name, tree in trees.items()
+        }
         args = ocp.args.Composite(meta=ocp.args.JsonRestore(), **restores)
         found = self._manager.restore(step, args=args)
         items = {name: dict(found[name]) for name in abstract}

@@ -20,30 +20,24 @@ from jaxtyping import Array, Float
 from moresjax.errors import UserError
 from moresjax.ops import project
 from moresjax.tuning.base import Edit, Theta
+from moresjax.tuning.inverses import inverse_cholesky
 from moresjax.tuning.sites import edit_dim
 from moresjax.tuning.spec import check_choice, check_rank
 
 
-def orthonormalize_qr(raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
-    """The definition: Q of the QR decomposition whose R has a positive diagonal (fp32)."""
-    q, r = jnp.linalg.qr(raw.astype(jnp.float32))
-    sign = jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)
-    return q * sign
-
-
 def orthonormalize(raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
-    """The same matrix by Cholesky, `A chol(A^T A)^{-T}`, twice for precision.
+    """Q of the QR decomposition whose R has a positive diagonal (fp32).
 
-    Works on rows split over devices (one r x r reduction), and for r = 1 is a normalisation. Its
-    gradient does not exist for linearly dependent columns: never start from zeros.
+    Computed by Cholesky, `A chol(A^T A)^{-T}`, twice for precision: that works on rows split over
+    devices (one r x r reduction), and for r = 1 is a normalisation. Its gradient does not exist for
+    linearly dependent columns: never start from zeros.
     """
     a = raw.astype(jnp.float32)
     # Columns of unit length first: r = 1 is then done, and the Gram matrix is well scaled.
     a = a / jnp.linalg.norm(a, axis=0, keepdims=True)
     for _ in range(2 if a.shape[1] > 1 else 0):
         gram = jnp.matmul(a.T, a, precision=jax.lax.Precision.HIGHEST)
-        factor = jnp.linalg.cholesky(gram)
-        a = jax.scipy.linalg.solve_triangular(factor, a.T, lower=True).T
+        a = jnp.matmul(a, inverse_cholesky(gram).T, precision=jax.lax.Precision.HIGHEST)
     return a
 
 

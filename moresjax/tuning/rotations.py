@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from moresjax.errors import UserError
+from moresjax.tuning.inverses import inverse
 
 
 def skew_from_vector(vector: Float[Array, "n e"], size: int) -> Float[Array, "n b b"]:
@@ -22,9 +23,9 @@ def skew_part(matrix: Float[Array, "... b b"]) -> Float[Array, "... b b"]:
 
 
 def cayley(skew: Float[Array, "... b b"]) -> Float[Array, "... b b"]:
-    """The rotation `(I - Q)(I + Q)^-1` of a skew-symmetric Q (the factors commute)."""
+    """The rotation `(I - Q)(I + Q)^-1` of a skew-symmetric Q, which is `2 (I + Q)^-1 - I`."""
     eye = jnp.eye(skew.shape[-1])
-    return jnp.linalg.solve(eye + skew, eye - skew)
+    return 2 * inverse(eye + skew) - eye
 
 
 def cayley_neumann(skew: Float[Array, "... b b"]) -> Float[Array, "... b b"]:

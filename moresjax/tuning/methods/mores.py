@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from moresjax.errors import UserError
 from moresjax.ops import project
 from moresjax.tuning.base import Method, layer_field, register
-from moresjax.tuning.low_rank import LowRankEdit, orthonormalize, orthonormalize_qr
+from moresjax.tuning.low_rank import LowRankEdit
 from moresjax.tuning.spec import check_choice, preset
 
 
@@ -29,7 +29,6 @@ class MoReS(LowRankEdit):
       rank: r.
       init: `paper` starts from a random `R` and torch's default linear (not the identity at step
         0); `identity` sets `W = R^T` and `b = 0`.
-      orthonormal: `cholesky` or `qr`; two ways to the same matrix.
       parity: `paper`, or `llava-steering` for the arithmetic of the authors' code: the linear runs
         in half precision, and dropout acts on the whole steered state instead of the delta.
     """
@@ -37,18 +36,13 @@ class MoReS(LowRankEdit):
     name = "mores"
     positions: str = "image:f4+l5"
     rank: int = 1
-    orthonormal: str = "cholesky"
     parity: str = "paper"
 
     def __post_init__(self):
         super().__post_init__()
-        check_choice(self, "orthonormal", ("cholesky", "qr"))
         check_choice(self, "parity", ("paper", "llava-steering"))
         if self.parity != "paper" and self.init != "paper":
             raise UserError(f"mores:parity={self.parity} has init=paper, got {self.init!r}")
-
-    def rotation(self, raw):
-        return (orthonormalize if self.orthonormal == "cholesky" else orthonormalize_qr)(raw)
 
     def prepare(self, theta):
         if self.parity == "paper":
