@@ -1,0 +1,273 @@
+"""A train step beside `transformers`, with `peft`'s LoRA and with MoReS as forward hooks in torch.
+
+    python benchmarks/train_step.py [--rounds 5] [--samples 8]
+
+A random LLaVA of 120 million parameters (encoder of 6 layers of 384 features, decoder of 12 layers
+of 768), the same weights and the same samples for everyone, fp32, AdamW. Lengths are those of
+`packing.py`, halved. `transformers` gets the samples as its users do: a batch padded to the longest
+one; ours are packed. What counts are useful tokens per second, those that are not padding. The
+connector trains everywhere. Losses of the first step must agree. Peak memory is that of a fresh
+process per variant which makes two steps.
+"""
+
+import argparse
+import dataclasses
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from packing import NoTokenizer, sample_mix
+from peft import LoraConfig, get_peft_model
+from rounds import Run, Seconds, measure, median_ratio
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from moresjax.data.packing import PackWindow
+from moresjax.data.processor import Processor
+from moresjax.layout import Segment
+from moresjax.parallel.host import keep_freed_memory
+from moresjax.training.config import base_config
+from moresjax.training.objectives import next_token
+from moresjax.training.optimizer import make_optimizer
+from moresjax.training.step import TrainState, make_train_step, split_model
+from moresjax.weights.hf import load_pretrained
+
+RANK = {"lora": 8, "mores": 1}
+SPECS = {"lora": "lora:rank=8,alpha=16", "mores": "mores:rank=1,init=identity"}
+VARIANTS = ("torch lora", "torch mores", "moresjax lora", "moresjax mores")
+IMAGE_ID, LR, LENGTH, CAPACITY = 16_000, 1e-3, 768, 6
+PATCHES, SIZE = 64, 112
+
+
+def llava() -> LlavaConfig:
+    vision = CLIPVisionConfig(
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        image_size=SIZE,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        vocab_size=16_384,
+    )
+    return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID)
+
+
+def samples(count: int) -> list[dict[str, np.ndarray]]:
+    """Ready rows: some text, the image, a question, and an answer that is a third of the text."""
+    lengths, images = sample_mix(count, 0, 4 * LENGTH // 3)
+    rng = np.random.default_rng(0)
+    rows = []
+    for length, pictures in zip((lengths // 2).tolist(), images.tolist(), strict=True):
+        answer = length // 3
+        runs = [(Segment.SYSTEM, 8), (Segment.IMAGE, PATCHES * pictures)]
+        runs += [(Segment.QUESTION, length - 8 - answer), (Segment.ANSWER, answer)]
+        segment = np.concatenate([np.full(n, s, np.int32) for s, n in runs])
+        visual = segment == Segment.IMAGE
+        zeros = np.zeros_like(segment)
+        row = {"tokens": rng.integers(3, IMAGE_ID, segment.size).astype(np.int32)}
+        row |= {"segment": segment, "document": zeros, "branch": zeros, "id": ""}
+        row["image"] = np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32)
+        row["position"] = np.arange(segment.size, dtype=np.int32)
+        if pictures:
+            pixels = rng.standard_normal((pictures, SIZE, SIZE, 3))
+            row["pixels"] = pixels.astype(np.float32)
+        rows.append(row)
+    return rows
+
+
+# ---- moresjax
+
+
+@dataclasses.dataclass(frozen=True)
+class Square:
+    size: int = SIZE
+
+
+def ours(folder: str, rows: Sequence[dict], method: str) -> Run:
+    model = load_pretrained(folder, SPECS[method])
+    model.config = dataclasses.replace(
+        model.config, llm=dataclasses.replace(model.config.llm, unroll=True)
+    )
+    processor = Processor(NoTokenizer(), None, Square(), PATCHES)
+    packed = PackWindow(processor, LENGTH, CAPACITY).flat_map(rows)
+    batch = processor.batch([{k: x for k, x in row.items() if k != "id"} for row in packed])
+    graphdef, trainable, frozen = split_model(model, ("connector",))
+    settings = base_config().optimizer
+    settings.lr, settings.schedule, settings.warmup = LR, "constant", 0.0
+    optimizer, schedule = make_optimizer(settings, 100, trainable)
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)
+    batch = jax.tree.map(jnp.asarray, batch)
+    box = [state]
+
+    def run():
+        box[0], metrics = step(box[0], frozen, batch)
+        run.losses.append(float(metrics["loss"]))
+        yield "train"
+
+    run.losses = []
+    return run
+
+
+# ---- torch
+
+
+class Steering(torch.nn.Module):
+    """MoReS of rank r on chosen tokens of one layer's output; starts as the identity."""
+
+    def __init__(self, dim: int, rank: int):
+        super().__init__()
+        rotate = torch.nn.Linear(rank, dim, bias=False)
+        self.rotate = torch.nn.utils.parametrizations.orthogonal(rotate)
+        self.learned = torch.nn.Linear(dim, rank)
+        with torch.no_grad():
+            self.learned.weight.copy_(self.rotate.weight.T)
+            self.learned.bias.zero_()
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        basis = self.rotate.weight
+        return h + (self.learned(h) - h @ basis) @ basis.T
+
+
+def theirs(folder: str, rows: Sequence[dict], method: str) -> Run:
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if method == "lora":
+        targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+        config = LoraConfig(r=RANK["lora"], lora_alpha=16, target_modules=targets)
+        model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "multi_modal_projector" in name:
+            parameter.requires_grad_(True)
+    inputs, places = collated(rows)
+    if method == "mores":
+        layers = model.model.language_model.layers
+        steering = torch.nn.ModuleList(Steering(768, RANK["mores"]) for _ in layers)
+        model.steering = steering
+        for layer, own in zip(layers, steering, strict=True):
+            layer.register_forward_hook(hook(own, places))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+    model.train()
+
+    def run():
+        loss = model(**inputs, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.losses.append(loss.item())
+        yield "train"
+
+    run.losses = []
+    return run
+
+
+def hook(steering: Steering, places: tuple[torch.Tensor, torch.Tensor]):
+    """The first four and last five visual tokens of every row, as MoReS's default has it."""
+
+    def edit(module, arguments, output):
+        h = output[0] if isinstance(output, tuple) else output
+        changed = h.index_put(places, steering(h[places]))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return edit
+
+
+def collated(rows: Sequence[dict]):
+    """A batch padded to its longest sample, and where MoReS edits."""
+    shape = len(rows), max(len(row["tokens"]) for row in rows)
+    ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+    mask, places = torch.zeros(shape, dtype=torch.long), []
+    for number, row in enumerate(rows):
+        tokens, visual = torch.tensor(row["tokens"]).long(), row["segment"] == Segment.IMAGE
+        tokens[torch.tensor(visual)] = IMAGE_ID
+        ids[number, : len(tokens)], mask[number, : len(tokens)] = tokens, 1
+        answer = torch.tensor(row["segment"] == Segment.ANSWER)
+        labels[number, : len(tokens)][answer] = tokens[answer]
+        at = np.flatnonzero(visual)
+        places += [(number, int(place)) for place in (*at[:4], *at[-5:])]
+    images = np.concatenate([row["pixels"] for row in rows if "pixels" in row])
+    inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    inputs["pixel_values"] = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
+    rows_at, columns = torch.tensor(places).T
+    return inputs, (rows_at, columns)
+
+
+# ---- Both
+
+
+def variant(name: str, folder: str, rows: Sequence[dict]) -> Run:
+    library, method = name.split()
+    return (ours if library == "moresjax" else theirs)(folder, rows, method)
+
+
+def peak_memory(name: str, folder: str, count: int) -> float:
+    """GiB of a fresh process that makes two steps."""
+    command = [sys.executable, __file__, "--only", name, "--folder", folder]
+    command += ["--samples", str(count)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def print_table(seconds: Seconds, runs: dict[str, Run], rows, memory: dict[str, float]) -> None:
+    useful = sum(len(row["tokens"]) for row in rows)
+    padded = len(rows) * max(len(row["tokens"]) for row in rows)
+    print(f"{len(rows)} samples, {useful} tokens; padded {padded}\n")
+    print("| variant | s per step | useful tokens/s | ratio | peak, GiB | first loss |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for name, phases in seconds.items():
+        step = statistics.median(phases["train"])
+        # How many times as fast as transformers with the same method.
+        pair = {n: seconds[n] for n in (name, f"torch {name.split()[1]}")}
+        ratio = median_ratio(pair, f"torch {name.split()[1]}", "train")
+        loss = runs[name].losses[0]
+        cells = [f"{step:.2f}", f"{useful / step:.0f}", f"{ratio:.2f}"]
+        print(f"| {name} | {' | '.join(cells)} | {memory[name]:.2f} | {loss:.5f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    rows = samples(args.samples)
+    if args.only:
+        keep_freed_memory()
+        run = variant(args.only, args.folder, rows)
+        for _ in range(2):
+            list(run())
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(Path(temporary))
+        torch.manual_seed(0)
+        LlavaForConditionalGeneration(llava()).save_pretrained(folder)
+        memory = {name: peak_memory(name, folder, args.samples) for name in args.variants}
+        runs = {name: variant(name, folder, rows) for name in args.variants}
+        seconds = measure(runs, args.rounds)
+    first = [run.losses[0] for run in runs.values()]
+    np.testing.assert_allclose(first, first[0], rtol=1e-4)
+    print_table(seconds, runs, rows, memory)
+
+
+if __name__ == "__main__":
+    main()
