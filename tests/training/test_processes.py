@@ -1,6 +1,7 @@
 """Runs in real processes: two that train together, and one that is asked to stop."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -36,7 +37,9 @@ def command(root, workdir, *extra: str, **settings) -> list[str]:
 
 def start(arguments: list[str]) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(arguments, env=clean_environment(), **pipes)
+    flags = os.environ["XLA_FLAGS"].split()  # one device, but the same quick compilation
+    env = clean_environment() | {"XLA_FLAGS": " ".join(f for f in flags if "device" not in f)}
+    return subprocess.Popen(arguments, env=env, **pipes)
 
 
 def curve(workdir, name: str) -> list[float]:
@@ -60,54 +63,52 @@ def wait_for(*processes: subprocess.Popen) -> None:
         assert process.returncode == 0, errors
 
 
-def test_two_processes_train_as_one(tmp_path, pytestconfig):
-    root = pytestconfig.rootpath
-    address = free_address()
-    together = [
-        start(command(root, tmp_path / "both", "--distributed", f"{address},2,{number}", steps=6))
-        for number in range(2)
+# With images, validation and attention statistics.
+WATCHED = TINY | {"steps": 6, "log_every": 1, "checkpoint.every": 3}
+WATCHED |= {"validation.share": 0.1, "validation.every": 3, "data.size": 210, "probe_every": 3}
+LOGGED = {"loss": 6, "validation_loss": 2, "lmar": 2}
+
+
+def start_watched(workdir, processes: int) -> list[subprocess.Popen]:
+    run = [sys.executable, "-m", "moresjax.cli"]
+    run += cli_arguments("stage=finetune,tuning=full", workdir, WATCHED)
+    address, several = free_address(), processes > 1
+    return [
+        start([*run, *(["--distributed", f"{address},{processes},{number}"] if several else [])])
+        for number in range(processes)
     ]
-    wait_for(*together, start(command(root, tmp_path / "one", steps=6)))
-    assert len(losses(tmp_path / "one")) == 6
-    np.testing.assert_allclose(losses(tmp_path / "both"), losses(tmp_path / "one"), atol=1e-4)
-    ours, theirs = (trained_parameters(tmp_path / name) for name in ("both", "one"))
+
+
+def assert_same_curves(found, wanted) -> None:
+    for name, count in LOGGED.items():
+        assert len(curve(wanted, name)) == count
+        np.testing.assert_allclose(curve(found, name), curve(wanted, name), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    """The directories of a run by one process and of the same run by two."""
+    folder = tmp_path_factory.mktemp("runs")
+    wait_for(*start_watched(folder / "one", 1), *start_watched(folder / "two", 2))
+    return folder / "one", folder / "two"
+
+
+def test_two_processes_train_as_one(one_and_two):
+    one, two = one_and_two
+    assert_same_curves(two, one)
+    ours, theirs = trained_parameters(two), trained_parameters(one)
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, atol=1e-4)
 
 
-def test_another_number_of_processes_goes_on_with_a_run(tmp_path):
-    """Begun by two and ended by one, and the other way round: the curves of a run by one alone."""
-    settings = TINY | {"steps": 6, "log_every": 1, "checkpoint.every": 3}
-    settings |= {"validation.share": 0.1, "validation.every": 3, "data.size": 210}
-    settings |= {"probe_every": 3}
-    arg = "stage=finetune,tuning=mores:rank=1,positions=image/lora:rank=2"
-
-    def two_processes(workdir) -> list[subprocess.Popen]:
-        python, where = [sys.executable, "-m", "moresjax.cli"], free_address()
-        arguments = cli_arguments(arg, workdir, settings)
-        return [
-            start([*python, *arguments, "--distributed", f"{where},2,{number}"])
-            for number in range(2)
-        ]
-
-    one, two, ended_by_one, ended_by_two = (tmp_path / n for n in ("one", "two", "1", "2"))
-    begun = two_processes(two)
-    assert main(cli_arguments(arg, one, settings)) == 0
-    shutil.copytree(one, ended_by_two)
-    rewind(ended_by_two, 3)
-    wait_for(*begun)
-    shutil.copytree(two, ended_by_one)
-    rewind(ended_by_one, 3)
-    ending = two_processes(ended_by_two)
-    assert main(cli_arguments(arg, ended_by_one, settings)) == 0
-    wait_for(*ending)
-
-    assert len(losses(one)) == 6
-    for workdir in (two, ended_by_one, ended_by_two):
-        for name, count in {"loss": 6, "validation_loss": 2, "lmar": 2}.items():
-            assert len(curve(workdir, name)) == count
-            np.testing.assert_allclose(curve(workdir, name), curve(one, name), atol=1e-4)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_another_number_of_processes_goes_on_with_a_run(one_and_two, processes, tmp_path):
+    one, two = one_and_two
+    workdir = shutil.copytree(two if processes == 1 else one, tmp_path / "run")
+    rewind(workdir, 3)
+    wait_for(*start_watched(workdir, processes))
+    assert_same_curves(workdir, one)
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, pytestconfig):
