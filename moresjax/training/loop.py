@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import time
 from collections import deque
 from pathlib import Path
@@ -217,7 +218,9 @@ def check_numbers(config, shards: int) -> None:
 
 
 def _check_workdir(config, workdir: Path, resume: str) -> None:
-    """Refuses to mix two runs in one directory."""
+    """Refuses to mix two runs in one directory, and what is no directory."""
+    if re.match(r"\w+:/", str(workdir)):  # would become a folder of that name
+        raise UserError(f"workdir {workdir} is in an object store; give a folder or a mounted one")
     if not workdir.exists() or not any(workdir.iterdir()):
         return
     if resume == "never":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import clean_environment
@@ -16,6 +17,7 @@ from runs import TINY, cli_arguments, rewind
 
 from moresjax.build import trained_parameters
 from moresjax.cli import main
+from moresjax.parallel.processes import use_compile_cache
 
 DIGITS = "configs/digits.py:stage=llm"
 SETTINGS = {
@@ -130,6 +132,19 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, pytestconfig):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"steps": saved + 2}))
     assert main(command(root, run, steps=saved + 2)[3:]) == 0
     assert len(losses(run)) == saved + 2
+
+
+def test_compiled_programs_are_kept_with_the_users_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        use_compile_cache()
+        assert jax.config.jax_compilation_cache_dir == before  # the environment says where
+        jax.config.update("jax_compilation_cache_dir", None)
+        use_compile_cache()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "moresjax")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.mark.parametrize("where", ["somewhere", "127.0.0.1:1,2"])

@@ -214,6 +214,13 @@ def test_a_directory_with_other_files_is_refused(tmp_path):
     assert contents(tmp_path) == {"thesis.txt": b"years of work"}
 
 
+def test_an_object_store_is_not_taken_for_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs:/bucket/run is in an object store"):
+        train(head_config(), "gs://bucket/run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_never_resuming_wants_an_empty_directory(finished):
     before = contents(finished)
     with pytest.raises(UserError, match="not empty"):
