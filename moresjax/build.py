@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from moresjax.data.images import ImageProcessor
 from moresjax.data.pipeline import Batches, make_iterator
 from moresjax.data.processor import Processor, word_ids
-from moresjax.data.sources import make_source
+from moresjax.data.sources import Source, make_source
+from moresjax.data.subset import hold_out
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError, choice_error
 from moresjax.models.connector import connector_tokens
@@ -113,10 +114,28 @@ def _image_processor(config, vision: AnyVisionConfig, root: Path) -> ImageProces
     return ImageProcessor.from_pretrained(locate(config.image_processor, root), size, aspect)
 
 
-def build_iterator(config, processor: Processor) -> Batches:
-    """The batches of a configuration: an endless iterator over this process's share."""
+def build_sources(config) -> tuple[Source, Source | None]:
+    """Training samples of a configuration, and validation samples if it has any.
+
+    Raises:
+      UserError: for an unknown source or option, or a share that cannot be held out.
+    """
+    source = make_source(**config.data)
+    if config.validation.share:
+        return hold_out(source, config.validation.share, config.seed)
+    return source, make_source(**config.validation.data) if config.validation.data else None
+
+
+def build_iterator(config, processor: Processor, source: Source | None = None) -> Batches:
+    """The batches of a configuration: an endless iterator over this process's share.
+
+    Args:
+      config: a run's configuration.
+      processor: of its model.
+      source: the training samples; default: all that `config.data` names.
+    """
     return make_iterator(
-        make_source(**config.data),
+        source or make_source(**config.data),
         processor,
         batch_size=config.batch_size,
         length=config.length,

@@ -56,10 +56,9 @@ class Rows:
 
     def _row(self, element: Sample | Mapping[str, Any]) -> Row:
         """Ready-made rows only have their images normalised."""
-        if not isinstance(element, Sample):
-            if not self.padded:
-                raise UserError(f"ready-made rows ({element['id']}) need batching 'pad'")
+        if not isinstance(element, Sample) and self.padded:
             return dict(element) | {"pixels": self.processor.image(element["pixels"])}
+        self._check(element)
         row = self.processor.row(element)
         self.processor.check_fit(row, self.length, self.images, element.id)
         if self.padded:
@@ -71,11 +70,16 @@ class Rows:
 
         def make() -> Row:
             sample = self.source[index]
+            self._check(sample)
             row = self.processor.text_row(sample)
             self.processor.check_fit(row, self.length, self.images, sample.id)
             return row | {"id": sample.id}
 
         return self.bad.guard(index, make)
+
+    def _check(self, element: Sample | Mapping[str, Any]) -> None:
+        if not isinstance(element, Sample):
+            raise UserError(f"ready-made rows ({element['id']}) need batching 'pad'")
 
 
 class Batches:
@@ -168,10 +172,7 @@ def make_iterator(
     """
     if batching not in BATCHING:
         raise choice_error("batching", batching, BATCHING)
-    count, index = jax.process_count(), jax.process_index()
-    if batch_size % count:
-        raise UserError(f"batch_size {batch_size} does not divide into {count} processes")
-    own = batch_size // count
+    own = _own_rows(batch_size)
     bad = BadSamples(on_bad_sample, len(source))
     rows = Rows(source, processor, length, images, bad, padded=batching == "pad")
     if batching == "bucket":
@@ -186,18 +187,74 @@ def make_iterator(
             lengths=bucket_lengths(length, buckets),
             images=images,
             window=window or BUCKET_WINDOW * batch_size,
-            rows=slice(index * own, (index + 1) * own),
+            rows=own,
             seed=seed,
         )
         numbers = grain.MapDataset.range(ENDLESS).map(batches)
         return Batches(numbers.to_iter_dataset(_reading(threads, 2 * threads)), batching, bad)
-    samples = _shuffled(rows, getattr(source, "shares", ()), seed, slice(index, None, count))
+    share = slice(jax.process_index(), None, jax.process_count())
+    samples = _shuffled(rows, getattr(source, "shares", ()), seed, share)
     dataset = samples.to_iter_dataset(_reading(threads, 4 * batch_size))
     if batching == "pack":
         packed = PackWindow(processor, length, images)
         dataset = dataset.batch(window or PACK_WINDOW, batch_fn=list)
         dataset = grain.experimental.FlatMapIterDataset(dataset, packed)
-    return Batches(dataset.batch(own, drop_remainder=True, batch_fn=_stack), batching, bad)
+    count = own.stop - own.start
+    return Batches(dataset.batch(count, drop_remainder=True, batch_fn=_stack), batching, bad)
+
+
+def one_pass(
+    source: Source,
+    processor: Processor,
+    *,
+    batch_size: int,
+    length: int,
+    images: int = 0,
+    row_length: int = 0,
+    seed: int = 0,
+    threads: int = 1,
+    batches: int = 0,
+    on_bad_sample: str = "raise",
+) -> grain.IterDataset:
+    """Stacked rows of this process's share that show every sample once, in random order.
+
+    All batches have one shape, with a sample per row; rows of padding fill up the last batch and
+    stand for samples that are skipped.
+
+    Args:
+      source, processor, batch_size, images, seed, threads, on_bad_sample: as in `make_iterator`.
+      length: tokens that a sample may have.
+      row_length: S, tokens per row; 0: as `length`.
+      batches: at most so many; 0: all.
+
+    Raises:
+      UserError: as `make_iterator`.
+    """
+    bad = BadSamples(on_bad_sample, len(source))
+    rows = Rows(source, processor, length, images, bad, padded=False)
+    made = BucketedBatches(
+        encode=rows.text,
+        load=rows.__getitem__,
+        processor=processor,
+        sizes=np.full((len(source), 2), min(images, 1)),  # all alike: nothing is sorted by length
+        batch_size=batch_size,
+        lengths=(row_length or length,),
+        images=images,
+        window=len(source),
+        rows=_own_rows(batch_size),
+        seed=seed,
+    )
+    numbers = grain.MapDataset.range(min(batches or made.per_epoch, made.per_epoch)).map(made)
+    return numbers.to_iter_dataset(_reading(threads, 2 * threads))
+
+
+def _own_rows(batch_size: int) -> slice:
+    """Which rows of a batch belong to this process."""
+    count, index = jax.process_count(), jax.process_index()
+    if batch_size % count:
+        raise UserError(f"batch_size {batch_size} does not divide into {count} processes")
+    own = batch_size // count
+    return slice(index * own, (index + 1) * own)
 
 
 def _reading(threads: int, buffer: int) -> grain.ReadOptions:

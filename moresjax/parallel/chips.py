@@ -46,6 +46,16 @@ CHIPS = {
 # Google names a slice by its chips (v5e, v6e) or by its cores (v4, v5p: two a chip).
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBE = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "4x4x8"}
+# What JAX calls them (`device_kind`).
+_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
 # libtpu would otherwise ask the cloud which TPU this machine is, and serve one process only.
 LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -104,6 +114,11 @@ class Slice:
                 f"cannot compile for {self.name} (pip install 'moresjax[tpu]'): {reason}"
             ) from None
         return list(found.devices)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip behind a JAX device; None for one that is not in the table (CPU, GPU)."""
+    return CHIPS.get(_KINDS.get(device_kind, ""))
 
 
 def find_slice(name: str) -> Slice:

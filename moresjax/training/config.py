@@ -18,7 +18,7 @@ from moresjax.errors import UserError, choice_error
 
 RANDOM = "random"
 # Dicts whose keys are checked where they are used: options of a source, fields of a part.
-OPEN = ("data", "model.llm", "model.vision")
+OPEN = ("data", "validation.data", "model.llm", "model.vision")
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -69,6 +69,11 @@ def base_config() -> ml_collections.ConfigDict:
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "checkpoint": {"every": 500, "keep": 2},
             "log_every": 20,
+            # Every so many steps and at the end, loss and accuracy on a source of its own (`data`)
+            # or on a share of the training samples, which then never train. 0 steps: never.
+            # `batches` of batch_size / microbatches rows; 0: as many as there are.
+            "validation": {"data": {}, "share": 0.0, "every": 0, "batches": 0},
+            "probe_every": 0,  # steps between attention statistics (LMAR); 0: never
             "tensorboard": True,
         }
     )

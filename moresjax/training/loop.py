@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import time
 from collections import deque
 from pathlib import Path
@@ -13,7 +14,13 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from moresjax.build import build_iterator, build_model, build_processor, located
+from moresjax.build import (
+    build_iterator,
+    build_model,
+    build_processor,
+    build_sources,
+    located,
+)
 from moresjax.data.pipeline import to_device_batch
 from moresjax.errors import UserError, choice_error
 from moresjax.parallel.mesh import batch_sharding, batch_shards, make_mesh, place, replicated
@@ -22,8 +29,10 @@ from moresjax.paths import matches
 from moresjax.training.checkpoint import Checkpoints
 from moresjax.training.config import differences, read_config, save_config
 from moresjax.training.metrics import MetricWriter, Progress
+from moresjax.training.monitors import Monitors, check_monitors
 from moresjax.training.objectives import OBJECTIVES
 from moresjax.training.optimizer import make_optimizer
+from moresjax.training.speed import Speed
 from moresjax.training.step import TrainState, make_train_step, split_model
 
 logger = logging.getLogger(__name__)
@@ -42,7 +51,7 @@ class TrainResult:
 
     Attributes:
       step: steps done.
-      metrics: last logged metrics.
+      metrics: those of the last step, and the last of every monitor.
       seconds: time of this process in the loop, without compilation.
       compile_seconds: time of the first step, which compiles.
     """
@@ -78,7 +87,9 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
 
     # Data: before the model, whose reading takes longer than finding a mistake here.
     processor = build_processor(config, root=workdir)
-    iterator = build_iterator(config, processor)
+    training, held_out = build_sources(config)
+    iterator = build_iterator(config, processor, training)
+    monitors = Monitors(config, processor, mesh, training, held_out)
     rows = batch_sharding(mesh)
 
     # Model, split into what trains and what does not, each on the mesh.
@@ -106,16 +117,19 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     writer = MetricWriter(workdir, done=done, tensorboard=config.tensorboard, active=speaks)
     line_every = max(config.steps // 4, 1) if speaks else 0
     progress = Progress(config.steps, done, config.name, line_every=line_every)
+    speed = Speed(config, trainable, frozen, jax.devices()[0].device_kind)
     pending = deque()
     metrics, compile_seconds, start = {}, 0.0, time.monotonic()
     first = done
 
     def settle() -> dict[str, float]:
         """Waits for the oldest step under way and reports it under its own number."""
-        step, measured, ids = pending.popleft()
+        step, measured, ids, flops = pending.popleft()
         values = _finite(step, measured, ids, workdir)
+        speed.add(values["tokens"], values["labels"], flops)
         logged = step % config.log_every == 0 or step == config.steps
         if logged:
+            values |= speed.read()
             writer.write(step, values)
         progress.update(step, {k: values[k] for k in ("loss", "accuracy")} if logged else None)
         return values
@@ -129,15 +143,21 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
             batch = to_device_batch(stacked, processor, rows)
             state, measured = step_fn(state, frozen, batch)
             done += 1
-            pending.append((done, measured, ids))
-            if done == first + 1:
-                jax.block_until_ready(measured)
-                compile_seconds, start = time.monotonic() - start, time.monotonic()
-            stopped = stop.at(done)
+            pending.append((done, measured, ids, speed.flops(batch)))
+            stopped, compiled = stop.at(done), done == first + 1
             saves = stopped or done % config.checkpoint.every == 0 or done == config.steps
+            watched = monitors.due(done) and not stopped
             # Only a state whose steps are known to be finite is saved.
-            while len(pending) > (0 if saves else IN_FLIGHT):
-                metrics = settle()
+            while len(pending) > (0 if saves or watched or compiled else IN_FLIGHT):
+                metrics |= settle()
+            if compiled:
+                compile_seconds, start = time.monotonic() - start, time.monotonic()
+                speed.start()
+            if watched:
+                with speed.paused():
+                    found = monitors.measure(done, graphdef, state.trainable, frozen)
+                metrics |= found
+                writer.write(done, found)
             if saves:
                 checkpoints.save(state, iterator.get_state())
                 iterator.bad.save(workdir / SKIPPED.format(jax.process_index()))
@@ -189,6 +209,7 @@ def check_numbers(config, shards: int) -> None:
             raise UserError(f"config key {key} must be at least 1, got {value}")
     if config.window < 0:
         raise UserError(f"config key window must be at least 0, got {config.window}")
+    check_monitors(config)
     if config.batch_size % (shards * config.microbatches):
         raise UserError(
             f"batch_size {config.batch_size} does not divide into {shards} parts of the mesh times "
@@ -197,7 +218,9 @@ def check_numbers(config, shards: int) -> None:
 
 
 def _check_workdir(config, workdir: Path, resume: str) -> None:
-    """Refuses to mix two runs in one directory."""
+    """Refuses to mix two runs in one directory, and what is no directory."""
+    if re.match(r"\w+:/", str(workdir)):  # would become a folder of that name
+        raise UserError(f"workdir {workdir} is in an object store; give a folder or a mounted one")
     if not workdir.exists() or not any(workdir.iterdir()):
         return
     if resume == "never":
@@ -209,6 +232,7 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
         return  # a run that ended before its first checkpoint has nothing to mix with
     earlier = read_config(workdir / "config.json").to_dict()
     harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh", "reading_threads")
+    harmless += ("probe_every", *(f"validation.{key}" for key in ("data", "every", "batches")))
     found = differences(earlier, config.to_dict())
     changed = [key for key in found if not any(matches(key, h) for h in harmless)]
     if changed:

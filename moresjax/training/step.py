@@ -116,6 +116,7 @@ def make_train_step(
             "loss": loss.total / weight,
             "accuracy": loss.correct / weight,
             "labels": loss.weight,
+            "tokens": loss.tokens,
             "grad_norm": optax.global_norm(grads),
             "lr": schedule(state.step),
         }

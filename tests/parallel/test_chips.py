@@ -3,7 +3,7 @@
 import pytest
 
 from moresjax.errors import UserError
-from moresjax.parallel.chips import CHIPS, GIB, find_slice
+from moresjax.parallel.chips import CHIPS, GIB, chip_of, find_slice
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ def test_the_compiler_knows_every_chip_by_its_name(name):
     assert len(devices) == find_slice(name).size
     generation = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "v5p": "TPU v5", "v4": "TPU v4"}
     assert {device.device_kind for device in devices} == {generation[name.split("-")[0]]}
+    assert chip_of(devices[0].device_kind) is find_slice(name).chip
 
 
 def test_a_chip_needs_more_operations_per_byte_than_its_forerunner():

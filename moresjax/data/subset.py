@@ -1,0 +1,67 @@
+"""Part of a source: training samples, and those that are held out to validate on."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from moresjax.data.samples import Sample
+from moresjax.data.sources import Source
+from moresjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset:
+    """Some samples of a source, in its order.
+
+    Attributes:
+      source: all samples.
+      indices: numbers of the chosen ones, rising.
+    """
+
+    source: Source
+    indices: Int[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample | dict[str, Any]:
+        return self.source[int(self.indices[index])]
+
+    @property
+    def sizes(self) -> Int[np.ndarray, "n 2"]:
+        """Words and images of every sample; an attribute only where the source has it."""
+        return self.source.sizes[self.indices]
+
+    @property
+    def shares(self) -> tuple[tuple[slice, float], ...]:
+        """The source's index ranges and weights, in numbers of the subset."""
+
+        def inside(part: slice) -> slice:
+            start, stop = np.searchsorted(self.indices, [part.start, part.stop])
+            return slice(int(start), int(stop))
+
+        return tuple((inside(part), weight) for part, weight in getattr(self.source, "shares", ()))
+
+
+def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
+    """Splits a source at random into training samples and a share that is held out.
+
+    The split is a function of the number of samples, the share and the seed.
+
+    Raises:
+      UserError: when nothing is held out, or nothing is left of (a file of) the training samples.
+    """
+    total = len(source)
+    count = round(share * total)
+    held = np.zeros(total, bool)
+    held[np.random.default_rng((seed, total)).permutation(total)[:count]] = True
+    training, validation = (Subset(source, np.flatnonzero(x)) for x in (~held, held))
+    parts = [slice(0, len(training)), *(part for part, _ in training.shares)]
+    if not count or any(part.start == part.stop for part in parts):
+        raise UserError(
+            f"validation.share {share} of {total} samples is {count}: samples must be left to "
+            "validate on, and of every file to train on"
+        )
+    return training, validation

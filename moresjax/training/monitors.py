@@ -1,0 +1,192 @@
+"""What is measured now and then while a run goes on: validation, and attention to the image.
+
+Axis legend: B rows, S tokens, Q queries, L layers.
+
+Monitors have fixed data of their own. They read the parameters and change nothing, so a run with
+monitors trains to the same weights as one without.
+"""
+
+from collections.abc import Callable
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from moresjax.analysis.attention import AttentionProbe, summarize
+from moresjax.data.pipeline import one_pass, to_device_batch
+from moresjax.data.processor import Processor
+from moresjax.data.sources import Source
+from moresjax.errors import UserError
+from moresjax.layout import Batch, Segment, loss_mask
+from moresjax.parallel.mesh import batch_sharding, batch_shards, replicated, use_mesh
+from moresjax.training.objectives import OBJECTIVES
+
+# Samples whose attention is read, at least.
+PROBED = 32
+# Rows of attention kernels are a multiple of this.
+ALIGNED = 128
+
+Measure = Callable[[nnx.GraphDef, nnx.State, nnx.State], dict[str, float]]
+
+
+class Monitors:
+    """The monitors of a configuration.
+
+    Args:
+      config: the run's configuration.
+      processor: of its model.
+      mesh: where the model is.
+      training, held_out: the samples; nothing is measured on the former when the latter is there.
+
+    Raises:
+      UserError: when there is nothing to measure on.
+    """
+
+    def __init__(
+        self, config, processor: Processor, mesh: Mesh, training: Source, held_out: Source | None
+    ):
+        self._last = config.steps
+        self._measures: list[tuple[int, Measure]] = []
+        options = {
+            "length": config.length,
+            "images": config.images,
+            "seed": config.seed,
+            "threads": config.reading_threads,
+            "on_bad_sample": config.on_bad_sample,
+        }
+        if every := config.validation.every:
+            rows = config.batch_size // config.microbatches
+            size = {"batch_size": rows, "batches": config.validation.batches}
+            dataset = one_pass(held_out, processor, **options, **size)
+            self._measures.append((every, Validation(config, processor, mesh, dataset)))
+        if every := config.probe_every:
+            # A device holds one row at a time, which has room for a token of padding.
+            rows = batch_shards(mesh)
+            size = {"batch_size": rows, "batches": -(-PROBED // rows)}
+            size["row_length"] = (config.length // ALIGNED + 1) * ALIGNED
+            dataset = one_pass(held_out or training, processor, **options, **size)
+            self._measures.append((every, ImageAttention(processor, mesh, dataset)))
+
+    def due(self, step: int) -> bool:
+        """Whether anything is to be measured after this step."""
+        return any(self._is_due(every, step) for every, _ in self._measures)
+
+    def _is_due(self, every: int, step: int) -> bool:
+        return step % every == 0 or step == self._last
+
+    def measure(
+        self, step: int, graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State
+    ) -> dict[str, float]:
+        """What is due after this step, by name."""
+        found = {}
+        for every, measure in self._measures:
+            if self._is_due(every, step):
+                found |= measure(graphdef, trainable, frozen)
+        return found
+
+
+class Validation:
+    """Loss and accuracy without dropout: means over all labels of the validation samples."""
+
+    def __init__(self, config, processor: Processor, mesh: Mesh, dataset: grain.IterDataset):
+        objective = OBJECTIVES[config.objective]
+
+        def loss(graphdef, trainable, frozen, batch):
+            with use_mesh(mesh):
+                found = objective(nnx.merge(graphdef, trainable, frozen), batch)
+            return found.total, found.correct, found.weight
+
+        self._loss = jax.jit(loss, static_argnums=0)
+        self._dataset, self._processor, self._rows = dataset, processor, batch_sharding(mesh)
+
+    def __call__(self, graphdef, trainable, frozen) -> dict[str, float]:
+        sums = np.zeros(3)
+        for stacked in self._dataset:
+            stacked.pop("id")
+            batch = to_device_batch(stacked, self._processor, self._rows)
+            sums += [float(x) for x in self._loss(graphdef, trainable, frozen, batch)]
+        loss, accuracy = sums[:2] / max(sums[2], 1.0)
+        return {"validation_loss": float(loss), "validation_accuracy": float(accuracy)}
+
+
+class ImageAttention:
+    """LMAR per layer, the ratio of means over `PROBED` fixed samples (`moresjax.analysis`).
+
+    The queries are those that gave the answers' tokens, with the answers of the data.
+
+    Raises:
+      UserError: when no sample has an image.
+    """
+
+    def __init__(self, processor: Processor, mesh: Mesh, dataset: grain.IterDataset):
+        rows, whole = batch_sharding(mesh), replicated(mesh)
+        self._batches: list[Batch] = []
+        for stacked in dataset:
+            stacked.pop("id")
+            self._batches.append(to_device_batch(stacked, processor, rows))
+
+        def counts(layout):
+            images = (jnp.asarray(layout.segment) == Segment.IMAGE).any(axis=1)
+            return loss_mask(layout).sum(axis=1), images
+
+        count = jax.jit(counts, out_shardings=whole)
+        found = [jax.tree.map(np.asarray, count(batch.layout)) for batch in self._batches]
+        self._tokens, self._has_image = map(np.concatenate, zip(*found, strict=True))
+        if not (self._has_image & (self._tokens > 0)).any():
+            raise UserError(
+                f"probe_every: none of {len(self._tokens)} samples has an image and an answer"
+            )
+        most, probe = int(self._tokens.max()), AttentionProbe()
+
+        def read(graphdef, trainable, frozen, batch):
+            labels = loss_mask(batch.layout)
+            # The last token is padding, whose attention is none: rows with fewer labels ask for it.
+            fill = labels.shape[1] - 1
+            places = lambda row: jnp.nonzero(row, size=most, fill_value=fill)[0]  # noqa: E731
+            queries = jax.vmap(places)(labels)
+            with use_mesh(mesh):
+                model = nnx.merge(graphdef, trainable, frozen)
+                stats = model(batch, probes=(probe,), queries=queries).stats[probe.name]
+            return stats["mass"], stats["score"]
+
+        self._read = jax.jit(read, static_argnums=0, out_shardings=whole)
+
+    def __call__(self, graphdef, trainable, frozen) -> dict[str, float]:
+        stats = [self._read(graphdef, trainable, frozen, batch) for batch in self._batches]
+        mass, score = (
+            np.concatenate([np.asarray(x) for x in xs], axis=1) for xs in zip(*stats, strict=True)
+        )
+        lmar = summarize(mass, score, self._tokens, self._has_image).lmar_of_means["text"]
+        layers = {f"lmar/{layer:02d}": float(x) for layer, x in enumerate(lmar)}
+        return {"lmar": float(lmar.mean()), **layers}
+
+
+def check_monitors(config) -> None:
+    """Refuses settings of monitors that cannot work.
+
+    Raises:
+      UserError: names the key and its value.
+    """
+    wanted = config.validation
+    counts = {"validation.every": wanted.every, "validation.batches": wanted.batches}
+    for key, value in (counts | {"probe_every": config.probe_every}).items():
+        if value < 0:
+            raise UserError(f"config key {key} must be at least 0, got {value}")
+    if not 0 <= wanted.share < 1:
+        raise UserError(f"validation.share must be at least 0 and below 1, got {wanted.share}")
+    if wanted.share and wanted.data:
+        raise UserError("validation has both data and a share of the training samples; give one")
+    if wanted.every and not (wanted.share or wanted.data):
+        raise UserError(
+            f"validation.every is {wanted.every}, but there is nothing to validate on; give "
+            "validation.data or validation.share"
+        )
+    if (wanted.every or config.probe_every) and config.objective != "next_token":
+        raise UserError(
+            f"validation.every and probe_every need objective next_token, not {config.objective}"
+        )
+    if config.probe_every and not (config.model.vision and config.images):
+        raise UserError("probe_every measures attention to images; this run has none")
