@@ -131,7 +131,7 @@ def count_stats(stats: dict, rows: Bool[Array, " B"]) -> dict:
 
 
 def insert(carry: Progress, new: Progress, slots: Int[Array, " N"]) -> Progress:
-    """`carry` with other rows in the places `slots`; those whose place does not exist are dropped."""
+    """`carry` with other rows in the places `slots`; rows without a place are dropped."""
     stats = jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), carry.stats, new.stats)
     rest = (x.replace(stats={}) for x in (carry, new))
     merged = jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), *rest)
