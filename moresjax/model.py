@@ -24,6 +24,7 @@ from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
 from moresjax.generation.batching import Completion, generate_many
+from moresjax.generation.beam import Beams
 from moresjax.generation.engine import Engine, Generation, bucket
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scoring import Score, score_rows
@@ -140,6 +141,9 @@ class Model:
         seeds: Sequence[int] | None = None,
         stop: str | Sequence[str] = (),
         batch_size: int | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
     ) -> list[str]:
         """Answers to prompts.
 
@@ -152,11 +156,15 @@ class Model:
           seeds: for every prompt that of its draws; default: `sampling.seed`.
           stop: an answer ends before the first of these strings.
           batch_size: prompts that are answered at a time; default: all.
+          num_beams, length_penalty, early_stopping: of a beam search (see `Beams`), which goes with
+            greedy choice and one batch only.
 
         Raises:
           UserError: for an empty prompt, an unreadable image, marks without images, an unknown
-            adapter, or a prompt that is too long.
+            adapter, a prompt that is too long, or options that do not go together.
         """
+        beams = Beams(num_beams, length_penalty, early_stopping)
+        beams.check(sampling, stop=stop, batch_size=batch_size)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         images = [()] * len(prompts) if images is None else images
         if len(images) != len(prompts):
@@ -167,7 +175,8 @@ class Model:
         ]
         options = {"adapters": adapters, "sampling": sampling, "seeds": seeds}
         if not stop and batch_size is None:
-            return self.decode(self.generate_rows(rows, max_new_tokens, **options))
+            done = self.generate_rows(rows, max_new_tokens, beams=beams, **options)
+            return self.decode(done)
         size = max(len(rows), 1) if batch_size is None else batch_size
         options |= {"stop": stop, "batch_size": size}
         done = self.generate_many(rows, max_new_tokens, **options)
@@ -182,17 +191,19 @@ class Model:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
         logprobs: bool = False,
+        beams: Beams | None = None,
     ) -> Generation:
         """Continues prompt rows as one batch, padded to a bucket length.
 
         Raises:
-          UserError: for a row that leaves no room for the new tokens.
+          UserError: for a row that leaves no room for the new tokens, or a beam search with
+            sampling, log-probabilities or probes.
         """
         for row in rows:
             self.check_context(row, max_new_tokens)
         _check_seeds(seeds, rows)
         batch = self.batch(rows, bucket(max(len(row["tokens"]) for row in rows)), adapters)
-        options = {"sampling": sampling, "seeds": seeds, "logprobs": logprobs}
+        options = {"sampling": sampling, "seeds": seeds, "logprobs": logprobs, "beams": beams}
         return self.engine(probes).generate(batch, max_new_tokens, **options)
 
     def generate_many(
@@ -298,6 +309,7 @@ class Model:
         continuations: Sequence[Sequence[str]],
         images: Sequence[Sequence] | None = None,
         *,
+        adapters: Sequence[str | None] | None = None,
         batch_size: int = 8,
     ) -> list[list[Score]]:
         """Log-likelihoods of given answers; a prompt and its images are read once for all of them.
@@ -306,7 +318,7 @@ class Model:
         an answer is not scored.
 
         Args:
-          prompts, images: as in `generate`.
+          prompts, images, adapters: as in `generate`.
           continuations: for every prompt its answers.
           batch_size: prompts that are read at a time.
 
@@ -314,13 +326,15 @@ class Model:
           UserError: as `generate`, and for an empty answer.
         """
         images = [()] * len(prompts) if images is None else images
-        pairs = []
+        adapter_numbers(self.mllm.tuning, adapters, len(prompts))  # raises before images are read
+        pairs, names = [], []
         for n, (prompt, answers, own) in enumerate(
             zip(prompts, continuations, images, strict=True)
         ):
             row = self.prompt(prompt, own, f"prompt {n}")
             pairs += [self.with_answer(row, prompt, own, answer) for answer in answers]
-        flat = iter(self.score_rows(pairs, batch_size))
+            names += [None if adapters is None else adapters[n]] * len(answers)
+        flat = iter(self.score_rows(pairs, batch_size, adapters and names))
         return [[next(flat) for _ in answers] for answers in continuations]
 
     def with_answer(
@@ -341,9 +355,15 @@ class Model:
             prompt["pixels"] = row["pixels"]
         return prompt, whole["tokens"][head:]
 
-    def score_rows(self, pairs: Sequence[tuple[Row, Ids]], batch_size: int = 8) -> list[Score]:
-        """Scores of continuations, given as prompt row and token ids; equal prompts share a row."""
-        return score_rows(self.mllm, self.batch, pairs, batch_size)
+    def score_rows(
+        self,
+        pairs: Sequence[tuple[Row, Ids]],
+        batch_size: int = 8,
+        adapters: Sequence[str | None] | None = None,
+    ) -> list[Score]:
+        """Scores of continuations, given as prompt row and token ids, each with its adapter; equal
+        prompts to one adapter share a row."""
+        return score_rows(self.mllm, self.batch, pairs, batch_size, adapters)
 
     def logits(
         self,

@@ -1,15 +1,14 @@
 """A moresjax model as an `lm_eval` model: every task of that library runs on it unchanged."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-import jax
 import numpy as np
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
 
 from moresjax.data.processor import Row
-from moresjax.generation.engine import Generation
-from moresjax.generation.text import cut
+from moresjax.generation.batching import Completion
 from moresjax.layout import Segment
 from moresjax.model import Model
 from moresjax.tuning.base import Probe
@@ -26,7 +25,7 @@ class MoresjaxLM(LM):
       model: the model.
       batch_size: rows per batch.
       probes: statistics to read while generating.
-      on_batch: called with (row numbers, rows, generation) after every generated batch.
+      on_done: called with (request, row, completion, text) as soon as a continuation has ended.
       title: of the progress bar.
     """
 
@@ -38,12 +37,12 @@ class MoresjaxLM(LM):
         *,
         batch_size: int = 64,
         probes: Sequence[Probe] = (),
-        on_batch: Callable[[Sequence[int], Sequence[Row], Generation], None] | None = None,
+        on_done: Callable[[Instance, Row, Completion, str], None] | None = None,
         title: str = "evaluate",
     ):
         super().__init__()
         self.model, self.batch_size, self.title = model, batch_size, title
-        self._probes, self._on_batch = tuple(probes), on_batch
+        self._probes, self._on_done = tuple(probes), on_done
 
     @property
     def tokenizer_name(self) -> str:
@@ -70,29 +69,29 @@ class MoresjaxLM(LM):
             else self._raw_row(self.model.processor.tokenizer(args[0])["input_ids"])
             for number, args in enumerate(arguments)
         ]
-        texts: list[str | None] = [None] * len(rows)
-        # Neighbours in a batch have the same length limit and about the same length.
         limits = [args[1].get("max_gen_toks", 128) for args in arguments]
-        order = sorted(range(len(rows)), key=lambda i: (limits[i], len(rows[i]["tokens"])))
+        texts: list[str | None] = [None] * len(rows)
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for number, args in enumerate(arguments):
+            groups.setdefault(_stops(args[1]), []).append(number)
         with tqdm(total=len(rows), desc=self.title, disable=disable_tqdm or None) as bar:
-            for numbers in _batches(order, limits, self.batch_size):
-                chosen = [rows[i] for i in numbers]
-                # Short batches are filled up, so that they do not compile anew.
-                filled = chosen + chosen[:1] * (self.batch_size - len(chosen))
-                generation = self.model.generate_rows(filled, limits[numbers[0]], self._probes)
-                if self._on_batch is not None:
-                    kept = len(chosen)
-                    part = Generation(
-                        generation.tokens[:kept],
-                        generation.length[:kept],
-                        jax.tree.map(lambda x, n=kept: x[:, :n], generation.stats),
-                    )
-                    self._on_batch(numbers, chosen, part)
-                for i, text in zip(numbers, self.model.decode(generation), strict=False):
-                    until = arguments[i][1].get("until") or ()
-                    stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
-                    texts[i] = cut(text, stops)
-                bar.update(len(numbers))
+            for stops, numbers in groups.items():
+
+                def done(place, completion, stops=stops, numbers=numbers):
+                    number = numbers[place]
+                    texts[number] = text = self.model.text(completion.tokens, stops)
+                    if self._on_done is not None:
+                        self._on_done(requests[number], rows[number], completion, text)
+                    bar.update()
+
+                self.model.generate_many(
+                    [rows[i] for i in numbers],
+                    [limits[i] for i in numbers],
+                    batch_size=self.batch_size,
+                    probes=self._probes,
+                    stop=stops,
+                    on_done=done,
+                )
         return texts
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -129,13 +128,7 @@ class MoresjaxLM(LM):
         return [(score.logprob, score.greedy) for score in found]
 
 
-def _batches(order: Sequence[int], limits: Sequence[int], size: int):
-    """Consecutive numbers with one limit, at most `size` at a time."""
-    batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) == size or limits[i] != limits[batch[0]]):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
+def _stops(settings: Mapping) -> tuple[str, ...]:
+    """The stop strings of a request."""
+    until = settings.get("until") or ()
+    return (until,) if isinstance(until, str) else tuple(stop for stop in until if stop)

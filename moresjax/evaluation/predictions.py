@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moresjax.errors import UserError
+from moresjax.evaluation.items import Item
 from moresjax.evaluation.tasks import VisualTask
 
 FILE = "predictions.jsonl"
@@ -79,16 +80,14 @@ class PredictionLog:
             if row is not None and row["prompt"] == prompts[name]
         }
 
-    def add(self, task: VisualTask, predictions: Mapping[str, str]) -> None:
-        """Appends predictions by id."""
+    def add(self, task: str, item: Item, prediction: str) -> None:
+        """Appends the prediction for an item of the task of that name."""
         if self._path is None:
             return
-        prompts = {item.id: item.prompt for item in task.items}
+        row = {"task": task, "id": item.id, "prompt": item.prompt}
+        row |= {"prediction": prediction, "model": self.model}
         with self._path.open("a", encoding="utf-8") as file:
-            for name, text in predictions.items():
-                row = {"task": task.name, "id": name, "prompt": prompts[name]}
-                row |= {"prediction": text, "model": self.model}
-                file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def read_predictions(task: VisualTask, path: Path) -> dict[str, str]:

@@ -36,7 +36,7 @@ from moresjax.weights.adapter import fingerprint
 # Nothing is fetched from a hub unless the user says so in the environment.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-# Batches between two writings of predictions: what a killed evaluation loses at most.
+# Batches whose questions are prepared at a time.
 _CHUNK = 4
 
 
@@ -108,18 +108,16 @@ def evaluate(
     probe = AttentionProbe()
     collected = []
 
-    def collect(numbers, rows, generation):
-        stats = jax.tree.map(np.asarray, generation.stats[probe.name])
-        has_image = np.asarray([len(row.get("pixels", ())) > 0 for row in rows])
-        collected.append((stats["mass"], stats["score"], np.asarray(generation.length), has_image))
-
-    lm = MoresjaxLM(
-        model,
-        batch_size=batch_size,
-        probes=(probe,) if attention else (),
-        on_batch=collect if attention else None,
-    )
     log = PredictionLog(out, fingerprint(model.mllm))
+
+    def done(request, row, completion, text):
+        log.add(request.task_name, request.doc, text)
+        if attention:
+            stats, tokens = completion.stats[probe.name], len(completion.tokens)
+            collected.append((stats["mass"], stats["score"], tokens, "pixels" in row))
+
+    probes = (probe,) if attention else ()
+    lm = MoresjaxLM(model, batch_size=batch_size, probes=probes, on_done=done)
     answered = []
     with tqdm(total=sum(len(t.items) for _, t in loaded), desc=title, disable=None) as bar:
         for benchmark, task in loaded:
@@ -134,7 +132,9 @@ def evaluate(
             for at in range(0, len(pending), _CHUNK * batch_size):
                 chunk = pending[at : at + _CHUNK * batch_size]
                 found, bad = _answer(lm, task, chunk)
-                log.add(task, found)
+                for item in chunk if task.ranks else ():
+                    if item.id in found:
+                        log.add(task.name, item, found[item.id])
                 known, errors = known | found, errors | bad
                 bar.update(len(chunk))
             if not known:
@@ -146,10 +146,7 @@ def evaluate(
     if collected:
         mass, score, tokens, has_image = zip(*collected, strict=True)
         summary = summarize(
-            np.concatenate(mass, 1),
-            np.concatenate(score, 1),
-            np.concatenate(tokens),
-            np.concatenate(has_image),
+            np.stack(mass, 1), np.stack(score, 1), np.asarray(tokens), np.asarray(has_image)
         )
     result = _score(answered, judge, log.model)
     return dataclasses.replace(result, attention=summary, seconds=time.monotonic() - start)
@@ -206,16 +203,18 @@ def _answer(
     try:
         return _ask(lm, task, items), {}
     except UserError:
-        errors = {item.id: error for item in items if (error := _problem(lm.model, item))}
+        errors = {item.id: error for item in items if (error := _problem(lm.model, task, item))}
         if not errors:
             raise
         rest = [item for item in items if item.id not in errors]
         return _ask(lm, task, rest) if rest else {}, errors
 
 
-def _problem(model: Model, item: Item) -> str:
+def _problem(model: Model, task: VisualTask, item: Item) -> str:
     try:
-        model.prompt(item.prompt, item.images, item.id)
+        row = model.prompt(item.prompt, item.images, item.id)
+        if not task.ranks:
+            model.check_context(row, task.max_new_tokens)
     except UserError as error:
         return str(error)
     return ""

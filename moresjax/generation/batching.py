@@ -1,7 +1,8 @@
 """Many prompts through one batch of fixed size: rows that have ended make room for others.
 
-A long answer therefore never holds a batch. Prompts are read in groups of one, two, four .. rows,
-as many as there are free places, padded to a bucket length: few shapes, few compilations.
+A long answer therefore never holds a batch. Prompts are read in groups, whenever there are places
+for one: decoding stops as soon as that many rows have ended. Groups have one size and a bucket
+length: few shapes, few compilations.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.layout import Batch
 from moresjax.types import AnyArray, Ids
 
-CHUNK = 16  # decode steps between two looks at which rows have ended
+CHUNK = 16  # decode steps between two looks at which rows have said a stop string
+GROUPS = 4  # in which a batch is filled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +64,28 @@ def generate_many(
     room = engine.num_ahead + bucket(max(lengths, default=0)) + new
     running: dict[int, int] = {}  # number of the prompt in each place that is taken
     carry = None
+    group = -(-batch_size // GROUPS)
     while waiting or running:
         free = [place for place in range(batch_size) if place not in running]
-        while waiting and free:
-            count = 1 << (min(len(waiting), len(free)).bit_length() - 1)
-            numbers = [waiting.popleft() for _ in range(count)]
-            places, free = free[:count], free[count:]
+        while waiting and len(free) >= group:
+            numbers = [waiting.popleft() for _ in range(min(group, len(waiting)))]
+            places = dict(zip(free, numbers, strict=False))
+            running |= places
+            free = free[len(places) :]
+            # A last group that is too small is filled up; the places of the fillers do not exist.
+            filled = numbers + numbers[:1] * (group - len(numbers))
             prompts = engine.prefill(
-                make_batch(numbers, bucket(max(lengths[i] for i in numbers))),
+                make_batch(filled, bucket(max(lengths[i] for i in numbers))),
                 new,
                 sampling=sampling,
-                seeds=[seeds[i] for i in numbers],
+                seeds=[seeds[i] for i in filled],
                 logprobs=logprobs,
-                limits=[limits[i] for i in numbers],
+                limits=[limits[i] for i in filled],
                 room=room,
             )
-            carry = engine.insert(carry, prompts, places, batch_size)
-            running |= dict(zip(places, numbers, strict=True))
-        carry = engine.advance(carry, chunk)
+            slots = [*places, *[batch_size] * (group - len(places))]
+            carry = engine.insert(carry, prompts, slots, batch_size)
+        carry = engine.advance(carry, chunk, group if waiting else batch_size)
         done, tokens, length = map(np.array, (carry.done, carry.tokens, carry.length))
         finished = {}
         for place in list(running):

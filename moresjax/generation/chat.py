@@ -20,6 +20,7 @@ from moresjax.layout import Segment
 from moresjax.model import Model
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
+from moresjax.tuning.many import adapter_numbers
 from moresjax.tuning.selectors import Selector, parse_selector
 from moresjax.types import Ids
 
@@ -37,10 +38,14 @@ class Chat:
       sampling: how tokens are chosen; a turn's draws have the seed `sampling.seed` plus its number.
       stop: an answer ends before the first of these strings.
       chunk: tokens between two pieces of a streamed answer.
+      adapter: name of the loaded adapter that answers; None: the base model.
 
     Attributes:
       turns: questions and answers so far.
       tokens_read: prompt tokens that the last turn had to read, padding excluded.
+
+    Raises:
+      UserError: for an empty stop string or an unknown adapter.
     """
 
     def __init__(
@@ -51,9 +56,12 @@ class Chat:
         sampling: Sampling = GREEDY,
         stop: str | Sequence[str] = (),
         chunk: int = 4,
+        adapter: str | None = None,
     ):
         self._model, self._limit, self._sampling = model, max_new_tokens, sampling
         self._stops, self._chunk = check_stops(stop), chunk
+        self._adapters = None if adapter is None else [adapter]
+        adapter_numbers(model.mllm.tuning, self._adapters, 1)
         self.reset()
 
     def reset(self) -> None:
@@ -106,7 +114,7 @@ class Chat:
         """Prefill of the conversation, as far as the cache does not hold it."""
         tokens = len(row["tokens"])
         length = bucket(tokens)
-        batch = self._model.batch([row], length)
+        batch = self._model.batch([row], length, self._adapters)
         engine = self._model.engine()
         room = bucket(engine.num_ahead + length + self._limit)
         if self._carry is not None:

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
+from moresjax.generation.beam import Beams, beam_search
 from moresjax.generation.progress import Progress, Rolling, Rules, blank, count_stats, insert
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.layout import Batch, Segment, TokenLayout, valid_mask
@@ -69,7 +70,8 @@ class Engine:
         pad_id: int = 0,
         probes: Sequence[Probe] = (),
     ):
-        self._prefill = nnx.split(_unstacked(model))
+        model = _unstacked(model)  # once: both programs use the same arrays
+        self._prefill = nnx.split(model)
         self._decode = nnx.split(_decode_model(model))
         self._rules = Rules(tuple(eos_ids), pad_id)
         self._probes = tuple(probes)
@@ -83,6 +85,7 @@ class Engine:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
         logprobs: bool = False,
+        beams: Beams | None = None,
     ) -> Generation:
         """Continues every row by at most `max_new_tokens` tokens.
 
@@ -95,9 +98,20 @@ class Engine:
           sampling: how tokens are chosen.
           seeds: of the rows' draws; default: `sampling.seed` for every row.
           logprobs: whether to return log-probabilities.
+          beams: of a beam search instead of the choice of one token after the other.
+
+        Raises:
+          UserError: for a beam search with sampling, log-probabilities or probes.
         """
         options = {"sampling": sampling, "seeds": seeds, "logprobs": logprobs}
-        return self.decode(self.prefill(batch, max_new_tokens, **options))
+        if beams is None or beams.num_beams == 1:
+            return self.decode(self.prefill(batch, max_new_tokens, **options))
+        beams.check(sampling, logprobs=logprobs, probes=self._probes)
+        _check_new(max_new_tokens)
+        _, options = self._options(batch, sampling, None, False, None)
+        options |= {"new": max_new_tokens, "beams": beams}
+        tokens, length = _search(*self._prefill, *self._decode, batch, **options)
+        return Generation(tokens, length, {})
 
     def prefill(
         self,
@@ -117,8 +131,7 @@ class Engine:
           limits: of each row's new tokens; makes the rows rolling.
           room: cache length of rolling rows, at least P + S + G.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        _check_new(max_new_tokens)
         data, options = self._options(batch, sampling, seeds, logprobs, limits)
         options |= {"new": max_new_tokens, "room": room, "probes": self._probes}
         return _prefill(*self._prefill, batch, *data, **options)
@@ -180,9 +193,18 @@ class Engine:
         carry = blank(new, rows) if carry is None else carry
         return _insert(carry, new, jnp.asarray(slots))
 
-    def advance(self, carry: Progress, steps: int) -> Progress:
-        """At most so many further tokens of rolling rows; `carry` is consumed."""
-        return _decode(*self._decode, carry.replace(left=jnp.int32(steps)), probes=self._probes)
+    def advance(self, carry: Progress, steps: int, enough: int | None = None) -> Progress:
+        """Further tokens of rolling rows; `carry` is consumed.
+
+        Args:
+          carry: the rows.
+          steps: at most so many tokens each.
+          enough: so many ended rows are reason to stop; default: all rows.
+        """
+        enough = len(carry.done) if enough is None else enough
+        carry = carry.replace(left=jnp.int32(steps), enough=jnp.int32(enough))
+        carry = _decode(*self._decode, carry, probes=self._probes)
+        return carry.replace(left=None, enough=None)
 
     def lower_decode(self, batch: Batch, max_new_tokens: int):
         """The lowered decode program for a batch of this shape, for inspection."""
@@ -200,7 +222,7 @@ def _unstacked(model: MLLM) -> MLLM:
 
 def _decode_model(model: MLLM) -> MLLM:
     """The LLM with the methods that act while decoding, and nothing of the vision side."""
-    model = _unstacked(model)
+    model = nnx.clone(model)
     model.tuning = model.tuning.for_decoding()
     model.config = dataclasses.replace(model.config, vision=None, connector="identity")
     model.tuning.config = model.config
@@ -211,12 +233,29 @@ def _decode_model(model: MLLM) -> MLLM:
 @functools.partial(jax.jit, static_argnames=("graphdef", "new", "room", "probes", "rules"))
 def _prefill(graphdef, state, batch: Batch, seeds, limits, *, new, room, probes, rules) -> Progress:
     model = nnx.merge(graphdef, state)
+    carry, logits = _read(model, batch, seeds, limits, new, room, probes, rules)
+    return carry.append(logits)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "decode_graphdef", "new", "beams", "rules")
+)
+def _search(graphdef, state, decode_graphdef, decode_state, batch, *, new, beams, rules):
+    """Prefill and all steps of a beam search."""
+    carry, logits = _read(nnx.merge(graphdef, state), batch, None, None, new, 0, (), rules)
+    step = functools.partial(_step, nnx.merge(decode_graphdef, decode_state), ())
+    return beam_search(carry, logits, beams, step)
+
+
+def _read(model, batch, seeds, limits, new, room, probes, rules):
+    """Reads the prompts: the state after them and the logits of the first new token."""
     last = _last(batch)
     out = model(batch, probes=probes, queries=last[:, None], keep_cache=True)
     carry = _begin(batch, out.cache, last, seeds, limits, model.tuning.num_ahead, new, room, rules)
-    carry = carry.replace(stats=count_stats(out.stats, ~carry.done))
     hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
-    return _append_first(carry, batch, model.llm.logits(hidden))
+    logits = model.llm.logits(hidden)
+    carry = carry.replace(stats=count_stats(out.stats, ~carry.done))
+    return _with_seen(carry, batch, logits), logits
 
 
 @functools.partial(
@@ -239,18 +278,24 @@ def _extend(
         part(batch.tokens, first), step, carry.caches, carry.keys, first + ahead, (), carry.adapter
     )
     hidden = jnp.take_along_axis(out.hidden, (last - first)[:, None, None], axis=1)[:, 0]
-    carry = carry.replace(caches=out.cache)
-    return _append_first(carry, batch, model.llm.logits(hidden))
+    logits = model.llm.logits(hidden)
+    return _with_seen(carry.replace(caches=out.cache), batch, logits).append(logits)
 
 
-def _append_first(carry: Progress, batch: Batch, logits) -> Progress:
-    if carry.rules.sampling.repetition_penalty != 1:
-        # The ids under visual tokens mean nothing.
-        word = valid_mask(batch.layout) & (jnp.asarray(batch.layout.image) < 0)
-        rows = jnp.arange(len(logits))[:, None]
-        seen = jnp.zeros(logits.shape, bool).at[rows, jnp.asarray(batch.tokens)].max(word)
-        carry = carry.replace(seen=seen)
-    return carry.append(logits)
+def _with_seen(carry: Progress, batch: Batch, logits) -> Progress:
+    """With the tokens of the prompts, where the choice needs them."""
+    if carry.rules.sampling.repetition_penalty == 1:
+        return carry
+    # The ids under visual tokens mean nothing.
+    word = valid_mask(batch.layout) & (jnp.asarray(batch.layout.image) < 0)
+    rows = jnp.arange(len(logits))[:, None]
+    seen = jnp.zeros(logits.shape, bool).at[rows, jnp.asarray(batch.tokens)].max(word)
+    return carry.replace(seen=seen)
+
+
+def _check_new(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def _last(batch: Batch):
@@ -304,29 +349,36 @@ def _decode(graphdef, state, carry: Progress, *, probes) -> Progress:
     model = nnx.merge(graphdef, state)
 
     def one_step(carry):
-        index = carry.index
-        tokens = carry.last_token
-        segment = jnp.where(carry.done, int(Segment.PAD), int(Segment.ANSWER))
-        position = carry.position + 1
-        zeros = jnp.zeros_like(position)
-        fields = {
-            "segment": segment,
-            "image": zeros - 1,
-            "position": position,
-            "document": carry.document,
-            "branch": zeros,
-        }
-        step = TokenLayout(
-            **{name: x[:, None].astype(jnp.int32) for name, x in fields.items()},
-            visual_tokens=carry.keys.visual_tokens,
-        )
-        keys = jax.tree.map(lambda x, y: place(x, y, index, 1), carry.keys, step)
-        out = model.decode_step(tokens, step, carry.caches, keys, index, probes, carry.adapter)
-        stats = jax.tree.map(jnp.add, carry.stats, count_stats(out.stats, ~carry.done))
-        carry = carry.replace(position=position, keys=keys, caches=out.cache, stats=stats)
-        return carry.append(model.llm.logits(out.hidden[:, 0]))
+        carry, logits = _step(model, probes, carry)
+        return carry.append(logits)
 
     return jax.lax.while_loop(lambda carry: carry.goes_on, one_step, carry)
+
+
+def _step(model: MLLM, probes, carry: Progress):
+    """Reads the tokens chosen last: the state after them and the logits of the next ones."""
+    index = carry.index
+    segment = jnp.where(carry.done, int(Segment.PAD), int(Segment.ANSWER))
+    position = carry.position + 1
+    zeros = jnp.zeros_like(position)
+    fields = {
+        "segment": segment,
+        "image": zeros - 1,
+        "position": position,
+        "document": carry.document,
+        "branch": zeros,
+    }
+    step = TokenLayout(
+        **{name: x[:, None].astype(jnp.int32) for name, x in fields.items()},
+        visual_tokens=carry.keys.visual_tokens,
+    )
+    keys = jax.tree.map(lambda x, y: place(x, y, index, 1), carry.keys, step)
+    out = model.decode_step(
+        carry.last_token, step, carry.caches, keys, index, probes, carry.adapter
+    )
+    stats = jax.tree.map(jnp.add, carry.stats, count_stats(out.stats, ~carry.done))
+    carry = carry.replace(position=position, keys=keys, caches=out.cache, stats=stats)
+    return carry, model.llm.logits(out.hidden[:, 0])
 
 
 _insert = jax.jit(insert, donate_argnames=("carry",))

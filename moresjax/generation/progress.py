@@ -65,7 +65,8 @@ class Progress:
     seen: Bool[AnyArray, "B V"] | None = None  # tokens of the row, for the repetition penalty
     logprobs: Float[AnyArray, "B G"] | None = None
     rolling: Rolling | None = None
-    left: Int[AnyArray, ""] | None = None  # steps to make, of rolling rows
+    left: Int[AnyArray, ""] | None = None  # steps to make, of rolling rows ..
+    enough: Int[AnyArray, ""] | None = None  # .. unless so many of them have ended
 
     @property
     def index(self) -> Int[Array, "..."]:
@@ -84,8 +85,9 @@ class Progress:
     @property
     def goes_on(self) -> Bool[Array, ""]:
         """Whether there is a step to make."""
-        steps_left = self.step < self.tokens.shape[1] if self.left is None else self.left > 0
-        return steps_left & ~self.done.all()
+        if self.left is None:
+            return (self.step < self.tokens.shape[1]) & ~self.done.all()
+        return (self.left > 0) & (self.done.sum() < self.enough)
 
     def replace(self, **changes) -> "Progress":
         return dataclasses.replace(self, **changes)
@@ -129,11 +131,11 @@ def count_stats(stats: dict, rows: Bool[Array, " B"]) -> dict:
 
 
 def insert(carry: Progress, new: Progress, slots: Int[Array, " N"]) -> Progress:
-    """`carry` with other rows in the places `slots`."""
-    stats = jax.tree.map(lambda x, y: x.at[:, slots].set(y), carry.stats, new.stats)
-    rest = (x.replace(stats={}, left=None) for x in (carry, new))
-    merged = jax.tree.map(lambda x, y: x.at[slots].set(y), *rest)
-    return merged.replace(stats=stats, left=carry.left)
+    """`carry` with other rows in the places `slots`; rows without a place are dropped."""
+    stats = jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), carry.stats, new.stats)
+    rest = (x.replace(stats={}) for x in (carry, new))
+    merged = jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), *rest)
+    return merged.replace(stats=stats)
 
 
 def blank(one: Progress, rows: int) -> Progress:
@@ -143,6 +145,6 @@ def blank(one: Progress, rows: int) -> Progress:
         return jnp.zeros((rows, *x.shape[1:]), x.dtype)
 
     stats = jax.tree.map(lambda x: jnp.zeros((x.shape[0], rows, *x.shape[2:]), x.dtype), one.stats)
-    carry = jax.tree.map(empty, one.replace(stats={}, left=None))
+    carry = jax.tree.map(empty, one.replace(stats={}))
     rolling = Rolling(carry.rolling.start + 1, carry.rolling.limit)
     return carry.replace(stats=stats, done=~carry.done, rolling=rolling)

@@ -86,21 +86,24 @@ def branches(prompt: Row, continuations: Sequence[Ids]) -> Branches:
 
 def score_rows(
     model: MLLM,
-    make_batch: Callable[[Sequence[Row], int], Batch],
+    make_batch: Callable[[Sequence[Row], int, Sequence[str | None] | None], Batch],
     pairs: Sequence[tuple[Row, Ids]],
     batch_size: int,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[Score]:
-    """Scores of continuations; those of equal prompts share a row.
+    """Scores of continuations; those of equal prompts to one adapter share a row.
 
     Args:
       model: what scores.
-      make_batch: rows, padded to a length.
+      make_batch: rows, padded to a length, with the names of their adapters.
       pairs: prompt row and token ids of the continuation.
       batch_size: rows per batch.
+      adapters: for every pair the name of its adapter.
     """
     groups: dict[tuple, list[int]] = {}
     for number, (row, _) in enumerate(pairs):
-        key = row["tokens"].tobytes(), id(row.get("pixels"))
+        name = adapters[number] if adapters is not None else None
+        key = row["tokens"].tobytes(), id(row.get("pixels")), name
         groups.setdefault(key, []).append(number)
     whole = [(g, branches(pairs[g[0]][0], [pairs[i][1] for i in g])) for g in groups.values()]
     whole.sort(key=lambda item: len(item[1].row["tokens"]))
@@ -109,15 +112,16 @@ def score_rows(
     for start in range(0, len(whole), batch_size):
         chosen = whole[start : start + batch_size]
         # Short batches are filled up, so that they do not compile anew.
-        filled = [b for _, b in chosen + chosen[:1] * (batch_size - len(chosen))]
+        rows = chosen + chosen[:1] * (batch_size - len(chosen))
+        filled = [b for _, b in rows]
+        names = None if adapters is None else [adapters[numbers[0]] for numbers, _ in rows]
         size = bucket(max(len(b.queries) for b in filled), 8)
 
         def padded(x, size=size):
             return np.pad(x, (0, size - len(x)))
 
-        batch = make_batch(
-            [b.row for b in filled], bucket(max(len(b.row["tokens"]) for b in filled))
-        )
+        length = bucket(max(len(b.row["tokens"]) for b in filled))
+        batch = make_batch([b.row for b in filled], length, names)
         queries, targets = (
             np.stack([padded(getattr(b, name)) for b in filled]) for name in ("queries", "targets")
         )

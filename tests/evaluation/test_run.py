@@ -16,6 +16,7 @@ from moresjax.data.templates import get_template
 from moresjax.errors import UserError
 from moresjax.evaluation.judges import EndpointJudge, ModelJudge
 from moresjax.evaluation.lm import MoresjaxLM
+from moresjax.evaluation.predictions import PredictionLog
 from moresjax.evaluation.presets import PRESETS, expand, table
 from moresjax.evaluation.run import EvaluationResult, evaluate, rescore, write_results
 from moresjax.evaluation.tasks import BENCHMARKS, load_benchmark
@@ -129,6 +130,37 @@ def test_a_killed_evaluation_continues(model, root, whole, tmp_path, monkeypatch
         evaluate(make_model(seed=1), ["gqa"], **options)
     rescored = rescore("gqa", saved, data_root=root, limit=9).scores["gqa"]
     assert rescored == {k: v for k, v in whole.scores["gqa"].items() if k != "errors"}
+
+
+def test_an_answer_is_written_as_soon_as_it_has_ended(model, root, whole, tmp_path, monkeypatch):
+    add, added = PredictionLog.add, []
+
+    def until_killed(self, task, item, prediction):
+        if len(added) == 3:
+            raise KeyboardInterrupt
+        added.append(item.id)
+        add(self, task, item, prediction)
+
+    options = {"data_root": root, "limit": 9, "batch_size": 4, "out": tmp_path}
+    with monkeypatch.context() as patched:
+        patched.setattr(PredictionLog, "add", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, ["gqa"], **options)
+    saved = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in saved] == added
+    assert evaluate(model, ["gqa"], **options).predictions == whole.predictions
+
+
+def test_a_question_longer_than_the_context_leaves_the_others(model, root, tmp_path):
+    (tmp_path / "gqa").mkdir()
+    (tmp_path / "gqa" / "images").symlink_to(root / "gqa" / "images")
+    name = "gqa/testdev_balanced_questions.json"
+    questions = json.loads((root / name).read_text())
+    questions["3"]["question"] = "is " * 3000
+    (tmp_path / name).write_text(json.dumps(questions))
+    entry = evaluate(model, ["gqa"], data_root=tmp_path, limit=5, batch_size=4).scores["gqa"]
+    assert list(entry["errors"]) == ["3"]
+    assert "do not fit the model's 2048 positions" in entry["errors"]["3"]
 
 
 def test_a_task_of_which_nothing_can_be_asked_says_why(model, root, tmp_path):

@@ -13,6 +13,7 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
+from moresjax.generation.beam import Beams
 from moresjax.generation.jsonl import generate_file
 from moresjax.generation.sampling import Sampling
 from moresjax.model import Model
@@ -123,6 +124,13 @@ def test_an_answer_ends_before_its_first_stop_string(model, rows, together):
     assert model.text(done[0].tokens, words[1]) == expected
 
 
+def test_a_beam_search_gives_the_texts_of_its_rows(model, rows):
+    prompts, images = PROMPTS[:2], [[], [IMAGE]]
+    options = {"num_beams": 3, "length_penalty": 2.0}
+    found = model.generate(prompts, images, max_new_tokens=NEW, **options)
+    assert found == model.decode(model.generate_rows(rows[:2], NEW, beams=Beams(**options)))
+
+
 def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together, tmp_path):
     from PIL import Image
 
@@ -166,6 +174,8 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
         ({"seeds": [1]}, "2 prompts but 1 seeds"),
         ({"max_new_tokens": 2045}, "6 tokens and max_new_tokens=2045 do not fit the model's 2048"),
         ({"stop": ["a", ""]}, "a stop string is empty"),
+        ({"num_beams": 2, "batch_size": 1}, "num_beams=2 cannot be used together with batch_size"),
+        ({"num_beams": 2, "stop": "a"}, "num_beams=2 cannot be used together with stop"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(model, options, message):

@@ -1,0 +1,212 @@
+"""Evaluating visual questions: our path beside that of `transformers`, same weights and answers.
+
+    python benchmarks/evaluate.py [--rounds 3] [--items 64] [--batch-size 16] [--new-tokens 16]
+
+A LLaVA of 40 million parameters with random weights (CLIP, 6 layers of 384, 112 pixels: 64 visual
+tokens; LLaMA, 8 layers of 512) answers questions of different lengths about photos on disk. Timed
+is everything from files and questions to texts. `one by one` is the loop of the original: processor
+and `generate` for one question at a time; `batched` pads on the left. Random weights do not end an
+answer, so all have the same number of tokens: refilling a batch, which is ours alone, wins nothing.
+The answers must be equal, token by token.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rounds import measure, median_ratio
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+import moresjax as mj
+from moresjax.data.samples import Sample, Turn
+from moresjax.data.templates import get_template
+from moresjax.evaluation.files import ask
+from moresjax.evaluation.items import Item
+from moresjax.evaluation.run import evaluate
+from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.parallel.host import keep_freed_memory
+
+VOCAB, SIDE, PATCH, TEMPLATE = 4096, 112, 14, "vicuna_v1"
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
+TEXT = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
+QUESTIONS = (
+    "Is the sky blue?",
+    "What colour is the largest thing in the picture?",
+    "How many people are there in front of the building on the left side of the street?",
+    "What is the man next to the red car holding in his hand while he looks at the camera?",
+)
+
+
+def make_items(folder: Path, count: int) -> list[Item]:
+    """Questions about photos of noise, of different lengths and sizes."""
+    rng = np.random.default_rng(0)
+    items = []
+    for number in range(count):
+        path = folder / f"{number}.jpg"
+        coarse = rng.integers(0, 255, (6, 8, 3)).astype(np.uint8)
+        size = (320, 240) if number % 2 else (240, 280)
+        Image.fromarray(coarse).resize(size).save(path)
+        question = ask(QUESTIONS[number % len(QUESTIONS)])
+        items.append(Item(str(number), question, "", (path,)))
+    return items
+
+
+def prompt_of(item: Item) -> str:
+    """The text that the template makes of a question."""
+    sample = Sample(item.id, (Turn(item.prompt),), item.images)
+    return "".join(piece.text for piece in get_template(TEMPLATE).render(sample, ""))
+
+
+def make_tokenizer(items: list[Item]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, those of the prompts and others."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = dict.fromkeys(word for item in items for word in prompt_of(item).split())
+    others = (f"word{i}" for i in range(VOCAB))
+    vocabulary = list(dict.fromkeys((*SPECIAL, *words, *others)))[:VOCAB]
+    vocab = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+    )
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )
+
+
+def make_folder(folder: Path, items: list[Item], small: bool) -> None:
+    """A LLaVA with its processor, as `transformers` saves it."""
+    tokenizer = make_tokenizer(items)
+    depth = 2 if small else 1
+    llm = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=8 // depth**2, pad_token_id=0, **TEXT)
+    tower = CLIPVisionConfig(
+        num_hidden_layers=6 // depth, image_size=SIDE, patch_size=PATCH, **VISION
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=llm,
+            vision_config=tower,
+            image_token_index=SPECIAL.index("<image>"),
+            vision_feature_select_strategy="default",
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:  # large enough for answers that differ
+                parameter.normal_(0, parameter[0].numel() ** -0.5)
+    model.save_pretrained(folder)
+    square = {"height": SIDE, "width": SIDE}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=square),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+
+
+def reference(folder: Path, items: list[Item], new: int) -> Callable[[int], list[list[int]]]:
+    """(Batch size) to the new tokens that `transformers` gives for every question."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    processor = LlavaProcessor.from_pretrained(folder)
+
+    def run(batch_size: int) -> list[list[int]]:
+        answers = []
+        for start in range(0, len(items), batch_size):
+            chosen = items[start : start + batch_size]
+            images = [Image.open(item.images[0]).convert("RGB") for item in chosen]
+            texts = [prompt_of(item) for item in chosen]
+            inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+            with torch.inference_mode():
+                ids = model.generate(**inputs, max_new_tokens=new, do_sample=False)
+            ids = ids[:, inputs["input_ids"].shape[1] :]
+            processor.batch_decode(ids, skip_special_tokens=True)
+            answers += ids.tolist()
+        return answers
+
+    return run
+
+
+def check_equal(model: mj.Model, items: list[Item], expected: list[list[int]], options) -> None:
+    rows = [model.prompt(item.prompt, item.images) for item in items]
+    found = model.generate_many(rows, **options)
+    for item, completion, ids in zip(items, found, expected, strict=True):
+        if completion.tokens.tolist() != ids[: len(completion.tokens)]:
+            raise SystemExit(f"question {item.id}: {completion.tokens.tolist()} is not {ids}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--items", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--small", action="store_true", help="few layers: does it run?")
+    args = parser.parse_args()
+    keep_freed_memory()
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        items = make_items(folder, args.items)
+        make_folder(folder, items, args.small)
+        model = mj.load(folder, template=TEMPLATE)
+        answers = reference(folder, items, args.new_tokens)
+        options = {"batch_size": args.batch_size, "max_new_tokens": args.new_tokens}
+
+        @benchmark("questions")
+        def load(data_root=None, limit=None) -> list[VisualTask]:
+            return [VisualTask("questions", items, max_new_tokens=args.new_tokens)]
+
+        def run(function, *arguments, **keywords):
+            def once():
+                function(*arguments, **keywords)
+                yield "run"
+
+            return once
+
+        runs = {
+            "moresjax": run(evaluate, model, ["questions"], batch_size=args.batch_size),
+            "transformers, one by one": run(answers, 1),
+            f"transformers, batches of {args.batch_size}": run(answers, args.batch_size),
+        }
+        first = {}
+        for name, once in runs.items():
+            start = time.perf_counter()
+            list(once())
+            first[name] = time.perf_counter() - start
+        for size in (1, args.batch_size):
+            check_equal(model, items, answers(size), options)
+        seconds = measure(runs, args.rounds)
+    print(f"{args.items} questions, {args.new_tokens} new tokens each, answers equal\n")
+    print("| | s | ratio | first time, with compilation: s | ratio |\n|---|---:|---:|---:|---:|")
+    for name, phases in seconds.items():
+        warm, cold = statistics.median(phases["run"]), first[name] / first["moresjax"]
+        ratio = median_ratio(seconds, name, "run")
+        print(f"| {name} | {warm:.2f} | {ratio:.2f} | {first[name]:.2f} | {cold:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
