@@ -251,9 +251,12 @@ def run_blocks(
         chosen = jnp.asarray(is_local)[layer]
 
         def choose(a, b):
+            if isinstance(a, Runs):
+                return dataclasses.replace(a, local=chosen)
             return a if a is b else jnp.where(chosen, a, b)
 
-        return jax.tree.map(choose, local, (rope, mask))
+        is_runs = lambda x: isinstance(x, Runs)  # noqa: E731
+        return jax.tree.map(choose, local, (rope, mask), is_leaf=is_runs)
 
     def one_layer(h, block, theta, layer, cache=None):
         at_layer = hooks.layer(theta, layer)

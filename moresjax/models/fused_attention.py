@@ -2,21 +2,22 @@
 
 Axis legend: B batch, N query heads, K key/value heads, S tokens, H head features.
 
-| `attention` | platform of `auto` | batches | otherwise |
+| `attention` | platform of `auto` | batches that hold | needs |
 |---|---|---|---|
-| `splash` | TPU | `Holds.SINGLE`, `Holds.PACKED` | |
-| `cudnn` | NVIDIA GPU | `Holds.SINGLE` | 16 bits, head size a multiple of 8 up to 128, no soft cap |
+| `splash` | TPU | `SINGLE`, `PACKED` | 128 tokens per row |
+| `cudnn` | NVIDIA GPU | `SINGLE` | 16 bits; heads of 8, 16 .. 128 features; no soft cap |
 
-Everything else (other batches, probes, learned keys, decoding, vision encoders, CPUs, models that
-mix local and global layers) is `moresjax.models.attention` over a dense mask.
+Everything else (other batches, probes, learned keys, decoding, vision encoders, CPUs) is
+`moresjax.models.attention` over a dense mask.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.layout import Batch, Holds, valid_mask
 from moresjax.parallel.mesh import BATCH_AXES, batch_shards
@@ -37,11 +38,13 @@ class Runs:
       run: number of every token's run, -1 for padding.
       kernel: `splash` or `cudnn` (static).
       window: only so many tokens up to itself; 0: all of them (static).
+      local: whether this layer has the window, where only a number in a scan tells; None: it has.
     """
 
     run: Int[Array, "B S"]
     kernel: str = dataclasses.field(metadata={"static": True})
     window: int = dataclasses.field(default=0, metadata={"static": True})
+    local: Bool[Array, ""] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,9 +68,7 @@ def visible_runs(batch: Batch, config) -> Runs | None:
         and config.head_dim <= CUDNN_HEAD
         and not config.attention_softcap,
     }
-    # In a scan all layers are one program, and a kernel's window is part of the program.
-    mixed = len(set(config.local_layers)) > 1
-    if mixed or not fits[kernel]:
+    if not fits[kernel]:
         return None
     return Runs(jnp.where(valid_mask(batch.layout), batch.layout.document, -1), kernel)
 
@@ -99,29 +100,31 @@ def fused_attention(
     softcap: float = 0.0,
 ) -> Float[Array, "B N S H"]:
     """Attention within runs; what comes out for padding means nothing."""
-    if runs.kernel == "cudnn":
-        return _cudnn(q, k, v, runs.window)
 
-    def local(q, k, v, run):
-        return _splash(q, k, v, run, runs.window, softcap)
+    def attend(window):
+        if runs.kernel == "cudnn":
+            return functools.partial(_cudnn, window)
+        return functools.partial(_on_each_device, functools.partial(_splash, window, softcap))
 
+    if runs.local is None:
+        return attend(runs.window)(q, k, v, runs.run)
+    # A window is part of the kernel.
+    return jax.lax.cond(runs.local, attend(runs.window), attend(0), q, k, v, runs.run)
+
+
+def _on_each_device(function, q, k, v, run):
+    """The function of every device's rows and heads: XLA cannot split a TPU kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return local(q, k, v, runs.run)
-    # XLA cannot split a kernel, so every device is given its rows and heads.
+        return function(q, k, v, run)
     rows = None if q.shape[0] % batch_shards(mesh) else BATCH_AXES
     heads = None if k.shape[1] % mesh.shape["tensor"] else "tensor"
     spec = PartitionSpec(rows, heads)
-    sharded = jax.shard_map(
-        local,
-        in_specs=(spec, spec, spec, PartitionSpec(rows)),
-        out_specs=spec,
-        check_vma=False,
-    )
-    return sharded(q, k, v, runs.run)
+    specs = (spec, spec, spec, PartitionSpec(rows))
+    return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, run)
 
 
-def _splash(q, k, v, run, window: int, softcap: float):
+def _splash(window: int, softcap: float, q, k, v, run):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     heads, length, dim = q.shape[1:]
@@ -155,9 +158,10 @@ def _splash(q, k, v, run, window: int, softcap: float):
     return y[:, :, :length]
 
 
-def _cudnn(q, k, v, window: int):
+def _cudnn(window: int, q, k, v, run):
     """Causal attention. With one document per row and padding on the right, no token sees what it
     should not, but for padding."""
+    del run
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     near = (window - 1, 0) if window else None
     y = jax.nn.dot_product_attention(
