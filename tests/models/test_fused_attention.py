@@ -157,6 +157,40 @@ def test_cudnn_is_used_for_one_document_of_sixteen_bits_only():
     assert kernel(attention_softcap=50.0) is None
 
 
+@pytest.mark.parametrize("window", [0, 17])
+def test_cudnn_is_asked_for_what_the_dense_mask_says(window, monkeypatch):
+    """JAX's own XLA implementation, given the same arguments, on right-padded rows."""
+    ask = jax.nn.dot_product_attention
+
+    def on_xla(*arrays, implementation, **options):
+        assert implementation == "cudnn"
+        return ask(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_xla)
+    layout = long_batch().layout
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, 4, 128, 8)), jnp.float32)
+    k, v = jnp.asarray(rng.standard_normal((2, 2, 2, 128, 8)), jnp.float32)
+    mask = visible(layout)
+    if window:
+        mask &= layout.position[:, :, None] - layout.position[:, None, :] < window
+    y = attention(q, k, v, Runs(jnp.asarray(layout.document), "cudnn", window))
+    alive = np.asarray(valid_mask(layout))[:, None, :, None]
+    np.testing.assert_allclose(y * alive, attention(q, k, v, mask) * alive, atol=2e-6)
+
+
+def test_cudnn_lowers_for_gpus_in_both_directions(monkeypatch):
+    """Without a GPU; only the question for cuDNN's version is answered here."""
+    version = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
+    monkeypatch.setattr(version, lambda: 91200)
+    query, key = (jnp.zeros((2, heads, 128, 80), jnp.bfloat16) for heads in (4, 2))
+    runs = Runs(jnp.zeros((2, 128), jnp.int32), "cudnn", 17)
+    traced = jax.jit(jax.grad(lambda q: attention(q, key, key, runs).sum())).trace(query)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "@__cudnn$fmhaSoftmax(" in text
+    assert "@__cudnn$fmhaSoftmaxBackward(" in text
+
+
 def test_on_a_cpu_nothing_is_fused_unless_it_is_asked_for():
     assert visible_runs(long_batch(), tiny_config().llm) is None
     assert visible_runs(long_batch(), tiny_config(attention="splash").llm).kernel == "splash"
@@ -179,23 +213,35 @@ def test_what_rows_hold_is_seen_or_known_from_source_and_batching():
     assert rows_held(DigitsSource("instruct"), "pack") == Holds.ANY
 
 
-@pytest.mark.parametrize("preset", ["fsdp", "fsdp+tensor"])
-def test_a_train_step_for_tpus_has_the_kernels_of_both_directions(preset):
+def lowered_for_tpus(preset: str):
+    """The train step of a small decoder with Phi-2's head size."""
     config = base_config()
     config.dtype, config.remat, config.tuning = "bfloat16", True, "mores:rank=1"
-    config.batch_size, config.length, config.data = 16, 160, {"name": "llava"}
-    config.mesh.update(mesh_preset(preset, 8))
+    config.batch_size, config.length, config.data = 16, 128, {"name": "llava"}
+    config.also_train = ()
+    config.mesh.update(mesh_preset(preset, 4))
     with config.unlocked(), config.ignore_type():
         config.model.llm = {
             "vocab_size": 256,
             "hidden_size": 320,
             "intermediate_size": 256,
             "num_layers": 2,
-            "num_heads": 4,  # of 80 features, as Phi-2's
+            "num_heads": 4,
         }
-    config.also_train = ()
-    mesh = make_mesh(**config.mesh, devices=find_slice("v5e-8").devices())
+    mesh = make_mesh(**config.mesh, devices=find_slice("v5e-4").devices())
     state, frozen, batch, step = abstract_step(config, mesh)
-    text = step.lower(state, frozen, batch).compile().as_text()
+    return step.lower(state, frozen, batch)
+
+
+def test_a_train_step_for_tpus_lowers_to_a_kernel_for_each_chips_rows():
+    text = lowered_for_tpus("fsdp").as_text()
+    assert "tpu_custom_call" in text
+    assert "tensor<4x4x128x80xbf16>" in text  # of 16 rows
+
+
+def test_a_compiled_train_step_has_the_kernels_of_both_directions():
+    """Rows and heads split over the chips."""
+    text = lowered_for_tpus("fsdp+tensor").compile().as_text()
+    assert "bf16[8,2,128,80]" in text  # 16 rows over 2 chips, 4 heads over 2
     for kernel in ("fwd", "dq", "dkv"):
         assert f"splash_mha_{kernel}_segmented" in text
