@@ -43,7 +43,8 @@ def model_config(config) -> MLLMConfig:
     vision = _vision(config.model.vision) if config.model.vision else None
     how = {"dtype": config.dtype} if config.dtype else {}
     how |= {"remat": True} if config.remat else {}
-    llm, vision = dataclasses.replace(llm, **how), _run_as(vision, how)
+    llm = dataclasses.replace(llm, **how, attention=config.attention)
+    vision = _run_as(vision, how)
     if last := last_vision_layers(config.also_train):
         if vision is None or vision.is_pair:
             raise UserError(f"also_train vision:last{last} needs one vision encoder")

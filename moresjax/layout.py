@@ -13,6 +13,7 @@ import enum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.types import AnyArray, pytree_dataclass
@@ -26,6 +27,14 @@ class Segment(enum.IntEnum):
     IMAGE = 2
     QUESTION = 3  # user text and the role marker that asks for the answer
     ANSWER = 4  # what the model is trained to say, or has said
+
+
+class Holds(enum.Enum):
+    """What all rows of a batch are promised to hold."""
+
+    ANY = "any"
+    PACKED = "packed"  # documents without branches, each an unbroken run of tokens
+    SINGLE = "single"  # one document without branches, padded on the right only
 
 
 # Document number of tokens that every document of the row sees (learned prompt tokens).
@@ -77,6 +86,13 @@ def text_layout(valid: Bool[AnyArray, "B S"], segment: Segment = Segment.QUESTIO
         document=zeros,
         branch=zeros,
     )
+
+
+def rows_of(layout: TokenLayout) -> Holds:
+    """`Holds.SINGLE` where a layout on the host is seen to be that, else `Holds.ANY`."""
+    padding = np.asarray(layout.segment) == Segment.PAD
+    single = not (np.any(layout.document) or np.any(layout.branch))
+    return Holds.SINGLE if single and (padding[:, 1:] >= padding[:, :-1]).all() else Holds.ANY
 
 
 def valid_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
@@ -182,6 +198,7 @@ class Batch:
       roi: region of interest over each row's visual tokens `[B, N * V]`, or None.
       adapter: number of each row's adapter where several are loaded `[B]`, -1 for the base model;
         None: the base model for all rows.
+      holds: what the rows are promised to hold (static); decides which attention kernels may run.
     """
 
     tokens: IntField
@@ -189,3 +206,4 @@ class Batch:
     pixels: Float[AnyArray, "B N Y X 3"] | None = None
     roi: Bool[AnyArray, "B R"] | None = None
     adapter: Int[AnyArray, " B"] | None = None
+    holds: Holds = dataclasses.field(default=Holds.ANY, metadata={"static": True})

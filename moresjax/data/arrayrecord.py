@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -88,6 +89,7 @@ class ArrayRecordSource:
     """
 
     folder: str
+    branches: ClassVar[bool] = False
 
     def __post_init__(self):
         _ = self._reader

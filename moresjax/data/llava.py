@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -114,6 +114,7 @@ class LlavaSource:
     files: str
     image_root: str = "."
     weights: str = ""
+    branches: ClassVar[bool] = False
 
     def __post_init__(self):
         if not Path(self.image_root).is_dir():

@@ -21,6 +21,7 @@ from moresjax.data.processor import Processor, Row
 from moresjax.data.samples import Sample
 from moresjax.data.sources import Source, sizes_of
 from moresjax.errors import UserError, choice_error
+from moresjax.layout import Holds
 
 BATCHING = ("pad", "pack", "bucket")
 PACK_WINDOW = 256  # samples packed together
@@ -88,10 +89,11 @@ class Batches:
     Attributes:
       batching: how samples became rows.
       bad: the samples that were skipped.
+      holds: what the rows of every batch hold.
     """
 
-    def __init__(self, dataset: grain.IterDataset, batching: str, bad: BadSamples):
-        self.batching, self.bad = batching, bad
+    def __init__(self, dataset: grain.IterDataset, batching: str, bad: BadSamples, holds: Holds):
+        self.batching, self.bad, self.holds = batching, bad, holds
         self._iterator = iter(dataset)
 
     def __iter__(self) -> "Batches":
@@ -123,6 +125,16 @@ class Batches:
                 f"it cannot go on with {count}"
             )
         self._iterator.set_state(own)
+
+
+def rows_held(source, batching: str) -> Holds:
+    """What the rows of a source's batches hold; `source` may be its class.
+
+    Known before any is read: the program is the same at every step and in every process.
+    """
+    if getattr(source, "branches", True):
+        return Holds.ANY
+    return Holds.PACKED if batching == "pack" else Holds.SINGLE
 
 
 def _everywhere(state: dict) -> list[dict]:
@@ -172,7 +184,7 @@ def make_iterator(
     """
     if batching not in BATCHING:
         raise choice_error("batching", batching, BATCHING)
-    own = _own_rows(batch_size)
+    own, holds = _own_rows(batch_size), rows_held(source, batching)
     bad = BadSamples(on_bad_sample, len(source))
     rows = Rows(source, processor, length, images, bad, padded=batching == "pad")
     if batching == "bucket":
@@ -191,7 +203,8 @@ def make_iterator(
             seed=seed,
         )
         numbers = grain.MapDataset.range(ENDLESS).map(batches)
-        return Batches(numbers.to_iter_dataset(_reading(threads, 2 * threads)), batching, bad)
+        batches = numbers.to_iter_dataset(_reading(threads, 2 * threads))
+        return Batches(batches, batching, bad, holds)
     share = slice(jax.process_index(), None, jax.process_count())
     samples = _shuffled(rows, getattr(source, "shares", ()), seed, share)
     dataset = samples.to_iter_dataset(_reading(threads, 4 * batch_size))
@@ -200,7 +213,8 @@ def make_iterator(
         dataset = dataset.batch(window or PACK_WINDOW, batch_fn=list)
         dataset = grain.experimental.FlatMapIterDataset(dataset, packed)
     count = own.stop - own.start
-    return Batches(dataset.batch(count, drop_remainder=True, batch_fn=_stack), batching, bad)
+    batches = dataset.batch(count, drop_remainder=True, batch_fn=_stack)
+    return Batches(batches, batching, bad, holds)
 
 
 def one_pass(
@@ -284,9 +298,11 @@ def _stack(rows: Sequence[Row]) -> Row:
     return stacked
 
 
-def to_device_batch(stacked: Mapping[str, Any], processor: Processor, sharding=None):
+def to_device_batch(
+    stacked: Mapping[str, Any], processor: Processor, sharding=None, holds: Holds = Holds.ANY
+):
     """Stacked rows as the objective's input, on the devices of `sharding` (leading axis split)."""
-    batch = processor.to_batch(stacked) if "tokens" in stacked else dict(stacked)
+    batch = processor.to_batch(stacked, holds) if "tokens" in stacked else dict(stacked)
     if sharding is None:
         return jax.tree.map(jax.numpy.asarray, batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -17,7 +17,7 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.data.templates import Piece, Template
 from moresjax.errors import UserError
-from moresjax.layout import Batch, Segment, TokenLayout
+from moresjax.layout import Batch, Holds, Segment, TokenLayout, rows_of
 
 # Arrays by field; `id` names the sample.
 Row = dict[str, np.ndarray | str]
@@ -194,11 +194,12 @@ class Processor:
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Stacks padded rows."""
         stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        return self.to_batch(stacked)
+        batch = self.to_batch(stacked)
+        return dataclasses.replace(batch, holds=rows_of(batch.layout))
 
-    def to_batch(self, stacked: Row) -> Batch:
+    def to_batch(self, stacked: Row, holds: Holds = Holds.ANY) -> Batch:
         layout = TokenLayout(**{f: stacked[f] for f in FIELDS}, visual_tokens=self.visual_tokens)
-        return Batch(stacked["tokens"], layout, stacked.get("pixels"))
+        return Batch(stacked["tokens"], layout, stacked.get("pixels"), holds=holds)
 
 
 def word_ids(tokenizer, word: str) -> tuple[int, ...]:

@@ -20,7 +20,8 @@ class Source(Protocol):
     """Random access to samples.
 
     A source may also have `sizes` `[n, 2]`, the words and images of every sample, which batching by
-    length needs, and `shares`, pairs of an index range and its weight.
+    length needs, `shares`, pairs of an index range and its weight, and `branches`, False where no
+    sample has independent turns.
     """
 
     def __len__(self) -> int: ...

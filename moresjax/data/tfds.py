@@ -6,7 +6,7 @@ Questions and answers are texts with features in braces: `What is {object}?`, `{
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class TfdsSource:
     data_dir: str = ""
     image: str = "image"
     seed: int = 0
+    branches: ClassVar[bool] = False
 
     def __post_init__(self):
         features = self._builder.info.features

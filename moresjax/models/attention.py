@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from moresjax.layout import Segment
+from moresjax.models.fused_attention import Runs, fused_attention
 
 # The key groups of every attention statistic, in the order of their last axis.
 GROUPS = (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION, Segment.ANSWER)
@@ -41,10 +42,13 @@ def attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
     v: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"] | None,
+    mask: Bool[Array, "B T S"] | Runs | None,
     softcap: float = 0.0,
 ) -> Float[Array, "B N T H"]:
-    """Attention with grouped key/value heads; `mask` is True where a key is visible."""
+    """Attention with grouped key/value heads; `mask` is True where a key is visible, or names the
+    kernel to use."""
+    if isinstance(mask, Runs):
+        return fused_attention(q, k, v, mask, softcap)
     probabilities = attention_probabilities(q, k, mask, softcap).astype(v.dtype)
     grouped = probabilities.reshape(q.shape[0], k.shape[1], -1, k.shape[2])
     return jnp.matmul(grouped, v).reshape(q.shape)

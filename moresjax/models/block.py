@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.errors import UserError
 from moresjax.models.attention import attention
+from moresjax.models.fused_attention import Runs
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope, param
 from moresjax.ops import place
 from moresjax.parallel.mesh import keep_rows_split
@@ -130,7 +131,8 @@ class Attention(nnx.Module):
         k, v = hooks.extend(k, v)
         if cache is not None:
             k, v = place(cache.k, k, index, 2), place(cache.v, v, index, 2)
-        hooks.read_attention(q, k, mask if config.window else None, config.attention_softcap)
+        if not isinstance(mask, Runs):  # which are for passes without probes
+            hooks.read_attention(q, k, mask if config.window else None, config.attention_softcap)
         y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, config.attention_softcap)
         y = y.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         return hooks.linear("o", self.o, y), LayerCache(k, v)
@@ -187,7 +189,7 @@ class Block(nnx.Module):
         self,
         h: Float[Array, "B S D"],
         rope,
-        mask: Bool[Array, "B S T"] | None,
+        mask: Bool[Array, "B S T"] | Runs | None,
         hooks: LayerHooks,
         cache: LayerCache | None = None,
         index: Int[Array, "..."] | int | None = None,
@@ -249,9 +251,12 @@ def run_blocks(
         chosen = jnp.asarray(is_local)[layer]
 
         def choose(a, b):
+            if isinstance(a, Runs):
+                return dataclasses.replace(a, local=chosen)
             return a if a is b else jnp.where(chosen, a, b)
 
-        return jax.tree.map(choose, local, (rope, mask))
+        is_runs = lambda x: isinstance(x, Runs)  # noqa: E731
+        return jax.tree.map(choose, local, (rope, mask), is_leaf=is_runs)
 
     def one_layer(h, block, theta, layer, cache=None):
         at_layer = hooks.layer(theta, layer)

@@ -19,6 +19,7 @@ from moresjax.models.block import (
     LayerCache,
     run_blocks,
 )
+from moresjax.models.fused_attention import KERNELS, Runs
 from moresjax.models.layers import (
     ROPE_SCALINGS,
     Embedding,
@@ -43,7 +44,7 @@ class DecoderConfig(BlockConfig):
     """A decoder-only LLM. The defaults are LLaMA's.
 
     Raises:
-      UserError: for a kind of positions or rope scaling that does not exist.
+      UserError: for a kind of positions, rope scaling or attention that does not exist.
     """
 
     vocab_size: int
@@ -62,6 +63,7 @@ class DecoderConfig(BlockConfig):
     head_bias: bool = False
     logit_softcap: float = 0.0  # 0: none
     max_positions: int = 2048
+    attention: str = "auto"  # auto | xla | splash | cudnn, see `moresjax.models.fused_attention`
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,6 +71,8 @@ class DecoderConfig(BlockConfig):
             raise choice_error("kind of positions", self.positions, POSITIONS)
         if self.rope_scaling not in ROPE_SCALINGS:
             raise choice_error("rope scaling", self.rope_scaling, ROPE_SCALINGS)
+        if self.attention not in KERNELS:
+            raise choice_error("attention", self.attention, KERNELS)
 
     def rope_frequencies(self, local: bool = False) -> Float[np.ndarray, "H2"]:
         """Radians per position of every rotated pair, in local or in the other layers."""
@@ -125,7 +129,7 @@ class Decoder(nnx.Module):
         self,
         h: Float[Array, "B S D"],
         positions: Int[Array, "B S"],
-        mask: Bool[Array, "B S T"],
+        mask: Bool[Array, "B S T"] | Runs,
         hooks: TowerHooks | None = None,
         *,
         caches: list[LayerCache] | None = None,
@@ -138,7 +142,7 @@ class Decoder(nnx.Module):
         Args:
           h: input embeddings.
           positions: of the tokens in their documents, below T.
-          mask: True where a query sees a key.
+          mask: True where a query sees a key, or what says so to a kernel.
           hooks: attached methods and probes.
           caches: per layer keys and values of earlier tokens, with room for these; needs `unstack`.
           index: where in the caches the new keys and values go; one for all rows, or `[B]`.
@@ -164,9 +168,12 @@ class Decoder(nnx.Module):
         common, local = rope(False), None
         if any(config.local_layers):
             keys = positions if key_positions is None else key_positions
-            # Positions, not places in the row: padding may lie between a query and its keys.
-            near = positions[:, :, None] - keys[:, None, :] < config.window
-            local = (rope(True) if config.local_rope_theta else common, mask & near)
+            if isinstance(mask, Runs):
+                near = dataclasses.replace(mask, window=config.window)
+            else:
+                # Positions, not places in the row: padding may lie between a query and its keys.
+                near = mask & (positions[:, :, None] - keys[:, None, :] < config.window)
+            local = (rope(True) if config.local_rope_theta else common, near)
         out = run_blocks(
             self.blocks,
             h,

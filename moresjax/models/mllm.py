@@ -15,6 +15,7 @@ from moresjax.layout import Batch, TokenLayout, visible
 from moresjax.models.block import BlocksOutput, LayerCache
 from moresjax.models.connector import build_connector, connector_tokens, parse_connector
 from moresjax.models.decoder import Decoder, DecoderConfig
+from moresjax.models.fused_attention import visible_runs
 from moresjax.models.fusion import (
     AnyVisionConfig,
     vision_from_dict,
@@ -135,7 +136,9 @@ class MLLM(nnx.Module):
         bare = ahead - slots  # keys without a token, and so without a query
         full, context = extend_layout(batch.layout, ahead), None
         rows, length = full.shape
-        mask = visible(full, jnp.broadcast_to(jnp.arange(bare, length), (rows, length - bare)))
+        mask = None if probes or ahead else visible_runs(batch, self.config.llm)
+        if mask is None:
+            mask = visible(full, jnp.broadcast_to(jnp.arange(bare, length), (rows, length - bare)))
         if probes:
             seen = mask
             if queries is not None:

@@ -25,6 +25,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moresjax.build import model_config
+from moresjax.data.pipeline import rows_held
+from moresjax.data.sources import SOURCES
 from moresjax.errors import UserError
 from moresjax.layout import Batch, TokenLayout
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -195,15 +197,16 @@ def abstract_step(config, mesh: Mesh):
 def abstract_batch(config, architecture: MLLMConfig) -> Batch:
     """Shapes of a batch as the data pipeline makes it, every row with its images."""
     vision = architecture.vision
+    holds = rows_held(SOURCES.get(config.data.name), config.batching)
 
     def build():
         field = jnp.zeros((config.batch_size, config.length), jnp.int32)
         layout = TokenLayout(*[field] * 5, visual_tokens=architecture.visual_tokens)
         if vision is None or not config.images:
-            return Batch(field, layout)
+            return Batch(field, layout, holds=holds)
         size = vision.image_size
         pixels = jnp.zeros((config.batch_size, config.images, size, size, 3), jnp.float32)
-        return Batch(field, layout, pixels)
+        return Batch(field, layout, pixels, holds=holds)
 
     return jax.eval_shape(build)
 

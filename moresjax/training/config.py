@@ -31,6 +31,7 @@ def base_config() -> ml_collections.ConfigDict:
             "model": {"llm": "", "vision": "", "connector": "mlp2x_gelu", "classes": ()},
             "dtype": "",  # of activations, in all parts; "": as each part says
             "remat": False,  # compute activations again in the backward pass, in all parts
+            "attention": "auto",  # of the LLM: "xla", or a kernel: "splash" (TPU), "cudnn" (GPU)
             "quantize": "",  # "int8": the LLM's blocks, frozen, in eight bits
             # Where each part's weights come from: "random", a workdir of an earlier run, or a
             # Hugging Face folder. Paths with a leading dot start from the run's own workdir.

@@ -140,7 +140,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
         while done < config.steps and not stopped:
             stacked = next(iterator)
             ids = stacked.pop("id")
-            batch = to_device_batch(stacked, processor, rows)
+            batch = to_device_batch(stacked, processor, rows, iterator.holds)
             state, measured = step_fn(state, frozen, batch)
             done += 1
             pending.append((done, measured, ids, speed.flops(batch)))

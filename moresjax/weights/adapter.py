@@ -30,7 +30,7 @@ from moresjax.weights import peft
 DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
 FORMAT = "moresjax-tuning"
 # How a base is run, not what it is.
-_FREE = ("dtype", "remat", "unroll", "int8")
+_FREE = ("dtype", "remat", "unroll", "int8", "attention")
 # A checksum is of this many values, and there is one for this many parameters.
 _VALUES, _CHECKSUMS = 64, 8
 MaybeArray = AnyArray | jax.ShapeDtypeStruct  # a shape where there is no value yet

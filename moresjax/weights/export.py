@@ -66,7 +66,8 @@ def hf_config(config: MLLMConfig) -> dict:
     Raises:
       UserError: when there is none.
     """
-    llm = dataclasses.replace(config.llm, dtype="float32", remat=False, unroll=False)
+    run = {"dtype": "float32", "remat": False, "unroll": False, "attention": "auto"}
+    llm = dataclasses.replace(config.llm, **run)
     if config.vision is None:
         return _meaning(hf_candidates(llm), decoder_config, llm, "LLM")
     if config.connector != "mlp2x_gelu" or config.vision.is_pair or config.vision.registers:
