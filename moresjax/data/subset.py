@@ -35,6 +35,10 @@ class Subset:
         return self.source.sizes[self.indices]
 
     @property
+    def branches(self) -> bool:
+        return getattr(self.source, "branches", True)
+
+    @property
     def shares(self) -> tuple[tuple[slice, float], ...]:
         """The source's index ranges and weights, in numbers of the subset."""
 

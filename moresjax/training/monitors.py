@@ -16,11 +16,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moresjax.analysis.attention import AttentionProbe, summarize
-from moresjax.data.pipeline import one_pass, to_device_batch
+from moresjax.data.pipeline import one_pass, rows_held, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source
 from moresjax.errors import UserError
-from moresjax.layout import Batch, Segment, loss_mask
+from moresjax.layout import Batch, Holds, Segment, loss_mask
 from moresjax.parallel.mesh import batch_sharding, batch_shards, replicated, use_mesh
 from moresjax.training.objectives import OBJECTIVES
 
@@ -61,7 +61,8 @@ class Monitors:
             rows = config.batch_size // config.microbatches
             size = {"batch_size": rows, "batches": config.validation.batches}
             dataset = one_pass(held_out, processor, **options, **size)
-            self._measures.append((every, Validation(config, processor, mesh, dataset)))
+            holds = rows_held(held_out, "pad")
+            self._measures.append((every, Validation(config, processor, mesh, dataset, holds)))
         if every := config.probe_every:
             # A device holds one row at a time, which has room for a token of padding.
             rows = batch_shards(mesh)
@@ -91,7 +92,14 @@ class Monitors:
 class Validation:
     """Loss and accuracy without dropout: means over all labels of the validation samples."""
 
-    def __init__(self, config, processor: Processor, mesh: Mesh, dataset: grain.IterDataset):
+    def __init__(
+        self,
+        config,
+        processor: Processor,
+        mesh: Mesh,
+        dataset: grain.IterDataset,
+        holds: Holds,
+    ):
         objective = OBJECTIVES[config.objective]
 
         def loss(graphdef, trainable, frozen, batch):
@@ -100,13 +108,14 @@ class Validation:
             return found.total, found.correct, found.weight
 
         self._loss = jax.jit(loss, static_argnums=0)
-        self._dataset, self._processor, self._rows = dataset, processor, batch_sharding(mesh)
+        self._dataset, self._processor, self._holds = dataset, processor, holds
+        self._rows = batch_sharding(mesh)
 
     def __call__(self, graphdef, trainable, frozen) -> dict[str, float]:
         sums = np.zeros(3)
         for stacked in self._dataset:
             stacked.pop("id")
-            batch = to_device_batch(stacked, self._processor, self._rows)
+            batch = to_device_batch(stacked, self._processor, self._rows, self._holds)
             sums += [float(x) for x in self._loss(graphdef, trainable, frozen, batch)]
         loss, accuracy = sums[:2] / max(sums[2], 1.0)
         return {"validation_loss": float(loss), "validation_accuracy": float(accuracy)}
