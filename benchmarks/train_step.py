@@ -37,12 +37,12 @@ from moresjax.training.config import base_config
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
 from moresjax.training.step import TrainState, make_train_step, split_model
-from moresjax.weights.hf import load_pretrained
+from moresjax.weights.hf import build_model, read_pretrained
 
 RANK = {"lora": 8, "mores": 1}
 SPECS = {"lora": "lora:rank=8,alpha=16", "mores": "mores:rank=1,init=identity"}
 VARIANTS = ("torch lora", "torch mores", "moresjax lora", "moresjax mores")
-IMAGE_ID, LR, LENGTH, CAPACITY = 16_000, 1e-3, 768, 6
+IMAGE_ID, LR, LENGTH, CAPACITY = 16_000, 1e-3, 768, 3
 PATCHES, SIZE = 64, 112
 
 
@@ -97,10 +97,10 @@ class Square:
 
 
 def ours(folder: str, rows: Sequence[dict], method: str) -> Run:
-    model = load_pretrained(folder, SPECS[method])
-    model.config = dataclasses.replace(
-        model.config, llm=dataclasses.replace(model.config.llm, unroll=True)
-    )
+    config, parameters = read_pretrained(folder)
+    parts = {part: getattr(config, part) for part in ("llm", "vision")}
+    unrolled = {part: dataclasses.replace(x, unroll=True) for part, x in parts.items()}
+    model = build_model(dataclasses.replace(config, **unrolled), parameters, SPECS[method])
     processor = Processor(NoTokenizer(), None, Square(), PATCHES)
     packed = PackWindow(processor, LENGTH, CAPACITY).flat_map(rows)
     batch = processor.batch([{k: x for k, x in row.items() if k != "id"} for row in packed])

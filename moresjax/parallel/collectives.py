@@ -93,15 +93,17 @@ def totals(found: list[Collective]) -> dict[str, dict[str, int]]:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Lines by computation, and the name of the one that is run."""
+    """Lines by computation, and the name of the one that is run.
+
+    A computation goes on until the next one starts: the text of a kernel inside has closing
+    brackets of its own.
+    """
     bodies, entry, name = {}, "", None
     for line in hlo.splitlines():
         if started := _COMPUTATION.match(line):
             name = started[2]
             bodies[name] = []
             entry = name if started[1] else entry
-        elif line.startswith("}"):
-            name = None
         elif name is not None:
             bodies[name].append(line)
     return bodies, entry

@@ -1,16 +1,21 @@
 """What a batch is trained for: `objective(model, batch, key) -> Loss`, all sums, no means.
 
-Axis legend: B rows, S tokens, V vocabulary, P patches.
+Axis legend: B rows, S tokens, D hidden size, V vocabulary, P patches.
 """
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.layout import loss_mask, valid_mask
+from moresjax.parallel.mesh import keep_rows_split
 from moresjax.types import pytree_dataclass
+
+# Tokens of a row whose logits are held at one time.
+PIECE = 128
 
 
 @pytree_dataclass
@@ -28,7 +33,7 @@ def next_token(model, batch, key=None) -> Loss:
     hidden = model(batch, key=key).hidden
     mask = loss_mask(batch.layout)
     labels = jnp.roll(jnp.asarray(batch.tokens), -1, axis=1)
-    sums = _cross_entropy(model.llm.logits(hidden), labels, mask)
+    sums = _over_labels(model.llm.logits, hidden, labels, mask)
     return Loss(*sums, valid_mask(batch.layout).sum(dtype=jnp.float32))
 
 
@@ -38,6 +43,42 @@ def patch_classes(model, batch, key=None) -> Loss:
     logits = model(jnp.asarray(batch["pixels"]))
     sums = [_cross_entropy(x, labels[..., i], True) for i, x in enumerate(logits)]
     return Loss(*map(sum, zip(*sums, strict=True)), jnp.float32(labels[..., 0].size))
+
+
+def _over_labels(
+    head: Callable,
+    hidden: Float[Array, "B S D"],
+    labels: Int[Array, "B S"],
+    mask: Bool[Array, "B S"],
+) -> tuple[Array, Array, Array]:
+    """`_cross_entropy` of the tokens that have a label.
+
+    In every row they are moved to the front. Logits are made of `PIECE` tokens at a time, again in
+    the backward pass, and of a piece that no row has labels in not at all.
+    """
+    length = mask.shape[1]
+    if length <= PIECE:
+        return _cross_entropy(head(hidden), labels, mask)
+    order, pieces = jnp.argsort(~mask, axis=1, stable=True), -(-length // PIECE)
+
+    def cut(x):
+        x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+        x = jnp.pad(x, [(0, 0), (0, pieces * PIECE - length), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(len(x), pieces, PIECE, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def piece(hidden, labels, mask):
+        return _cross_entropy(head(keep_rows_split(hidden)), labels, mask)
+
+    def nothing(hidden, labels, mask):
+        return (jnp.zeros(()),) * 3
+
+    def add(sums, part):
+        found = jax.lax.cond(part[2].any(), piece, nothing, *part)
+        return jax.tree.map(jnp.add, sums, found), None
+
+    zeros = (jnp.zeros(()),) * 3
+    return jax.lax.scan(add, zeros, (cut(hidden), cut(labels), cut(mask)))[0]
 
 
 def _cross_entropy(logits, labels, mask) -> tuple[Array, Array, Array]:

@@ -40,6 +40,16 @@ ENTRY %main.1 (p: (f32[4], s32[])) -> (f32[4], s32[]) {
 }
 """
 
+# Kernels are written out in the middle of a computation.
+BEHIND_A_KERNEL = """
+ENTRY %main.1 (p: f32[4]) -> f32[4] {
+  %kernel = f32[4]{0} custom-call(%p), custom_call_target="kernel", backend_config="module {
+}
+"
+  ROOT %sum = f32[4]{0} all-reduce(%kernel), replica_groups={}, to_apply=%add
+}
+"""
+
 
 @pytest.fixture(scope="module")
 def program() -> str:
@@ -108,3 +118,7 @@ def test_pieces_of_one_channel_are_one_collective():
     piece = "bf16[64]{0} all-gather(%p), channel_id=7, replica_groups=[1,8]<=[8]"
     hlo = f"ENTRY main.1 (p: f32[4]) -> f32[4] {{\n  %x = {piece}\n  %y = {piece}\n}}\n"
     assert [each.times for each in collectives(hlo, 8)] == [1]
+
+
+def test_what_stands_behind_the_text_of_a_kernel_counts():
+    assert totals(collectives(BEHIND_A_KERNEL, 4))["all-reduce"]["times"] == 1

@@ -13,6 +13,7 @@ from tiny import tiny_batch, tiny_model
 
 from moresjax.errors import UserError
 from moresjax.layout import Segment
+from moresjax.training import objectives
 from moresjax.training.checkpoint import named
 from moresjax.training.config import base_config
 from moresjax.training.objectives import next_token
@@ -98,6 +99,33 @@ def scores(model, batch):
         return model.llm.logits(model(batch).hidden)
 
     return np.asarray(jax.jit(forward)(state, batch))
+
+
+def test_logits_in_pieces_give_the_same_gradients(monkeypatch):
+    model, batch = tiny_model(MORES), uneven_batch(rows=4)
+    whole, measured = one_step(model, ("connector", "llm.head"), batch)
+    monkeypatch.setattr(objectives, "PIECE", 3)
+    pieces, same = one_step(model, ("connector", "llm.head"), batch)
+    assert same == pytest.approx(measured, rel=1e-5)
+    for name, gradient in whole.items():
+        np.testing.assert_allclose(pieces[name], gradient, atol=1e-6, err_msg=name)
+
+
+def test_logits_are_not_made_where_no_row_has_labels(monkeypatch):
+    """The head is applied to as many pieces as hold the labels of the row with most of them."""
+    made = []
+    model, batch = tiny_model(), tiny_batch(rows=2, answer=4)
+    head = model.llm.logits
+
+    def counting(hidden):
+        jax.debug.callback(lambda: made.append(hidden.shape[1]))
+        return head(hidden)
+
+    monkeypatch.setattr(objectives, "PIECE", 3)
+    monkeypatch.setattr(model.llm, "logits", counting)
+    found = jax.block_until_ready(jax.jit(lambda batch: next_token(model, batch))(batch))
+    jax.effects_barrier()
+    assert (float(found.weight), made) == (7, [3, 3])
 
 
 def test_accuracy_is_the_share_of_right_labels():
