@@ -13,6 +13,10 @@ from moresjax import __version__
 from moresjax.errors import UserError
 from moresjax.parallel.host import keep_freed_memory
 
+# Commands whose programs are kept for the next process.
+COMPILING = ("demo", "train", "evaluate", "generate", "analyze")
+EARLY = {"false": False, "true": True, "never": "never"}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -77,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--top-k", type=int, default=0)
     generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--num-beams", type=int, default=1, help="beam search for one --prompt")
+    generate.add_argument("--length-penalty", type=float, default=1.0, help="of the beam search")
+    generate.add_argument("--early-stopping", choices=EARLY, default="false")
     generate.add_argument("--stop", action="append", default=[], metavar="TEXT")
     generate.add_argument("--adapter", metavar="DIR", help="an adapter folder, ours or peft's")
 
@@ -113,7 +120,13 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", _plan, "compile a run for a TPU slice, without one: does it fit, how fast")
     plan.add_argument("--config", required=True, metavar="FILE[:args]")
     plan.add_argument("--topology", required=True, metavar="v5e:4x4", help="or v5e-16")
-    plan.add_argument("--batch", type=int, help="rows per step; default: the configuration's")
+    plan.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="ROWS",
+        help="rows per step, several with --search; default: the configuration's",
+    )
     plan.add_argument("--search", action="store_true", help="try batches, meshes and remat")
 
     data = commands.add_parser("data", help="check, convert and build datasets")
@@ -158,6 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     try:
         args = _parse(arguments)
+        if args.command in COMPILING:
+            from moresjax.parallel.processes import use_compile_cache
+
+            use_compile_cache()
         args.run(args)
     except UserError as error:
         print(f"moresjax: error: {error}", file=sys.stderr)
@@ -191,12 +208,11 @@ def _demo(args) -> None:
 
 
 def _train(args) -> None:
-    from moresjax.parallel.processes import join_processes, use_compile_cache
+    from moresjax.parallel.processes import join_processes
     from moresjax.training.config import load_config
     from moresjax.training.loop import train
 
     config = load_config(args.config, args.overrides)
-    use_compile_cache()
     if args.distributed:
         join_processes(args.distributed)
     result = train(config, args.workdir, resume=args.resume)
@@ -245,6 +261,8 @@ def _generate(args) -> None:
     options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
     if bool(args.prompts) != bool(args.out) or (args.prompts and args.prompt):
         raise UserError("a file of prompts needs --prompts and --out, and no --prompt")
+    if args.num_beams != 1 and args.prompt is None:
+        raise UserError("--num-beams goes with a single --prompt")
     model = load(args.model)
     if args.adapter:
         model.load_adapter(args.adapter)
@@ -257,6 +275,8 @@ def _generate(args) -> None:
     if args.prompt is None:
         _chat(model, args.image, options)
         return
+    options |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+    options["early_stopping"] = EARLY[args.early_stopping]
     text = model.generate([args.prompt], [args.image], **options)[0]
     _print(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
 
@@ -327,11 +347,14 @@ def _plan(args) -> None:
     from moresjax.training.config import load_config
 
     config = load_config(args.config, args.overrides)
-    if args.batch:
-        config.batch_size = args.batch
-    found = search if args.search else plan
-    plans = found(config, args.topology)
-    plans = plans if args.search else [plans]
+    batches = args.batch or [config.batch_size]
+    if args.search:
+        plans = search(config, args.topology, batches=batches)
+    elif len(batches) == 1:
+        config.batch_size = batches[0]
+        plans = [plan(config, args.topology)]
+    else:
+        raise UserError("several --batch go with --search")
     data = {"plans": [each.to_dict() for each in plans]}
     _print(args, data, "\n\n".join(map(describe, plans)))
 

@@ -202,3 +202,14 @@ def test_a_directory_of_something_else_is_not_touched(tmp_path, capsys):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     assert "at least 1" in refused(["demo", "--out", tmp_path, "--seeds", "0"], capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_beam_search_is_for_one_prompt(tmp_path, capsys):
+    assert main(["generate", "--model", str(tmp_path), "--num-beams", "3"]) == 2
+    assert "--num-beams goes with a single --prompt" in capsys.readouterr().err
+
+
+def test_a_plan_is_for_one_batch_size_unless_it_is_a_search(capsys):
+    arguments = ["plan", "--config", f"{CONFIG}:stage=finetune", "--topology", "v5e-8"]
+    assert main([*arguments, "--batch", "8", "16"]) == 2
+    assert "several --batch go with --search" in capsys.readouterr().err

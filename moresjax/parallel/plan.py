@@ -45,7 +45,8 @@ from moresjax.training.loop import check_numbers, jitted_step
 from moresjax.training.optimizer import make_optimizer
 from moresjax.training.step import TrainState, split_model
 
-SETTING = ("batch_size", "microbatches", "length", "images", "remat", "quantize", "tuning")
+SETTING = ("batch_size", "microbatches", "length", "images", "remat", "quantize", "attention")
+SETTING += ("tuning",)
 PRESETS = ("replicated", "fsdp", "fsdp+tensor")
 
 

@@ -117,3 +117,10 @@ def test_batches_that_do_not_divide_are_refused():
         plan(cut("none", batch_size=12), "v5e-8")
     with pytest.raises(UserError, match=r"none of the batch sizes \[12\]"):
         search_plans(cut("none"), "v5e-8", batches=[12], presets=["fsdp"])
+
+
+def test_a_search_tries_what_divides_and_puts_the_fastest_first():
+    first, second = search_plans(cut("none"), "v5e-8", batches=[12, 8], presets=["fsdp"])
+    assert [each.setting["batch_size"] for each in (first, second)] == [8, 8]
+    assert (first.setting["remat"], second.setting["remat"]) == (False, True)
+    assert first.tokens_per_second > second.tokens_per_second
