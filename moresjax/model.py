@@ -25,11 +25,13 @@ from moresjax.data.templates import get_template
 from moresjax.errors import UserError
 from moresjax.generation.batching import Completion, generate_many
 from moresjax.generation.beam import Beams
-from moresjax.generation.engine import Engine, Generation, bucket
+from moresjax.generation.engine import Engine, Generation, Prefix, bucket
+from moresjax.generation.prefix import common_prefix
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scoring import Score, score_rows
 from moresjax.generation.text import check_stops, cut, has_stop
 from moresjax.layout import Batch, Segment, TokenLayout
+from moresjax.models.fused_attention import kernel_for
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.tuning.base import Probe
 from moresjax.tuning.many import adapter_numbers
@@ -260,11 +262,29 @@ class Model:
             seeds=seeds,
             logprobs=logprobs,
             ended=(lambda ids: has_stop(self.spell(ids), stops)) if stops else None,
+            prefix=self._read_prefix(rows, adapters, probes),
         ):
             results[number] = completion
             if on_done is not None:
                 on_done(number, completion)
         return results
+
+    def _read_prefix(
+        self,
+        rows: Sequence[Row],
+        adapters: Sequence[str | None] | None,
+        probes: Sequence[Probe],
+    ) -> Prefix | None:
+        """What all prompts begin with, where reading it once pays."""
+        if adapters is not None and len(set(adapters)) > 1:
+            return None
+        if kernel_for(self.config.llm) != "xla":  # kernels read whole prompts only
+            return None
+        head = common_prefix(rows, self.mllm.tuning)
+        if head is None:
+            return None
+        batch = self.batch([head], bucket(len(head["tokens"])), adapters and adapters[:1])
+        return self.engine(probes).read_prefix(batch)
 
     def check_context(self, row: Row, max_new_tokens: int) -> None:
         """Raises a `UserError` when a prompt and its continuation do not fit the model."""

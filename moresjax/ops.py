@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from moresjax.types import AnyArray
@@ -16,6 +17,15 @@ def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array
     """
     y = x.reshape(-1, x.shape[-1]) @ kernel
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def pick(
+    x: Shaped[AnyArray, "B *S"], index: Int[AnyArray, "B Q"], axis: int = 1
+) -> Shaped[Array, "B *Q"]:
+    """The tokens of every row at its own places `index`, tokens being on `axis`."""
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = index.shape
+    return jnp.take_along_axis(jnp.asarray(x), jnp.asarray(index).reshape(shape), axis=axis)
 
 
 def place(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from moresjax.generation.engine import Engine, bucket
+from moresjax.generation.engine import Engine, Prefix, bucket, rounded
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.layout import Batch
 from moresjax.types import AnyArray, Ids
@@ -42,6 +42,7 @@ def generate_many(
     logprobs: bool = False,
     ended: Callable[[Ids], bool] | None = None,
     chunk: int = CHUNK,
+    prefix: Prefix | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Continues prompts; yields number and completion of each as soon as it has ended.
 
@@ -56,12 +57,18 @@ def generate_many(
       ended: whether new tokens contain a stop string; asked after every chunk, so up to `chunk`
         tokens may follow it.
       chunk: decode steps at a time.
+      prefix: what all prompts begin with, of fewer tokens than any has.
     """
     seeds = [sampling.seed] * len(lengths) if seeds is None else seeds
     # Long prompts first: neighbours share a bucket.
     waiting = deque(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
     new = max(limits, default=0)
-    room = engine.num_ahead + bucket(max(lengths, default=0)) + new
+    shared = 0 if prefix is None else prefix.length
+
+    def padded(length: int) -> int:
+        return bucket(length - shared) + rounded(shared)
+
+    room = engine.num_ahead + padded(max(lengths, default=0)) + new
     running: dict[int, int] = {}  # number of the prompt in each place that is taken
     carry = None
     group = -(-batch_size // GROUPS)
@@ -75,13 +82,14 @@ def generate_many(
             # A last group that is too small is filled up; the places of the fillers do not exist.
             filled = numbers + numbers[:1] * (group - len(numbers))
             prompts = engine.prefill(
-                make_batch(filled, bucket(max(lengths[i] for i in numbers))),
+                make_batch(filled, padded(max(lengths[i] for i in numbers))),
                 new,
                 sampling=sampling,
                 seeds=[seeds[i] for i in filled],
                 logprobs=logprobs,
                 limits=[limits[i] for i in filled],
                 room=room,
+                prefix=prefix,
             )
             slots = [*places, *[batch_size] * (group - len(places))]
             carry = engine.insert(carry, prompts, slots, batch_size)

@@ -26,7 +26,7 @@ from moresjax.generation.progress import Progress, Rolling, Rules, blank, count_
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.layout import Batch, Segment, TokenLayout, valid_mask
 from moresjax.models.block import LayerCache
-from moresjax.models.mllm import MLLM
+from moresjax.models.mllm import MLLM, Part
 from moresjax.ops import place
 from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
@@ -50,6 +50,14 @@ class Generation:
     length: Int[AnyArray, " B"]
     stats: dict
     logprobs: Float[AnyArray, "B G"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Keys and values of the first tokens of many prompts (`[1, K, P + .., H]`), and how many."""
+
+    caches: list[LayerCache]
+    length: int
 
 
 class Engine:
@@ -123,6 +131,7 @@ class Engine:
         logprobs: bool = False,
         limits: Sequence[int] | None = None,
         room: int = 0,
+        prefix: Prefix | None = None,
     ) -> Progress:
         """The first half of `generate`: reads the prompts and chooses the first new tokens.
 
@@ -130,11 +139,20 @@ class Engine:
           batch, max_new_tokens, sampling, seeds, logprobs: as in `generate`.
           limits: of each row's new tokens; makes the rows rolling.
           room: cache length of rolling rows, at least P + S + G.
+          prefix: what right-padded rows all begin with; it is not read again.
         """
         _check_new(max_new_tokens)
         data, options = self._options(batch, sampling, seeds, logprobs, limits)
         options |= {"new": max_new_tokens, "room": room, "probes": self._probes}
-        return _prefill(*self._prefill, batch, *data, **options)
+        if prefix is not None:
+            options["count"] = batch.layout.shape[1] - rounded(prefix.length)
+            prefix = prefix.caches, jnp.int32(prefix.length)
+        return _prefill(*self._prefill, batch, *data, prefix, **options)
+
+    def read_prefix(self, batch: Batch) -> Prefix:
+        """Reads what many prompts begin with: one right-padded row."""
+        length = int((np.asarray(batch.layout.segment) != Segment.PAD).sum())
+        return Prefix(_read_prefix(*self._prefill, batch), length)
 
     def extend(
         self,
@@ -210,7 +228,7 @@ class Engine:
         """The lowered decode program for a batch of this shape, for inspection."""
         data, options = self._options(batch, GREEDY, None, False, None)
         options |= {"new": max_new_tokens, "room": 0, "probes": self._probes}
-        carry = _prefill.eval_shape(*self._prefill, batch, *data, **options)
+        carry = _prefill.eval_shape(*self._prefill, batch, *data, None, **options)
         return _decode.lower(*self._decode, carry, probes=self._probes)
 
 
@@ -230,11 +248,30 @@ def _decode_model(model: MLLM) -> MLLM:
     return model
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "new", "room", "probes", "rules"))
-def _prefill(graphdef, state, batch: Batch, seeds, limits, *, new, room, probes, rules) -> Progress:
-    model = nnx.merge(graphdef, state)
-    carry, logits = _read(model, batch, seeds, limits, new, room, probes, rules)
+@functools.partial(jax.jit, static_argnames=("graphdef", "new", "room", "probes", "rules", "count"))
+def _prefill(
+    graphdef, state, batch: Batch, seeds, limits, prefix, *, new, room, probes, rules, count=0
+) -> Progress:
+    model, part = nnx.merge(graphdef, state), None
+    if prefix is not None:
+        caches, first = prefix
+        rows, length = batch.layout.shape
+        total = model.tuning.num_ahead + length
+
+        def shared(x):
+            x = _lengthened(x[:, :, :total], 2, total)
+            return jnp.broadcast_to(x, (rows, *x.shape[1:]))
+
+        part = Part(jax.tree.map(shared, caches), first, count)
+    carry, logits = _read(model, batch, seeds, limits, new, room, probes, rules, part)
     return carry.append(logits)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _read_prefix(graphdef, state, batch: Batch) -> list[LayerCache]:
+    # No output is asked for but what the last layer needs no more than keys and values for.
+    none = jnp.zeros((1, 1), jnp.int32)
+    return nnx.merge(graphdef, state)(batch, queries=none, keep_cache=True).cache
 
 
 @functools.partial(
@@ -247,13 +284,12 @@ def _search(graphdef, state, decode_graphdef, decode_state, batch, *, new, beams
     return beam_search(carry, logits, beams, step)
 
 
-def _read(model, batch, seeds, limits, new, room, probes, rules):
+def _read(model, batch, seeds, limits, new, room, probes, rules, part=None):
     """Reads the prompts: the state after them and the logits of the first new token."""
     last = _last(batch)
-    out = model(batch, probes=probes, queries=last[:, None], keep_cache=True)
+    out = model(batch, probes=probes, queries=last[:, None], keep_cache=True, part=part)
     carry = _begin(batch, out.cache, last, seeds, limits, model.tuning.num_ahead, new, room, rules)
-    hidden = jnp.take_along_axis(out.hidden, last[:, None, None], axis=1)[:, 0]
-    logits = model.llm.logits(hidden)
+    logits = model.llm.logits(out.hidden[:, 0])
     carry = carry.replace(stats=count_stats(out.stats, ~carry.done))
     return _with_seen(carry, batch, logits), logits
 
@@ -385,8 +421,12 @@ _insert = jax.jit(insert, donate_argnames=("carry",))
 
 
 def bucket(length: int, smallest: int = 32) -> int:
-    """The padded length for a prompt: powers of two and the midpoints between them."""
-    size = smallest
-    while size < length:
-        size = size * 3 // 2 if np.log2(size) % 1 == 0 else size * 4 // 3
-    return size
+    """The padded length for a prompt: powers of two and the quarters between them, in steps of at
+    least half of `smallest`."""
+    step = max(2 ** (max(length - 1, 1).bit_length() - 3), smallest // 2)
+    return max(-(-length // step) * step, smallest)
+
+
+def rounded(length: int) -> int:
+    """The length of a prefix up to a multiple of 16: about equal prefixes share programs."""
+    return -(-length // 16) * 16

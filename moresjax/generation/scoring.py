@@ -144,7 +144,6 @@ def score_batch(
     Logits are computed for the queries only.
     """
     model = nnx.merge(graphdef, state)
-    hidden = jnp.take_along_axis(model(batch).hidden, queries[:, :, None], axis=1)
-    logits = model.llm.logits(hidden)
+    logits = model.llm.logits(model(batch, queries=queries).hidden)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=2)
     return chosen[..., 0], logits.argmax(-1) == targets

@@ -20,7 +20,7 @@ from moresjax.errors import UserError
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope, param
-from moresjax.ops import place
+from moresjax.ops import pick, place
 from moresjax.parallel.mesh import keep_rows_split
 from moresjax.tuning.hooks import LayerHooks
 from moresjax.types import AnyArray, pytree_dataclass
@@ -110,16 +110,20 @@ class Attention(nnx.Module):
 
         self.q_norm, self.k_norm = norm(), norm()
 
-    def __call__(self, x, rope, mask, hooks: LayerHooks, cache, index):
+    def __call__(self, x, rope, mask, hooks: LayerHooks, cache, index, queries):
         config = self.config
 
         def heads(name, count):
             y = hooks.linear(name, getattr(self, name), x)
             return y.reshape(*x.shape[:2], count, config.head_dim).swapaxes(1, 2)
 
-        q = heads("q", config.num_heads)
         k = heads("k", config.num_kv_heads)
         v = heads("v", config.num_kv_heads)
+        key_rope = rope
+        if queries is not None:
+            x, mask, hooks = pick(x, queries), pick(mask, queries), hooks.at(queries)
+            rope = rope and tuple(pick(table, queries, 2) for table in rope)
+        q = heads("q", config.num_heads)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.query_scale:
@@ -127,7 +131,7 @@ class Attention(nnx.Module):
             # the queries, where probes see it too.
             q = q * (config.query_scale * config.head_dim**0.5)
         if rope is not None:
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q, k = apply_rope(q, rope), apply_rope(k, key_rope)
         k, v = hooks.extend(k, v)
         if cache is not None:
             k, v = place(cache.k, k, index, 2), place(cache.v, v, index, 2)
@@ -167,7 +171,11 @@ def scaled(y: Float[Array, "B S D"], scale: nnx.Param | None) -> Float[Array, "B
 
 
 class Block(nnx.Module):
-    """Attention and MLP with residuals; returns the block output and its keys and values."""
+    """Attention and MLP with residuals; returns the block output and its keys and values.
+
+    With `queries`, places in the rows, only the output of these tokens is computed; the mask must
+    be dense.
+    """
 
     def __init__(self, config: BlockConfig):
         def norm():
@@ -193,10 +201,13 @@ class Block(nnx.Module):
         hooks: LayerHooks,
         cache: LayerCache | None = None,
         index: Int[Array, "..."] | int | None = None,
-    ) -> tuple[Float[Array, "B S D"], LayerCache]:
+        queries: Int[Array, "B Q"] | None = None,
+    ) -> tuple[Float[Array, "B Q D"], LayerCache]:
         h = hooks.enter(h)
         x = self.attn_norm(h)
-        attn, cache = self.attn(x, rope, mask, hooks, cache, index)
+        attn, cache = self.attn(x, rope, mask, hooks, cache, index, queries)
+        if queries is not None:
+            h, x, hooks = pick(h, queries), pick(x, queries), hooks.at(queries)
         attn = scaled(normed(attn, self.attn_post_norm), self.attn_scale)
         attn = hooks.edit("attn.out", attn)
         if self.parallel:
@@ -214,7 +225,7 @@ class Block(nnx.Module):
 
 @dataclasses.dataclass
 class BlocksOutput:
-    hidden: Float[Array, "B S D"]
+    hidden: Float[Array, "B S D"]  # of all tokens, or of the queries
     cache: list[LayerCache] | None  # one per layer
     stats: dict  # probe name -> pytree with a leading layer axis
 
@@ -231,6 +242,7 @@ def run_blocks(
     caches: list[LayerCache] | None = None,
     index=None,
     keep_cache: bool = False,
+    queries: Int[Array, "B Q"] | None = None,
 ) -> BlocksOutput:
     """Runs all layers: a scan over stacked blocks, or a loop over a list of them.
 
@@ -238,6 +250,8 @@ def run_blocks(
     place.
     `hooks` are the `TowerHooks` of this tower; their stacked parameters are scanned beside the
     blocks. `local` holds the rotation and the mask of local layers, when some layers are local.
+    With `queries` the output is that of these tokens, and a loop computes no others in the last
+    layer, unless a kernel, a probe or a method needs them all.
     """
     is_local = config.local_layers
 
@@ -258,20 +272,24 @@ def run_blocks(
         is_runs = lambda x: isinstance(x, Runs)  # noqa: E731
         return jax.tree.map(choose, local, (rope, mask), is_leaf=is_runs)
 
-    def one_layer(h, block, theta, layer, cache=None):
+    def one_layer(h, block, theta, layer, cache=None, queries=None):
         at_layer = hooks.layer(theta, layer)
         h = keep_rows_split(h)
-        h, cache = block(h, *view(layer), at_layer, cache, index)
+        h, cache = block(h, *view(layer), at_layer, cache, index, queries)
         return h, cache if keep_cache else None, at_layer.stats
 
     if isinstance(blocks, nnx.List):
         kept, stats = [], []
+        early = queries is not None and not isinstance(mask, Runs) and not hooks.needs_all_tokens
         for i, block in enumerate(blocks):
             theta = jax.tree.map(lambda x, i=i: x[i], hooks.stacked)
-            h, cache, stat = one_layer(h, block, theta, i, caches and caches[i])
+            chosen = queries if early and i == len(blocks) - 1 else None
+            h, cache, stat = one_layer(h, block, theta, i, caches and caches[i], chosen)
             kept.append(cache)
             stats.append(stat)
         stats = jax.tree.map(lambda *x: jnp.stack(x), *stats)
+        if queries is not None and not early:
+            h = pick(h, queries)
         return BlocksOutput(h, kept if keep_cache else None, stats)
 
     if caches is not None:
@@ -289,4 +307,6 @@ def run_blocks(
     )
     if keep_cache:
         cache = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
+    if queries is not None:
+        h = pick(h, queries)
     return BlocksOutput(h, cache, stats)

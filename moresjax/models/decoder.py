@@ -136,6 +136,7 @@ class Decoder(nnx.Module):
         index: Int[Array, "..."] | int | None = None,
         keep_cache: bool = False,
         key_positions: Int[Array, "B T"] | None = None,
+        queries: Int[Array, "B Q"] | None = None,
     ) -> BlocksOutput:
         """Runs the blocks and the final norm.
 
@@ -148,6 +149,7 @@ class Decoder(nnx.Module):
           index: where in the caches the new keys and values go; one for all rows, or `[B]`.
           keep_cache: whether to return keys and values.
           key_positions: of the tokens in the caches; default: `positions`.
+          queries: places in `h` whose hidden states are asked for; default: all.
 
         Raises:
           UserError: for more keys than there are learned positions.
@@ -185,6 +187,7 @@ class Decoder(nnx.Module):
             caches=caches,
             index=index,
             keep_cache=keep_cache,
+            queries=queries,
         )
         return dataclasses.replace(out, hidden=self.norm(keep_rows_split(out.hidden)))
 

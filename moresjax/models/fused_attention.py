@@ -58,7 +58,7 @@ def visible_runs(batch: Batch, config) -> Runs | None:
       batch: without extra tokens or learned keys.
       config: the `DecoderConfig`.
     """
-    kernel = _kernel_here() if config.attention == "auto" else config.attention
+    kernel = kernel_for(config)
     fits = {
         "xla": False,
         "splash": batch.holds != Holds.ANY and batch.layout.shape[1] >= LANES,
@@ -71,6 +71,11 @@ def visible_runs(batch: Batch, config) -> Runs | None:
     if not fits[kernel]:
         return None
     return Runs(jnp.where(valid_mask(batch.layout), batch.layout.document, -1), kernel)
+
+
+def kernel_for(config) -> str:
+    """The kernel that a `DecoderConfig` asks for, `xla` being none."""
+    return _kernel_here() if config.attention == "auto" else config.attention
 
 
 def _kernel_here() -> str:

@@ -6,9 +6,10 @@ Axis legend: B rows, N images per row, V visual tokens per image, S tokens, D hi
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from moresjax.errors import UserError
 from moresjax.layout import Batch, TokenLayout, visible
@@ -26,7 +27,7 @@ from moresjax.parallel.mesh import keep_rows_split
 from moresjax.tuning.attach import Tuning, extend_layout
 from moresjax.tuning.base import Probe, ProbeContext
 from moresjax.tuning.hooks import Hooks
-from moresjax.types import AnyArray
+from moresjax.types import AnyArray, pytree_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,25 @@ def connector_module(config: MLLMConfig) -> nnx.Module:
     return build_connector(config.connector, *widths, unroll=config.llm.unroll)
 
 
+@pytree_dataclass
+class Part:
+    """Tokens of a batch that are read after others whose keys and values are known.
+
+    Attributes:
+      caches: of every layer, with room for all keys of the batch.
+      first: place of the first token that is read; the same in all rows.
+      count: how many are read (static).
+    """
+
+    caches: list[LayerCache]
+    first: Int[AnyArray, ""]
+    count: int = dataclasses.field(metadata={"static": True})
+
+    def of(self, x: Shaped[AnyArray, "B *S"]) -> Shaped[Array, "B *Q"]:
+        """A field of the batch at these tokens."""
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), self.first, self.count, axis=1)
+
+
 class MLLM(nnx.Module):
     """`model(batch)` gives the decoder's hidden states; `model.llm.logits` turns them into logits.
 
@@ -100,11 +120,13 @@ class MLLM(nnx.Module):
         features = features.reshape(pixels.shape[0], -1, features.shape[-1])
         return hooks.edit("connector.out", features)
 
-    def embed(self, batch: Batch, hooks: Hooks) -> Float[Array, "B S D"]:
+    def embed(self, batch: Batch, hooks: Hooks, part: Part | None = None) -> Float[Array, "B S D"]:
         """Input embeddings: word embeddings with visual features in the visual tokens' places."""
-        h = self.llm.embeddings(jnp.asarray(batch.tokens))
+        tokens, image = jnp.asarray(batch.tokens), jnp.asarray(batch.layout.image)
+        if part is not None:
+            tokens, image = part.of(tokens), part.of(image)
+        h = self.llm.embeddings(tokens)
         if batch.pixels is not None and batch.pixels.shape[1]:
-            image = jnp.asarray(batch.layout.image)
             features = self.visual_features(jnp.asarray(batch.pixels), hooks).astype(h.dtype)
             visual = jnp.take_along_axis(features, jnp.maximum(image, 0)[:, :, None], axis=1)
             h = jnp.where((image >= 0)[:, :, None], visual, h)
@@ -118,6 +140,7 @@ class MLLM(nnx.Module):
         probes: Sequence[Probe] = (),
         queries: Int[AnyArray, "B Q"] | None = None,
         keep_cache: bool = False,
+        part: Part | None = None,
     ) -> BlocksOutput:
         """Runs a whole batch (training, scoring, prefill).
 
@@ -125,39 +148,53 @@ class MLLM(nnx.Module):
           batch: tokens, layout and images.
           key: given in training; turns dropout on.
           probes: statistics to read on the way, returned in `stats` by name.
-          queries: row indices of the tokens whose attention the probes read; default: all.
+          queries: row indices of the tokens that are asked for, which are those whose attention the
+            probes read; default: all.
           keep_cache: whether to return the keys and values of every layer.
+          part: the tokens to read, which the queries are among; default: all.
 
         Returns:
-          Hidden states after the final norm for the tokens of the batch. Caches and statistics
-          include what attached `Slots` put before them.
+          Hidden states after the final norm for the queries. Caches and statistics include what
+          attached `Slots` put before the tokens of the batch.
         """
         slots, ahead = self.tuning.num_slots, self.tuning.num_ahead
-        bare = ahead - slots  # keys without a token, and so without a query
         full, context = extend_layout(batch.layout, ahead), None
         rows, length = full.shape
-        mask = None if probes or ahead else visible_runs(batch, self.config.llm)
+        # Place of what the blocks read first; keys without a token have no query.
+        start, count = ahead - slots, length - ahead + slots
+        if part is not None:
+            start, count, slots = ahead + part.first, part.count, 0
+        mask = None
+        if not (probes or ahead or part):
+            mask = visible_runs(batch, self.config.llm)
         if mask is None:
-            mask = visible(full, jnp.broadcast_to(jnp.arange(bare, length), (rows, length - bare)))
+            mask = visible(full, jnp.broadcast_to(start + jnp.arange(count), (rows, count)))
+        if queries is not None:
+            queries = jnp.asarray(queries) + ahead - start
         if probes:
-            seen = mask
-            if queries is not None:
-                queries = jnp.asarray(queries) + slots
-                seen = visible(full, queries + bare)
+            seen = mask if queries is None else visible(full, queries + start)
             context = ProbeContext(jnp.asarray(full.segment), seen, queries)
-        hooks = self.tuning.hooks(batch, key=key, probes=probes, context=context)
+        hooks = self.tuning.hooks(
+            batch, key=key, probes=probes, context=context, part=part and part.of
+        )
         tower = hooks.tower("llm")
-        h = hooks.edit("llm.embed.out", tower.prepend(self.embed(batch, hooks)))
+        h = self.embed(batch, hooks, part)
+        h = hooks.edit("llm.embed.out", tower.prepend(h))
         positions = jnp.asarray(full.position)
         out = self.llm(
             h,
-            positions[:, bare:],
+            positions[:, start:] if part is None else part.of(batch.layout.position) + ahead,
             mask,
             tower,
+            caches=part and part.caches,
+            index=part and start,
             keep_cache=keep_cache,
             key_positions=positions,
+            queries=queries,
         )
-        return dataclasses.replace(out, hidden=out.hidden[:, slots:])
+        if queries is None:
+            out = dataclasses.replace(out, hidden=out.hidden[:, slots:])
+        return out
 
     def decode_step(
         self,

@@ -168,18 +168,21 @@ class Tuning(nnx.Module):
         decoding: bool = False,
         probes: Sequence[Probe] = (),
         context: ProbeContext | None = None,
+        part: Callable[[Array], Array] | None = None,
     ) -> Hooks:
         """The hooks of one forward pass over `batch`.
 
         While decoding, edits whose selector cannot meet a generated token are left out, so that the
-        program is that of the bare model.
+        program is that of the bare model. `part` cuts from the masks of a whole batch what the LLM
+        reads of it, which is not its beginning.
         """
+        later = decoding or part is not None  # what slots have done is in the cache
         slots = {
             "vision": self._slots("vision.embed", "vision.block.in"),
-            "llm": 0 if decoding else self.num_slots,
+            "llm": 0 if later else self.num_slots,
         }
         rows = self._rows(batch)
-        masks = _Masks(batch, self.config, slots, dict(self.words))
+        masks = _Masks(batch, self.config, slots, dict(self.words), part)
         items = []
         for name, method in self.methods:
             if name not in self.theta:
@@ -188,7 +191,7 @@ class Tuning(nnx.Module):
                 theta = {n: x[...] for n, x in variables.items()}
                 gate = self.gates[name][site][...] if site in self.gates[name] else None
                 if isinstance(method, Slots):
-                    if not decoding:
+                    if not later or site.startswith("vision."):
                         items.append((site, Attached(method, theta)))
                     continue
                 if isinstance(method, WeightDelta):
@@ -309,8 +312,10 @@ class _Masks:
         config,
         slots: dict[str, int],
         words: dict[str, tuple[int, ...]],
+        part: Callable[[Array], Array] | None,
     ):
         self.batch, self.config, self.slots, self.words = batch, config, slots, words
+        self.part = part or (lambda mask: mask)
         self.known = {}
 
     def __call__(self, site, selector):
@@ -324,7 +329,8 @@ class _Masks:
         if tower == "llm":
             slots = slots["llm"]
             tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (slots, 0)), constant_values=-1)
-            return selector(extend_layout(batch.layout, slots), tokens, batch.roi, self.words)
+            layout = extend_layout(batch.layout, slots)
+            return self.part(selector(layout, tokens, batch.roi, self.words))
         rows, images = batch.pixels.shape[:2]
         vision = self.config.vision
         if tower == "connector":

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from moresjax.ops import pick
 from moresjax.tuning.base import Edit, Probe, ProbeContext, Slots, Theta, WeightDelta
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -94,6 +95,12 @@ class LayerHooks:
         if self._tower.key is None:
             return None
         return jax.random.fold_in(jax.random.fold_in(self._tower.key, self._layer), site_number)
+
+    def at(self, queries: Int[Array, "B Q"]) -> "LayerHooks":
+        """The hooks of some tokens of every row; they add to the same statistics."""
+        part = LayerHooks(self._tower.of(queries), self._stacked, self._layer)
+        part.stats = self.stats
+        return part
 
     def linear(self, name: str, linear: Callable, x: Float[Array, "B S D"]):
         items = self._tower.at(name)
@@ -192,6 +199,26 @@ class TowerHooks:
 
     def at(self, name: str):
         return [(n, item) for n, (site, item) in enumerate(self._items) if site == name]
+
+    @property
+    def needs_all_tokens(self) -> bool:
+        """Whether some method or probe reads tokens that it was not asked about."""
+        methods = (item.method for _, item in self._items)
+        return any(getattr(method, "sees_tokens", False) for method in methods) or any(
+            probe.site == "out" for probe in self.probes
+        )
+
+    def of(self, queries: Int[Array, "B Q"]) -> "TowerHooks":
+        """The hooks of some tokens of every row, which are those that the probes read."""
+
+        def chosen(item):
+            if item.mask is None:
+                return item
+            return dataclasses.replace(item, mask=pick(item.mask, queries))
+
+        items = [(site, chosen(item)) for site, item in self._items]
+        context = self.context and dataclasses.replace(self.context, queries=None)
+        return TowerHooks(items, self.key, self.probes, context)
 
     def layer(self, stacked, layer) -> LayerHooks:
         return LayerHooks(self, stacked, layer)

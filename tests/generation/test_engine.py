@@ -186,4 +186,6 @@ def test_bucket_holds_the_length_and_never_falls(a, b):
 
 
 def test_buckets():
-    assert sorted({bucket(n) for n in range(1, 400)}) == [32, 48, 64, 96, 128, 192, 256, 384, 512]
+    sizes = [32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448]
+    assert sorted({bucket(n) for n in range(1, 400)}) == sizes
+    assert sorted({bucket(n, 8) for n in range(1, 30)}) == [8, 12, 16, 20, 24, 28, 32]

@@ -1,0 +1,127 @@
+"""What prompts begin with is read once: the tokens stay those of prompts that are read whole."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import tiny_batch, tiny_config, tiny_model
+
+from moresjax.analysis.attention import AttentionProbe
+from moresjax.data.digits import build_tokenizer, vocabulary
+from moresjax.data.images import ImageProcessor
+from moresjax.data.processor import Processor
+from moresjax.data.templates import get_template
+from moresjax.generation import engine as engine_module
+from moresjax.generation import prefix as prefix_module
+from moresjax.generation.prefix import common_prefix
+from moresjax.model import Model
+from moresjax.tuning.attach import Tuning
+
+NEW = 5
+IMAGES = np.random.default_rng(0).integers(0, 255, (3, 12, 12, 3)).astype(np.uint8)
+HEAD = "how many times two ? three . is there a seven ? no . "
+PROMPTS = [
+    (HEAD + "<image> is there a two ?", [IMAGES[0]]),
+    (HEAD + "what is the largest ?", []),
+    (
+        HEAD + "<image> what is at top-left ? <image> " + "are the two the same ? " * 4,
+        [IMAGES[1], IMAGES[2]],
+    ),
+    (HEAD + "<image> how many times three ?", [IMAGES[2]]),
+]
+# Everything that acts on some token of a prompt without looking ahead.
+TUNING = (
+    "prompt:length=3/prefix:length=2/lora:rank=2/loreft:rank=2,positions=all/"
+    "mores:rank=1,positions=image:f4+l5|answer:f1"
+)
+
+
+def model_with(tuning: str) -> Model:
+    processor = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
+    mllm = tiny_model(tuning, vocab_size=len(vocabulary()), num_layers=2)
+    rng = np.random.default_rng(1)
+    # As they start, models say one word only and some methods do nothing.
+    state = jax.tree.map(lambda x: 12 * x, nnx.state(mllm, nnx.Param))
+    state["tuning"] = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape).astype(np.float32), state.get("tuning", {})
+    )
+    nnx.update(mllm, state)
+    return Model(mllm, processor)
+
+
+def test_a_shared_prefix_changes_no_token_and_no_statistic(monkeypatch):
+    model, probes = model_with(TUNING), (AttentionProbe(),)
+    rows = [model.prompt(*prompt) for prompt in PROMPTS]
+    apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
+    assert len({tuple(tokens) for tokens in apart.tokens.tolist()}) == len(rows)
+    monkeypatch.setattr(prefix_module, "SAVED", 1)
+    read = engine_module._read_prefix._cache_size()
+    options = {"batch_size": 16, "probes": probes, "logprobs": True}
+    done = model.generate_many(rows, NEW, **options)
+    assert engine_module._read_prefix._cache_size() == read + 1
+    for row, found in enumerate(done):
+        count = len(found.tokens)
+        assert count == apart.length[row]
+        np.testing.assert_array_equal(found.tokens, apart.tokens[row, :count])
+        np.testing.assert_allclose(found.logprobs, apart.logprobs[row, :count], atol=1e-4)
+        expected = jax.tree.map(lambda x, row=row: x[:, row], apart.stats)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found.stats, expected
+        )
+
+
+@pytest.fixture(scope="module")
+def rows() -> list:
+    model = model_with("none")
+    return [model.prompt(*prompt) for prompt in PROMPTS]
+
+
+def shared(rows, tuning: str = "none") -> int:
+    """Tokens in common, 0 for none."""
+    head = common_prefix(rows, Tuning(tuning, tiny_config(num_layers=2)))
+    return 0 if head is None else len(head["tokens"])
+
+
+def test_the_prefix_ends_at_the_first_image_and_leaves_every_prompt_a_token(rows, monkeypatch):
+    monkeypatch.setattr(prefix_module, "SAVED", 1)
+    first = int(np.argmax(rows[0]["image"] >= 0))
+    assert shared(rows) == shared([rows[0], rows[3]]) == first
+    assert shared([rows[1]] * 2) == len(rows[1]["tokens"]) - 1
+    other = rows[0] | {"tokens": np.concatenate([rows[0]["tokens"][:9], rows[1]["tokens"]])}
+    assert shared([rows[1], other]) == 9
+
+
+def test_short_prefixes_and_few_prompts_are_read_as_they_are(rows):
+    assert shared([rows[0]] * 2) == shared(rows[:1]) == shared([]) == 0
+    assert shared([rows[0]] * 30) > 0
+    few = [{name: x[8:] for name, x in row.items() if name != "pixels"} for row in rows]
+    assert shared(few * 100) == 0
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    ["mixlora", "loreft:positions=question:f4", "loreft:positions=last_prompt|image"],
+)
+def test_methods_that_look_ahead_read_every_prompt_whole(rows, tuning):
+    assert shared(rows * 30, "loreft:positions=question|answer:f4") > 0
+    assert shared(rows * 30, tuning) == 0
+
+
+@pytest.mark.parametrize(
+    ("tuning", "llm", "early"),
+    [
+        ("loreft:rank=1,positions=all,layers=1/lora:rank=1", {"qk_norm": True}, True),
+        ("prompt:length=2/prefix:length=2", {"parallel": True}, True),
+        ("none", {"window": 3, "attention_pattern": "gl"}, True),
+        ("mixlora:rank=1", {}, False),
+    ],
+)
+def test_the_last_layer_computes_only_tokens_that_are_asked_for(tuning, llm, early):
+    model, batch = tiny_model(tuning, num_layers=2, **llm), tiny_batch()
+    model.llm.unstack()
+    queries = np.asarray([[3, 12, 14], [0, 5, 9]])
+    asked = jax.jit(lambda batch: model(batch, queries=queries).hidden).trace(batch)
+    assert (f"f32[6,{model.config.llm.intermediate_size}]" in str(asked.jaxpr)) == early
+    whole = jax.jit(lambda batch: model(batch).hidden)(batch)
+    expected = np.take_along_axis(np.asarray(whole), queries[:, :, None], axis=1)
+    np.testing.assert_allclose(asked.lower().compile()(batch), expected, atol=1e-5)
