@@ -120,19 +120,22 @@ class Collate:
     pixels: bool = False
 
     def __call__(self, planned: Sequence[Documents]) -> Row:
-        processor, mine = self.rows.processor, planned[self.own]
-        longest = max(sum(len(row["tokens"]) for _, row in row) for row in planned)
-        length = next(length for length in self.lengths if length >= longest)
         texts = [row for documents in planned for _, row in documents]
-        found = self.pixels or any(map(processor.count_images, texts))
-        images = self.rows.images if found else 0
-        wholes = iter(self.rows.whole([document for row in mine for document in row]))
-        stacked = []
-        for documents in mine:
-            members = [row for row in itertools.islice(wholes, len(documents)) if row is not None]
-            row = processor.pad(processor.join(members or [EMPTY]), length, images)
-            stacked.append(row | {"id": ";".join(row["id"] for row in members)})
-        return stack(stacked)
+        seen = self.pixels or any(map(self.rows.processor.count_images, texts))
+        images = self.rows.images if seen else 0
+        longest = max(sum(len(row["tokens"]) for _, row in documents) for documents in planned)
+        length = next(length for length in self.lengths if length >= longest)
+        mine = planned[self.own]
+        # All images of the batch are read together, so that no thread waits for a row's last.
+        wholes = iter(self.rows.whole(list(itertools.chain.from_iterable(mine))))
+        parts = (itertools.islice(wholes, len(documents)) for documents in mine)
+        return stack([self._row(part, length, images) for part in parts])
+
+    def _row(self, documents: Iterable[Row | None], length: int, images: int) -> Row:
+        found = [row for row in documents if row is not None]
+        joined = self.rows.processor.join(found or [EMPTY])
+        padded = self.rows.processor.pad(joined, length, images)
+        return padded | {"id": ";".join(row["id"] for row in found)}
 
 
 def stack(rows: Sequence[Row]) -> Row:
