@@ -125,14 +125,12 @@ def make_iterator(
         return Batches(batches, batching, bad, holds)
     order = _shuffled(source, seed)
     if batching == "pack":
-        windows = order.batch(window or PACK_WINDOW, drop_remainder=True, batch_fn=list).map(
-            rows.texts
-        )
+        window = window or PACK_WINDOW
+        texts = order.batch(window, drop_remainder=True, batch_fn=list).map(rows.texts)
+        ahead = texts.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         pack = PackWindow(processor.count_images, length, images)
-        ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        planned = grain.experimental.FlatMapIterDataset(windows.to_iter_dataset(ahead), pack)
+        planned = grain.experimental.FlatMapIterDataset(ahead, pack)
         batches = planned.batch(batch_size, batch_fn=list).map(Collate(rows, (length,), own))
-        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
         return Batches(batches, batching, bad, holds)
 
     # Nobody knows the others' rows here, so that all have pixels where one may have an image.
