@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from rounds import Run, Seconds, measure, median_ratio
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from moresjax.data.packing import PackWindow
+from moresjax.data.packing import first_fit
 from moresjax.data.processor import Processor
 from moresjax.layout import Segment
 from moresjax.parallel.host import keep_freed_memory
@@ -102,8 +102,10 @@ def ours(folder: str, rows: Sequence[dict], method: str) -> Run:
     unrolled = {part: dataclasses.replace(x, unroll=True) for part, x in parts.items()}
     model = build_model(dataclasses.replace(config, **unrolled), parameters, SPECS[method])
     processor = Processor(NoTokenizer(), None, Square(), PATCHES)
-    packed = PackWindow(processor, LENGTH, CAPACITY).flat_map(rows)
-    batch = processor.batch([{k: x for k, x in row.items() if k != "id"} for row in packed])
+    sizes = [len(row["tokens"]) for row in rows], [processor.count_images(row) for row in rows]
+    packed = [[rows[i] for i in members] for members in first_fit(*sizes, LENGTH, CAPACITY)]
+    joined = [processor.pad(processor.join(members), LENGTH, CAPACITY) for members in packed]
+    batch = processor.batch(joined)
     graphdef, trainable, frozen = split_model(model, ("connector",))
     settings = base_config().optimizer
     settings.lr, settings.schedule, settings.warmup = LR, "constant", 0.0

@@ -1,15 +1,18 @@
 """Packing: several samples share a row of fixed length, as documents that do not see each other.
 
 Rows are filled within windows of consecutive samples and come out when their window is full. So the
-position of the data is that of a window and a row in it, whatever the samples' lengths.
+position of the data is that of a window and a row in it, whatever the samples' lengths and however
+many processes share the rows.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import grain
 
-from moresjax.data.processor import Processor, Row
+from moresjax.data.processor import Row
+from moresjax.data.rows import Documents
 
 
 def first_fit(
@@ -41,24 +44,21 @@ def first_fit(
 
 @dataclasses.dataclass(frozen=True)
 class PackWindow(grain.experimental.FlatMapTransform):
-    """A window of unpadded rows to full ones.
+    """A window of samples to the rows that they share.
 
     Attributes:
-      processor: joins and pads them.
+      images_of: how many images a sample has.
       length: S, tokens per row.
       images: N, images per row; 0 for text.
     """
 
-    processor: Processor
+    images_of: Callable[[Row], int]
     length: int
     images: int
 
-    def flat_map(self, element: Sequence[Row]) -> list[Row]:
-        tokens = [len(row["tokens"]) for row in element]
-        images = [len(row.get("pixels", ())) if self.images else 0 for row in element]
-        packed = []
-        for members in first_fit(tokens, images, self.length, self.images):
-            rows = [element[i] for i in members]
-            row = self.processor.pad(self.processor.join(rows), self.length, self.images)
-            packed.append(row | {"id": ";".join(row["id"] for row in rows)})
-        return packed
+    def flat_map(self, element: Sequence[Documents]) -> list[Documents]:
+        documents = list(itertools.chain.from_iterable(element))
+        tokens = [len(row["tokens"]) for _, row in documents]
+        images = [self.images_of(row) for _, row in documents]
+        packed = first_fit(tokens, images, self.length, self.images)
+        return [[documents[i] for i in members] for members in packed]

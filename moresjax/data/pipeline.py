@@ -1,24 +1,22 @@
 """From a source to an iterator of batches, with Grain.
 
-Every process reads its own share of the source; the iterator's state is a small JSON value that
-goes into the checkpoint, so a resumed run sees exactly the batches that an uninterrupted one would.
+All processes agree on one order of batches, and each makes its own rows of them. The iterator's
+state is a small JSON value that says how far the run has come. It goes into the checkpoint, so a
+resumed run sees exactly the batches that an uninterrupted one would, with any number of processes.
 """
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from moresjax.data.bad import BadSamples
-from moresjax.data.buckets import BucketedBatches, bucket_lengths
+from moresjax.data.buckets import Buckets, bucket_lengths
 from moresjax.data.packing import PackWindow
 from moresjax.data.processor import Processor, Row
-from moresjax.data.samples import Sample
+from moresjax.data.rows import Collate, Rows, stack
 from moresjax.data.sources import Source, sizes_of
 from moresjax.errors import UserError, choice_error
 from moresjax.layout import Holds
@@ -27,60 +25,6 @@ BATCHING = ("pad", "pack", "bucket")
 PACK_WINDOW = 256  # samples packed together
 BUCKET_WINDOW = 32  # batches sorted together
 ENDLESS = 1 << 62
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Random access to the rows of a source; None stands for a bad sample that is skipped.
-
-    Attributes:
-      source: the samples.
-      processor: how they become rows.
-      length: S, tokens that a row may have.
-      images: N, images that it may have.
-      bad: what becomes of bad samples.
-      padded: whether rows are padded to `length` and `images`.
-    """
-
-    source: Source
-    processor: Processor
-    length: int
-    images: int
-    bad: BadSamples
-    padded: bool = True
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Row | None:
-        return self.bad.guard(index, lambda: self._row(self.source[index]))
-
-    def _row(self, element: Sample | Mapping[str, Any]) -> Row:
-        """Ready-made rows only have their images normalised."""
-        if not isinstance(element, Sample) and self.padded:
-            return dict(element) | {"pixels": self.processor.image(element["pixels"])}
-        self._check(element)
-        row = self.processor.row(element)
-        self.processor.check_fit(row, self.length, self.images, element.id)
-        if self.padded:
-            row = self.processor.pad(row, self.length, self.images, element.id)
-        return row | {"id": element.id}
-
-    def text(self, index: int) -> Row | None:
-        """The row of a sample without its pixels."""
-
-        def make() -> Row:
-            sample = self.source[index]
-            self._check(sample)
-            row = self.processor.text_row(sample)
-            self.processor.check_fit(row, self.length, self.images, sample.id)
-            return row | {"id": sample.id}
-
-        return self.bad.guard(index, make)
-
-    def _check(self, element: Sample | Mapping[str, Any]) -> None:
-        if not isinstance(element, Sample):
-            raise UserError(f"ready-made rows ({element['id']}) need batching 'pad'")
 
 
 class Batches:
@@ -103,28 +47,21 @@ class Batches:
         return next(self._iterator)
 
     def get_state(self) -> dict:
-        """Where every process stands; all processes must ask for it together."""
-        return {"processes": _everywhere(self._iterator.get_state())}
+        """Where the run stands: the same in every process, however many there are."""
+        return {"position": self._iterator.get_state()}
 
     def set_state(self, state: Mapping) -> None:
-        """Goes on from a state.
+        """Goes on from a state, which any number of processes may have saved.
 
         Raises:
-          UserError: when another number of processes saved it and they stood at different places.
+          UserError: when it was saved before processes shared one order.
         """
-        states, count = state["processes"], jax.process_count()
-        if len(states) == count:
-            own = states[jax.process_index()]
-        elif self.batching != "pack" and all(other == states[0] for other in states):
-            own = dict(states[0])
-            if self.batching == "pad":  # counts the samples of one process; buckets count batches
-                own["next_index"] = own["next_index"] * len(states) // count
-        else:
+        if "position" not in state:
             raise UserError(
-                f"{len(states)} processes read this run's data and stood at different places; "
-                f"it cannot go on with {count}"
+                "the position in the data was saved by an older version of moresjax, whose "
+                "processes each had an order of their own; this version cannot go on from it"
             )
-        self._iterator.set_state(own)
+        self._iterator.set_state(state["position"])
 
 
 def rows_held(source, batching: str) -> Holds:
@@ -135,17 +72,6 @@ def rows_held(source, batching: str) -> Holds:
     if getattr(source, "branches", True):
         return Holds.ANY
     return Holds.PACKED if batching == "pack" else Holds.SINGLE
-
-
-def _everywhere(state: dict) -> list[dict]:
-    """The states of all processes, in their order."""
-    if jax.process_count() == 1:
-        return [state]
-    data = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(data.size))
-    padded = np.pad(data, (0, int(sizes.max()) - data.size))
-    gathered = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(x[:n])) for x, n in zip(gathered, sizes, strict=True)]
 
 
 def make_iterator(
@@ -186,35 +112,38 @@ def make_iterator(
         raise choice_error("batching", batching, BATCHING)
     own, holds = _own_rows(batch_size), rows_held(source, batching)
     bad = BadSamples(on_bad_sample, len(source))
-    rows = Rows(source, processor, length, images, bad, padded=batching == "pad")
+    rows = Rows(source, processor, length, images, bad, threads)
+    reading = _reading(threads, own)
     if batching == "bucket":
         if getattr(source, "shares", ()):
             raise UserError("batching 'bucket' takes no data weights; use 'pad' or 'pack'")
-        batches = BucketedBatches(
-            encode=rows.text,
-            load=rows.__getitem__,
-            processor=processor,
-            sizes=sizes_of(source),
-            batch_size=batch_size,
-            lengths=bucket_lengths(length, buckets),
-            images=images,
-            window=window or BUCKET_WINDOW * batch_size,
-            rows=own,
-            seed=seed,
-        )
-        numbers = grain.MapDataset.range(ENDLESS).map(batches)
-        batches = numbers.to_iter_dataset(_reading(threads, 2 * threads))
+        window = window or BUCKET_WINDOW * batch_size
+        plan = Buckets(sizes_of(source), batch_size, window, seed)
+        collate = Collate(rows, bucket_lengths(length, buckets), own)
+        numbers = grain.MapDataset.range(ENDLESS).map(plan)
+        batches = numbers.map(rows.texts).map(collate).to_iter_dataset(reading)
         return Batches(batches, batching, bad, holds)
-    share = slice(jax.process_index(), None, jax.process_count())
-    samples = _shuffled(rows, getattr(source, "shares", ()), seed, share)
-    dataset = samples.to_iter_dataset(_reading(threads, 4 * batch_size))
+    order = _shuffled(source, seed)
     if batching == "pack":
-        packed = PackWindow(processor, length, images)
-        dataset = dataset.batch(window or PACK_WINDOW, batch_fn=list)
-        dataset = grain.experimental.FlatMapIterDataset(dataset, packed)
-    count = own.stop - own.start
-    batches = dataset.batch(count, drop_remainder=True, batch_fn=_stack)
-    return Batches(batches, batching, bad, holds)
+        window = window or PACK_WINDOW
+        texts = order.batch(window, drop_remainder=True, batch_fn=list).map(rows.texts)
+        ahead = texts.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        pack = PackWindow(processor.count_images, length, images)
+        planned = grain.experimental.FlatMapIterDataset(ahead, pack)
+        batches = planned.batch(batch_size, batch_fn=list).map(Collate(rows, (length,), own))
+        return Batches(batches, batching, bad, holds)
+
+    # Nobody knows the others' rows here, so that all have pixels where one may have an image.
+    pixels = jax.process_count() > 1
+
+    def padded(numbers: Sequence[int]) -> Row:
+        batch = stack(rows.padded(numbers[own]))
+        if not pixels and "image" in batch and (batch["image"] < 0).all():
+            batch.pop("pixels", None)
+        return batch
+
+    batches = order.batch(batch_size, drop_remainder=True, batch_fn=list).map(padded)
+    return Batches(batches.to_iter_dataset(reading), batching, bad, holds)
 
 
 def one_pass(
@@ -244,22 +173,13 @@ def one_pass(
     Raises:
       UserError: as `make_iterator`.
     """
-    bad = BadSamples(on_bad_sample, len(source))
-    rows = Rows(source, processor, length, images, bad, padded=False)
-    made = BucketedBatches(
-        encode=rows.text,
-        load=rows.__getitem__,
-        processor=processor,
-        sizes=np.full((len(source), 2), min(images, 1)),  # all alike: nothing is sorted by length
-        batch_size=batch_size,
-        lengths=(row_length or length,),
-        images=images,
-        window=len(source),
-        rows=_own_rows(batch_size),
-        seed=seed,
-    )
-    numbers = grain.MapDataset.range(min(batches or made.per_epoch, made.per_epoch)).map(made)
-    return numbers.to_iter_dataset(_reading(threads, 2 * threads))
+    bad, own = BadSamples(on_bad_sample, len(source)), _own_rows(batch_size)
+    rows = Rows(source, processor, length, images, bad, threads)
+    sizes = np.full((len(source), 2), min(images, 1))  # all alike: nothing is sorted by length
+    plan = Buckets(sizes, batch_size, len(source), seed)
+    collate = Collate(rows, (row_length or length,), own, pixels=True)
+    numbers = grain.MapDataset.range(min(batches or plan.per_epoch, plan.per_epoch)).map(plan)
+    return numbers.map(rows.texts).map(collate).to_iter_dataset(_reading(threads, own))
 
 
 def _own_rows(batch_size: int) -> slice:
@@ -271,31 +191,23 @@ def _own_rows(batch_size: int) -> slice:
     return slice(index * own, (index + 1) * own)
 
 
-def _reading(threads: int, buffer: int) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+def _reading(threads: int, own: slice) -> grain.ReadOptions:
+    """As many batches at once as keep all threads busy with their rows."""
+    batches = -(-threads // (own.stop - own.start)) + 1
+    return grain.ReadOptions(num_threads=batches, prefetch_buffer_size=batches)
 
 
-def _shuffled(rows: Rows, shares, seed: int, own: slice) -> grain.MapDataset:
-    """This process's part of endless epochs in random order, or of a mixture with weights."""
-    whole = grain.MapDataset.source(rows)
+def _shuffled(source: Source, seed: int) -> grain.MapDataset:
+    """Sample numbers of endless epochs in random order, or of a mixture with weights."""
+    numbers = grain.MapDataset.range(len(source))
+    shares = getattr(source, "shares", ())
     if not shares:
-        return whole.shuffle(seed=seed).slice(own).repeat()
+        return numbers.shuffle(seed=seed).repeat()
     parts = [
-        whole.slice(part).shuffle(seed=seed + number).repeat()
+        numbers.slice(part).shuffle(seed=seed + number).repeat()
         for number, (part, _) in enumerate(shares)
     ]
-    return grain.MapDataset.mix(parts, [weight for _, weight in shares]).slice(own)
-
-
-def _stack(rows: Sequence[Row]) -> Row:
-    """Stacked rows. Where no row has an image there are no pixels, and the vision encoder rests.
-
-    Processes must agree on shapes, so with several of them the pixels stay.
-    """
-    stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-    if jax.process_count() == 1 and "image" in stacked and (stacked["image"] < 0).all():
-        stacked.pop("pixels", None)
-    return stacked
+    return grain.MapDataset.mix(parts, [weight for _, weight in shares])
 
 
 def to_device_batch(

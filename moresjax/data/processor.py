@@ -1,6 +1,6 @@
 """Samples to model inputs: tokens, layout and pixels, built piece by piece.
 
-Axis legend: B rows, S tokens, N images per row, V visual tokens per image.
+Axis legend: B rows, S tokens, N images per row, V visual tokens per image, Y, X pixels.
 
 Ids and segments come from the same tokenisation: the text between two images is tokenised once, and
 every token takes the segment and branch of its last character. A label mask therefore cannot
@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from moresjax.data.images import ImageProcessor
 from moresjax.data.samples import IMAGE_MARK, Sample
@@ -85,12 +86,18 @@ class Processor:
           UserError: as `text_row`, and for an image that cannot be read.
         """
         row = self.text_row(sample)
-        if sample.images:
-            try:
-                row["pixels"] = np.stack([self.image(image) for image in sample.images])
-            except UserError as error:
-                raise UserError(f"sample {sample.id}: {error}") from None
-        return row
+        return row | {"pixels": self.pixels(sample)} if sample.images else row
+
+    def pixels(self, sample: Sample) -> Float[np.ndarray, "N Y X 3"]:
+        """The images of a sample that has some.
+
+        Raises:
+          UserError: for an image that cannot be read.
+        """
+        try:
+            return np.stack([self.image(image) for image in sample.images])
+        except UserError as error:
+            raise UserError(f"sample {sample.id}: {error}") from None
 
     def text_row(self, sample: Sample) -> Row:
         """The row of a sample without its pixels; images are not opened.
@@ -147,6 +154,10 @@ class Processor:
         row = {name: np.asarray(values, np.int32) for name, values in fields.items()}
         return row | {"document": np.zeros(len(row["tokens"]), np.int32)}
 
+    def count_images(self, row: Row) -> int:
+        """How many images an unpadded row has, whether or not its pixels are there."""
+        return int((row["image"] >= 0).sum()) // max(self.visual_tokens, 1)
+
     def check_fit(self, row: Row, length: int, images: int, name: str) -> None:
         """Nothing is cut silently.
 
@@ -155,7 +166,7 @@ class Processor:
         """
         if (tokens := len(row["tokens"])) > length:
             raise UserError(f"sample {name}: {tokens} tokens do not fit into {length}")
-        if (found := len(row.get("pixels", ()))) > images:
+        if (found := self.count_images(row)) > images:
             raise UserError(f"sample {name}: {found} images, but rows hold {images}")
 
     def pad(self, row: Row, length: int, images: int, name: str = "") -> Row:

@@ -200,7 +200,8 @@ def test_bad_samples_are_skipped_counted_and_listed(bad_corpus, tmp_path, batchi
 def test_a_source_without_a_good_sample_ends(tmp_path):
     source = LlavaSource(write_list(tmp_path / "odd.json", ["a", "b", "c"]), str(tmp_path))
     with pytest.raises(UserError, match="all 3 samples are bad"):
-        next(make_iterator(source, PROCESSOR, batch_size=1, length=9, on_bad_sample="skip"))
+        for _ in make_iterator(source, PROCESSOR, batch_size=1, length=9, on_bad_sample="skip"):
+            pass
     with pytest.raises(UserError, match=r"on_bad_sample 'ignore'; choose from: raise, skip"):
         make_iterator(source, PROCESSOR, batch_size=1, length=9, on_bad_sample="ignore")
 

@@ -10,8 +10,9 @@ import pytest
 from moresjax.data.bad import BadSamples
 from moresjax.data.digits import DigitsSource, build_tokenizer
 from moresjax.data.images import ImageProcessor
-from moresjax.data.pipeline import Rows, make_iterator, to_device_batch
+from moresjax.data.pipeline import make_iterator, to_device_batch
 from moresjax.data.processor import FIELDS, Processor
+from moresjax.data.rows import Rows
 from moresjax.data.sources import make_source
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
@@ -103,7 +104,7 @@ def test_patches_are_passed_on():
     assert batch["pixels"].min() >= -1
     assert batch["pixels"].max() <= 1
     source = DigitsSource("patches", "test")
-    row = Rows(source, PROCESSOR, LENGTH, 1, BadSamples("raise", 1))[0]
+    (row,) = Rows(source, PROCESSOR, LENGTH, 1, BadSamples("raise", 1)).padded([0])
     np.testing.assert_array_equal(row["pixels"], PROCESSOR.image(source[0]["pixels"]))
     np.testing.assert_array_equal(row["classes"], source[0]["classes"])
 
@@ -111,7 +112,7 @@ def test_patches_are_passed_on():
 def test_a_bad_sample_is_named():
     source = DigitsSource("instruct")
     with pytest.raises(UserError, match=rf"sample {source[5].id}: \d+ tokens do not fit into 20"):
-        Rows(source, PROCESSOR, 20, 1, BadSamples("raise", 1))[5]
+        Rows(source, PROCESSOR, 20, 1, BadSamples("raise", 1)).padded([5])
     with pytest.raises(UserError, match=r"sample digits-instruct-0-\d+: \d+ tokens do not fit"):
         next(iterator(length=20))
 

@@ -65,10 +65,11 @@ def wait_for(*processes: subprocess.Popen) -> None:
         assert process.returncode == 0, errors
 
 
-# With images, validation, attention statistics, and parameters split over the processes.
+# With images, packed rows, validation, attention statistics, and parameters split over processes.
 WATCHED = TINY | {"steps": 6, "log_every": 1, "checkpoint.every": 3}
 WATCHED |= {"validation.share": 0.1, "validation.every": 3, "data.size": 210, "probe_every": 3}
 WATCHED |= {"mesh.data": 1, "mesh.fsdp": -1}
+WATCHED |= {"batching": "pack", "length": 128, "images": 3, "window": 13}
 LOGGED = {"loss": 6, "validation_loss": 2, "lmar": 2}
 
 
