@@ -42,7 +42,7 @@ from moresjax.weights.hf import build_model, read_pretrained
 RANK = {"lora": 8, "mores": 1}
 SPECS = {"lora": "lora:rank=8,alpha=16", "mores": "mores:rank=1,init=identity"}
 VARIANTS = ("torch lora", "torch mores", "moresjax lora", "moresjax mores")
-IMAGE_ID, LR, LENGTH, CAPACITY = 16_000, 1e-3, 768, 3
+IMAGE_ID, LR, LENGTH, CAPACITY = 16_000, 1e-3, 384, 3
 PATCHES, SIZE = 64, 112
 
 
@@ -67,7 +67,7 @@ def llava() -> LlavaConfig:
 
 def samples(count: int) -> list[dict[str, np.ndarray]]:
     """Ready rows: some text, the image, a question, and an answer that is a third of the text."""
-    lengths, images = sample_mix(count, 0, 4 * LENGTH // 3)
+    lengths, images = sample_mix(count, 0, 640)
     rng = np.random.default_rng(0)
     rows = []
     for length, pictures in zip((lengths // 2).tolist(), images.tolist(), strict=True):

@@ -278,13 +278,19 @@ def run_blocks(
         h, cache = block(h, *view(layer), at_layer, cache, index, queries)
         return h, cache if keep_cache else None, at_layer.stats
 
-    if isinstance(blocks, nnx.List):
+    if isinstance(blocks, nnx.List) or (config.unroll and caches is None):
+        step = jax.checkpoint(one_layer, static_argnums=3) if config.remat else one_layer
         kept, stats = [], []
         early = queries is not None and not isinstance(mask, Runs) and not hooks.needs_all_tokens
-        for i, block in enumerate(blocks):
+        early &= isinstance(blocks, nnx.List)
+        for i in range(config.num_layers):
             theta = jax.tree.map(lambda x, i=i: x[i], hooks.stacked)
-            chosen = queries if early and i == len(blocks) - 1 else None
-            h, cache, stat = one_layer(h, block, theta, i, caches and caches[i], chosen)
+            if isinstance(blocks, nnx.List):
+                block = blocks[i]
+            else:
+                block = jax.tree.map(lambda x, i=i: x[i], blocks)
+            chosen = queries if early and i == config.num_layers - 1 else None
+            h, cache, stat = step(h, block, theta, i, caches and caches[i], chosen)
             kept.append(cache)
             stats.append(stat)
         stats = jax.tree.map(lambda *x: jnp.stack(x), *stats)
