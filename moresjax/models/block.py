@@ -293,7 +293,7 @@ def run_blocks(
             h, cache, stat = step(h, block, theta, i, caches and caches[i], chosen)
             kept.append(cache)
             stats.append(stat)
-        stats = jax.tree.map(lambda *x: jnp.stack(x), *stats)
+        stats = jax.tree.map(lambda *x: jnp.stack(x), *stats) if stats else {}
         if queries is not None and not early:
             h = pick(h, queries)
         return BlocksOutput(h, kept if keep_cache else None, stats)

@@ -8,11 +8,13 @@ is here never leaves XLA, works on every backend, and has the derivatives of the
 that nothing is unrolled or kept for a backward pass.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_product = jax.tree_util.Partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.custom_jvp
