@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moresjax.errors import UserError
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs
-from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope, param
+from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope, param, unstack
 from moresjax.ops import pick, place
 from moresjax.parallel.mesh import keep_rows_split
 from moresjax.tuning.hooks import LayerHooks
@@ -283,12 +283,9 @@ def run_blocks(
         kept, stats = [], []
         early = queries is not None and not isinstance(mask, Runs) and not hooks.needs_all_tokens
         early &= isinstance(blocks, nnx.List)
-        for i in range(config.num_layers):
+        each = blocks if isinstance(blocks, nnx.List) else unstack(blocks, config.num_layers)
+        for i, block in enumerate(each):
             theta = jax.tree.map(lambda x, i=i: x[i], hooks.stacked)
-            if isinstance(blocks, nnx.List):
-                block = blocks[i]
-            else:
-                block = jax.tree.map(lambda x, i=i: x[i], blocks)
             chosen = queries if early and i == config.num_layers - 1 else None
             h, cache, stat = step(h, block, theta, i, caches and caches[i], chosen)
             kept.append(cache)
