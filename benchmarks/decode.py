@@ -24,7 +24,7 @@ from moresjax.analysis.attention import AttentionProbe
 from moresjax.generation.engine import Engine
 from moresjax.model import hf_batch
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.parallel.host import keep_freed_memory
+from moresjax.parallel.host import use_huge_pages
 from moresjax.weights.hf import build_model, decoder_config, import_state
 
 ROWS = (1, 8)
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--small", action="store_true", help="few layers: does it run?")
     args = parser.parse_args()
-    keep_freed_memory()
+    use_huge_pages()
     oracle = make_oracle(args.small)
     model = imported(oracle)
     ids = np.random.default_rng(0).integers(0, 16_384, (1, args.prompt))

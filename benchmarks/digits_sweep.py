@@ -15,7 +15,7 @@ from moresjax.configs import digits as recipe
 
 from moresjax.evaluation.run import evaluate
 from moresjax.model import load
-from moresjax.parallel.host import keep_freed_memory
+from moresjax.parallel.host import use_huge_pages
 from moresjax.training.loop import train
 
 CONNECTOR = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--connector", type=float, help="skip the first search")
     args = parser.parse_args()
-    keep_freed_memory()
+    use_huge_pages()
 
     def mean(name, spec, lr, connector):
         scores = [

@@ -38,7 +38,7 @@ from moresjax.evaluation.files import ask
 from moresjax.evaluation.items import Item
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import VisualTask, benchmark
-from moresjax.parallel.host import keep_freed_memory
+from moresjax.parallel.host import use_huge_pages
 
 VOCAB, SIDE, PATCH, TEMPLATE = 4096, 112, 14, "vicuna_v1"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--small", action="store_true", help="few layers: does it run?")
     args = parser.parse_args()
-    keep_freed_memory()
+    use_huge_pages()
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
         items = make_items(folder, args.items)

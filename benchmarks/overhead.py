@@ -19,7 +19,7 @@ from moresjax.data.pipeline import to_device_batch
 from moresjax.generation.engine import Engine
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
-from moresjax.parallel.host import keep_freed_memory
+from moresjax.parallel.host import use_huge_pages
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
 from moresjax.training.step import TrainState, make_train_step, split_model
@@ -103,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    keep_freed_memory()
+    use_huge_pages()
     config, batch = setting()
     compare("train step", train_steps(config, batch), rounds)
     compare("generation, 32 tokens", forwards(config, batch), rounds)

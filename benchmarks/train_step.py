@@ -32,7 +32,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from moresjax.data.packing import first_fit
 from moresjax.data.processor import Processor
 from moresjax.layout import Segment
-from moresjax.parallel.host import keep_freed_memory
+from moresjax.parallel.host import use_huge_pages
 from moresjax.training.config import base_config
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
@@ -250,15 +250,14 @@ def main() -> None:
     parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    use_huge_pages()
     rows = samples(args.samples)
     if args.only:
-        keep_freed_memory()
         run = variant(args.only, args.folder, rows)
         for _ in range(2):
             list(run())
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
-    keep_freed_memory()
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(Path(temporary))
         torch.manual_seed(0)

@@ -24,7 +24,7 @@ from moresjax.models.decoder import DecoderConfig
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
-from moresjax.parallel.host import keep_freed_memory
+from moresjax.parallel.host import use_huge_pages
 from moresjax.training.config import base_config
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--methods", nargs="+", default=METHODS, help="the first is the baseline")
     args = parser.parse_args()
-    keep_freed_memory()
+    use_huge_pages()
     config = architecture()
     base = initialize(MLLM(config))
     seconds: Seconds = {spec: {} for spec in args.methods}

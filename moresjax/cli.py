@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moresjax import __version__
 from moresjax.errors import UserError
-from moresjax.parallel.host import keep_freed_memory
+from moresjax.parallel.host import use_huge_pages
 
 # Commands whose programs are kept for the next process.
 COMPILING = ("demo", "train", "evaluate", "generate", "analyze")
@@ -165,10 +165,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit code is 2 for a user's mistake."""
+    if arguments is None:
+        use_huge_pages()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    keep_freed_memory()
     try:
         args = _parse(arguments)
         if args.command in COMPILING:

@@ -1,32 +1,22 @@
 """Settings of the host process."""
 
-import ctypes
+import os
 import sys
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # <malloc.h>
+_HUGE = "glibc.malloc.hugetlb=1"
 
 
-def keep_freed_memory() -> bool:
-    """Makes glibc keep freed memory instead of handing it back to the kernel.
+def use_huge_pages() -> None:
+    """Starts this process again with huge pages for large blocks, unless it has chosen already.
 
-    XLA's CPU backend allocates the temporaries of every run of a program anew. glibc maps blocks of
-    that size from the kernel and unmaps them when they are freed, so each train step pays for tens
-    of thousands of page faults. Call it before threads start. For programs that do little but run
-    steps on a CPU; a process that must give memory back (an importer) should not call it.
-
-    Returns:
-      Whether the settings were taken; False where the C library is not glibc.
+    XLA's CPU backend allocates the temporaries of every run of a program anew, and the kernel gives
+    them out page by page: each train step pays for hundreds of thousands of page faults. glibc asks
+    for pages of 2 MiB when its tunable says so, which it reads at the start of a process only. Call
+    it first of all: nothing of the process survives. Does nothing on systems other than Linux, and
+    a C library other than glibc ignores it.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return False
-    # One arena: the others are limited to 64 MiB and map what is larger after all.
-    settings = {
-        _M_ARENA_MAX: 1,
-        _M_MMAP_MAX: 0,
-        _M_TRIM_THRESHOLD: 2**31 - 1,
-        _M_TOP_PAD: 64 << 20,
-    }
-    return all([libc.mallopt(name, value) == 1 for name, value in settings.items()])
+    chosen = os.environ.get("GLIBC_TUNABLES", "")
+    if not sys.platform.startswith("linux") or not sys.executable or "hugetlb" in chosen:
+        return
+    os.environ["GLIBC_TUNABLES"] = f"{chosen}:{_HUGE}".lstrip(":")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
