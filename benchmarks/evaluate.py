@@ -7,20 +7,20 @@ tokens; LLaMA, 8 layers of 512) answers questions of different lengths about pho
 is everything from files and questions to texts. `one by one` is the loop of the original: processor
 and `generate` for one question at a time; `batched` pads on the left. Random weights do not end an
 answer, so all have the same number of tokens: refilling a batch, which is ours alone, wins nothing.
-The answers must be equal, token by token.
+The answers must be equal. Every variant has a process of its own, ours with the huge pages that the
+`moresjax` command asks for.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from rounds import measure, median_ratio
+from rounds import Run, Worker, measure, median_ratio
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -38,7 +38,6 @@ from moresjax.evaluation.files import ask
 from moresjax.evaluation.items import Item
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import VisualTask, benchmark
-from moresjax.parallel.host import use_huge_pages
 
 VOCAB, SIDE, PATCH, TEMPLATE = 4096, 112, 14, "vicuna_v1"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -129,12 +128,12 @@ def make_folder(folder: Path, items: list[Item], small: bool) -> None:
     ).save_pretrained(folder)
 
 
-def reference(folder: Path, items: list[Item], new: int) -> Callable[[int], list[list[int]]]:
-    """(Batch size) to the new tokens that `transformers` gives for every question."""
+def theirs(folder: str, items: list[Item], new: int, batch_size: int) -> Run:
+    """`transformers`, from files to texts."""
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     processor = LlavaProcessor.from_pretrained(folder)
 
-    def run(batch_size: int) -> list[list[int]]:
+    def run():
         answers = []
         for start in range(0, len(items), batch_size):
             chosen = items[start : start + batch_size]
@@ -144,19 +143,27 @@ def reference(folder: Path, items: list[Item], new: int) -> Callable[[int], list
             with torch.inference_mode():
                 ids = model.generate(**inputs, max_new_tokens=new, do_sample=False)
             ids = ids[:, inputs["input_ids"].shape[1] :]
-            processor.batch_decode(ids, skip_special_tokens=True)
-            answers += ids.tolist()
-        return answers
+            answers += processor.batch_decode(ids, skip_special_tokens=True)
+        yield "run"
+        return dict(zip((item.id for item in items), answers, strict=True))
 
     return run
 
 
-def check_equal(model: mj.Model, items: list[Item], expected: list[list[int]], options) -> None:
-    rows = [model.prompt(item.prompt, item.images) for item in items]
-    found = model.generate_many(rows, **options)
-    for item, completion, ids in zip(items, found, expected, strict=True):
-        if completion.tokens.tolist() != ids[: len(completion.tokens)]:
-            raise SystemExit(f"question {item.id}: {completion.tokens.tolist()} is not {ids}")
+def ours(folder: str, items: list[Item], new: int, batch_size: int) -> Run:
+    """A benchmark like those of `moresjax evaluate`."""
+    model = mj.load(folder, template=TEMPLATE)
+
+    @benchmark("questions")
+    def load(data_root=None, limit=None) -> list[VisualTask]:
+        return [VisualTask("questions", items, max_new_tokens=new)]
+
+    def run():
+        result = evaluate(model, ["questions"], batch_size=batch_size)
+        yield "run"
+        return {entry["id"]: entry["prediction"] for entry in result.predictions}
+
+    return run
 
 
 def main() -> None:
@@ -167,41 +174,29 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--small", action="store_true", help="few layers: does it run?")
     args = parser.parse_args()
-    use_huge_pages()
     with tempfile.TemporaryDirectory() as path:
-        folder = Path(path)
-        items = make_items(folder, args.items)
-        make_folder(folder, items, args.small)
-        model = mj.load(folder, template=TEMPLATE)
-        answers = reference(folder, items, args.new_tokens)
-        options = {"batch_size": args.batch_size, "max_new_tokens": args.new_tokens}
-
-        @benchmark("questions")
-        def load(data_root=None, limit=None) -> list[VisualTask]:
-            return [VisualTask("questions", items, max_new_tokens=args.new_tokens)]
-
-        def run(function, *arguments, **keywords):
-            def once():
-                function(*arguments, **keywords)
-                yield "run"
-
-            return once
-
+        items = make_items(Path(path), args.items)
+        make_folder(Path(path), items, args.small)
+        data, size = (path, items, args.new_tokens), args.batch_size
         runs = {
-            "moresjax": run(evaluate, model, ["questions"], batch_size=args.batch_size),
-            "transformers, one by one": run(answers, 1),
-            f"transformers, batches of {args.batch_size}": run(answers, args.batch_size),
+            "moresjax": Worker(ours, *data, size, huge_pages=True),
+            "transformers, one by one": Worker(theirs, *data, 1, huge_pages=False),
+            f"transformers, batches of {size}": Worker(theirs, *data, size, huge_pages=False),
         }
-        first = {}
-        for name, once in runs.items():
+        first, answers = {}, []
+        for name, run in runs.items():
             start = time.perf_counter()
-            list(once())
+            list(run())
             first[name] = time.perf_counter() - start
-        for size in (1, args.batch_size):
-            check_equal(model, items, answers(size), options)
+            answers.append(run.value)
+        if any(each != answers[0] for each in answers):
+            raise SystemExit("the answers differ")
         seconds = measure(runs, args.rounds)
+        for run in runs.values():
+            run.stop()
     print(f"{args.items} questions, {args.new_tokens} new tokens each, answers equal\n")
-    print("| | s | ratio | first time, with compilation: s | ratio |\n|---|---:|---:|---:|---:|")
+    print("| | s | ratio | first time, start and compilation too: s | ratio |")
+    print("|---|---:|---:|---:|---:|")
     for name, phases in seconds.items():
         warm, cold = statistics.median(phases["run"]), first[name] / first["moresjax"]
         ratio = median_ratio(seconds, name, "run")

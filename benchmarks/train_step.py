@@ -6,19 +6,16 @@ A random LLaVA of 120 million parameters (encoder of 6 layers of 384 features, d
 of 768), the same weights and the same samples for everyone, fp32, AdamW. Lengths are those of
 `packing.py`, halved. `transformers` gets the samples as its users do: a batch padded to the longest
 one; ours are packed. What counts are useful tokens per second, those that are not padding. The
-connector trains everywhere. Losses of the first step must agree. Peak memory is that of a fresh
-process per variant which makes two steps.
+connector trains everywhere. Losses of the first step must agree. Every variant has a process of its
+own, ours with the huge pages that the `moresjax` command asks for; peak memory is that of its
+process. `torch .. huge` is torch with them too.
 """
 
 import argparse
 import dataclasses
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +23,12 @@ import numpy as np
 import torch
 from packing import NoTokenizer, sample_mix
 from peft import LoraConfig, get_peft_model
-from rounds import Run, Seconds, measure, median_ratio
+from rounds import Run, Seconds, Worker, measure, median_ratio
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from moresjax.data.packing import first_fit
 from moresjax.data.processor import Processor
 from moresjax.layout import Segment
-from moresjax.parallel.host import use_huge_pages
 from moresjax.training.config import base_config
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
@@ -42,6 +38,7 @@ from moresjax.weights.hf import build_model, read_pretrained
 RANK = {"lora": 8, "mores": 1}
 SPECS = {"lora": "lora:rank=8,alpha=16", "mores": "mores:rank=1,init=identity"}
 VARIANTS = ("torch lora", "torch mores", "moresjax lora", "moresjax mores")
+ALL = (*VARIANTS, "torch lora huge", "torch mores huge")
 IMAGE_ID, LR, LENGTH, CAPACITY = 16_000, 1e-3, 384, 3
 PATCHES, SIZE = 64, 112
 
@@ -117,10 +114,10 @@ def ours(folder: str, rows: Sequence[dict], method: str) -> Run:
 
     def run():
         box[0], metrics = step(box[0], frozen, batch)
-        run.losses.append(float(metrics["loss"]))
+        loss = float(metrics["loss"])
         yield "train"
+        return loss
 
-    run.losses = []
     return run
 
 
@@ -172,10 +169,10 @@ def theirs(folder: str, rows: Sequence[dict], method: str) -> Run:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        run.losses.append(loss.item())
+        loss = loss.item()
         yield "train"
+        return loss
 
-    run.losses = []
     return run
 
 
@@ -213,20 +210,12 @@ def collated(rows: Sequence[dict]):
 # ---- Both
 
 
-def variant(name: str, folder: str, rows: Sequence[dict]) -> Run:
-    library, method = name.split()
-    return (ours if library == "moresjax" else theirs)(folder, rows, method)
+def variant(name: str, folder: str, count: int) -> Run:
+    library, method, *_ = name.split()
+    return (ours if library == "moresjax" else theirs)(folder, samples(count), method)
 
 
-def peak_memory(name: str, folder: str, count: int) -> float:
-    """GiB of a fresh process that makes two steps."""
-    command = [sys.executable, __file__, "--only", name, "--folder", folder]
-    command += ["--samples", str(count)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
-def print_table(seconds: Seconds, runs: dict[str, Run], rows, memory: dict[str, float]) -> None:
+def print_table(seconds: Seconds, runs: dict[str, Worker], rows, losses: dict[str, float]) -> None:
     useful = sum(len(row["tokens"]) for row in rows)
     padded = len(rows) * max(len(row["tokens"]) for row in rows)
     print(f"{len(rows)} samples, {useful} tokens; padded {padded}\n")
@@ -237,37 +226,38 @@ def print_table(seconds: Seconds, runs: dict[str, Run], rows, memory: dict[str, 
         # How many times as fast as transformers with the same method.
         pair = {n: seconds[n] for n in (name, f"torch {name.split()[1]}")}
         ratio = median_ratio(pair, f"torch {name.split()[1]}", "train")
-        loss = runs[name].losses[0]
         cells = [f"{step:.2f}", f"{useful / step:.0f}", f"{ratio:.2f}"]
-        print(f"| {name} | {' | '.join(cells)} | {memory[name]:.2f} | {loss:.5f} |")
+        print(f"| {name} | {' | '.join(cells)} | {runs[name].peak:.2f} | {losses[name]:.5f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    parser.add_argument("--only", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=ALL)
     args = parser.parse_args()
-    use_huge_pages()
-    rows = samples(args.samples)
-    if args.only:
-        run = variant(args.only, args.folder, rows)
-        for _ in range(2):
-            list(run())
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = str(Path(temporary))
+    with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         LlavaForConditionalGeneration(llava()).save_pretrained(folder)
-        memory = {name: peak_memory(name, folder, args.samples) for name in args.variants}
-        runs = {name: variant(name, folder, rows) for name in args.variants}
+        runs = {
+            name: Worker(
+                variant,
+                name,
+                folder,
+                args.samples,
+                huge_pages=name.startswith("moresjax") or name.endswith("huge"),
+            )
+            for name in args.variants
+        }
+        losses = {}
+        for name, run in runs.items():
+            list(run())
+            losses[name] = run.value
+        np.testing.assert_allclose(list(losses.values()), next(iter(losses.values())), rtol=1e-4)
         seconds = measure(runs, args.rounds)
-    first = [run.losses[0] for run in runs.values()]
-    np.testing.assert_allclose(first, first[0], rtol=1e-4)
-    print_table(seconds, runs, rows, memory)
+        for run in runs.values():
+            run.stop()
+    print_table(seconds, runs, samples(args.samples), losses)
 
 
 if __name__ == "__main__":

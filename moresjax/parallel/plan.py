@@ -141,7 +141,11 @@ def plan(config, topology: str) -> Plan:
     try:
         compiled = step.lower(state, frozen, batch).compile()
     except jax.errors.JaxRuntimeError as error:
-        memory, needed, found = None, _needed(error), {}
+        held = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves((state, frozen, batch))
+        )
+        memory, needed, found = None, _needed(error, held), {}
     else:
         memory = _memory(compiled)
         needed, found = memory.peak, totals(collectives(compiled.as_text(), target.size))
@@ -243,12 +247,18 @@ def _memory(compiled) -> Memory:
     )
 
 
-def _needed(error: Exception) -> int:
-    """Bytes that the compiler would have needed, from its complaint; other errors go on."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+def _needed(error: Exception, arguments: int) -> int:
+    """Bytes that the compiler would have needed, from its complaint; other errors go on.
+
+    It names either everything or only the temporaries, which come to the arguments.
+    """
+    number = r"([\d.]+)([KMGT])"
+    whole = re.search(rf"Used {number} of {number} hbm", str(error))
+    found = whole or re.search(rf"required for HLO temporaries \({number}\)", str(error))
     if not found:
         raise error
-    return round(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
+    named = round(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))
+    return named if whole else named + arguments
 
 
 def _seconds(config, target: Slice, mesh: Mesh, state, frozen, flops, found) -> dict[str, float]:

@@ -47,4 +47,5 @@ def test_a_choice_is_respected_and_other_systems_are_left_alone():
         run(before="sys.platform = 'darwin'")[0],
         run(before="sys.executable = ''")[0],
     ):
-        assert len(lines) == 2 and "hugetlb=1" not in lines[1]
+        assert len(lines) == 2
+        assert "hugetlb=1" not in lines[1]

@@ -11,7 +11,7 @@ from moresjax.build import model_config
 from moresjax.errors import UserError
 from moresjax.parallel.chips import GIB, find_slice
 from moresjax.parallel.mesh import make_mesh, mesh_preset
-from moresjax.parallel.plan import Plan, abstract_step, describe, plan
+from moresjax.parallel.plan import Plan, _needed, abstract_step, describe, plan
 from moresjax.parallel.plan import search as search_plans
 from moresjax.training.config import base_config, load_config
 from moresjax.tuning.count import count_parameters
@@ -124,3 +124,12 @@ def test_a_search_tries_what_divides_and_puts_the_fastest_first():
     assert [each.setting["batch_size"] for each in (first, second)] == [8, 8]
     assert (first.setting["remat"], second.setting["remat"]) == (False, True)
     assert first.tokens_per_second > second.tokens_per_second
+
+
+def test_what_a_step_that_does_not_fit_would_need_is_in_both_complaints():
+    whole = RuntimeError("Ran out of memory in memory space hbm. Used 20.00G of 15.75G hbm.")
+    assert _needed(whole, arguments=GIB) == 20 * GIB
+    part = "the total memory required for HLO temporaries (17.50G) exceeds available HBM (15.75G)."
+    assert _needed(RuntimeError(part), arguments=GIB) == 18.5 * GIB
+    with pytest.raises(RuntimeError, match="another"):
+        _needed(RuntimeError("another"), arguments=GIB)
