@@ -66,16 +66,19 @@ def _over_labels(
         x = jnp.pad(x, [(0, 0), (0, pieces * PIECE - length), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(len(x), pieces, PIECE, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def piece(hidden, labels, mask):
         return _cross_entropy(head(keep_rows_split(hidden)), labels, mask)
 
     def nothing(hidden, labels, mask):
         return (jnp.zeros(()),) * 3
 
+    # Around the choice: a residual of one branch would be kept for every piece, the head's weights too.
+    @jax.checkpoint
+    def sums_of(part):
+        return jax.lax.cond(part[2].any(), piece, nothing, *part)
+
     def add(sums, part):
-        found = jax.lax.cond(part[2].any(), piece, nothing, *part)
-        return jax.tree.map(jnp.add, sums, found), None
+        return jax.tree.map(jnp.add, sums, sums_of(part)), None
 
     zeros = (jnp.zeros(()),) * 3
     return jax.lax.scan(add, zeros, (cut(hidden), cut(labels), cut(mask)))[0]
