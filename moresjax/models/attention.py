@@ -33,9 +33,35 @@ def attention_probabilities(
     logits = jnp.matmul(grouped, k.swapaxes(-1, -2)).astype(jnp.float32) * dim**-0.5
     logits = soft_cap(logits, softcap)
     logits = logits.reshape(batch, heads, queries, -1)
+    return _softmax(logits, None if mask is None else mask[:, None])
+
+
+@jax.custom_vjp
+def _softmax(logits, mask):
+    """Softmax over what `mask` leaves.
+
+    For the backward pass it keeps the probabilities alone; differentiated step by step it would
+    keep three arrays of that size.
+    """
     if mask is not None:
-        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
+        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     return jax.nn.softmax(logits, axis=-1)
+
+
+def _softmax_forward(logits, mask):
+    probabilities = _softmax(logits, mask)
+    return probabilities, (probabilities, mask)
+
+
+def _softmax_backward(kept, gradient):
+    probabilities, mask = kept
+    weighted = probabilities * gradient
+    gradient = weighted - probabilities * weighted.sum(-1, keepdims=True)
+    # Of a query that sees nothing all keys are equally likely, and none moves.
+    return (gradient if mask is None else jnp.where(mask, gradient, 0)), None
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def attention(

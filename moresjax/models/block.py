@@ -156,7 +156,12 @@ class MLP(nnx.Module):
     def __call__(self, x, hooks: LayerHooks):
         act = ACTIVATIONS[self.activation]
         up = hooks.linear("up", self.up, x)
-        y = act(up) if self.gate is None else act(hooks.linear("gate", self.gate, x)) * up
+        # What is between the products is cheap: made again for the backward pass, and not kept.
+        if self.gate is None:
+            y = jax.checkpoint(act)(up)
+        else:
+            gate = hooks.linear("gate", self.gate, x)
+            y = jax.checkpoint(lambda gate, up: act(gate) * up)(gate, up)
         return hooks.linear("down", self.down, y)
 
 

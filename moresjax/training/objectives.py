@@ -72,7 +72,7 @@ def _over_labels(
     def nothing(hidden, labels, mask):
         return (jnp.zeros(()),) * 3
 
-    # Around the choice: a residual of one branch would be kept for every piece, the head's weights too.
+    # Around the choice: else every piece keeps what one branch needs, the head's weights too.
     @jax.checkpoint
     def sums_of(part):
         return jax.lax.cond(part[2].any(), piece, nothing, *part)
