@@ -12,7 +12,8 @@ from pathlib import Path
 
 from moresjax.parallel.chips import GIB, find_slice
 from moresjax.parallel.mesh import mesh_preset
-from moresjax.parallel.plan import PRESETS, Plan, plan
+from moresjax.parallel.plan import PRESETS, plan
+from moresjax.parallel.program import Plan
 from moresjax.training.config import load_config
 
 ROOT = Path(__file__).parents[1]

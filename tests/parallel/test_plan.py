@@ -11,8 +11,9 @@ from moresjax.build import model_config
 from moresjax.errors import UserError
 from moresjax.parallel.chips import GIB, find_slice
 from moresjax.parallel.mesh import make_mesh, mesh_preset
-from moresjax.parallel.plan import Plan, abstract_step, describe, plan
+from moresjax.parallel.plan import abstract_step, plan
 from moresjax.parallel.plan import search as search_plans
+from moresjax.parallel.program import Plan, describe
 from moresjax.training.config import base_config, load_config
 from moresjax.tuning.count import count_parameters
 
