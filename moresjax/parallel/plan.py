@@ -116,12 +116,12 @@ def abstract_step(config, mesh: Mesh):
     moments = optax.tree_utils.tree_map_params(
         optimizer,
         lambda moment, parameter: shaped(moment, parameter.sharding),
-        jax.evalshaped(optimizer.init, trainable),
+        jax.eval_shape(optimizer.init, trainable),
         trainable,
         transform_non_params=lambda x: shaped(x, whole),
     )
     # Not a call of TrainState: its fields are checked, and these are shapes.
-    state = jax.evalshaped(
+    state = jax.eval_shape(
         lambda t: TrainState(jnp.zeros((), jnp.int32), t, optimizer.init(t)), trainable
     )
     step_shape = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -147,11 +147,11 @@ def abstract_batch(config, mesh: Mesh, length: int, holds: Holds) -> Batch:
         pixels = jnp.zeros((config.batch_size, config.images, size, size, 3), jnp.float32)
         return Batch(field, layout, pixels, holds=holds)
 
-    return jax.tree.map(lambda x: shaped(x, rows), jax.evalshaped(build))
+    return jax.tree.map(lambda x: shaped(x, rows), jax.eval_shape(build))
 
 
 def _placed(state: nnx.State, mesh: Mesh) -> nnx.State:
-    return jax.tree.map(_shape, state, parameter_shardings(state, mesh))
+    return jax.tree.map(shaped, state, parameter_shardings(state, mesh))
 
 
 def _stored(frozen: nnx.State, dtype: str) -> nnx.State:

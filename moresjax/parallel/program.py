@@ -221,7 +221,7 @@ def _memory(compiled) -> Memory:
 
 def _needed(error: Exception) -> int:
     """Bytes that the compiler would have needed, from its complaint; other errors go on."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
+    found = re.search(r"(?:Used|HLO temporaries) \(?([\d.]+)([KMGT])\b.*\bhbm", str(error), re.I)
     if not found:
         raise error
     return round(float(found[1]) * 2 ** (10 * (1 + "KMGT".index(found[2]))))

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_plan import CUT_LLM, cut
+from cuts import CUT_LLM, cut
 
 from moresjax.errors import UserError
 from moresjax.layout import Holds
@@ -36,7 +36,7 @@ def split() -> list[Plan]:
 
 @pytest.fixture(scope="module")
 def whole() -> list[Plan]:
-    return generation("none", "replicated")
+    return generation("none", "replicated", images=0)
 
 
 def moved(found: Plan) -> int:
