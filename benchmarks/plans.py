@@ -26,6 +26,10 @@ parameters in fp32. Memory is the compiler's peak per chip; traffic is that of a
 chip and step; milliseconds and tokens/s are bounds from the datasheets (padding counts as tokens),
 which a real step does not reach.
 
+`moresjax plan --config FILE --topology v5e-8 --batch 16 --generate 128 --prompt 1024` plans
+generation instead: the engine's prefill and one step of its decode loop, layers unrolled as they
+are there, which takes deep models many minutes to compile.
+
 """
 COLUMNS = ("model", "tuning", "slice", "mesh", "quantize", "batch", "peak GiB", "of", "fits")
 COLUMNS += ("traffic GiB", "bound by", "ms", "tokens/s")

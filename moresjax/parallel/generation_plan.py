@@ -7,7 +7,8 @@ beside it. Numbers of the decode loop are those of one step, which reads, on eve
 
     hbm      weights + KV cache
 
-and a prefill reads the weights and writes the cache. Times are bounds, see there.
+and a prefill reads the weights and writes the cache. Times are bounds, see there. The engine's
+layers are unrolled, so deep models compile for many minutes.
 """
 
 from flax import nnx
