@@ -12,7 +12,8 @@ from pathlib import Path
 
 from moresjax.parallel.chips import GIB, find_slice
 from moresjax.parallel.mesh import mesh_preset
-from moresjax.parallel.plan import PRESETS, Plan, plan
+from moresjax.parallel.plan import PRESETS, plan
+from moresjax.parallel.program import Plan
 from moresjax.training.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,10 @@ libtpu for chips that need not be there. Rows of 1024 tokens with one image, rem
 parameters in fp32. Memory is the compiler's peak per chip; traffic is that of all collectives per
 chip and step; milliseconds and tokens/s are bounds from the datasheets (padding counts as tokens),
 which a real step does not reach.
+
+`moresjax plan --config FILE --topology v5e-8 --batch 16 --generate 128 --prompt 1024` plans
+generation instead: the engine's prefill and one step of its decode loop, layers unrolled as they
+are there, which takes deep models many minutes to compile.
 
 """
 COLUMNS = ("model", "tuning", "slice", "mesh", "quantize", "batch", "peak GiB", "of", "fits")

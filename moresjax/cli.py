@@ -128,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
         help="rows per step, several with --search; default: the configuration's",
     )
     plan.add_argument("--search", action="store_true", help="try batches, meshes and remat")
+    plan.add_argument(
+        "--generate",
+        type=int,
+        metavar="NEW",
+        help="not a train step: prefill and decode of NEW tokens for each of --batch prompts",
+    )
+    plan.add_argument(
+        "--prompt", type=int, metavar="TOKENS", help="of --generate; default: length - NEW"
+    )
 
     data = commands.add_parser("data", help="check, convert and build datasets")
     jobs = data.add_subparsers(dest="job", required=True, metavar="JOB")
@@ -344,16 +353,25 @@ def _export(args) -> None:
 
 
 def _plan(args) -> None:
-    from moresjax.parallel.plan import describe, plan, search
+    from moresjax.parallel.generation_plan import plan_generation
+    from moresjax.parallel.plan import plan, search
+    from moresjax.parallel.program import describe
     from moresjax.training.config import load_config
 
     config = load_config(args.config, args.overrides)
     batches = args.batch or [config.batch_size]
+    if args.search and args.generate is not None:
+        raise UserError("--search is for train steps, not for --generate")
+    if args.prompt is not None and args.generate is None:
+        raise UserError("--prompt goes with --generate")
     if args.search:
         plans = search(config, args.topology, batches=batches)
     elif len(batches) == 1:
         config.batch_size = batches[0]
-        plans = [plan(config, args.topology)]
+        if args.generate is None:
+            plans = [plan(config, args.topology)]
+        else:
+            plans = plan_generation(config, args.topology, args.generate, args.prompt)
     else:
         raise UserError("several --batch go with --search")
     data = {"plans": [each.to_dict() for each in plans]}

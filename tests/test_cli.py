@@ -213,3 +213,11 @@ def test_a_plan_is_for_one_batch_size_unless_it_is_a_search(capsys):
     arguments = ["plan", "--config", f"{CONFIG}:stage=finetune", "--topology", "v5e-8"]
     assert main([*arguments, "--batch", "8", "16"]) == 2
     assert "several --batch go with --search" in capsys.readouterr().err
+
+
+def test_a_plan_is_of_a_train_step_or_of_generation(capsys):
+    arguments = ["plan", "--config", f"{CONFIG}:stage=finetune", "--topology", "v5e-8"]
+    assert main([*arguments, "--prompt", "64"]) == 2
+    assert "--prompt goes with --generate" in capsys.readouterr().err
+    assert main([*arguments, "--search", "--generate", "8"]) == 2
+    assert "--search is for train steps, not for --generate" in capsys.readouterr().err

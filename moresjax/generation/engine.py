@@ -64,7 +64,7 @@ class Engine:
     """Generates with a model.
 
     Args:
-      model: the model; it is not changed.
+      model: the model; it is not changed. One that is only described can be lowered.
       eos_ids: tokens that end a row.
       pad_id: what fills a row after its end.
       probes: statistics to accumulate.
@@ -224,12 +224,30 @@ class Engine:
         carry = _decode(*self._decode, carry, probes=self._probes)
         return carry.replace(left=None, enough=None)
 
-    def lower_decode(self, batch: Batch, max_new_tokens: int):
+    @property
+    def parameters(self) -> tuple[nnx.State, nnx.State]:
+        """What the prefill and what the decode program is given."""
+        return self._prefill[1], self._decode[1]
+
+    def lower_prefill(self, batch: Batch, max_new_tokens: int) -> jax.stages.Lowered:
+        """The lowered prefill program for a batch of this shape, for inspection."""
+        arguments, options = self._greedy(batch, max_new_tokens)
+        return _prefill.lower(*arguments, **options)
+
+    def lower_decode(self, batch: Batch, max_new_tokens: int) -> jax.stages.Lowered:
         """The lowered decode program for a batch of this shape, for inspection."""
-        data, options = self._options(batch, GREEDY, None, False, None)
-        options |= {"new": max_new_tokens, "room": 0, "probes": self._probes}
-        carry = _prefill.eval_shape(*self._prefill, batch, *data, None, **options)
+        arguments, options = self._greedy(batch, max_new_tokens)
+        return self.lower_steps(_prefill.eval_shape(*arguments, **options))
+
+    def lower_steps(self, carry: Progress) -> jax.stages.Lowered:
+        """The lowered decode program for rows of these shapes and shardings."""
         return _decode.lower(*self._decode, carry, probes=self._probes)
+
+    def _greedy(self, batch: Batch, new: int) -> tuple[tuple, dict]:
+        """Arguments of the prefill program for greedy choice."""
+        data, options = self._options(batch, GREEDY, None, False, None)
+        options |= {"new": new, "room": 0, "probes": self._probes}
+        return (*self._prefill, batch, *data, None), options
 
 
 def _unstacked(model: MLLM) -> MLLM:

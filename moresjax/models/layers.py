@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from moresjax.errors import choice_error
@@ -155,5 +156,12 @@ def stack(module: nnx.Module, layers: int) -> nnx.Module:
 
 
 def unstack(module: nnx.Module, layers: int) -> nnx.List:
-    """The modules of a stack as a list."""
-    return nnx.List([jax.tree.map(lambda x, i=i: x[i], module) for i in range(layers)])
+    """The modules of a stack as a list; of a stack that is only described, their descriptions."""
+    return nnx.List([jax.tree.map(lambda x, i=i: _layer(x, i), module) for i in range(layers)])
+
+
+def _layer(x, number: int):
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x[number]
+    sharding = x.sharding and NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=sharding)

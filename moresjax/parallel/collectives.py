@@ -23,6 +23,7 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"(%\S+) = [su]32\[\]\S* constant\((\d+)\)")
 _COUNTER = re.compile(r" = [su]32\[\]\S* get-tuple-element\(.*index=(\d+)")
+_LIMITED = re.compile(r"ROOT \S+ = pred\[\]\S* compare\(.*direction=LT")
 _ROOT = re.compile(r"ROOT \S+ = .* tuple\((.*?)\)")
 _ADD = re.compile(r"(%\S+) = [su]32\[\]\S* add\((%\S+), (%\S+)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -45,12 +46,13 @@ class Collective:
     bytes: float
 
 
-def collectives(hlo: str, devices: int) -> list[Collective]:
+def collectives(hlo: str, devices: int, turns: int | None = None) -> list[Collective]:
     """Every collective of a compiled program.
 
     Args:
       hlo: text of the optimised program (`compiled.as_text()`).
       devices: chips that run it, the group of collectives that name none.
+      turns: of loops that stop when something has happened, not after so many turns.
 
     Raises:
       ValueError: for a loop with collectives whose number of turns is unknown.
@@ -72,9 +74,13 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
                 names += [called.strip().lstrip("%") for called in group.split(",")]
             called = {key: c for n in names for key, c in inside(n).items()}
             if called and " while(" in line:
-                turns = _turns(line, bodies)
+                number = _turns(line, bodies)
+                number = turns if number is None else number
+                if number is None:
+                    loop = line.strip()
+                    raise ValueError(f"a loop with collectives hides how often it runs: {loop}")
                 called = {
-                    key: dataclasses.replace(c, times=c.times * turns) for key, c in called.items()
+                    key: dataclasses.replace(c, times=c.times * number) for key, c in called.items()
                 }
             for key, each in called.items():
                 found.setdefault(key, each)
@@ -131,14 +137,15 @@ def _collective(line: str, computation: str, devices: int) -> Collective | None:
     return Collective(kind, shape, 1, moved)
 
 
-def _turns(line: str, bodies: dict[str, list[str]]) -> int:
-    """How often a loop runs: what the compiler notes, or the limit of its counter over its step."""
+def _turns(line: str, bodies: dict[str, list[str]]) -> int | None:
+    """How often a loop runs: what the compiler notes, or the limit of its counter over its step;
+    None where that is not all that it depends on."""
     if noted := _TRIPS.search(line):
         return int(noted[1])
     condition = "\n".join(bodies.get(_CONDITION.search(line)[1], ()))
     limits, counter = _CONSTANT.findall(condition), _COUNTER.findall(condition)
-    if len(limits) != 1 or len(counter) != 1 or "direction=LT" not in condition:
-        raise ValueError(f"a loop with collectives does not say how often it runs: {line.strip()}")
+    if len(limits) != 1 or len(counter) != 1 or not _LIMITED.search(condition):
+        return None
     step = _step(bodies[_BODY.search(line)[1]], int(counter[0]))
     return math.ceil(int(limits[0][1]) / step)
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a train step, from shapes.
+"""Floating-point operations of a train step, a prefill or a decode step, from shapes.
 
 Axis legend: S tokens per row, N query heads, H head size.
 
@@ -7,11 +7,12 @@ parameter of a matrix: 2 in the forward pass, 2 more where a gradient passes to 
 it, 2 more for its own gradient. A frozen LLM thus costs 4 per parameter, a trained one 6, an
 encoder with nothing trained in it 2. Attention costs `4 S N H` per token and layer forward and
 twice that backward: over the whole square, as it is computed. `hardware` adds the forward pass
-that blocks with remat repeat.
+that blocks with remat repeat. Generation is a forward pass with logits of one token per row.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 from flax import nnx
 
@@ -45,28 +46,59 @@ def train_flops(
     trained = {path_name(path) for path, _ in nnx.to_flat_state(trainable)}
     towers = _towers(config, images, length)
     model = again = 0.0
-    for path, variable in nnx.to_flat_state(nnx.merge_state(trainable, frozen)):
+    for name, place, tower, work in _products(config, nnx.merge_state(trainable, frozen), towers):
+        passes = _passes(tower, trained)
+        model += work * (1 + passes + (name in trained))
+        again += work * (passes and ".block" in place)
+    for tower, work in _attention(towers, images, keys=length):
+        passes = _passes(tower, trained)
+        model += work * (1 + 2 * passes)
+        again += work * passes
+    return StepFlops(rows * model, rows * (model + again * config.llm.remat))
+
+
+def generation_flops(
+    config: MLLMConfig, parameters: nnx.State, *, rows: int, length: int, keys: int, images: int
+) -> StepFlops:
+    """Operations of a pass over `length` new tokens and `images` images per row, which attends to
+    `keys` tokens: all of the prompt in a prefill, one and the whole cache in a decode step.
+
+    Args:
+      config: the model's.
+      parameters: of the program (`Engine.parameters`).
+      rows, length, keys, images: as above.
+    """
+    towers = _towers(config, images, length)
+    total = sum(work for _, work in _attention(towers, images, keys))
+    for name, _, _, work in _products(config, parameters, towers):
+        logits = name.startswith(("llm.head", "llm.embed"))
+        total += work / length if logits else work
+    return StepFlops(rows * total, rows * total)
+
+
+def _products(
+    config: MLLMConfig, parameters: nnx.State, towers: dict
+) -> Iterator[tuple[str, str, str, float]]:
+    """Name, place and tower of everything that tokens are multiplied with, and the operations of a
+    forward pass over a row."""
+    for path, variable in nnx.to_flat_state(parameters):
         name = path_name(path)
         tuning = name.startswith("tuning.theta.")
         place = str(path[3]) if tuning else name
         tower = next((t for t in towers if place.startswith(t)), None)
         if tower is None or ".tail." in name or not (tuning or _multiplies(name, config)):
             continue
-        tokens = rows * towers[tower][1]
-        work = 2.0 * math.prod(variable.shape) * tokens
-        passes = _passes(tower, trained)
-        model += work * (1 + passes + (name in trained))
-        again += work * (passes and ".block" in place)
+        yield name, place, tower, 2.0 * math.prod(variable.shape) * towers[tower][1]
+
+
+def _attention(towers: dict, images: int, keys: int) -> Iterator[tuple[str, float]]:
+    """Towers and the operations of their attention over a row, in which a token of the LLM sees
+    `keys`."""
     for tower, (blocks, tokens) in towers.items():
         if blocks is None:
             continue
-        work = 4.0 * tokens**2 * blocks.num_heads * blocks.head_dim * _layers(blocks) * rows
-        if tower.startswith("vision"):
-            work /= images  # images do not see each other
-        passes = _passes(tower, trained)
-        model += work * (1 + 2 * passes)
-        again += work * passes
-    return StepFlops(model, model + again * config.llm.remat)
+        seen = tokens / images if tower.startswith("vision") else keys  # an image sees itself only
+        yield tower, 4.0 * tokens * seen * blocks.num_heads * blocks.head_dim * _layers(blocks)
 
 
 def _towers(config: MLLMConfig, images: int, length: int) -> dict:

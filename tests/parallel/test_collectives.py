@@ -40,6 +40,13 @@ ENTRY %main.1 (p: (f32[4], s32[])) -> (f32[4], s32[]) {
 }
 """
 
+# As they write loops that also stop when something has happened, such as decoding.
+LOOP_THAT_MAY_STOP = LOOP_BY_TWO.replace(
+    "ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT",
+    "%less = pred[]{:T(512)} compare(%i, %limit), direction=LT\n"
+    "  ROOT %both = pred[]{:T(512)} and(%less, %go)",
+)
+
 # Kernels are written out in the middle of a computation.
 BEHIND_A_KERNEL = """
 ENTRY %main.1 (p: f32[4]) -> f32[4] {
@@ -108,6 +115,13 @@ def test_every_kind_has_the_traffic_of_its_ring(instruction, expected):
 def test_a_loop_that_does_not_say_how_often_it_runs_is_refused():
     with pytest.raises(ValueError, match="how often"):
         collectives(LOOP_WITHOUT_COUNT, 8)
+
+
+def test_a_loop_that_may_stop_runs_as_often_as_one_says():
+    assert [c.times for c in collectives(LOOP_THAT_MAY_STOP, 8, turns=1)] == [1]
+    with pytest.raises(ValueError, match="how often"):
+        collectives(LOOP_THAT_MAY_STOP, 8)
+    assert [c.times for c in collectives(LOOP_BY_TWO, 8, turns=1)] == [3]
 
 
 def test_a_loop_that_counts_by_two_runs_half_as_often():

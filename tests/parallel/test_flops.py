@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 from tiny import tiny_batch, tiny_config
 
+from moresjax.generation.engine import Engine
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
-from moresjax.parallel.flops import train_flops
+from moresjax.parallel.flops import generation_flops, train_flops
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 
@@ -58,3 +59,22 @@ def test_flops_are_those_of_the_products_in_the_traced_step(tuning, also_train, 
     found = train_flops(config, trainable, frozen, rows=2, length=length, images=1)
     assert found.model == pytest.approx(counted, rel=0.02)
     assert found.hardware == found.model
+
+
+@pytest.mark.parametrize("tuning", ["mores:rank=1,positions=image", "lora:rank=4"])
+def test_flops_of_generation_are_those_of_the_products_in_its_programs(tuning):
+    config = tiny_config(hidden_size=64, intermediate_size=96)
+    model = initialize(MLLM(config, tuning))
+    engine, batch, new = Engine(model, eos_ids=(2,)), tiny_batch(rows=2), 4
+    prompt = batch.layout.shape[1]
+    whole, bare = engine.parameters
+
+    # All tokens in all layers, as with attention kernels; a dense mask saves some in the last one.
+    read = jax.make_jaxpr(lambda: model.llm.logits(model(batch).hidden[:, -1]))().jaxpr
+    found = generation_flops(config, whole, rows=2, length=prompt, keys=prompt, images=1)
+    assert found.model == pytest.approx(products(read), rel=0.02)
+
+    carry = jax.eval_shape(lambda: engine.prefill(batch, new))
+    step = jax.make_jaxpr(engine.decode)(carry).jaxpr
+    found = generation_flops(config, bare, rows=2, length=1, keys=prompt + new, images=0)
+    assert found.model == pytest.approx(products(step), rel=0.02)

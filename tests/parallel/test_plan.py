@@ -6,46 +6,20 @@ from pathlib import Path
 
 import jax
 import pytest
+from cuts import CUT_LLM, CUT_VISION, cut
 
 from moresjax.build import model_config
 from moresjax.errors import UserError
 from moresjax.parallel.chips import GIB, find_slice
 from moresjax.parallel.mesh import make_mesh, mesh_preset
-from moresjax.parallel.plan import Plan, _needed, abstract_step, describe, plan
+from moresjax.parallel.plan import abstract_step, plan
 from moresjax.parallel.plan import search as search_plans
-from moresjax.training.config import base_config, load_config
+from moresjax.parallel.program import Plan, _needed, describe
+from moresjax.training.config import load_config
 from moresjax.tuning.count import count_parameters
 
 RUNS = Path(__file__).parents[2] / "configs" / "llava_steering.py"
-# Two layers, wide enough that every kernel is split.
-CUT_LLM = {
-    "vocab_size": 512,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_layers": 2,
-    "num_heads": 4,
-}
-CUT_VISION = {
-    "image_size": 56,
-    "patch_size": 14,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_layers": 2,
-    "num_heads": 2,
-}
 KERNEL = CUT_LLM["hidden_size"] * CUT_LLM["intermediate_size"] * 2  # bytes of the largest
-
-
-def cut(tuning: str, **changes):
-    """A run of the small model, split over the eight chips of a v5e-8."""
-    config = base_config()
-    config.dtype, config.remat, config.tuning = "bfloat16", True, tuning
-    config.batch_size, config.length, config.images = 16, 128, 1
-    config.mesh.update(mesh_preset("fsdp", 8))
-    with config.unlocked(), config.ignore_type():
-        config.model.llm, config.model.vision = CUT_LLM, CUT_VISION
-    config.update(changes)
-    return config
 
 
 def reduced(found: Plan) -> float:

@@ -1,0 +1,33 @@
+"""A run with a small model, for plans."""
+
+from moresjax.parallel.mesh import mesh_preset
+from moresjax.training.config import base_config
+
+# Two layers, wide enough that every kernel is split.
+CUT_LLM = {
+    "vocab_size": 512,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_layers": 2,
+    "num_heads": 4,
+}
+CUT_VISION = {
+    "image_size": 56,
+    "patch_size": 14,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_layers": 2,
+    "num_heads": 2,
+}
+
+
+def cut(tuning: str, **changes):
+    """A run of the small model, split over the eight chips of a v5e-8."""
+    config = base_config()
+    config.dtype, config.remat, config.tuning = "bfloat16", True, tuning
+    config.batch_size, config.length, config.images = 16, 128, 1
+    config.mesh.update(mesh_preset("fsdp", 8))
+    with config.unlocked(), config.ignore_type():
+        config.model.llm, config.model.vision = CUT_LLM, CUT_VISION
+    config.update(changes)
+    return config
