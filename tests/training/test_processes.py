@@ -1,4 +1,4 @@
-"""Runs in real processes: two that train together, and one that is asked to stop."""
+"""Runs in real processes: two that train together, and runs that are asked to stop."""
 
 import json
 import os
@@ -115,24 +115,56 @@ def test_another_number_of_processes_goes_on_with_a_run(one_and_two, processes, 
     assert_same_curves(workdir, one)
 
 
+# Steps do not depend on how many there will be.
+CONSTANT = {"optimizer.schedule": "constant", "optimizer.warmup": 0.0}
+
+
+def start_both(root, workdir, steps: int) -> list[subprocess.Popen]:
+    address = free_address()
+    pairs = [("--distributed", f"{address},2,{number}") for number in range(2)]
+    return [start(command(root, workdir, *pair, steps=steps, **CONSTANT)) for pair in pairs]
+
+
+def stop(workdir, processes: list[subprocess.Popen], asked: list[int]) -> int:
+    """Sends SIGTERM to some of a run's processes once it has gone on; the step all stopped at."""
+    log = workdir / "metrics.jsonl"
+    enough = 3 + (len(losses(workdir)) if log.is_file() else 0)
+    while not log.is_file() or len(losses(workdir)) < enough:
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    for number in asked:
+        processes[number].send_signal(signal.SIGTERM)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert all(f"stopped at step {saved}, which is saved" in error for error in errors), errors
+    assert not (workdir / "train.json").exists()
+    assert len(losses(workdir)) == saved
+    return saved
+
+
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, pytestconfig):
     root, run = pytestconfig.rootpath, tmp_path / "run"
-    process = start(command(root, run, steps=100_000))
-    while not (run / "metrics.jsonl").is_file() or len(losses(run)) < 3:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    saved = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
-    assert f"stopped at step {saved}, which is saved" in errors
-    assert not (run / "train.json").exists()
-    assert losses(run)[saved - 1 :] == losses(run)[-1:]
-
+    saved = stop(run, [start(command(root, run, steps=100_000))], [0])
     config = run / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"steps": saved + 2}))
     assert main(command(root, run, steps=saved + 2)[3:]) == 0
     assert len(losses(run)) == saved + 2
+
+
+def test_processes_stop_at_one_step_whichever_of_them_are_asked(tmp_path, pytestconfig):
+    root, run = pytestconfig.rootpath, tmp_path / "run"
+    first = stop(run, start_both(root, run, 100_000), [1])
+    last = stop(run, start_both(root, run, 100_000), [0, 1])
+    assert {int(path.name) for path in (run / "checkpoints").iterdir()} == {first, last}
+
+    wait_for(*start_both(root, tmp_path / "whole", last))
+    ours, theirs = trained_parameters(run), trained_parameters(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
+    assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_compiled_programs_are_kept_with_the_users_caches(tmp_path, monkeypatch):
