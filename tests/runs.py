@@ -1,10 +1,14 @@
-"""Small runs on the digits, and what is asked of their directories; shared by the tests."""
+"""Small runs on the digits, processes of their own, what is asked of directories; shared."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 import numpy as np
+from conftest import clean_environment
 
 from moresjax.build import trained_parameters
 from moresjax.training.config import load_config
@@ -53,3 +57,27 @@ def assert_equal_weights(found: Path, wanted: Path) -> None:
     assert set(found) == set(wanted)
     for name, array in wanted.items():
         np.testing.assert_allclose(found[name], array, atol=1e-6, rtol=0, err_msg=name)
+
+
+def curve(workdir: Path, name: str) -> list[float]:
+    lines = (json.loads(line) for line in (workdir / "metrics.jsonl").open())
+    return [line[name] for line in lines if name in line]
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    flags = os.environ["XLA_FLAGS"].split()  # one device, but the same quick compilation
+    env = clean_environment() | {"XLA_FLAGS": " ".join(f for f in flags if "device" not in f)}
+    return subprocess.Popen(arguments, env=env, **pipes)
+
+
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def wait_for(*processes: subprocess.Popen) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors

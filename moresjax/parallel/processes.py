@@ -47,7 +47,8 @@ class StopRequest:
 
     def __init__(self):
         self._asked = False
-        # Several processes are asked one by one; JAX's own handler tells them when all have been.
+        # Of several processes perhaps only one is asked; JAX's own handler tells all of them, and
+        # they agree on a step that none has passed.
         self._alone = jax.process_count() == 1
         in_main = threading.current_thread() is threading.main_thread()
         self._before = signal.signal(signal.SIGTERM, self._ask) if self._alone and in_main else None

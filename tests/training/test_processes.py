@@ -1,69 +1,17 @@
-"""Runs in real processes: two that train together, and one that is asked to stop."""
+"""Two real processes that train together, and what any process keeps and refuses."""
 
-import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
 import pytest
-from conftest import clean_environment
-from runs import TINY, cli_arguments, rewind
+from runs import TINY, cli_arguments, curve, free_address, rewind, start, wait_for
 
 from moresjax.build import trained_parameters
 from moresjax.cli import main
 from moresjax.parallel.processes import use_compile_cache
-
-DIGITS = "configs/digits.py:stage=llm"
-SETTINGS = {
-    "batch_size": 8,
-    "log_every": 1,
-    "tensorboard": False,
-    "model.llm.hidden_size": 8,
-    "model.llm.intermediate_size": 8,
-    "model.llm.num_heads": 2,
-    "model.llm.num_layers": 1,
-}
-
-
-def command(root, workdir, *extra: str, **settings) -> list[str]:
-    values = [f"--config.{key}={value}" for key, value in (SETTINGS | settings).items()]
-    train = ["train", "--config", str(root / DIGITS), "--workdir", str(workdir), *extra]
-    return [sys.executable, "-m", "moresjax.cli", *train, *values]
-
-
-def start(arguments: list[str]) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    flags = os.environ["XLA_FLAGS"].split()  # one device, but the same quick compilation
-    env = clean_environment() | {"XLA_FLAGS": " ".join(f for f in flags if "device" not in f)}
-    return subprocess.Popen(arguments, env=env, **pipes)
-
-
-def curve(workdir, name: str) -> list[float]:
-    lines = (json.loads(line) for line in (workdir / "metrics.jsonl").open())
-    return [line[name] for line in lines if name in line]
-
-
-def losses(workdir) -> list[float]:
-    return curve(workdir, "loss")
-
-
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
-
-
-def wait_for(*processes: subprocess.Popen) -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-
 
 # With images, packed rows, validation, attention statistics, and parameters split over processes.
 WATCHED = TINY | {"steps": 6, "log_every": 1, "checkpoint.every": 3}
@@ -115,26 +63,6 @@ def test_another_number_of_processes_goes_on_with_a_run(one_and_two, processes, 
     assert_same_curves(workdir, one)
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, pytestconfig):
-    root, run = pytestconfig.rootpath, tmp_path / "run"
-    process = start(command(root, run, steps=100_000))
-    while not (run / "metrics.jsonl").is_file() or len(losses(run)) < 3:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    saved = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
-    assert f"stopped at step {saved}, which is saved" in errors
-    assert not (run / "train.json").exists()
-    assert losses(run)[saved - 1 :] == losses(run)[-1:]
-
-    config = run / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"steps": saved + 2}))
-    assert main(command(root, run, steps=saved + 2)[3:]) == 0
-    assert len(losses(run)) == saved + 2
-
-
 def test_compiled_programs_are_kept_with_the_users_caches(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
@@ -149,8 +77,8 @@ def test_compiled_programs_are_kept_with_the_users_caches(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("where", ["somewhere", "127.0.0.1:1,2"])
-def test_processes_that_cannot_be_found(where, tmp_path, pytestconfig, capsys):
-    arguments = command(pytestconfig.rootpath, tmp_path / "run", "--distributed", where)
-    assert main(arguments[3:]) == 2
+def test_processes_that_cannot_be_found(where, tmp_path, capsys):
+    arguments = cli_arguments("stage=llm", tmp_path / "run", {})
+    assert main([*arguments, "--distributed", where]) == 2
     assert f"--distributed {where}: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
