@@ -4,9 +4,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from llavas import IMAGE_ID, case_of
 from tiny import tiny_model
 
+from moresjax import load
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.cli import main
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
@@ -14,6 +17,7 @@ from moresjax.data.templates import get_template
 from moresjax.generation.sampling import Sampling
 from moresjax.model import Model
 from moresjax.parallel.mesh import make_mesh, mesh_preset
+from moresjax.weights.adapter import fingerprint
 
 NEW = 4
 TUNING = "lora:rank=2/mores:rank=1,positions=image:f4+l5"
@@ -72,11 +76,13 @@ def expected() -> dict:
 @pytest.mark.parametrize("preset", ["replicated", "fsdp+tensor"])
 def test_a_mesh_changes_no_token(preset, expected):
     model = make_model()
+    name = fingerprint(model.mllm)
     model.shard(make_mesh(**mesh_preset(preset, 8)))
     kernel = model.mllm.llm.blocks.mlp.up.kernel[...]
     assert len(kernel.devices()) == 8
     parts = {"replicated": 1, "fsdp+tensor": 8}[preset]
     assert kernel.addressable_shards[0].data.size * parts == kernel.size
+    assert fingerprint(model.mllm) == name
     found = answers(model)
     assert len(set(map(tuple, expected["tokens"]))) >= 4
     for name in ("tokens", "drawn", "refilled", "beams"):
@@ -87,3 +93,24 @@ def test_a_mesh_changes_no_token(preset, expected):
         np.testing.assert_allclose(one, other, rtol=1e-4)
     for one, other in zip(*map(jax.tree.leaves, (found["stats"], expected["stats"])), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_weights_are_split_as_they_are_read(tmp_path):
+    case = case_of("llama + clip")
+    case.oracle.save_pretrained(tmp_path)
+    model = load(tmp_path, mesh=make_mesh(**mesh_preset("fsdp", 8)))
+    kernel = model.mllm.llm.blocks.mlp.up.kernel[...]
+    assert kernel.addressable_shards[0].data.size * 8 == kernel.size
+    ids, mask, pixels = case.arrays()
+    inputs = {"attention_mask": mask, "pixel_values": pixels, "image_token_id": IMAGE_ID}
+    models = model, Model(case.model, None)
+    found, expected = (np.asarray(each.logits(input_ids=ids, **inputs)) for each in models)
+    np.testing.assert_allclose(found[mask > 0], expected[mask > 0], atol=1e-5)
+
+
+def test_a_mesh_that_does_not_exist_is_refused(tmp_path, capsys):
+    command = ["generate", "--model", str(tmp_path), "--prompt", "hi", "--mesh", "fdsp"]
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "'fdsp'" in error
+    assert "fsdp+tensor" in error
