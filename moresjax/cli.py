@@ -15,6 +15,7 @@ from moresjax.parallel.host import use_huge_pages
 
 # Commands whose programs are kept for the next process.
 COMPILING = ("demo", "train", "evaluate", "generate", "analyze")
+MESHES = "replicated|fsdp|fsdp+tensor"
 EARLY = {"false": False, "true": True, "never": "never"}
 
 
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, help="items per task")
     evaluate.add_argument("--split", help="default: each benchmark's own")
     evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--mesh", metavar=MESHES, help="use all devices")
     evaluate.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint ..")
     evaluate.add_argument(
         "--judge-model", metavar="NAME", help=".. and the model there that judges"
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", metavar="JSONL", help="where the answers to --prompts go")
     generate.add_argument("--image-root", metavar="DIR", help="of --prompts; default: its folder")
     generate.add_argument("--batch-size", type=int, default=16)
+    generate.add_argument("--mesh", metavar=MESHES, help="use all devices")
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--top-p", type=float, default=1.0)
@@ -255,7 +258,7 @@ def _evaluate(args) -> None:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
         options |= {"batch_size": args.batch_size, "out": args.out}
-        result = evaluate(load(args.model), tasks, **options)
+        result = evaluate(load(args.model, mesh=_mesh(args)), tasks, **options)
     path = write_results(result, args.out, model=args.model, split=args.split)
     _print(args, json.loads(path.read_text()), f"{table(result.scores, tasks)}\nresults: {path}")
 
@@ -273,7 +276,7 @@ def _generate(args) -> None:
         raise UserError("a file of prompts needs --prompts and --out, and no --prompt")
     if args.num_beams != 1 and args.prompt is None:
         raise UserError("--num-beams goes with a single --prompt")
-    model = load(args.model)
+    model = load(args.model, mesh=_mesh(args))
     if args.adapter:
         model.load_adapter(args.adapter)
     if args.prompts:
@@ -289,6 +292,17 @@ def _generate(args) -> None:
     options["early_stopping"] = EARLY[args.early_stopping]
     text = model.generate([args.prompt], [args.image], **options)[0]
     _print(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
+
+
+def _mesh(args):
+    """The mesh of `--mesh` over all devices, if it was asked for."""
+    if args.mesh is None:
+        return None
+    import jax
+
+    from moresjax.parallel.mesh import make_mesh, mesh_preset
+
+    return make_mesh(**mesh_preset(args.mesh, jax.device_count()))
 
 
 def _chat(model, images: Sequence[str], options: dict) -> None:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moresjax.build import is_workdir, load_tokenizer, load_workdir, name_words
@@ -33,6 +34,7 @@ from moresjax.generation.text import check_stops, cut, has_stop
 from moresjax.layout import Batch, Segment, TokenLayout
 from moresjax.models.fused_attention import kernel_for
 from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.parallel.mesh import place, use_mesh
 from moresjax.tuning.base import Probe
 from moresjax.tuning.many import adapter_numbers
 from moresjax.tuning.merge import merged
@@ -51,6 +53,7 @@ class Model:
 
     def __init__(self, mllm: MLLM, processor: Processor | None):
         self.mllm, self.processor = mllm, processor
+        self._mesh: Mesh | None = None
         self._engines: dict[tuple, Engine] = {}
         self._name_words()
 
@@ -66,6 +69,14 @@ class Model:
     def tuning(self) -> str:
         """Spec string of the attached tuning."""
         return self.mllm.tuning.spec
+
+    def shard(self, mesh: Mesh) -> None:
+        """Splits the parameters over the devices of a mesh, by the rules of training. From then on
+        generation, scores and logits run on all of them, with rows split over `data` and `fsdp`.
+        """
+        nnx.update(self.mllm, place(nnx.state(self.mllm), mesh))
+        self._mesh = mesh
+        self._engines.clear()
 
     def attach(self, tuning: str, *, seed: int = 0) -> None:
         """Replaces the attached tuning by a freshly initialised one.
@@ -107,7 +118,9 @@ class Model:
         Raises:
           UserError: when a weight delta cannot be merged.
         """
-        return Model(merged(self.mllm), self.processor)
+        model = Model(merged(self.mllm), self.processor)
+        model._mesh = self._mesh
+        return model
 
     def engine(self, probes: Sequence[Probe] = ()) -> Engine:
         """The generation engine with these probes; kept between calls."""
@@ -117,7 +130,11 @@ class Model:
             pad = tokenizer.pad_token_id
             eos = self.processor.eos_ids
             self._engines[key] = Engine(
-                self.mllm, eos_ids=eos, pad_id=eos[0] if pad is None else pad, probes=probes
+                self.mllm,
+                eos_ids=eos,
+                pad_id=eos[0] if pad is None else pad,
+                probes=probes,
+                mesh=self._mesh,
             )
         return self._engines[key]
 
@@ -383,7 +400,8 @@ class Model:
     ) -> list[Score]:
         """Scores of continuations, given as prompt row and token ids, each with its adapter; equal
         prompts to one adapter share a row."""
-        return score_rows(self.mllm, self.batch, pairs, batch_size, adapters)
+        with use_mesh(self._mesh):
+            return score_rows(self.mllm, self.batch, pairs, batch_size, adapters)
 
     def logits(
         self,
@@ -418,7 +436,8 @@ class Model:
             )
             batch = self._choose(batch, adapters)
         graphdef, state = nnx.split(self.mllm)
-        return _logits(graphdef, state, batch)
+        with use_mesh(self._mesh):
+            return _logits(graphdef, state, batch)
 
     def _choose(self, batch: Batch, adapters: Sequence[str | None] | None) -> Batch:
         numbers = adapter_numbers(self.mllm.tuning, adapters, len(batch.tokens))
@@ -492,6 +511,7 @@ def load(
     tuning: str = "none",
     quantize: str | None = None,
     allow_pickle: bool = False,
+    mesh: Mesh | None = None,
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
@@ -501,6 +521,7 @@ def load(
       tuning: attached to a Hugging Face folder's model.
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
       allow_pickle: whether a Hugging Face folder's `*.bin` files may be read.
+      mesh: see `Model.shard`; weights of a Hugging Face folder are split as they are read.
 
     Raises:
       UserError: when the folder is neither, or is damaged.
@@ -514,21 +535,30 @@ def load(
             processor = dataclasses.replace(
                 processor, template=get_template(template, processor.tokenizer)
             )
-        return Model(mllm, processor)
-    mllm = load_pretrained(path, tuning, quantize=quantize or "", allow_pickle=allow_pickle)
-    processor = None
-    if has_tokenizer(path):
-        vision = mllm.config.vision
-        tokenizer = load_tokenizer(str(path))
-        if is_llava(path) and IMAGE_MARK not in tokenizer.get_vocab():
-            raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
-        processor = Processor(
-            tokenizer,
-            get_template(template or "vicuna_v1", tokenizer),
-            ImageProcessor.from_pretrained(path, vision.image_size) if vision else None,
-            mllm.config.visual_tokens,
-        )
-    return Model(mllm, processor)
+    else:
+        options = {"quantize": quantize or "", "allow_pickle": allow_pickle, "mesh": mesh}
+        mllm = load_pretrained(path, tuning, **options)
+        processor = _saved_processor(path, mllm.config, template or "vicuna_v1")
+    model = Model(mllm, processor)
+    if mesh is not None:
+        model.shard(mesh)
+    return model
+
+
+def _saved_processor(path: Path, config: MLLMConfig, template: str) -> Processor | None:
+    """The processor of a Hugging Face folder; None where no tokenizer was saved."""
+    if not has_tokenizer(path):
+        return None
+    vision = config.vision
+    tokenizer = load_tokenizer(str(path))
+    if is_llava(path) and IMAGE_MARK not in tokenizer.get_vocab():
+        raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
+    return Processor(
+        tokenizer,
+        get_template(template, tokenizer),
+        ImageProcessor.from_pretrained(path, vision.image_size) if vision else None,
+        config.visual_tokens,
+    )
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -13,12 +13,13 @@ every row has its own place in the cache, and rows that have ended make room for
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from moresjax.generation.beam import Beams, beam_search
@@ -28,6 +29,7 @@ from moresjax.layout import Batch, Segment, TokenLayout, valid_mask
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, Part
 from moresjax.ops import place
+from moresjax.parallel.mesh import use_mesh
 from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
 from moresjax.types import AnyArray, pytree_dataclass
@@ -68,6 +70,7 @@ class Engine:
       eos_ids: tokens that end a row.
       pad_id: what fills a row after its end.
       probes: statistics to accumulate.
+      mesh: that the parameters are placed on; rows are split over it.
     """
 
     def __init__(
@@ -77,12 +80,14 @@ class Engine:
         eos_ids: Sequence[int],
         pad_id: int = 0,
         probes: Sequence[Probe] = (),
+        mesh: Mesh | None = None,
     ):
         model = _unstacked(model)  # once: both programs use the same arrays
         self._prefill = nnx.split(model)
         self._decode = nnx.split(_decode_model(model))
         self._rules = Rules(tuple(eos_ids), pad_id)
         self._probes = tuple(probes)
+        self._mesh = mesh
         self.num_ahead: int = model.tuning.num_ahead
 
     def generate(
@@ -118,7 +123,8 @@ class Engine:
         _check_new(max_new_tokens)
         _, options = self._options(batch, sampling, None, False, None)
         options |= {"new": max_new_tokens, "beams": beams}
-        tokens, length = _search(*self._prefill, *self._decode, batch, **options)
+        models = *self._prefill, *self._decode
+        tokens, length = self._run(_search, *models, batch, **options)
         return Generation(tokens, length, {})
 
     def prefill(
@@ -147,12 +153,12 @@ class Engine:
         if prefix is not None:
             options["count"] = batch.layout.shape[1] - rounded(prefix.length)
             prefix = prefix.caches, jnp.int32(prefix.length)
-        return _prefill(*self._prefill, batch, *data, prefix, **options)
+        return self._run(_prefill, *self._prefill, batch, *data, prefix, **options)
 
     def read_prefix(self, batch: Batch) -> Prefix:
         """Reads what many prompts begin with: one right-padded row."""
         length = int((np.asarray(batch.layout.segment) != Segment.PAD).sum())
-        return Prefix(_read_prefix(*self._prefill, batch), length)
+        return Prefix(self._run(_read_prefix, *self._prefill, batch), length)
 
     def extend(
         self,
@@ -180,7 +186,8 @@ class Engine:
         caches = [jax.tree.map(lambda x: _lengthened(x, 2, room), cache) for cache in caches]
         data, options = self._options(batch, sampling, seeds, False, limits)
         options |= {"new": max_new_tokens, "room": room, "count": count, "ahead": self.num_ahead}
-        return _extend(*self._decode, batch, caches, jnp.int32(first), *data, **options)
+        start = jnp.int32(first)
+        return self._run(_extend, *self._decode, batch, caches, start, *data, **options)
 
     def _options(self, batch, sampling, seeds, logprobs, limits) -> tuple[tuple, dict]:
         """Arguments of the programs: data, and what is compiled in."""
@@ -194,7 +201,7 @@ class Engine:
 
     def decode(self, progress: Progress) -> Generation:
         """The second half: the other new tokens. The caches are consumed."""
-        done = _decode(*self._decode, progress, probes=self._probes)
+        done = self._run(_decode, *self._decode, progress, probes=self._probes)
         return Generation(done.tokens, done.length, done.stats, done.logprobs)
 
     def insert(
@@ -209,7 +216,7 @@ class Engine:
           rows: the size of the batch.
         """
         carry = blank(new, rows) if carry is None else carry
-        return _insert(carry, new, jnp.asarray(slots))
+        return self._run(_insert, carry, new, jnp.asarray(slots))
 
     def advance(self, carry: Progress, steps: int, enough: int | None = None) -> Progress:
         """Further tokens of rolling rows; `carry` is consumed.
@@ -221,8 +228,13 @@ class Engine:
         """
         enough = len(carry.done) if enough is None else enough
         carry = carry.replace(left=jnp.int32(steps), enough=jnp.int32(enough))
-        carry = _decode(*self._decode, carry, probes=self._probes)
+        carry = self._run(_decode, *self._decode, carry, probes=self._probes)
         return carry.replace(left=None, enough=None)
+
+    def _run(self, program: Callable, *arguments, **options):
+        """One of the programs below, traced for the mesh."""
+        with use_mesh(self._mesh):
+            return program(*arguments, **options)
 
     @property
     def parameters(self) -> tuple[nnx.State, nnx.State]:

@@ -6,6 +6,7 @@ A rule whose mesh axis does not divide the dimension is left out, so every prese
 model.
 """
 
+import contextlib
 import math
 
 import jax
@@ -98,8 +99,10 @@ def keep_rows_split(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
-def use_mesh(mesh: Mesh):
-    """Context in which functions are traced for a mesh, see `keep_rows_split`."""
+def use_mesh(mesh: Mesh | None):
+    """Context in which functions are traced for a mesh, see `keep_rows_split`; None: for none."""
+    if mesh is None:
+        return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 

@@ -4,7 +4,6 @@ The model is split structurally: `trainable` (fp32) is differentiated, updated, 
 `frozen` is an ordinary argument that nothing differentiates, donates or returns.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import jax
@@ -84,7 +83,7 @@ def make_train_step(
     """
 
     def loss_sum(trainable, frozen, batch, key):
-        with use_mesh(mesh) if mesh else contextlib.nullcontext():
+        with use_mesh(mesh):
             loss = objective(nnx.merge(graphdef, trainable, frozen), batch, key)
         return loss.total, loss
 
