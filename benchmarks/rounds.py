@@ -35,7 +35,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self.value, self.peak = None, 0.0
-        # Read when the process starts. Empty would be a choice as well, but of nothing.
+        # Inherited by the process, whose C library reads it once, at its start.
         os.environ["GLIBC_TUNABLES"] = f"glibc.malloc.hugetlb={int(huge_pages)}"
         self._process = context.Process(target=_serve, args=(other, make, arguments), daemon=True)
         self._process.start()

@@ -1,8 +1,15 @@
 """Tiny models, layouts and batches, shared by the tests."""
 
+import jax
 import numpy as np
+from flax import nnx
 
+from moresjax.data.digits import build_tokenizer, vocabulary
+from moresjax.data.images import ImageProcessor
+from moresjax.data.processor import Processor
+from moresjax.data.templates import get_template
 from moresjax.layout import Batch, Segment, TokenLayout
+from moresjax.model import Model
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -38,6 +45,20 @@ def tiny_config(**llm) -> MLLMConfig:
 def tiny_model(tuning: str = "none", seed: int = 0, **llm) -> MLLM:
     """An initialised `tiny_config` model."""
     return initialize(MLLM(tiny_config(**llm), tuning), seed)
+
+
+def talking_model(tuning: str, **llm) -> Model:
+    """A tiny model of two layers with the words of the digits. As they start, models say one word
+    only and some methods do nothing: here weights are larger, and those of the methods drawn."""
+    processor = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
+    mllm = tiny_model(tuning, vocab_size=len(vocabulary()), num_layers=2, **llm)
+    rng = np.random.default_rng(1)
+    state = jax.tree.map(lambda x: 12 * x, nnx.state(mllm, nnx.Param))
+    state["tuning"] = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape).astype(np.float32), state.get("tuning", {})
+    )
+    nnx.update(mllm, state)
+    return Model(mllm, processor)
 
 
 def row_layout(*pieces: tuple[Segment, int], length: int = 0, left: bool = False):

@@ -3,17 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from llavas import IMAGE_ID, case_of
-from tiny import tiny_model
+from tiny import talking_model
 
 from moresjax import load
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.cli import main
-from moresjax.data.digits import build_tokenizer, vocabulary
-from moresjax.data.images import ImageProcessor
-from moresjax.data.processor import Processor
-from moresjax.data.templates import get_template
 from moresjax.generation.sampling import Sampling
 from moresjax.model import Model
 from moresjax.parallel.mesh import make_mesh, mesh_preset
@@ -32,19 +27,6 @@ PROMPTS = [
 ]
 # Wide enough for the rules of every mesh, features of the heads included.
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 4, "num_kv_heads": 4}
-
-
-def make_model() -> Model:
-    processor = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
-    mllm = tiny_model(TUNING, vocab_size=len(vocabulary()), num_layers=2, **SIZES)
-    rng = np.random.default_rng(1)
-    # As they start, models say one word only and the methods do nothing.
-    state = jax.tree.map(lambda x: 12 * x, nnx.state(mllm, nnx.Param))
-    state["tuning"] = jax.tree.map(
-        lambda x: rng.standard_normal(x.shape).astype(np.float32), state["tuning"]
-    )
-    nnx.update(mllm, state)
-    return Model(mllm, processor)
 
 
 def answers(model: Model) -> dict:
@@ -70,12 +52,12 @@ def answers(model: Model) -> dict:
 
 @pytest.fixture(scope="module")
 def expected() -> dict:
-    return answers(make_model())
+    return answers(talking_model(TUNING, **SIZES))
 
 
 @pytest.mark.parametrize("preset", ["replicated", "fsdp+tensor"])
 def test_a_mesh_changes_no_token(preset, expected):
-    model = make_model()
+    model = talking_model(TUNING, **SIZES)
     name = fingerprint(model.mllm)
     model.shard(make_mesh(**mesh_preset(preset, 8)))
     kernel = model.mllm.llm.blocks.mlp.up.kernel[...]

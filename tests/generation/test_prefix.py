@@ -3,18 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from tiny import tiny_batch, tiny_config, tiny_model
+from tiny import talking_model, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
-from moresjax.data.digits import build_tokenizer, vocabulary
-from moresjax.data.images import ImageProcessor
-from moresjax.data.processor import Processor
-from moresjax.data.templates import get_template
 from moresjax.generation import engine as engine_module
 from moresjax.generation import prefix as prefix_module
 from moresjax.generation.prefix import common_prefix
-from moresjax.model import Model
 from moresjax.tuning.attach import Tuning
 
 NEW = 5
@@ -36,21 +30,8 @@ TUNING = (
 )
 
 
-def model_with(tuning: str) -> Model:
-    processor = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
-    mllm = tiny_model(tuning, vocab_size=len(vocabulary()), num_layers=2)
-    rng = np.random.default_rng(1)
-    # As they start, models say one word only and some methods do nothing.
-    state = jax.tree.map(lambda x: 12 * x, nnx.state(mllm, nnx.Param))
-    state["tuning"] = jax.tree.map(
-        lambda x: rng.standard_normal(x.shape).astype(np.float32), state.get("tuning", {})
-    )
-    nnx.update(mllm, state)
-    return Model(mllm, processor)
-
-
 def test_a_shared_prefix_changes_no_token_and_no_statistic(monkeypatch):
-    model, probes = model_with(TUNING), (AttentionProbe(),)
+    model, probes = talking_model(TUNING), (AttentionProbe(),)
     rows = [model.prompt(*prompt) for prompt in PROMPTS]
     apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
     assert len({tuple(tokens) for tokens in apart.tokens.tolist()}) == len(rows)
@@ -72,7 +53,7 @@ def test_a_shared_prefix_changes_no_token_and_no_statistic(monkeypatch):
 
 @pytest.fixture(scope="module")
 def rows() -> list:
-    model = model_with("none")
+    model = talking_model("none")
     return [model.prompt(*prompt) for prompt in PROMPTS]
 
 
