@@ -2,7 +2,8 @@
 
     JAX_PLATFORMS=cpu python benchmarks/plans.py --sizes 7b --tunings mores-base --slices v5e-8
 
-Rows that the file has already are kept, so the table may be made in several goes.
+Rows that the file has already are kept, so the table may be made in several goes. With `--quick`
+the compiler makes the least effort.
 """
 
 import argparse
@@ -11,8 +12,8 @@ import re
 from pathlib import Path
 
 from moresjax.parallel.chips import GIB, find_slice
-from moresjax.parallel.mesh import mesh_preset
-from moresjax.parallel.plan import PRESETS, plan
+from moresjax.parallel.mesh import PRESETS, mesh_preset
+from moresjax.parallel.plan import plan
 from moresjax.parallel.program import Plan
 from moresjax.training.config import load_config
 
@@ -24,7 +25,8 @@ Written by `python benchmarks/plans.py`: the train step of `configs/llava_steeri
 libtpu for chips that need not be there. Rows of 1024 tokens with one image, remat on, trained
 parameters in fp32. Memory is the compiler's peak per chip; traffic is that of all collectives per
 chip and step; milliseconds and tokens/s are bounds from the datasheets (padding counts as tokens),
-which a real step does not reach.
+which a real step does not reach. `quick` rows are compiled with the least effort, in under a minute
+instead of several.
 
 `moresjax plan --config FILE --topology v5e-8 --batch 16 --generate 128 --prompt 1024` plans
 generation instead: the engine's prefill and one step of its decode loop, layers unrolled as they
@@ -32,7 +34,7 @@ are there, which takes deep models many minutes to compile.
 
 """
 COLUMNS = ("model", "tuning", "slice", "mesh", "quantize", "batch", "peak GiB", "of", "fits")
-COLUMNS += ("traffic GiB", "bound by", "ms", "tokens/s")
+COLUMNS += ("traffic GiB", "bound by", "ms", "tokens/s", "compiled")
 
 
 def row(size: str, tuning: str, preset: str, args, target: str) -> str:
@@ -40,7 +42,7 @@ def row(size: str, tuning: str, preset: str, args, target: str) -> str:
     config.length, config.images, config.remat = 1024, 1, True
     config.batch_size, config.quantize = args.batch, args.quantize
     config.mesh.update(mesh_preset(preset, find_slice(target).size))
-    return cells(size, tuning, target, preset, plan(config, target))
+    return cells(size, tuning, target, preset, plan(config, target, args.quick))
 
 
 def cells(size: str, tuning: str, target: str, preset: str, found: Plan) -> str:
@@ -60,6 +62,7 @@ def cells(size: str, tuning: str, target: str, preset: str, found: Plan) -> str:
         found.bound if known else "-",
         f"{1e3 * found.seconds[found.bound]:.0f}" if known else "-",
         f"{found.tokens_per_second:,.0f}" if known else "-",
+        "quick" if found.setting["quick"] else "in full",
     ]
     return f"| {' | '.join(map(str, values))} |"
 
@@ -72,6 +75,7 @@ def main() -> None:
     parser.add_argument("--preset", default="fsdp", choices=PRESETS)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--quantize", default="", choices=["", "int8"])
+    parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     known = DOCUMENT.read_text() if DOCUMENT.is_file() else ""
     rows = [line for line in known.splitlines() if re.match(r"\| \d+b ", line)]

@@ -15,7 +15,6 @@ from moresjax.parallel.host import use_huge_pages
 
 # Commands whose programs are kept for the next process.
 COMPILING = ("demo", "train", "evaluate", "generate", "analyze")
-MESHES = "replicated|fsdp|fsdp+tensor"
 EARLY = {"false": False, "true": True, "never": "never"}
 
 
@@ -37,6 +36,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help="print one JSON object")
         return command
+
+    def over_devices(command: argparse.ArgumentParser) -> None:
+        names = "replicated, fsdp or fsdp+tensor"
+        command.add_argument("--mesh", metavar="PRESET", help=f"use all devices: {names}")
 
     demo = add("demo", _demo, "the paper's three stages on built-in real data, with a report")
     demo.add_argument("--out", default="runs/demo", help="directory of the report (%(default)s)")
@@ -63,10 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, help="items per task")
     evaluate.add_argument("--split", help="default: each benchmark's own")
     evaluate.add_argument("--batch-size", type=int, default=64)
-    evaluate.add_argument("--mesh", metavar=MESHES, help="use all devices")
+    over_devices(evaluate)
     evaluate.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint ..")
     evaluate.add_argument(
-        "--judge-model", metavar="NAME", help=".. and the model there that judges"
+        "--judge-model",
+        metavar="NAME",
+        help=".. and the model there that judges; without a URL, the folder of one",
     )
     evaluate.add_argument("--out", required=True, metavar="DIR")
 
@@ -78,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", metavar="JSONL", help="where the answers to --prompts go")
     generate.add_argument("--image-root", metavar="DIR", help="of --prompts; default: its folder")
     generate.add_argument("--batch-size", type=int, default=16)
-    generate.add_argument("--mesh", metavar=MESHES, help="use all devices")
+    over_devices(generate)
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--top-p", type=float, default=1.0)
@@ -101,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     attention.add_argument("--limit", type=int, default=100, help="items per task (%(default)s)")
     attention.add_argument("--split", help="default: each benchmark's own")
     attention.add_argument("--batch-size", type=int, default=64)
+    over_devices(attention)
     attention.add_argument("--out", required=True, metavar="DIR")
 
     imports = add("import", _import, "turn a Hugging Face folder into a run's directory")
@@ -139,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--prompt", type=int, metavar="TOKENS", help="of --generate; default: length - NEW"
+    )
+
+    plan.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile with the least effort: several times as fast, about as right",
     )
 
     data = commands.add_parser("data", help="check, convert and build datasets")
@@ -235,20 +247,16 @@ def _train(args) -> None:
 
 
 def _evaluate(args) -> None:
-    from moresjax.evaluation.judges import EndpointJudge
     from moresjax.evaluation.presets import table
     from moresjax.evaluation.run import evaluate, rescore, write_results
     from moresjax.model import load
 
     tasks = args.tasks.split(",")
-    if bool(args.judge_url) != bool(args.judge_model):
-        raise UserError("a judge needs both --judge-url and --judge-model")
-    judge = EndpointJudge(args.judge_url, args.judge_model) if args.judge_url else None
     options = {
         "data_root": args.data_root,
         "limit": args.limit,
         "split": args.split,
-        "judge": judge,
+        "judge": _judge(args),
     }
     if args.predictions:
         if len(tasks) != 1 or args.model:
@@ -261,6 +269,19 @@ def _evaluate(args) -> None:
         result = evaluate(load(args.model, mesh=_mesh(args)), tasks, **options)
     path = write_results(result, args.out, model=args.model, split=args.split)
     _print(args, json.loads(path.read_text()), f"{table(result.scores, tasks)}\nresults: {path}")
+
+
+def _judge(args):
+    """The judge behind an endpoint or in a folder, if one was asked for."""
+    from moresjax.evaluation.judges import EndpointJudge, ModelJudge
+    from moresjax.model import load
+
+    if args.judge_url and not args.judge_model:
+        raise UserError("--judge-url needs --judge-model, the model's name there")
+    if args.judge_url:
+        return EndpointJudge(args.judge_url, args.judge_model)
+    folder = args.judge_model
+    return ModelJudge(load(folder, mesh=_mesh(args)), Path(folder).name) if folder else None
 
 
 def _generate(args) -> None:
@@ -335,6 +356,7 @@ def _analyze_attention(args) -> None:
         limit=args.limit,
         split=args.split,
         batch_size=args.batch_size,
+        mesh=_mesh(args),
     )
     lines = [
         f"{name:20s} average visual attention {s['average_visual_share']:.3f}  LMAR "
@@ -379,13 +401,14 @@ def _plan(args) -> None:
     if args.prompt is not None and args.generate is None:
         raise UserError("--prompt goes with --generate")
     if args.search:
-        plans = search(config, args.topology, batches=batches)
+        plans = search(config, args.topology, batches=batches, quick=args.quick)
     elif len(batches) == 1:
         config.batch_size = batches[0]
         if args.generate is None:
-            plans = [plan(config, args.topology)]
+            plans = [plan(config, args.topology, args.quick)]
         else:
-            plans = plan_generation(config, args.topology, args.generate, args.prompt)
+            sizes = args.generate, args.prompt
+            plans = plan_generation(config, args.topology, *sizes, args.quick)
     else:
         raise UserError("several --batch go with --search")
     data = {"plans": [each.to_dict() for each in plans]}

@@ -46,29 +46,41 @@ from moresjax.weights.hf import is_llava, load_pretrained
 class Model:
     """A multimodal LLM with its processor.
 
-    Attributes:
-      mllm: the Flax module.
+    Generation holds the LLM's blocks one by one instead of stacked: in memory they are once.
+
+    Args:
+      mllm: the Flax module, which is the model's from now on.
       processor: tokenizer, template and image processor; None when the folder had no tokenizer.
+      mesh: that the parameters are placed on.
     """
 
-    def __init__(self, mllm: MLLM, processor: Processor | None):
-        self.mllm, self.processor = mllm, processor
-        self._mesh: Mesh | None = None
+    def __init__(self, mllm: MLLM, processor: Processor | None, mesh: Mesh | None = None):
+        self._mllm, self.processor, self._mesh = mllm, processor, mesh
         self._engines: dict[tuple, Engine] = {}
         self._name_words()
 
     def _name_words(self) -> None:
         if self.processor is not None:
-            name_words(self.mllm.tuning, self.processor.tokenizer)
+            name_words(self._mllm.tuning, self.processor.tokenizer)
+
+    @property
+    def mllm(self) -> MLLM:
+        """The Flax module with stacked blocks; ends the engines, which hold them one by one."""
+        if isinstance(self._mllm.llm.blocks, nnx.List):
+            self._engines.clear()
+            self._mllm.llm.restack()
+            if self._mesh is not None:
+                self.shard(self._mesh)
+        return self._mllm
 
     @property
     def config(self) -> MLLMConfig:
-        return self.mllm.config
+        return self._mllm.config
 
     @property
     def tuning(self) -> str:
         """Spec string of the attached tuning."""
-        return self.mllm.tuning.spec
+        return self._mllm.tuning.spec
 
     def shard(self, mesh: Mesh) -> None:
         """Splits the parameters over the devices of a mesh, by the rules of training. From then on
@@ -76,7 +88,6 @@ class Model:
         """
         nnx.update(self.mllm, place(nnx.state(self.mllm), mesh))
         self._mesh = mesh
-        self._engines.clear()
 
     def attach(self, tuning: str, *, seed: int = 0) -> None:
         """Replaces the attached tuning by a freshly initialised one.
@@ -86,7 +97,6 @@ class Model:
         """
         self.mllm.attach(tuning, seed=seed)
         self._name_words()
-        self._engines.clear()
 
     def load_adapter(self, folder: str | Path) -> None:
         """Replaces the attached tuning by an adapter folder, our own or one of `peft`.
@@ -96,7 +106,6 @@ class Model:
         """
         attach_adapter(self.mllm, folder)
         self._name_words()
-        self._engines.clear()
 
     def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
         """Replaces the attached tuning by several adapter folders, one of which `generate` and
@@ -110,7 +119,6 @@ class Model:
         """
         load_adapters(self.mllm, folders)
         self._name_words()
-        self._engines.clear()
 
     def merge(self) -> "Model":
         """The same model with LoRA, IA3 and the like folded into the weights; edits stay attached.
@@ -118,9 +126,7 @@ class Model:
         Raises:
           UserError: when a weight delta cannot be merged.
         """
-        model = Model(merged(self.mllm), self.processor)
-        model._mesh = self._mesh
-        return model
+        return Model(merged(self.mllm), self.processor, self._mesh)
 
     def engine(self, probes: Sequence[Probe] = ()) -> Engine:
         """The generation engine with these probes; kept between calls."""
@@ -129,8 +135,9 @@ class Model:
             tokenizer = self._need_processor().tokenizer
             pad = tokenizer.pad_token_id
             eos = self.processor.eos_ids
+            self._mllm.llm.unstack()
             self._engines[key] = Engine(
-                self.mllm,
+                self._mllm,
                 eos_ids=eos,
                 pad_id=eos[0] if pad is None else pad,
                 probes=probes,
@@ -297,7 +304,7 @@ class Model:
             return None
         if kernel_for(self.config.llm) != "xla":  # kernels read whole prompts only
             return None
-        head = common_prefix(rows, self.mllm.tuning)
+        head = common_prefix(rows, self._mllm.tuning)
         if head is None:
             return None
         batch = self.batch([head], bucket(len(head["tokens"])), adapters and adapters[:1])
@@ -308,7 +315,7 @@ class Model:
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         tokens, most = len(row["tokens"]), self.config.llm.max_positions
-        tokens += self.mllm.tuning.num_ahead
+        tokens += self._mllm.tuning.num_ahead
         if tokens + max_new_tokens > most:
             raise UserError(
                 f"a prompt of {tokens} tokens and max_new_tokens={max_new_tokens} do not fit the "
@@ -363,7 +370,7 @@ class Model:
           UserError: as `generate`, and for an empty answer.
         """
         images = [()] * len(prompts) if images is None else images
-        adapter_numbers(self.mllm.tuning, adapters, len(prompts))  # raises before images are read
+        adapter_numbers(self._mllm.tuning, adapters, len(prompts))  # raises before images are read
         pairs, names = [], []
         for n, (prompt, answers, own) in enumerate(
             zip(prompts, continuations, images, strict=True)
@@ -401,7 +408,7 @@ class Model:
         """Scores of continuations, given as prompt row and token ids, each with its adapter; equal
         prompts to one adapter share a row."""
         with use_mesh(self._mesh):
-            return score_rows(self.mllm, self.batch, pairs, batch_size, adapters)
+            return score_rows(self._mllm, self.batch, pairs, batch_size, adapters)
 
     def logits(
         self,
@@ -435,12 +442,12 @@ class Model:
                 input_ids, attention_mask, pixel_values, image_token_id, self.config.visual_tokens
             )
             batch = self._choose(batch, adapters)
-        graphdef, state = nnx.split(self.mllm)
+        graphdef, state = nnx.split(self._mllm)
         with use_mesh(self._mesh):
             return _logits(graphdef, state, batch)
 
     def _choose(self, batch: Batch, adapters: Sequence[str | None] | None) -> Batch:
-        numbers = adapter_numbers(self.mllm.tuning, adapters, len(batch.tokens))
+        numbers = adapter_numbers(self._mllm.tuning, adapters, len(batch.tokens))
         return dataclasses.replace(batch, adapter=numbers)
 
     def _need_processor(self) -> Processor:

@@ -74,10 +74,28 @@ def test_evaluate_and_analyze_run_on_what_the_demo_trained(demo, tmp_path, capsy
     assert [s["n"] for s in scores.values()] == [3] * len(FAMILIES)
     assert len((tmp_path / "e" / "predictions.jsonl").read_text().splitlines()) == 3 * len(FAMILIES)
     arguments = ["analyze", "attention", "--model", f"mores={model}", "--out", str(tmp_path / "a")]
-    assert main([*arguments, *common]) == 0
+    assert main([*arguments, *common, "--mesh", "replicated"]) == 0
     summary = json.loads(capsys.readouterr().out)["mores"]
     assert summary["samples"] == 3 * len(FAMILIES)
     assert (tmp_path / "a" / "attention_share.png").is_file()
+
+
+def test_a_model_in_a_folder_judges(demo, tmp_path, capsys):
+    out, _ = demo
+    folder = tmp_path / "root" / "mm_vet"
+    folder.mkdir(parents=True)
+    question = {"imagename": "0.jpg", "question": "how many ?", "answer": "two"}
+    (folder / "mm-vet.json").write_text(json.dumps({"v1_0": question | {"capability": ["rec"]}}))
+    said = json.dumps({"question_id": "v1_0", "text": "two"})
+    (tmp_path / "said.jsonl").write_text(said)
+    command = ["evaluate", "--tasks", "mm_vet", "--predictions", tmp_path / "said.jsonl", "--json"]
+    command += ["--data-root", tmp_path / "root", "--limit", "1", "--out", tmp_path / "e"]
+    model = out / "finetune" / "lora-r-8-seed0"
+    assert main([*map(str, command), "--judge-model", str(model)]) == 0
+    score = json.loads(capsys.readouterr().out)["scores"]["mm_vet"]
+    assert score["judge"]["name"] == model.name
+    assert "does not exist" in refused([*command, "--judge-model", tmp_path / "none"], capsys)
+    assert "--judge-model" in refused([*command, "--judge-url", "http://localhost"], capsys)
 
 
 def test_generate_answers_about_an_image_file(demo, tmp_path, capsys):

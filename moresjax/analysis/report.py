@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from moresjax.analysis import plots
 
 
@@ -35,7 +37,11 @@ def write_attention_plots(summaries: Mapping[str, Mapping], out: str | Path) -> 
 
 
 def attention_report(
-    models: Sequence[tuple[str, str]], tasks: Sequence[str], out: str | Path, **options
+    models: Sequence[tuple[str, str]],
+    tasks: Sequence[str],
+    out: str | Path,
+    mesh: Mesh | None = None,
+    **options,
 ) -> dict[str, dict]:
     """Runs models on the same questions and writes `attention.json` and the plots.
 
@@ -43,6 +49,7 @@ def attention_report(
       models: (name, folder) pairs.
       tasks: benchmark names.
       out: directory of the results.
+      mesh: that the models are loaded on.
       options: of `moresjax.evaluation.run.evaluate`.
     """
     from moresjax.evaluation.run import evaluate
@@ -50,7 +57,7 @@ def attention_report(
 
     summaries = {}
     for name, folder in models:
-        result = evaluate(load(folder), tasks, attention=True, title=name, **options)
+        result = evaluate(load(folder, mesh=mesh), tasks, attention=True, title=name, **options)
         summaries[name] = result.attention.to_dict() | {"accuracy": result.mean_accuracy}
     write_attention_plots(summaries, out)
     (Path(out) / "attention.json").write_text(json.dumps(summaries, indent=2) + "\n")

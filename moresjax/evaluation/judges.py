@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from moresjax.errors import UserError
+from moresjax.generation.sampling import Sampling
 from moresjax.model import Model
 
 
@@ -28,14 +29,17 @@ class Judge(Protocol):
 
 
 class ModelJudge:
-    """A moresjax model, greedy."""
+    """A moresjax model, greedy; a reply that could not be read is drawn anew."""
 
     def __init__(self, model: Model, name: str, max_new_tokens: int = 128):
         self._model, self.name = model, name
         self.settings = {"temperature": 0, "max_tokens": max_new_tokens}
 
     def __call__(self, prompt: str, attempt: int) -> str:
-        return self._model.generate(prompt, max_new_tokens=self.settings["max_tokens"])[0]
+        # One temperature for all further attempts: each would be compiled anew.
+        sampling = Sampling(temperature=0.5 if attempt else 0.0, seed=attempt)
+        options = {"max_new_tokens": self.settings["max_tokens"], "sampling": sampling}
+        return self._model.generate(prompt, **options)[0]
 
 
 class EndpointJudge:

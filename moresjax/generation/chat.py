@@ -61,7 +61,9 @@ class Chat:
         self._model, self._limit, self._sampling = model, max_new_tokens, sampling
         self._stops, self._chunk = check_stops(stop), chunk
         self._adapters = None if adapter is None else [adapter]
-        adapter_numbers(model.mllm.tuning, self._adapters, 1)
+        tuning = model.mllm.tuning
+        adapter_numbers(tuning, self._adapters, 1)
+        self._keeps = keeps_cache(tuning)
         self.reset()
 
     def reset(self) -> None:
@@ -137,7 +139,7 @@ class Chat:
 
     def _common(self, row: Row) -> int:
         """How many tokens at the start of `row` the cache holds as they would be read anew."""
-        if not keeps_cache(self._model.mllm.tuning):
+        if not self._keeps:
             return 0
         size = min(len(row["tokens"]), len(self._held["tokens"]))
         names = ("tokens", *FIELDS)

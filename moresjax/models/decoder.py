@@ -5,6 +5,7 @@ Axis legend: B batch, S tokens, T keys, D hidden size, V vocabulary, L layers.
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -25,12 +26,13 @@ from moresjax.models.layers import (
     Embedding,
     Linear,
     Norm,
+    join_layers,
     param,
     rope_frequencies,
     rope_table,
     scale_frequencies,
+    split_layers,
     stack,
-    unstack,
 )
 from moresjax.parallel.mesh import keep_rows_split
 from moresjax.tuning.hooks import TowerHooks
@@ -203,4 +205,13 @@ class Decoder(nnx.Module):
     def unstack(self) -> None:
         """Turns the stacked blocks into a list, as decoding needs them."""
         if not isinstance(self.blocks, nnx.List):
-            self.blocks = unstack(self.blocks, self.config.num_layers)
+            leaves, tree = jax.tree.flatten(self.blocks)
+            del self.blocks
+            self.blocks = split_layers(leaves, tree, self.config.num_layers)
+
+    def restack(self) -> None:
+        """Turns them into a stack again, as training, attaching and the weight tables need them."""
+        if isinstance(self.blocks, nnx.List):
+            each, trees = zip(*map(jax.tree.flatten, self.blocks), strict=True)
+            del self.blocks
+            self.blocks = join_layers(each, trees[0])

@@ -9,7 +9,7 @@ of a normal distribution, or a constant `fill`). Compute happens in the dtype of
 parameters are cast to it where they are used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -157,7 +157,24 @@ def stack(module: nnx.Module, layers: int) -> nnx.Module:
 
 def unstack(module: nnx.Module, layers: int) -> nnx.List:
     """The modules of a stack as a list; of a stack that is only described, their descriptions."""
-    return nnx.List([jax.tree.map(lambda x, i=i: _layer(x, i), module) for i in range(layers)])
+    return split_layers(*jax.tree.flatten(module), layers)
+
+
+def split_layers(leaves: list, tree, layers: int) -> nnx.List:
+    """`unstack` of a flattened module. Empties `leaves` one by one: where nobody else owns them,
+    there is never more than one of them in memory twice."""
+    own = [[] for _ in range(layers)]
+    for _ in range(len(leaves)):
+        x = leaves.pop(0)
+        for number, mine in enumerate(own):
+            mine.append(_layer(x, number))
+        del x
+    return nnx.List([tree.unflatten(mine) for mine in own])
+
+
+def join_layers(each: Sequence[list], tree) -> nnx.Module:
+    """The reverse: the stack of flattened modules, whose leaves are taken out one by one."""
+    return tree.unflatten([jnp.stack([own.pop(0) for own in each]) for _ in range(len(each[0]))])
 
 
 def _layer(x, number: int):

@@ -26,7 +26,9 @@ from moresjax.parallel.program import Plan, Program, bytes_per_chip, weight_byte
 SETTING = ("batch_size", "images", "quantize", "attention", "tuning")
 
 
-def plan_generation(config, topology: str, new: int, prompt: int | None = None) -> list[Plan]:
+def plan_generation(
+    config, topology: str, new: int, prompt: int | None = None, quick: bool = False
+) -> list[Plan]:
     """Compiles prefill and decode loop of a configuration's model for a slice.
 
     Args:
@@ -35,6 +37,7 @@ def plan_generation(config, topology: str, new: int, prompt: int | None = None) 
       topology: as in `moresjax.parallel.plan.plan`.
       new: new tokens per row.
       prompt: tokens per prompt, images included; default: what `new` leaves of `length`.
+      quick: as in `plan`.
 
     Returns:
       The plan of the prefill and, if that fits, of a decode step.
@@ -49,6 +52,7 @@ def plan_generation(config, topology: str, new: int, prompt: int | None = None) 
     _check(config, mesh, prompt, new, total)
     batch = abstract_batch(config, mesh, prompt, Holds.SINGLE)
     setting = {"prompt": prompt, "new_tokens": new} | {k: config[k] for k in SETTING}
+    setting["quick"] = quick
     rows, architecture = config.batch_size, model_config(config)
     whole, bare = engine.parameters
 
@@ -58,7 +62,7 @@ def plan_generation(config, topology: str, new: int, prompt: int | None = None) 
 
     about = {"target": target, "mesh": mesh, "setting": setting}
     with use_mesh(mesh):
-        prefill = Program(engine.lower_prefill(batch, new), (whole, batch))
+        prefill = Program(engine.lower_prefill(batch, new), (whole, batch), quick)
     cache = 0 if prefill.compiled is None else bytes_per_chip(prefill.results.caches)
     about["cache_bytes"] = cache
     plans = [
@@ -73,7 +77,7 @@ def plan_generation(config, topology: str, new: int, prompt: int | None = None) 
     if not plans[0].fits:
         return plans
     with use_mesh(mesh):
-        decode = Program(engine.lower_steps(prefill.results), (bare, prefill.results))
+        decode = Program(engine.lower_steps(prefill.results), (bare, prefill.results), quick)
     step = decode.plan(
         "decode step",
         tokens=rows,

@@ -8,6 +8,7 @@ model.
 
 import contextlib
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -25,6 +26,12 @@ RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+}
+# Named meshes: sizes of the axes from how many devices there are and how many share features.
+PRESETS: dict[str, Callable[[int, int], tuple[int, int, int]]] = {
+    "replicated": lambda devices, tensor: (devices, 1, 1),
+    "fsdp": lambda devices, tensor: (1, devices, 1),
+    "fsdp+tensor": lambda devices, tensor: (1, devices // tensor, tensor),
 }
 # Parameters without named axes (tuning) are split only when they are large.
 SPLIT_FROM = 1 << 20
@@ -60,17 +67,13 @@ def mesh_preset(name: str, devices: int) -> dict[str, int]:
     Raises:
       UserError: for another name, or a number of devices that has no such mesh.
     """
+    if name not in PRESETS:
+        raise choice_error("mesh preset", name, PRESETS)
     tensor = 4 if devices >= 16 else 2
-    presets = {
-        "replicated": {"data": devices, "fsdp": 1, "tensor": 1},
-        "fsdp": {"data": 1, "fsdp": devices, "tensor": 1},
-        "fsdp+tensor": {"data": 1, "fsdp": devices // tensor, "tensor": tensor},
-    }
-    if name not in presets:
-        raise choice_error("mesh preset", name, presets)
-    if math.prod(presets[name].values()) != devices:
+    sizes = PRESETS[name](devices, tensor)
+    if math.prod(sizes) != devices:
         raise UserError(f"mesh preset {name} needs a multiple of {tensor} devices, got {devices}")
-    return presets[name]
+    return dict(zip(AXES, sizes, strict=True))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -31,6 +31,7 @@ from moresjax.models.mllm import MLLM
 from moresjax.parallel.chips import Slice, find_slice
 from moresjax.parallel.flops import train_flops
 from moresjax.parallel.mesh import (
+    PRESETS,
     batch_sharding,
     batch_shards,
     make_mesh,
@@ -45,15 +46,15 @@ from moresjax.training.step import TrainState, split_model
 
 SETTING = ("batch_size", "microbatches", "length", "images", "remat", "quantize", "attention")
 SETTING += ("tuning",)
-PRESETS = ("replicated", "fsdp", "fsdp+tensor")
 
 
-def plan(config, topology: str) -> Plan:
+def plan(config, topology: str, quick: bool = False) -> Plan:
     """Compiles the train step of a configuration for a slice.
 
     Args:
       config: a run's configuration; its folders are not read.
       topology: `v5e-8` or `v5e:2x4`, see `find_slice`.
+      quick: whether to compile with the least effort (see `program.QUICK`).
 
     Raises:
       UserError: for a configuration that cannot run, or without libtpu.
@@ -72,11 +73,11 @@ def plan(config, topology: str) -> Plan:
     parameters = nnx.merge_state(state.trainable, frozen)
     weights = weight_bytes(parameters, mesh, {"llm": 3 if config.remat else 2})
     arguments = state, frozen, batch
-    return Program(step.lower(*arguments), arguments).plan(
+    return Program(step.lower(*arguments), arguments, quick).plan(
         "train step",
         target,
         mesh,
-        setting={k: config[k] for k in SETTING},
+        setting={k: config[k] for k in SETTING} | {"quick": quick},
         tokens=config.batch_size * config.length,
         flops=flops,
         hbm=config.microbatches * weights + 2 * bytes_per_chip(state),
@@ -168,7 +169,12 @@ def _stored(frozen: nnx.State, dtype: str) -> nnx.State:
 
 
 def search(
-    config, topology: str, *, batches: Sequence[int], presets: Sequence[str] = PRESETS
+    config,
+    topology: str,
+    *,
+    batches: Sequence[int],
+    presets: Sequence[str] = tuple(PRESETS),
+    quick: bool = False,
 ) -> list[Plan]:
     """Plans for every batch size, remat on and off, and mesh preset; the best that fits is first.
 
@@ -179,6 +185,7 @@ def search(
       topology: as in `plan`.
       batches: global batch sizes.
       presets: names of meshes, see `mesh_preset`.
+      quick: as in `plan`.
     """
     size = find_slice(topology).size
     found: list[Plan] = []
@@ -190,7 +197,7 @@ def search(
             shards = tried.mesh.data * tried.mesh.fsdp * tried.microbatches
             if batch % shards:
                 continue
-            found.append(plan(tried, topology))
+            found.append(plan(tried, topology, quick))
             if not found[-1].fits:
                 break
     if not found:

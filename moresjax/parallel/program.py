@@ -13,6 +13,10 @@ from moresjax.parallel.chips import GIB, Slice
 from moresjax.parallel.collectives import collectives, totals
 from moresjax.parallel.flops import StepFlops
 
+# Compiles several times as fast, to another schedule: peak memory of large models differs by up to
+# a tenth, traffic and bounds hardly (docs/plans.md).
+QUICK = {"exec_time_optimization_effort": -1.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -91,16 +95,17 @@ class Program:
     Args:
       lowered: the program.
       arguments: what it is given, as shapes with their shardings.
+      quick: whether the compiler is to make the least effort (see `QUICK`).
 
     Attributes:
       compiled: None where the compiler found no way to fit.
       needed_bytes: peak, or what the compiler would have needed.
     """
 
-    def __init__(self, lowered: jax.stages.Lowered, arguments):
+    def __init__(self, lowered: jax.stages.Lowered, arguments, quick: bool = False):
         self._lowered = lowered
         try:
-            self.compiled = lowered.compile()
+            self.compiled = lowered.compile(QUICK if quick else {})
         except jax.errors.JaxRuntimeError as error:
             self.compiled, self.needed_bytes = None, _needed(error, bytes_per_chip(arguments))
         else:

@@ -215,6 +215,7 @@ def test_a_model_can_judge(model):
     judge = ModelJudge(model, "tiny", max_new_tokens=2)
     assert judge("is there a two ?", 0) == model.generate("is there a two ?", max_new_tokens=2)[0]
     assert (judge.name, judge.settings) == ("tiny", {"temperature": 0, "max_tokens": 2})
+    assert len({judge("is there a two ?", attempt) for attempt in range(4)}) > 1
 
 
 def entry(benchmark: str, score: float | None, **more) -> dict:

@@ -1,6 +1,7 @@
 """Generation: greedy ids of `transformers`, independence of padding and batch, one compilation."""
 
 import dataclasses
+import gc
 import re
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llavas import IMAGES, NEW, PAD, VOCAB, Case, case_of
-from tiny import tiny_batch, tiny_model
+from tiny import talking_model, tiny_batch, tiny_model
 
 from moresjax.generation import engine as engine_module
 from moresjax.generation.engine import Engine, bucket
@@ -142,6 +143,30 @@ def test_the_model_is_left_as_it_was():
     assert model.vision is not None
     assert not isinstance(model.llm.blocks, nnx.List)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
+def test_a_model_that_generates_holds_its_llm_once():
+    model = talking_model("lora:rank=2")
+    blocks = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model.mllm.llm.blocks)))
+    before, values = live_bytes(), jax.tree.map(np.array, nnx.state(model.mllm))
+    texts = model.generate(["how many ?"], max_new_tokens=2)
+    assert live_bytes() - before < blocks / 4
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model.mllm), values)  # stacked again
+    assert live_bytes() - before < blocks / 4
+    assert model.generate(["how many ?"], max_new_tokens=2) == texts
+
+
+def test_a_model_that_has_generated_can_be_merged_and_attached_to():
+    used, fresh = talking_model("lora:rank=2"), talking_model("lora:rank=2")
+    used.generate(["how many ?"], max_new_tokens=2)
+    for change in (lambda model: model.merge(), lambda model: model.attach("dora:rank=2") or model):
+        states = [nnx.state(change(model).mllm) for model in (used, fresh)]
+        jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_decoding_writes_into_the_donated_caches():

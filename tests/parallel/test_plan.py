@@ -62,6 +62,13 @@ def test_rows_stay_where_they_are_and_weights_come_to_them(steered):
     assert 7 / 8 * 2 * kernels < moved < 7 / 8 * 4 * kernels
 
 
+def test_a_quick_plan_is_about_the_same(steered):
+    quick = plan(cut("mores:rank=1"), "v5e-8", quick=True)
+    assert quick.setting == steered.setting | {"quick": True}
+    assert quick.memory.arguments == steered.memory.arguments
+    assert quick.seconds == pytest.approx(steered.seconds, rel=0.02)
+
+
 def test_a_plan_is_json_and_text(steered):
     data = json.loads(json.dumps(steered.to_dict()))
     assert (data["fits"], data["chips"]) == (True, 8)
@@ -94,7 +101,9 @@ def test_batches_that_do_not_divide_are_refused():
 
 
 def test_a_search_tries_what_divides_and_puts_the_fastest_first():
-    first, second = search_plans(cut("none"), "v5e-8", batches=[12, 8], presets=["fsdp"])
+    first, second = search_plans(
+        cut("none"), "v5e-8", batches=[12, 8], presets=["fsdp"], quick=True
+    )
     assert [each.setting["batch_size"] for each in (first, second)] == [8, 8]
     assert (first.setting["remat"], second.setting["remat"]) == (False, True)
     assert first.tokens_per_second > second.tokens_per_second
