@@ -143,10 +143,13 @@ def read_rows(
 
     def read(path: Path) -> dict[str, str] | list[str]:
         data = _load(path)
+        fields = set(filter(None, (id_field, text_field)))
+        if isinstance(data, Mapping) and fields <= set(data):
+            data = [data]  # JSON Lines of one line
         if isinstance(data, Mapping):
             return {str(key): str(text) for key, text in data.items()}
         for number, row in enumerate(data):
-            for field in filter(None, (id_field, text_field)):
+            for field in sorted(fields):
                 if not isinstance(row, Mapping) or field not in row:
                     raise UserError(f"row {number} of {path} has no field {field!r}")
         if id_field is None:
