@@ -1,6 +1,6 @@
 """Evaluating visual questions: our path beside that of `transformers`, same weights and answers.
 
-    python benchmarks/evaluate.py [--rounds 3] [--items 64] [--batch-size 16] [--new-tokens 16]
+    python benchmarks/evaluate.py [--rounds 3] [--items 64] [--batch-sizes 16 32 64]
 
 A LLaVA of 40 million parameters with random weights (CLIP, 6 layers of 384, 112 pixels: 64 visual
 tokens; LLaMA, 8 layers of 512) answers questions of different lengths about photos on disk. Timed
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from rounds import Run, Worker, measure, median_ratio
+from rounds import Run, Seconds, Worker, measure, median_ratio
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -43,6 +43,7 @@ VOCAB, SIDE, PATCH, TEMPLATE = 4096, 112, 14, "vicuna_v1"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 VISION = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
 TEXT = {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8}
+ALONE = "transformers, one by one"
 QUESTIONS = (
     "Is the sky blue?",
     "What colour is the largest thing in the picture?",
@@ -166,23 +167,43 @@ def ours(folder: str, items: list[Item], new: int, batch_size: int) -> Run:
     return run
 
 
+def print_table(seconds: Seconds, first: dict[str, float], sizes: list[int]) -> None:
+    def median(name: str) -> str:
+        return f"{statistics.median(seconds[name]['run']):.2f}"
+
+    def ratio(name: str, ours: str) -> str:
+        pair = {ours: seconds[ours], name: seconds[name]}
+        return f"{median_ratio(pair, name, 'run'):.2f}"
+
+    print(
+        "| batch size | moresjax, s | transformers, s | ratio | one by one, s | ratio | first ",
+        end="",
+    )
+    print("time, start and compilation too: moresjax, s | transformers, s |")
+    print("|---:" * 8 + "|")
+    for size in sizes:
+        ours, theirs = f"moresjax {size}", f"transformers {size}"
+        cells = [median(ours), median(theirs), ratio(theirs, ours), median(ALONE)]
+        cells += [ratio(ALONE, ours), f"{first[ours]:.2f}", f"{first[theirs]:.2f}"]
+        print(f"| {size} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--items", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--small", action="store_true", help="few layers: does it run?")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as path:
         items = make_items(Path(path), args.items)
         make_folder(Path(path), items, args.small)
-        data, size = (path, items, args.new_tokens), args.batch_size
-        runs = {
-            "moresjax": Worker(ours, *data, size, huge_pages=True),
-            "transformers, one by one": Worker(theirs, *data, 1, huge_pages=False),
-            f"transformers, batches of {size}": Worker(theirs, *data, size, huge_pages=False),
-        }
+        data = path, items, args.new_tokens
+        runs = {ALONE: Worker(theirs, *data, 1, huge_pages=False)}
+        for size in args.batch_sizes:
+            runs[f"moresjax {size}"] = Worker(ours, *data, size, huge_pages=True)
+            runs[f"transformers {size}"] = Worker(theirs, *data, size, huge_pages=False)
         first, answers = {}, []
         for name, run in runs.items():
             start = time.perf_counter()
@@ -195,12 +216,7 @@ def main() -> None:
         for run in runs.values():
             run.stop()
     print(f"{args.items} questions, {args.new_tokens} new tokens each, answers equal\n")
-    print("| | s | ratio | first time, start and compilation too: s | ratio |")
-    print("|---|---:|---:|---:|---:|")
-    for name, phases in seconds.items():
-        warm, cold = statistics.median(phases["run"]), first[name] / first["moresjax"]
-        ratio = median_ratio(seconds, name, "run")
-        print(f"| {name} | {warm:.2f} | {ratio:.2f} | {first[name]:.2f} | {cold:.2f} |")
+    print_table(seconds, first, args.batch_sizes)
 
 
 if __name__ == "__main__":

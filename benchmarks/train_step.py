@@ -4,11 +4,12 @@
 
 A random LLaVA of 120 million parameters (encoder of 6 layers of 384 features, decoder of 12 layers
 of 768), the same weights and the same samples for everyone, fp32, AdamW. Lengths are those of
-`packing.py`, halved; 16 samples are what LLaVA-1.5 gives one of its 8 GPUs. `transformers` gets the samples as its users do: a batch padded to the longest
-one; ours are packed. What counts are useful tokens per second, those that are not padding. The
-connector trains everywhere. Losses of the first step must agree. Every variant has a process of its
-own, ours with the huge pages that the `moresjax` command asks for; peak memory is that of its
-process. With `--huge`, torch is run with them as well.
+`packing.py`, halved; 16 samples are what LLaVA-1.5 gives one of its 8 GPUs. `transformers` gets the
+samples as its users do: a batch padded to the longest one; ours are packed. What counts are useful
+tokens per second, those that are not padding. The connector trains everywhere. Losses of the first
+step must agree. Every variant has a process of its own, ours with the huge pages that the
+`moresjax` command asks for; peak memory is that of its process. With `--huge`, torch is run with
+them as well.
 """
 
 import argparse

@@ -61,10 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", _evaluate, "score a model on benchmarks")
     evaluate.add_argument("--model", metavar="DIR")
     evaluate.add_argument("--predictions", metavar="FILE", help="score these again; no model")
-    evaluate.add_argument("--tasks", required=True, metavar="A,B", help="benchmarks and presets")
+    evaluate.add_argument(
+        "--tasks", required=True, metavar="A,B", help="benchmarks, presets, lm_eval's"
+    )
     evaluate.add_argument("--data-root", metavar="DIR")
     evaluate.add_argument("--limit", type=int, help="items per task")
     evaluate.add_argument("--split", help="default: each benchmark's own")
+    evaluate.add_argument("--num-fewshot", type=int, metavar="N", help="of lm_eval's tasks")
     evaluate.add_argument("--batch-size", type=int, default=64)
     over_devices(evaluate)
     evaluate.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint ..")
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--repetition-penalty", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--num-beams", type=int, default=1, help="beam search for one --prompt")
     generate.add_argument("--length-penalty", type=float, default=1.0, help="of the beam search")
@@ -265,7 +269,7 @@ def _evaluate(args) -> None:
     elif not args.model:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
-        options |= {"batch_size": args.batch_size, "out": args.out}
+        options |= {"batch_size": args.batch_size, "out": args.out, "shots": args.num_fewshot}
         result = evaluate(load(args.model, mesh=_mesh(args)), tasks, **options)
     path = write_results(result, args.out, model=args.model, split=args.split)
     _print(args, json.loads(path.read_text()), f"{table(result.scores, tasks)}\nresults: {path}")
@@ -289,9 +293,8 @@ def _generate(args) -> None:
     from moresjax.generation.sampling import Sampling
     from moresjax.model import load
 
-    sampling = Sampling(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed
-    )
+    names = "temperature", "top_k", "top_p", "repetition_penalty", "seed"
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
     options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
     if bool(args.prompts) != bool(args.out) or (args.prompts and args.prompt):
         raise UserError("a file of prompts needs --prompts and --out, and no --prompt")

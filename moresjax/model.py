@@ -82,6 +82,11 @@ class Model:
         """Spec string of the attached tuning."""
         return self._mllm.tuning.spec
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that a row has room for, new ones included."""
+        return self.config.llm.max_positions - self._mllm.tuning.num_ahead
+
     def shard(self, mesh: Mesh) -> None:
         """Splits the parameters over the devices of a mesh, by the rules of training. From then on
         generation, scores and logits run on all of them, with rows split over `data` and `fsdp`.

@@ -14,6 +14,10 @@ from moresjax.model import Model
 from moresjax.tuning.base import Probe
 from moresjax.types import Ids
 
+MAX_NEW_TOKENS = 256  # where a task names no number, as with the library's own models
+# Batches whose scores are kept, and shown, at a time.
+_CHUNK = 8
+
 
 class MoresjaxLM(LM):
     """Batched generation and log-likelihood.
@@ -63,13 +67,13 @@ class MoresjaxLM(LM):
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations, cut at the first stop string."""
         arguments = [request.args for request in requests]
+        limits = [args[1].get("max_gen_toks", MAX_NEW_TOKENS) for args in arguments]
         rows = [
             self.model.prompt(args[0], args[2]["visual"], f"request {number}")
             if len(args) > 2
-            else self._raw_row(self.model.processor.tokenizer(args[0])["input_ids"])
-            for number, args in enumerate(arguments)
+            else self._raw_row(self._ids(args[0])[-max(self.model.max_length - limit, 1) :])
+            for number, (args, limit) in enumerate(zip(arguments, limits, strict=True))
         ]
-        limits = [args[1].get("max_gen_toks", 128) for args in arguments]
         texts: list[str | None] = [None] * len(rows)
         groups: dict[tuple[str, ...], list[int]] = {}
         for number, args in enumerate(arguments):
@@ -80,6 +84,7 @@ class MoresjaxLM(LM):
                 def done(place, completion, stops=stops, numbers=numbers):
                     number = numbers[place]
                     texts[number] = text = self.model.text(completion.tokens, stops)
+                    self.cache_hook.add_partial("generate_until", arguments[number], text)
                     if self._on_done is not None:
                         self._on_done(requests[number], rows[number], completion, text)
                     bar.update()
@@ -96,7 +101,19 @@ class MoresjaxLM(LM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations, tokenised together with their contexts."""
-        tokenizer = self.model.processor.tokenizer
+        found, size = [], _CHUNK * self.batch_size
+        with tqdm(total=len(requests), desc=self.title, disable=disable_tqdm or None) as bar:
+            for start in range(0, len(requests), size):
+                chunk = requests[start : start + size]
+                scores = self._score(self._pairs(chunk))
+                for request, score in zip(chunk, scores, strict=True):
+                    self.cache_hook.add_partial("loglikelihood", request.args, score)
+                found += scores
+                bar.update(len(chunk))
+        return found
+
+    def _pairs(self, requests) -> list[tuple[Row, Ids]]:
+        """Prompt row and continuation of every request."""
         pairs, prompts = [], {}
         for number, request in enumerate(requests):
             context, continuation = request.args[:2]
@@ -108,20 +125,24 @@ class MoresjaxLM(LM):
                 answer = self.model.with_answer(prompts[key], context, images, continuation.strip())
                 pairs.append(answer)
                 continue
-            whole = tokenizer(context + continuation)["input_ids"]
+            whole = self._ids(context + continuation)
             # Blanks at the border belong to the continuation.
-            head = tokenizer(context.rstrip())["input_ids"] if context else whole[:1]
+            head = self._ids(context.rstrip()) if context else whole[:1]
             pairs.append(self._split(whole, min(len(head), len(whole) - 1)))
-        return self._score(pairs)
+        return pairs
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts given the start token."""
-        tokenizer = self.model.processor.tokenizer
-        pairs = [self._split(tokenizer(request.args[0])["input_ids"], 1) for request in requests]
+        pairs = [self._split(self._ids(request.args[0]), 1) for request in requests]
         return [score for score, _ in self._score(pairs)]
 
+    def _ids(self, text: str) -> list[int]:
+        return self.model.processor.tokenizer(text)["input_ids"]
+
     def _split(self, ids: Ids, head: int) -> tuple[Row, Ids]:
-        return self._raw_row(ids[:head]), ids[head:]
+        # What is too long loses its beginning, as with the library's own models.
+        cut = max(0, min(len(ids) - self.model.max_length, head - 1))
+        return self._raw_row(ids[cut:head]), ids[head:]
 
     def _score(self, pairs) -> list[tuple[float, bool]]:
         found = self.model.score_rows(pairs, self.batch_size)

@@ -29,7 +29,13 @@ from moresjax.evaluation.predictions import (
     write_log,
 )
 from moresjax.evaluation.presets import expand
-from moresjax.evaluation.tasks import Item, VisualTask, load_benchmark
+from moresjax.evaluation.tasks import (
+    Item,
+    VisualTask,
+    benchmark_names,
+    load_benchmark,
+)
+from moresjax.evaluation.text_tasks import load_text_task, run_text_task
 from moresjax.model import Model
 from moresjax.weights.adapter import fingerprint
 
@@ -82,12 +88,13 @@ def evaluate(
     title: str = "evaluate",
     out: str | Path | None = None,
     judge: Judge | None = None,
+    shots: int | None = None,
 ) -> EvaluationResult:
     """Runs benchmarks.
 
     Args:
       model: the model.
-      tasks: names of benchmarks and presets.
+      tasks: names of benchmarks and presets, and of tasks of `lm_eval` (see `text_tasks`).
       data_root: where the benchmarks' official files are.
       limit: at most this many items per task.
       split: of the data; default: each benchmark's own.
@@ -96,6 +103,7 @@ def evaluate(
       title: of the progress bar.
       out: directory where predictions are kept while they are made: a killed evaluation continues.
       judge: grades answers where a benchmark wants it.
+      shots: examples before the questions of `lm_eval`'s tasks; default: as published.
 
     Raises:
       UserError: for an unknown task, a missing file, a limit below 1, `attention` with `out`, or a
@@ -103,7 +111,12 @@ def evaluate(
     """
     if attention and out is not None:
         raise UserError("attention statistics cannot be continued; evaluate without out")
-    loaded = _load(tasks, data_root, limit, split)
+    names = expand(tasks)
+    texts = {n: load_text_task(n, data_root) for n in names if n not in benchmark_names()}
+    if texts and (attention or split):
+        name = next(iter(texts))
+        raise UserError(f"{name} is a task of lm_eval: it has its own splits, and no images")
+    loaded = _load([name for name in names if name not in texts], data_root, limit, split)
     start = time.monotonic()
     probe = AttentionProbe()
     collected = []
@@ -149,7 +162,21 @@ def evaluate(
             np.stack(mass, 1), np.stack(score, 1), np.asarray(tokens), np.asarray(has_image)
         )
     result = _score(answered, judge, log.model)
-    return dataclasses.replace(result, attention=summary, seconds=time.monotonic() - start)
+    scores, rows = result.scores, result.predictions
+    for name, chosen in texts.items():
+        cache = None if out is None else Path(out) / f"replies-{log.model}"
+        own_lm = MoresjaxLM(model, batch_size=batch_size, title=name)
+        options = {"limit": limit, "shots": shots, "cache": cache}
+        more, own = run_text_task(own_lm, name, chosen, **options)
+        scores |= more
+        rows += [row | {"model": log.model} for row in own]
+    return dataclasses.replace(
+        result,
+        scores=scores,
+        predictions=rows,
+        attention=summary,
+        seconds=time.monotonic() - start,
+    )
 
 
 def rescore(

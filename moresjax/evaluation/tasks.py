@@ -35,17 +35,22 @@ def benchmark(name: str):
     return add
 
 
+def benchmark_names() -> list[str]:
+    """All benchmarks."""
+    # They register themselves on import.
+    from moresjax.evaluation import benchmarks  # noqa: F401
+
+    return sorted(BENCHMARKS)
+
+
 def load_benchmark(name: str, *, split: str | None = None, **options) -> list["VisualTask"]:
     """The tasks of a benchmark; without a split, those of its default one.
 
     Raises:
       UserError: for an unknown name, or files that are missing or not as published.
     """
-    # Benchmarks register themselves on import.
-    from moresjax.evaluation import benchmarks  # noqa: F401
-
-    if name not in BENCHMARKS:
-        raise choice_error("task", name, sorted(BENCHMARKS))
+    if name not in benchmark_names():
+        raise choice_error("task", name, benchmark_names())
     chosen = {} if split is None else {"split": split}
     return BENCHMARKS[name](**options, **chosen)
 
