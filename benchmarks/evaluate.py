@@ -212,7 +212,7 @@ def main() -> None:
             answers.append(run.value)
         if any(each != answers[0] for each in answers):
             raise SystemExit("the answers differ")
-        seconds = measure(runs, args.rounds)
+        seconds = measure(runs, args.rounds, warm=1)
         for run in runs.values():
             run.stop()
     print(f"{args.items} questions, {args.new_tokens} new tokens each, answers equal\n")

@@ -64,10 +64,10 @@ def _serve(pipe, make: Callable[..., Run], arguments: tuple) -> None:
             pipe.send((end.value, peak))
 
 
-def measure(runs: Mapping[str, Run], rounds: int) -> Seconds:
-    """Runs every variant twice to compile and warm up, then `rounds` times in turn."""
+def measure(runs: Mapping[str, Run], rounds: int, warm: int = 2) -> Seconds:
+    """Runs every variant `warm` times to compile and warm up, then `rounds` times in turn."""
     seconds: Seconds = {name: {} for name in runs}
-    for number in range(-2, rounds):
+    for number in range(-warm, rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             for phase in run():

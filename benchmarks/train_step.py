@@ -227,7 +227,7 @@ def compare(method: str, folder: str, args: argparse.Namespace) -> None:
         list(run())
         losses[name] = run.value
     np.testing.assert_allclose(list(losses.values()), losses[names[0]], rtol=1e-4)
-    seconds = measure(runs, args.rounds)
+    seconds = measure(runs, args.rounds, warm=1)
     for run in runs.values():
         run.stop()
     useful = sum(len(row["tokens"]) for row in samples(args.samples))
