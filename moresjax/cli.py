@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--model", metavar="DIR")
     evaluate.add_argument("--predictions", metavar="FILE", help="score these again; no model")
     evaluate.add_argument(
-        "--tasks", required=True, metavar="A,B", help="benchmarks, presets, lm_eval's"
+        "--tasks", required=True, metavar="A,B", help="benchmarks, presets, tasks of lm_eval"
     )
     evaluate.add_argument("--data-root", metavar="DIR")
     evaluate.add_argument("--limit", type=int, help="items per task")
@@ -150,11 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--prompt", type=int, metavar="TOKENS", help="of --generate; default: length - NEW"
     )
-
     plan.add_argument(
         "--quick",
         action="store_true",
-        help="compile with the least effort: several times as fast, about as right",
+        help="compile with the least effort: several times as fast, memory a little off",
     )
 
     data = commands.add_parser("data", help="check, convert and build datasets")

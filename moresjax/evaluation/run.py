@@ -162,21 +162,14 @@ def evaluate(
             np.stack(mass, 1), np.stack(score, 1), np.asarray(tokens), np.asarray(has_image)
         )
     result = _score(answered, judge, log.model)
-    scores, rows = result.scores, result.predictions
+    lm = MoresjaxLM(model, batch_size=batch_size)
     for name, chosen in texts.items():
         cache = None if out is None else Path(out) / f"replies-{log.model}"
-        own_lm = MoresjaxLM(model, batch_size=batch_size, title=name)
         options = {"limit": limit, "shots": shots, "cache": cache}
-        more, own = run_text_task(own_lm, name, chosen, **options)
-        scores |= more
-        rows += [row | {"model": log.model} for row in own]
-    return dataclasses.replace(
-        result,
-        scores=scores,
-        predictions=rows,
-        attention=summary,
-        seconds=time.monotonic() - start,
-    )
+        scores, rows = run_text_task(lm, name, chosen, **options)
+        result.scores.update(scores)
+        result.predictions.extend(row | {"model": log.model} for row in rows)
+    return dataclasses.replace(result, attention=summary, seconds=time.monotonic() - start)
 
 
 def rescore(

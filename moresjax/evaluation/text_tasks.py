@@ -1,8 +1,8 @@
 """Text benchmarks: the tasks of `lm_eval`, unchanged and under their names there.
 
-HellaSwag, MMLU, GSM8K, ARC and hundreds more. A dataset is read from `<data_root>/<its name on the
-hub>`, such as `cais/mmlu` (`hf download --repo-type dataset cais/mmlu --local-dir data/cais/mmlu`
-writes it there), else from the cache of `datasets`.
+HellaSwag, MMLU, GSM8K, ARC and hundreds more, a few about images among them. A dataset is read from
+`<data_root>/<its name on the hub>`, such as `cais/mmlu` (`hf download --repo-type dataset cais/mmlu
+--local-dir data/cais/mmlu` writes it there), else from the cache of `datasets`.
 """
 
 import contextlib
@@ -69,11 +69,14 @@ def run_text_task(
       tasks: what `load_text_task` returned for it.
       limit: at most this many documents per task.
       shots: examples before each question; default: those of the task, five for `mmlu`.
-      cache: file, without its ending, that keeps replies while they are made.
+      cache: file, without its ending, that keeps replies to texts while they are made.
     """
     from lm_eval import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    leaves = [leaf for task in tasks for leaf in _leaves(task)]
+    if any(getattr(leaf, "MULTIMODAL", False) for leaf in leaves):
+        cache = None  # the library tells requests apart by their JSON
     found = simple_evaluate(
         model=lm,
         tasks=tasks,
@@ -108,6 +111,11 @@ def run_text_task(
         }
         rows += [_row(title, task, sample, key) for task, sample in own]
     return scores, rows
+
+
+def _leaves(task) -> list:
+    """The tasks of a group, or the task itself."""
+    return task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
 
 
 def _score_key(numbers: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import PIL.Image
 import pytest
 from scipy.special import log_softmax
 from tiny import talking_model
@@ -117,6 +118,23 @@ def test_replies_are_kept_while_they_are_made(model, root, tmp_path, monkeypatch
     monkeypatch.setattr(type(model), "generate_many", never)
     again = evaluate(model, tasks, data_root=root, out=tmp_path)
     assert (again.scores, again.predictions) == (first.scores, first.predictions)
+
+
+def test_a_task_with_images_runs_too(model, root, tmp_path):
+    from datasets import Dataset, Features, Image, Sequence, Value
+
+    folder = tmp_path / "HuggingFaceM4" / "ChartQA"
+    folder.mkdir(parents=True)
+    pictures = [PIL.Image.new("RGB", (12, 12), (90 * i, 10, 10)) for i in range(2)]
+    columns = {"image": pictures, "query": ["how many ?"] * 2, "label": [["2"], ["3"]]}
+    features = Features(
+        {"image": Image(), "query": Value("string"), "label": Sequence(Value("string"))}
+    )
+    Dataset.from_dict(columns, features=features).to_parquet(folder / "test.parquet")
+    result = evaluate(model, ["chartqa"], data_root=tmp_path, out=tmp_path / "out")
+    score = result.scores["chartqa"]
+    assert (score["metric"], score["n"]) == ("exact_match", 2)
+    assert len({row["prediction"] for row in result.predictions}) == 2  # the images are seen
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning(root):
