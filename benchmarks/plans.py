@@ -25,8 +25,10 @@ Written by `python benchmarks/plans.py`: the train step of `configs/llava_steeri
 libtpu for chips that need not be there. Rows of 1024 tokens with one image, remat on, trained
 parameters in fp32. Memory is the compiler's peak per chip; traffic is that of all collectives per
 chip and step; milliseconds and tokens/s are bounds from the datasheets (padding counts as tokens),
-which a real step does not reach. `quick` rows are compiled with the least effort, in under a minute
-instead of several.
+which a real step does not reach. `quick` rows (`moresjax plan --quick`) are compiled with the least
+effort: 7b with MoReS for v6e-8 in 42 s instead of 164, to the same numbers. On v5e-8 the peaks of
+three rows compiled both ways were 5.18 and 5.26, 6.94 and 6.81, 7.79 and 8.46 GiB (quick, in full),
+their traffic and bounds equal.
 
 `moresjax plan --config FILE --topology v5e-8 --batch 16 --generate 128 --prompt 1024` plans
 generation instead: the engine's prefill and one step of its decode loop, layers unrolled as they
