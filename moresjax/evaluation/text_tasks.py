@@ -17,9 +17,9 @@ from moresjax.errors import UserError, choice_error
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.tasks import benchmark_names
 
-# Examples before a question, by the first word of a task's name, where the library has none and
-# published numbers have some.
-SHOTS = {"mmlu": 5}
+# Examples before a question, by dataset, where a task names no number and published scores have
+# some.
+SHOTS = {"cais/mmlu": 5}
 # The score of a task is the first of these that it has.
 METRICS = ("acc_norm", "acc", "exact_match")
 
@@ -77,24 +77,26 @@ def run_text_task(
     leaves = [leaf for task in tasks for leaf in _leaves(task)]
     if any(getattr(leaf, "MULTIMODAL", False) for leaf in leaves):
         cache = None  # the library tells requests apart by their JSON
+    for leaf in leaves:
+        if leaf.get_config("num_fewshot") is None and leaf.DATASET_PATH in SHOTS:
+            leaf.set_config("num_fewshot", SHOTS[leaf.DATASET_PATH])
     found = simple_evaluate(
         model=lm,
         tasks=tasks,
         task_manager=_manager(),
-        num_fewshot=SHOTS.get(name.partition("_")[0]) if shots is None else shots,
+        num_fewshot=shots,
         limit=limit,
         use_cache=None if cache is None else str(cache),
         bootstrap_iters=1000,
     )
     samples = found["samples"]
-    if name in found["results"]:
-        whole = {name: list(samples)}
-    else:  # a tag
-        whole = {task: [task] for task in samples}
+    # A tag has no score of its own, nor have some groups.
+    titles = [name] if _score_keys(found["results"].get(name, {})) else list(samples)
     scores, rows = {}, []
-    for title, members in whole.items():
+    for title in titles:
+        members = [title] if title in samples else list(samples)
         numbers = found["results"][title]
-        key = _score_key(numbers)
+        key = _score_keys(numbers)[0]
         parts = {task: found["results"][task].get(key) for task in members if task != title}
         own = [(task, sample) for task in members for sample in _of(samples[task], key)]
         prompts = "\0".join(sample["arguments"][0][0] for _, sample in own)
@@ -118,11 +120,11 @@ def _leaves(task) -> list:
     return task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
 
 
-def _score_key(numbers: Mapping[str, Any]) -> str:
-    """Name and filter of the score among all numbers of a task."""
-    keys = [k for k, v in numbers.items() if "," in k and "_stderr" not in k]
-    best = (key for metric in METRICS for key in keys if key.partition(",")[0] == metric)
-    return next(best, keys[0])
+def _score_keys(numbers: Mapping[str, Any]) -> list[str]:
+    """Names and filters of the scores among all numbers of a task, the one to report first."""
+    keys = [key for key in numbers if "," in key and "_stderr" not in key]
+    best = [key for metric in METRICS for key in keys if key.partition(",")[0] == metric]
+    return best + [key for key in keys if key not in best]
 
 
 def _of(samples: Sequence[Mapping], key: str) -> list[Mapping]:

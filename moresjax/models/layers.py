@@ -164,11 +164,10 @@ def split_layers(leaves: list, tree, layers: int) -> nnx.List:
     """`unstack` of a flattened module. Empties `leaves` one by one: where nobody else owns them,
     there is never more than one of them in memory twice."""
     own = [[] for _ in range(layers)]
-    for _ in range(len(leaves)):
+    while leaves:
         x = leaves.pop(0)
         for number, mine in enumerate(own):
             mine.append(_layer(x, number))
-        del x
     return nnx.List([tree.unflatten(mine) for mine in own])
 
 

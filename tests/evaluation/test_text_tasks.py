@@ -5,12 +5,15 @@ import json
 import numpy as np
 import PIL.Image
 import pytest
+from lm_eval.api.group import Group
+from lm_eval.config.group import GroupConfig
 from scipy.special import log_softmax
 from tiny import talking_model
 
 from moresjax.errors import UserError
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.run import evaluate, write_results
+from moresjax.evaluation.text_tasks import load_text_task, run_text_task
 
 ENDINGS = ["two", "three four", "no . yes", "the largest"]
 SCENES = [("is there", "a two ?", 0), ("how many", "times three ?", 2), ("what", "is at", 1)]
@@ -103,6 +106,23 @@ def test_mmlu_has_five_examples_before_each_question(model, root):
     bare = evaluate(model, [name], data_root=root, shots=0, limit=2)
     assert [row["prompt"].count("Answer:") for row in bare.predictions] == [1, 1]
     assert (bare.scores[name]["metric"], bare.scores[name]["shots"]) == ("acc", 0)
+
+
+def test_a_task_that_names_its_examples_keeps_their_number(model, root):
+    name = "mmlu_flan_cot_fewshot_abstract_algebra"
+    result = evaluate(model, [name], data_root=root, limit=1)
+    assert result.scores[name]["shots"] == 4
+
+
+def test_members_of_a_group_without_a_score_have_theirs(model, root):
+    group = Group.from_config(GroupConfig(group="pair", task=["hellaswag"]))
+    for task in load_text_task("hellaswag", root):
+        group.add(task)
+    scores, rows = run_text_task(MoresjaxLM(model), "pair", [group], limit=2)
+    assert {(title, entry["benchmark"]) for title, entry in scores.items()} == {
+        ("hellaswag", "pair")
+    }
+    assert [row["task"] for row in rows] == ["hellaswag"] * 2
 
 
 def test_replies_are_kept_while_they_are_made(model, root, tmp_path, monkeypatch):
