@@ -1,6 +1,6 @@
 """Evaluating visual questions: our path beside that of `transformers`, same weights and answers.
 
-    python benchmarks/evaluate.py [--rounds 3] [--items 64] [--batch-sizes 16 32 64]
+    python benchmarks/evaluate.py [--rounds 3] [--items 64] [--batch-sizes 16 32 64] [--per-image 1]
 
 A LLaVA of 40 million parameters with random weights (CLIP, 6 layers of 384, 112 pixels: 64 visual
 tokens; LLaMA, 8 layers of 512) answers questions of different lengths about photos on disk. Timed
@@ -52,15 +52,16 @@ QUESTIONS = (
 )
 
 
-def make_items(folder: Path, count: int) -> list[Item]:
+def make_items(folder: Path, count: int, per_image: int) -> list[Item]:
     """Questions about photos of noise, of different lengths and sizes."""
     rng = np.random.default_rng(0)
     items = []
     for number in range(count):
-        path = folder / f"{number}.jpg"
-        coarse = rng.integers(0, 255, (6, 8, 3)).astype(np.uint8)
-        size = (320, 240) if number % 2 else (240, 280)
-        Image.fromarray(coarse).resize(size).save(path)
+        path = folder / f"{number // per_image}.jpg"
+        if number % per_image == 0:
+            coarse = rng.integers(0, 255, (6, 8, 3)).astype(np.uint8)
+            size = (320, 240) if number // per_image % 2 else (240, 280)
+            Image.fromarray(coarse).resize(size).save(path)
         question = ask(QUESTIONS[number % len(QUESTIONS)])
         items.append(Item(str(number), question, "", (path,)))
     return items
@@ -193,11 +194,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--items", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--per-image", type=int, default=1, help="questions about an image")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--small", action="store_true", help="few layers: does it run?")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as path:
-        items = make_items(Path(path), args.items)
+        items = make_items(Path(path), args.items, args.per_image)
         make_folder(Path(path), items, args.small)
         data = path, items, args.new_tokens
         runs = {ALONE: Worker(theirs, *data, 1, huge_pages=False)}
@@ -215,7 +217,8 @@ def main() -> None:
         seconds = measure(runs, args.rounds, warm=1)
         for run in runs.values():
             run.stop()
-    print(f"{args.items} questions, {args.new_tokens} new tokens each, answers equal\n")
+    about = f"{args.items} questions, {args.per_image} about each image"
+    print(f"{about}, {args.new_tokens} new tokens each, answers equal\n")
     print_table(seconds, first, args.batch_sizes)
 
 

@@ -26,15 +26,15 @@ from moresjax.data.templates import get_template
 from moresjax.errors import UserError
 from moresjax.generation.batching import Completion, generate_many
 from moresjax.generation.beam import Beams
-from moresjax.generation.engine import Engine, Generation, Prefix, bucket
-from moresjax.generation.prefix import common_prefix
+from moresjax.generation.engine import Engine, Generation, Prefix, bucket, rounded
+from moresjax.generation.prefix import Openings, find_openings
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scoring import Score, score_rows
 from moresjax.generation.text import check_stops, cut, has_stop
 from moresjax.layout import Batch, Segment, TokenLayout
 from moresjax.models.fused_attention import kernel_for
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.parallel.mesh import place, use_mesh
+from moresjax.parallel.mesh import batch_shards, place, use_mesh
 from moresjax.tuning.base import Probe
 from moresjax.tuning.many import adapter_numbers
 from moresjax.tuning.merge import merged
@@ -150,8 +150,21 @@ class Model:
             )
         return self._engines[key]
 
-    def prompt(self, text: str, images: Sequence = (), name: str = "prompt") -> Row:
+    def prompt(
+        self,
+        text: str,
+        images: Sequence = (),
+        name: str = "prompt",
+        known: dict[tuple, np.ndarray] | None = None,
+    ) -> Row:
         """The unpadded row of a one-turn prompt. Images without an `<image>` mark go first.
+
+        Args:
+          text: what the user says.
+          images: of the prompt.
+          name: for error messages.
+          known: pixels of earlier prompts' images, which are not read again; these are added.
+            Prompts that hold the same pixels have them encoded once.
 
         Raises:
           UserError: when marks and images do not agree.
@@ -159,7 +172,7 @@ class Model:
         if not text.strip() and not images:
             raise UserError("the prompt is empty")
         sample = Sample(name, (Turn(_marked(text, images)),), tuple(images))
-        return self._need_processor().row(sample)
+        return self._need_processor().row(sample, known)
 
     def generate(
         self,
@@ -200,8 +213,9 @@ class Model:
         images = [()] * len(prompts) if images is None else images
         if len(images) != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {len(images)} lists of images")
+        known = {}
         rows = [
-            self.prompt(p, i, f"prompt {n}")
+            self.prompt(p, i, f"prompt {n}", known)
             for n, (p, i) in enumerate(zip(prompts, images, strict=True))
         ]
         options = {"adapters": adapters, "sampling": sampling, "seeds": seeds}
@@ -276,9 +290,13 @@ class Model:
         _check_seeds(seeds, rows)
         stops = check_stops(stop)
 
+        openings = self._openings(rows, adapters)
+
         def make_batch(numbers, length):
             names = None if adapters is None else [adapters[i] for i in numbers]
-            return self.batch([rows[i] for i in numbers], length, names)
+            batch = self.batch([rows[i] for i in numbers], length, names)
+            read = openings.with_images and openings.length(numbers[0])
+            return dataclasses.replace(batch, pixels=None) if read else batch
 
         results: list[Completion | None] = [None] * len(rows)
         for number, completion in generate_many(
@@ -291,29 +309,37 @@ class Model:
             seeds=seeds,
             logprobs=logprobs,
             ended=(lambda ids: has_stop(self.spell(ids), stops)) if stops else None,
-            prefix=self._read_prefix(rows, adapters, probes),
+            openings=openings,
+            read=self._reader(openings, adapters, probes),
         ):
             results[number] = completion
             if on_done is not None:
                 on_done(number, completion)
         return results
 
-    def _read_prefix(
-        self,
-        rows: Sequence[Row],
-        adapters: Sequence[str | None] | None,
-        probes: Sequence[Probe],
-    ) -> Prefix | None:
-        """What all prompts begin with, where reading it once pays."""
-        if adapters is not None and len(set(adapters)) > 1:
-            return None
-        if kernel_for(self.config.llm) != "xla":  # kernels read whole prompts only
-            return None
-        head = common_prefix(rows, self._mllm.tuning)
-        if head is None:
-            return None
-        batch = self.batch([head], bucket(len(head["tokens"])), adapters and adapters[:1])
-        return self.engine(probes).read_prefix(batch)
+    def _openings(self, rows: Sequence[Row], adapters: Sequence[str | None] | None) -> Openings:
+        """What prompts have in common, where reading it once pays."""
+        text = kernel_for(self.config.llm) == "xla"  # kernels read whole prompts only
+        return find_openings(rows, self._mllm.tuning, adapters, text)
+
+    def _reader(
+        self, openings: Openings, adapters: Sequence[str | None] | None, probes: Sequence[Probe]
+    ) -> Callable[[Sequence[int]], Prefix]:
+        """What reads beginnings of some numbers; text that they have in common is read once."""
+        names = openings.adapters(adapters)
+        common = self._openings(openings.rows, names)
+        begin = self._reader(common, names, probes)([0]) if common.rows else None
+        before = 0 if begin is None else begin.length
+        parts = 1 if self._mesh is None else batch_shards(self._mesh)
+
+        def read(numbers):
+            numbers = [*numbers, *numbers[:1] * (-len(numbers) % parts)]
+            heads = [openings.rows[n] for n in numbers]
+            length = rounded(len(heads[0]["tokens"]) - before) + rounded(before)
+            batch = self.batch(heads, length, names and [names[n] for n in numbers])
+            return self.engine(probes).read_prefix(batch, begin)
+
+        return read
 
     def check_context(self, row: Row, max_new_tokens: int) -> None:
         """Raises a `UserError` when a prompt and its continuation do not fit the model."""
@@ -376,11 +402,11 @@ class Model:
         """
         images = [()] * len(prompts) if images is None else images
         adapter_numbers(self._mllm.tuning, adapters, len(prompts))  # raises before images are read
-        pairs, names = [], []
+        pairs, names, known = [], [], {}
         for n, (prompt, answers, own) in enumerate(
             zip(prompts, continuations, images, strict=True)
         ):
-            row = self.prompt(prompt, own, f"prompt {n}")
+            row = self.prompt(prompt, own, f"prompt {n}", known)
             pairs += [self.with_answer(row, prompt, own, answer) for answer in answers]
             names += [None if adapters is None else adapters[n]] * len(answers)
         flat = iter(self.score_rows(pairs, batch_size, adapters and names))

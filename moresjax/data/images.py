@@ -5,7 +5,7 @@ Axis legend: Y, X pixels, 3 colour channels.
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,11 @@ MAX_ASPECT = 200
 ASPECTS = ("square", "pad")
 # Files in which transformers saves image processors, without their ending.
 SAVED = ("preprocessor", "processor")
+
+
+def image_keys(images: Sequence) -> tuple:
+    """What tells images apart, as long as they exist, without opening them."""
+    return tuple(x if isinstance(x, (str, Path, bytes)) else id(x) for x in images)
 
 
 def open_image(source) -> Image.Image:

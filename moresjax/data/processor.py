@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from moresjax.data.images import ImageProcessor
+from moresjax.data.images import ImageProcessor, image_keys
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.data.templates import Piece, Template
 from moresjax.errors import UserError
@@ -79,14 +79,23 @@ class Processor:
         bos = self.tokenizer.bos_token_id
         return (bos,) if bos is not None and bos in ids else ()
 
-    def row(self, sample: Sample) -> Row:
+    def row(self, sample: Sample, known: dict[tuple, np.ndarray] | None = None) -> Row:
         """Unpadded token ids, layout fields and pixels of one sample.
+
+        Args:
+          sample: the sample.
+          known: pixels by `image_keys`, which are not read again; new ones are added.
 
         Raises:
           UserError: as `text_row`, and for an image that cannot be read.
         """
         row = self.text_row(sample)
-        return row | {"pixels": self.pixels(sample)} if sample.images else row
+        if not sample.images:
+            return row
+        known, key = {} if known is None else known, image_keys(sample.images)
+        if key not in known:
+            known[key] = self.pixels(sample)
+        return row | {"pixels": known[key]}
 
     def pixels(self, sample: Sample) -> Float[np.ndarray, "N Y X 3"]:
         """The images of a sample that has some.

@@ -7,6 +7,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from tqdm import tqdm
 
+from moresjax.data.images import image_keys
 from moresjax.data.processor import Row
 from moresjax.generation.batching import Completion
 from moresjax.layout import Segment
@@ -68,8 +69,9 @@ class MoresjaxLM(LM):
         """Greedy continuations, cut at the first stop string."""
         arguments = [request.args for request in requests]
         limits = [args[1].get("max_gen_toks", MAX_NEW_TOKENS) for args in arguments]
+        known = {}
         rows = [
-            self.model.prompt(args[0], args[2]["visual"], f"request {number}")
+            self.model.prompt(args[0], args[2]["visual"], f"request {number}", known)
             if len(args) > 2
             else self._raw_row(self._ids(args[0])[-max(self.model.max_length - limit, 1) :])
             for number, (args, limit) in enumerate(zip(arguments, limits, strict=True))
@@ -114,14 +116,14 @@ class MoresjaxLM(LM):
 
     def _pairs(self, requests) -> list[tuple[Row, Ids]]:
         """Prompt row and continuation of every request."""
-        pairs, prompts = [], {}
+        pairs, prompts, known = [], {}, {}
         for number, request in enumerate(requests):
             context, continuation = request.args[:2]
             if len(request.args) > 2:
                 images = request.args[2]["visual"]
-                key = context, *map(id, images)
-                if key not in prompts:  # images of a question are prepared once
-                    prompts[key] = self.model.prompt(context, images, f"request {number}")
+                key = context, *image_keys(images)
+                if key not in prompts:
+                    prompts[key] = self.model.prompt(context, images, f"request {number}", known)
                 answer = self.model.with_answer(prompts[key], context, images, continuation.strip())
                 pairs.append(answer)
                 continue

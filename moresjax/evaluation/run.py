@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from moresjax import __version__
 from moresjax.analysis.attention import AttentionProbe, AttentionSummary, summarize
+from moresjax.data.images import image_keys
 from moresjax.errors import UserError
 from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.lm import MoresjaxLM
@@ -136,11 +137,7 @@ def evaluate(
         for benchmark, task in loaded:
             known = log.known(task)
             bar.update(len(known))
-            # Neighbours in a batch have about the same length.
-            pending = sorted(
-                (item for item in task.items if item.id not in known),
-                key=lambda item: len(item.prompt),
-            )
+            pending = _in_order(item for item in task.items if item.id not in known)
             errors = {}
             for at in range(0, len(pending), _CHUNK * batch_size):
                 chunk = pending[at : at + _CHUNK * batch_size]
@@ -214,6 +211,15 @@ def _load(tasks, data_root, limit, split) -> list[tuple[str, VisualTask]]:
         for name in expand(tasks)
         for task in load_benchmark(name, data_root=data_root, limit=limit, split=split)
     ]
+
+
+def _in_order(items: Iterable[Item]) -> list[Item]:
+    """Questions such that neighbours are about the same images, and otherwise of about the same
+    length."""
+    groups: dict[tuple, list[Item]] = {}
+    for item in sorted(items, key=lambda item: len(item.prompt)):
+        groups.setdefault(image_keys(item.images), []).append(item)
+    return [item for group in groups.values() for item in group]
 
 
 def _answer(

@@ -2,17 +2,17 @@
 
 A long answer therefore never holds a batch. Prompts are read in groups, whenever there are places
 for one: decoding stops as soon as that many rows have ended. Groups have one size and a bucket
-length: few shapes, few compilations.
+length: few shapes, few compilations. What prompts begin with in common is read before their group.
 """
 
 import dataclasses
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
 
-from moresjax.generation.engine import Engine, Prefix, bucket, rounded
+from moresjax.generation.engine import Engine, Prefix
+from moresjax.generation.prefix import Openings, Queue
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.layout import Batch
 from moresjax.types import AnyArray, Ids
@@ -42,7 +42,8 @@ def generate_many(
     logprobs: bool = False,
     ended: Callable[[Ids], bool] | None = None,
     chunk: int = CHUNK,
-    prefix: Prefix | None = None,
+    openings: Openings | None = None,
+    read: Callable[[Sequence[int]], Prefix] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Continues prompts; yields number and completion of each as soon as it has ended.
 
@@ -57,32 +58,27 @@ def generate_many(
       ended: whether new tokens contain a stop string; asked after every chunk, so up to `chunk`
         tokens may follow it.
       chunk: decode steps at a time.
-      prefix: what all prompts begin with, of fewer tokens than any has.
+      openings: what prompts have in common.
+      read: reads beginnings of some numbers, which are equally long.
     """
     seeds = [sampling.seed] * len(lengths) if seeds is None else seeds
-    # Long prompts first: neighbours share a bucket.
-    waiting = deque(sorted(range(len(lengths)), key=lambda i: -lengths[i]))
+    group = -(-batch_size // GROUPS)
+    queue = Queue(lengths, group, openings, read)
     new = max(limits, default=0)
-    shared = 0 if prefix is None else prefix.length
-
-    def padded(length: int) -> int:
-        return bucket(length - shared) + rounded(shared)
-
-    room = engine.num_ahead + padded(max(lengths, default=0)) + new
+    room = engine.num_ahead + max(map(queue.padded, range(len(lengths))), default=0) + new
     running: dict[int, int] = {}  # number of the prompt in each place that is taken
     carry = None
-    group = -(-batch_size // GROUPS)
-    while waiting or running:
+    while queue or running:
         free = [place for place in range(batch_size) if place not in running]
-        while waiting and len(free) >= group:
-            numbers = [waiting.popleft() for _ in range(min(group, len(waiting)))]
+        while queue and len(free) >= group:
+            numbers, prefix, beginnings = queue.take()
             places = dict(zip(free, numbers, strict=False))
             running |= places
             free = free[len(places) :]
-            # A last group that is too small is filled up; the places of the fillers do not exist.
+            # A group that is too small is filled up; the places of the fillers do not exist.
             filled = numbers + numbers[:1] * (group - len(numbers))
             prompts = engine.prefill(
-                make_batch(filled, padded(max(lengths[i] for i in numbers))),
+                make_batch(filled, max(map(queue.padded, numbers))),
                 new,
                 sampling=sampling,
                 seeds=[seeds[i] for i in filled],
@@ -90,10 +86,11 @@ def generate_many(
                 limits=[limits[i] for i in filled],
                 room=room,
                 prefix=prefix,
+                beginnings=beginnings + beginnings[:1] * (group - len(numbers)),
             )
             slots = [*places, *[batch_size] * (group - len(places))]
             carry = engine.insert(carry, prompts, slots, batch_size)
-        carry = engine.advance(carry, chunk, group if waiting else batch_size)
+        carry = engine.advance(carry, chunk, group if queue else batch_size)
         done, tokens, length = map(np.array, (carry.done, carry.tokens, carry.length))
         finished = {}
         for place in list(running):

@@ -56,10 +56,21 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Keys and values of the first tokens of many prompts (`[1, K, P + .., H]`), and how many."""
+    """Keys and values of the first tokens of many prompts (`[N, K, P + .., H]` for N different
+    beginnings), and how many tokens."""
 
     caches: list[LayerCache]
     length: int
+
+
+@jax.jit
+def _join(*caches: list[LayerCache]) -> list[LayerCache]:
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *caches)
+
+
+def join(one: Prefix, other: Prefix) -> Prefix:
+    """The beginnings of both, which are equally long."""
+    return Prefix(_join(one.caches, other.caches), one.length)
 
 
 class Engine:
@@ -138,6 +149,7 @@ class Engine:
         limits: Sequence[int] | None = None,
         room: int = 0,
         prefix: Prefix | None = None,
+        beginnings: Sequence[int] | None = None,
     ) -> Progress:
         """The first half of `generate`: reads the prompts and chooses the first new tokens.
 
@@ -145,20 +157,26 @@ class Engine:
           batch, max_new_tokens, sampling, seeds, logprobs: as in `generate`.
           limits: of each row's new tokens; makes the rows rolling.
           room: cache length of rolling rows, at least P + S + G.
-          prefix: what right-padded rows all begin with; it is not read again.
+          prefix: what right-padded rows begin with; it is not read again.
+          beginnings: for every row which one it begins with; default: the first.
         """
         _check_new(max_new_tokens)
         data, options = self._options(batch, sampling, seeds, logprobs, limits)
         options |= {"new": max_new_tokens, "room": room, "probes": self._probes}
-        if prefix is not None:
-            options["count"] = batch.layout.shape[1] - rounded(prefix.length)
-            prefix = prefix.caches, jnp.int32(prefix.length)
+        prefix, count = _after(batch, prefix, beginnings)
+        options["count"] = count
         return self._run(_prefill, *self._prefill, batch, *data, prefix, **options)
 
-    def read_prefix(self, batch: Batch) -> Prefix:
-        """Reads what many prompts begin with: one right-padded row."""
-        length = int((np.asarray(batch.layout.segment) != Segment.PAD).sum())
-        return Prefix(self._run(_read_prefix, *self._prefill, batch), length)
+    def read_prefix(self, batch: Batch, prefix: Prefix | None = None) -> Prefix:
+        """Reads what many prompts begin with.
+
+        Args:
+          batch: right-padded rows of equally many tokens.
+          prefix: what these begin with; it is not read again.
+        """
+        length = int((np.asarray(batch.layout.segment[0]) != Segment.PAD).sum())
+        prefix, count = _after(batch, prefix, None)
+        return Prefix(self._run(_read_prefix, *self._prefill, batch, prefix, count=count), length)
 
     def extend(
         self,
@@ -258,7 +276,7 @@ class Engine:
     def _greedy(self, batch: Batch, new: int) -> tuple[tuple, dict]:
         """Arguments of the prefill program for greedy choice."""
         data, options = self._options(batch, GREEDY, None, False, None)
-        options |= {"new": new, "room": 0, "probes": self._probes}
+        options |= {"new": new, "room": 0, "probes": self._probes, "count": 0}
         return (*self._prefill, batch, *data, None), options
 
 
@@ -280,28 +298,43 @@ def _decode_model(model: MLLM) -> MLLM:
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "new", "room", "probes", "rules", "count"))
 def _prefill(
-    graphdef, state, batch: Batch, seeds, limits, prefix, *, new, room, probes, rules, count=0
+    graphdef, state, batch: Batch, seeds, limits, prefix, *, new, room, probes, rules, count
 ) -> Progress:
-    model, part = nnx.merge(graphdef, state), None
-    if prefix is not None:
-        caches, first = prefix
-        rows, length = batch.layout.shape
-        total = model.tuning.num_ahead + length
-
-        def shared(x):
-            x = _lengthened(x[:, :, :total], 2, total)
-            return jnp.broadcast_to(x, (rows, *x.shape[1:]))
-
-        part = Part(jax.tree.map(shared, caches), first, count)
+    model = nnx.merge(graphdef, state)
+    part = _part(model, batch, prefix, count)
     carry, logits = _read(model, batch, seeds, limits, new, room, probes, rules, part)
     return carry.append(logits)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _read_prefix(graphdef, state, batch: Batch) -> list[LayerCache]:
-    # No output is asked for but what the last layer needs no more than keys and values for.
-    none = jnp.zeros((1, 1), jnp.int32)
-    return nnx.merge(graphdef, state)(batch, queries=none, keep_cache=True).cache
+@functools.partial(jax.jit, static_argnames=("graphdef", "count"))
+def _read_prefix(graphdef, state, batch: Batch, prefix, *, count) -> list[LayerCache]:
+    model = nnx.merge(graphdef, state)
+    part = _part(model, batch, prefix, count)
+    # One output is asked for: in the last layer, the others need keys and values only.
+    one = jnp.zeros((len(batch.tokens), 1), jnp.int32) + (0 if part is None else part.first)
+    return model(batch, queries=one, keep_cache=True, part=part).cache
+
+
+def _after(batch: Batch, prefix: Prefix | None, beginnings: Sequence[int] | None):
+    """Arguments of the programs: the prefix, and how many tokens follow it at most."""
+    if prefix is None:
+        return None, 0
+    rows, length = batch.layout.shape
+    chosen = np.zeros(rows, np.int32) if beginnings is None else np.asarray(beginnings, np.int32)
+    return (prefix.caches, jnp.int32(prefix.length), chosen), length - rounded(prefix.length)
+
+
+def _part(model: MLLM, batch: Batch, prefix, count: int) -> Part | None:
+    """What is left to read after the prefix."""
+    if prefix is None:
+        return None
+    caches, first, chosen = prefix
+    total = model.tuning.num_ahead + batch.layout.shape[1]
+
+    def shared(x):
+        return _lengthened(x[:, :, :total], 2, total)[chosen]
+
+    return Part(jax.tree.map(shared, caches), first, count)
 
 
 @functools.partial(

@@ -50,14 +50,14 @@ def generate_file(
     with open(out, "w", encoding="utf-8") as file:
         for start in range(0, len(records), WINDOW * batch_size):
             window = range(start, min(start + WINDOW * batch_size, len(records)))
-            lines, rows = [], []
+            lines, rows, known = [], [], {}
             for number in window:
                 record = records[number]
                 named = isinstance(record, dict) and "id" in record
                 lines.append({"id": record["id"] if named else number})
                 try:
                     lines[-1] |= _checked(record, number)
-                    rows.append(_row(model, lines[-1], root, max_new_tokens))
+                    rows.append(_row(model, lines[-1], root, max_new_tokens, known))
                 except UserError as error:
                     lines[-1]["error"] = str(error)
                     errors += 1
@@ -99,9 +99,9 @@ def _checked(record, number: int) -> dict:
     return line | {"seed": seed}
 
 
-def _row(model: Model, line: dict, root: Path, max_new_tokens: int) -> Row:
+def _row(model: Model, line: dict, root: Path, max_new_tokens: int, known: dict) -> Row:
     name = str(line["id"])
     paths = [image_path(root, image, name) for image in line["images"]]
-    row = model.prompt(line["prompt"], paths, name)
+    row = model.prompt(line["prompt"], paths, name, known)
     model.check_context(row, max_new_tokens)
     return row

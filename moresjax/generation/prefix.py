@@ -1,21 +1,90 @@
 """What prompts have in common at their beginning, so that it is read once for all of them.
 
-The questions of a benchmark begin with the same system prompt, those of a few-shot task with the
-same examples. Keys and values of these tokens depend on nothing that comes after them, unless an
-attached method looks ahead.
+The questions of a benchmark begin with the same system prompt and often with the same image, those
+of a few-shot task with the same examples. Keys and values of these tokens depend on nothing that
+comes after them, unless an attached method looks ahead.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from moresjax.data.processor import FIELDS, Row
+from moresjax.generation.engine import Prefix, bucket, join, rounded
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.selectors import REGIONS, parse_selector
 
 LEAST = 8  # tokens in common
 SAVED = 256  # tokens of all rows, below which another program is not worth compiling
+PER_IMAGE = 1.5  # prompts, from which on images are read before the prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Openings:
+    """Beginnings that prompts have in common.
+
+    Attributes:
+      of: for every prompt the number of its beginning, -1 for a prompt that is read whole.
+      rows: the beginnings, unpadded.
+    """
+
+    of: list[int]
+    rows: list[Row] = dataclasses.field(default_factory=list)
+
+    def length(self, prompt: int) -> int:
+        """Tokens of a prompt's beginning."""
+        return 0 if self.of[prompt] < 0 else len(self.rows[self.of[prompt]]["tokens"])
+
+    @property
+    def with_images(self) -> bool:
+        """Whether the beginnings hold images, all that their prompts have."""
+        return any("pixels" in row for row in self.rows)
+
+    def adapters(self, names: Sequence[str | None] | None) -> list[str | None] | None:
+        """Those of the beginnings, from the prompts'."""
+        return None if names is None else [names[self.of.index(n)] for n in range(len(self.rows))]
+
+
+def find_openings(
+    rows: Sequence[Row],
+    tuning: Tuning,
+    adapters: Sequence[str | None] | None = None,
+    text: bool = True,
+) -> Openings:
+    """What is to be read before the prompts: all up to the last image of each, where several are
+    about the same images; or the text that all begin with.
+
+    Args:
+      rows: the prompts; those about the same images hold the same array of pixels.
+      tuning: the attached methods.
+      adapters: of every prompt.
+      text: whether to look for text.
+    """
+    names = [None] * len(rows) if adapters is None else adapters
+    keys: dict[tuple, int] = {}
+    of, heads = [-1] * len(rows), []
+    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
+        size = len(row["tokens"]) - int(np.argmax(row["image"][::-1] >= 0))
+        if "pixels" not in row or size == len(row["tokens"]):
+            continue
+        head = _cut(row, size)
+        key = name, id(row["pixels"]), *(x.tobytes() for x in head.values())
+        if key not in keys:
+            keys[key] = len(heads)
+            heads.append(head | {"pixels": row["pixels"]})
+        of[number] = keys[key]
+    openings = Openings(of, heads)
+    about = sum(number >= 0 for number in of)
+    if about >= PER_IMAGE * max(len(heads), 1):
+        pairs = ((row, openings.length(n)) for n, row in enumerate(rows) if of[n] >= 0)
+        if _stand_alone(tuning, pairs):
+            return openings
+    if text and len(set(names)) == 1 and (head := common_prefix(rows, tuning)) is not None:
+        return Openings([0] * len(rows), [head])
+    return Openings([-1] * len(rows))
 
 
 def common_prefix(rows: Sequence[Row], tuning: Tuning) -> Row | None:
@@ -32,20 +101,112 @@ def common_prefix(rows: Sequence[Row], tuning: Tuning) -> Row | None:
         size = size if equal.all() else int(np.argmin(equal))
     if size < LEAST or size * (len(rows) - 1) < SAVED:
         return None
-    head = {name: first[name][:size] for name in ("tokens", *FIELDS)}
-    return head if _stands_alone(tuning, set(head["segment"].tolist())) else None
+    return _cut(first, size) if _stand_alone(tuning, ((row, size) for row in rows)) else None
 
 
-def _stands_alone(tuning: Tuning, segments: set[int]) -> bool:
-    """Whether what the methods do to tokens of these segments, all that come first in a prompt,
-    does not depend on the rest of it."""
+def _cut(row: Row, size: int) -> Row:
+    return {name: row[name][:size] for name in ("tokens", *FIELDS)}
+
+
+def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
+    """Whether what the methods do to so many first tokens of each row does not depend on the rest
+    of it."""
+    seen, later = set(), set()
+    for row, size in rows:
+        seen |= set(row["segment"][:size].tolist())
+        later |= set(row["segment"][size:].tolist())
     for _, method in tuning.methods:
         if isinstance(method, WeightDelta) and method.sees_tokens:
             return False
         if not isinstance(method, Edit):
             continue
         for region, part in parse_selector(method.positions).parts:
-            counted = part.kind != "all" and segments & set(REGIONS[region])
-            if counted or region == "last_prompt":
+            segments = set(REGIONS.get(region, ()))
+            # A slice of a region that ends before the rest begins is the same slice.
+            if part.kind != "all" and segments & seen and segments & later:
+                return False
+            if region == "last_prompt":
                 return False
     return True
+
+
+class Queue:
+    """Prompts that wait to be read: neighbours have about the same length and the same beginning.
+
+    Args:
+      lengths: tokens of every prompt.
+      size: of the groups in which they are read.
+      openings: what they have in common.
+      read: reads beginnings of some numbers, which are equally long.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        size: int,
+        openings: Openings | None = None,
+        read: Callable[[Sequence[int]], Prefix] | None = None,
+    ):
+        self._lengths, self._size, self._read = lengths, size, read
+        self._openings = openings = openings or Openings([-1] * len(lengths))
+        longest: dict[int, int] = {}
+        for number, length in zip(openings.of, lengths, strict=True):
+            longest[number] = max(longest.get(number, 0), length)
+
+        def order(prompt):
+            number, length = openings.of[prompt], lengths[prompt]
+            together = (-longest[number], number) if number >= 0 else ()
+            return -openings.length(prompt), *together, -length
+
+        self._waiting = deque(sorted(range(len(lengths)), key=order))
+        # Beginnings are read in equal numbers too: as many as a group has on average. Those of the
+        # last two times are held, because a group may begin with some and end with others.
+        having = sum(number >= 0 for number in openings.of)
+        self._at_once = -(-size * len(openings.rows) // max(having, 1))
+        self._last: list[int] = []
+        self._last_prefix: Prefix | None = None
+        self._held: list[int] = []  # the numbers of what is in ..
+        self._prefix: Prefix | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def padded(self, prompt: int) -> int:
+        """The padded length of a prompt whose beginning is not read with it."""
+        shared = self._openings.length(prompt)
+        return bucket(self._lengths[prompt] - shared) + rounded(shared)
+
+    def take(self) -> tuple[list[int], Prefix | None, list[int]]:
+        """The prompts of the next group, which may be too small; what they begin with; and which of
+        these beginnings each has."""
+        of, length = self._openings.of, self._openings.length
+        first, prompts = self._waiting[0], []
+        while self._waiting and len(prompts) < self._size:
+            prompt = self._waiting[0]
+            if length(prompt) != length(first):
+                break
+            if of[prompt] >= 0 and of[prompt] not in self._held:
+                if any(of[i] not in self._last for i in prompts):
+                    break
+                self._read_ahead()
+            prompts.append(self._waiting.popleft())
+        if of[first] < 0:
+            return prompts, None, [0] * len(prompts)
+        return prompts, self._prefix, [self._held.index(of[i]) for i in prompts]
+
+    def _read_ahead(self) -> None:
+        """Reads the beginnings that come next; forgets those before the last ones."""
+        of, length = self._openings.of, self._openings.length
+        size = length(self._waiting[0])
+        numbers = list(dict.fromkeys(of[i] for i in self._waiting if length(i) == size))
+        numbers = numbers[: self._at_once]
+        numbers += numbers[:1] * (self._at_once - len(numbers))
+        prefix = self._read(numbers)
+        self._held, self._prefix = numbers, prefix
+        if sum(len(row["tokens"]) == size for row in self._openings.rows) > self._at_once:
+            # The same number from the beginning: one program.
+            before = self._last_prefix
+            if before is None or before.length != size:
+                self._last, before = numbers, prefix
+            self._held, self._prefix = self._last + numbers, join(before, prefix)
+        self._last, self._last_prefix = numbers, prefix

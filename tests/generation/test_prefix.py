@@ -8,11 +8,12 @@ from tiny import talking_model, tiny_batch, tiny_config, tiny_model
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.generation import engine as engine_module
 from moresjax.generation import prefix as prefix_module
+from moresjax.generation.engine import Engine
 from moresjax.generation.prefix import common_prefix
 from moresjax.tuning.attach import Tuning
 
 NEW = 5
-IMAGES = np.random.default_rng(0).integers(0, 255, (3, 12, 12, 3)).astype(np.uint8)
+IMAGES = list(np.random.default_rng(0).integers(0, 255, (3, 12, 12, 3)).astype(np.uint8))
 HEAD = "how many times two ? three . is there a seven ? no . "
 PROMPTS = [
     (HEAD + "<image> is there a two ?", [IMAGES[0]]),
@@ -48,6 +49,49 @@ def test_a_shared_prefix_changes_no_token_and_no_statistic(monkeypatch):
         expected = jax.tree.map(lambda x, row=row: x[:, row], apart.stats)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found.stats, expected
+        )
+
+
+QUESTIONS = ["is there a two ?", "what is at top-left ? " * 5, "what is the largest ?", "three ?"]
+PAIR = "<image> what is at top-left ? <image> are the two the same ?"
+# Questions about four things, one of them a pair of images, in no order; and one about none.
+ABOUT = [
+    *((question, [image]) for question in QUESTIONS for image in IMAGES),
+    *((PAIR + end, [IMAGES[0], IMAGES[1]]) for end in ("", " no .", " how many times three ?")),
+    ("how many times two ?", []),
+]
+
+
+@pytest.mark.parametrize("text", ["", HEAD])
+def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
+    """Each on its own, with statistics; the batch makes groups of four, of two beginnings."""
+    model, probes, known, read = talking_model(TUNING), (AttentionProbe(),), {}, []
+    rows = [model.prompt(text + ("<image> " * (len(i) == 1)) + t, i, known=known) for t, i in ABOUT]
+    apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
+    if text:
+        monkeypatch.setattr(prefix_module, "SAVED", 1)
+    run = Engine.read_prefix
+    monkeypatch.setattr(
+        Engine, "read_prefix", lambda self, *a: read.append((a[0].pixels, a[1])) or run(self, *a)
+    )
+    options = {"batch_size": 16, "probes": probes, "logprobs": True}
+    order = np.random.default_rng(0).permutation(len(rows))
+    done = model.generate_many([rows[i] for i in order], NEW, **options)
+    if text:
+        assert read[0] == (None, None)
+        read = read[1:]
+    # The pair of images, which is longer; then two images at a time.
+    assert [pixels.shape[:2] for pixels, _ in read] == [(2, 2)] + [(2, 1)] * 2
+    assert all((prefix is not None) == bool(text) for _, prefix in read)
+    for row, found in zip(order, done, strict=True):
+        count = len(found.tokens)
+        assert count == apart.length[row]
+        np.testing.assert_array_equal(found.tokens, apart.tokens[row, :count])
+        np.testing.assert_allclose(found.logprobs, apart.logprobs[row, :count], atol=1e-4)
+        jax.tree.map(
+            lambda x, y, row=row: np.testing.assert_allclose(x, y[:, row], atol=1e-4),
+            found.stats,
+            apart.stats,
         )
 
 
