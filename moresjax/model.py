@@ -24,17 +24,18 @@ from moresjax.data.processor import Processor, Row
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
-from moresjax.generation.batching import Completion, generate_many
+from moresjax.generation.batching import GROUPS, Completion, generate_many
 from moresjax.generation.beam import Beams
-from moresjax.generation.engine import Engine, Generation, Prefix, bucket, rounded
+from moresjax.generation.engine import Engine, Generation, Prefix, bucket, rounded, score_batch
 from moresjax.generation.prefix import Openings, find_openings
+from moresjax.generation.queue import Queue
 from moresjax.generation.sampling import GREEDY, Sampling
-from moresjax.generation.scoring import Score, score_rows
+from moresjax.generation.scoring import Score, branches, by_prompt, score_rows
 from moresjax.generation.text import check_stops, cut, has_stop
 from moresjax.layout import Batch, Segment, TokenLayout
 from moresjax.models.fused_attention import kernel_for
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.parallel.mesh import batch_shards, place, use_mesh
+from moresjax.parallel.mesh import place, use_mesh
 from moresjax.tuning.base import Probe
 from moresjax.tuning.many import adapter_numbers
 from moresjax.tuning.merge import merged
@@ -289,28 +290,17 @@ class Model:
             self.check_context(row, limit)
         _check_seeds(seeds, rows)
         stops = check_stops(stop)
-
         openings = self._openings(rows, adapters)
-
-        def make_batch(numbers, length):
-            names = None if adapters is None else [adapters[i] for i in numbers]
-            batch = self.batch([rows[i] for i in numbers], length, names)
-            read = openings.with_images and openings.length(numbers[0])
-            return dataclasses.replace(batch, pixels=None) if read else batch
-
         results: list[Completion | None] = [None] * len(rows)
         for number, completion in generate_many(
             self.engine(probes),
-            [len(row["tokens"]) for row in rows],
-            make_batch,
+            self._queue(rows, -(-batch_size // GROUPS), adapters, openings, probes),
             limits,
             batch_size=batch_size,
             sampling=sampling,
             seeds=seeds,
             logprobs=logprobs,
             ended=(lambda ids: has_stop(self.spell(ids), stops)) if stops else None,
-            openings=openings,
-            read=self._reader(openings, adapters, probes),
         ):
             results[number] = completion
             if on_done is not None:
@@ -326,20 +316,35 @@ class Model:
         self, openings: Openings, adapters: Sequence[str | None] | None, probes: Sequence[Probe]
     ) -> Callable[[Sequence[int]], Prefix]:
         """What reads beginnings of some numbers; text that they have in common is read once."""
-        names = openings.adapters(adapters)
+        engine, names = self.engine(probes), openings.adapters(adapters)
         common = self._openings(openings.rows, names)
-        begin = self._reader(common, names, probes)([0]) if common.rows else None
+        begin = None
+        if common.rows:
+            begin = self._reader(common, names, probes)([0] * engine.parts)
         before = 0 if begin is None else begin.length
-        parts = 1 if self._mesh is None else batch_shards(self._mesh)
 
         def read(numbers):
-            numbers = [*numbers, *numbers[:1] * (-len(numbers) % parts)]
             heads = [openings.rows[n] for n in numbers]
             length = rounded(len(heads[0]["tokens"]) - before) + rounded(before)
             batch = self.batch(heads, length, names and [names[n] for n in numbers])
-            return self.engine(probes).read_prefix(batch, begin)
+            return engine.read_prefix(batch, begin)
 
         return read
+
+    def _queue(
+        self,
+        rows: Sequence[Row],
+        size: int,
+        adapters: Sequence[str | None] | None,
+        openings: Openings,
+        probes: Sequence[Probe] = (),
+    ) -> Queue:
+        """Prompts in groups of one size, with the reader of what they have in common."""
+        options = {"adapters": adapters, "openings": openings}
+        if openings.rows:
+            options["read"] = self._reader(openings, adapters, probes)
+            options["parts"] = self.engine(probes).parts
+        return Queue(rows, self.batch, size, **options)
 
     def check_context(self, row: Row, max_new_tokens: int) -> None:
         """Raises a `UserError` when a prompt and its continuation do not fit the model."""
@@ -438,8 +443,30 @@ class Model:
     ) -> list[Score]:
         """Scores of continuations, given as prompt row and token ids, each with its adapter; equal
         prompts to one adapter share a row."""
+        groups = by_prompt(pairs, adapters)
+        prompts = [pairs[own[0]][0] for own in groups]
+        names = None if adapters is None else [adapters[own[0]] for own in groups]
+        openings = self._openings(prompts, names)
+        whole = [
+            branches(prompt, [pairs[i][1] for i in own])
+            for prompt, own in zip(prompts, groups, strict=True)
+        ]
+        queue = self._queue([b.row for b in whole], batch_size, names, openings)
+        if openings.rows:
+            score = self.engine().score
+        else:  # stacked blocks compile faster
+            graphdef, state = nnx.split(self._mllm)
+
+            def score(batch, queries, targets, *nothing):
+                return score_batch(graphdef, state, batch, queries, targets)
+
+        results: list[Score | None] = [None] * len(pairs)
         with use_mesh(self._mesh):
-            return score_rows(self._mllm, self.batch, pairs, batch_size, adapters)
+            found = score_rows(whole, queue, score)
+        for own, scores in zip(groups, found, strict=True):
+            for number, one in zip(own, scores, strict=True):
+                results[number] = one
+        return results
 
     def logits(
         self,

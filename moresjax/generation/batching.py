@@ -1,8 +1,7 @@
 """Many prompts through one batch of fixed size: rows that have ended make room for others.
 
 A long answer therefore never holds a batch. Prompts are read in groups, whenever there are places
-for one: decoding stops as soon as that many rows have ended. Groups have one size and a bucket
-length: few shapes, few compilations. What prompts begin with in common is read before their group.
+for one: decoding stops as soon as that many rows have ended.
 """
 
 import dataclasses
@@ -11,10 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from moresjax.generation.engine import Engine, Prefix
-from moresjax.generation.prefix import Openings, Queue
+from moresjax.generation.engine import Engine
+from moresjax.generation.queue import Queue
 from moresjax.generation.sampling import GREEDY, Sampling
-from moresjax.layout import Batch
 from moresjax.types import AnyArray, Ids
 
 CHUNK = 16  # decode steps between two looks at which rows have said a stop string
@@ -32,8 +30,7 @@ class Completion:
 
 def generate_many(
     engine: Engine,
-    lengths: Sequence[int],
-    make_batch: Callable[[Sequence[int], int], Batch],
+    queue: Queue,
     limits: Sequence[int],
     *,
     batch_size: int,
@@ -42,15 +39,12 @@ def generate_many(
     logprobs: bool = False,
     ended: Callable[[Ids], bool] | None = None,
     chunk: int = CHUNK,
-    openings: Openings | None = None,
-    read: Callable[[Sequence[int]], Prefix] | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Continues prompts; yields number and completion of each as soon as it has ended.
 
     Args:
       engine: what generates.
-      lengths: tokens of every prompt.
-      make_batch: the prompts of some numbers, padded to a length.
+      queue: the prompts, in groups of at most `batch_size`.
       limits: at most this many new tokens of every prompt.
       batch_size: rows that are decoded at a time.
       sampling, logprobs: as in `Engine.generate`.
@@ -58,39 +52,34 @@ def generate_many(
       ended: whether new tokens contain a stop string; asked after every chunk, so up to `chunk`
         tokens may follow it.
       chunk: decode steps at a time.
-      openings: what prompts have in common.
-      read: reads beginnings of some numbers, which are equally long.
     """
-    seeds = [sampling.seed] * len(lengths) if seeds is None else seeds
-    group = -(-batch_size // GROUPS)
-    queue = Queue(lengths, group, openings, read)
+    seeds = [sampling.seed] * len(limits) if seeds is None else seeds
     new = max(limits, default=0)
-    room = engine.num_ahead + max(map(queue.padded, range(len(lengths))), default=0) + new
+    room = engine.num_ahead + queue.longest + new
     running: dict[int, int] = {}  # number of the prompt in each place that is taken
     carry = None
     while queue or running:
         free = [place for place in range(batch_size) if place not in running]
-        while queue and len(free) >= group:
-            numbers, prefix, beginnings = queue.take()
-            places = dict(zip(free, numbers, strict=False))
+        while queue and len(free) >= queue.size:
+            group = queue.take()
+            places = dict(zip(free, group.numbers, strict=False))
             running |= places
             free = free[len(places) :]
-            # A group that is too small is filled up; the places of the fillers do not exist.
-            filled = numbers + numbers[:1] * (group - len(numbers))
             prompts = engine.prefill(
-                make_batch(filled, max(map(queue.padded, numbers))),
+                group.batch,
                 new,
                 sampling=sampling,
-                seeds=[seeds[i] for i in filled],
+                seeds=[seeds[i] for i in group.filled],
                 logprobs=logprobs,
-                limits=[limits[i] for i in filled],
+                limits=[limits[i] for i in group.filled],
                 room=room,
-                prefix=prefix,
-                beginnings=beginnings + beginnings[:1] * (group - len(numbers)),
+                prefix=group.prefix,
+                beginnings=group.beginnings,
             )
-            slots = [*places, *[batch_size] * (group - len(places))]
+            # The places of the fillers do not exist.
+            slots = [*places, *[batch_size] * (queue.size - len(places))]
             carry = engine.insert(carry, prompts, slots, batch_size)
-        carry = engine.advance(carry, chunk, group if queue else batch_size)
+        carry = engine.advance(carry, chunk, queue.size if queue else batch_size)
         done, tokens, length = map(np.array, (carry.done, carry.tokens, carry.length))
         finished = {}
         for place in list(running):

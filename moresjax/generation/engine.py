@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.generation.beam import Beams, beam_search
 from moresjax.generation.progress import Progress, Rolling, Rules, blank, count_stats, insert
@@ -29,7 +29,7 @@ from moresjax.layout import Batch, Segment, TokenLayout, valid_mask
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, Part
 from moresjax.ops import place
-from moresjax.parallel.mesh import use_mesh
+from moresjax.parallel.mesh import batch_shards, use_mesh
 from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
 from moresjax.types import AnyArray, pytree_dataclass
@@ -100,6 +100,7 @@ class Engine:
         self._probes = tuple(probes)
         self._mesh = mesh
         self.num_ahead: int = model.tuning.num_ahead
+        self.parts: int = 1 if mesh is None else batch_shards(mesh)
 
     def generate(
         self,
@@ -249,6 +250,23 @@ class Engine:
         carry = self._run(_decode, *self._decode, carry, probes=self._probes)
         return carry.replace(left=None, enough=None)
 
+    def score(
+        self,
+        batch: Batch,
+        queries: Int[AnyArray, "B Q"],
+        targets: Int[AnyArray, "B Q"],
+        prefix: Prefix | None = None,
+        beginnings: Sequence[int] | None = None,
+    ) -> tuple[Float[Array, "B Q"], Bool[Array, "B Q"]]:
+        """`score_batch` of the engine's model.
+
+        Args:
+          batch, queries, targets: as there; no query may belong to the prefix.
+          prefix, beginnings: as in `prefill`.
+        """
+        prefix, count = _after(batch, prefix, beginnings)
+        return self._run(score_batch, *self._prefill, batch, queries, targets, prefix, count=count)
+
     def _run(self, program: Callable, *arguments, **options):
         """One of the programs below, traced for the mesh."""
         with use_mesh(self._mesh):
@@ -313,6 +331,26 @@ def _read_prefix(graphdef, state, batch: Batch, prefix, *, count) -> list[LayerC
     # One output is asked for: in the last layer, the others need keys and values only.
     one = jnp.zeros((len(batch.tokens), 1), jnp.int32) + (0 if part is None else part.first)
     return model(batch, queries=one, keep_cache=True, part=part).cache
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "count"))
+def score_batch(
+    graphdef,
+    state,
+    batch: Batch,
+    queries: Int[AnyArray, "B Q"],
+    targets: Int[AnyArray, "B Q"],
+    prefix=None,
+    *,
+    count: int = 0,
+) -> tuple[Float[Array, "B Q"], Bool[Array, "B Q"]]:
+    """Log-probability of every target token, the next one of its query, and whether it is the most
+    likely one. Logits are computed for the queries only."""
+    model = nnx.merge(graphdef, state)
+    part = _part(model, batch, prefix, count)
+    logits = model.llm.logits(model(batch, queries=queries, part=part).hidden)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=2)
+    return chosen[..., 0], logits.argmax(-1) == targets
 
 
 def _after(batch: Batch, prefix: Prefix | None, beginnings: Sequence[int] | None):

@@ -6,13 +6,11 @@ comes after them, unless an attached method looks ahead.
 """
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from moresjax.data.processor import FIELDS, Row
-from moresjax.generation.engine import Prefix, bucket, join, rounded
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.selectors import REGIONS, parse_selector
@@ -128,85 +126,3 @@ def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
             if region == "last_prompt":
                 return False
     return True
-
-
-class Queue:
-    """Prompts that wait to be read: neighbours have about the same length and the same beginning.
-
-    Args:
-      lengths: tokens of every prompt.
-      size: of the groups in which they are read.
-      openings: what they have in common.
-      read: reads beginnings of some numbers, which are equally long.
-    """
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        size: int,
-        openings: Openings | None = None,
-        read: Callable[[Sequence[int]], Prefix] | None = None,
-    ):
-        self._lengths, self._size, self._read = lengths, size, read
-        self._openings = openings = openings or Openings([-1] * len(lengths))
-        longest: dict[int, int] = {}
-        for number, length in zip(openings.of, lengths, strict=True):
-            longest[number] = max(longest.get(number, 0), length)
-
-        def order(prompt):
-            number, length = openings.of[prompt], lengths[prompt]
-            together = (-longest[number], number) if number >= 0 else ()
-            return -openings.length(prompt), *together, -length
-
-        self._waiting = deque(sorted(range(len(lengths)), key=order))
-        # Beginnings are read in equal numbers too: as many as a group has on average. Those of the
-        # last two times are held, because a group may begin with some and end with others.
-        having = sum(number >= 0 for number in openings.of)
-        self._at_once = -(-size * len(openings.rows) // max(having, 1))
-        self._last: list[int] = []
-        self._last_prefix: Prefix | None = None
-        self._held: list[int] = []  # the numbers of what is in ..
-        self._prefix: Prefix | None = None
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def padded(self, prompt: int) -> int:
-        """The padded length of a prompt whose beginning is not read with it."""
-        shared = self._openings.length(prompt)
-        return bucket(self._lengths[prompt] - shared) + rounded(shared)
-
-    def take(self) -> tuple[list[int], Prefix | None, list[int]]:
-        """The prompts of the next group, which may be too small; what they begin with; and which of
-        these beginnings each has."""
-        of, length = self._openings.of, self._openings.length
-        first, prompts = self._waiting[0], []
-        while self._waiting and len(prompts) < self._size:
-            prompt = self._waiting[0]
-            if length(prompt) != length(first):
-                break
-            if of[prompt] >= 0 and of[prompt] not in self._held:
-                if any(of[i] not in self._last for i in prompts):
-                    break
-                self._read_ahead()
-            prompts.append(self._waiting.popleft())
-        if of[first] < 0:
-            return prompts, None, [0] * len(prompts)
-        return prompts, self._prefix, [self._held.index(of[i]) for i in prompts]
-
-    def _read_ahead(self) -> None:
-        """Reads the beginnings that come next; forgets those before the last ones."""
-        of, length = self._openings.of, self._openings.length
-        size = length(self._waiting[0])
-        numbers = list(dict.fromkeys(of[i] for i in self._waiting if length(i) == size))
-        numbers = numbers[: self._at_once]
-        numbers += numbers[:1] * (self._at_once - len(numbers))
-        prefix = self._read(numbers)
-        self._held, self._prefix = numbers, prefix
-        if sum(len(row["tokens"]) == size for row in self._openings.rows) > self._at_once:
-            # The same number from the beginning: one program.
-            before = self._last_prefix
-            if before is None or before.length != size:
-                self._last, before = numbers, prefix
-            self._held, self._prefix = self._last + numbers, join(before, prefix)
-        self._last, self._last_prefix = numbers, prefix

@@ -7,20 +7,16 @@ prompt (and its images, which are encoded once) but none of the others.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Int
 
 from moresjax.data.processor import Row
 from moresjax.generation.engine import bucket
-from moresjax.layout import Batch, Segment
-from moresjax.models.mllm import MLLM
-from moresjax.types import AnyArray, Ids
+from moresjax.generation.queue import Queue
+from moresjax.layout import Segment
+from moresjax.types import Ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,66 +80,42 @@ def branches(prompt: Row, continuations: Sequence[Ids]) -> Branches:
     return Branches(row, queries.astype(np.int32), tail, sizes)
 
 
-def score_rows(
-    model: MLLM,
-    make_batch: Callable[[Sequence[Row], int, Sequence[str | None] | None], Batch],
-    pairs: Sequence[tuple[Row, Ids]],
-    batch_size: int,
-    adapters: Sequence[str | None] | None = None,
-) -> list[Score]:
-    """Scores of continuations; those of equal prompts to one adapter share a row.
-
-    Args:
-      model: what scores.
-      make_batch: rows, padded to a length, with the names of their adapters.
-      pairs: prompt row and token ids of the continuation.
-      batch_size: rows per batch.
-      adapters: for every pair the name of its adapter.
-    """
+def by_prompt(
+    pairs: Sequence[tuple[Row, Ids]], adapters: Sequence[str | None] | None = None
+) -> list[list[int]]:
+    """Numbers of the pairs (prompt row and token ids of a continuation) of each prompt to one
+    adapter."""
     groups: dict[tuple, list[int]] = {}
     for number, (row, _) in enumerate(pairs):
         name = adapters[number] if adapters is not None else None
         key = row["tokens"].tobytes(), id(row.get("pixels")), name
         groups.setdefault(key, []).append(number)
-    whole = [(g, branches(pairs[g[0]][0], [pairs[i][1] for i in g])) for g in groups.values()]
-    whole.sort(key=lambda item: len(item[1].row["tokens"]))
-    results: list[Score | None] = [None] * len(pairs)
-    graphdef, state = nnx.split(model)
-    for start in range(0, len(whole), batch_size):
-        chosen = whole[start : start + batch_size]
-        # Short batches are filled up, so that they do not compile anew.
-        rows = chosen + chosen[:1] * (batch_size - len(chosen))
-        filled = [b for _, b in rows]
-        names = None if adapters is None else [adapters[numbers[0]] for numbers, _ in rows]
-        size = bucket(max(len(b.queries) for b in filled), 8)
-
-        def padded(x, size=size):
-            return np.pad(x, (0, size - len(x)))
-
-        length = bucket(max(len(b.row["tokens"]) for b in filled))
-        batch = make_batch([b.row for b in filled], length, names)
-        queries, targets = (
-            np.stack([padded(getattr(b, name)) for b in filled]) for name in ("queries", "targets")
-        )
-        found = score_batch(graphdef, state, batch, queries, targets)
-        for (numbers, b), logprobs, greedy in zip(chosen, *map(np.asarray, found), strict=False):
-            ends = np.cumsum(b.sizes)
-            for number, end, size in zip(numbers, ends, b.sizes, strict=True):
-                own = slice(end - size, end)
-                score = Score(float(logprobs[own].sum()), bool(greedy[own].all()), size)
-                results[number] = score
-    return results
+    return list(groups.values())
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def score_batch(
-    graphdef, state, batch: Batch, queries: Int[AnyArray, "B Q"], targets: Int[AnyArray, "B Q"]
-) -> tuple[Float[Array, "B Q"], Bool[Array, "B Q"]]:
-    """Log-probability of every target token, and whether it is the most likely one.
+def score_rows(whole: Sequence[Branches], queue: Queue, score: Callable) -> list[list[Score]]:
+    """Scores of the continuations in each row.
 
-    Logits are computed for the queries only.
+    Args:
+      whole: the rows.
+      queue: the same, in groups.
+      score: gives log-probabilities and whether they are the largest, as `Engine.score`.
     """
-    model = nnx.merge(graphdef, state)
-    logits = model.llm.logits(model(batch, queries=queries).hidden)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=2)
-    return chosen[..., 0], logits.argmax(-1) == targets
+    results: list[list[Score]] = [[] for _ in whole]
+    while queue:
+        group = queue.take()
+        rows = [whole[i] for i in group.filled]
+        size = bucket(max(len(b.queries) for b in rows), 8)
+        # What is repeated at the end is not looked at.
+        queries, targets = (
+            np.stack([np.pad(x, (0, size - len(x)), mode="edge") for x in each])
+            for each in ([b.queries for b in rows], [b.targets for b in rows])
+        )
+        found = score(group.batch, queries, targets, group.prefix, group.beginnings)
+        for number, logprobs, greedy in zip(group.numbers, *map(np.asarray, found), strict=False):
+            sizes = whole[number].sizes
+            for end, length in zip(np.cumsum(sizes), sizes, strict=True):
+                own = slice(end - length, end)
+                total = float(logprobs[own].sum())
+                results[number].append(Score(total, bool(greedy[own].all()), length))
+    return results

@@ -16,7 +16,7 @@ from moresjax.weights.adapter import fingerprint
 
 NEW = 4
 TUNING = "lora:rank=2/mores:rank=1,positions=image:f4+l5"
-IMAGES = np.random.default_rng(0).integers(0, 255, (3, 12, 12, 3)).astype(np.uint8)
+IMAGES = list(np.random.default_rng(0).integers(0, 255, (3, 12, 12, 3)).astype(np.uint8))
 HEAD = "how many times two ? three . "
 PROMPTS = [
     (HEAD + "<image> is there a two ?", [IMAGES[0]]),
@@ -37,12 +37,20 @@ def answers(model: Model) -> dict:
     # More rows than devices, fewer, and as many; groups that do not divide.
     whole = model.generate_rows(rows + rows[:3], NEW, probes)
     left = model.generate_many(rows, [NEW, 1, 2, NEW, NEW], batch_size=2)
+    # Questions about the same images, which are read before them.
+    asked = ["is there a two ?", "what is the largest ?", "how many times three ?"] * 4
+    about = [[image] for image in IMAGES[:2] for _ in range(6)]
     drawn = model.generate_rows(rows, NEW, sampling=Sampling(temperature=1.0), seeds=range(5))
     scores = model.score(texts[:2], [["three .", "no ."], ["seven ."]], images[:2])
     return {
         "tokens": np.asarray(whole.tokens).tolist(),
         "stats": jax.tree.map(np.asarray, whole.stats),
         "refilled": [completion.tokens.tolist() for completion in left],
+        "about": model.generate(asked, about, max_new_tokens=NEW, batch_size=16),
+        "ranked": [
+            score.logprob
+            for (score,) in model.score(asked, [["three ."]] * len(asked), about, batch_size=8)
+        ],
         "drawn": np.asarray(drawn.tokens).tolist(),
         "beams": model.generate(texts[:1], images[:1], max_new_tokens=NEW, num_beams=2),
         "scores": [[score.logprob for score in each] for each in scores],
@@ -67,12 +75,13 @@ def test_a_mesh_changes_no_token(preset, expected):
     assert fingerprint(model.mllm) == name
     found = answers(model)
     assert len(set(map(tuple, expected["tokens"]))) >= 4
-    for name in ("tokens", "drawn", "refilled", "beams"):
+    for name in ("tokens", "drawn", "refilled", "beams", "about"):
         assert found[name] == expected[name], name
     scale = np.abs(expected["logits"]).max()
     np.testing.assert_allclose(found["logits"] / scale, expected["logits"] / scale, atol=1e-5)
     for one, other in zip(found["scores"], expected["scores"], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4)
+    np.testing.assert_allclose(found["ranked"], expected["ranked"], rtol=1e-4)
     for one, other in zip(*map(jax.tree.leaves, (found["stats"], expected["stats"])), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 

@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_model
+from tiny import talking_model, tiny_model
 
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
+from moresjax.generation.engine import Engine
 from moresjax.layout import Segment
 from moresjax.model import Model
 
@@ -61,6 +62,35 @@ def test_answers_that_share_a_prompt_score_as_they_do_alone(model):
             assert (score.greedy, score.tokens) == (greedy, len(ids))
     assert found[0][-1].greedy
     assert found[0][0].logprob != pytest.approx(found[1][0].logprob, abs=1e-3)
+
+
+@pytest.mark.parametrize("images", [IMAGES, [None]], ids=["images", "text"])
+def test_questions_that_begin_alike_have_their_beginning_read_once(images, monkeypatch):
+    """About two images, or after a long text."""
+    model, read = talking_model("lora:rank=2/prefix:length=2/mores:rank=1,positions=image:f4"), []
+    text = "" if images[0] is not None else "how many times two ? three . " * 16
+    asked = [
+        (text + question, [] if image is None else [image])
+        for question in ("is there a two ?", "what is the largest ?", "how many times three ?")
+        for image in images
+    ]
+    asked.append((text + "is there a seven ? no .", asked[0][1]))
+    prompts, own = zip(*asked, strict=True)
+    apart = [model.score([p], [ANSWERS], [i])[0] for p, i in asked]
+    run = Engine.read_prefix
+
+    def note(self, batch, prefix=None):
+        read.append(len(batch.tokens))
+        return run(self, batch, prefix)
+
+    monkeypatch.setattr(Engine, "read_prefix", note)
+    found = model.score(prompts, [ANSWERS] * len(asked), own, batch_size=4)
+    assert read == ([2] if len(images) == 2 else [1])
+    for one, other in zip(apart, found, strict=True):
+        for x, y in zip(one, other, strict=True):
+            assert x.logprob == pytest.approx(y.logprob, rel=1e-5)
+            assert (x.greedy, x.tokens) == (y.greedy, y.tokens)
+    assert len({round(scores[0].logprob, 3) for scores in found}) == len(asked)
 
 
 def test_an_empty_answer_is_refused(model):
