@@ -40,7 +40,7 @@ from moresjax.tuning.base import Probe
 from moresjax.tuning.many import adapter_numbers
 from moresjax.tuning.merge import merged
 from moresjax.types import Ids
-from moresjax.weights.adapter import attach_adapter, load_adapters
+from moresjax.weights.adapter import attach_adapter, fingerprint, load_adapters
 from moresjax.weights.hf import is_llava, load_pretrained
 
 
@@ -82,6 +82,11 @@ class Model:
     def tuning(self) -> str:
         """Spec string of the attached tuning."""
         return self._mllm.tuning.spec
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that tell models apart; generation goes on after it."""
+        return fingerprint(self._mllm)
 
     @property
     def max_length(self) -> int:

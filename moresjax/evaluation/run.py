@@ -38,7 +38,6 @@ from moresjax.evaluation.tasks import (
 )
 from moresjax.evaluation.text_tasks import load_text_task, run_text_task
 from moresjax.model import Model
-from moresjax.weights.adapter import fingerprint
 
 # Nothing is fetched from a hub unless the user says so in the environment.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -122,7 +121,7 @@ def evaluate(
     probe = AttentionProbe()
     collected = []
 
-    log = PredictionLog(out, fingerprint(model.mllm))
+    log = PredictionLog(out, model.fingerprint)
 
     def done(request, row, completion, text):
         log.add(request.task_name, request.doc, text)

@@ -234,7 +234,7 @@ class Engine:
           slots: their places.
           rows: the size of the batch.
         """
-        carry = blank(new, rows) if carry is None else carry
+        carry = self._run(_blank, new, rows=rows) if carry is None else carry
         return self._run(_insert, carry, new, jnp.asarray(slots))
 
     def advance(self, carry: Progress, steps: int, enough: int | None = None) -> Progress:
@@ -518,6 +518,7 @@ def _step(model: MLLM, probes, carry: Progress):
     return carry, model.llm.logits(out.hidden[:, 0])
 
 
+_blank = jax.jit(blank, static_argnames="rows")
 _insert = jax.jit(insert, donate_argnames=("carry",))
 
 

@@ -116,9 +116,14 @@ def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:
 
 def fingerprint(mllm: MLLM) -> str:
     """Twelve hexadecimal digits that tell models apart: by configuration, tuning, and a few values
-    of every parameter."""
-    flat = nnx.to_flat_state(nnx.state(mllm, nnx.Param))
-    sums = {path_name(path): _checksum(x.get_value()) for path, x in flat}
+    of every parameter. They are the same whether blocks are stacked or not."""
+    parts: dict[str, dict[int, AnyArray]] = {}
+    for path, x in nnx.to_flat_state(nnx.state(mllm, nnx.Param)):
+        layer = 0
+        if path[:2] == ("llm", "blocks") and isinstance(path[2], int):
+            layer, path = path[2], (*path[:2], *path[3:])
+        parts.setdefault(path_name(path), {})[layer] = x.get_value()
+    sums = {name: _checksum(*(own[i] for i in sorted(own))) for name, own in parts.items()}
     text = json.dumps([mllm.config.to_dict(), mllm.tuning.spec, sums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -210,10 +215,22 @@ def _checksums(base: Mapping[str, AnyArray]) -> dict[str, int]:
     return {name: _checksum(base[name]) for name in names[:: -(-len(names) // _CHECKSUMS) or 1]}
 
 
-def _checksum(x: AnyArray) -> int:
-    """Of values spread over the array, as bf16: the same for a base loaded in bf16 or fp32."""
-    places = np.unravel_index(np.linspace(0, x.size - 1, _VALUES).astype(int), x.shape)
-    return zlib.crc32(np.asarray(x[places]).astype(jnp.bfloat16).tobytes())
+def _checksum(*layers: AnyArray) -> int:
+    """Of values spread over an array, or over the equal parts of one, as bf16: the same for a base
+    loaded in bf16 or fp32."""
+    each = layers[0].size
+    chosen = np.linspace(0, each * len(layers) - 1, _VALUES).astype(int)
+    values = []
+    for number, x in enumerate(layers):
+        own = chosen[chosen // each == number] - number * each
+        values.append(np.asarray(_on_host(x)[np.unravel_index(own, x.shape)]))
+    return zlib.crc32(np.concatenate(values).astype(jnp.bfloat16).tobytes())
+
+
+def _on_host(x: AnyArray) -> AnyArray:
+    """The array as one of NumPy's where that takes no copy."""
+    here = isinstance(x, jax.Array) and {device.platform for device in x.devices()} == {"cpu"}
+    return np.asarray(x) if here and len(x.devices()) == 1 else x
 
 
 def _difference(stored: Mapping, ours: Mapping, place: str = "") -> str:

@@ -5,6 +5,7 @@ import json
 import threading
 
 import pytest
+from flax import nnx
 from lm_eval.api.instance import Instance
 from PIL import Image
 from tiny import tiny_model
@@ -194,6 +195,17 @@ def test_visual_tasks_run_in_lm_eval_itself(model, root):
     ours = evaluate(model, ["seed_bench_rank"], data_root=root, limit=3, batch_size=4)
     value = ours.scores["seed_bench_rank"]["score"]
     assert found["results"]["seed_bench_rank"]["score,none"] == pytest.approx(value)
+
+
+def test_a_fingerprint_does_not_end_the_engines(model):
+    name, engine = fingerprint(model.mllm), model.engine()
+    assert isinstance(model._mllm.llm.blocks, nnx.List)
+    assert model.fingerprint == name
+    assert model.engine() is engine
+    kernel = model._mllm.llm.blocks[-1].attn.q.kernel
+    kernel[...] = kernel[...] + 1
+    assert model.fingerprint != name
+    kernel[...] = kernel[...] - 1
 
 
 def test_fingerprints_tell_models_apart(model):
