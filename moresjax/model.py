@@ -355,12 +355,20 @@ class Model:
         """Raises a `UserError` when a prompt and its continuation do not fit the model."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        tokens, most = len(row["tokens"]), self.config.llm.max_positions
-        tokens += self._mllm.tuning.num_ahead
-        if tokens + max_new_tokens > most:
+        self._check_room(row, max_new_tokens, f"max_new_tokens={max_new_tokens}")
+
+    def check_answer(self, row: Row, answer: Ids) -> None:
+        """Raises a `UserError` when a prompt and an answer to score do not fit the model."""
+        # The last token is not read.
+        self._check_room(row, len(answer) - 1, f"an answer of {len(answer)} tokens")
+
+    def _check_room(self, row: Row, more: int, what: str) -> None:
+        tokens = len(row["tokens"])
+        if tokens + more > self.max_length:
+            ahead = self._mllm.tuning.num_ahead
             raise UserError(
-                f"a prompt of {tokens} tokens and max_new_tokens={max_new_tokens} do not fit the "
-                f"model's {most} positions"
+                f"a prompt of {tokens + ahead} tokens and {what} do not fit the model's "
+                f"{self.max_length + ahead} positions"
             )
 
     def batch(
@@ -447,7 +455,13 @@ class Model:
         adapters: Sequence[str | None] | None = None,
     ) -> list[Score]:
         """Scores of continuations, given as prompt row and token ids, each with its adapter; equal
-        prompts to one adapter share a row."""
+        prompts to one adapter share a row.
+
+        Raises:
+          UserError: for a pair that does not fit the model.
+        """
+        for pair in pairs:
+            self.check_answer(*pair)
         groups = by_prompt(pairs, adapters)
         prompts = [pairs[own[0]][0] for own in groups]
         names = None if adapters is None else [adapters[own[0]] for own in groups]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from moresjax.data.images import image_keys
@@ -127,24 +128,50 @@ class MoresjaxLM(LM):
                 answer = self.model.with_answer(prompts[key], context, images, continuation.strip())
                 pairs.append(answer)
                 continue
+            if not context:
+                pairs.append(self._pair([self._start], self._ids(continuation, False)))
+                continue
             whole = self._ids(context + continuation)
             # Blanks at the border belong to the continuation.
-            head = self._ids(context.rstrip()) if context else whole[:1]
-            pairs.append(self._split(whole, min(len(head), len(whole) - 1)))
+            head = min(len(self._ids(context.rstrip())), len(whole) - 1)
+            pairs.append(self._pair(whole[:head], whole[head:]))
         return pairs
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts given the start token."""
-        pairs = [self._split(self._ids(request.args[0]), 1) for request in requests]
-        return [score for score, _ in self._score(pairs)]
+        """Log-likelihood of whole texts, in windows where they are longer than the context."""
+        totals, size = [], _CHUNK * self.batch_size
+        with tqdm(total=len(requests), desc=self.title, disable=disable_tqdm or None) as bar:
+            for start in range(0, len(requests), size):
+                chunk = requests[start : start + size]
+                windows = [self._windows(request.args[0]) for request in chunk]
+                scores = iter(self._score([pair for own in windows for pair in own]))
+                found = [sum(next(scores)[0] for _ in own) for own in windows]
+                for request, total in zip(chunk, found, strict=True):
+                    self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+                totals += found
+                bar.update(len(chunk))
+        return totals
 
-    def _ids(self, text: str) -> list[int]:
-        return self.model.processor.tokenizer(text)["input_ids"]
+    def _windows(self, text: str) -> list[tuple[Row, Ids]]:
+        ids, most = self._ids(text, False), self.model.max_length
+        windows = get_rolling_token_windows(ids, self._start, most, 1)
+        return [self._pair(*make_disjoint_window(window)) for window in windows]
 
-    def _split(self, ids: Ids, head: int) -> tuple[Row, Ids]:
-        # What is too long loses its beginning, as with the library's own models.
-        cut = max(0, min(len(ids) - self.model.max_length, head - 1))
-        return self._raw_row(ids[cut:head]), ids[head:]
+    @property
+    def _start(self) -> int:
+        """What stands before a text that has nothing before it."""
+        tokenizer = self.model.processor.tokenizer
+        bos = tokenizer.bos_token_id
+        return tokenizer.eos_token_id if bos is None else bos
+
+    def _ids(self, text: str, special: bool = True) -> list[int]:
+        return self.model.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
+
+    def _pair(self, context: Ids, continuation: Ids) -> tuple[Row, Ids]:
+        # What is too long loses its beginning, as with the library's own models: the last token is
+        # not read.
+        cut = len(context) + len(continuation) - 1 - self.model.max_length
+        return self._raw_row(context[max(0, min(cut, len(context) - 1)) :]), continuation
 
     def _score(self, pairs) -> list[tuple[float, bool]]:
         found = self.model.score_rows(pairs, self.batch_size)

@@ -29,7 +29,7 @@ from moresjax.layout import Batch, Segment, TokenLayout, valid_mask
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, Part
 from moresjax.ops import place
-from moresjax.parallel.mesh import batch_shards, use_mesh
+from moresjax.parallel.mesh import batch_shards, keep_rows_split, use_mesh
 from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
 from moresjax.types import AnyArray, pytree_dataclass
@@ -370,7 +370,7 @@ def _part(model: MLLM, batch: Batch, prefix, count: int) -> Part | None:
     total = model.tuning.num_ahead + batch.layout.shape[1]
 
     def shared(x):
-        return _lengthened(x[:, :, :total], 2, total)[chosen]
+        return keep_rows_split(_lengthened(x[:, :, :total], 2, total)[chosen])
 
     return Part(jax.tree.map(shared, caches), first, count)
 

@@ -60,24 +60,28 @@ def branches(prompt: Row, continuations: Sequence[Ids]) -> Branches:
     trunk = len(prompt["tokens"])
     sizes = tuple(map(len, continuations))
     ids = [np.asarray(c, np.int32) for c in continuations]
-    tail = np.concatenate([np.zeros(0, np.int32), *ids])
-    branch = np.repeat(np.arange(1, len(sizes) + 1, dtype=np.int32), sizes)
-    start = np.repeat(np.cumsum([0, *sizes])[:-1], sizes)
-    rank = np.arange(len(tail)) - start
+    # Nothing is asked after the last token of a continuation: it is not in the row.
+    read = [len(c) - 1 for c in ids]
+    branch = np.repeat(np.arange(1, len(ids) + 1, dtype=np.int32), read)
+    start = np.cumsum([0, *read])[:-1]
+    rank = np.arange(len(branch)) - np.repeat(start, read)
     added = {
-        "tokens": tail,
-        "segment": np.full(len(tail), int(Segment.ANSWER)),
-        "image": np.full(len(tail), -1),
+        "tokens": np.concatenate([np.zeros(0, np.int32), *(c[:-1] for c in ids)]),
+        "segment": np.full(len(branch), int(Segment.ANSWER)),
+        "image": np.full(len(branch), -1),
         "position": prompt["position"][-1] + 1 + rank,
-        "document": np.full(len(tail), prompt["document"][-1]),
+        "document": np.full(len(branch), prompt["document"][-1]),
         "branch": branch,
     }
     row = prompt | {
         name: np.concatenate([prompt[name], x]).astype(np.int32) for name, x in added.items()
     }
     # The first token of each is predicted by the prompt's last.
-    queries = np.where(rank == 0, trunk - 1, trunk + np.arange(len(tail)) - 1)
-    return Branches(row, queries.astype(np.int32), tail, sizes)
+    queries = [
+        np.concatenate([[trunk - 1], trunk + first + np.arange(count)])
+        for first, count in zip(start, read, strict=True)
+    ]
+    return Branches(row, np.concatenate(queries).astype(np.int32), np.concatenate(ids), sizes)
 
 
 def by_prompt(

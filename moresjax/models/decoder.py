@@ -154,11 +154,12 @@ class Decoder(nnx.Module):
           queries: places in `h` whose hidden states are asked for; default: all.
 
         Raises:
-          UserError: for more keys than there are learned positions.
+          UserError: for more keys than there are learned positions, where none are kept.
         """
         config, length = self.config, mask.shape[-1]
         if self.position is not None:
-            if length > config.max_positions:
+            # With caches there are places without a token; who keeps them counts the tokens.
+            if length > config.max_positions and not (keep_cache or caches):
                 raise UserError(
                     f"{length} tokens do not fit the model's {config.max_positions} positions"
                 )

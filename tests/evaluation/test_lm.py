@@ -65,6 +65,33 @@ def test_rolling_loglikelihood_scores_every_token_after_the_first(model):
     assert found == pytest.approx(sum(scores[i, ids[i + 1]] for i in range(len(ids) - 1)), abs=1e-4)
 
 
+def test_long_texts_are_scored_in_the_windows_of_the_library():
+    """Those of its own models: what does not fit with all before it sees what fits."""
+    processor = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
+    short = Model(tiny_model(vocab_size=len(vocabulary()), max_positions=8), processor)
+    texts = ["is top-left larger than top-right ? " * 4, "how many times two ?", ""]
+    lm = MoresjaxLM(short, batch_size=2)
+    found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in texts]))
+    tokenizer = processor.tokenizer
+    ids = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
+    assert len(ids) == 24
+    start, expected = tokenizer.bos_token_id, 0
+    for end in (8, 16, 24):
+        read = [start, *ids[: end - 1]][-8:]
+        scores = log_probabilities(short, read)
+        expected += sum(scores[i, ids[end - 8 + i]] for i in range(8))
+    assert found[0] == pytest.approx(expected, abs=1e-4)
+    whole = tokenizer(texts[1])["input_ids"]
+    scores = log_probabilities(short, whole)
+    assert found[1] == pytest.approx(sum(scores[i, t] for i, t in enumerate(whole[1:])), abs=1e-4)
+    assert found[2] == 0
+    # A context that does not fit loses its beginning, down to its last token.
+    ((score, _),) = lm.loglikelihood(requests("loglikelihood", [(texts[0], "two ?")]))
+    two = tokenizer("two ?", add_special_tokens=False)["input_ids"]
+    scores = log_probabilities(short, [*ids[-7:], two[0]])
+    assert score == pytest.approx(scores[6, two[0]] + scores[7, two[1]], abs=1e-4)
+
+
 def test_generate_until_keeps_the_order_and_cuts_at_stop_strings(model):
     questions = items("val", 4)["compare"]
     visual = [

@@ -164,6 +164,23 @@ def test_a_question_longer_than_the_context_leaves_the_others(model, root, tmp_p
     assert "do not fit the model's 2048 positions" in entry["errors"]["3"]
 
 
+def test_a_choice_longer_than_the_context_leaves_the_other_questions(model, root, tmp_path):
+    (tmp_path / "seed_bench").mkdir()
+    (tmp_path / "seed_bench" / "SEED-Bench-image").symlink_to(
+        root / "seed_bench" / "SEED-Bench-image"
+    )
+    name = "seed_bench/SEED-Bench.json"
+    questions = json.loads((root / name).read_text())
+    questions["questions"][1]["choice_c"] = "is " * 3000
+    (tmp_path / name).write_text(json.dumps(questions))
+    options = {"data_root": tmp_path, "limit": 3, "batch_size": 4}
+    found = evaluate(model, ["seed_bench_rank"], **options)
+    entry, bad = found.scores["seed_bench_rank"], questions["questions"][1]["question_id"]
+    assert list(entry["errors"]) == [str(bad)]
+    assert "an answer of 3000 tokens do not fit the model's 2048" in entry["errors"][str(bad)]
+    assert len(found.predictions) == 2
+
+
 def test_a_task_of_which_nothing_can_be_asked_says_why(model, root, tmp_path):
     (tmp_path / "gqa").mkdir()
     name = "gqa/testdev_balanced_questions.json"

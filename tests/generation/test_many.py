@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_model
+from tiny import talking_model, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.data.digits import build_tokenizer, vocabulary
@@ -164,6 +164,18 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
     }.items():
         assert reason in lines[number]["error"]
         assert "text" not in lines[number]
+
+
+def test_learned_positions_may_be_used_up():
+    """Padding and room for new tokens take no positions."""
+    model, text = talking_model("none", positions="learned", max_positions=56), "two three . " * 11
+    ids = [int(x) for x in model.prompt(text)["tokens"]]
+    (answer,) = model.generate_many([model.prompt(text)], 56 - len(ids), batch_size=1)
+    expected = list(ids)
+    while len(expected) < 56:
+        logits = model.logits(input_ids=[expected + [0] * (56 - len(expected))])
+        expected.append(int(logits[0, len(expected) - 1].argmax()))
+    assert answer.tokens.tolist() == expected[len(ids) :]
 
 
 @pytest.mark.parametrize(

@@ -96,3 +96,14 @@ def test_questions_that_begin_alike_have_their_beginning_read_once(images, monke
 def test_an_empty_answer_is_refused(model):
     with pytest.raises(UserError, match="an answer to score is empty: 'is there a two"):
         model.score([PROMPT], [["yes", " "]])
+
+
+def test_an_answer_that_does_not_fit_is_refused(model):
+    model = talking_model("prefix:length=2", max_positions=16)
+    prompt = "how many times two ? " * 2
+    assert len(model.prompt(prompt)["tokens"]) == 11
+    model.score([prompt], [["two two two two"]])  # of which the last is not read
+    with pytest.raises(
+        UserError, match="13 tokens and an answer of 5 tokens do not fit the model's 16"
+    ):
+        model.score([prompt], [["two", "two two two two two"]])
