@@ -1,14 +1,15 @@
 """Evaluating visual questions: our path beside that of `transformers`, same weights and answers.
 
-    python benchmarks/evaluate.py [--rounds 3] [--items 64] [--batch-sizes 16 32 64] [--per-image 1]
+    python benchmarks/evaluate.py [--rounds 3] [--batch-sizes 16 32 64] [--per-image 1 4]
 
 A LLaVA of 40 million parameters with random weights (CLIP, 6 layers of 384, 112 pixels: 64 visual
-tokens; LLaMA, 8 layers of 512) answers questions of different lengths about photos on disk. Timed
-is everything from files and questions to texts. `one by one` is the loop of the original: processor
-and `generate` for one question at a time; `batched` pads on the left. Random weights do not end an
-answer, so all have the same number of tokens: refilling a batch, which is ours alone, wins nothing.
-The answers must be equal. Every variant has a process of its own, ours with the huge pages that the
-`moresjax` command asks for.
+tokens; LLaMA, 8 layers of 512) answers 64 questions of different lengths about photos on disk, one
+or several about each (VQAv2 asks 5, GQA 31, POPE 6, MME 2). Timed is everything from files and
+questions to texts. `one by one` is the loop of the original: processor and `generate` for one
+question at a time; `batched` pads on the left. Random weights do not end an answer, so all have the
+same number of tokens: refilling a batch, which is ours alone, wins nothing. The answers must be
+equal. Every variant has a process of its own, ours with the huge pages that the `moresjax` command
+asks for.
 """
 
 import argparse
@@ -194,12 +195,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--items", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--per-image", type=int, default=1, help="questions about an image")
+    parser.add_argument("--per-image", type=int, nargs="+", default=[1, 4], help="questions")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--small", action="store_true", help="few layers: does it run?")
     args = parser.parse_args()
+    for per_image in args.per_image:
+        compare(args, per_image)
+
+
+def compare(args, per_image: int) -> None:
+    """One table: as many questions about each image."""
     with tempfile.TemporaryDirectory() as path:
-        items = make_items(Path(path), args.items, args.per_image)
+        items = make_items(Path(path), args.items, per_image)
         make_folder(Path(path), items, args.small)
         data = path, items, args.new_tokens
         runs = {ALONE: Worker(theirs, *data, 1, huge_pages=False)}
@@ -217,9 +224,10 @@ def main() -> None:
         seconds = measure(runs, args.rounds, warm=1)
         for run in runs.values():
             run.stop()
-    about = f"{args.items} questions, {args.per_image} about each image"
+    about = f"{args.items} questions, {per_image} about each image"
     print(f"{about}, {args.new_tokens} new tokens each, answers equal\n")
     print_table(seconds, first, args.batch_sizes)
+    print()
 
 
 if __name__ == "__main__":
