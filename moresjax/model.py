@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moresjax.build import is_workdir, load_tokenizer, load_workdir, name_words
-from moresjax.data.images import ImageProcessor
+from moresjax.data.images import ImageProcessor, LazyPixels
 from moresjax.data.processor import Processor, Row
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.data.templates import get_template
@@ -161,7 +161,7 @@ class Model:
         text: str,
         images: Sequence = (),
         name: str = "prompt",
-        known: dict[tuple, np.ndarray] | None = None,
+        known: dict[tuple, LazyPixels] | None = None,
     ) -> Row:
         """The unpadded row of a one-turn prompt. Images without an `<image>` mark go first.
 
@@ -169,11 +169,11 @@ class Model:
           text: what the user says.
           images: of the prompt.
           name: for error messages.
-          known: pixels of earlier prompts' images, which are not read again; these are added.
-            Prompts that hold the same pixels have them encoded once.
+          known: as in `Processor.row`: images of earlier prompts. Those that several prompts are
+            about are read by the model once.
 
         Raises:
-          UserError: when marks and images do not agree.
+          UserError: when marks and images do not agree, or an image is missing or broken.
         """
         if not text.strip() and not images:
             raise UserError("the prompt is empty")
@@ -380,7 +380,11 @@ class Model:
         """Prompt rows as one batch, padded to `length` tokens."""
         processor = self._need_processor()
         images = max(len(row.get("pixels", ())) for row in rows)
-        batch = processor.batch([processor.pad(row, length, images) for row in rows])
+        padded = {}  # by row: fillers are others again
+        for row in rows:
+            if id(row) not in padded:
+                padded[id(row)] = processor.pad(row, length, images)
+        batch = processor.batch([padded[id(row)] for row in rows])
         return self._choose(batch, adapters)
 
     def decode(self, generation: Generation) -> list[str]:

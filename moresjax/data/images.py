@@ -4,8 +4,10 @@ Axis legend: Y, X pixels, 3 colour channels.
 """
 
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from moresjax.errors import UserError, choice_error
 
 # Longer than this, an image whose shorter side is enlarged would not fit into memory.
 MAX_ASPECT = 200
+THREADS = 4  # that open images ahead of time
 ASPECTS = ("square", "pad")
 # Files in which transformers saves image processors, without their ending.
 SAVED = ("preprocessor", "processor")
@@ -24,6 +27,46 @@ SAVED = ("preprocessor", "processor")
 def image_keys(images: Sequence) -> tuple:
     """What tells images apart, as long as they exist, without opening them."""
     return tuple(x if isinstance(x, (str, Path, bytes)) else id(x) for x in images)
+
+
+class LazyPixels:
+    """Pixels of images that are opened when they are asked for, or a little before.
+
+    Args:
+      images: as `open_image` takes them; files must exist.
+      read: makes an array `[N, Y, X, 3]` of them.
+
+    Raises:
+      UserError: when a file is missing. `np.asarray` and `wait` raise what `read` raises.
+    """
+
+    def __init__(self, images: Sequence, read: Callable[[], np.ndarray]):
+        for image in images:
+            _check_exists(image)
+        self._count, self._read, self._coming = len(images), read, None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fetch(self) -> None:
+        """Starts to open the images in another thread."""
+        if self._coming is None:
+            self._coming = _threads().submit(self._read)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        coming, self._coming = self._coming, None
+        pixels = self._read() if coming is None else coming.result()
+        return pixels if dtype is None else pixels.astype(dtype, copy=False)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(THREADS, "images")
+
+
+def _check_exists(source) -> None:
+    if isinstance(source, (str, Path)) and not Path(source).is_file():
+        raise UserError(f"image {source} does not exist")
 
 
 def open_image(source) -> Image.Image:
@@ -42,8 +85,7 @@ def open_image(source) -> Image.Image:
         image, name = _read(io.BytesIO(source), "image"), "image"
     else:
         name = f"image {source}"
-        if not Path(source).is_file():
-            raise UserError(f"{name} does not exist")
+        _check_exists(source)
         image = _read(Path(source), name)
     short, long = sorted(image.size)
     if long > MAX_ASPECT * max(short, 1):

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from moresjax.data.images import ImageProcessor, image_keys
+from moresjax.data.images import ImageProcessor, LazyPixels, image_keys
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.data.templates import Piece, Template
 from moresjax.errors import UserError
 from moresjax.layout import Batch, Holds, Segment, TokenLayout, rows_of
 
-# Arrays by field; `id` names the sample.
+# Arrays by field; `id` names the sample. Pixels may be `LazyPixels`.
 Row = dict[str, np.ndarray | str]
 FIELDS = ("segment", "image", "position", "document", "branch")
 _FILL = {"segment": int(Segment.PAD), "image": -1}
@@ -79,12 +79,13 @@ class Processor:
         bos = self.tokenizer.bos_token_id
         return (bos,) if bos is not None and bos in ids else ()
 
-    def row(self, sample: Sample, known: dict[tuple, np.ndarray] | None = None) -> Row:
+    def row(self, sample: Sample, known: dict[tuple, LazyPixels] | None = None) -> Row:
         """Unpadded token ids, layout fields and pixels of one sample.
 
         Args:
           sample: the sample.
-          known: pixels by `image_keys`, which are not read again; new ones are added.
+          known: pixels by `image_keys`, to which those of new images are added. With it images are
+            opened later, when a batch is made, and broken ones raise then.
 
         Raises:
           UserError: as `text_row`, and for an image that cannot be read.
@@ -92,9 +93,14 @@ class Processor:
         row = self.text_row(sample)
         if not sample.images:
             return row
-        known, key = {} if known is None else known, image_keys(sample.images)
+        if known is None:
+            return row | {"pixels": self.pixels(sample)}
+        key = image_keys(sample.images)
         if key not in known:
-            known[key] = self.pixels(sample)
+            try:
+                known[key] = LazyPixels(sample.images, lambda: self.pixels(sample))
+            except UserError as error:
+                raise UserError(f"sample {sample.id}: {error}") from None
         return row | {"pixels": known[key]}
 
     def pixels(self, sample: Sample) -> Float[np.ndarray, "N Y X 3"]:
@@ -179,12 +185,13 @@ class Processor:
             raise UserError(f"sample {name}: {found} images, but rows hold {images}")
 
     def pad(self, row: Row, length: int, images: int, name: str = "") -> Row:
-        """The row right-padded to `length` tokens and `images` images.
+        """The row right-padded to `length` tokens and `images` images. A row without its pixels,
+        which were read before, may have any number.
 
         Raises:
           UserError: when it is longer.
         """
-        self.check_fit(row, length, images, name)
+        self.check_fit(row, length, images if "pixels" in row else len(row["tokens"]), name)
         tokens = len(row["tokens"])
         padded = {}
         for key in ("tokens", *FIELDS):

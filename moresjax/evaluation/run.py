@@ -42,8 +42,9 @@ from moresjax.model import Model
 # Nothing is fetched from a hub unless the user says so in the environment.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-# Batches whose questions are prepared at a time.
-_CHUNK = 4
+# Batches whose questions are prepared at a time. Answers are kept one by one, and at the end of
+# every chunk the batch runs empty; ranked choices are kept chunk by chunk.
+_CHUNK, _RANKED = 64, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +124,12 @@ def evaluate(
 
     log = PredictionLog(out, model.fingerprint)
 
+    replies: dict[tuple[str, str], str] = {}
+
     def done(request, row, completion, text):
         log.add(request.task_name, request.doc, text)
+        replies[request.task_name, request.doc.id] = text
+        bar.update()
         if attention:
             stats, tokens = completion.stats[probe.name], len(completion.tokens)
             collected.append((stats["mass"], stats["score"], tokens, "pixels" in row))
@@ -138,14 +143,15 @@ def evaluate(
             bar.update(len(known))
             pending = _in_order(item for item in task.items if item.id not in known)
             errors = {}
-            for at in range(0, len(pending), _CHUNK * batch_size):
-                chunk = pending[at : at + _CHUNK * batch_size]
-                found, bad = _answer(lm, task, chunk)
+            size = batch_size * (_RANKED if task.ranks else _CHUNK)
+            for at in range(0, len(pending), size):
+                chunk = pending[at : at + size]
+                found, bad = _answer(lm, task, chunk, replies)
                 for item in chunk if task.ranks else ():
                     if item.id in found:
                         log.add(task.name, item, found[item.id])
                 known, errors = known | found, errors | bad
-                bar.update(len(chunk))
+                bar.update(len(chunk) if task.ranks else len(bad))
             if not known:
                 raise UserError(
                     f"no question of task {task.name} could be asked: {next(iter(errors.values()))}"
@@ -222,17 +228,26 @@ def _in_order(items: Iterable[Item]) -> list[Item]:
 
 
 def _answer(
-    lm: MoresjaxLM, task: VisualTask, items: Sequence[Item]
+    lm: MoresjaxLM, task: VisualTask, items: Sequence[Item], replies: Mapping[tuple[str, str], str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Predictions by id, and what is wrong with the questions that cannot be asked."""
+    """Predictions by id, and what is wrong with the questions that cannot be asked.
+
+    `replies` are those that were generated, by task and id, also before something went wrong.
+    """
     try:
         return _ask(lm, task, items), {}
     except UserError:
-        errors = {item.id: error for item in items if (error := _problem(lm.model, task, item))}
+        found = {
+            item.id: replies[task.name, item.id]
+            for item in items
+            if (task.name, item.id) in replies
+        }
+        left = [item for item in items if item.id not in found]
+        errors = {item.id: error for item in left if (error := _problem(lm.model, task, item))}
         if not errors:
             raise
-        rest = [item for item in items if item.id not in errors]
-        return _ask(lm, task, rest) if rest else {}, errors
+        rest = [item for item in left if item.id not in errors]
+        return found | (_ask(lm, task, rest) if rest else {}), errors
 
 
 def _problem(model: Model, task: VisualTask, item: Item) -> str:

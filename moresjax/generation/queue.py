@@ -5,9 +5,11 @@ one size and a bucket length: few shapes, few compilations.
 """
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from moresjax.data.images import LazyPixels
 from moresjax.data.processor import Row
 from moresjax.generation.engine import Prefix, bucket, join, rounded
 from moresjax.generation.prefix import Openings
@@ -105,13 +107,22 @@ class Queue:
         filled = prompts + prompts[:1] * (self.size - len(prompts))
         names = None if self._adapters is None else [self._adapters[i] for i in filled]
         rows = [self._rows[i] for i in filled]
+        if of[first] >= 0 and self._openings.with_images:
+            rows = [{name: x for name, x in row.items() if name != "pixels"} for row in rows]
         batch = self._make_batch(rows, max(map(self._padded, prompts)), names)
+        self._open_ahead()
         if of[first] < 0:
             return Group(prompts, filled, batch, None, [0] * self.size)
-        if self._openings.with_images:
-            batch = dataclasses.replace(batch, pixels=None)
         beginnings = [self._held.numbers.index(of[i]) for i in filled]
         return Group(prompts, filled, batch, self._held.prefix, beginnings)
+
+    def _open_ahead(self) -> None:
+        """Starts to open the images of the prompts that come next, while others are answered."""
+        for prompt in itertools.islice(self._waiting, self.size):
+            pixels, number = self._rows[prompt].get("pixels"), self._openings.of[prompt]
+            read = self._openings.with_images and number in self._held.numbers
+            if isinstance(pixels, LazyPixels) and not read:
+                pixels.fetch()
 
     def _read_ahead(self) -> None:
         """Reads the beginnings that come next, and forgets those before the last ones."""

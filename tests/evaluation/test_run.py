@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import shutil
 import threading
 
 import pytest
@@ -15,6 +16,7 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
+from moresjax.evaluation import run as run_module
 from moresjax.evaluation.judges import EndpointJudge, ModelJudge
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import PredictionLog
@@ -101,6 +103,7 @@ def test_a_killed_evaluation_continues(model, root, whole, tmp_path, monkeypatch
 
     options = {"data_root": root, "limit": 9, "batch_size": 1, "out": tmp_path}
     monkeypatch.setattr(MoresjaxLM, "generate_until", until_killed)
+    monkeypatch.setattr(run_module, "_CHUNK", 4)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, ["gqa"], **options)
     saved = tmp_path / "predictions.jsonl"
@@ -162,6 +165,28 @@ def test_a_question_longer_than_the_context_leaves_the_others(model, root, tmp_p
     entry = evaluate(model, ["gqa"], data_root=tmp_path, limit=5, batch_size=4).scores["gqa"]
     assert list(entry["errors"]) == ["3"]
     assert "do not fit the model's 2048 positions" in entry["errors"]["3"]
+
+
+def test_a_broken_image_is_met_on_the_way_and_the_other_answers_stay(
+    model, root, tmp_path, monkeypatch
+):
+    shutil.copytree(root / "gqa", tmp_path / "gqa")
+    broken = tmp_path / "gqa" / "images" / "n4.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    answered, add = [], PredictionLog.add
+
+    def note(self, task, item, prediction):
+        answered.append(item.id)
+        add(self, task, item, prediction)
+
+    monkeypatch.setattr(PredictionLog, "add", note)
+    options = {"data_root": tmp_path, "limit": 8, "batch_size": 2}
+    found = evaluate(model, ["gqa"], **options)
+    errors = found.scores["gqa"]["errors"]
+    assert list(errors) == ["4"]
+    assert "n4.jpg cannot be read" in errors["4"]
+    assert sorted(answered) == list("0123567")  # each once
+    assert [row["id"] for row in found.predictions] == list("0123567")
 
 
 def test_a_choice_longer_than_the_context_leaves_the_other_questions(model, root, tmp_path):

@@ -55,6 +55,20 @@ def test_greedy_ids_with_rows_that_end_early(family):
     np.testing.assert_array_equal(generation.length, ends_of(free, eos))
 
 
+@pytest.mark.parametrize("rolling", [False, True])
+def test_decoding_stops_when_all_rows_have_ended(case, greedy, rolling):
+    eos = sorted({int(row[1]) for row in greedy})
+    engine, rows = Engine(case.model, eos_ids=eos, pad_id=PAD), len(greedy)
+    last = max(ends_of(greedy, eos))
+    assert last < NEW - 1
+    progress = engine.prefill(case.batch(), NEW, limits=[NEW] * rows if rolling else None)
+    if rolling:
+        progress = progress.replace(left=np.asarray(NEW), enough=np.asarray(rows))
+    ended = engine_module._decode(*engine._decode, progress, probes=())
+    # The first token is that of the prefill.
+    assert (NEW - int(ended.left) if rolling else int(ended.step) - 1) == last - 1
+
+
 def ends_of(tokens: np.ndarray, eos) -> list[int]:
     """Number of tokens of each row up to and with its first end token."""
     return [next((i + 1 for i, t in enumerate(row) if t in eos), len(row)) for row in tokens]
