@@ -334,10 +334,13 @@ def _chat(model, images: Sequence[str], options: dict) -> None:
 
     chat = Chat(model, **options)
     while question := _ask():
-        for piece in chat.ask(question, images):
-            print(piece, end="", flush=True)
+        try:
+            for piece in chat.ask(question, images):
+                print(piece, end="", flush=True)
+            images = ()
+        except UserError as error:  # the conversation stays as it was
+            print(error, end="")
         print()
-        images = ()
 
 
 def _ask() -> str:

@@ -358,7 +358,9 @@ class Model:
         self._check_room(row, max_new_tokens, f"max_new_tokens={max_new_tokens}")
 
     def check_answer(self, row: Row, answer: Ids) -> None:
-        """Raises a `UserError` when a prompt and an answer to score do not fit the model."""
+        """Raises a `UserError` when an answer to score is empty or does not fit with its prompt."""
+        if not len(answer):
+            raise UserError("an answer to score has no tokens")
         # The last token is not read.
         self._check_room(row, len(answer) - 1, f"an answer of {len(answer)} tokens")
 

@@ -8,8 +8,10 @@ import pytest
 from moresjax.configs import digits as recipe
 from PIL import Image
 
+from moresjax import load
 from moresjax.cli import main
 from moresjax.data.digits import FAMILIES
+from moresjax.generation.chat import Chat
 
 CONFIG = recipe.__file__
 
@@ -107,6 +109,51 @@ def test_generate_answers_about_an_image_file(demo, tmp_path, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["images"] == [str(tmp_path / "scene.png")]
     assert isinstance(answer["text"], str)
+
+
+def test_a_chat_goes_on_after_a_question_that_cannot_be_asked(demo, monkeypatch, capsys):
+    out, _ = demo
+    model = str(out / "finetune" / "ia3-seed0")
+    asked = ["is there a two ?", "is " * 3000, "what is the largest ?"]
+    chat = Chat(load(model), max_new_tokens=3)
+    first, last = ("".join(chat.ask(asked[i])) for i in (0, 2))
+    lines = iter([*asked, ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    capsys.readouterr()
+    assert main(["generate", "--model", model, "--max-new-tokens", "3"]) == 0
+    printed = capsys.readouterr().out.split("\n")
+    assert (printed[0], printed[2]) == (first, last)
+    assert "do not fit the model's" in printed[1]
+
+
+def test_a_file_of_prompts_is_answered(demo, tmp_path, capsys):
+    out, _ = demo
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "new" / "answers.jsonl"
+    lines = [{"prompt": "is there a two ?"}, {"prompt": "what is the largest ?"}, {"prompt": " "}]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    base = ["generate", "--model", str(out / "finetune" / "ia3-seed0"), "--prompts", str(prompts)]
+    command = [*base, "--out", str(answers), "--max-new-tokens", "4", "--batch-size", "2"]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"records": 3, "errors": 1}
+    whole = [json.loads(line) for line in answers.read_text().splitlines()]
+    said = whole[0]["text"].split()
+    assert main([*command, "--stop", said[0]]) == 0
+    cut = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert cut[0]["text"] == ""
+    drawn = ["--temperature", "5", "--top-p", "0.9", "--seed", "3"]
+    assert main([*command, *drawn]) == 0
+    again = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["text"] for line in again[:2]] != [line["text"] for line in whole[:2]]
+    for changes, message in (
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["--batch-size", "-2"], "batch_size must be at least 1, got -2"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["--out", str(prompts)], "is the file of prompts; the answers need another one"),
+        (["--out", str(tmp_path)], "cannot be written: Is a directory"),
+    ):
+        assert message in refused([*command, *changes], capsys)
+    assert len(prompts.read_text().splitlines()) == 3
+    assert len(answers.read_text().splitlines()) == 3
 
 
 def test_params_of_a_run(demo, capsys):

@@ -5,12 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from moresjax.data.images import image_keys
 from moresjax.data.processor import Row
+from moresjax.errors import UserError
 from moresjax.generation.batching import Completion
+from moresjax.generation.sampling import Sampling
+from moresjax.generation.text import cut
 from moresjax.layout import Segment
 from moresjax.model import Model
 from moresjax.tuning.base import Probe
@@ -67,9 +71,15 @@ class MoresjaxLM(LM):
         }
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, cut at the first stop string."""
+        """Continuations, cut at the first stop string; drawn where a request says so, with its
+        place in the list as seed.
+
+        Raises:
+          UserError: for settings that there are not.
+        """
         arguments = [request.args for request in requests]
-        limits = [args[1].get("max_gen_toks", MAX_NEW_TOKENS) for args in arguments]
+        settings = [normalize_gen_kwargs(args[1], MAX_NEW_TOKENS) for args in arguments]
+        limits = [own["max_gen_toks"] for own in settings]
         known = {}
         rows = [
             self.model.prompt(args[0], args[2]["visual"], f"request {number}", known)
@@ -78,15 +88,18 @@ class MoresjaxLM(LM):
             for number, (args, limit) in enumerate(zip(arguments, limits, strict=True))
         ]
         texts: list[str | None] = [None] * len(rows)
-        groups: dict[tuple[str, ...], list[int]] = {}
-        for number, args in enumerate(arguments):
-            groups.setdefault(_stops(args[1]), []).append(number)
+        groups: dict[tuple, list[int]] = {}
+        for number, own in enumerate(settings):
+            stops = tuple(stop for stop in own["until"] if stop)
+            groups.setdefault((stops, _sampling(own)), []).append(number)
         with tqdm(total=len(rows), desc=self.title, disable=disable_tqdm or None) as bar:
-            for stops, numbers in groups.items():
+            for (stops, sampling), numbers in groups.items():
 
                 def done(place, completion, stops=stops, numbers=numbers):
                     number = numbers[place]
-                    texts[number] = text = self.model.text(completion.tokens, stops)
+                    text = cut(self.model.spell(completion.tokens), stops)
+                    # A turn of a conversation has no blanks around it, raw text may.
+                    texts[number] = text = text.strip() if len(arguments[number]) > 2 else text
                     self.cache_hook.add_partial("generate_until", arguments[number], text)
                     if self._on_done is not None:
                         self._on_done(requests[number], rows[number], completion, text)
@@ -97,6 +110,8 @@ class MoresjaxLM(LM):
                     [limits[i] for i in numbers],
                     batch_size=self.batch_size,
                     probes=self._probes,
+                    sampling=sampling,
+                    seeds=numbers,
                     stop=stops,
                     on_done=done,
                 )
@@ -128,8 +143,8 @@ class MoresjaxLM(LM):
                 answer = self.model.with_answer(prompts[key], context, images, continuation.strip())
                 pairs.append(answer)
                 continue
-            if not context:
-                pairs.append(self._pair([self._start], self._ids(continuation, False)))
+            if not context.strip():
+                pairs.append(self._pair([self._start], self._ids(context + continuation, False)))
                 continue
             whole = self._ids(context + continuation)
             # Blanks at the border belong to the continuation.
@@ -178,7 +193,15 @@ class MoresjaxLM(LM):
         return [(score.logprob, score.greedy) for score in found]
 
 
-def _stops(settings: Mapping) -> tuple[str, ...]:
-    """The stop strings of a request."""
-    until = settings.get("until") or ()
-    return (until,) if isinstance(until, str) else tuple(stop for stop in until if stop)
+def _sampling(settings: Mapping) -> Sampling:
+    """How a request wants its tokens chosen.
+
+    Raises:
+      UserError: for a beam search.
+    """
+    if settings.get("num_beams", 1) != 1:
+        raise UserError("a request wants a beam search, which evaluations do not have")
+    names = ("top_k", "top_p") if settings["do_sample"] else ()
+    given = {name: settings[name] for name in (*names, "repetition_penalty") if name in settings}
+    temperature = settings.get("temperature", 0.0) if settings["do_sample"] else 0.0
+    return Sampling(temperature=temperature, **given)

@@ -107,9 +107,11 @@ def evaluate(
       shots: examples before the questions of `lm_eval`'s tasks; default: as published.
 
     Raises:
-      UserError: for an unknown task, a missing file, a limit below 1, `attention` with `out`, or a
-        task none of whose questions could be asked.
+      UserError: for an unknown task, a missing file, a limit or batch size below 1, `attention`
+        with `out`, or a task none of whose questions could be asked.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if attention and out is not None:
         raise UserError("attention statistics cannot be continued; evaluate without out")
     names = expand(tasks)

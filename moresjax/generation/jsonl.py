@@ -42,12 +42,17 @@ def generate_file(
       How many records there were (`records`) and how many of them failed (`errors`).
 
     Raises:
-      UserError: when `source` cannot be read, or for a bad option.
+      UserError: when `source` cannot be read or `out` not be written, or for a bad option.
     """
-    source = Path(source)
+    source, out = Path(source), Path(out)
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if out.resolve() == source.resolve():
+        raise UserError(f"{out} is the file of prompts; the answers need another one")
     root = source.parent if image_root is None else Path(image_root)
     records, errors = JsonRecords.scan(source), 0
-    with open(out, "w", encoding="utf-8") as file:
+    with _create(out) as file:
         for start in range(0, len(records), WINDOW * batch_size):
             window = range(start, min(start + WINDOW * batch_size, len(records)))
             lines, rows, known = [], [], {}
@@ -78,6 +83,14 @@ def generate_file(
                 if on_answer is not None:
                     on_answer(line)
     return {"records": len(records), "errors": errors}
+
+
+def _create(path: Path):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def _checked(record, number: int) -> dict:

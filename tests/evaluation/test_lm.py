@@ -110,6 +110,31 @@ def test_generate_until_keeps_the_order_and_cuts_at_stop_strings(model):
     assert lm.generate_until(requests("generate_until", cut), disable_tqdm=True) == [""]
 
 
+def test_requests_are_drawn_where_they_say_so(model):
+    """Equal requests are draws of their own; others in between stay greedy."""
+    prompt = "what is the largest ?"
+    drawn = {"do_sample": True, "temperature": 2.0, "top_k": 20, "max_new_tokens": 5}
+    ask = [(prompt, drawn)] * 4 + [
+        (prompt, {"max_gen_toks": 5, "temperature": 1.0, "do_sample": False})
+    ]
+    lm = MoresjaxLM(model, batch_size=4)
+    found = lm.generate_until(requests("generate_until", ask), disable_tqdm=True)
+    assert found == lm.generate_until(requests("generate_until", ask), disable_tqdm=True)
+    assert len(set(found[:4])) > 1
+    tokens = lm.model.generate_many([lm._raw_row(lm._ids(prompt))], 5, batch_size=4)[0].tokens
+    assert found[4] == model.spell(tokens)
+    with pytest.raises(UserError, match="a request wants a beam search"):
+        lm.generate_until(requests("generate_until", [(prompt, {"num_beams": 2})]))
+
+
+def test_blanks_around_a_reply_belong_to_raw_text(model, monkeypatch):
+    monkeypatch.setattr(Model, "spell", lambda self, ids: "  two\n")
+    image = np.zeros((12, 12, 3), np.uint8)
+    ask = [("how", {"max_gen_toks": 1}), ("how", {"max_gen_toks": 1}, {"visual": [image]})]
+    found = MoresjaxLM(model).generate_until(requests("generate_until", ask))
+    assert found == ["  two\n", "two"]
+
+
 def test_accuracy_per_family_is_what_the_predictions_say(model, tmp_path):
     result = evaluate(model, ["digits"], split="val", limit=6, attention=True, batch_size=5)
     assert list(result.scores) == [f"digits_{family}" for family in FAMILIES]
