@@ -34,6 +34,8 @@ from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
 from moresjax.types import AnyArray, pytree_dataclass
 
+SCORED = 8  # tokens per row whose logits are in memory at a time
+
 
 @pytree_dataclass
 class Generation:
@@ -345,12 +347,26 @@ def score_batch(
     count: int = 0,
 ) -> tuple[Float[Array, "B Q"], Bool[Array, "B Q"]]:
     """Log-probability of every target token, the next one of its query, and whether it is the most
-    likely one. Logits are computed for the queries only."""
+    likely one. Logits are computed for the queries only, of `SCORED` per row at a time."""
     model = nnx.merge(graphdef, state)
     part = _part(model, batch, prefix, count)
-    logits = model.llm.logits(model(batch, queries=queries, part=part).hidden)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=2)
-    return chosen[..., 0], logits.argmax(-1) == targets
+    hidden = model(batch, queries=queries, part=part).hidden
+    rows, asked = queries.shape
+    pieces = -(-asked // SCORED)
+
+    def cut(x):
+        x = _lengthened(jnp.asarray(x), 1, pieces * SCORED)
+        return jnp.moveaxis(x.reshape(rows, pieces, SCORED, *x.shape[2:]), 1, 0)
+
+    def score(piece):
+        hidden, targets = piece
+        logits = model.llm.logits(hidden)
+        chosen = jnp.take_along_axis(logits, targets[:, :, None], axis=2)[..., 0]
+        chosen = chosen - jax.nn.logsumexp(logits, axis=-1)
+        return chosen, logits.argmax(-1) == targets
+
+    found = jax.lax.map(score, (cut(hidden), cut(targets)))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :asked], found)
 
 
 def _after(batch: Batch, prefix: Prefix | None, beginnings: Sequence[int] | None):

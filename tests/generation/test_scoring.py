@@ -1,8 +1,11 @@
 """Scores of continuations: those of separate forward passes."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from tiny import talking_model, tiny_model
 
 from moresjax.data.digits import build_tokenizer, vocabulary
@@ -10,7 +13,8 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
-from moresjax.generation.engine import Engine
+from moresjax.generation.engine import SCORED, Engine, score_batch
+from moresjax.generation.scoring import branches
 from moresjax.layout import Segment
 from moresjax.model import Model
 
@@ -96,6 +100,20 @@ def test_questions_that_begin_alike_have_their_beginning_read_once(images, monke
 def test_an_empty_answer_is_refused(model):
     with pytest.raises(UserError, match="an answer to score is empty: 'is there a two"):
         model.score([PROMPT], [["yes", " "]])
+
+
+def test_logits_of_long_answers_are_never_all_in_memory(model):
+    row = model.prompt(PROMPT)
+    whole = branches(row, [np.arange(40) % 7, np.arange(30) % 5])
+    batch = model.batch([whole.row] * 2, 96)
+    queries, targets = np.stack([whole.queries] * 2), np.stack([whole.targets] * 2)
+    program = score_batch.lower(*nnx.split(model.mllm), batch, queries, targets).as_text()
+    vocabulary = model.config.llm.vocab_size
+    shapes = {int(n) for n in re.findall(rf"tensor<2x(\d+)x{vocabulary}xf32>", program)}
+    assert shapes == {SCORED}
+    logprobs, _ = score_batch(*nnx.split(model.mllm), batch, queries, targets)
+    logits = jax.nn.log_softmax(all_logits(model.mllm, batch))[0]
+    np.testing.assert_allclose(logprobs[1], logits[whole.queries, whole.targets], atol=1e-5)
 
 
 def test_an_answer_that_does_not_fit_is_refused(model):
