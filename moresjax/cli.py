@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         names = "replicated, fsdp or fsdp+tensor"
         command.add_argument("--mesh", metavar="PRESET", help=f"use all devices: {names}")
 
+    def as_asked(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--template", metavar="NAME", help="how conversations are written")
+        kinds = "square or pad (LLaVA-1.5); default: as the folder says"
+        command.add_argument("--image-aspect", metavar="KIND", help=kinds)
+
     demo = add("demo", _demo, "the paper's three stages on built-in real data, with a report")
     demo.add_argument("--out", default="runs/demo", help="directory of the report (%(default)s)")
     demo.add_argument("--seeds", type=int, default=1, help="repetitions of stage 2")
@@ -70,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--num-fewshot", type=int, metavar="N", help="of lm_eval's tasks")
     evaluate.add_argument("--batch-size", type=int, default=64)
     over_devices(evaluate)
+    as_asked(evaluate)
     evaluate.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible endpoint ..")
     evaluate.add_argument(
         "--judge-model",
@@ -87,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image-root", metavar="DIR", help="of --prompts; default: its folder")
     generate.add_argument("--batch-size", type=int, default=16)
     over_devices(generate)
+    as_asked(generate)
     generate.add_argument("--max-new-tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.0)
     generate.add_argument("--top-p", type=float, default=1.0)
@@ -252,7 +259,6 @@ def _train(args) -> None:
 def _evaluate(args) -> None:
     from moresjax.evaluation.presets import table
     from moresjax.evaluation.run import evaluate, rescore, write_results
-    from moresjax.model import load
 
     tasks = args.tasks.split(",")
     options = {
@@ -269,7 +275,7 @@ def _evaluate(args) -> None:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
         options |= {"batch_size": args.batch_size, "out": args.out, "shots": args.num_fewshot}
-        result = evaluate(load(args.model, mesh=_mesh(args)), tasks, **options)
+        result = evaluate(_load(args), tasks, **options)
     path = write_results(result, args.out, model=args.model, split=args.split)
     _print(args, json.loads(path.read_text()), f"{table(result.scores, tasks)}\nresults: {path}")
 
@@ -290,7 +296,6 @@ def _judge(args):
 def _generate(args) -> None:
     from moresjax.generation.jsonl import generate_file
     from moresjax.generation.sampling import Sampling
-    from moresjax.model import load
 
     names = "temperature", "top_k", "top_p", "repetition_penalty", "seed"
     sampling = Sampling(**{name: getattr(args, name) for name in names})
@@ -299,7 +304,7 @@ def _generate(args) -> None:
         raise UserError("a file of prompts needs --prompts and --out, and no --prompt")
     if args.num_beams != 1 and args.prompt is None:
         raise UserError("--num-beams goes with a single --prompt")
-    model = load(args.model, mesh=_mesh(args))
+    model = _load(args)
     if args.adapter:
         model.load_adapter(args.adapter)
     if args.prompts:
@@ -315,6 +320,14 @@ def _generate(args) -> None:
     options["early_stopping"] = EARLY[args.early_stopping]
     text = model.generate([args.prompt], [args.image], **options)[0]
     _print(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
+
+
+def _load(args):
+    """The model of `--model`, asked as the options say."""
+    from moresjax.model import load
+
+    options = {"template": args.template, "image_aspect": args.image_aspect}
+    return load(args.model, mesh=_mesh(args), **options)
 
 
 def _mesh(args):

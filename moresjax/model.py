@@ -602,6 +602,7 @@ def load(
     quantize: str | None = None,
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
+    image_aspect: str | None = None,
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
@@ -612,9 +613,11 @@ def load(
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
       allow_pickle: whether a Hugging Face folder's `*.bin` files may be read.
       mesh: see `Model.shard`; weights of a Hugging Face folder are split as they are read.
+      image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
+        folder says, which in `transformers`' LLaVA folders is a cut from the middle.
 
     Raises:
-      UserError: when the folder is neither, or is damaged.
+      UserError: when the folder is neither, or is damaged, or the model takes no images.
     """
     path = Path(path)
     if not path.is_dir():
@@ -629,6 +632,11 @@ def load(
         options = {"quantize": quantize or "", "allow_pickle": allow_pickle, "mesh": mesh}
         mllm = load_pretrained(path, tuning, **options)
         processor = _saved_processor(path, mllm.config, template or "vicuna_v1")
+    if image_aspect is not None:
+        if processor is None or processor.image is None:
+            raise UserError(f"{path} takes no images; image_aspect cannot be used")
+        image = dataclasses.replace(processor.image, aspect=image_aspect)
+        processor = dataclasses.replace(processor, image=image)
     model = Model(mllm, processor)
     if mesh is not None:
         model.shard(mesh)

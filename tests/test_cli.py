@@ -111,6 +111,24 @@ def test_generate_answers_about_an_image_file(demo, tmp_path, capsys):
     assert isinstance(answer["text"], str)
 
 
+def test_template_and_image_aspect_can_be_said(demo, tmp_path, capsys):
+    out, _ = demo
+    folder, wide = str(out / "finetune" / "ia3-seed0"), np.zeros((16, 48, 3), np.uint8)
+    wide[:, :24] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    model = load(folder, image_aspect="pad", template="vicuna_v1")
+    row, plain = (m.prompt("two ?", [wide]) for m in (model, load(folder)))
+    assert len(row["tokens"]) > len(plain["tokens"])
+    assert np.ptp(row["pixels"][:, 0]) == 0 < np.ptp(plain["pixels"][:, 0])
+    options = ["--image-aspect", "pad", "--template", "vicuna_v1", "--max-new-tokens", "3"]
+    command = ["generate", "--model", folder, "--image", str(tmp_path / "wide.png"), *options]
+    assert main([*command, "--prompt", "two ?", "--json"]) == 0
+    (expected,) = model.generate(["two ?"], [[wide]], max_new_tokens=3)
+    assert json.loads(capsys.readouterr().out)["text"] == expected
+    bad = [*command, "--prompt", "two ?", "--image-aspect", "fill"]
+    assert "image aspect 'fill'" in refused(bad, capsys)
+
+
 def test_a_chat_goes_on_after_a_question_that_cannot_be_asked(demo, monkeypatch, capsys):
     out, _ = demo
     model = str(out / "finetune" / "ia3-seed0")
