@@ -1,5 +1,6 @@
 """Every benchmark from its official files to its score, with given predictions and known scores."""
 
+import inspect
 import json
 import random
 import sys
@@ -14,7 +15,7 @@ from moresjax.errors import UserError
 from moresjax.evaluation.metrics.hallusionbench import parse_verdict
 from moresjax.evaluation.metrics.yes_no import COGNITION, PERCEPTION
 from moresjax.evaluation.run import EvaluationResult, rescore, write_results
-from moresjax.evaluation.tasks import BENCHMARKS, load_benchmark
+from moresjax.evaluation.tasks import BENCHMARKS, benchmark_names, load_benchmark
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -445,7 +446,80 @@ def test_mmhal_needs_a_judge(tmp_path):
     assert filled == saved
 
 
-NEEDS = {name: name for name in BENCHMARKS if name != "digits"} | {
+# Benchmark and split (the default first), published number of questions, most new tokens, metric,
+# and how the first prompt ends: as LLaVA and LLaVA Steering ask, where they do.
+CAPTION = "Provide a one-sentence caption for the provided image."
+CHOOSE = "Choose an option from the choices to answer the question."
+CONTRACTS = [
+    ("vqav2", "val", 214_354, 128, "VQA accuracy", SHORT),
+    ("vqav2", "test", 447_793, 128, "VQA accuracy", SHORT),
+    ("vqav2", "test-dev", 107_394, 128, "VQA accuracy", SHORT),
+    ("okvqa", "val", 5_046, 128, "VQA accuracy", SHORT),
+    ("gqa", "testdev_balanced", 12_578, 128, "accuracy", SHORT),
+    ("vizwiz", "val", 4_319, 128, "VQA accuracy", SHORT),
+    ("vizwiz", "test", 8_000, 128, "VQA accuracy", SHORT),
+    ("vizwiz_ft", "val", 4_319, 128, "VQA accuracy", f'"Unanswerable". {SHORT}'),
+    ("textvqa", "val", 5_000, 128, "VQA accuracy", f"STOP, 4\n{SHORT}"),
+    ("textvqa_judged", "val", 5_000, 128, "accuracy", f"STOP, 4\n{SHORT}"),
+    ("scienceqa", "test", 4_241, 1024, "accuracy", LETTER),
+    ("scienceqa", "minitest", 424, 1024, "accuracy", LETTER),
+    ("scienceqa_img", "test", 2_017, 1024, "accuracy", LETTER),
+    ("scienceqa_img_ft", "test", 2_017, 1024, "accuracy", "A.salt, B.tea"),
+    ("iconqa_txt", "test", 6_316, 1024, "accuracy", CHOOSE),
+    ("iconqa_blank", "test", 3_638, 1024, "accuracy", "answer this question"),
+    ("mmmu", "validation", 900, 1024, "accuracy", f"(B) y\n\n{LETTER}"),
+    ("mmmu", "test", 10_500, 1024, "accuracy", f"(B) y\n\n{LETTER}"),
+    ("seed_bench", "test", 19_242, 128, "accuracy", LETTER),
+    ("seed_bench_rank", "test", 19_242, 128, "accuracy", "Where?"),
+    ("pope", "test", 3_000, 128, "accuracy", f"in the image?\n{SHORT}"),
+    ("mme", "test", 2_374, 128, "perception + cognition", f"Is it a cat?\n{SHORT}"),
+    ("hallusionbench", "test", 1_129, 512, "aAcc", "\nIs it equal?"),
+    ("vsr", "zeroshot_test", 1_222, 128, "accuracy", "Please answer yes or no."),
+    ("snli_ve", "test", 17_901, 128, "accuracy", SHORT),
+    ("cifar10", "test", 10_000, 16, "accuracy", SHORT),
+    ("cifar100", "test", 10_000, 16, "accuracy", SHORT),
+    ("mnist", "test", 10_000, 16, "accuracy", SHORT),
+    ("mm_vet", "test", 218, 1024, "grade", "\nWho?"),
+    ("mmhal", "test", 96, 512, "rating", "\nWhat colour is the cup?"),
+    ("coco_caption", "test", 5_000, 25, "CIDEr", CAPTION),
+    ("flickr30k", "test", 1_000, 64, "CIDEr", CAPTION),
+    ("textcaps", "val", None, 1024, "CIDEr", f"{CAPTION}\nReference OCR token: STOP, 4"),
+    ("textcaps", "test", None, 1024, "CIDEr", f"{CAPTION}\nReference OCR token: STOP, 4"),
+    ("chair", "val", 500, 512, "CHAIRs", "describe this image in detail."),
+    ("digits", "test", None, 2, "accuracy", "?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "questions", "tokens", "metric", "ending"),
+    CONTRACTS,
+    ids=[f"{row[0]}-{row[1]}" for row in CONTRACTS],
+)
+def test_contract(tmp_path, caplog, name, split, questions, tokens, metric, ending):
+    write(tmp_path, downloads.DOWNLOADS[name]())
+    for task in load_benchmark(name, data_root=tmp_path, limit=1, split=split):
+        assert task.max_new_tokens == tokens
+        assert task.score(task.items, [""] * len(task.items)).metric == metric
+        assert task.items[0].prompt.endswith(ending)
+    if questions is not None:
+        # Another number is an error, or a warning where the published one is quoted from memory.
+        message = ""
+        try:
+            load_benchmark(name, data_root=tmp_path, limit=None, split=split)
+        except UserError as error:
+            message = str(error)
+        assert f"the published set {questions:,d};" in message + caplog.text
+
+
+def test_every_benchmark_has_a_contract_that_names_its_default_split():
+    defaults = {name: split for name, split, *_ in reversed(CONTRACTS)}
+    assert defaults == {
+        name: inspect.signature(BENCHMARKS[name]).parameters["split"].default
+        for name in benchmark_names()
+    }
+
+
+NEEDS = {name: name for name in benchmark_names() if name != "digits"} | {
     "vizwiz_ft": "vizwiz",
     "scienceqa_img": "scienceqa",
     "scienceqa_img_ft": "scienceqa",
@@ -494,5 +568,6 @@ def test_saved_predictions_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_every_benchmark_says_where_its_files_come_from():
-    for name, load in BENCHMARKS.items():
+    for name in benchmark_names():
+        load = BENCHMARKS[name]
         assert name == "digits" or "https://" in sys.modules[load.__module__].__doc__, name
