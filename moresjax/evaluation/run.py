@@ -308,9 +308,8 @@ def _score(answered: Sequence[tuple], judge: Judge | None, model: str) -> Evalua
             for item, text, value in zip(task.items, texts, values, strict=True)
             if text is not None
         ]
-        if task.submission is not None:
-            name, write = task.submission
-            submissions[name] = write({item.id: found.get(item.id, "") for item in task.items})
+        given = {item.id: found.get(item.id, "") for item in task.items}
+        submissions |= {name: write(given) for name, write in task.submissions.items()}
     return EvaluationResult(scores, rows, None, 0.0, submissions, model)
 
 
@@ -327,6 +326,7 @@ def write_results(result: EvaluationResult, out: str | Path, **facts) -> Path:
     others = [row for row in read_log(out / FILE) if row["task"] not in result.scores]
     write_log(out / FILE, [*others, *result.predictions])
     for name, text in result.submissions.items():
+        (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text(text, encoding="utf-8")
     data: dict[str, Mapping | Any] = {
         **facts,

@@ -64,7 +64,8 @@ class VisualTask(Task):
       max_new_tokens: length limit of an answer.
       score: predictions to score.
       read: (file) to predictions by id, of the benchmark's own result format.
-      submission: (file name, (predictions by id) to its content), for a benchmark's server.
+      submissions: file name to a function from predictions by id to the file's content: what the
+        benchmark's server or its own tool takes.
     """
 
     VERSION = 1
@@ -79,7 +80,7 @@ class VisualTask(Task):
         max_new_tokens: int = 128,
         score: Scorer | None = None,
         read: Callable[[Path], Mapping[str, str] | Sequence[str]] = _OURS,
-        submission: tuple[str, Callable[[Mapping[str, str]], str]] | None = None,
+        submissions: Mapping[str, Callable[[Mapping[str, str]], str]] | None = None,
     ):
         super().__init__()
         self.items = list(items)
@@ -88,7 +89,7 @@ class VisualTask(Task):
             self.OUTPUT_TYPE = "loglikelihood"
         self._config = TaskConfig(task=name, num_fewshot=0, repeats=1, output_type=self.OUTPUT_TYPE)
         self.name, self.max_new_tokens, self.score = name, max_new_tokens, score or by_item()
-        self.read, self.submission = read, submission
+        self.read, self.submissions = read, submissions or {}
 
     def download(self, *args, **kwargs) -> None:
         """Nothing to fetch: items are given."""

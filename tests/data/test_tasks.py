@@ -45,19 +45,27 @@ def parts(record: dict) -> tuple[str, str, str, str]:
 
 def test_scienceqa(tmp_path):
     problem = {"question": "Which one?", "choices": ["salt", "a rock", "tea"], "answer": 1}
+    problem |= {"split": "train"}
     problems = {
+        "2": problem | {"image": "image.png", "split": "val"},
         "3": problem | {"image": "image.png"},
         "5": problem | {"image": None},
         "8": problem | {"image": "image.png", "answer": 2},
     }
-    splits = {"train": ["8", "5", "3"], "val": ["3"]}
+    splits = {"train": ["8", "5", "3"], "val": ["2"], "minitrain": ["3"], "trainval": ["3", "2"]}
     write(tmp_path, {"problems.json": problems, "pid_splits.json": splits})
     question = "Which one? A.salt, B.a rock, C.tea"
     assert [parts(r) for r in build(tmp_path, "scienceQA")] == [
         ("8", "train/8/image.png", question, "C"),
         ("3", "train/3/image.png", question, "B"),
     ]
-    assert parts(build(tmp_path, "scienceQA", split="val")[0])[1] == "val/3/image.png"
+
+    def images(split):
+        return [parts(r)[1] for r in build(tmp_path, "scienceQA", split=split)]
+
+    assert images("val") == ["val/2/image.png"]
+    assert images("minitrain") == ["train/3/image.png"]
+    assert images("trainval") == ["train/3/image.png", "val/2/image.png"]
 
 
 def test_vizwiz(tmp_path):

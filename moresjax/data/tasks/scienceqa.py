@@ -1,6 +1,7 @@
 """ScienceQA: questions with an image, answered by the letter of an option.
 
-Files: `problems.json`, `pid_splits.json`, `SPLIT/ID/image.png`.
+Files: `problems.json`, `pid_splits.json`, `SPLIT/ID/image.png`, where SPLIT is train,
+val or test: trainval and the small splits consist of questions of these.
 """
 
 from moresjax.data.generators import read_json, record, task
@@ -17,6 +18,6 @@ def records(root, split, rng):
             continue
         pairs = zip(LETTERS, problem["choices"], strict=False)
         options = ", ".join(f"{letter}.{choice}" for letter, choice in pairs)
-        image = f"{split}/{number}/{problem['image']}"
+        image = f"{problem['split']}/{number}/{problem['image']}"
         question = f"{problem['question']} {options}"
         yield record(number, image, question, LETTERS[problem["answer"]])

@@ -2,17 +2,29 @@
 
 Files in `gqa/`, from https://cs.stanford.edu/people/dorarad/gqa/download.html:
 `testdev_balanced_questions.json` or `val_balanced_questions.json` (of `questions1.2.zip`), and
-`images/`.
+`images/`. The predictions are also written for the benchmark's own `eval.py`.
 """
+
+import json
+from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
 from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
 from moresjax.evaluation.items import Item
-from moresjax.evaluation.metrics.vqa import gqa_accuracy
+from moresjax.evaluation.metrics.vqa import gqa_accuracy, normalize_gqa
 from moresjax.evaluation.scoring import by_item, percent_by
 from moresjax.evaluation.tasks import VisualTask, benchmark
 
 SIZES = {"testdev_balanced": 12_578, "val_balanced": 132_062}
+
+
+def _submission(predictions: Mapping[str, str]) -> str:
+    return json.dumps(
+        [
+            {"questionId": name, "prediction": normalize_gqa(text)}
+            for name, text in predictions.items()
+        ]
+    )
 
 
 @benchmark("gqa")
@@ -33,5 +45,6 @@ def load(
         )
         for name, row in first(rows, limit, f"gqa {split}", SIZES[split])
     ]
-    score = by_item(gqa_accuracy, percent_by("kind"))
-    return [VisualTask("gqa", items, score=score, read=read_rows("questionId", "prediction"))]
+    score, read = by_item(gqa_accuracy, percent_by("kind")), read_rows("questionId", "prediction")
+    submit = {"gqa-submission.json": _submission}
+    return [VisualTask("gqa", items, score=score, read=read, submissions=submit)]

@@ -1,8 +1,12 @@
 """HallusionBench (Guan et al. 2024): yes/no questions about figures, some of them altered.
 
 Files in `hallusionbench/`, from https://github.com/tianyi-lab/HallusionBench: `HallusionBench.json`
-and `hallusion_bench/` (of `hallusion_bench.zip`).
+and `hallusion_bench/` (of `hallusion_bench.zip`). The predictions are also written into the rows of
+the former, for the benchmark's own `evaluation.py`.
 """
+
+import json
+from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
 from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
@@ -34,6 +38,11 @@ def load(data_root=None, limit: int | None = None, split: str = "test") -> list[
     choose_split("hallusionbench", split, ("test",))
     rows = first(read_json(folder, "HallusionBench.json"), limit, "hallusionbench", SIZE)
     items = [_item(folder, number, row) for number, row in enumerate(rows)]
+
+    def submission(predictions: Mapping[str, str]) -> str:
+        filled = [dict(item.facts, model_prediction=predictions[item.id]) for item in items]
+        return json.dumps(filled, indent=1)
+
     score = judged(
         "hallusionbench",
         parse_verdict,
@@ -49,4 +58,13 @@ def load(data_root=None, limit: int | None = None, split: str = "test") -> list[
         name="aAcc",
     )
     read = read_rows(None, "model_prediction")
-    return [VisualTask("hallusionbench", items, max_new_tokens=512, score=score, read=read)]
+    return [
+        VisualTask(
+            "hallusionbench",
+            items,
+            max_new_tokens=512,
+            score=score,
+            read=read,
+            submissions={"hallusionbench-submission.json": submission},
+        )
+    ]

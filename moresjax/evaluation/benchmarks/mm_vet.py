@@ -60,6 +60,6 @@ def load(data_root=None, limit: int | None = None, split: str = "test") -> list[
             max_new_tokens=1024,
             score=score,
             read=read_rows("question_id", "text"),
-            submission=("mm_vet-submission.json", json.dumps),
+            submissions={"mm_vet-submission.json": json.dumps},
         )
     ]

@@ -3,9 +3,11 @@
 Files in `mme/`, from https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation
 (`MME_Benchmark_release_version/`): a folder per subtask with `NAME.txt` (question, tab, answer;
 twice) beside the image `NAME.jpg` or `NAME.png`, or in `questions_answers_YN/` beside `images/`.
-Saved predictions are a folder of `SUBTASK.txt` with image, question, answer, prediction.
+Saved predictions are a folder of `SUBTASK.txt` with image, question, answer, prediction: what the
+benchmark's `calculation.py` reads, and what is written here.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from moresjax.errors import UserError
@@ -35,7 +37,8 @@ def _questions(folder: Path, subtask: str) -> list[Item]:
             if line.strip():
                 question, _, answer = line.partition("\t")
                 prompt = ask(question.removesuffix(YES_NO).strip())
-                facts = {"subtask": subtask, "image": image.name}
+                row = (image.name, question, answer.strip())
+                facts = {"subtask": subtask, "image": image.name, "row": row}
                 name = f"{subtask}/{image.name}/{question}"
                 items.append(Item(name, prompt, answer.strip().lower(), (image,), facts=facts))
     return items
@@ -66,6 +69,17 @@ def _read(path: Path) -> dict[str, str]:
     return found
 
 
+def _results(items: list[Item], subtask: str) -> Callable[[Mapping[str, str]], str]:
+    rows = [(item.id, item.facts["row"]) for item in items if item.facts["subtask"] == subtask]
+
+    def write(predictions: Mapping[str, str]) -> str:
+        # A row is a line: an answer has no tabs and line ends.
+        texts = [(*row, " ".join(predictions[name].split())) for name, row in rows]
+        return "".join("\t".join(fields) + "\n" for fields in texts)
+
+    return write
+
+
 @benchmark("mme")
 def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
     """Sum of accuracy and pair accuracy over the subtasks, at most 2800 points."""
@@ -75,4 +89,6 @@ def load(data_root=None, limit: int | None = None, split: str = "test") -> list[
     # Both questions of an image count together.
     limit = None if limit is None else limit + limit % 2
     items = first(items, limit, "mme", SIZE)
-    return [VisualTask("mme", items, score=_score, read=_read)]
+    subtasks = dict.fromkeys(item.facts["subtask"] for item in items)
+    results = {f"mme-submission/{name}.txt": _results(items, name) for name in subtasks}
+    return [VisualTask("mme", items, score=_score, read=_read, submissions=results)]

@@ -62,9 +62,9 @@ def load(data_root=None, limit: int | None = None, split: str = "test") -> list[
         VisualTask(
             "mmhal",
             items,
-            max_new_tokens=1024,
+            max_new_tokens=512,
             score=score,
             read=read_rows(None, "model_answer"),
-            submission=("mmhal-responses.json", submission),
+            submissions={"mmhal-responses.json": submission},
         )
     ]

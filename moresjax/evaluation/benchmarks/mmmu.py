@@ -116,8 +116,8 @@ def load(data_root=None, limit: int | None = None, split: str = "validation") ->
         answers = _answers(items, texts)
         return json.dumps({item.id: text for item, text in zip(items, answers, strict=True)})
 
-    submit = ("mmmu-submission.json", submission) if split == "test" else None
+    submit = {"mmmu-submission.json": submission} if split == "test" else None
     read = read_rows("id", "response")
     return [
-        VisualTask("mmmu", items, max_new_tokens=1024, score=_score, read=read, submission=submit)
+        VisualTask("mmmu", items, max_new_tokens=1024, score=_score, read=read, submissions=submit)
     ]

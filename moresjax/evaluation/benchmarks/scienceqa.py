@@ -1,7 +1,7 @@
 """ScienceQA (Lu et al. 2022): multiple-choice science questions, half of them with an image.
 
 Files in `scienceqa/`, from https://scienceqa.github.io: `problems.json`, `pid_splits.json`, and
-images as `test/ID/image.png`.
+images as `test/ID/image.png` and `val/ID/image.png`.
 
 `scienceqa` asks everything and `scienceqa_img` the questions with an image, both as LLaVA-1.5 does;
 `scienceqa_img_ft` asks the latter as in the data LLaVA Steering fine-tunes on.
@@ -44,11 +44,13 @@ def _task(name: str, items: list[Item]) -> list[VisualTask]:
     return [VisualTask(name, items, max_new_tokens=MAX_NEW_TOKENS, score=score, read=read)]
 
 
-def _item(folder, split: str, name: str, problem: dict) -> Item:
+def _item(folder, name: str, problem: dict) -> Item:
     question = with_options(problem["question"], problem["choices"])
     if problem["hint"]:
         question = f"Context: {problem['hint']}\n{question}"
-    images = (folder / split / name / problem["image"],) if problem["image"] else ()
+    # Smaller splits, like minitest, are parts of the large ones and have no images of their own.
+    image = problem["image"]
+    images = (folder / problem["split"] / name / image,) if image else ()
     prompt = ask(question, PICK_LETTER, len(images))
     return Item(name, prompt, LETTERS[problem["answer"]], images, facts=problem)
 
@@ -66,7 +68,7 @@ def load(data_root=None, limit: int | None = None, split: str = "test") -> list[
     """Accuracy, also by subject, context and grade."""
     folder, problems, names = _read(data_root, "scienceqa", split)
     names = first(names, limit, f"scienceqa {split}", SIZES[split])
-    return _task("scienceqa", [_item(folder, split, n, problems[n]) for n in names])
+    return _task("scienceqa", [_item(folder, n, problems[n]) for n in names])
 
 
 @benchmark("scienceqa_img")
@@ -76,7 +78,7 @@ def load_img(data_root=None, limit: int | None = None, split: str = "test") -> l
     shown = [name for name in names if problems[name]["image"]]
     size = WITH_IMAGE if split == "test" else None
     shown = first(shown, limit, f"scienceqa_img {split}", size, sure=False)
-    return _task("scienceqa_img", [_item(folder, split, n, problems[n]) for n in shown])
+    return _task("scienceqa_img", [_item(folder, n, problems[n]) for n in shown])
 
 
 @benchmark("scienceqa_img_ft")

@@ -6,8 +6,12 @@ Files in `seed_bench/`, from https://huggingface.co/datasets/AILab-CVC/SEED-Benc
 `extract_video_frames.py` makes them).
 
 `seed_bench` asks for a letter, as LLaVA-1.5 does; `seed_bench_rank` takes the choice whose text is
-likeliest (summed over its tokens), as the benchmark's authors do.
+likeliest (summed over its tokens), as the benchmark's authors do. The letters are also written for
+the benchmark's leaderboard.
 """
+
+import json
+from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
 from moresjax.evaluation.files import (
@@ -34,6 +38,11 @@ def _details(items, predictions, values) -> dict[str, float]:
     )
 
 
+def _submission(predictions: Mapping[str, str]) -> str:
+    rows = ({"question_id": i, "prediction": text.strip()} for i, text in predictions.items())
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def _tasks(name: str, rank: bool, data_root, limit, split) -> list[VisualTask]:
     folder = folder_of("seed_bench", data_root)
     choose_split(name, split, ("test",))
@@ -52,7 +61,8 @@ def _tasks(name: str, rank: bool, data_root, limit, split) -> list[VisualTask]:
         choices = tuple(options) if rank else ()
         items.append(Item(str(row["question_id"]), asked, row["answer"], (image,), choices, facts))
     score, read = by_item(seed_correct, _details), read_rows("question_id", "prediction")
-    return [VisualTask(name, items, score=score, read=read)]
+    submit = {f"{name}-submission.jsonl": _submission}
+    return [VisualTask(name, items, score=score, read=read, submissions=submit)]
 
 
 @benchmark("seed_bench")

@@ -41,9 +41,9 @@ def load(data_root=None, limit: int | None = None, split: str = "val") -> list[V
         for name, row in first(list(rows.items()), limit, f"textcaps {split}")
     ]
     read = read_rows("image_id", "caption")
-    submit = ("textcaps-submission.json", _submission) if split == "test" else None
+    submit = {"textcaps-submission.json": _submission} if split == "test" else None
     return [
         VisualTask(
-            "textcaps", items, max_new_tokens=64, score=captions, read=read, submission=submit
+            "textcaps", items, max_new_tokens=1024, score=captions, read=read, submissions=submit
         )
     ]

@@ -59,8 +59,8 @@ def load(data_root=None, limit: int | None = None, split: str = "val") -> list[V
     """VQA accuracy of M4C's evaluator on `val`; `test` makes the file for the EvalAI server."""
     items = _items("textvqa", data_root, limit, split)
     score, read = by_item(m4c_accuracy, name="VQA accuracy"), read_rows("question_id", "answer")
-    submit = ("textvqa-submission.json", _submission) if split == "test" else None
-    return [VisualTask("textvqa", items, score=score, read=read, submission=submit)]
+    submit = {"textvqa-submission.json": _submission} if split == "test" else None
+    return [VisualTask("textvqa", items, score=score, read=read, submissions=submit)]
 
 
 @benchmark("textvqa_judged")

@@ -45,10 +45,10 @@ def _tasks(name: str, hint: str, data_root, limit: int | None, split: str) -> li
         )
         for row in first(rows, limit, f"{name} {split}", SIZES[split], split == "val")
     ]
-    submit = (f"{name}-submission.json", _submission) if split == "test" else None
+    submit = {f"{name}-submission.json": _submission} if split == "test" else None
     score = by_item(_accuracy, percent_by("answer_type"), "VQA accuracy")
     read = read_rows("image", "answer")
-    return [VisualTask(name, items, score=score, read=read, submission=submit)]
+    return [VisualTask(name, items, score=score, read=read, submissions=submit)]
 
 
 @benchmark("vizwiz")

@@ -55,5 +55,5 @@ def load(data_root=None, limit: int | None = None, split: str = "val") -> list[V
         )
         for row in rows
     ]
-    submit = ("vqav2-submission.json", submission)
-    return [VisualTask("vqav2", items, score=score, read=read, submission=submit)]
+    submit = {"vqav2-submission.json": submission}
+    return [VisualTask("vqav2", items, score=score, read=read, submissions=submit)]
