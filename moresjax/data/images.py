@@ -37,25 +37,33 @@ class LazyPixels:
       read: makes an array `[N, Y, X, 3]` of them.
 
     Raises:
-      UserError: when a file is missing. `np.asarray` and `wait` raise what `read` raises.
+      UserError: when a file is missing. `np.asarray` and `open` raise what `read` raises.
     """
 
     def __init__(self, images: Sequence, read: Callable[[], np.ndarray]):
         for image in images:
             _check_exists(image)
         self._count, self._read, self._coming = len(images), read, None
+        self._held: np.ndarray | None = None
 
     def __len__(self) -> int:
         return self._count
 
     def fetch(self) -> None:
         """Starts to open the images in another thread."""
-        if self._coming is None:
+        if self._coming is None and self._held is None:
             self._coming = _threads().submit(self._read)
+
+    def open(self) -> None:
+        """Opens the images now, and keeps their pixels."""
+        if self._held is None:
+            self._held = np.asarray(self)
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         coming, self._coming = self._coming, None
-        pixels = self._read() if coming is None else coming.result()
+        pixels = self._held
+        if pixels is None:
+            pixels = self._read() if coming is None else coming.result()
         return pixels if dtype is None else pixels.astype(dtype, copy=False)
 
 

@@ -117,4 +117,6 @@ def _row(model: Model, line: dict, root: Path, max_new_tokens: int, known: dict)
     paths = [image_path(root, image, name) for image in line["images"]]
     row = model.prompt(line["prompt"], paths, name, known)
     model.check_context(row, max_new_tokens)
+    if "pixels" in row:
+        row["pixels"].open()  # a broken image is this record's error
     return row

@@ -144,14 +144,16 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
         {"id": "e", "prompt": "two", "images": ["../image.png"]},
         {"id": "f", "prompt": "is " * 3000},
         {"id": "g", "prompt": "two", "images": "image.png"},
+        {"id": "h", "prompt": "two", "images": ["broken.png"]},
     ]
+    (tmp_path / "broken.png").write_bytes((tmp_path / "image.png").read_bytes()[:60])
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
     counts = generate_file(
         model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_new_tokens=NEW, batch_size=2
     )
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert counts == {"records": 8, "errors": 6}
-    assert [line["id"] for line in lines] == ["a", "b", 2, "c", "d", "e", "f", "g"]
+    assert counts == {"records": 9, "errors": 7}
+    assert [line["id"] for line in lines] == ["a", "b", 2, "c", "d", "e", "f", "g", "h"]
     answers = model.decode(together)
     assert (lines[0]["text"], lines[2]["text"]) == (answers[0], answers[3])
     for number, reason in {
@@ -161,6 +163,7 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
         5: "outside of the image root",
         6: "do not fit the model's 2048 positions",
         7: "'images' must be a list of paths",
+        8: "broken.png cannot be read",
     }.items():
         assert reason in lines[number]["error"]
         assert "text" not in lines[number]
