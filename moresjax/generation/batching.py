@@ -17,6 +17,9 @@ from moresjax.types import AnyArray, Ids
 
 CHUNK = 16  # decode steps between two looks at which rows have said a stop string
 GROUPS = 4  # in which a batch is filled
+# New tokens of a row that the caches have room for at first; each time they are used up, for `MORE`
+# times as many. Limits are high, answers short.
+ROOM, MORE = 128, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,8 @@ def generate_many(
     """
     seeds = [sampling.seed] * len(limits) if seeds is None else seeds
     new = max(limits, default=0)
-    room = engine.num_ahead + queue.longest + new
+    prompt, given = engine.num_ahead + queue.longest, min(new, ROOM)
+    used = 1  # new tokens of the row that has most
     running: dict[int, int] = {}  # number of the prompt in each place that is taken
     carry = None
     while queue or running:
@@ -72,13 +76,16 @@ def generate_many(
                 seeds=[seeds[i] for i in group.filled],
                 logprobs=logprobs,
                 limits=[limits[i] for i in group.filled],
-                room=room,
+                room=prompt + given,
                 prefix=group.prefix,
                 beginnings=group.beginnings,
             )
             # The places of the fillers do not exist.
             slots = [*places, *[batch_size] * (queue.size - len(places))]
             carry = engine.insert(carry, prompts, slots, batch_size)
+        while given < min(new, used + chunk):
+            given = min(new, MORE * given)
+            carry = engine.grow(carry, prompt + given)
         carry = engine.advance(carry, chunk, queue.size if queue else batch_size)
         done, tokens, length = map(np.array, (carry.done, carry.tokens, carry.length))
         finished = {}
@@ -87,6 +94,7 @@ def generate_many(
             if done[place] or (ended is not None and ended(ids)):
                 done[place] = True
                 finished[place] = running.pop(place), ids
+        used = max((length[place] for place in running), default=1)
         carry = carry.replace(done=done)
         for place, (number, ids) in finished.items():
             chosen = None if carry.logprobs is None else carry.logprobs[place, : len(ids)]

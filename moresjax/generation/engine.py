@@ -159,7 +159,7 @@ class Engine:
         Args:
           batch, max_new_tokens, sampling, seeds, logprobs: as in `generate`.
           limits: of each row's new tokens; makes the rows rolling.
-          room: cache length of rolling rows, at least P + S + G.
+          room: cache length, if it is not to be P + S + G; see `grow`.
           prefix: what right-padded rows begin with; it is not read again.
           beginnings: for every row which one it begins with; default: the first.
         """
@@ -239,11 +239,15 @@ class Engine:
         carry = self._run(_blank, new, rows=rows) if carry is None else carry
         return self._run(_insert, carry, new, jnp.asarray(slots))
 
+    def grow(self, carry: Progress, room: int) -> Progress:
+        """The same rolling rows with longer caches."""
+        return self._run(_grow, carry, room=room)
+
     def advance(self, carry: Progress, steps: int, enough: int | None = None) -> Progress:
         """Further tokens of rolling rows; `carry` is consumed.
 
         Args:
-          carry: the rows.
+          carry: the rows, with room for these tokens.
           steps: at most so many tokens each.
           enough: so many ended rows are reason to stop; default: all rows.
         """
@@ -464,16 +468,28 @@ def _lengthened(x: jax.Array, axis: int, length: int, fill: int = 0) -> jax.Arra
     return jnp.pad(x, pads, constant_values=fill)
 
 
+def _with_room(keys: TokenLayout, caches: list[LayerCache], room: int):
+    """Layout and caches with places up to `room`."""
+    longer = jax.tree.map(lambda x: _lengthened(jnp.asarray(x), 1, room), keys)
+    longer = longer.replace(image=_lengthened(jnp.asarray(keys.image), 1, room, -1))
+    return longer, [jax.tree.map(lambda x: _lengthened(x, 2, room), cache) for cache in caches]
+
+
+@functools.partial(jax.jit, static_argnames="room")
+def _grow(carry: Progress, *, room: int) -> Progress:
+    keys, caches = _with_room(carry.keys, carry.caches, room)
+    return carry.replace(keys=keys, caches=caches)
+
+
 def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> Progress:
     """The state before the first new token."""
     rows, length = batch.layout.shape
-    total = max(ahead + length + new, room)
+    total = room or ahead + length + new
 
     def at_last(x):
         return jnp.take_along_axis(jnp.asarray(x), last[:, None], axis=1)[:, 0]
 
-    full = extend_layout(batch.layout, ahead)
-    keys = jax.tree.map(lambda x: _lengthened(jnp.asarray(x), 1, total), full)
+    keys, caches = _with_room(extend_layout(batch.layout, ahead), caches, total)
     rolling = None
     if limits is not None:
         # Padding on the right is overwritten.
@@ -486,8 +502,8 @@ def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> Progr
         position=at_last(batch.layout.position) + ahead,
         document=at_last(batch.layout.document),
         adapter=batch.adapter,
-        keys=keys.replace(image=_lengthened(jnp.asarray(full.image), 1, total, -1)),
-        caches=[jax.tree.map(lambda x: _lengthened(x, 2, total), cache) for cache in caches],
+        keys=keys,
+        caches=caches,
         stats={},
         rules=rules,
         seeds=seeds,

@@ -13,7 +13,9 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.errors import UserError
+from moresjax.generation import batching
 from moresjax.generation.beam import Beams
+from moresjax.generation.engine import Engine
 from moresjax.generation.jsonl import generate_file
 from moresjax.generation.sampling import Sampling
 from moresjax.model import Model
@@ -113,6 +115,24 @@ def test_other_seeds_draw_other_tokens(model, rows, drawn):
     options = {"batch_size": 2, "sampling": SAMPLING}
     other = model.generate_many(rows[::2], NEW, seeds=[s + 10 for s in SEEDS], **options)
     assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(drawn, other, strict=True))
+
+
+def test_caches_grow_with_the_answers(model, rows, monkeypatch):
+    limits, options = [40, 3, 40, 17, 40], {"batch_size": 4, "logprobs": True}
+    whole = model.generate_many(rows, limits, **options)
+    grown, grow = [], Engine.grow
+
+    def note(self, carry, room):
+        grown.append(room - carry.keys.shape[1])
+        return grow(self, carry, room)
+
+    monkeypatch.setattr(Engine, "grow", note)
+    monkeypatch.setattr(batching, "ROOM", 5)
+    found = model.generate_many(rows, limits, **options)
+    assert grown == [15, 20]  # from 5 new tokens to 20, and to the 40 that are asked for
+    for one, other in zip(whole, found, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
 def test_an_answer_ends_before_its_first_stop_string(model, rows, together):
