@@ -243,7 +243,8 @@ def test_attention_statistics_and_continuing_do_not_go_together(model, tmp_path)
 def test_a_model_can_judge(model):
     judge = ModelJudge(model, "tiny", max_new_tokens=2)
     assert judge("is there a two ?", 0) == model.generate("is there a two ?", max_new_tokens=2)[0]
-    assert (judge.name, judge.settings) == ("tiny", {"temperature": 0, "max_tokens": 2})
+    settings = {"temperature": 0, "max_tokens": 2, "fingerprint": model.fingerprint}
+    assert (judge.name, judge.settings) == ("tiny", settings)
     assert len({judge("is there a two ?", attempt) for attempt in range(4)}) > 1
 
 
