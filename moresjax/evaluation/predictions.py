@@ -18,14 +18,8 @@ from moresjax.errors import UserError
 from moresjax.evaluation.files import Unnamed, read_log, write_log
 from moresjax.evaluation.items import Item
 from moresjax.evaluation.tasks import VisualTask
-from moresjax.model import Model
 
 FILE = "predictions.jsonl"
-
-
-def identity(model: Model) -> dict[str, str]:
-    """What answers depend on: fingerprints of the weights and of how prompts become inputs."""
-    return {"model": model.fingerprint, "processor": processor_facts(model.processor)["hash"]}
 
 
 def processor_facts(processor: Processor | None) -> dict[str, Any]:
@@ -56,7 +50,7 @@ class PredictionLog:
 
     Args:
       out: directory; without one nothing is kept.
-      mark: the model's `identity`.
+      mark: what every row says of the model: `model` and `processor`, its fingerprints.
 
     Raises:
       UserError: when the directory holds predictions of another model.
@@ -105,7 +99,7 @@ class PredictionLog:
 
 
 def mark_of(row: Mapping) -> dict[str, str]:
-    """The `identity` of the model that made a row; empty texts where it is not known."""
+    """The fingerprints of the model that made a row; empty where they are not known."""
     return {name: row.get(name, "") for name in ("model", "processor")}
 
 
@@ -140,10 +134,10 @@ def read_predictions(
             f"{path} does not say which of {len(others) + 1} tasks its answers belong to; give a "
             f"folder with one file for each, named {names}"
         )
-    return _of_task(task, _in_order(task, found, path) if ordered else found, path), {}
+    return _of_task(task, _by_order(task, found, path) if ordered else found, path), {}
 
 
-def _in_order(task: VisualTask, found: Sequence[Unnamed], path: Path) -> dict[str, str]:
+def _by_order(task: VisualTask, found: Sequence[Unnamed], path: Path) -> dict[str, str]:
     """By id, if there is one per question, and the questions beside them are the task's."""
     if len(found) != len(task.items):
         raise UserError(

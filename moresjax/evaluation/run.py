@@ -26,7 +26,6 @@ from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import (
     FILE,
     PredictionLog,
-    identity,
     mark_of,
     processor_facts,
     read_predictions,
@@ -128,9 +127,9 @@ def evaluate(
     probe = AttentionProbe()
     collected = []
 
-    log = PredictionLog(out, identity(model))
-    judge = judge if judge is None or out is None else KeptJudge(judge, out)
     facts = processor_facts(model.processor)
+    log = PredictionLog(out, {"model": model.fingerprint, "processor": facts["hash"]})
+    judge = judge if judge is None or out is None else KeptJudge(judge, out)
     result = EvaluationResult({}, [], None, 0.0, model=log.mark["model"], processor=facts)
 
     def finish(found: EvaluationResult) -> EvaluationResult:
@@ -180,9 +179,11 @@ def evaluate(
             scores, rows = failed_task(name, error), []
         rows = [row | log.mark for row in rows]
         result = finish(EvaluationResult(scores, rows, None, 0.0))
-    for name, entry in result.scores.items() if not result.predictions else ():
-        for reason in entry.get("errors", {}).values():
-            raise UserError(f"no question of task {name} could be asked: {reason}")
+    failed = {name: entry["errors"] for name, entry in result.scores.items() if "errors" in entry}
+    if failed and not result.predictions:
+        name, errors = next(iter(failed.items()))
+        reason = next(iter(errors.values()))
+        raise UserError(f"no question of task {name} could be asked: {reason}")
     return dataclasses.replace(result, attention=summary, seconds=time.monotonic() - start)
 
 
@@ -219,16 +220,15 @@ def rescore(
         file = files[each.name]
         others = [t for _, t in loaded if t is not each and files[t.name] == file]
         answered.append((benchmark, each, *read_predictions(each, file, others)))
-    made = [marks.get(name, mark_of({})) for _, _, found, marks in answered for name in found]
-    made = [mark for i, mark in enumerate(made) if mark not in made[:i]]
-    if out is not None and any(mark_of(row) not in made for row in read_log(Path(out) / FILE)):
+    made = {_pair(marks.get(name, {})) for _, _, found, marks in answered for name in found}
+    if out is not None and any(_pair(row) not in made for row in read_log(Path(out) / FILE)):
         raise UserError(f"{out} holds predictions of another model; choose another directory")
     result = EvaluationResult({}, [], None, 0.0)
     for benchmark, each, found, marks in answered:
         result = _joined(result, _score(benchmark, each, found, {}, marks, judge))
     if len(made) == 1:
-        processor = {"hash": made[0]["processor"]}
-        result = dataclasses.replace(result, model=made[0]["model"], processor=processor)
+        model, processor = made.pop()
+        result = dataclasses.replace(result, model=model, processor={"hash": processor})
     return dataclasses.replace(result, seconds=time.monotonic() - start)
 
 
@@ -404,13 +404,12 @@ def write_results(result: EvaluationResult, out: str | Path, **facts) -> Path:
 def _others(result: EvaluationResult, path: Path) -> list[dict]:
     """Rows of a file that stay beside those of the result."""
     fresh = {(row["task"], row["id"]) for row in result.predictions}
-    marks = {tuple(mark_of(row).values()) for row in result.predictions}
-    marks.add((result.model, result.processor.get("hash", "")))
+    made = {_pair(row) for row in result.predictions} | {_of(result)}
     return [
         row
         for row in read_log(path)
         if (row["task"], row["id"]) not in fresh
-        and (row["task"] not in result.scores or tuple(mark_of(row).values()) in marks)
+        and (row["task"] not in result.scores or _pair(row) in made)
     ]
 
 
@@ -420,5 +419,15 @@ def _earlier(result: EvaluationResult, path: Path) -> dict:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    mark = data.get("fingerprint"), data.get("processor", {}).get("hash", "")
-    return data if mark == (result.model, result.processor.get("hash", "")) else {}
+    made = data.get("fingerprint"), data.get("processor", {}).get("hash", "")
+    return data if made == _of(result) else {}
+
+
+def _pair(row: Mapping) -> tuple[str, str]:
+    """The fingerprints of the model and the processor that made a row."""
+    mark = mark_of(row)
+    return mark["model"], mark["processor"]
+
+
+def _of(result: EvaluationResult) -> tuple[str, str]:
+    return result.model, result.processor.get("hash", "")

@@ -280,6 +280,8 @@ def test_the_average_of_a_table_skips_points_and_waits_for_all_columns():
     scores["vsr"] = entry("vsr", None)
     last = table(scores, ["mrt-table1"]).split("\n")[-1].split()
     assert (last[2], last[-1]) == ("-", "-")
+    nothing = {"hallusionbench": entry("hallusionbench", None)}  # without its details
+    assert table(nothing, ["mores-table6"]).split("\n")[-1].split() == ["-"] * 4
 
 
 def test_presets_name_benchmarks_that_exist():
