@@ -58,7 +58,7 @@ class PredictionLog:
 
     def __init__(self, out: str | Path | None, mark: Mapping[str, str]):
         self._path, self.mark = None if out is None else Path(out) / FILE, mark
-        self._known: dict[tuple[str, str], dict] = {}
+        self._known: dict[tuple[str, str, str], dict] = {}
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,19 +74,14 @@ class PredictionLog:
                     f"{self._path} holds predictions of this model with another template, "
                     "tokenizer or image size; choose another directory"
                 )
-            self._known[row["task"], row["id"]] = row
+            self._known[row_key(row)] = row
         if rows:
             write_log(self._path, rows)
 
     def known(self, task: VisualTask) -> dict[str, str]:
         """Predictions by id of the task's questions that were asked in the same words."""
-        rows = {item.id: self._known.get((task.name, item.id)) for item in task.items}
-        prompts = {item.id: item.prompt for item in task.items}
-        return {
-            name: row["prediction"]
-            for name, row in rows.items()
-            if row is not None and row["prompt"] == prompts[name]
-        }
+        rows = {item.id: self._known.get((task.name, item.id, item.prompt)) for item in task.items}
+        return {name: row["prediction"] for name, row in rows.items() if row is not None}
 
     def add(self, task: str, item: Item, prediction: str) -> None:
         """Appends the prediction for an item of the task of that name."""
@@ -96,6 +91,11 @@ class PredictionLog:
         row |= {"prediction": prediction, **self.mark}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def row_key(row: Mapping) -> tuple[str, str, str]:
+    """What a row answers. Splits may have the same ids: the words belong to it."""
+    return row["task"], row["id"], row["prompt"]
 
 
 def mark_of(row: Mapping) -> dict[str, str]:
@@ -124,6 +124,8 @@ def read_predictions(
         rows = read_log(path)
         if rows and {"task", "id", "prediction"} <= set(rows[0]):
             own = {row["id"]: row for row in rows if row["task"] == task.name}
+            asked = {(task.name, item.id, item.prompt) for item in task.items}
+            own |= {row["id"]: row for row in rows if "prompt" in row and row_key(row) in asked}
             found = {name: row["prediction"] for name, row in own.items()}
             return _of_task(task, found, path), {name: mark_of(row) for name, row in own.items()}
     found, ids = task.read(path), {item.id for item in task.items}

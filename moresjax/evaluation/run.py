@@ -29,6 +29,7 @@ from moresjax.evaluation.predictions import (
     mark_of,
     processor_facts,
     read_predictions,
+    row_key,
 )
 from moresjax.evaluation.presets import expand
 from moresjax.evaluation.scoring import Score
@@ -403,13 +404,12 @@ def write_results(result: EvaluationResult, out: str | Path, **facts) -> Path:
 
 def _others(result: EvaluationResult, path: Path) -> list[dict]:
     """Rows of a file that stay beside those of the result."""
-    fresh = {(row["task"], row["id"]) for row in result.predictions}
+    fresh = {row_key(row) for row in result.predictions}
     made = {_pair(row) for row in result.predictions} | {_of(result)}
     return [
         row
         for row in read_log(path)
-        if (row["task"], row["id"]) not in fresh
-        and (row["task"] not in result.scores or _pair(row) in made)
+        if row_key(row) not in fresh and (row["task"] not in result.scores or _pair(row) in made)
     ]
 
 

@@ -67,6 +67,22 @@ def test_a_part_and_another_split_leave_what_was_answered(model, tmp_path, asked
     assert asked == []
 
 
+def test_splits_may_have_the_same_ids(model, tmp_path, asked):
+    whole = run_digits(model, tmp_path)
+    others = [row | {"prompt": "?", "prediction": "!"} for row in whole.predictions]
+    write_results(dataclasses.replace(whole, predictions=others), tmp_path)
+    assert len(saved(tmp_path, "predictions.jsonl")) == 2 * len(others)
+    asked.clear()
+    assert run_digits(model, tmp_path).predictions == whole.predictions
+    assert asked == []
+    again = rescore("digits", tmp_path / "predictions.jsonl", limit=LIMIT)
+    assert again.predictions == whole.predictions
+    # Nothing else is known of these: other words are better than none.
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    again = rescore("digits", tmp_path / "others.jsonl", limit=LIMIT)
+    assert {row["prediction"] for row in again.predictions} == {"!"}
+
+
 def test_scores_of_earlier_tasks_stay_if_they_are_of_the_same_model(model, tmp_path):
     digits = run_digits(model, tmp_path)
     (first, *others) = digits.scores
@@ -140,6 +156,14 @@ def test_processors_are_told_apart(model):
     processor = model.processor
     words = build_tokenizer()
     words.add_tokens(["another"])
+
+    class Saved:
+        def to_dict(self):
+            return {"resample": 3}
+
+        def __call__(self, images):
+            return images
+
     others = [
         processor,
         dataclasses.replace(processor, template=get_template("plain")),
@@ -147,6 +171,7 @@ def test_processors_are_told_apart(model):
         dataclasses.replace(processor, image=ImageProcessor(12, aspect="pad")),
         dataclasses.replace(processor, image=ImageProcessor(14)),
         dataclasses.replace(processor, image=ImageProcessor(12, mean=(0.0, 0.0, 0.0))),
+        dataclasses.replace(processor, image=ImageProcessor(12, reference=Saved())),
         dataclasses.replace(processor, image=None),
         dataclasses.replace(processor, visual_tokens=4),
         dataclasses.replace(processor, tokenizer=words),
