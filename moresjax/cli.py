@@ -270,7 +270,7 @@ def _evaluate(args) -> None:
     if args.predictions:
         if len(tasks) != 1 or args.model:
             raise UserError("--predictions scores one task of --tasks, without --model")
-        result = rescore(tasks[0], args.predictions, **options)
+        result = rescore(tasks[0], args.predictions, out=args.out, **options)
     elif not args.model:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:

@@ -96,6 +96,8 @@ def test_a_model_in_a_folder_judges(demo, tmp_path, capsys):
     assert main([*map(str, command), "--judge-model", str(model)]) == 0
     score = json.loads(capsys.readouterr().out)["scores"]["mm_vet"]
     assert score["judge"]["name"] == model.name
+    (first, *_) = (tmp_path / "e" / "judge.jsonl").read_text().splitlines()
+    assert json.loads(first)["judge"] == model.name
     assert "does not exist" in refused([*command, "--judge-model", tmp_path / "none"], capsys)
     assert "--judge-model" in refused([*command, "--judge-url", "http://localhost"], capsys)
 

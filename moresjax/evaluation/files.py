@@ -6,9 +6,10 @@ in `DATA_ROOT/coco/val2014/` and so on.
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moresjax.data.generators import SHORT, read_json
 from moresjax.data.samples import IMAGE_MARK
@@ -59,7 +60,7 @@ def read_lines(root: Path, name: str) -> list[Any]:
       UserError: when it does not exist, or a line is not JSON.
     """
     path, values = need_file(root / name), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
                 values.append(json.loads(line))
@@ -127,9 +128,16 @@ def _load(path: Path) -> Any:
         return read_lines(path.parent, path.name)
 
 
+class Unnamed(NamedTuple):
+    """A prediction of a file without ids, and the question beside it where there is one."""
+
+    text: str
+    question: str = ""
+
+
 def read_rows(
     id_field: str | None, text_field: str
-) -> Callable[[Path], dict[str, str] | list[str]]:
+) -> Callable[[Path], dict[str, str] | list[Unnamed]]:
     """A reader of result files: a list (JSON or JSON Lines) of rows with these fields, or an object
     of texts by id.
 
@@ -141,7 +149,7 @@ def read_rows(
       File to predictions by id, or in order without an `id_field`.
     """
 
-    def read(path: Path) -> dict[str, str] | list[str]:
+    def read(path: Path) -> dict[str, str] | list[Unnamed]:
         data = _load(path)
         fields = set(filter(None, (id_field, text_field)))
         if isinstance(data, Mapping) and fields <= set(data):
@@ -153,7 +161,37 @@ def read_rows(
                 if not isinstance(row, Mapping) or field not in row:
                     raise UserError(f"row {number} of {path} has no field {field!r}")
         if id_field is None:
-            return [str(row[text_field]) for row in data]
+            return [Unnamed(str(row[text_field]), str(row.get("question", ""))) for row in data]
         return {str(row[id_field]): str(row[text_field]) for row in data}
 
     return read
+
+
+def read_log(path: Path) -> list[dict]:
+    """Rows of a file; a last line that a killed process left unfinished is dropped.
+
+    Raises:
+      UserError: for another damaged line.
+    """
+    if not path.is_file():
+        return []
+    rows, lines = [], path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError as error:
+            if number < len(lines):
+                raise UserError(f"line {number} of {path} is not JSON: {error}") from None
+    return rows
+
+
+def write_log(path: Path, rows: Iterable[Mapping]) -> None:
+    """Replaces the file as a whole."""
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file such that a killed process leaves the old one or the new one."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)

@@ -1,24 +1,37 @@
 """LLM judges: anything that answers a prompt, with a name and settings to store with the score."""
 
+import hashlib
+import http.client
 import json
 import os
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from moresjax.errors import UserError
+from moresjax.evaluation.files import read_log, write_log
 from moresjax.generation.sampling import Sampling
 from moresjax.model import Model
+
+REPLIES = "judge.jsonl"
+# What a reply of another form raises.
+_MALFORMED = (ValueError, KeyError, IndexError, TypeError)
+_GONE = 16  # so many judgements failed in a row
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Answers a prompt in text.
+    """Answers a prompt in text; what it raises leaves that answer without a judgement.
 
     Attributes:
       name: stored with every score.
       settings: likewise.
+
+    One with an attribute `parallel` is asked by that many threads at a time.
     """
 
     name: str
@@ -33,7 +46,11 @@ class ModelJudge:
 
     def __init__(self, model: Model, name: str, max_new_tokens: int = 128):
         self._model, self.name = model, name
-        self.settings = {"temperature": 0, "max_tokens": max_new_tokens}
+        self.settings = {
+            "temperature": 0,
+            "max_tokens": max_new_tokens,
+            "fingerprint": model.fingerprint,
+        }
 
     def __call__(self, prompt: str, attempt: int) -> str:
         # One temperature for all further attempts: each would be compiled anew.
@@ -50,18 +67,33 @@ class EndpointJudge:
       model: its name there.
       max_tokens: length limit of a reply.
       key_variable: environment variable that holds the API key, if one is needed.
+      parallel: requests at a time.
+      pauses: seconds to wait before each further request, where the server is not reached or busy.
+      sleep: what waits.
 
     Raises:
       UserError: for a URL that is not http(s); from a call, when the endpoint does not answer.
     """
 
     def __init__(
-        self, url: str, model: str, max_tokens: int = 512, key_variable: str = "OPENAI_API_KEY"
+        self,
+        url: str,
+        model: str,
+        max_tokens: int = 512,
+        key_variable: str = "OPENAI_API_KEY",
+        *,
+        parallel: int = 8,
+        pauses: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0),
+        sleep: Callable[[float], None] = time.sleep,
     ):
         if not url.startswith(("http://", "https://")):
             raise UserError(f"the judge's URL must begin with http:// or https://, got {url!r}")
         self._url, self._key, self.name = url.rstrip("/"), os.environ.get(key_variable, ""), model
         self.settings = {"temperature": 0, "max_tokens": max_tokens}
+        if parallel < 1:
+            raise UserError(f"parallel must be at least 1, got {parallel}")
+        self.parallel, self._pauses, self._sleep = parallel, tuple(pauses), sleep
+        self._failed = 0  # judgements in a row
 
     def __call__(self, prompt: str, attempt: int) -> str:
         # What could not be read comes again at temperature 0: an attempt has to differ.
@@ -73,7 +105,68 @@ class EndpointJudge:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(f"{self._url}/chat/completions", body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=120) as reply:
-                return json.load(reply)["choices"][0]["message"]["content"]
-        except (urllib.error.URLError, TimeoutError, ValueError, KeyError, IndexError) as error:
-            raise UserError(f"the judge {self.name} at {self._url} failed: {error}") from None
+            text = self._reply(request)
+        except (OSError, http.client.HTTPException, *_MALFORMED) as error:
+            self._failed += 1
+            raise UserError(f"the judge {self.name} at {self._url} failed: {error!r}") from None
+        self._failed = 0
+        return text
+
+    def _reply(self, request: urllib.request.Request) -> str:
+        # A server that is gone is not waited for in every question.
+        for pause in self._pauses if self._failed < _GONE else ():
+            try:
+                return _open(request)
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, urllib.error.HTTPError) and not _is_busy(error):
+                    raise
+                self._sleep(pause)
+        return _open(request)
+
+
+class KeptJudge:
+    """A judge whose replies are kept in a file while they come, and not asked for again.
+
+    Args:
+      judge: the judge.
+      out: directory of `judge.jsonl`.
+    """
+
+    def __init__(self, judge: Judge, out: str | Path):
+        self._judge, self.name, self.settings = judge, judge.name, judge.settings
+        self.parallel = getattr(judge, "parallel", 1)
+        self._path, self._lock = Path(out) / REPLIES, threading.Lock()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        rows = read_log(self._path)
+        self._known = {_key(row): row["reply"] for row in rows}
+        if rows:
+            write_log(self._path, rows)  # without a line that was left unfinished
+
+    def __call__(self, prompt: str, attempt: int) -> str:
+        digest = hashlib.sha256(prompt.encode()).hexdigest()
+        row = {"judge": self.name, "settings": dict(self.settings)}
+        row |= {"prompt_hash": digest, "attempt": attempt}
+        if (key := _key(row)) not in self._known:
+            row["reply"] = reply = self._judge(prompt, attempt)
+            if not isinstance(reply, str):
+                raise UserError(f"the judge {self.name} replied without a text")
+            with self._lock, self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                self._known[key] = reply
+        return self._known[key]
+
+
+def _key(row: Mapping) -> str:
+    return json.dumps({name: x for name, x in row.items() if name != "reply"}, sort_keys=True)
+
+
+def _open(request: urllib.request.Request) -> str:
+    with urllib.request.urlopen(request, timeout=120) as reply:
+        text = json.load(reply)["choices"][0]["message"]["content"]
+    if not isinstance(text, str):
+        raise ValueError("a reply without text")
+    return text
+
+
+def _is_busy(error: urllib.error.HTTPError) -> bool:
+    return error.code == 429 or error.code >= 500

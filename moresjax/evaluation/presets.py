@@ -115,7 +115,7 @@ def _row(preset: Preset, scores: Mapping[str, Mapping]) -> tuple[list[str], list
     numbers = {}
     for header, (benchmark, detail) in preset.columns.items():
         entries = [entry for entry in scores.values() if entry["benchmark"] == benchmark]
-        values = [entry["details"][detail] if detail else _percent(entry) for entry in entries]
+        values = [entry["details"].get(detail) if detail else _percent(entry) for entry in entries]
         known = bool(values) and None not in values
         numbers[header] = statistics.fmean(values) if known else None
     if preset.average:

@@ -20,23 +20,26 @@ from moresjax import __version__
 from moresjax.analysis.attention import AttentionProbe, AttentionSummary, summarize
 from moresjax.data.images import image_keys
 from moresjax.errors import UserError
-from moresjax.evaluation.judges import Judge
+from moresjax.evaluation.files import read_log, replace_file, write_log
+from moresjax.evaluation.judges import Judge, KeptJudge
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import (
     FILE,
     PredictionLog,
-    read_log,
+    mark_of,
+    processor_facts,
     read_predictions,
-    write_log,
+    row_key,
 )
 from moresjax.evaluation.presets import expand
+from moresjax.evaluation.scoring import Score
 from moresjax.evaluation.tasks import (
     Item,
     VisualTask,
     benchmark_names,
     load_benchmark,
 )
-from moresjax.evaluation.text_tasks import load_text_task, run_text_task
+from moresjax.evaluation.text_tasks import failed_task, load_text_task, run_text_task
 from moresjax.model import Model
 
 # Nothing is fetched from a hub unless the user says so in the environment.
@@ -45,6 +48,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # Batches whose questions are prepared at a time. Answers are kept one by one, and at the end of
 # every chunk the batch runs empty; ranked choices are kept chunk by chunk.
 _CHUNK, _RANKED = 64, 4
+RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +56,17 @@ class EvaluationResult:
     """Scores of one model.
 
     Attributes:
-      scores: per task `benchmark`, `metric`, `score` (a fraction, or points where `stderr` is
-        None; None when only a server or a judge can tell), `stderr`, `n`, `missing`,
-        `max_new_tokens`, `prompt_hash`, `details` of the benchmark's own tool, and where they
-        apply `judge` and `errors` (questions that could not be asked).
+      scores: per task `benchmark`, `metric`, `score` (None when only a server or a judge can tell,
+        or nothing could be asked), `fraction` (whether it is a share of what is right), `stderr`
+        (None for points), `n`, `missing`, `max_new_tokens`, `prompt_hash`, `details` of the
+        benchmark's own tool, and where they apply `judge` and `errors` (questions that could not
+        be asked or judged).
       predictions: one entry per answered question, in task order.
       attention: attention statistics over all questions, when asked for.
       seconds: wall time.
       submissions: file name -> content, for the servers and judges of benchmarks.
-      model: fingerprint of the model; empty when saved predictions were scored.
+      model: fingerprint of the model; empty for saved predictions that do not name one model.
+      processor: template, image size and the like, with their `hash`.
     """
 
     scores: dict[str, dict[str, Any]]
@@ -69,12 +75,12 @@ class EvaluationResult:
     seconds: float
     submissions: dict[str, str] = dataclasses.field(default_factory=dict)
     model: str = ""
+    processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def mean_accuracy(self) -> float | None:
-        """Mean over tasks; None unless every score is a fraction."""
-        scores = [entry["score"] for entry in self.scores.values() if entry["stderr"] is not None]
-        return float(np.mean(scores)) if len(scores) == len(self.scores) else None
+        """Mean over tasks; None unless every score is a share of what is right."""
+        return _mean(self.scores)
 
 
 def evaluate(
@@ -102,13 +108,14 @@ def evaluate(
       batch_size: rows per batch.
       attention: also read the attention statistics of every generated token.
       title: of the progress bar.
-      out: directory where predictions are kept while they are made: a killed evaluation continues.
+      out: directory where predictions and a judge's replies are kept while they are made, and
+        scores after every task: a killed evaluation continues.
       judge: grades answers where a benchmark wants it.
       shots: examples before the questions of `lm_eval`'s tasks; default: as published.
 
     Raises:
       UserError: for an unknown task, a missing file, a limit or batch size below 1, `attention`
-        with `out`, or a task none of whose questions could be asked.
+        with `out`, or when no question of any task could be asked.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -124,7 +131,16 @@ def evaluate(
     probe = AttentionProbe()
     collected = []
 
-    log = PredictionLog(out, model.fingerprint)
+    facts = processor_facts(model.processor)
+    log = PredictionLog(out, {"model": model.fingerprint, "processor": facts["hash"]})
+    judge = judge if judge is None or out is None else KeptJudge(judge, out)
+    result = EvaluationResult({}, [], None, 0.0, model=log.mark["model"], processor=facts)
+
+    def finish(found: EvaluationResult) -> EvaluationResult:
+        whole = dataclasses.replace(_joined(result, found), seconds=time.monotonic() - start)
+        if out is not None:
+            write_results(whole, out, split=split)
+        return whole
 
     replies: dict[tuple[str, str], str] = {}
 
@@ -138,7 +154,6 @@ def evaluate(
 
     probes = (probe,) if attention else ()
     lm = MoresjaxLM(model, batch_size=batch_size, probes=probes, on_done=done)
-    answered = []
     with tqdm(total=sum(len(t.items) for _, t in loaded), desc=title, disable=None) as bar:
         for benchmark, task in loaded:
             known = log.known(task)
@@ -154,25 +169,30 @@ def evaluate(
                         log.add(task.name, item, found[item.id])
                 known, errors = known | found, errors | bad
                 bar.update(len(chunk) if task.ranks else len(bad))
-            if not known:
-                raise UserError(
-                    f"no question of task {task.name} could be asked: {next(iter(errors.values()))}"
-                )
-            answered.append((benchmark, task, known, errors))
+            marks = dict.fromkeys(known, log.mark)
+            result = finish(_score(benchmark, task, known, errors, marks, judge))
     summary = None
     if collected:
         mass, score, tokens, has_image = zip(*collected, strict=True)
         summary = summarize(
             np.stack(mass, 1), np.stack(score, 1), np.asarray(tokens), np.asarray(has_image)
         )
-    result = _score(answered, judge, log.model)
     lm = MoresjaxLM(model, batch_size=batch_size)
+    cache = None if out is None else Path(out) / f"replies-{'-'.join(log.mark.values())}"
     for name, chosen in texts.items():
-        cache = None if out is None else Path(out) / f"replies-{log.model}"
         options = {"limit": limit, "shots": shots, "cache": cache}
-        scores, rows = run_text_task(lm, name, chosen, **options)
-        result.scores.update(scores)
-        result.predictions.extend(row | {"model": log.model} for row in rows)
+        try:
+            scores, rows = run_text_task(lm, name, chosen, **options)
+        except Exception as error:  # of the library: what was scored before stays
+            logging.getLogger(__name__).warning(f"{name} failed", exc_info=True)
+            scores, rows = failed_task(name, error), []
+        rows = [row | log.mark for row in rows]
+        result = finish(EvaluationResult(scores, rows, None, 0.0))
+    failed = {name: entry["errors"] for name, entry in result.scores.items() if "errors" in entry}
+    if failed and not result.predictions:
+        name, errors = next(iter(failed.items()))
+        reason = next(iter(errors.values()))
+        raise UserError(f"no question of task {name} could be asked: {reason}")
     return dataclasses.replace(result, attention=summary, seconds=time.monotonic() - start)
 
 
@@ -184,29 +204,65 @@ def rescore(
     limit: int | None = None,
     split: str | None = None,
     judge: Judge | None = None,
+    out: str | Path | None = None,
 ) -> EvaluationResult:
     """Scores saved predictions without a model.
 
     Args:
       task: name of a benchmark.
-      predictions: our `predictions.jsonl`, or the benchmark's own result format.
+      predictions: our `predictions.jsonl`, or the benchmark's own result format; a folder with a
+        file `TASK.jsonl` or `TASK.json` for each task where the benchmark has several.
       data_root, limit, split, judge: as in `evaluate`.
+      out: directory where a judge's replies are kept while they come, and which the result is to
+        be written into.
 
     Raises:
-      UserError: as `evaluate`; or when the file has no prediction for the benchmark's questions.
+      UserError: as `evaluate`; when the file has no prediction for the benchmark's questions, or
+        does not say which task they are of; or when `out` holds predictions of another model.
     """
     start = time.monotonic()
-    answered = [
-        (benchmark, loaded, read_predictions(loaded, _one_file(Path(predictions), loaded)), {})
-        for benchmark, loaded in _load([task], data_root, limit, split)
-    ]
-    return dataclasses.replace(_score(answered, judge, ""), seconds=time.monotonic() - start)
+    judge = judge if judge is None or out is None else KeptJudge(judge, out)
+    loaded = _load([task], data_root, limit, split)
+    files = {each.name: _one_file(Path(predictions), each, len(loaded)) for _, each in loaded}
+    answered = []
+    for benchmark, each in loaded:
+        file = files[each.name]
+        others = [t for _, t in loaded if t is not each and files[t.name] == file]
+        answered.append((benchmark, each, *read_predictions(each, file, others)))
+    made = {_pair(marks.get(name, {})) for _, _, found, marks in answered for name in found}
+    if out is not None and any(_pair(row) not in made for row in read_log(Path(out) / FILE)):
+        raise UserError(f"{out} holds predictions of another model; choose another directory")
+    result = EvaluationResult({}, [], None, 0.0)
+    for benchmark, each, found, marks in answered:
+        result = _joined(result, _score(benchmark, each, found, {}, marks, judge))
+    if len(made) == 1:
+        model, processor = made.pop()
+        result = dataclasses.replace(result, model=model, processor={"hash": processor})
+    return dataclasses.replace(result, seconds=time.monotonic() - start)
 
 
-def _one_file(path: Path, task: VisualTask) -> Path:
+def _one_file(path: Path, task: VisualTask, tasks: int) -> Path:
     """The file of a task, where a benchmark of several is given a folder with one for each."""
     inside = [path / f"{task.name}{ending}" for ending in (".jsonl", ".json")]
-    return next((file for file in inside if file.is_file()), path)
+    found = next((file for file in inside if file.is_file()), path)
+    if tasks > 1 and found.is_dir():
+        raise UserError(f"{path} has no {task.name}.jsonl; the folder needs one file per task")
+    return found
+
+
+def _joined(result: EvaluationResult, more: EvaluationResult) -> EvaluationResult:
+    """The result with further tasks."""
+    return dataclasses.replace(
+        result,
+        scores=result.scores | more.scores,
+        predictions=result.predictions + more.predictions,
+        submissions=result.submissions | more.submissions,
+    )
+
+
+def _mean(scores: Mapping[str, Mapping]) -> float | None:
+    values = [entry["score"] if entry.get("fraction") else None for entry in scores.values()]
+    return float(np.mean(values)) if values and None not in values else None
 
 
 def _load(tasks, data_root, limit, split) -> list[tuple[str, VisualTask]]:
@@ -275,62 +331,75 @@ def _ask(lm: MoresjaxLM, task: VisualTask, items: Sequence[Item]) -> dict[str, s
     }
 
 
-def _score(answered: Sequence[tuple], judge: Judge | None, model: str) -> EvaluationResult:
-    scores, rows, submissions = {}, [], {}
-    for benchmark, task, found, errors in answered:
-        texts = [found.get(item.id) for item in task.items]
-        score = task.score(task.items, texts, judge)
-        prompts = "\0".join(item.prompt for item in task.items)
-        scores[task.name] = {
-            "benchmark": benchmark,
-            "metric": score.metric,
-            "score": score.value,
-            "stderr": score.stderr,
-            "n": len(texts),
-            "missing": texts.count(None),
-            "max_new_tokens": task.max_new_tokens,
-            "prompt_hash": hashlib.sha256(prompts.encode()).hexdigest()[:12],
-            "details": dict(score.details),
-            **({"judge": dict(score.judge)} if score.judge else {}),
-            **({"errors": errors} if errors else {}),
+def _score(
+    benchmark: str,
+    task: VisualTask,
+    found: Mapping[str, str],
+    errors: Mapping[str, str],
+    marks: Mapping[str, Mapping[str, str]],
+    judge: Judge | None,
+) -> EvaluationResult:
+    """Score, rows and submission of one task; `marks` tell who answered."""
+    texts = [found.get(item.id) for item in task.items]
+    score = task.score(task.items, texts, judge)
+    if not found:  # nothing was asked: that is not the model's score
+        score = Score(score.metric, fraction=score.fraction)
+    prompts = "\0".join(item.prompt for item in task.items)
+    errors = {**errors, **score.errors}
+    entry = {
+        "benchmark": benchmark,
+        "metric": score.metric,
+        "score": score.value,
+        "fraction": score.fraction and score.total is None,
+        "stderr": score.stderr,
+        "n": len(texts),
+        "missing": texts.count(None) + len(score.errors),
+        "max_new_tokens": task.max_new_tokens,
+        "prompt_hash": hashlib.sha256(prompts.encode()).hexdigest()[:12],
+        "details": dict(score.details),
+        **({"judge": dict(score.judge)} if score.judge else {}),
+        **({"errors": errors} if errors else {}),
+    }
+    values = score.items or [None] * len(texts)
+    rows = [
+        {
+            "task": task.name,
+            "id": item.id,
+            "prompt": item.prompt,
+            "prediction": text,
+            "answer": item.answer,
+            "score": None if item.id in score.errors else value,
+            **marks.get(item.id, mark_of({})),
         }
-        values = score.items or [None] * len(texts)
-        rows += [
-            {
-                "task": task.name,
-                "id": item.id,
-                "prompt": item.prompt,
-                "prediction": text,
-                "answer": item.answer,
-                "score": value,
-                "model": model,
-            }
-            for item, text, value in zip(task.items, texts, values, strict=True)
-            if text is not None
-        ]
-        given = {item.id: found.get(item.id, "") for item in task.items}
-        submissions |= {name: write(given) for name, write in task.submissions.items()}
-    return EvaluationResult(scores, rows, None, 0.0, submissions, model)
+        for item, text, value in zip(task.items, texts, values, strict=True)
+        if text is not None
+    ]
+    given = {item.id: found.get(item.id, "") for item in task.items} if found else {}
+    submissions = {name: write(given) for name, write in task.submissions.items() if found}
+    return EvaluationResult({task.name: entry}, rows, None, 0.0, submissions)
 
 
 def write_results(result: EvaluationResult, out: str | Path, **facts) -> Path:
     """Writes `results.json`, `predictions.jsonl` and submission files into a directory.
 
-    Predictions of other tasks that are there stay there.
+    Predictions that are there stay there, unless the result has the same question, or another
+    model has answered the task. Scores that are there stay there if they are of the same model.
 
     Returns:
       The path of `results.json`.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    others = [row for row in read_log(out / FILE) if row["task"] not in result.scores]
-    write_log(out / FILE, [*others, *result.predictions])
+    write_log(out / FILE, [*_others(result, out / FILE), *result.predictions])
     for name, text in result.submissions.items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text(text, encoding="utf-8")
+    earlier = _earlier(result, out / RESULTS)
+    scores = earlier.get("scores", {}) | result.scores
     data: dict[str, Mapping | Any] = {
         **facts,
         "fingerprint": result.model,
+        "processor": {**earlier.get("processor", {}), **result.processor},
         "decoding": "greedy",
         "seed": None,  # nothing is drawn; benchmarks that draw name their seed in the details
         "version": __version__,
@@ -340,10 +409,41 @@ def write_results(result: EvaluationResult, out: str | Path, **facts) -> Path:
             "lm_eval": lm_eval.__version__,
         },
         "seconds": round(result.seconds, 2),
-        "mean_accuracy": result.mean_accuracy,
-        "scores": result.scores,
+        "mean_accuracy": _mean(scores),
+        "scores": scores,
     }
     if result.attention is not None:
         data["attention"] = result.attention.to_dict()
-    (out / "results.json").write_text(json.dumps(data, indent=2) + "\n")
-    return out / "results.json"
+    replace_file(out / RESULTS, json.dumps(data, indent=2) + "\n")
+    return out / RESULTS
+
+
+def _others(result: EvaluationResult, path: Path) -> list[dict]:
+    """Rows of a file that stay beside those of the result."""
+    fresh = {row_key(row) for row in result.predictions}
+    made = {_pair(row) for row in result.predictions} | {_of(result)}
+    return [
+        row
+        for row in read_log(path)
+        if row_key(row) not in fresh and (row["task"] not in result.scores or _pair(row) in made)
+    ]
+
+
+def _earlier(result: EvaluationResult, path: Path) -> dict:
+    """The results that a file has of the same model."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    made = data.get("fingerprint"), data.get("processor", {}).get("hash", "")
+    return data if made == _of(result) else {}
+
+
+def _pair(row: Mapping) -> tuple[str, str]:
+    """The fingerprints of the model and the processor that made a row."""
+    mark = mark_of(row)
+    return mark["model"], mark["processor"]
+
+
+def _of(result: EvaluationResult) -> tuple[str, str]:
+    return result.model, result.processor.get("hash", "")

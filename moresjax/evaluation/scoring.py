@@ -9,6 +9,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from moresjax.data.samples import IMAGE_MARK
@@ -33,6 +34,8 @@ class Score:
       details: further numbers of the benchmark's own tool, in its units.
       judge: who judged, with which prompt and settings; nothing for a plain metric.
       total: the number when it is not the mean of `items`.
+      fraction: whether the number is a share of what is right, from 0 to 1.
+      errors: by item id, why there is no judgement; the item counts as wrong.
     """
 
     metric: str
@@ -40,10 +43,12 @@ class Score:
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     judge: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     total: float | None = None
+    fraction: bool = True
+    errors: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def value(self) -> float | None:
-        """The number: a fraction unless it is a `total`; None when it is unknown."""
+        """The number: the mean of `items` unless there is a `total`; None when it is unknown."""
         if self.total is not None or not self.items:
             return self.total
         return statistics.fmean(self.items)
@@ -103,12 +108,12 @@ def by_item(
 def captions(items: Sequence, predictions: Predictions, judge: Judge | None = None) -> Score:
     """CIDEr-D over the items' reference captions; BLEU and ROUGE-L beside it."""
     if any(item.answer is None for item in items):
-        return Score("CIDEr")
+        return Score("CIDEr", fraction=False)
     texts = [text or "" for text in predictions]
     references = [item.answer for item in items]
     tokens = [[tokenize(caption) for caption in captions] for captions in references]
     values = cider_d([tokenize(text) for text in texts], tokens)
-    return Score("CIDEr", values, caption_summary(texts, references))
+    return Score("CIDEr", values, caption_summary(texts, references), fraction=False)
 
 
 def judged(
@@ -138,7 +143,7 @@ def judged(
     """
     template = PROMPTS[prompt]
 
-    def mark(item, text: str, judge: Judge) -> float:
+    def ask(item, text: str, judge: Judge) -> float:
         question = item.prompt.replace(IMAGE_MARK, "").strip()
         given = {"question": question, "answer": str(item.answer), "prediction": text}
         asked = fill(template, **given | dict(fields(item)))
@@ -156,16 +161,37 @@ def judged(
         else:
             settings = dict(judge.settings)
             who = {"name": judge.name, "prompt_hash": prompt_hash(template), "settings": settings}
-        marks = [
-            0.0
-            if text is None
-            else float(rule(text, item.answer) if judge is None else mark(item, text, judge))
-            for item, text in zip(items, predictions, strict=True)
-        ]
+
+        def mark(item, text: str | None) -> tuple[float, str]:
+            if text is None:
+                return 0.0, ""
+            if judge is None:
+                return float(rule(text, item.answer)), ""
+            try:
+                return ask(item, text, judge), ""
+            except Exception as error:  # a judge is any callable
+                return 0.0, f"no judgement: {error}"
+
+        found = _each(mark, items, predictions, getattr(judge, "parallel", 1))
+        marks = [value for value, _ in found]
+        errors = {item.id: error for item, (_, error) in zip(items, found, strict=True) if error}
+        if errors and len(errors) == sum(text is not None for text in predictions):
+            return Score(name, judge=who, errors=errors)
         more = details(items, predictions, marks) if details else {}
-        return Score(name, values(items, marks), more, who)
+        return Score(name, values(items, marks), more, who, errors=errors)
 
     return score
+
+
+def _each(function: Callable, items: Sequence, predictions: Predictions, parallel: int) -> list:
+    """Results in order, of several calls at a time."""
+    if parallel == 1:
+        return [function(*pair) for pair in zip(items, predictions, strict=True)]
+    pool = ThreadPoolExecutor(parallel)
+    try:
+        return list(pool.map(function, items, predictions))
+    finally:  # also when interrupted
+        pool.shutdown(cancel_futures=True)
 
 
 def same_answer(rule: Callable[[str, Any], float]) -> Scorer:

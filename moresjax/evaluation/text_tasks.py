@@ -20,8 +20,9 @@ from moresjax.evaluation.tasks import benchmark_names
 # Examples before a question, by dataset, where a task names no number and published scores have
 # some.
 SHOTS = {"cais/mmlu": 5}
-# The score of a task is the first of these that it has.
+# The score of a task is the first of these that it has; they are shares of what is right.
 METRICS = ("acc_norm", "acc", "exact_match")
+SEED = 1234  # of the choice of examples, the library's own
 
 
 @functools.cache
@@ -88,6 +89,7 @@ def run_text_task(
         limit=limit,
         use_cache=None if cache is None else str(cache),
         bootstrap_iters=1000,
+        fewshot_random_seed=SEED,
     )
     samples = found["samples"]
     # A tag has no score of its own, nor have some groups.
@@ -100,19 +102,30 @@ def run_text_task(
         parts = {task: found["results"][task].get(key) for task in members if task != title}
         own = [(task, sample) for task in members for sample in _of(samples[task], key)]
         prompts = "\0".join(sample["arguments"][0][0] for _, sample in own)
+        details = {k: n for k, v in numbers.items() if (n := _number(v)) is not None} | parts
+        shots_given = found["n-shot"].get(members[0])
         scores[title] = {
             "benchmark": name,
             "metric": key.removesuffix(",none"),
             "score": numbers[key],
+            "fraction": key.partition(",")[0] in METRICS,
             "stderr": _number(numbers.get(key.replace(",", "_stderr,", 1))),
             "n": len(own),
             "missing": 0,
-            "shots": found["n-shot"].get(members[0]),
+            "shots": shots_given,
             "prompt_hash": hashlib.sha256(prompts.encode()).hexdigest()[:12],
-            "details": {k: n for k, v in numbers.items() if (n := _number(v)) is not None} | parts,
+            "details": details | ({"seed": SEED} if shots_given else {}),
         }
         rows += [_row(title, task, sample, key) for task, sample in own]
     return scores, rows
+
+
+def failed_task(name: str, error: Exception) -> dict[str, dict[str, Any]]:
+    """Scores of a task that could not be run."""
+    empty = {"metric": "none", "score": None, "fraction": False, "stderr": None, "n": 0}
+    reason = f"{type(error).__name__}: {error}"
+    more = {"missing": 0, "prompt_hash": "", "details": {}, "errors": {name: reason}}
+    return {name: {"benchmark": name, **empty, **more}}
 
 
 def _leaves(task) -> list:

@@ -268,7 +268,8 @@ def test_attention_statistics_and_continuing_do_not_go_together(model, tmp_path)
 def test_a_model_can_judge(model):
     judge = ModelJudge(model, "tiny", max_new_tokens=2)
     assert judge("is there a two ?", 0) == model.generate("is there a two ?", max_new_tokens=2)[0]
-    assert (judge.name, judge.settings) == ("tiny", {"temperature": 0, "max_tokens": 2})
+    settings = {"temperature": 0, "max_tokens": 2, "fingerprint": model.fingerprint}
+    assert (judge.name, judge.settings) == ("tiny", settings)
     assert len({judge("is there a two ?", attempt) for attempt in range(4)}) > 1
 
 
@@ -304,6 +305,8 @@ def test_the_average_of_a_table_skips_points_and_waits_for_all_columns():
     scores["vsr"] = entry("vsr", None)
     last = table(scores, ["mrt-table1"]).split("\n")[-1].split()
     assert (last[2], last[-1]) == ("-", "-")
+    nothing = {"hallusionbench": entry("hallusionbench", None)}  # without its details
+    assert table(nothing, ["mores-table6"]).split("\n")[-1].split() == ["-"] * 4
 
 
 def test_presets_name_benchmarks_that_exist():

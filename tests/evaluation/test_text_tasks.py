@@ -106,6 +106,24 @@ def test_mmlu_has_five_examples_before_each_question(model, root):
     bare = evaluate(model, [name], data_root=root, shots=0, limit=2)
     assert [row["prompt"].count("Answer:") for row in bare.predictions] == [1, 1]
     assert (bare.scores[name]["metric"], bare.scores[name]["shots"]) == ("acc", 0)
+    assert result.scores[name]["details"]["seed"] == 1234
+    assert "seed" not in bare.scores[name]["details"]
+
+
+def test_a_task_that_fails_leaves_the_others(model, root, tmp_path, monkeypatch, caplog):
+    def broken(self, requests, **options):
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(MoresjaxLM, "loglikelihood", broken)
+    result = evaluate(model, ["hellaswag", "gsm8k"], data_root=root, out=tmp_path)
+    entry = result.scores["hellaswag"]
+    assert (entry["score"], entry["errors"]) == (None, {"hellaswag": "RuntimeError: no device"})
+    assert result.scores["gsm8k"]["n"] == 2
+    assert "hellaswag failed" in caplog.text
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["scores"] == result.scores
+    with pytest.raises(UserError, match="no question of task hellaswag could be asked: Runtime"):
+        evaluate(model, ["hellaswag"], data_root=root)
 
 
 def test_a_task_that_names_its_examples_keeps_their_number(model, root):

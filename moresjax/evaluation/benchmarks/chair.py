@@ -76,7 +76,9 @@ def load(data_root=None, limit: int | None = None, split: str = "val") -> list[V
             for text, found, objects in zip(predictions, words, true, strict=True)
         ]
         details = chair_summary(words, true, synonyms)
-        return Score("CHAIRs", values, details | {"lemmatiser": VOCABULARY})
+        return Score(
+            "CHAIRs", values, details | {"lemmatiser": VOCABULARY, "seed": SEED}, fraction=False
+        )
 
     read = read_rows("image_id", "caption")
     return [VisualTask("chair", items, max_new_tokens=512, score=score, read=read)]

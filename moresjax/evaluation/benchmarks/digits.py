@@ -7,12 +7,14 @@ import numpy as np
 from moresjax.data.digits import FAMILIES, ask, make_scene
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.items import Item
+from moresjax.evaluation.scoring import by_item
 from moresjax.evaluation.tasks import VisualTask, benchmark
 
 DEFAULT_LIMIT = 300  # scenes; every scene is asked one question of every family
+SEED = 0  # of the scenes
 
 
-def items(split: str, scenes: int, seed: int = 0) -> dict[str, list[Item]]:
+def items(split: str, scenes: int, seed: int = SEED) -> dict[str, list[Item]]:
     """Questions by family about the same scenes of a split's handwriting."""
     found = {family: [] for family in FAMILIES}
     for number in range(scenes):
@@ -37,7 +39,8 @@ def majority(questions: list[Item]) -> float:
 def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
     """One task per question family."""
     by_family = items(split, limit or DEFAULT_LIMIT)
+    score = by_item(details=lambda *_: {"seed": SEED})
     return [
-        VisualTask(f"digits_{family}", questions, max_new_tokens=2)
+        VisualTask(f"digits_{family}", questions, max_new_tokens=2, score=score)
         for family, questions in by_family.items()
     ]

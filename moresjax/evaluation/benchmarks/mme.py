@@ -33,7 +33,7 @@ def _questions(folder: Path, subtask: str) -> list[Item]:
         if path.stem not in photos:
             raise UserError(f"{path} has no image of the same name")
         image = photos[path.stem]
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").split("\n"):
             if line.strip():
                 question, _, answer = line.partition("\t")
                 prompt = ask(question.removesuffix(YES_NO).strip())
@@ -60,12 +60,17 @@ def _read(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is not a folder of MME results")
     found = {}
     for file in sorted(path.glob("*.txt")):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            fields = line.split("\t")
-            if len(fields) != 4:
+        name = None
+        for number, line in enumerate(file.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
+            fields = line.split("\t", 3)
+            if len(fields) == 4:
+                image, question, _, prediction = fields
+                name = f"{file.stem}/{image}/{question}"
+                found[name] = prediction
+            elif len(fields) == 1 and name is not None:  # a prediction of several lines goes on
+                found[name] += f"\n{line}"
+            elif line:
                 raise UserError(f"line {number} of {file} has {len(fields)} columns instead of 4")
-            image, question, _, prediction = fields
-            found[f"{file.stem}/{image}/{question}"] = prediction
     return found
 
 

@@ -100,7 +100,7 @@ def _score(items, predictions, judge=None) -> Score:
         for item, text in zip(items, predictions, strict=True)
         if item.facts["options"]
     )
-    return Score("accuracy", values, mmmu_summary(hits) | {"guessed": guessed})
+    return Score("accuracy", values, mmmu_summary(hits) | {"guessed": guessed, "seed": SEED})
 
 
 @benchmark("mmmu")
