@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--data-root", metavar="DIR")
     evaluate.add_argument("--limit", type=int, help="items per task")
-    evaluate.add_argument("--split", help="default: each benchmark's own")
+    evaluate.add_argument(
+        "--split", metavar="SPLIT | TASK=SPLIT,..", help="default: each benchmark's own"
+    )
     evaluate.add_argument("--num-fewshot", type=int, metavar="N", help="of lm_eval's tasks")
     evaluate.add_argument("--batch-size", type=int, default=64)
     over_devices(evaluate)

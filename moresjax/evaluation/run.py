@@ -19,7 +19,7 @@ from tqdm import tqdm
 from moresjax import __version__
 from moresjax.analysis.attention import AttentionProbe, AttentionSummary, summarize
 from moresjax.data.images import image_keys
-from moresjax.errors import UserError
+from moresjax.errors import UserError, choice_error
 from moresjax.evaluation.files import read_log, replace_file, write_log
 from moresjax.evaluation.judges import Judge, KeptJudge
 from moresjax.evaluation.lm import MoresjaxLM
@@ -104,7 +104,8 @@ def evaluate(
       tasks: names of benchmarks and presets, and of tasks of `lm_eval` (see `text_tasks`).
       data_root: where the benchmarks' official files are.
       limit: at most this many items per task.
-      split: of the data; default: each benchmark's own.
+      split: of the data, for all tasks or as `TASK=SPLIT,TASK=SPLIT` for some; default: each
+        benchmark's own.
       batch_size: rows per batch.
       attention: also read the attention statistics of every generated token.
       title: of the progress bar.
@@ -269,11 +270,24 @@ def _load(tasks, data_root, limit, split) -> list[tuple[str, VisualTask]]:
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    names = expand(tasks)
+    splits = _splits(split, names)
     return [
         (name, task)
-        for name in expand(tasks)
-        for task in load_benchmark(name, data_root=data_root, limit=limit, split=split)
+        for name in names
+        for task in load_benchmark(name, data_root=data_root, limit=limit, split=splits.get(name))
     ]
+
+
+def _splits(split: str | None, names: Sequence[str]) -> dict[str, str]:
+    """The split of every task that has not its own: `SPLIT`, or `TASK=SPLIT,TASK=SPLIT`."""
+    if split is None or "=" not in split:
+        return {} if split is None else dict.fromkeys(names, split)
+    splits = dict(pair.partition("=")[::2] for pair in split.split(","))
+    for name in splits:
+        if name not in names:
+            raise choice_error("task of a split", name, names)
+    return splits
 
 
 def _in_order(items: Iterable[Item]) -> list[Item]:
@@ -401,7 +415,9 @@ def write_results(result: EvaluationResult, out: str | Path, **facts) -> Path:
         "fingerprint": result.model,
         "processor": {**earlier.get("processor", {}), **result.processor},
         "decoding": "greedy",
-        "seed": None,  # nothing is drawn; benchmarks that draw name their seed in the details
+        # What a benchmark draws has its seed in the details; requests of lm_eval that are drawn
+        # have their place in the list.
+        "seed": None,
         "version": __version__,
         "versions": {
             "python": platform.python_version(),

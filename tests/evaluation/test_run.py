@@ -189,6 +189,17 @@ def test_a_broken_image_is_met_on_the_way_and_the_other_answers_stay(
     assert [row["id"] for row in found.predictions] == list("0123567")
 
 
+def test_tasks_may_have_splits_of_their_own(model, root):
+    options = {"data_root": root, "limit": 2, "batch_size": 4}
+    both = ["gqa", "seed_bench_rank"]
+    found = evaluate(model, both, split="gqa=testdev_balanced", **options)
+    assert list(found.scores) == both
+    with pytest.raises(UserError, match="split of gqa 'other'"):
+        evaluate(model, both, split="gqa=other", **options)
+    with pytest.raises(UserError, match=r"task of a split 'vqav2'.*gqa, seed_bench_rank"):
+        evaluate(model, both, split="gqa=testdev_balanced,vqav2=val", **options)
+
+
 def test_a_choice_longer_than_the_context_leaves_the_other_questions(model, root, tmp_path):
     (tmp_path / "seed_bench").mkdir()
     (tmp_path / "seed_bench" / "SEED-Bench-image").symlink_to(

@@ -56,6 +56,17 @@ def root(tmp_path_factory, monkeypatch_module):
     ]
     folder = root / "cais" / "mmlu"
     write(folder, "abstract_algebra", test=questions[:3], dev=questions)
+    science = [
+        {
+            "id": str(i),
+            "question": f"how many {word} ?",
+            "choices": {"text": ENDINGS, "label": list("ABCD")},
+            "answerKey": "ABCD"[i % 4],
+        }
+        for i, word in enumerate(["two", "three", "four"])
+    ]
+    splits = {"train": science, "validation": science, "test": science}
+    write(root / "allenai" / "ai2_arc", "ARC-Challenge", **splits)
     sums = [{"question": "how many two ?", "answer": "two and two #### 4"}] * 6
     write(root / "openai" / "gsm8k", "main", train=sums, test=sums[:2])
     return root
@@ -96,6 +107,21 @@ def test_hellaswag_is_the_hand_computed_share(model, root, tmp_path):
     assert "acc,none" in score["details"]
     saved = json.loads(write_results(result, tmp_path).read_text())
     assert saved["scores"] == result.scores
+
+
+def test_arc_is_the_hand_computed_share(model, root):
+    result = evaluate(model, ["arc_challenge"], data_root=root)
+    right = {"acc": [], "acc_norm": []}
+    for i, word in enumerate(["two", "three", "four"]):
+        context = f"Question: how many {word} ?\nAnswer:"
+        each = [log_likelihood(model, context, f" {e}") for e in ENDINGS]
+        normed = [x / len(e) for x, e in zip(each, ENDINGS, strict=True)]
+        right["acc"].append(int(np.argmax(each)) == i)
+        right["acc_norm"].append(int(np.argmax(normed)) == i)
+    score = result.scores["arc_challenge"]
+    assert (score["n"], score["shots"]) == (3, 0)
+    for metric, values in right.items():
+        assert score["details"][f"{metric},none"] == pytest.approx(np.mean(values))
 
 
 def test_mmlu_has_five_examples_before_each_question(model, root):
