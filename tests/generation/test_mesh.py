@@ -9,6 +9,7 @@ from tiny import talking_model
 from moresjax import load
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.cli import main
+from moresjax.generation.chat import Chat
 from moresjax.generation.sampling import Sampling
 from moresjax.model import Model
 from moresjax.parallel.mesh import make_mesh, mesh_preset
@@ -41,6 +42,9 @@ def answers(model: Model) -> dict:
     asked = ["is there a two ?", "what is the largest ?", "how many times three ?"] * 4
     about = [[image] for image in IMAGES[:2] for _ in range(6)]
     drawn = model.generate_rows(rows, NEW, sampling=Sampling(temperature=1.0), seeds=range(5))
+    chat = Chat(model, max_new_tokens=NEW)
+    spoken = ["".join(chat.ask(*turn)) for turn in ((asked[0], [IMAGES[0]]), (asked[1],))]
+    assert chat.tokens_read < 20  # the image is in the cache
     scores = model.score(texts[:2], [["three .", "no ."], ["seven ."]], images[:2])
     return {
         "tokens": np.asarray(whole.tokens).tolist(),
@@ -51,6 +55,7 @@ def answers(model: Model) -> dict:
             score.logprob
             for (score,) in model.score(asked, [["three ."]] * len(asked), about, batch_size=8)
         ],
+        "chat": spoken,
         "drawn": np.asarray(drawn.tokens).tolist(),
         "beams": model.generate(texts[:1], images[:1], max_new_tokens=NEW, num_beams=2),
         "scores": [[score.logprob for score in each] for each in scores],
@@ -75,7 +80,7 @@ def test_a_mesh_changes_no_token(preset, expected):
     assert fingerprint(model.mllm) == name
     found = answers(model)
     assert len(set(map(tuple, expected["tokens"]))) >= 4
-    for name in ("tokens", "drawn", "refilled", "beams", "about"):
+    for name in ("tokens", "drawn", "refilled", "beams", "about", "chat"):
         assert found[name] == expected[name], name
     scale = np.abs(expected["logits"]).max()
     np.testing.assert_allclose(found["logits"] / scale, expected["logits"] / scale, atol=1e-5)
