@@ -176,6 +176,24 @@ def test_a_file_of_prompts_is_answered(demo, tmp_path, capsys):
     assert len(answers.read_text().splitlines()) == 3
 
 
+def test_an_adapter_is_put_on_its_base(demo, capsys):
+    out, _ = demo
+    (folder,) = out.glob("adapters/lora*")
+    options = ["--template", recipe.TEMPLATE]
+    texts = []
+    for model in (
+        ["--model", str(out / "pretrain"), "--adapter", str(folder), *options],
+        ["--model", str(out / "finetune" / f"{folder.name}-seed0")],
+    ):
+        command = ["generate", *model, "--prompt", "what is the largest ?", "--json"]
+        capsys.readouterr()
+        assert main([*command, "--max-new-tokens", "6"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["text"])
+    assert texts[0] == texts[1] != ""
+    bad = ["generate", "--model", out / "pretrain", "--adapter", out, "--prompt", "two ?"]
+    assert "is not an adapter folder" in refused(bad, capsys)
+
+
 def test_params_of_a_run(demo, capsys):
     out, printed = demo
     assert main(["params", "--model", str(out / "finetune" / "ia3-seed0"), "--json"]) == 0
