@@ -28,7 +28,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+import jax
 import pytest
+
+MAPS = 20_000
 
 
 def clean_environment() -> dict[str, str]:
@@ -40,6 +43,15 @@ def pytest_unconfigure():
     """Removes the cache when the process that made it ends."""
     if OWNS_CACHE:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs before they are too many: each maps memory several times, of which
+    a process may have 65,530 (`vm.max_map_count`), and XLA dies of one more."""
+    yield
+    if sum(1 for _ in open("/proc/self/maps")) > MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
