@@ -14,7 +14,7 @@ from pathlib import Path
 from moresjax.configs import digits as recipe
 
 from moresjax.evaluation.run import evaluate
-from moresjax.model import load
+from moresjax.loading import load
 from moresjax.parallel.host import use_huge_pages
 from moresjax.training.loop import train
 

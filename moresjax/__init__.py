@@ -7,7 +7,7 @@ __all__ = ["Model", "load"]
 def __getattr__(name):
     # Loaded on first use: `moresjax params` should not wait for the data and generation stacks.
     if name in __all__:
-        from moresjax import model
+        from moresjax import loading
 
-        return {"Model": model.Model, "load": model.load}[name]
+        return getattr(loading, name)
     raise AttributeError(f"module 'moresjax' has no attribute {name!r}")

@@ -285,7 +285,7 @@ def _evaluate(args) -> None:
 def _judge(args):
     """The judge behind an endpoint or in a folder, if one was asked for."""
     from moresjax.evaluation.judges import EndpointJudge, ModelJudge
-    from moresjax.model import load
+    from moresjax.loading import load
 
     if args.judge_url and not args.judge_model:
         raise UserError("--judge-url needs --judge-model, the model's name there")
@@ -326,7 +326,7 @@ def _generate(args) -> None:
 
 def _load(args):
     """The model of `--model`, asked as the options say."""
-    from moresjax.model import load
+    from moresjax.loading import load
 
     options = {"template": args.template, "image_aspect": args.image_aspect}
     return load(args.model, mesh=_mesh(args), **options)

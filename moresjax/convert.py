@@ -10,7 +10,7 @@ from flax import nnx
 from moresjax.build import PARTS, build_model, build_processor, is_workdir, load_tokenizer
 from moresjax.data.images import saved_processor
 from moresjax.errors import UserError, choice_error
-from moresjax.model import has_tokenizer, load
+from moresjax.loading import has_tokenizer, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.training.checkpoint import Checkpoints

@@ -20,7 +20,8 @@ from moresjax.data.digits import FAMILIES, UNSEEN
 from moresjax.errors import UserError
 from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT, items, majority
 from moresjax.evaluation.run import EvaluationResult, evaluate, write_results
-from moresjax.model import Model, load
+from moresjax.loading import load
+from moresjax.model import Model
 from moresjax.training.loop import TrainResult, train
 from moresjax.tuning.count import count_parameters
 from moresjax.weights.adapter import save_adapter

@@ -53,7 +53,7 @@ def attention_report(
       options: of `moresjax.evaluation.run.evaluate`.
     """
     from moresjax.evaluation.run import evaluate
-    from moresjax.model import load
+    from moresjax.loading import load
 
     summaries = {}
     for name, folder in models:

@@ -119,13 +119,31 @@ class MoresjaxLM(LM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations, tokenised together with their contexts."""
+
+        def score(chunk):
+            return self._score(self._pairs(chunk))
+
+        return self._in_chunks("loglikelihood", score, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows where they are longer than the context."""
+
+        def score(chunk):
+            windows = [self._windows(request.args[0]) for request in chunk]
+            scores = iter(self._score([pair for own in windows for pair in own]))
+            return [sum(next(scores)[0] for _ in own) for own in windows]
+
+        return self._in_chunks("loglikelihood_rolling", score, requests, disable_tqdm)
+
+    def _in_chunks(self, kind: str, score: Callable, requests, disable_tqdm: bool) -> list:
+        """Scores of the requests, kept and shown chunk by chunk."""
         found, size = [], _CHUNK * self.batch_size
         with tqdm(total=len(requests), desc=self.title, disable=disable_tqdm or None) as bar:
             for start in range(0, len(requests), size):
                 chunk = requests[start : start + size]
-                scores = self._score(self._pairs(chunk))
-                for request, score in zip(chunk, scores, strict=True):
-                    self.cache_hook.add_partial("loglikelihood", request.args, score)
+                scores = score(chunk)
+                for request, one in zip(chunk, scores, strict=True):
+                    self.cache_hook.add_partial(kind, request.args, one)
                 found += scores
                 bar.update(len(chunk))
         return found
@@ -151,21 +169,6 @@ class MoresjaxLM(LM):
             head = min(len(self._ids(context.rstrip())), len(whole) - 1)
             pairs.append(self._pair(whole[:head], whole[head:]))
         return pairs
-
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows where they are longer than the context."""
-        totals, size = [], _CHUNK * self.batch_size
-        with tqdm(total=len(requests), desc=self.title, disable=disable_tqdm or None) as bar:
-            for start in range(0, len(requests), size):
-                chunk = requests[start : start + size]
-                windows = [self._windows(request.args[0]) for request in chunk]
-                scores = iter(self._score([pair for own in windows for pair in own]))
-                found = [sum(next(scores)[0] for _ in own) for own in windows]
-                for request, total in zip(chunk, found, strict=True):
-                    self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-                totals += found
-                bar.update(len(chunk))
-        return totals
 
     def _windows(self, text: str) -> list[tuple[Row, Ids]]:
         ids, most = self._ids(text, False), self.model.max_length

@@ -6,7 +6,7 @@ one size and a bucket length: few shapes, few compilations.
 
 import dataclasses
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from moresjax.data.images import LazyPixels
@@ -77,6 +77,7 @@ class Queue:
         having = max(sum(number >= 0 for number in openings.of), 1)
         self._at_once = -(-size * len(openings.rows) // having)
         self._at_once += -self._at_once % parts
+        self._of_length = Counter(len(row["tokens"]) for row in openings.rows)
         self._last, self._held = _NOTHING, _NOTHING
 
     def __len__(self) -> int:
@@ -128,12 +129,13 @@ class Queue:
         """Reads the beginnings that come next, and forgets those before the last ones."""
         of, length = self._openings.of, self._openings.length
         size = length(self._waiting[0])
-        numbers = list(dict.fromkeys(of[i] for i in self._waiting if length(i) == size))
-        numbers = numbers[: self._at_once]
+        near = itertools.takewhile(lambda prompt: length(prompt) == size, self._waiting)
+        different = (number for number, _ in itertools.groupby(of[prompt] for prompt in near))
+        numbers = list(itertools.islice(different, self._at_once))
         numbers += numbers[:1] * (self._at_once - len(numbers))
         read = _Read(numbers, self._read(numbers))
         before, self._last = self._last, read
-        if sum(len(row["tokens"]) == size for row in self._openings.rows) <= self._at_once:
+        if self._of_length[size] <= self._at_once:
             self._held = read
             return
         # The same number from the beginning on: one program.

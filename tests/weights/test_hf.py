@@ -19,7 +19,8 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from moresjax.errors import UserError
-from moresjax.model import Model, load
+from moresjax.loading import load
+from moresjax.model import Model
 from moresjax.models.mllm import MLLMConfig
 from moresjax.weights.hf import (
     build_model,

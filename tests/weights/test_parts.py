@@ -36,7 +36,7 @@ from transformers import (
 
 from moresjax.build import build_processor, load_part, load_parts, model_config
 from moresjax.errors import UserError
-from moresjax.model import load
+from moresjax.loading import load
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.initialize import described
 from moresjax.models.mllm import MLLM, MLLMConfig
