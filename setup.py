@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moresjax/__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moresjax/_version.py").read_text())[1]
 
 setup(
     name="moresjax",
@@ -19,7 +19,7 @@ setup(
     # The config files are part of the package, so that the demo finds them wherever it runs.
     packages=[*find_packages(include=["moresjax", "moresjax.*"]), "moresjax.configs"],
     package_dir={"moresjax.configs": "configs"},
-    package_data={"moresjax.analysis": ["*.j2"]},
+    package_data={"moresjax.reports": ["*.j2"]},
     install_requires=[
         "jax>=0.10,<0.11",
         "flax>=0.12.8,<0.13",

@@ -14,8 +14,8 @@ from pathlib import Path
 from moresjax.configs import digits as recipe
 
 from moresjax.evaluation.run import evaluate
-from moresjax.loading import load
-from moresjax.parallel.host import use_huge_pages
+from moresjax.hardware.host import use_huge_pages
+from moresjax.inference.load import load
 from moresjax.training.loop import train
 
 CONNECTOR = (1e-3, 2e-3, 4e-3, 8e-3)

@@ -35,8 +35,8 @@ from transformers import (
 import moresjax as mj
 from moresjax.data.samples import Sample, Turn
 from moresjax.data.templates import get_template
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import VisualTask, benchmark
 

@@ -48,7 +48,7 @@ LOADERS = {
     "moresjax int8": "import jax, moresjax as mj; "
     "m = mj.load({folder!r} + '/in', quantize='int8').mllm; "
     "import flax.nnx as nnx; jax.block_until_ready(nnx.state(m))",
-    "moresjax import": "from moresjax.convert import import_model; "
+    "moresjax import": "from moresjax.inference.convert import import_model; "
     "import_model({folder!r} + '/in', {folder!r} + '/out')",
     "transformers": "import transformers; "
     "m = transformers.AutoModelForCausalLM.from_pretrained({folder!r} + '/in'); "

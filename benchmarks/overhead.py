@@ -14,15 +14,16 @@ from moresjax.configs import digits as recipe
 from rounds import measure, median_ratio
 
 from moresjax.analysis.attention import AttentionProbe
-from moresjax.build import build_iterator, build_processor, model_config
 from moresjax.data.pipeline import to_device_batch
 from moresjax.generation.engine import Engine
+from moresjax.hardware.host import use_huge_pages
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
-from moresjax.parallel.host import use_huge_pages
+from moresjax.runs.build import build_iterator, build_processor, model_config
+from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
-from moresjax.training.step import TrainState, make_train_step, split_model
+from moresjax.training.step import make_train_step, split_model
 
 METHODS = (
     "none",

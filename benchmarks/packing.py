@@ -18,7 +18,7 @@ from moresjax.data.buckets import bucket_lengths, plan_batches
 from moresjax.data.packing import PackWindow, first_fit
 from moresjax.data.pipeline import BUCKET_WINDOW, PACK_WINDOW
 from moresjax.data.processor import FIELDS, Processor
-from moresjax.data.rows import FILLER, Collate, Rows
+from moresjax.data.rows import PADDING_SAMPLE, Collate, Rows
 
 # Source: thousands of conversations, assumed mean and relative spread of text tokens, images.
 MIX = {
@@ -98,7 +98,7 @@ def main() -> None:
         # Words stand for tokens here; in a run, batches are sorted by words as well.
         sizes = np.stack([tokens, images], 1)
         plan = plan_batches(sizes, BATCH, BUCKET_WINDOW * BATCH, np.random.default_rng(0))
-        longest = np.where(plan == FILLER, 0, tokens[plan]).max(1)
+        longest = np.where(plan == PADDING_SAMPLE, 0, tokens[plan]).max(1)
         capacity = lengths[np.searchsorted(lengths, longest)].sum() * BATCH
         slots = (images[plan[:, 0]] > 0).sum() * BATCH
         show(f"bucket, {len(lengths)} lengths", tokens.sum() / capacity, slots)

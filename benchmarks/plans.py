@@ -11,11 +11,11 @@ import itertools
 import re
 from pathlib import Path
 
-from moresjax.parallel.chips import GIB, find_slice
-from moresjax.parallel.mesh import PRESETS, mesh_preset
-from moresjax.parallel.plan import plan
-from moresjax.parallel.program import Plan
-from moresjax.training.config import load_config
+from moresjax.hardware.chips import GIB, find_slice
+from moresjax.plans.program import Plan
+from moresjax.plans.train_plan import plan
+from moresjax.runs.config import load_config
+from moresjax.sharding.mesh import PRESETS, mesh_preset
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "plans.md"

@@ -27,13 +27,14 @@ from peft import LoraConfig, get_peft_model
 from rounds import Run, Worker, measure, median_ratio
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from moresjax.core.layout import TokenKind
 from moresjax.data.packing import first_fit
 from moresjax.data.processor import Processor
-from moresjax.layout import Segment
-from moresjax.training.config import base_config
+from moresjax.runs.config import base_config
+from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
-from moresjax.training.step import TrainState, make_train_step, split_model
+from moresjax.training.step import make_train_step, split_model
 from moresjax.weights.hf import build_model, read_pretrained
 
 RANK = {"lora": 8, "mores": 1}
@@ -68,15 +69,15 @@ def samples(count: int) -> list[dict[str, np.ndarray]]:
     rows = []
     for length, pictures in zip((lengths // 2).tolist(), images.tolist(), strict=True):
         answer = length // 3
-        runs = [(Segment.SYSTEM, 8), (Segment.IMAGE, PATCHES * pictures)]
-        runs += [(Segment.QUESTION, length - 8 - answer), (Segment.ANSWER, answer)]
-        segment = np.concatenate([np.full(n, s, np.int32) for s, n in runs])
-        visual = segment == Segment.IMAGE
-        zeros = np.zeros_like(segment)
-        row = {"tokens": rng.integers(3, IMAGE_ID, segment.size).astype(np.int32)}
-        row |= {"segment": segment, "document": zeros, "branch": zeros, "id": ""}
+        runs = [(TokenKind.SYSTEM, 8), (TokenKind.IMAGE, PATCHES * pictures)]
+        runs += [(TokenKind.QUESTION, length - 8 - answer), (TokenKind.ANSWER, answer)]
+        kind = np.concatenate([np.full(n, s, np.int32) for s, n in runs])
+        visual = kind == TokenKind.IMAGE
+        zeros = np.zeros_like(kind)
+        row = {"tokens": rng.integers(3, IMAGE_ID, kind.size).astype(np.int32)}
+        row |= {"kind": kind, "document": zeros, "branch": zeros, "id": ""}
         row["image"] = np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32)
-        row["position"] = np.arange(segment.size, dtype=np.int32)
+        row["position"] = np.arange(kind.size, dtype=np.int32)
         if pictures:
             pixels = rng.standard_normal((pictures, SIZE, SIZE, 3))
             row["pixels"] = pixels.astype(np.float32)
@@ -192,10 +193,10 @@ def collated(rows: Sequence[dict]):
     ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
     mask, places = torch.zeros(shape, dtype=torch.long), []
     for number, row in enumerate(rows):
-        tokens, visual = torch.tensor(row["tokens"]).long(), row["segment"] == Segment.IMAGE
+        tokens, visual = torch.tensor(row["tokens"]).long(), row["kind"] == TokenKind.IMAGE
         tokens[torch.tensor(visual)] = IMAGE_ID
         ids[number, : len(tokens)], mask[number, : len(tokens)] = tokens, 1
-        answer = torch.tensor(row["segment"] == Segment.ANSWER)
+        answer = torch.tensor(row["kind"] == TokenKind.ANSWER)
         labels[number, : len(tokens)][answer] = tokens[answer]
         at = np.flatnonzero(visual)
         places += [(number, int(place)) for place in (*at[:4], *at[-5:])]

@@ -18,18 +18,19 @@ import numpy as np
 from flax import nnx
 from rounds import Run, Seconds, measure, median_ratio
 
+from moresjax.core.layout import Batch, TokenKind, TokenLayout
 from moresjax.generation.engine import Engine
-from moresjax.layout import Batch, Segment, TokenLayout
+from moresjax.hardware.host import use_huge_pages
+from moresjax.models.count import count_parameters
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
-from moresjax.parallel.host import use_huge_pages
-from moresjax.training.config import base_config
+from moresjax.runs.config import base_config
+from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
-from moresjax.training.step import TrainState, make_train_step, split_model
-from moresjax.tuning.count import count_parameters
+from moresjax.training.step import make_train_step, split_model
 
 METHODS = (
     "none",
@@ -61,15 +62,19 @@ def architecture() -> MLLMConfig:
 def random_batch(config: MLLMConfig, rows: int, text: int, answer: int) -> Batch:
     """An image and `text` tokens per row, the last `answer` of them the answer."""
     rng, visual = np.random.default_rng(0), config.visual_tokens
-    runs = [(Segment.IMAGE, visual), (Segment.QUESTION, text - answer), (Segment.ANSWER, answer)]
-    segment = np.concatenate([np.full(n, s, np.int32) for s, n in runs])
+    runs = [
+        (TokenKind.IMAGE, visual),
+        (TokenKind.QUESTION, text - answer),
+        (TokenKind.ANSWER, answer),
+    ]
+    kind = np.concatenate([np.full(n, s, np.int32) for s, n in runs])
 
     def every_row(x):
-        return jnp.asarray(np.broadcast_to(x, (rows, segment.size)).astype(np.int32))
+        return jnp.asarray(np.broadcast_to(x, (rows, kind.size)).astype(np.int32))
 
-    place = np.arange(segment.size)
+    place = np.arange(kind.size)
     layout = TokenLayout(
-        segment=every_row(segment),
+        kind=every_row(kind),
         image=every_row(np.where(place < visual, place, -1)),
         position=every_row(place),
         document=every_row(0),

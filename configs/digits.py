@@ -7,8 +7,8 @@ Stages: `llm` (text only), `vit` (vision encoder), `pretrain` (connector), `fine
 instruction tuning with `tuning=...`).
 """
 
-from moresjax.errors import choice_error
-from moresjax.training.config import base_config, parse_arg
+from moresjax.core.errors import choice_error
+from moresjax.runs.config import base_config, parse_arg
 
 TEMPLATE = "bare"
 

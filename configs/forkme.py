@@ -3,7 +3,7 @@
 moresjax train --config configs/forkme.py:tuning=mores:rank=2 --workdir runs/mine
 """
 
-from moresjax.training.config import base_config, parse_arg
+from moresjax.runs.config import base_config, parse_arg
 
 
 def get_config(arg=None):

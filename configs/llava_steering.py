@@ -13,9 +13,9 @@ and of the encoder are `init.llm` and `init.vision`, data is `data.files` and `d
 
 import dataclasses
 
-from moresjax.errors import choice_error
+from moresjax.core.errors import choice_error
 from moresjax.models.zoo import ENCODERS, MODELS
-from moresjax.training.config import base_config, parse_arg
+from moresjax.runs.config import base_config, parse_arg
 
 # The encoder's folder on the hub, and the LLM's.
 FOLDERS = {

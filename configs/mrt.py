@@ -5,7 +5,7 @@
 Everything is frozen but the editors. `configs/README.md` lists the rows of the paper's tables.
 """
 
-from moresjax.training.config import base_config, parse_arg
+from moresjax.runs.config import base_config, parse_arg
 
 SAMPLES, ROWS, PASSES = 191_105, 128, 3
 # Table 1's baselines that are defined well enough to be repeated; their connector trains.

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moresjax import __version__
-from moresjax.errors import UserError
-from moresjax.parallel.host import use_huge_pages
+from moresjax._version import __version__
+from moresjax.core.errors import UserError
+from moresjax.hardware.host import use_huge_pages
 
 # Commands whose programs are kept for the next process.
 COMPILING = ("demo", "train", "evaluate", "generate", "analyze")
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parse(arguments)
         if args.command in COMPILING:
-            from moresjax.parallel.processes import use_compile_cache
+            from moresjax.sharding.processes import use_compile_cache
 
             use_compile_cache()
         args.run(args)
@@ -238,15 +238,15 @@ def _print(args, data: dict, text: str) -> None:
 
 
 def _demo(args) -> None:
-    from moresjax.demo import run_demo
+    from moresjax.studies.demo import run_demo
 
     results = run_demo(args.out, seeds=args.seeds, fast=args.fast)
     _print(args, results, f"report: {Path(args.out) / 'report.html'}")
 
 
 def _train(args) -> None:
-    from moresjax.parallel.processes import join_processes
-    from moresjax.training.config import load_config
+    from moresjax.runs.config import load_config
+    from moresjax.sharding.processes import join_processes
     from moresjax.training.loop import train
 
     config = load_config(args.config, args.overrides)
@@ -285,7 +285,7 @@ def _evaluate(args) -> None:
 def _judge(args):
     """The judge behind an endpoint or in a folder, if one was asked for."""
     from moresjax.evaluation.judges import EndpointJudge, ModelJudge
-    from moresjax.loading import load
+    from moresjax.inference.load import load
 
     if args.judge_url and not args.judge_model:
         raise UserError("--judge-url needs --judge-model, the model's name there")
@@ -296,8 +296,8 @@ def _judge(args):
 
 
 def _generate(args) -> None:
-    from moresjax.generation.jsonl import generate_file
     from moresjax.generation.sampling import Sampling
+    from moresjax.inference.files import generate_file
 
     names = "temperature", "top_k", "top_p", "repetition_penalty", "seed"
     sampling = Sampling(**{name: getattr(args, name) for name in names})
@@ -326,7 +326,7 @@ def _generate(args) -> None:
 
 def _load(args):
     """The model of `--model`, asked as the options say."""
-    from moresjax.loading import load
+    from moresjax.inference.load import load
 
     options = {"template": args.template, "image_aspect": args.image_aspect}
     return load(args.model, mesh=_mesh(args), **options)
@@ -338,14 +338,14 @@ def _mesh(args):
         return None
     import jax
 
-    from moresjax.parallel.mesh import make_mesh, mesh_preset
+    from moresjax.sharding.mesh import make_mesh, mesh_preset
 
     return make_mesh(**mesh_preset(args.mesh, jax.device_count()))
 
 
 def _chat(model, images: Sequence[str], options: dict) -> None:
     """Questions from the terminal until an empty one; the first is about the images."""
-    from moresjax.generation.chat import Chat
+    from moresjax.inference.chat import Chat
 
     chat = Chat(model, **options)
     while question := _ask():
@@ -366,7 +366,7 @@ def _ask() -> str:
 
 
 def _analyze_attention(args) -> None:
-    from moresjax.analysis.report import attention_report
+    from moresjax.reports.attention import attention_report
 
     summaries = attention_report(
         [tuple(m.split("=", 1)) if "=" in m else (Path(m).name, m) for m in args.model],
@@ -387,8 +387,8 @@ def _analyze_attention(args) -> None:
 
 
 def _import(args) -> None:
-    from moresjax.convert import import_model
-    from moresjax.tuning.count import count_parameters
+    from moresjax.inference.convert import import_model
+    from moresjax.models.count import count_parameters
 
     options = {
         key: getattr(args, key)
@@ -401,7 +401,7 @@ def _import(args) -> None:
 
 
 def _export(args) -> None:
-    from moresjax.convert import export_model
+    from moresjax.inference.convert import export_model
 
     out = export_model(args.model, args.out, args.format, adapter=args.adapter)
     files = sorted(path.name for path in out.iterdir())
@@ -409,10 +409,10 @@ def _export(args) -> None:
 
 
 def _plan(args) -> None:
-    from moresjax.parallel.generation_plan import plan_generation
-    from moresjax.parallel.plan import plan, search
-    from moresjax.parallel.program import describe
-    from moresjax.training.config import load_config
+    from moresjax.plans.generation_plan import plan_generation
+    from moresjax.plans.program import describe
+    from moresjax.plans.train_plan import plan, search
+    from moresjax.runs.config import load_config
 
     config = load_config(args.config, args.overrides)
     batches = args.batch or [config.batch_size]
@@ -438,10 +438,10 @@ def _plan(args) -> None:
 def _data_check(args) -> None:
     import functools
 
-    from moresjax.build import build_processor
     from moresjax.data.check import check_data
     from moresjax.data.sources import make_source
-    from moresjax.training.config import load_config
+    from moresjax.runs.build import build_processor
+    from moresjax.runs.config import load_config
 
     config = load_config(args.config, args.overrides)
     report = check_data(
@@ -489,13 +489,13 @@ def _zoo(args) -> None:
 
 
 def _params(args) -> None:
-    from moresjax.tuning.count import count_parameters
+    from moresjax.models.count import count_parameters
 
     tuning, also = args.tuning, tuple(filter(None, args.also_train.split(",")))
     if bool(args.model) == bool(args.llm):
         raise UserError("params needs either --model DIR or --llm NAME")
     if args.model:
-        from moresjax.build import saved_config
+        from moresjax.runs.build import saved_config
 
         config, saved_tuning = saved_config(args.model)
         tuning = tuning or saved_tuning

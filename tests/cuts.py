@@ -1,7 +1,7 @@
 """A run with a small model, for plans."""
 
-from moresjax.parallel.mesh import mesh_preset
-from moresjax.training.config import base_config
+from moresjax.runs.config import base_config
+from moresjax.sharding.mesh import mesh_preset
 
 # Two layers, wide enough that every kernel is split.
 CUT_LLM = {

@@ -11,7 +11,7 @@ from PIL import Image
 from moresjax import load
 from moresjax.cli import main
 from moresjax.data.digits import FAMILIES
-from moresjax.generation.chat import Chat
+from moresjax.inference.chat import Chat
 
 CONFIG = recipe.__file__
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from moresjax.build import model_config
+from moresjax.core.errors import UserError
 from moresjax.data.templates import get_template
-from moresjax.errors import UserError
+from moresjax.models.count import count_parameters
 from moresjax.models.zoo import ENCODERS
-from moresjax.training.config import differences, load_config, read_config, save_config
-from moresjax.tuning.count import count_parameters
+from moresjax.runs.build import model_config
+from moresjax.runs.config import differences, load_config, read_config, save_config
 
 ROOT = Path(__file__).parents[1]
 STEERING, MRT = (str(ROOT / "configs" / name) for name in ("llava_steering.py", "mrt.py"))

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from moresjax.core.layout import Batch, TokenKind, TokenLayout
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.layout import Batch, Segment, TokenLayout
-from moresjax.model import Model
+from moresjax.inference.model import Model
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -61,17 +61,17 @@ def talking_model(tuning: str, **llm) -> Model:
     return Model(mllm, processor)
 
 
-def row_layout(*pieces: tuple[Segment, int], length: int = 0, left: bool = False):
-    """Layout fields of one row from (segment, tokens) runs, padded to `length` on one side."""
-    segment = [int(s) for s, n in pieces for _ in range(n)]
-    pad = max(length - len(segment), 0)
-    images = iter(range(len(segment)))
+def row_layout(*pieces: tuple[TokenKind, int], length: int = 0, left: bool = False):
+    """Layout fields of one row from (kind, tokens) runs, padded to `length` on one side."""
+    kind = [int(s) for s, n in pieces for _ in range(n)]
+    pad = max(length - len(kind), 0)
+    images = iter(range(len(kind)))
     fields = {
-        "segment": segment,
-        "image": [next(images) if s == Segment.IMAGE else -1 for s in segment],
-        "position": list(range(len(segment))),
-        "document": [0] * len(segment),
-        "branch": [0] * len(segment),
+        "kind": kind,
+        "image": [next(images) if s == TokenKind.IMAGE else -1 for s in kind],
+        "position": list(range(len(kind))),
+        "document": [0] * len(kind),
+        "branch": [0] * len(kind),
     }
     fill = {"image": -1}
     rows = {}
@@ -90,12 +90,12 @@ def stack_layout(rows, visual: int = 9) -> TokenLayout:
 def tiny_batch(rows: int = 2, images: int = 1, seed: int = 0, answer: int = 4) -> Batch:
     """BOS, `images` images, a question and an answer per row, right-padded; random contents."""
     rng = np.random.default_rng(seed)
-    pieces = [(Segment.SYSTEM, 2), (Segment.IMAGE, 9 * images), (Segment.QUESTION, 3)]
+    pieces = [(TokenKind.SYSTEM, 2), (TokenKind.IMAGE, 9 * images), (TokenKind.QUESTION, 3)]
     layouts = []
     for row in range(rows):
         # The last row is one token shorter, so that there is padding.
         last = answer - (row == rows - 1 and rows > 1 and answer > 1)
-        whole = [*pieces, (Segment.ANSWER, last)]
+        whole = [*pieces, (TokenKind.ANSWER, last)]
         layouts.append(row_layout(*whole, length=5 + 9 * images + answer))
     layout = stack_layout(layouts)
     tokens = rng.integers(1, TINY_LLM["vocab_size"], layout.shape).astype(np.int32)

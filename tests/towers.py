@@ -13,7 +13,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from moresjax.models.initialize import described, fill
+from moresjax.models.initialize import abstract, set_params
 from moresjax.models.vision import VisionEncoder
 from moresjax.weights.parts import load_vision
 
@@ -75,8 +75,8 @@ def saved(model, folder):
 def loaded(folder, **changes) -> VisionEncoder:
     config, state = load_vision(folder, **changes)
     encoder = VisionEncoder(config)
-    fill(encoder, state, "here")
-    assert described(encoder) == []
+    set_params(encoder, state, "here")
+    assert abstract(encoder) == []
     return encoder
 
 

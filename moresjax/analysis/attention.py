@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from moresjax.errors import UserError
-from moresjax.layout import Segment
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
 from moresjax.models.attention import GROUPS, attention_probabilities, group_masses
 from moresjax.models.connector import parse_connector
 from moresjax.models.mllm import MLLMConfig
 from moresjax.tuning.base import ProbeContext
 
-IMAGE = GROUPS.index(Segment.IMAGE)
+IMAGE = GROUPS.index(TokenKind.IMAGE)
 # What the image is compared with; the first is the default (the paper does not say).
 TEXT_VARIANTS = {
-    "text": (Segment.QUESTION, Segment.ANSWER),
-    "question": (Segment.QUESTION,),
-    "all_nonvisual": (Segment.SYSTEM, Segment.QUESTION, Segment.ANSWER),
+    "text": (TokenKind.QUESTION, TokenKind.ANSWER),
+    "question": (TokenKind.QUESTION,),
+    "all_nonvisual": (TokenKind.SYSTEM, TokenKind.QUESTION, TokenKind.ANSWER),
 }
 
 
@@ -46,15 +46,15 @@ class AttentionProbe:
         if context.queries is not None:
             q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
         probabilities = attention_probabilities(q, k, context.mask, context.softcap)
-        masses = group_masses(probabilities, context.segment)  # [B, N, Q, C]
-        members = (context.segment[:, :, None] == jnp.asarray(GROUPS)).astype(jnp.float32)
+        masses = group_masses(probabilities, context.kind)  # [B, N, Q, C]
+        members = (context.kind[:, :, None] == jnp.asarray(GROUPS)).astype(jnp.float32)
         counts = jnp.einsum("bqs,bsc->bqc", context.mask.astype(jnp.float32), members)[:, None]
 
-        def mean(groups: Sequence[Segment]):
+        def mean(groups: Sequence[TokenKind]):
             chosen = np.asarray([group in groups for group in GROUPS], np.float32)
             return (masses * chosen).sum(-1) / jnp.maximum((counts * chosen).sum(-1), 1)
 
-        scores = [mean((Segment.IMAGE,)), *(mean(groups) for groups in TEXT_VARIANTS.values())]
+        scores = [mean((TokenKind.IMAGE,)), *(mean(groups) for groups in TEXT_VARIANTS.values())]
         return {"mass": masses.sum(2), "score": jnp.stack(scores, axis=-1).sum(2)}
 
 
@@ -164,7 +164,7 @@ def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.nd
     answer = {name: np.zeros(count, np.int32) for name in ("document", "branch")}
     answer |= {
         "tokens": tokens,
-        "segment": np.full(count, int(Segment.ANSWER), np.int32),
+        "kind": np.full(count, int(TokenKind.ANSWER), np.int32),
         "image": np.full(count, -1, np.int32),
         "position": row["position"][-1] + 1 + np.arange(count, dtype=np.int32),
     }
@@ -172,7 +172,7 @@ def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.nd
     batch = model.processor.batch([whole | {"pixels": row["pixels"]}])
     queries = jnp.arange(prompt - 1, prompt - 1 + count)[None]
     maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
-    visual = np.flatnonzero(whole["image"] >= 0) + model.mllm.tuning.num_ahead
+    visual = np.flatnonzero(whole["image"] >= 0) + model.mllm.tuning.num_virtual_tokens
     texts = [model.processor.tokenizer.decode([token]) for token in tokens]
     return texts, np.asarray(maps)[:, 0][:, :, visual]
 

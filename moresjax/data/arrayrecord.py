@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from moresjax.core.errors import UserError
 from moresjax.data.llava import LlavaSource, image_names, image_path, to_sample
 from moresjax.data.samples import Sample
-from moresjax.errors import UserError
 
 INDEX = "index.json"  # written last: a folder without it is not complete
 SIZES = "sizes.npy"

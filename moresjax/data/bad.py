@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from moresjax.core.errors import UserError, choice_error
 from moresjax.data.processor import Row
-from moresjax.errors import UserError, choice_error
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from moresjax.data.rows import FILLER
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.data.rows import PADDING_SAMPLE
 
 
 def plan_batches(
@@ -25,7 +25,7 @@ def plan_batches(
 
     Args:
       sizes: words and images of every sample.
-      batch_size: B; the last batch of each kind is filled up with `FILLER`.
+      batch_size: B; the last batch of each kind is filled up with `PADDING_SAMPLE`.
       window: samples that are sorted together, rounded up to whole batches.
       rng: of the shuffling.
     """
@@ -36,7 +36,7 @@ def plan_batches(
         for start in range(0, len(order), window):
             part = order[start : start + window]
             part = part[np.argsort(-sizes[part, 0], kind="stable")]
-            fill = np.full(-len(part) % batch_size, FILLER)
+            fill = np.full(-len(part) % batch_size, PADDING_SAMPLE)
             batches.append(np.concatenate([part, fill]).reshape(-1, batch_size))
     return rng.permutation(np.concatenate(batches)).astype(np.int64)
 
@@ -79,6 +79,6 @@ class Buckets:
         return plan_batches(self.sizes, self.batch_size, self.window, rng)
 
     def __call__(self, number: int) -> list[int]:
-        """Numbers of the samples of batch `number`, or `FILLER`."""
+        """Numbers of the samples of batch `number`, or `PADDING_SAMPLE`."""
         epoch, place = divmod(number, self.per_epoch)
         return self._plan(epoch)[place].tolist()

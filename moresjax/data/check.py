@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
 from moresjax.data.images import open_image
 from moresjax.data.packing import first_fit
 from moresjax.data.pipeline import PACK_WINDOW
 from moresjax.data.processor import Processor
 from moresjax.data.samples import Sample
 from moresjax.data.sources import Source
-from moresjax.errors import UserError
-from moresjax.layout import Segment
 
 CHUNK = 64  # samples that a worker takes at once
 BINS = 16
@@ -118,7 +118,7 @@ def _measure_one(index: int, sample, processor: Processor, decode: bool) -> _Mea
             open_image(image)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from None
-    answers = int((row["segment"] == Segment.ANSWER).sum())
+    answers = int((row["kind"] == TokenKind.ANSWER).sum())
     return _Measured(index, sample.id, len(row["tokens"]), answers, len(sample.images))
 
 

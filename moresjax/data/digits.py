@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from moresjax.core.errors import choice_error
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
-from moresjax.errors import choice_error
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CELLS = ("top-left", "top-right", "bottom-left", "bottom-right")

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moresjax.core.errors import UserError, choice_error
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.errors import UserError, choice_error
 
 SEED = 42
 # Sizes of the multi-scale experiments, by name.

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 
 # Longer than this, an image whose shorter side is enlarged would not fit into memory.
 MAX_ASPECT = 200

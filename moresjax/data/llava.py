@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int
 
+from moresjax.core.errors import UserError
 from moresjax.data.records import JsonRecords
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
-from moresjax.errors import UserError
 
 ROLES = ("human", "gpt")
 

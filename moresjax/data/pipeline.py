@@ -12,14 +12,14 @@ import grain
 import jax
 import numpy as np
 
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.layout import RowStructure
 from moresjax.data.bad import BadSamples
 from moresjax.data.buckets import Buckets, bucket_lengths
 from moresjax.data.packing import PackWindow
 from moresjax.data.processor import Processor, Row
 from moresjax.data.rows import Collate, Rows, stack
 from moresjax.data.sources import Source, sizes_of
-from moresjax.errors import UserError, choice_error
-from moresjax.layout import Holds
 
 BATCHING = ("pad", "pack", "bucket")
 PACK_WINDOW = 256  # samples packed together
@@ -33,11 +33,13 @@ class Batches:
     Attributes:
       batching: how samples became rows.
       bad: the samples that were skipped.
-      holds: what the rows of every batch hold.
+      structure: what the rows of every batch hold.
     """
 
-    def __init__(self, dataset: grain.IterDataset, batching: str, bad: BadSamples, holds: Holds):
-        self.batching, self.bad, self.holds = batching, bad, holds
+    def __init__(
+        self, dataset: grain.IterDataset, batching: str, bad: BadSamples, structure: RowStructure
+    ):
+        self.batching, self.bad, self.structure = batching, bad, structure
         self._iterator = iter(dataset)
 
     def __iter__(self) -> "Batches":
@@ -64,14 +66,14 @@ class Batches:
         self._iterator.set_state(state["position"])
 
 
-def rows_held(source, batching: str) -> Holds:
+def structure_for(source, batching: str) -> RowStructure:
     """What the rows of a source's batches hold; `source` may be its class.
 
     Known before any is read: the program is the same at every step and in every process.
     """
     if getattr(source, "branches", True):
-        return Holds.ANY
-    return Holds.PACKED if batching == "pack" else Holds.SINGLE
+        return RowStructure.ANY
+    return RowStructure.PACKED if batching == "pack" else RowStructure.SINGLE
 
 
 def make_iterator(
@@ -110,7 +112,7 @@ def make_iterator(
     """
     if batching not in BATCHING:
         raise choice_error("batching", batching, BATCHING)
-    own, holds = _own_rows(batch_size), rows_held(source, batching)
+    own, structure = _own_rows(batch_size), structure_for(source, batching)
     bad = BadSamples(on_bad_sample, len(source))
     rows = Rows(source, processor, length, images, bad, threads)
     reading = _reading(threads, own)
@@ -122,7 +124,7 @@ def make_iterator(
         collate = Collate(rows, bucket_lengths(length, buckets), own)
         numbers = grain.MapDataset.range(ENDLESS).map(plan)
         batches = numbers.map(rows.texts).map(collate).to_iter_dataset(reading)
-        return Batches(batches, batching, bad, holds)
+        return Batches(batches, batching, bad, structure)
     order = _shuffled(source, seed)
     if batching == "pack":
         window = window or PACK_WINDOW
@@ -131,7 +133,7 @@ def make_iterator(
         pack = PackWindow(processor.count_images, length, images)
         planned = grain.experimental.FlatMapIterDataset(ahead, pack)
         batches = planned.batch(batch_size, batch_fn=list).map(Collate(rows, (length,), own))
-        return Batches(batches, batching, bad, holds)
+        return Batches(batches, batching, bad, structure)
 
     # Nobody knows the others' rows here, so that all have pixels where one may have an image.
     pixels = jax.process_count() > 1
@@ -143,10 +145,10 @@ def make_iterator(
         return batch
 
     batches = order.batch(batch_size, drop_remainder=True, batch_fn=list).map(padded)
-    return Batches(batches.to_iter_dataset(reading), batching, bad, holds)
+    return Batches(batches.to_iter_dataset(reading), batching, bad, structure)
 
 
-def one_pass(
+def epoch(
     source: Source,
     processor: Processor,
     *,
@@ -211,10 +213,13 @@ def _shuffled(source: Source, seed: int) -> grain.MapDataset:
 
 
 def to_device_batch(
-    stacked: Mapping[str, Any], processor: Processor, sharding=None, holds: Holds = Holds.ANY
+    stacked: Mapping[str, Any],
+    processor: Processor,
+    sharding=None,
+    structure: RowStructure = RowStructure.ANY,
 ):
     """Stacked rows as the objective's input, on the devices of `sharding` (leading axis split)."""
-    batch = processor.to_batch(stacked, holds) if "tokens" in stacked else dict(stacked)
+    batch = processor.to_batch(stacked, structure) if "tokens" in stacked else dict(stacked)
     if sharding is None:
         return jax.tree.map(jax.numpy.asarray, batch)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -2,8 +2,8 @@
 
 Axis legend: B rows, S tokens, N images per row, V visual tokens per image, Y, X pixels.
 
-Ids and segments come from the same tokenisation: the text between two images is tokenised once, and
-every token takes the segment and branch of its last character. A label mask therefore cannot
+Ids and kinds come from the same tokenisation: the text between two images is tokenised once, and
+every token takes the kind and branch of its last character. A label mask therefore cannot
 disagree with the tokens.
 """
 
@@ -14,16 +14,16 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, RowStructure, TokenKind, TokenLayout, infer_structure
 from moresjax.data.images import ImageProcessor, LazyPixels, image_keys
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.data.templates import Piece, Template
-from moresjax.errors import UserError
-from moresjax.layout import Batch, Holds, Segment, TokenLayout, rows_of
 
 # Arrays by field; `id` names the sample. Pixels may be `LazyPixels`.
 Row = dict[str, np.ndarray | str]
-FIELDS = ("segment", "image", "position", "document", "branch")
-_FILL = {"segment": int(Segment.PAD), "image": -1}
+FIELDS = ("kind", "image", "position", "document", "branch")
+_FILL = {"kind": int(TokenKind.PAD), "image": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Processor:
         return dataclasses.replace(self, template=dataclasses.replace(self.template, end=""))
 
     def _tokenize(
-        self, chunk: tuple[tuple[str, Segment], ...]
+        self, chunk: tuple[tuple[str, TokenKind], ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ids and segments of consecutive texts, tokenised as one string."""
+        """Ids and kinds of consecutive texts, tokenised as one string."""
         joined = "".join(text for text, _ in chunk)
         encoded = self.tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
         borders = np.cumsum([len(text) for text, _ in chunk])
@@ -131,15 +131,15 @@ class Processor:
         return row
 
     def _encode(self, pieces: Sequence[Piece], sample: Sample) -> Row:
-        fields = {name: [] for name in ("tokens", "segment", "image", "position", "branch")}
+        fields = {name: [] for name in ("tokens", "kind", "image", "position", "branch")}
         trunk = current = position = 0  # end of the trunk, branch and position of the next token
 
-        def add(ids, segments, images, branch):
+        def add(ids, kinds, images, branch):
             nonlocal trunk, current, position
             if branch != current:  # every branch goes on from the trunk's end
                 current, position = branch, trunk
             fields["tokens"] += ids
-            fields["segment"] += segments
+            fields["kind"] += kinds
             fields["image"] += images
             fields["branch"] += [branch] * len(ids)
             fields["position"] += range(position, position + len(ids))
@@ -150,17 +150,17 @@ class Processor:
         def none(ids):
             return [-1] * len(ids)
 
-        add(self._bos, [int(Segment.SYSTEM)] * len(self._bos), none(self._bos), 0)
+        add(self._bos, [int(TokenKind.SYSTEM)] * len(self._bos), none(self._bos), 0)
         found = 0
         for chunk in _chunks(pieces):
             if chunk is None:
                 visual = range(found * self.visual_tokens, (found + 1) * self.visual_tokens)
                 found += 1
-                add([0] * len(visual), [int(Segment.IMAGE)] * len(visual), visual, 0)
+                add([0] * len(visual), [int(TokenKind.IMAGE)] * len(visual), visual, 0)
             else:
                 branch, parts = chunk
-                ids, segments = self._chunk(parts)
-                add(ids, segments, none(ids), branch)
+                ids, kinds = self._chunk(parts)
+                add(ids, kinds, none(ids), branch)
         if found != len(sample.images):
             raise UserError(
                 f"sample {sample.id}: the text has {found} {IMAGE_MARK} but "
@@ -222,11 +222,11 @@ class Processor:
         """Stacks padded rows."""
         stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         batch = self.to_batch(stacked)
-        return dataclasses.replace(batch, holds=rows_of(batch.layout))
+        return dataclasses.replace(batch, structure=infer_structure(batch.layout))
 
-    def to_batch(self, stacked: Row, holds: Holds = Holds.ANY) -> Batch:
+    def to_batch(self, stacked: Row, structure: RowStructure = RowStructure.ANY) -> Batch:
         layout = TokenLayout(**{f: stacked[f] for f in FIELDS}, visual_tokens=self.visual_tokens)
-        return Batch(stacked["tokens"], layout, stacked.get("pixels"), holds=holds)
+        return Batch(stacked["tokens"], layout, stacked.get("pixels"), structure=structure)
 
 
 def word_ids(tokenizer, word: str) -> tuple[int, ...]:
@@ -258,6 +258,6 @@ def _chunks(pieces: Sequence[Piece]):
                 yield None
             branch = piece.branch
             if text:
-                parts.append((text, piece.segment))
+                parts.append((text, piece.kind))
     if parts:
         yield branch, tuple(parts)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 
 CHUNK = 1 << 22  # bytes read at once
 # Between records: list brackets, commas, blanks, a byte order mark.

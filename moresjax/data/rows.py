@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from moresjax.core.errors import UserError
 from moresjax.data.bad import BadSamples
 from moresjax.data.processor import FIELDS, Processor, Row
 from moresjax.data.samples import Sample
 from moresjax.data.sources import Source
-from moresjax.errors import UserError
 
-FILLER = -1  # the number of no sample
+PADDING_SAMPLE = -1  # the number of no sample
 
 # The documents of a row, not yet joined: number and row without pixels of every sample.
 Documents = Sequence[tuple[int, Row]]
@@ -76,11 +76,13 @@ class Rows:
         return row | {"id": element.id}
 
     def texts(self, numbers: Iterable[int]) -> list[Documents]:
-        """The document of every sample, without its pixels; none for `FILLER` and bad samples."""
+        """The document of every sample, without pixels; none for padding and bad samples."""
         return list(self._pool.map(self._documents, numbers))
 
     def _documents(self, number: int) -> Documents:
-        row = None if number == FILLER else self.bad.guard(number, lambda: self._text(number))
+        row = (
+            None if number == PADDING_SAMPLE else self.bad.guard(number, lambda: self._text(number))
+        )
         return [] if row is None else [(number, row)]
 
     def _text(self, number: int) -> Row:

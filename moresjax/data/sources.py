@@ -7,12 +7,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from moresjax.core.errors import UserError, choice_error
 from moresjax.data.arrayrecord import ArrayRecordSource
 from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
 from moresjax.data.samples import Sample
 from moresjax.data.tfds import TfdsSource
-from moresjax.errors import UserError, choice_error
 
 
 @runtime_checkable

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from moresjax.core.errors import UserError
 from moresjax.data.samples import Sample
 from moresjax.data.sources import Source
-from moresjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Subset:
         return tuple((inside(part), weight) for part, weight in getattr(self.source, "shares", ()))
 
 
-def hold_out(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
+def train_val_split(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
     """Splits a source at random into training samples and a share that is held out.
 
     The split is a function of the number of samples, the share and the seed.

@@ -1,16 +1,16 @@
-"""Conversation templates: a sample becomes pieces of text that know their segment and branch."""
+"""Conversation templates: a sample becomes pieces of text that know their kind and branch."""
 
 import dataclasses
 
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.layout import TokenKind
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
-from moresjax.errors import UserError, choice_error
-from moresjax.layout import Segment
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
     text: str
-    segment: Segment
+    kind: TokenKind
     branch: int = 0
 
 
@@ -46,24 +46,24 @@ class Template:
         if not self.keep_question:
             caption = dataclasses.replace(sample.turns[0], question=None)
             images = IMAGE_MARK * len(sample.images)
-            return [Piece(images, Segment.QUESTION), *self._turn(caption, end, 0)]
+            return [Piece(images, TokenKind.QUESTION), *self._turn(caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
-        pieces = [Piece(self.system + self.user, Segment.SYSTEM)]
-        pieces.append(Piece(sample.context, Segment.QUESTION))
+        pieces = [Piece(self.system + self.user, TokenKind.SYSTEM)]
+        pieces.append(Piece(sample.context, TokenKind.QUESTION))
         marker = self.user if self.next_user is None else self.next_user
         for number, turn in enumerate(sample.turns):
             if number and not sample.independent:
-                pieces.append(Piece(marker, Segment.QUESTION))
+                pieces.append(Piece(marker, TokenKind.QUESTION))
             pieces += self._turn(turn, end, number + 1 if sample.independent else 0)
         return [piece for piece in pieces if piece.text]
 
     def _turn(self, turn: Turn, end: str, branch: int) -> list[Piece]:
         if turn.question is None:
             answer = () if turn.answer is None else (f"{turn.answer}\n",)
-            return [Piece(text, Segment.ANSWER, branch) for text in answer]
-        pieces = [Piece(turn.question + self.assistant, Segment.QUESTION, branch)]
+            return [Piece(text, TokenKind.ANSWER, branch) for text in answer]
+        pieces = [Piece(turn.question + self.assistant, TokenKind.QUESTION, branch)]
         if turn.answer is not None:
-            pieces.append(Piece(f"{self.gap}{turn.answer}{end}", Segment.ANSWER, branch))
+            pieces.append(Piece(f"{self.gap}{turn.answer}{end}", TokenKind.ANSWER, branch))
         return pieces
 
 

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from moresjax.core.errors import UserError
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
-from moresjax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moresjax.core.errors import UserError, choice_error
 from moresjax.data.generators import SHORT, read_json
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.errors import UserError, choice_error
-from moresjax.evaluation.items import Item
+from moresjax.evaluation.examples import Item
 
 LETTERS = "ABCDEFGH"
 PICK_LETTER = "Answer with the option's letter from the given choices directly."
@@ -128,7 +128,7 @@ def _load(path: Path) -> Any:
         return read_lines(path.parent, path.name)
 
 
-class Unnamed(NamedTuple):
+class Unlabelled(NamedTuple):
     """A prediction of a file without ids, and the question beside it where there is one."""
 
     text: str
@@ -137,7 +137,7 @@ class Unnamed(NamedTuple):
 
 def read_rows(
     id_field: str | None, text_field: str
-) -> Callable[[Path], dict[str, str] | list[Unnamed]]:
+) -> Callable[[Path], dict[str, str] | list[Unlabelled]]:
     """A reader of result files: a list (JSON or JSON Lines) of rows with these fields, or an object
     of texts by id.
 
@@ -149,7 +149,7 @@ def read_rows(
       File to predictions by id, or in order without an `id_field`.
     """
 
-    def read(path: Path) -> dict[str, str] | list[Unnamed]:
+    def read(path: Path) -> dict[str, str] | list[Unlabelled]:
         data = _load(path)
         fields = set(filter(None, (id_field, text_field)))
         if isinstance(data, Mapping) and fields <= set(data):
@@ -161,7 +161,7 @@ def read_rows(
                 if not isinstance(row, Mapping) or field not in row:
                     raise UserError(f"row {number} of {path} has no field {field!r}")
         if id_field is None:
-            return [Unnamed(str(row[text_field]), str(row.get("question", ""))) for row in data]
+            return [Unlabelled(str(row[text_field]), str(row.get("question", ""))) for row in data]
         return {str(row[id_field]): str(row[text_field]) for row in data}
 
     return read

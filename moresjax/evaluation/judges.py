@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.files import read_log, write_log
 from moresjax.generation.sampling import Sampling
-from moresjax.model import Model
+from moresjax.inference.model import Model
 
 REPLIES = "judge.jsonl"
 # What a reply of another form raises.
@@ -124,7 +124,7 @@ class EndpointJudge:
         return _open(request)
 
 
-class KeptJudge:
+class CachedJudge:
     """A judge whose replies are kept in a file while they come, and not asked for again.
 
     Args:

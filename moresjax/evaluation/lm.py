@@ -9,16 +9,16 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
+from moresjax.core.types import Ids
 from moresjax.data.images import image_keys
 from moresjax.data.processor import Row
-from moresjax.errors import UserError
-from moresjax.generation.batching import Completion
 from moresjax.generation.sampling import Sampling
+from moresjax.generation.scheduler import Completion
 from moresjax.generation.text import cut
-from moresjax.layout import Segment
-from moresjax.model import Model
+from moresjax.inference.model import Model
 from moresjax.tuning.base import Probe
-from moresjax.types import Ids
 
 MAX_NEW_TOKENS = 256  # where a task names no number, as with the library's own models
 # Batches whose scores are kept, and shown, at a time.
@@ -63,7 +63,7 @@ class MoresjaxLM(LM):
         zeros = np.zeros_like(ids)
         return {
             "tokens": ids,
-            "segment": zeros + int(Segment.QUESTION),
+            "kind": zeros + int(TokenKind.QUESTION),
             "image": zeros - 1,
             "position": np.arange(len(ids), dtype=np.int32),
             "document": zeros,

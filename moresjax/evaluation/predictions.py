@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from moresjax.core.errors import UserError
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.templates import OWN, TEMPLATES
-from moresjax.errors import UserError
-from moresjax.evaluation.files import Unnamed, read_log, write_log
-from moresjax.evaluation.items import Item
+from moresjax.evaluation.examples import Item
+from moresjax.evaluation.files import Unlabelled, read_log, write_log
 from moresjax.evaluation.tasks import VisualTask
 
 FILE = "predictions.jsonl"
@@ -139,7 +139,7 @@ def read_predictions(
     return _of_task(task, _by_order(task, found, path) if ordered else found, path), {}
 
 
-def _by_order(task: VisualTask, found: Sequence[Unnamed], path: Path) -> dict[str, str]:
+def _by_order(task: VisualTask, found: Sequence[Unlabelled], path: Path) -> dict[str, str]:
     """By id, if there is one per question, and the questions beside them are the task's."""
     if len(found) != len(task.items):
         raise UserError(

@@ -16,13 +16,14 @@ import lm_eval
 import numpy as np
 from tqdm import tqdm
 
-from moresjax import __version__
+from moresjax._version import __version__
 from moresjax.analysis.attention import AttentionProbe, AttentionSummary, summarize
+from moresjax.core.errors import UserError, choice_error
 from moresjax.data.images import image_keys
-from moresjax.errors import UserError, choice_error
 from moresjax.evaluation.files import read_log, replace_file, write_log
-from moresjax.evaluation.judges import Judge, KeptJudge
+from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.lm import MoresjaxLM
+from moresjax.evaluation.lm_eval_tasks import failed_task, load_text_task, run_text_task
 from moresjax.evaluation.predictions import (
     FILE,
     PredictionLog,
@@ -39,8 +40,7 @@ from moresjax.evaluation.tasks import (
     benchmark_names,
     load_benchmark,
 )
-from moresjax.evaluation.text_tasks import failed_task, load_text_task, run_text_task
-from moresjax.model import Model
+from moresjax.inference.model import Model
 
 # Nothing is fetched from a hub unless the user says so in the environment.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -134,7 +134,7 @@ def evaluate(
 
     facts = processor_facts(model.processor)
     log = PredictionLog(out, {"model": model.fingerprint, "processor": facts["hash"]})
-    judge = judge if judge is None or out is None else KeptJudge(judge, out)
+    judge = judge if judge is None or out is None else CachedJudge(judge, out)
     result = EvaluationResult({}, [], None, 0.0, model=log.mark["model"], processor=facts)
 
     def finish(found: EvaluationResult) -> EvaluationResult:
@@ -222,7 +222,7 @@ def rescore(
         does not say which task they are of; or when `out` holds predictions of another model.
     """
     start = time.monotonic()
-    judge = judge if judge is None or out is None else KeptJudge(judge, out)
+    judge = judge if judge is None or out is None else CachedJudge(judge, out)
     loaded = _load([task], data_root, limit, split)
     files = {each.name: _one_file(Path(predictions), each, len(loaded)) for _, each in loaded}
     answered = []

@@ -14,9 +14,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 
-from moresjax.errors import choice_error
-from moresjax.evaluation.files import LETTERS, Unnamed, read_rows
-from moresjax.evaluation.items import Item
+from moresjax.core.errors import choice_error
+from moresjax.evaluation.examples import Item
+from moresjax.evaluation.files import LETTERS, Unlabelled, read_rows
 from moresjax.evaluation.metrics.choices import lowest_loss
 from moresjax.evaluation.scoring import Score, Scorer, by_item
 
@@ -79,7 +79,7 @@ class VisualTask(Task):
         *,
         max_new_tokens: int = 128,
         score: Scorer | None = None,
-        read: Callable[[Path], Mapping[str, str] | Sequence[Unnamed]] = _OURS,
+        read: Callable[[Path], Mapping[str, str] | Sequence[Unlabelled]] = _OURS,
         submissions: Mapping[str, Callable[[Mapping[str, str]], str]] | None = None,
     ):
         super().__init__()

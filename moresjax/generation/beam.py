@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.errors import UserError, choice_error
-from moresjax.generation.progress import Progress
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.generation.sampling import Sampling, penalized
-from moresjax.types import AnyArray, pytree_dataclass
+from moresjax.generation.state import DecodeState
 
 STOPPING = (False, True, "never")
 _NEVER = -1e9  # the score of what must not be chosen
@@ -65,7 +65,7 @@ class Beams:
 class _Search:
     """State of the search; hypotheses that have ended stand in descending order of their worth."""
 
-    carry: Progress  # the open hypotheses, B * K rows
+    carry: DecodeState  # the open hypotheses, B * K rows
     scores: Float[AnyArray, "B K"]  # their log-probabilities
     found: Int[AnyArray, "B K G"]  # tokens of those that have ended
     worth: Float[AnyArray, "B K"]
@@ -76,10 +76,10 @@ class _Search:
 
 
 def beam_search(
-    carry: Progress,
+    carry: DecodeState,
     logits: Float[Array, "B V"],
     beams: Beams,
-    step: Callable[[Progress], tuple[Progress, Float[Array, "R V"]]],
+    step: Callable[[DecodeState], tuple[DecodeState, Float[Array, "R V"]]],
 ) -> tuple[Int[Array, "B G"], Int[Array, " B"]]:
     """Tokens and length of each row's best continuation, the end token included.
 

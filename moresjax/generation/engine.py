@@ -22,17 +22,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from moresjax.core.layout import Batch, TokenKind, TokenLayout, valid_mask
+from moresjax.core.ops import place
+from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.generation.beam import Beams, beam_search
-from moresjax.generation.progress import Progress, Rolling, Rules, blank, count_stats, insert
 from moresjax.generation.sampling import GREEDY, Sampling
-from moresjax.layout import Batch, Segment, TokenLayout, valid_mask
+from moresjax.generation.state import DecodeConfig, DecodeState, Rolling, blank, count_stats, insert
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, Part
-from moresjax.ops import place
-from moresjax.parallel.mesh import batch_shards, keep_rows_split, use_mesh
+from moresjax.sharding.mesh import batch_shards, constrain_batch_sharding, use_mesh
 from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
-from moresjax.types import AnyArray, pytree_dataclass
 
 SCORED = 8  # tokens per row whose logits are in memory at a time
 
@@ -98,10 +98,10 @@ class Engine:
         model = _unstacked(model)  # once: both programs use the same arrays
         self._prefill = nnx.split(model)
         self._decode = nnx.split(_decode_model(model))
-        self._rules = Rules(tuple(eos_ids), pad_id)
+        self._rules = DecodeConfig(tuple(eos_ids), pad_id)
         self._probes = tuple(probes)
         self._mesh = mesh
-        self.num_ahead: int = model.tuning.num_ahead
+        self.num_virtual_tokens: int = model.tuning.num_virtual_tokens
         self.parts: int = 1 if mesh is None else batch_shards(mesh)
 
     def generate(
@@ -153,7 +153,7 @@ class Engine:
         room: int = 0,
         prefix: Prefix | None = None,
         beginnings: Sequence[int] | None = None,
-    ) -> Progress:
+    ) -> DecodeState:
         """The first half of `generate`: reads the prompts and chooses the first new tokens.
 
         Args:
@@ -177,7 +177,7 @@ class Engine:
           batch: right-padded rows of equally many tokens.
           prefix: what these begin with; it is not read again.
         """
-        length = int((np.asarray(batch.layout.segment[0]) != Segment.PAD).sum())
+        length = int((np.asarray(batch.layout.kind[0]) != TokenKind.PAD).sum())
         prefix, count = _after(batch, prefix, None)
         return Prefix(self._run(_read_prefix, *self._prefill, batch, prefix, count=count), length)
 
@@ -193,7 +193,7 @@ class Engine:
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
         room: int = 0,
-    ) -> Progress:
+    ) -> DecodeState:
         """`prefill` of right-padded rows whose first tokens are in the caches already.
 
         Args:
@@ -202,11 +202,16 @@ class Engine:
           first, count: all tokens after these must be padding.
           max_new_tokens, limits, sampling, seeds, room: as in `prefill`.
         """
-        room = max(self.num_ahead + batch.layout.shape[1] + max_new_tokens, room)
+        room = max(self.num_virtual_tokens + batch.layout.shape[1] + max_new_tokens, room)
         # Caches that have to grow do so here: donated buffers cannot.
         caches = [jax.tree.map(lambda x: _lengthened(x, 2, room), cache) for cache in caches]
         data, options = self._options(batch, sampling, seeds, False, limits)
-        options |= {"new": max_new_tokens, "room": room, "count": count, "ahead": self.num_ahead}
+        options |= {
+            "new": max_new_tokens,
+            "room": room,
+            "count": count,
+            "ahead": self.num_virtual_tokens,
+        }
         start = jnp.int32(first)
         return self._run(_extend, *self._decode, batch, caches, start, *data, **options)
 
@@ -220,14 +225,14 @@ class Engine:
         rules = dataclasses.replace(self._rules, sampling=sampling, logprobs=logprobs)
         return (seeds, limits), {"rules": rules}
 
-    def decode(self, progress: Progress) -> Generation:
+    def decode(self, progress: DecodeState) -> Generation:
         """The second half: the other new tokens. The caches are consumed."""
         done = self._run(_decode, *self._decode, progress, probes=self._probes)
         return Generation(done.tokens, done.length, done.stats, done.logprobs)
 
     def insert(
-        self, carry: Progress | None, new: Progress, slots: Sequence[int], rows: int
-    ) -> Progress:
+        self, carry: DecodeState | None, new: DecodeState, slots: Sequence[int], rows: int
+    ) -> DecodeState:
         """Rolling rows with the rows of `new` in some places; `carry` is consumed.
 
         Args:
@@ -239,11 +244,11 @@ class Engine:
         carry = self._run(_blank, new, rows=rows) if carry is None else carry
         return self._run(_insert, carry, new, jnp.asarray(slots))
 
-    def grow(self, carry: Progress, room: int) -> Progress:
+    def grow(self, carry: DecodeState, room: int) -> DecodeState:
         """The same rolling rows with longer caches."""
         return self._run(_grow, carry, room=room)
 
-    def advance(self, carry: Progress, steps: int, enough: int | None = None) -> Progress:
+    def advance(self, carry: DecodeState, steps: int, enough: int | None = None) -> DecodeState:
         """Further tokens of rolling rows; `carry` is consumed.
 
         Args:
@@ -293,7 +298,7 @@ class Engine:
         arguments, options = self._greedy(batch, max_new_tokens)
         return self.lower_steps(_prefill.eval_shape(*arguments, **options))
 
-    def lower_steps(self, carry: Progress) -> jax.stages.Lowered:
+    def lower_steps(self, carry: DecodeState) -> jax.stages.Lowered:
         """The lowered decode program for rows of these shapes and shardings."""
         return _decode.lower(*self._decode, carry, probes=self._probes)
 
@@ -323,7 +328,7 @@ def _decode_model(model: MLLM) -> MLLM:
 @functools.partial(jax.jit, static_argnames=("graphdef", "new", "room", "probes", "rules", "count"))
 def _prefill(
     graphdef, state, batch: Batch, seeds, limits, prefix, *, new, room, probes, rules, count
-) -> Progress:
+) -> DecodeState:
     model = nnx.merge(graphdef, state)
     part = _part(model, batch, prefix, count)
     carry, logits = _read(model, batch, seeds, limits, new, room, probes, rules, part)
@@ -387,10 +392,10 @@ def _part(model: MLLM, batch: Batch, prefix, count: int) -> Part | None:
     if prefix is None:
         return None
     caches, first, chosen = prefix
-    total = model.tuning.num_ahead + batch.layout.shape[1]
+    total = model.tuning.num_virtual_tokens + batch.layout.shape[1]
 
     def shared(x):
-        return keep_rows_split(_lengthened(x[:, :, :total], 2, total)[chosen])
+        return constrain_batch_sharding(_lengthened(x[:, :, :total], 2, total)[chosen])
 
     return Part(jax.tree.map(shared, caches), first, count)
 
@@ -409,7 +414,9 @@ def _read(model, batch, seeds, limits, new, room, probes, rules, part=None):
     """Reads the prompts: the state after them and the logits of the first new token."""
     last = _last(batch)
     out = model(batch, probes=probes, queries=last[:, None], keep_cache=True, part=part)
-    carry = _begin(batch, out.cache, last, seeds, limits, model.tuning.num_ahead, new, room, rules)
+    carry = _begin(
+        batch, out.cache, last, seeds, limits, model.tuning.num_virtual_tokens, new, room, rules
+    )
     logits = model.llm.logits(out.hidden[:, 0])
     carry = carry.replace(stats=count_stats(out.stats, ~carry.done))
     return _with_seen(carry, batch, logits), logits
@@ -422,7 +429,7 @@ def _read(model, batch, seeds, limits, new, room, probes, rules, part=None):
 )
 def _extend(
     graphdef, state, batch, caches, first, seeds, limits, *, new, room, count, ahead, rules
-) -> Progress:
+) -> DecodeState:
     model = nnx.merge(graphdef, state)
     last = _last(batch)
     carry = _begin(batch, caches, last, seeds, limits, ahead, new, room, rules)
@@ -439,7 +446,7 @@ def _extend(
     return _with_seen(carry.replace(caches=out.cache), batch, logits).append(logits)
 
 
-def _with_seen(carry: Progress, batch: Batch, logits) -> Progress:
+def _with_seen(carry: DecodeState, batch: Batch, logits) -> DecodeState:
     """With the tokens of the prompts, where the choice needs them."""
     if carry.rules.sampling.repetition_penalty == 1:
         return carry
@@ -476,12 +483,12 @@ def _with_room(keys: TokenLayout, caches: list[LayerCache], room: int):
 
 
 @functools.partial(jax.jit, static_argnames="room")
-def _grow(carry: Progress, *, room: int) -> Progress:
+def _grow(carry: DecodeState, *, room: int) -> DecodeState:
     keys, caches = _with_room(carry.keys, carry.caches, room)
     return carry.replace(keys=keys, caches=caches)
 
 
-def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> Progress:
+def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> DecodeState:
     """The state before the first new token."""
     rows, length = batch.layout.shape
     total = room or ahead + length + new
@@ -494,7 +501,7 @@ def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> Progr
     if limits is not None:
         # Padding on the right is overwritten.
         rolling = Rolling(last.astype(jnp.int32) + ahead + 1, limits)
-    return Progress(
+    return DecodeState(
         step=jnp.zeros((), jnp.int32) if rolling is None else jnp.zeros(rows, jnp.int32),
         tokens=jnp.full((rows, new), rules.pad, jnp.int32),
         done=jnp.zeros(rows, bool),
@@ -513,7 +520,7 @@ def _begin(batch, caches, last, seeds, limits, ahead, new, room, rules) -> Progr
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "probes"), donate_argnames=("carry",))
-def _decode(graphdef, state, carry: Progress, *, probes) -> Progress:
+def _decode(graphdef, state, carry: DecodeState, *, probes) -> DecodeState:
     # The whole carry is returned, so that the donated caches are the buffers that are written.
     model = nnx.merge(graphdef, state)
 
@@ -524,14 +531,14 @@ def _decode(graphdef, state, carry: Progress, *, probes) -> Progress:
     return jax.lax.while_loop(lambda carry: carry.goes_on, one_step, carry)
 
 
-def _step(model: MLLM, probes, carry: Progress):
+def _step(model: MLLM, probes, carry: DecodeState):
     """Reads the tokens chosen last: the state after them and the logits of the next ones."""
     index = carry.index
-    segment = jnp.where(carry.done, int(Segment.PAD), int(Segment.ANSWER))
+    kind = jnp.where(carry.done, int(TokenKind.PAD), int(TokenKind.ANSWER))
     position = carry.position + 1
     zeros = jnp.zeros_like(position)
     fields = {
-        "segment": segment,
+        "kind": kind,
         "image": zeros - 1,
         "position": position,
         "document": carry.document,

@@ -9,11 +9,11 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
+from moresjax.core.layout import Batch
 from moresjax.data.images import LazyPixels
 from moresjax.data.processor import Row
 from moresjax.generation.engine import Prefix, bucket, join, rounded
-from moresjax.generation.prefix import Openings
-from moresjax.layout import Batch
+from moresjax.generation.shared_prefix import SharedPrefixes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Group:
     beginnings: list[int]
 
 
-class Queue:
+class PrefillScheduler:
     """Prompts that wait to be read.
 
     Args:
@@ -55,13 +55,13 @@ class Queue:
         size: int,
         *,
         adapters: Sequence[str | None] | None = None,
-        openings: Openings | None = None,
+        openings: SharedPrefixes | None = None,
         read: Callable[[Sequence[int]], Prefix] | None = None,
         parts: int = 1,
     ):
         self._rows, self._make_batch, self.size = rows, make_batch, size
         self._adapters, self._read = adapters, read
-        self._openings = openings = openings or Openings([-1] * len(rows))
+        self._openings = openings = openings or SharedPrefixes([-1] * len(rows))
         longest: dict[int, int] = {}
         for number, row in zip(openings.of, rows, strict=True):
             longest[number] = max(longest.get(number, 0), len(row["tokens"]))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from moresjax.core.layout import TokenKind
+from moresjax.core.types import Ids
 from moresjax.data.processor import Row
 from moresjax.generation.engine import bucket
-from moresjax.generation.queue import Queue
-from moresjax.layout import Segment
-from moresjax.types import Ids
+from moresjax.generation.queue import PrefillScheduler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def branches(prompt: Row, continuations: Sequence[Ids]) -> Branches:
     rank = np.arange(len(branch)) - np.repeat(start, read)
     added = {
         "tokens": np.concatenate([np.zeros(0, np.int32), *(c[:-1] for c in ids)]),
-        "segment": np.full(len(branch), int(Segment.ANSWER)),
+        "kind": np.full(len(branch), int(TokenKind.ANSWER)),
         "image": np.full(len(branch), -1),
         "position": prompt["position"][-1] + 1 + rank,
         "document": np.full(len(branch), prompt["document"][-1]),
@@ -97,7 +97,9 @@ def by_prompt(
     return list(groups.values())
 
 
-def score_rows(whole: Sequence[Branches], queue: Queue, score: Callable) -> list[list[Score]]:
+def score_rows(
+    whole: Sequence[Branches], queue: PrefillScheduler, score: Callable
+) -> list[list[Score]]:
     """Scores of the continuations in each row.
 
     Args:

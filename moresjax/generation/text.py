@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from moresjax.errors import UserError
-from moresjax.types import Ids
+from moresjax.core.errors import UserError
+from moresjax.core.types import Ids
 
 # What a decoder writes for bytes that are no character, or not yet.
 _INCOMPLETE = "\ufffd"

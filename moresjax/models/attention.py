@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from moresjax.layout import Segment
+from moresjax.core.layout import TokenKind
 from moresjax.models.fused_attention import Runs, fused_attention
 
 # The key groups of every attention statistic, in the order of their last axis.
-GROUPS = (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION, Segment.ANSWER)
+GROUPS = (TokenKind.SYSTEM, TokenKind.IMAGE, TokenKind.QUESTION, TokenKind.ANSWER)
 
 
 def soft_cap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
@@ -80,7 +80,7 @@ def attention(
     return jnp.matmul(grouped, v).reshape(q.shape)
 
 
-def group_masses(probabilities: Float[Array, "B N T S"], segment) -> Float[Array, "B N T 4"]:
+def group_masses(probabilities: Float[Array, "B N T S"], kind) -> Float[Array, "B N T 4"]:
     """Attention mass on each of `GROUPS`; the four add up to 1 for a token that is not padding."""
-    members = (segment[:, :, None] == jnp.asarray(GROUPS)).astype(probabilities.dtype)
+    members = (kind[:, :, None] == jnp.asarray(GROUPS)).astype(probabilities.dtype)
     return jnp.einsum("bnts,bsc->bntc", probabilities, members)

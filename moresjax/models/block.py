@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.core.ops import pick, place
+from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope, param, unstack
-from moresjax.ops import pick, place
-from moresjax.parallel.mesh import keep_rows_split
+from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.hooks import LayerHooks
-from moresjax.types import AnyArray, pytree_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,7 +279,7 @@ def run_blocks(
 
     def one_layer(h, block, theta, layer, cache=None, queries=None):
         at_layer = hooks.layer(theta, layer)
-        h = keep_rows_split(h)
+        h = constrain_batch_sharding(h)
         h, cache = block(h, *view(layer), at_layer, cache, index, queries)
         return h, cache if keep_cache else None, at_layer.stats
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.models.layers import ACTIVATIONS, Linear
 from moresjax.models.qformer import QFormer, QFormerConfig
 from moresjax.models.resampler import Resampler, ResamplerConfig

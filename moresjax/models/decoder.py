@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.models.attention import soft_cap
 from moresjax.models.block import (
     Block,
@@ -34,7 +34,7 @@ from moresjax.models.layers import (
     split_layers,
     stack,
 )
-from moresjax.parallel.mesh import keep_rows_split
+from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.hooks import TowerHooks
 
 POSITIONS = ("rope", "learned")
@@ -122,7 +122,7 @@ class Decoder(nnx.Module):
 
     def embeddings(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Word embeddings as the blocks take them, in the activations' dtype."""
-        h = keep_rows_split(self.embed(tokens)).astype(self.config.dtype)
+        h = constrain_batch_sharding(self.embed(tokens)).astype(self.config.dtype)
         if self.config.scale_embeddings:
             h = h * jnp.asarray(self.config.hidden_size**0.5, h.dtype)
         return h
@@ -192,7 +192,7 @@ class Decoder(nnx.Module):
             keep_cache=keep_cache,
             queries=queries,
         )
-        return dataclasses.replace(out, hidden=self.norm(keep_rows_split(out.hidden)))
+        return dataclasses.replace(out, hidden=self.norm(constrain_batch_sharding(out.hidden)))
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Vocabulary logits in fp32 of normalised hidden states."""
@@ -200,7 +200,7 @@ class Decoder(nnx.Module):
             logits = hidden @ self.embed.table[...].astype(hidden.dtype).T
         else:
             logits = self.head(hidden)
-        logits = keep_rows_split(logits)
+        logits = constrain_batch_sharding(logits)
         return soft_cap(logits.astype(jnp.float32), self.config.logit_softcap)
 
     def unstack(self) -> None:

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.layout import Batch, Holds, valid_mask
-from moresjax.parallel.mesh import BATCH_AXES, batch_shards
-from moresjax.types import pytree_dataclass
+from moresjax.core.layout import Batch, RowStructure, valid_mask
+from moresjax.core.types import pytree_dataclass
+from moresjax.sharding.mesh import BATCH_AXES, batch_shards
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
 LANES = 128  # splash works on blocks of multiples of it, so shorter rows gain nothing
@@ -61,8 +61,8 @@ def visible_runs(batch: Batch, config) -> Runs | None:
     kernel = kernel_for(config)
     fits = {
         "xla": False,
-        "splash": batch.holds != Holds.ANY and batch.layout.shape[1] >= LANES,
-        "cudnn": batch.holds == Holds.SINGLE
+        "splash": batch.structure != RowStructure.ANY and batch.layout.shape[1] >= LANES,
+        "cudnn": batch.structure == RowStructure.SINGLE
         and config.dtype in ("bfloat16", "float16")
         and config.head_dim % 8 == 0
         and config.head_dim <= CUDNN_HEAD

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.models.vision import VisionConfig, VisionEncoder
 
 FUSIONS = ("interleave", "channels")

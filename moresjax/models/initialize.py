@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
-from moresjax.errors import UserError
-from moresjax.paths import path_name
-from moresjax.types import AnyArray
+from moresjax.core.errors import UserError
+from moresjax.core.paths import path_name
+from moresjax.core.types import AnyArray
 
 
 def is_described(variable: nnx.Variable) -> bool:
@@ -19,7 +19,9 @@ def is_described(variable: nnx.Variable) -> bool:
     return isinstance(variable.get_value(), jax.ShapeDtypeStruct)
 
 
-def fill(model: nnx.Module, arrays: Mapping[str, AnyArray], source: str, part: str = "") -> None:
+def set_params(
+    model: nnx.Module, arrays: Mapping[str, AnyArray], source: str, part: str = ""
+) -> None:
     """Sets the parameters below `part` (default: all) that `arrays` names; others stay as they are.
 
     Raises:
@@ -46,7 +48,7 @@ def fill(model: nnx.Module, arrays: Mapping[str, AnyArray], source: str, part: s
     nnx.update(model, nnx.from_flat_state(new))
 
 
-def described(model: nnx.Module, part: str = "") -> list[str]:
+def abstract(model: nnx.Module, part: str = "") -> list[str]:
     """Names of the parameters below `part` that have no value yet."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     names = [path_name(path) for path, variable in flat if is_described(variable)]
@@ -61,7 +63,7 @@ def initialize(model: nnx.Module, seed: int = 0) -> nnx.Module:
     """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     missing = {p: x for p, x in flat if is_described(x) and p[0] != "tuning"}
-    fill(
+    set_params(
         model,
         {
             path_name(p): _start(x, p, seed)
@@ -70,7 +72,7 @@ def initialize(model: nnx.Module, seed: int = 0) -> nnx.Module:
         },
         "start",
     )
-    if described(model, "tuning"):
+    if abstract(model, "tuning"):
         model.tuning.initialize(seed)
     return model
 

@@ -18,8 +18,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from moresjax.errors import choice_error
-from moresjax.ops import project
+from moresjax.core.errors import choice_error
+from moresjax.core.ops import project
 
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
-from moresjax.errors import UserError
-from moresjax.layout import Batch, TokenLayout, visible
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, TokenLayout, visible
+from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.block import BlocksOutput, LayerCache
 from moresjax.models.connector import build_connector, connector_tokens, parse_connector
 from moresjax.models.decoder import Decoder, DecoderConfig
@@ -23,11 +24,10 @@ from moresjax.models.fusion import (
     vision_module,
 )
 from moresjax.models.vision import image_batch
-from moresjax.parallel.mesh import keep_rows_split
+from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.attach import Tuning, extend_layout
 from moresjax.tuning.base import Probe, ProbeContext
 from moresjax.tuning.hooks import Hooks
-from moresjax.types import AnyArray, pytree_dataclass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,8 @@ class MLLM(nnx.Module):
         self, pixels: Float[Array, "B N Y X 3"], hooks: Hooks
     ) -> Float[Array, "B R D"]:
         """Connector outputs of all images of each row, flattened to R = N * V tokens."""
-        features = keep_rows_split(self.vision(image_batch(pixels), hooks.tower("vision")))
-        features = keep_rows_split(self.connector(features))
+        features = constrain_batch_sharding(self.vision(image_batch(pixels), hooks.tower("vision")))
+        features = constrain_batch_sharding(self.connector(features))
         features = features.reshape(pixels.shape[0], -1, features.shape[-1])
         return hooks.edit("connector.out", features)
 
@@ -155,9 +155,9 @@ class MLLM(nnx.Module):
 
         Returns:
           Hidden states after the final norm for the queries. Caches and statistics include what
-          attached `Slots` put before the tokens of the batch.
+          attached `VirtualTokens` put before the tokens of the batch.
         """
-        slots, ahead = self.tuning.num_slots, self.tuning.num_ahead
+        slots, ahead = self.tuning.num_slots, self.tuning.num_virtual_tokens
         full, context = extend_layout(batch.layout, ahead), None
         rows, length = full.shape
         # Place of what the blocks read first; keys without a token have no query.
@@ -173,7 +173,7 @@ class MLLM(nnx.Module):
             queries = jnp.asarray(queries) + ahead - start
         if probes:
             seen = mask if queries is None else visible(full, queries + start)
-            context = ProbeContext(jnp.asarray(full.segment), seen, queries)
+            context = ProbeContext(jnp.asarray(full.kind), seen, queries)
         hooks = self.tuning.hooks(
             batch, key=key, probes=probes, context=context, part=part and part.of
         )
@@ -220,7 +220,7 @@ class MLLM(nnx.Module):
         queries = jnp.reshape(index, (-1, 1)) + jnp.arange(tokens.shape[1])
         queries = jnp.broadcast_to(queries, tokens.shape)
         mask = visible(keys, queries)
-        context = ProbeContext(jnp.asarray(keys.segment), mask, None) if probes else None
+        context = ProbeContext(jnp.asarray(keys.kind), mask, None) if probes else None
         hooks = self.tuning.hooks(
             Batch(tokens, step, adapter=adapter), decoding=True, probes=probes, context=context
         )

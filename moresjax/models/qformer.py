@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.models.attention import attention
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, param, stack
 from moresjax.models.resampler import broadcast_batch, join_heads, split_heads

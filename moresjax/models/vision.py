@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.models.block import Block, BlockConfig, run_blocks
 from moresjax.models.layers import Linear, Norm, param, stack
 from moresjax.tuning.hooks import TowerHooks
@@ -40,7 +40,9 @@ class VisionConfig(BlockConfig):
     pre_norm: bool = False  # norm before the first block (CLIP)
     patch_bias: bool = True  # all but CLIP
     feature_layer: int = -2  # index into [embeddings, output of block 1, ...]
-    last_layers: int = 0  # used blocks at the end that are kept apart, so that they may train alone
+    num_trainable_blocks: int = (
+        0  # used blocks at the end that are kept apart, so that they may train alone
+    )
     select: str = "patch"  # patch | cls_patch; registers are always dropped
     drop_first_token: bool = False  # drop one token even without a class token (728 of 729)
     pixel_mean: Sequence[float] = HALF  # of the pixels it was trained on, 0..1
@@ -58,10 +60,10 @@ class VisionConfig(BlockConfig):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.select not in SELECTIONS:
             raise choice_error("select of a vision encoder", self.select, SELECTIONS)
-        if not 0 <= self.last_layers < max(self.used_layers, 1):
+        if not 0 <= self.num_trainable_blocks < max(self.used_layers, 1):
             raise UserError(
-                f"the last {self.last_layers} of {self.used_layers} vision blocks cannot be kept "
-                "apart: at least one must be left"
+                f"the last {self.num_trainable_blocks} of {self.used_layers} vision blocks cannot "
+                "be kept apart: at least one must be left"
             )
 
     @property
@@ -102,7 +104,7 @@ class VisionConfig(BlockConfig):
     @property
     def first_blocks(self) -> dict[str, int]:
         """Layer number of the first block of `last` and of `tail`."""
-        return {"last": self.used_layers - self.last_layers, "tail": self.used_layers}
+        return {"last": self.used_layers - self.num_trainable_blocks, "tail": self.used_layers}
 
 
 class VisionEncoder(nnx.Module):
@@ -119,7 +121,7 @@ class VisionEncoder(nnx.Module):
         registers = config.registers
         self.registers = param((registers, d), (None, "embed"), std=0.02) if registers else None
         self.pre_norm = norm() if config.pre_norm else None
-        last = config.last_layers
+        last = config.num_trainable_blocks
         self.blocks = stack(Block(config), config.used_layers - last)
         self.last = stack(Block(config), last) if last else None
         unused = config.num_layers - config.used_layers
@@ -137,7 +139,7 @@ class VisionEncoder(nnx.Module):
         config, hooks = self.config, hooks or TowerHooks()
         # Attention without mask or rotation does not know where in the row extra tokens stand.
         h = hooks.prepend(self.embed(pixels))
-        used = dataclasses.replace(config, num_layers=config.used_layers, last_layers=0)
+        used = dataclasses.replace(config, num_layers=config.used_layers, num_trainable_blocks=0)
         h = run_blocks(self.used_blocks(), h, None, None, hooks, used).hidden[:, hooks.num_slots :]
         if config.registers:
             first = int(config.class_token)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moresjax.errors import choice_error
+from moresjax.core.errors import choice_error
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig

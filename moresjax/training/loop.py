@@ -14,26 +14,27 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from moresjax.build import (
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.paths import matches
+from moresjax.data.pipeline import to_device_batch
+from moresjax.runs.build import (
     build_iterator,
     build_model,
     build_processor,
     build_sources,
     located,
 )
-from moresjax.data.pipeline import to_device_batch
-from moresjax.errors import UserError, choice_error
-from moresjax.parallel.mesh import batch_sharding, batch_shards, make_mesh, place, replicated
-from moresjax.parallel.processes import StopRequest
-from moresjax.paths import matches
-from moresjax.training.checkpoint import Checkpoints
-from moresjax.training.config import differences, read_config, save_config
-from moresjax.training.metrics import MetricWriter, Progress
-from moresjax.training.monitors import Monitors, check_monitors
+from moresjax.runs.checkpoint import Checkpoints
+from moresjax.runs.config import differences, read_config, save_config
+from moresjax.runs.state import TrainState
+from moresjax.sharding.mesh import batch_sharding, batch_shards, make_mesh, replicated, shard_params
+from moresjax.sharding.processes import PreemptionHandler
+from moresjax.training.metrics import DecodeState, MetricWriter
+from moresjax.training.monitors import Evaluators, check_monitors
 from moresjax.training.objectives import OBJECTIVES
 from moresjax.training.optimizer import make_optimizer
-from moresjax.training.speed import Speed
-from moresjax.training.step import TrainState, make_train_step, split_model
+from moresjax.training.speed import ThroughputMeter
+from moresjax.training.step import make_train_step, split_model
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     """Runs the training that `config` describes and leaves its checkpoints in `workdir`.
 
     Args:
-      config: see `moresjax.training.config.base_config`.
+      config: see `moresjax.runs.config.base_config`.
       workdir: the run's directory; relative `init` paths start there.
       resume: `auto` goes on from the newest intact checkpoint; `never` wants an empty directory.
 
@@ -89,14 +90,14 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     processor = build_processor(config, root=workdir)
     training, held_out = build_sources(config)
     iterator = build_iterator(config, processor, training)
-    monitors = Monitors(config, processor, mesh, training, held_out)
+    monitors = Evaluators(config, processor, mesh, training, held_out)
     rows = batch_sharding(mesh)
 
     # Model, split into what trains and what does not, each on the mesh.
     model = build_model(config, root=workdir, mesh=mesh)
     graphdef, trainable, frozen = split_model(model, config.also_train)
     optimizer, schedule = make_optimizer(config.optimizer, config.steps, trainable)
-    trainable, frozen = place(trainable, mesh), place(frozen, mesh)
+    trainable, frozen = shard_params(trainable, mesh), shard_params(frozen, mesh)
     zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
     state = TrainState(zero, trainable, _place_optimizer(optimizer, trainable, mesh))
     step_fn = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
@@ -116,8 +117,8 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
 
     writer = MetricWriter(workdir, done=done, tensorboard=config.tensorboard, active=speaks)
     line_every = max(config.steps // 4, 1) if speaks else 0
-    progress = Progress(config.steps, done, config.name, line_every=line_every)
-    speed = Speed(config, trainable, frozen, jax.devices()[0].device_kind)
+    progress = DecodeState(config.steps, done, config.name, line_every=line_every)
+    speed = ThroughputMeter(config, trainable, frozen, jax.devices()[0].device_kind)
     pending = deque()
     metrics, compile_seconds, start = {}, 0.0, time.monotonic()
     first = done
@@ -134,13 +135,13 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
         progress.update(step, {k: values[k] for k in ("loss", "accuracy")} if logged else None)
         return values
 
-    stop = StopRequest()
+    stop = PreemptionHandler()
     stopped = False
     try:
         while done < config.steps and not stopped:
             stacked = next(iterator)
             ids = stacked.pop("id")
-            batch = to_device_batch(stacked, processor, rows, iterator.holds)
+            batch = to_device_batch(stacked, processor, rows, iterator.structure)
             state, measured = step_fn(state, frozen, batch)
             done += 1
             pending.append((done, measured, ids, speed.flops(batch)))

@@ -57,7 +57,7 @@ class MetricWriter:
             self._board.close()
 
 
-class Progress:
+class DecodeState:
     """A progress bar on a terminal; elsewhere one line per `line_every` steps; 0: silence."""
 
     def __init__(self, total: int, done: int, title: str, *, line_every: int = 0):

@@ -2,7 +2,7 @@
 
 Axis legend: B rows, S tokens, Q queries, L layers.
 
-Monitors have fixed data of their own. They read the parameters and change nothing, so a run with
+Evaluators have fixed data of their own. They read the parameters and change nothing, so a run with
 monitors trains to the same weights as one without.
 """
 
@@ -16,12 +16,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moresjax.analysis.attention import AttentionProbe, summarize
-from moresjax.data.pipeline import one_pass, rows_held, to_device_batch
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, RowStructure, TokenKind, loss_mask
+from moresjax.data.pipeline import epoch, structure_for, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source
-from moresjax.errors import UserError
-from moresjax.layout import Batch, Holds, Segment, loss_mask
-from moresjax.parallel.mesh import batch_sharding, batch_shards, replicated, use_mesh
+from moresjax.sharding.mesh import batch_sharding, batch_shards, replicated, use_mesh
 from moresjax.training.objectives import OBJECTIVES
 
 # Samples whose attention is read, at least.
@@ -32,7 +32,7 @@ ALIGNED = 128
 Measure = Callable[[nnx.GraphDef, nnx.State, nnx.State], dict[str, float]]
 
 
-class Monitors:
+class Evaluators:
     """The monitors of a configuration.
 
     Args:
@@ -60,15 +60,15 @@ class Monitors:
         if every := config.validation.every:
             rows = config.batch_size // config.microbatches
             size = {"batch_size": rows, "batches": config.validation.batches}
-            dataset = one_pass(held_out, processor, **options, **size)
-            holds = rows_held(held_out, "pad")
-            self._measures.append((every, Validation(config, processor, mesh, dataset, holds)))
+            dataset = epoch(held_out, processor, **options, **size)
+            structure = structure_for(held_out, "pad")
+            self._measures.append((every, Validation(config, processor, mesh, dataset, structure)))
         if every := config.probe_every:
             # A device holds one row at a time, which has room for a token of padding.
             rows = batch_shards(mesh)
             size = {"batch_size": rows, "batches": -(-PROBED // rows)}
             size["row_length"] = (config.length // ALIGNED + 1) * ALIGNED
-            dataset = one_pass(held_out or training, processor, **options, **size)
+            dataset = epoch(held_out or training, processor, **options, **size)
             self._measures.append((every, ImageAttention(processor, mesh, dataset)))
 
     def due(self, step: int) -> bool:
@@ -98,7 +98,7 @@ class Validation:
         processor: Processor,
         mesh: Mesh,
         dataset: grain.IterDataset,
-        holds: Holds,
+        structure: RowStructure,
     ):
         objective = OBJECTIVES[config.objective]
 
@@ -108,14 +108,14 @@ class Validation:
             return found.total, found.correct, found.weight
 
         self._loss = jax.jit(loss, static_argnums=0)
-        self._dataset, self._processor, self._holds = dataset, processor, holds
+        self._dataset, self._processor, self._structure = dataset, processor, structure
         self._rows = batch_sharding(mesh)
 
     def __call__(self, graphdef, trainable, frozen) -> dict[str, float]:
         sums = np.zeros(3)
         for stacked in self._dataset:
             stacked.pop("id")
-            batch = to_device_batch(stacked, self._processor, self._rows, self._holds)
+            batch = to_device_batch(stacked, self._processor, self._rows, self._structure)
             sums += [float(x) for x in self._loss(graphdef, trainable, frozen, batch)]
         loss, accuracy = sums[:2] / max(sums[2], 1.0)
         return {"validation_loss": float(loss), "validation_accuracy": float(accuracy)}
@@ -138,7 +138,7 @@ class ImageAttention:
             self._batches.append(to_device_batch(stacked, processor, rows))
 
         def counts(layout):
-            images = (jnp.asarray(layout.segment) == Segment.IMAGE).any(axis=1)
+            images = (jnp.asarray(layout.kind) == TokenKind.IMAGE).any(axis=1)
             return loss_mask(layout).sum(axis=1), images
 
         count = jax.jit(counts, out_shardings=whole)

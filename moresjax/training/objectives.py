@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.layout import loss_mask, valid_mask
-from moresjax.parallel.mesh import keep_rows_split
-from moresjax.types import pytree_dataclass
+from moresjax.core.layout import loss_mask, valid_mask
+from moresjax.core.types import pytree_dataclass
+from moresjax.sharding.mesh import constrain_batch_sharding
 
 # Tokens of a row whose logits are held at one time.
 PIECE = 128
@@ -67,7 +67,7 @@ def _over_labels(
         return jnp.moveaxis(x.reshape(len(x), pieces, PIECE, *x.shape[2:]), 1, 0)
 
     def piece(hidden, labels, mask):
-        return _cross_entropy(head(keep_rows_split(hidden)), labels, mask)
+        return _cross_entropy(head(constrain_batch_sharding(hidden)), labels, mask)
 
     def nothing(hidden, labels, mask):
         return (jnp.zeros(()),) * 3

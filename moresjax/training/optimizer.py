@@ -4,8 +4,8 @@ import jax
 import optax
 from flax import nnx
 
-from moresjax.errors import UserError, choice_error
-from moresjax.paths import matches, path_name
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.paths import matches, path_name
 
 SCHEDULES = ("cosine", "linear", "constant")
 

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 import jax
 from flax import nnx
 
-from moresjax.build import model_config
-from moresjax.layout import Batch
-from moresjax.parallel.chips import GIB, chip_of
-from moresjax.parallel.flops import train_flops
+from moresjax.core.layout import Batch
+from moresjax.hardware.chips import GIB, chip_of
+from moresjax.models.flops import train_flops
+from moresjax.runs.build import model_config
 
 
-class Speed:
+class ThroughputMeter:
     """Adds up what the steps of an interval did.
 
     Args:

@@ -11,20 +11,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
-from moresjax.errors import UserError
-from moresjax.parallel.mesh import use_mesh
-from moresjax.paths import matches, path_name
+from moresjax.core.errors import UserError
+from moresjax.core.paths import matches, path_name
+from moresjax.runs.state import TrainState
+from moresjax.sharding.mesh import use_mesh
 from moresjax.training.objectives import Loss
-from moresjax.types import pytree_dataclass
-
-
-@pytree_dataclass
-class TrainState:
-    step: Int[Array, ""]
-    trainable: nnx.State
-    opt_state: optax.OptState
 
 
 def split_model(

@@ -11,9 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from moresjax.errors import UserError
-from moresjax.layout import SHARED, Batch, Segment, TokenLayout
-from moresjax.tuning.base import Edit, Method, Probe, ProbeContext, Slots, Theta, WeightDelta
+from moresjax.core.errors import UserError
+from moresjax.core.layout import SHARED, Batch, TokenKind, TokenLayout
+from moresjax.tuning.base import (
+    Edit,
+    Method,
+    Probe,
+    ProbeContext,
+    Theta,
+    VirtualTokens,
+    WeightDelta,
+)
 from moresjax.tuning.hooks import Attached, Hooks
 from moresjax.tuning.selectors import parse_layers, parse_selector
 from moresjax.tuning.sites import check_selector, num_layers
@@ -42,8 +50,8 @@ class Tuning(nnx.Module):
       gates: `gates[method][site]`, one flag per layer.
       shared: `shared[method][leaf]`, frozen arrays of methods that have some.
       words: word and its token ids, for `token(WORD)` selectors; set by who has the tokenizer.
-      adapters: names of several trained tunings held at once (`moresjax.tuning.many`), from which
-        `Batch.adapter` chooses; parameters and gates then have an adapter axis.
+      adapters: names of several trained tunings held at once (see `tuning.multi_adapter`), from
+        which `Batch.adapter` chooses; parameters and gates then have an adapter axis.
 
     Raises:
       UserError: when the spec does not fit the model.
@@ -116,7 +124,7 @@ class Tuning(nnx.Module):
 
     def _slots(self, *sites: str) -> int:
         """How many slots there are at some sites."""
-        slots = [(key, method) for key, method in self.methods if isinstance(method, Slots)]
+        slots = [(key, method) for key, method in self.methods if isinstance(method, VirtualTokens)]
         return sum(method.length for key, method in slots for s in sites if s in self.theta[key])
 
     @property
@@ -125,7 +133,7 @@ class Tuning(nnx.Module):
         return self._slots("llm.embed", "llm.block.in")
 
     @property
-    def num_ahead(self) -> int:
+    def num_virtual_tokens(self) -> int:
         """P, the number of keys before the first token's: learned ones, and extra tokens'."""
         return self.num_slots + self._slots("llm.block.kv")
 
@@ -190,7 +198,7 @@ class Tuning(nnx.Module):
             for site, variables in self.theta[name].items():
                 theta = {n: x[...] for n, x in variables.items()}
                 gate = self.gates[name][site][...] if site in self.gates[name] else None
-                if isinstance(method, Slots):
+                if isinstance(method, VirtualTokens):
                     if not later or site.startswith("vision."):
                         items.append((site, Attached(method, theta)))
                     continue
@@ -295,7 +303,7 @@ def extend_layout(layout: TokenLayout, slots: int) -> TokenLayout:
 
     ahead = jnp.broadcast_to(jnp.arange(slots), (layout.shape[0], slots))
     return layout.replace(
-        segment=pad(layout.segment, int(Segment.SYSTEM)),
+        kind=pad(layout.kind, int(TokenKind.SYSTEM)),
         image=pad(layout.image, -1),
         position=jnp.concatenate([ahead, jnp.asarray(layout.position) + slots], axis=1),
         document=pad(layout.document, SHARED),
@@ -345,5 +353,5 @@ def _feature_layout(rows: int, images: int, visual_tokens: int, extra: int) -> T
     image = jnp.arange(-extra, images * visual_tokens)
     image = jnp.broadcast_to(jnp.maximum(image, -1), (rows, image.size))
     zeros = jnp.zeros_like(image)
-    segment = jnp.where(image >= 0, int(Segment.IMAGE), int(Segment.SYSTEM))
-    return TokenLayout(segment, image, zeros, zeros, zeros, visual_tokens)
+    kind = jnp.where(image >= 0, int(TokenKind.IMAGE), int(TokenKind.SYSTEM))
+    return TokenLayout(kind, image, zeros, zeros, zeros, visual_tokens)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moresjax.errors import UserError
-from moresjax.types import AnyArray, pytree_dataclass
+from moresjax.core.errors import UserError
+from moresjax.core.types import AnyArray, pytree_dataclass
 
 Theta = dict[str, Array]
 
@@ -164,7 +164,7 @@ def dropped(x: Float[Array, "*B D"], rate: float, key: PRNGKeyArray | None) -> F
 
 
 @dataclasses.dataclass(frozen=True)
-class Slots(Method, abc.ABC):
+class VirtualTokens(Method, abc.ABC):
     """`length` places before all tokens, with learned content, that every document sees.
 
     A site says what the places are, and which parameters it needs:
@@ -195,13 +195,13 @@ class ProbeContext:
     """What a probe may know about the tokens besides the tensors it reads.
 
     Attributes:
-      segment: segment of every key, `[B, S]`.
+      kind: kind of every key, `[B, S]`.
       mask: which keys each chosen query sees, `[B, Q, S]`.
       queries: row index of each chosen query, `[B, Q]`; None when the pass has only chosen queries.
       softcap: of the attention logits; 0: none (static).
     """
 
-    segment: Int[Array, "B S"]
+    kind: Int[Array, "B S"]
     mask: Bool[Array, "B Q S"]
     queries: Int[Array, "B Q"] | None
     softcap: float = dataclasses.field(default=0.0, metadata={"static": True})

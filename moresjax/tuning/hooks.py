@@ -3,7 +3,7 @@
 The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the
 plain linear, the identity and nothing. Sites are named `vision.block.X`, `connector.out`,
 `llm.embed.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
-`mlp.out`, `out`. Slots are at `vision.embed`, `llm.embed`, `X.block.in` and `llm.block.kv`.
+`mlp.out`, `out`. VirtualTokens are at `vision.embed`, `llm.embed`, `X.block.in` and `llm.block.kv`.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from moresjax.ops import pick
-from moresjax.tuning.base import Edit, Probe, ProbeContext, Slots, Theta, WeightDelta
+from moresjax.core.ops import pick
+from moresjax.tuning.base import Edit, Probe, ProbeContext, Theta, VirtualTokens, WeightDelta
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 TOWERS = ("vision", "llm")
@@ -31,7 +31,7 @@ class Attached:
     next axis counts adapters.
     """
 
-    method: Edit | WeightDelta | Slots
+    method: Edit | WeightDelta | VirtualTokens
     theta: Theta
     gate: Array | None = None
     mask: Array | None = None

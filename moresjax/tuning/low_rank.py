@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moresjax.errors import UserError
-from moresjax.ops import project
+from moresjax.core.errors import UserError
+from moresjax.core.linalg import inverse_cholesky
+from moresjax.core.ops import project
 from moresjax.tuning.base import Edit, Theta
-from moresjax.tuning.inverses import inverse_cholesky
 from moresjax.tuning.sites import edit_dim
 from moresjax.tuning.spec import check_choice, check_rank
 

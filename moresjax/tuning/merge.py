@@ -5,9 +5,9 @@ import functools
 import jax
 from flax import nnx
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.tuning.attach import gated
-from moresjax.tuning.base import Edit, Method, Slots, Theta, WeightDelta
+from moresjax.tuning.base import Edit, Method, Theta, VirtualTokens, WeightDelta
 
 _IN_ATTENTION = ("q", "k", "v", "o")
 
@@ -29,7 +29,7 @@ def merged(model: nnx.Module) -> nnx.Module:
                 theta = {name: x[...] for name, x in variables.items()}
                 theta = gated(method, theta, tuning.gates[key][site][...])
                 _merge_site(model, site, method, theta, tuning.common(key))
-    model.tuning = tuning.subset(lambda method: isinstance(method, Edit | Slots))
+    model.tuning = tuning.subset(lambda method: isinstance(method, Edit | VirtualTokens))
     return model
 
 

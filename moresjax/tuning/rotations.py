@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from moresjax.errors import UserError
-from moresjax.tuning.inverses import inverse
+from moresjax.core.errors import UserError
+from moresjax.core.linalg import inverse
 
 
 def skew_from_vector(vector: Float[Array, "n e"], size: int) -> Float[Array, "n b b"]:

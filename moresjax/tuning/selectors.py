@@ -26,27 +26,27 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from moresjax.errors import UserError, choice_error
-from moresjax.layout import (
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.layout import (
     SHARED,
     IntField,
-    Segment,
+    TokenKind,
     TokenLayout,
     last_prompt_mask,
     rank_in_run,
     valid_mask,
 )
-from moresjax.types import AnyArray
+from moresjax.core.types import AnyArray
 
 REGIONS = {
-    "image": (Segment.IMAGE,),
-    "system": (Segment.SYSTEM,),
-    "question": (Segment.QUESTION,),
-    "prompt": (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION),
-    "answer": (Segment.ANSWER,),
-    "dialogue": (Segment.QUESTION, Segment.ANSWER),
-    "generated": (Segment.ANSWER,),
-    "all": (Segment.SYSTEM, Segment.IMAGE, Segment.QUESTION, Segment.ANSWER),
+    "image": (TokenKind.IMAGE,),
+    "system": (TokenKind.SYSTEM,),
+    "question": (TokenKind.QUESTION,),
+    "prompt": (TokenKind.SYSTEM, TokenKind.IMAGE, TokenKind.QUESTION),
+    "answer": (TokenKind.ANSWER,),
+    "dialogue": (TokenKind.QUESTION, TokenKind.ANSWER),
+    "generated": (TokenKind.ANSWER,),
+    "all": (TokenKind.SYSTEM, TokenKind.IMAGE, TokenKind.QUESTION, TokenKind.ANSWER),
 }
 SPECIAL = ("last_prompt", "roi", "token(WORD)")
 SLICES = ("fN", "lN", "fN+lN", "uniform(N)", "uniform(P%)", "P%", "at(I;J)")
@@ -151,7 +151,7 @@ def _region_mask(region, part, layout, tokens, roi, words):
             raise UserError("selector 'roi' needs a batch with a region of interest")
         inside = jnp.take_along_axis(jnp.asarray(roi), jnp.maximum(image, 0), axis=1)
         return inside & (image >= 0)
-    inside = jnp.isin(jnp.asarray(layout.segment), jnp.asarray(REGIONS[region]))
+    inside = jnp.isin(jnp.asarray(layout.kind), jnp.asarray(REGIONS[region]))
     if part.kind == "all":
         return inside
     if region == "image":

@@ -5,7 +5,7 @@ Edits:    vision.block.{out,attn.out,mlp.out}  connector.out  llm.embed.out
 Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}
 """
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.base import Edit, Method
 from moresjax.tuning.selectors import parse_selector
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import get_type_hints
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.base import METHODS, Method
 
 PRESETS: dict[str, str] = {}

@@ -17,14 +17,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from moresjax import __version__
-from moresjax.errors import UserError
-from moresjax.models.initialize import fill
+from moresjax._version import __version__
+from moresjax.core.errors import UserError
+from moresjax.core.paths import matches, path_name
+from moresjax.core.types import AnyArray
+from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
-from moresjax.paths import matches, path_name
 from moresjax.tuning.attach import Tuning
-from moresjax.tuning.many import stack_adapters
-from moresjax.types import AnyArray
+from moresjax.tuning.multi_adapter import stack_adapters
 from moresjax.weights import peft
 
 DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
@@ -78,7 +78,7 @@ def load_adapter(mllm: MLLM, folder: str | Path) -> None:
     """
     tuning, base = _read(mllm, Path(folder))
     mllm.tuning = tuning
-    fill(mllm, base, str(folder))
+    set_params(mllm, base, str(folder))
 
 
 def attach_adapter(mllm: MLLM, folder: str | Path) -> None:
@@ -98,8 +98,8 @@ def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:
 
     Raises:
       UserError: when a folder is not an adapter of this base, one changes parameters of the base
-        itself, or they cannot be held together (`moresjax.tuning.many.stack_adapters`); the model
-        is then as it was.
+        itself, or they cannot be held together (see `stack_adapters`); the
+        model is then as it was.
     """
     tunings = {}
     values = {path_name(p): x.get_value() for p, x in nnx.to_flat_state(nnx.state(mllm, nnx.Param))}
@@ -160,7 +160,7 @@ def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
         expected[name] = x if acts is None else x[np.maximum(np.cumsum(acts) - 1, 0)]
     prefix = "tuning."
     own = {n.removeprefix(prefix): x for n, x in expected.items() if n.startswith(prefix)}
-    fill(tuning, own, str(folder))
+    set_params(tuning, own, str(folder))
     return tuning, {n: x for n, x in expected.items() if not n.startswith(prefix)}
 
 

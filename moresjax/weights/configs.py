@@ -8,7 +8,7 @@ transformers 5.
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.layers import ROPE_SCALINGS
 from moresjax.weights import tables

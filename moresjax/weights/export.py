@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from moresjax.core.errors import UserError
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.errors import UserError
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.weights import tables
 from moresjax.weights.configs import decoder_config, hf_candidates
@@ -82,7 +82,7 @@ def hf_config(config: MLLMConfig) -> dict:
         remat=False,
         unroll=False,
         select="cls_patch" if keeps_all else "patch",
-        last_layers=0,
+        num_trainable_blocks=0,
     )
     # Normalisation is the image processor's, the choice of features the wrapper's.
     used = ("feature_layer", "select", "drop_first_token", "pixel_mean", "pixel_std")

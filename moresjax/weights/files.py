@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.weights import tables
 from moresjax.weights.sources import Tensor, stored_dtype
 

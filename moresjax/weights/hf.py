@@ -13,10 +13,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.models.connector import linear_widths
 from moresjax.models.decoder import quantized
-from moresjax.models.initialize import fill
+from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.weights import tables
 from moresjax.weights.configs import LLM_TABLES, decoder_config
@@ -147,7 +147,7 @@ def import_state(
 def build_model(config: MLLMConfig, state: Mapping[str, jax.Array], tuning: str = "none") -> MLLM:
     """A model with the given base parameters and freshly initialised tuning parameters."""
     model = MLLM(config, tuning)
-    fill(model, state, "checkpoint")
+    set_params(model, state, "checkpoint")
     model.tuning.initialize()
     return model
 

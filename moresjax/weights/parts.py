@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.models.vision import VisionConfig, VisionEncoder
 from moresjax.weights.files import open_tensors
 from moresjax.weights.hf import read_hf_config
@@ -87,7 +87,14 @@ def check_same_encoder(ours: VisionConfig, theirs: VisionConfig, source: str) ->
       UserError: that names the first field that differs.
     """
     # How the features are used, not what they are.
-    free = ("feature_layer", "select", "drop_first_token", "pixel_mean", "pixel_std", "last_layers")
+    free = (
+        "feature_layer",
+        "select",
+        "drop_first_token",
+        "pixel_mean",
+        "pixel_std",
+        "num_trainable_blocks",
+    )
     free += ("dtype", "remat", "unroll")
     for name, value in vars(theirs).items():
         if name not in free and getattr(ours, name) != value:

@@ -16,11 +16,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.paths import matches, path_name
 from moresjax.models.decoder import Decoder, DecoderConfig
-from moresjax.models.initialize import fill
+from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
-from moresjax.paths import matches, path_name
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import METHODS
 from moresjax.tuning.merge import linear_at, linear_path
@@ -157,7 +157,7 @@ def import_peft(folder: str | Path, mllm: MLLM) -> str:
     else:
         tuning = _linears_in(mllm, read_format(config), config, tensors)
     tensors.finish()
-    fill(mllm, {name: jnp.asarray(x) for name, x in base.items()}, str(folder))
+    set_params(mllm, {name: jnp.asarray(x) for name, x in base.items()}, str(folder))
     mllm.tuning = tuning
     return tuning.spec
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.base import Method
 from moresjax.tuning.methods.dora import lengths
 from moresjax.weights.peft_slots import SLOT_METHODS

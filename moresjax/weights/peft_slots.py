@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.tuning.attach import Tuning

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import METHODS

@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding
 
-from moresjax.errors import UserError
-from moresjax.parallel.mesh import parameter_shardings
-from moresjax.paths import path_name
+from moresjax.core.errors import UserError
+from moresjax.core.paths import path_name
+from moresjax.sharding.mesh import parameter_shardings
 from moresjax.weights.tables import BATCHED
 
 Path_ = tuple[str, ...]

@@ -8,7 +8,7 @@ kind, which takes images of any shape cut into patches, and is not supported.
 
 from collections.abc import Callable, Iterator, Mapping
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.models.vision import (
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -16,9 +16,9 @@ from moresjax.analysis.attention import (
     summarize,
     to_grid,
 )
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, TokenKind, visible
 from moresjax.generation.engine import Engine
-from moresjax.layout import Batch, Segment, visible
 from moresjax.models.attention import GROUPS
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
@@ -51,7 +51,7 @@ def with_answers(batch: Batch, tokens) -> tuple[Batch, np.ndarray]:
         return np.concatenate([np.asarray(old), new], axis=1)
 
     whole = layout.replace(
-        segment=join(layout.segment, int(Segment.ANSWER)),
+        kind=join(layout.kind, int(TokenKind.ANSWER)),
         image=join(layout.image, -1),
         position=join(layout.position, last + 1 + ahead),
         document=join(layout.document, 0),
@@ -91,26 +91,24 @@ def test_uniform_attention_has_an_lmar_of_one_in_every_layer_and_variant():
         np.testing.assert_allclose(summary.lmar_of_means[name], 1.0, atol=1e-5)
     # 9 of the 14 to 18 visible keys are the image's.
     expected = np.mean([9 / n for n in range(14, 14 + NEW)])
-    np.testing.assert_allclose(summary.share[:, GROUPS.index(Segment.IMAGE)], expected, atol=1e-5)
+    np.testing.assert_allclose(summary.share[:, GROUPS.index(TokenKind.IMAGE)], expected, atol=1e-5)
     np.testing.assert_allclose(summary.share.sum(-1), 1, atol=1e-5)
 
 
 def test_raising_the_visual_logits_raises_lmar():
     layout = stack_layout(
-        [row_layout((Segment.SYSTEM, 1), (Segment.IMAGE, 9), (Segment.ANSWER, 3))]
+        [row_layout((TokenKind.SYSTEM, 1), (TokenKind.IMAGE, 9), (TokenKind.ANSWER, 3))]
     )
     rng = np.random.default_rng(0)
     q = rng.standard_normal((1, 2, 13, 8)).astype(np.float32)
     k = rng.standard_normal((1, 2, 13, 8)).astype(np.float32)
     q[..., 0] = 1
     queries = np.asarray([[10, 11, 12]], np.int32)
-    context = ProbeContext(
-        jnp.asarray(layout.segment), visible(layout, queries), jnp.asarray(queries)
-    )
+    context = ProbeContext(jnp.asarray(layout.kind), visible(layout, queries), jnp.asarray(queries))
     ratios = []
     for boost in (0.0, 2.0, 4.0):
         raised = k.copy()
-        raised[..., 0] += boost * (np.asarray(layout.segment)[:, None] == Segment.IMAGE)
+        raised[..., 0] += boost * (np.asarray(layout.kind)[:, None] == TokenKind.IMAGE)
         stats = AttentionProbe().read(context, q=jnp.asarray(q), k=jnp.asarray(raised))
         stats = {name: np.asarray(x)[None] for name, x in stats.items()}
         summary = summarize(stats["mass"], stats["score"], np.asarray([3]), np.ones(1, bool))
@@ -128,7 +126,7 @@ def test_rows_do_not_depend_on_padding_or_on_each_other():
             layout=batch.layout.replace(
                 **{
                     f: np.asarray(getattr(batch.layout, f))[row : row + 1]
-                    for f in ("segment", "image", "position", "document", "branch")
+                    for f in ("kind", "image", "position", "document", "branch")
                 }
             ),
             pixels=batch.pixels[row : row + 1],
@@ -141,7 +139,7 @@ def test_rows_do_not_depend_on_padding_or_on_each_other():
             layout = part.layout.replace(
                 **{
                     f: np.pad(getattr(part.layout, f), pad, constant_values=fill.get(f, 0))
-                    for f in ("segment", "image", "position", "document", "branch")
+                    for f in ("kind", "image", "position", "document", "branch")
                 }
             )
             padded = dataclasses.replace(part, tokens=np.pad(part.tokens, pad), layout=layout)
@@ -169,7 +167,12 @@ def test_masses_and_maps_are_those_of_transformers():
     ours = dataclasses.replace(tiny_config(), llm=decoder_config(config.to_dict()), vision=None)
     state = import_state(ours, config.to_dict(), tensors)
     model = build_model(ours, state)
-    pieces = [(Segment.SYSTEM, 2), (Segment.IMAGE, 4), (Segment.QUESTION, 3), (Segment.ANSWER, 3)]
+    pieces = [
+        (TokenKind.SYSTEM, 2),
+        (TokenKind.IMAGE, 4),
+        (TokenKind.QUESTION, 3),
+        (TokenKind.ANSWER, 3),
+    ]
     layout = stack_layout([row_layout(*pieces)], visual=4)
     tokens = np.random.default_rng(0).integers(0, 29, (1, 12)).astype(np.int32)
     queries = np.asarray([[8, 9, 10]], np.int32)
@@ -180,17 +183,17 @@ def test_masses_and_maps_are_those_of_transformers():
         Batch(tokens, layout), probes=(AttentionProbe(), AttentionMaps()), queries=queries
     )
     np.testing.assert_allclose(stats.stats["maps"][:, 0], expected.mean(1), atol=1e-5)
-    segment = np.asarray(layout.segment)[0]
-    masses = np.stack([expected[..., segment == g].sum((2, 3)) for g in GROUPS], axis=-1)
+    kind = np.asarray(layout.kind)[0]
+    masses = np.stack([expected[..., kind == g].sum((2, 3)) for g in GROUPS], axis=-1)
     np.testing.assert_allclose(stats.stats["attention"]["mass"][:, 0], masses, atol=1e-5)
     # Scores: the mean over the visible keys of each group, query by query.
     visible_keys = np.tril(np.ones((12, 12), bool))[queries[0]]
 
     def mean(groups):
-        member = np.isin(segment, [int(g) for g in groups])
+        member = np.isin(kind, [int(g) for g in groups])
         return (expected * member).sum(-1) / (visible_keys * member).sum(-1)
 
-    image, *texts = [(Segment.IMAGE,), *TEXT_VARIANTS.values()]
+    image, *texts = [(TokenKind.IMAGE,), *TEXT_VARIANTS.values()]
     scores = np.stack([mean(groups).sum(-1) for groups in (image, *texts)], axis=-1)
     np.testing.assert_allclose(stats.stats["attention"]["score"][:, 0], scores, atol=1e-5)
 

@@ -11,12 +11,12 @@ import pytest
 from corpus import PROCESSOR, make_images, make_records, write_list
 from PIL import Image
 
+from moresjax.core.errors import UserError
 from moresjax.data.arrayrecord import ArrayRecordSource, convert_llava
 from moresjax.data.images import open_image
 from moresjax.data.llava import LlavaSource
 from moresjax.data.pipeline import make_iterator
 from moresjax.data.sources import make_source
-from moresjax.errors import UserError
 
 COUNT = 23
 
@@ -172,7 +172,7 @@ options = {"batch_size": 3, "length": 60, "images": 1}
 batch = next(make_iterator(found, processor, **options))
 assert batch["pixels"].shape == (3, 1, 12, 12, 3)
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 def refused(**options):
     try:
         make_source("tfds", **({"dataset": "shapes", "data_dir": "data", "answer": "a"} | options))

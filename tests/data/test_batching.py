@@ -15,19 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
 from moresjax.data.buckets import bucket_lengths, plan_batches
 from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
 from moresjax.data.packing import first_fit
 from moresjax.data.pipeline import make_iterator, to_device_batch
 from moresjax.data.processor import Processor
-from moresjax.data.rows import FILLER
-from moresjax.errors import UserError
-from moresjax.layout import Segment
+from moresjax.data.rows import PADDING_SAMPLE
 from moresjax.models.vision import VisionEncoder
-from moresjax.parallel.mesh import batch_sharding, make_mesh, place, replicated
+from moresjax.runs.state import TrainState
+from moresjax.sharding.mesh import batch_sharding, make_mesh, replicated, shard_params
 from moresjax.training.objectives import next_token
-from moresjax.training.step import TrainState, make_train_step, split_model
+from moresjax.training.step import make_train_step, split_model
 
 COUNT, LENGTH, IMAGES = 60, 96, 4
 SMALL = {"num_layers": 1, "unroll": True}
@@ -114,7 +115,7 @@ def documents(batch: dict):
         row = {name: batch[name][number] for name in batch if name != "id"}
         before = 0
         for document, name in enumerate(str(ids).split(";")):
-            own = (row["document"] == document) & (row["segment"] != Segment.PAD)
+            own = (row["document"] == document) & (row["kind"] != TokenKind.PAD)
             fields = {key: x[own] for key, x in row.items() if key not in ("pixels", "document")}
             count = (fields["image"] >= 0).sum() // VISUAL
             visual = fields["image"] >= 0
@@ -139,7 +140,7 @@ def test_packed_rows_hold_whole_samples(source, alone):
     counts = collections.Counter(seen)
     assert len(counts) == COUNT
     assert max(counts.values()) - min(counts.values()) <= 2
-    useful = np.mean([(batch["segment"] != Segment.PAD).mean() for batch in batches])
+    useful = np.mean([(batch["kind"] != TokenKind.PAD).mean() for batch in batches])
     assert useful >= 0.9
 
 
@@ -170,14 +171,14 @@ def test_a_saved_state_goes_on_exactly(source, batching, before):
 def test_every_sample_is_in_one_batch_of_its_kind(samples, batch_size, window, seed):
     sizes = np.asarray(samples)
     plan = plan_batches(sizes, batch_size, window, np.random.default_rng(seed))
-    assert sorted(plan[plan != FILLER]) == list(range(len(samples)))
+    assert sorted(plan[plan != PADDING_SAMPLE]) == list(range(len(samples)))
     kinds = sizes[:, 1] > 0
     for batch in plan:
-        own = batch[batch != FILLER]
+        own = batch[batch != PADDING_SAMPLE]
         assert len(own)
         assert len(set(kinds[own].tolist())) == 1
         assert sizes[own, 0].tolist() == sorted(sizes[own, 0], reverse=True)
-    fillers = (plan == FILLER).any(1).sum()
+    fillers = (plan == PADDING_SAMPLE).any(1).sum()
     assert fillers <= len(set(kinds.tolist()))
 
 
@@ -202,7 +203,7 @@ def test_an_epoch_in_buckets_shows_every_sample_once(source, alone):
             count = len(alone[str(name)]["tokens"]) if name else 0
             tokens = alone[str(name)]["tokens"] if name else []
             np.testing.assert_array_equal(batch["tokens"][number, :count], tokens)
-            assert (batch["segment"][number, count:] == Segment.PAD).all()
+            assert (batch["kind"][number, count:] == TokenKind.PAD).all()
 
 
 @pytest.mark.parametrize("kind", ["images", "text"])
@@ -379,7 +380,7 @@ def test_a_bad_image_leaves_padding_and_moves_no_other_document(
             for key, value in fields.items():
                 np.testing.assert_array_equal(value, alone[name][key], err_msg=key)
             np.testing.assert_array_equal(pixels, alone[name].get("pixels", pixels[:0]))
-        useful = (batch["segment"] != Segment.PAD).sum(1)
+        useful = (batch["kind"] != TokenKind.PAD).sum(1)
         counts = [sum(len(alone[name]["tokens"]) for name in row) for row in left]
         assert useful.tolist() == counts
     assert empty > 0
@@ -396,7 +397,7 @@ def test_a_bad_sample_is_a_row_of_padding_beside_the_same_neighbours(source, tmp
     for batch, whole in zip(found, wanted, strict=True):
         ids = whole["id"].tolist()
         assert batch["id"].tolist() == ["" if name in names else name for name in ids]
-        padding = (batch["segment"] == Segment.PAD).all(1)
+        padding = (batch["kind"] == TokenKind.PAD).all(1)
         assert padding.tolist() == [name in names for name in ids]
 
 
@@ -435,7 +436,7 @@ def test_packed_documents_have_the_logits_they_have_alone(source, alone, model):
         apart += list(forward(model, padded(own)))
     for number, row in enumerate(members):
         for document, name in enumerate(row):
-            own = (packed["document"][number] == document) & (packed["segment"][number] > 0)
+            own = (packed["document"][number] == document) & (packed["kind"][number] > 0)
             count = len(alone[name]["tokens"])
             expected = apart[names.index(name)][:count]
             assert np.abs(together[number][own] - expected).max() <= 1e-4
@@ -459,7 +460,7 @@ def test_the_loss_is_the_mean_over_labels_however_rows_are_packed_cut_and_split(
     graphdef, *start = small
 
     def run(batch, mesh, microbatches):
-        trainable, frozen = (place(part, mesh) for part in start)
+        trainable, frozen = (shard_params(part, mesh) for part in start)
         zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
         state = TrainState(zero, trainable, optimizer.init(trainable))
         step = make_train_step(

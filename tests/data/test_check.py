@@ -9,12 +9,12 @@ import pytest
 from corpus import conversation, make_images, make_records, write_list
 from tiny import TINY_LLM, TINY_VISION
 
-from moresjax.build import build_processor
+from moresjax.core.layout import TokenKind
 from moresjax.data.check import check_data
 from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
-from moresjax.layout import Segment
-from moresjax.training.config import base_config
+from moresjax.runs.build import build_processor
+from moresjax.runs.config import base_config
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_counts_are_those_of_the_rows(checked):
     rows = [processor.text_row(source[i]) for i in [*range(150), 153]]
     assert report.samples == 154
     assert report.tokens == sum(len(row["tokens"]) for row in rows)
-    assert report.answer_tokens == sum((r["segment"] == Segment.ANSWER).sum() for r in rows)
+    assert report.answer_tokens == sum((r["kind"] == TokenKind.ANSWER).sum() for r in rows)
     images = [(row["image"] >= 0).sum() // 9 for row in rows]
     assert report.images == sum(images)
     assert report.text_only == images.count(0)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
+from moresjax.core.errors import UserError
 from moresjax.data.digits import (
     CELL,
     CELLS,
@@ -25,9 +26,8 @@ from moresjax.data.digits import (
     vocabulary,
 )
 from moresjax.data.samples import IMAGE_MARK, Sample
-from moresjax.errors import UserError
 from moresjax.evaluation.benchmarks.digits import items, majority
-from moresjax.evaluation.items import Item
+from moresjax.evaluation.examples import Item
 
 TASKS = ("text", "patches", "caption", "instruct")
 scenes = st.tuples(*[st.integers(0, 9)] * 4)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
+from moresjax.core.errors import UserError
 from moresjax.data.images import ImageProcessor, open_image
-from moresjax.errors import UserError
 
 
 def photo(size=(8, 8), seed: int = 0) -> np.ndarray:

@@ -8,13 +8,13 @@ import pytest
 from corpus import PROCESSOR, conversation, make_images, make_records, write_lines, write_list
 from PIL import Image
 
+from moresjax.core.errors import UserError
 from moresjax.data import records as records_module
 from moresjax.data.llava import LlavaSource, to_sample
 from moresjax.data.pipeline import make_iterator
 from moresjax.data.records import JsonRecords
 from moresjax.data.samples import Sample, Turn
 from moresjax.data.sources import make_source
-from moresjax.errors import UserError
 
 COUNT = 40
 

@@ -7,6 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, TokenKind
 from moresjax.data.bad import BadSamples
 from moresjax.data.digits import DigitsSource, build_tokenizer
 from moresjax.data.images import ImageProcessor
@@ -15,8 +17,6 @@ from moresjax.data.processor import FIELDS, Processor
 from moresjax.data.rows import Rows
 from moresjax.data.sources import make_source
 from moresjax.data.templates import get_template
-from moresjax.errors import UserError
-from moresjax.layout import Batch, Segment
 
 PROCESSOR = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(32), 16)
 LENGTH = 84
@@ -123,7 +123,7 @@ def test_a_batch_on_the_devices():
     assert isinstance(batch, Batch)
     assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(batch))
     np.testing.assert_array_equal(batch.tokens, stacked["tokens"])
-    assert ((batch.layout.segment == Segment.IMAGE).sum(1) == 16).all()
+    assert ((batch.layout.kind == TokenKind.IMAGE).sum(1) == 16).all()
     assert batch.layout.visual_tokens == 16
 
 

@@ -24,7 +24,7 @@ jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
 from corpus import PROCESSOR
 from moresjax.data.llava import LlavaSource
 from moresjax.data.pipeline import make_iterator, to_device_batch
-from moresjax.parallel.mesh import batch_sharding, make_mesh
+from moresjax.sharding.mesh import batch_sharding, make_mesh
 
 source = LlavaSource("mix.json", "images")
 options, count = json.loads(sys.argv[3]), int(sys.argv[4])

@@ -1,4 +1,4 @@
-"""Samples to rows: one tokenisation for ids and segments, branches, images, templates, errors."""
+"""Samples to rows: one tokenisation for ids and kinds, branches, images, templates, errors."""
 
 import copy
 import dataclasses
@@ -12,14 +12,14 @@ from tiny import tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind, loss_mask
 from moresjax.data.digits import DigitsSource, build_tokenizer
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import FIELDS, Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.data.templates import TEMPLATES, get_template
-from moresjax.errors import UserError
-from moresjax.layout import Segment, loss_mask
-from moresjax.model import Model
+from moresjax.inference.model import Model
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -35,7 +35,7 @@ def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character: segments can be read off letter by letter."""
+    """One token per character: kinds can be read off letter by letter."""
     characters = {chr(i): i for i in range(32, 127)} | {"\n": 10, "?": 63}
     tokenizer = Tokenizer(models.WordLevel(characters, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -68,8 +68,8 @@ def text_of(sample: Sample, template: str, eos="</s>") -> str:
     return "".join(piece.text for piece in get_template(template).render(sample, eos))
 
 
-def words(row, segment, tokenizer=CHARACTERS) -> str:
-    return "".join(tokenizer.convert_ids_to_tokens(row["tokens"][row["segment"] == segment]))
+def words(row, kind, tokenizer=CHARACTERS) -> str:
+    return "".join(tokenizer.convert_ids_to_tokens(row["tokens"][row["kind"] == kind]))
 
 
 # Templates
@@ -89,7 +89,7 @@ def test_text_of_a_conversation(template):
     assert text_of(TALK, template, "<|endoftext|>").endswith(" ASSISTANT: so<|endoftext|>")
 
 
-ANSWER = Segment.ANSWER
+ANSWER = TokenKind.ANSWER
 CHATS = {
     "llama2": (
         f"[INST] <<SYS>>\n{SYSTEM.strip()}\n<</SYS>>\n\n<image>\nwho ? [/INST] me </s>"
@@ -114,7 +114,7 @@ CHATS = {
 @pytest.mark.parametrize("template", CHATS)
 def test_text_of_the_chat_versions(template):
     assert text_of(TALK, template) == CHATS[template]
-    answers = [p.text for p in get_template(template).render(TALK, "</s>") if p.segment == ANSWER]
+    answers = [p.text for p in get_template(template).render(TALK, "</s>") if p.kind == ANSWER]
     end = {"llama2": " </s>", "mistral": "</s>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
     assert [text.removesuffix(end[template]).strip() for text in answers] == ["me", "so"]
     # What the model is asked with is what it was trained after.
@@ -166,13 +166,13 @@ def test_independent_questions_have_no_marker_between_them():
 
 def test_segments_and_branches_of_pieces():
     pieces = get_template("vicuna_v1").render(BRANCHES, "</s>")
-    assert [(p.segment, p.branch) for p in pieces] == [
-        (Segment.SYSTEM, 0),
-        (Segment.QUESTION, 0),
-        (Segment.QUESTION, 1),
-        (Segment.ANSWER, 1),
-        (Segment.QUESTION, 2),
-        (Segment.ANSWER, 2),
+    assert [(p.kind, p.branch) for p in pieces] == [
+        (TokenKind.SYSTEM, 0),
+        (TokenKind.QUESTION, 0),
+        (TokenKind.QUESTION, 1),
+        (TokenKind.ANSWER, 1),
+        (TokenKind.QUESTION, 2),
+        (TokenKind.ANSWER, 2),
     ]
 
 
@@ -204,15 +204,15 @@ def test_ids_are_those_of_the_joined_text(turns, template):
 def test_answers_and_nothing_else_are_answers(turns):
     sample = Sample("sample", tuple(Turn(q, a) for q, a in turns))
     row = processor().row(sample)
-    assert words(row, Segment.ANSWER) == "".join(f" {a}</s>" for _, a in turns)
-    assert words(row, Segment.SYSTEM) == SYSTEM + "USER: "
+    assert words(row, TokenKind.ANSWER) == "".join(f" {a}</s>" for _, a in turns)
+    assert words(row, TokenKind.SYSTEM) == SYSTEM + "USER: "
     asked = "USER: ".join(f"{q} ASSISTANT:" for q, _ in turns)
-    assert words(row, Segment.QUESTION) == asked
+    assert words(row, TokenKind.QUESTION) == asked
 
 
 def merged_and_by_character(sample: Sample):
-    """Row with merged tokens, the characters' segments, and each token's first and last one."""
-    row, by_character = processor(MERGING).row(sample), processor().row(sample)["segment"]
+    """Row with merged tokens, the characters' kinds, and each token's first and last one."""
+    row, by_character = processor(MERGING).row(sample), processor().row(sample)["kind"]
     tokens = MERGING.convert_ids_to_tokens(row["tokens"])
     ends = np.cumsum([1 if token == "</s>" else len(token) for token in tokens])
     return row, by_character, np.concatenate([[0], ends[:-1]]), ends - 1
@@ -223,14 +223,14 @@ def merged_and_by_character(sample: Sample):
 def test_a_token_across_a_border_belongs_to_its_last_character(turns):
     sample = Sample("sample", tuple(Turn(q, a) for q, a in turns))
     row, by_character, _, last = merged_and_by_character(sample)
-    np.testing.assert_array_equal(row["segment"], by_character[last])
+    np.testing.assert_array_equal(row["kind"], by_character[last])
 
 
 def test_merged_tokens_do_cross_borders():
     sample = Sample("sample", (Turn("what is it ?", "yes"),))
     row, by_character, first, last = merged_and_by_character(sample)
     crossing = by_character[first] != by_character[last]
-    assert (crossing & (row["segment"] == Segment.ANSWER)).any()
+    assert (crossing & (row["kind"] == TokenKind.ANSWER)).any()
 
 
 def test_the_loss_is_on_the_answer_alone():
@@ -245,9 +245,9 @@ def test_the_loss_is_on_the_answer_alone():
 def test_bos_is_the_systems():
     row = processor(DIGITS, "bare").row(Sample("sample", (Turn("what is at top-left ?", "two"),)))
     assert DIGITS.decode(row["tokens"]) == "<s> what is at top-left ? two </s>"
-    assert row["segment"].tolist() == [Segment.SYSTEM] + [Segment.QUESTION] * 5 + [
-        Segment.ANSWER,
-        Segment.ANSWER,
+    assert row["kind"].tolist() == [TokenKind.SYSTEM] + [TokenKind.QUESTION] * 5 + [
+        TokenKind.ANSWER,
+        TokenKind.ANSWER,
     ]
 
 
@@ -261,8 +261,8 @@ def test_images_stand_where_their_marks_are(texts, answer):
     images = tuple(np.full((12, 12, 3), 10 * i, np.uint8) for i in range(count))
     sample = Sample("sample", (Turn(IMAGE_MARK.join(texts), answer),), images)
     row = processor(visual=3).row(sample)
-    shown, segment = row["image"], row["segment"]
-    np.testing.assert_array_equal(shown >= 0, segment == Segment.IMAGE)
+    shown, kind = row["image"], row["kind"]
+    np.testing.assert_array_equal(shown >= 0, kind == TokenKind.IMAGE)
     np.testing.assert_array_equal(shown[shown >= 0], np.arange(3 * count))
     np.testing.assert_array_equal(row["position"], np.arange(len(shown)))
     # Without the visual tokens it is the text without its marks, image by image in place.
@@ -288,7 +288,7 @@ def test_padding():
     for name in ("tokens", *FIELDS):
         assert padded[name].dtype == np.int32
         np.testing.assert_array_equal(padded[name][:length], row[name])
-    assert (padded["segment"][length:] == Segment.PAD).all()
+    assert (padded["kind"][length:] == TokenKind.PAD).all()
     assert (padded["image"][length:] == -1).all()
     assert padded["pixels"].shape == (2, 12, 12, 3)
     np.testing.assert_array_equal(padded["pixels"][0], row["pixels"][0])
@@ -321,10 +321,10 @@ def test_independent_questions_do_not_see_each_other(digits_model):
     alone = [p.row(dataclasses.replace(sample, turns=(turn,))) for turn in sample.turns]
     logits = logits_of(digits_model, [together, *alone], len(together["tokens"]) + 2)
     trunk = np.flatnonzero(together["branch"] == 0)
-    assert (together["segment"][trunk] == Segment.IMAGE).sum() == VISUAL
+    assert (together["kind"][trunk] == TokenKind.IMAGE).sum() == VISUAL
     for number, row in enumerate(alone, start=1):
         places = np.concatenate([trunk, np.flatnonzero(together["branch"] == number)])
-        for name in ("tokens", "segment", "image", "position", "document"):
+        for name in ("tokens", "kind", "image", "position", "document"):
             np.testing.assert_array_equal(together[name][places], row[name], err_msg=name)
         difference = logits[0, places] - logits[number, : len(places)]
         assert np.abs(difference).max() <= 1e-5
@@ -404,11 +404,11 @@ def test_a_slow_tokenizer_is_refused():
 
 def test_prompts_of_a_model(digits_model):
     row = digits_model.prompt("what is at top-left ?", [PHOTO])
-    assert (row["segment"] == Segment.IMAGE).sum() == VISUAL
+    assert (row["kind"] == TokenKind.IMAGE).sum() == VISUAL
     assert (
-        DIGITS.decode(row["tokens"][row["segment"] == Segment.QUESTION]) == "what is at top-left ?"
+        DIGITS.decode(row["tokens"][row["kind"] == TokenKind.QUESTION]) == "what is at top-left ?"
     )
-    assert not (row["segment"] == Segment.ANSWER).any()
+    assert not (row["kind"] == TokenKind.ANSWER).any()
     with pytest.raises(UserError, match="the prompt is empty"):
         digits_model.prompt("  ")
     with pytest.raises(UserError, match="the text has 1 <image> but 2 images"):

@@ -7,10 +7,10 @@ import random
 
 import pytest
 
+from moresjax.core.errors import UserError
 from moresjax.data.generators import SIZES, TASKS, build_task, subset
 from moresjax.data.llava import LlavaSource
 from moresjax.data.tasks import flickr30k
-from moresjax.errors import UserError
 
 SHORT = "Answer the question using a single word or phrase."
 

@@ -17,12 +17,12 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.data.templates import TEMPLATES, get_template
-from moresjax.errors import UserError
-from moresjax.layout import Segment
 
 VISUAL = 4
 CORPUS = (
@@ -118,7 +118,7 @@ def reference_ids(tokenizer, text: str) -> list[int | None]:
 
 
 def ids_of(row) -> list[int | None]:
-    images = row["segment"] == Segment.IMAGE
+    images = row["kind"] == TokenKind.IMAGE
     return [None if image else int(t) for t, image in zip(row["tokens"], images, strict=True)]
 
 
@@ -135,7 +135,7 @@ def test_ids_are_those_of_the_pieces_between_images(kind, template):
 def test_labels_decode_to_the_answers_and_their_ends(kind):
     tokenizer = KINDS[kind]
     row = row_of(tokenizer, "vicuna_v1")
-    answers = tokenizer.decode(row["tokens"][row["segment"] == Segment.ANSWER])
+    answers = tokenizer.decode(row["tokens"][row["kind"] == TokenKind.ANSWER])
     end = tokenizer.eos_token
     words = answers.replace(" ", "")
     assert words == f"Acatonamat.{end}Twonaïvedogs…{end}"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from downloads import FOUR, THREE, lines, photo, write
 
+from moresjax.core.errors import UserError
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.errors import UserError
 from moresjax.evaluation.metrics.hallusionbench import parse_verdict
 from moresjax.evaluation.metrics.yes_no import COGNITION, PERCEPTION
 from moresjax.evaluation.run import EvaluationResult, rescore, write_results

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from moresjax.errors import UserError
-from moresjax.evaluation.judges import EndpointJudge, KeptJudge
+from moresjax.core.errors import UserError
+from moresjax.evaluation.judges import CachedJudge, EndpointJudge
 from moresjax.evaluation.run import rescore, write_results
 from moresjax.evaluation.tasks import load_benchmark
 
@@ -136,13 +136,13 @@ def test_a_failed_judgement_leaves_the_others_and_is_asked_for_again(saved):
 
 def test_replies_are_of_a_judge_with_its_settings_and_attempt(tmp_path):
     judge = Words()
-    KeptJudge(judge, tmp_path)("Is it?", 0)
-    kept = KeptJudge(judge, tmp_path)
+    CachedJudge(judge, tmp_path)("Is it?", 0)
+    kept = CachedJudge(judge, tmp_path)
     assert [kept("Is it?", 0), kept("Is it?", 1), kept("Is it not?", 0)] == ["Yes"] * 3
     assert judge.asked == ["Is it?", "Is it?", "Is it not?"]
     other = Words()
     other.settings = {"temperature": 1}
-    KeptJudge(other, tmp_path)("Is it?", 0)
+    CachedJudge(other, tmp_path)("Is it?", 0)
     assert other.asked == ["Is it?"]
 
 

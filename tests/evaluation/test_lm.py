@@ -8,16 +8,16 @@ import pytest
 from lm_eval.api.instance import Instance
 from tiny import tiny_model
 
+from moresjax.core.errors import UserError
 from moresjax.data.digits import FAMILIES, build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.errors import UserError
 from moresjax.evaluation.benchmarks.digits import items, majority
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.run import evaluate, write_results
 from moresjax.evaluation.scoring import exact_match
-from moresjax.model import Model
+from moresjax.inference.model import Model
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,18 @@ import pytest
 from PIL import Image
 from tiny import tiny_model
 
+from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.errors import UserError
 from moresjax.evaluation import run
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import processor_facts
 from moresjax.evaluation.run import EvaluationResult, evaluate, rescore, write_results
 from moresjax.evaluation.scoring import captions
 from moresjax.evaluation.tasks import VisualTask, load_benchmark
-from moresjax.model import Model
+from moresjax.inference.model import Model
 
 LIMIT = 4
 

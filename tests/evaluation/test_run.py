@@ -11,11 +11,11 @@ from lm_eval.api.instance import Instance
 from PIL import Image
 from tiny import tiny_model
 
+from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.errors import UserError
 from moresjax.evaluation import run as run_module
 from moresjax.evaluation.judges import EndpointJudge, ModelJudge
 from moresjax.evaluation.lm import MoresjaxLM
@@ -23,7 +23,7 @@ from moresjax.evaluation.predictions import PredictionLog
 from moresjax.evaluation.presets import PRESETS, expand, table
 from moresjax.evaluation.run import EvaluationResult, evaluate, rescore, write_results
 from moresjax.evaluation.tasks import BENCHMARKS, load_benchmark
-from moresjax.model import Model
+from moresjax.inference.model import Model
 from moresjax.weights.adapter import fingerprint
 
 

@@ -10,10 +10,10 @@ from lm_eval.config.group import GroupConfig
 from scipy.special import log_softmax
 from tiny import talking_model
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.lm import MoresjaxLM
+from moresjax.evaluation.lm_eval_tasks import load_text_task, run_text_task
 from moresjax.evaluation.run import evaluate, write_results
-from moresjax.evaluation.text_tasks import load_text_task, run_text_task
 
 ENDINGS = ["two", "three four", "no . yes", "the largest"]
 SCENES = [("is there", "a two ?", 0), ("how many", "times three ?", 2), ("what", "is at", 1)]

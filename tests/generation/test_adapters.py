@@ -7,15 +7,15 @@ import pytest
 from flax import nnx
 from tiny import tiny_config, tiny_model
 
+from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.errors import UserError
-from moresjax.generation.chat import Chat
-from moresjax.model import Model
+from moresjax.inference.chat import Chat
+from moresjax.inference.model import Model
 from moresjax.tuning.attach import Tuning
-from moresjax.tuning.many import stack_adapters
+from moresjax.tuning.multi_adapter import stack_adapters
 
 SIZES = {"vocab_size": len(vocabulary()), "num_layers": 2}
 SPEC = "mores:rank=1,positions=image/lora:rank=2,targets=q"

@@ -7,7 +7,7 @@ import pytest
 from llavas import IMAGES, NEW, PAD, Case, case_of
 
 from moresjax.analysis.attention import AttentionProbe
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.generation.beam import Beams
 from moresjax.generation.engine import Engine
 from moresjax.generation.sampling import Sampling

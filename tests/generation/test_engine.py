@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from llavas import IMAGES, NEW, PAD, VOCAB, Case, case_of
 from tiny import talking_model, tiny_batch, tiny_model
 
+from moresjax.core.layout import TokenKind, TokenLayout
 from moresjax.generation import engine as engine_module
 from moresjax.generation.engine import Engine, bucket
-from moresjax.layout import Segment, TokenLayout
 
 NEVER = (VOCAB + 1,)  # an end token that no row can produce
 
@@ -102,10 +102,10 @@ def test_other_rows_do_not_matter(case, engine, greedy, chosen):
 def test_teacher_forcing_gives_the_same_tokens(case, greedy):
     batch = case.batch(left=False)
     tokens, shape = greedy, greedy.shape
-    valid = np.asarray(batch.layout.segment) != Segment.PAD
+    valid = np.asarray(batch.layout.kind) != TokenKind.PAD
     position = valid.sum(1, keepdims=True) + np.arange(NEW)
     answer = {
-        "segment": np.full(shape, int(Segment.ANSWER)),
+        "kind": np.full(shape, int(TokenKind.ANSWER)),
         "image": np.full(shape, -1),
         "position": position,
         "document": np.zeros(shape),

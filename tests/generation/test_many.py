@@ -8,17 +8,17 @@ import pytest
 from tiny import talking_model, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.errors import UserError
-from moresjax.generation import batching
+from moresjax.generation import scheduler as batching
 from moresjax.generation.beam import Beams
 from moresjax.generation.engine import Engine
-from moresjax.generation.jsonl import generate_file
 from moresjax.generation.sampling import Sampling
-from moresjax.model import Model
+from moresjax.inference.files import generate_file
+from moresjax.inference.model import Model
 
 NEW = 6
 IMAGE = np.random.default_rng(0).integers(0, 255, (12, 12, 3)).astype(np.uint8)

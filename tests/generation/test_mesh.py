@@ -9,10 +9,10 @@ from tiny import talking_model
 from moresjax import load
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.cli import main
-from moresjax.generation.chat import Chat
 from moresjax.generation.sampling import Sampling
-from moresjax.model import Model
-from moresjax.parallel.mesh import make_mesh, mesh_preset
+from moresjax.inference.chat import Chat
+from moresjax.inference.model import Model
+from moresjax.sharding.mesh import make_mesh, mesh_preset
 from moresjax.weights.adapter import fingerprint
 
 NEW = 4

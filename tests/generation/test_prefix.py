@@ -7,9 +7,9 @@ from tiny import talking_model, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.generation import engine as engine_module
-from moresjax.generation import prefix as prefix_module
+from moresjax.generation import shared_prefix as prefix_module
 from moresjax.generation.engine import Engine
-from moresjax.generation.prefix import common_prefix
+from moresjax.generation.shared_prefix import common_prefix
 from moresjax.tuning.attach import Tuning
 
 NEW = 5

@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.generation.sampling import Sampling, choose, penalized, warped
 
 ROWS, VOCAB = 6, 40

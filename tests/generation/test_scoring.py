@@ -8,15 +8,15 @@ import pytest
 from flax import nnx
 from tiny import talking_model, tiny_model
 
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.errors import UserError
 from moresjax.generation.engine import SCORED, Engine, score_batch
 from moresjax.generation.scoring import branches
-from moresjax.layout import Segment
-from moresjax.model import Model
+from moresjax.inference.model import Model
 
 PROMPT = "is there a two ?"
 IMAGES = list(np.random.default_rng(0).integers(0, 255, (2, 12, 12, 3)).astype(np.uint8))
@@ -36,11 +36,11 @@ all_logits = jax.jit(lambda model, batch: model.llm.logits(model(batch).hidden))
 def alone(model: Model, images, ids) -> tuple[float, bool]:
     """One continuation in a row of its own, from all of its logits."""
     row = model.prompt(PROMPT, images)
-    answer = {"tokens": ids, "segment": int(Segment.ANSWER), "image": -1, "document": 0}
+    answer = {"tokens": ids, "kind": int(TokenKind.ANSWER), "image": -1, "document": 0}
     head = len(row["tokens"])
     whole = row | {
         name: np.concatenate([row[name], np.broadcast_to(answer.get(name, 0), len(ids))])
-        for name in ("tokens", "segment", "image", "document", "branch")
+        for name in ("tokens", "kind", "image", "document", "branch")
     }
     whole["position"] = np.arange(head + len(ids))
     whole = {n: x if n == "pixels" else x.astype(np.int32) for n, x in whole.items()}

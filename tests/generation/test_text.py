@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.generation.text import TextStream, check_stops, cut
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moresjax.cli import main
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.models.zoo import ENCODERS, LLMS, MODELS, mllm_config
 
 

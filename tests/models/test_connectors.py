@@ -13,18 +13,18 @@ from tiny import TINY_LLM, TINY_VISION, row_layout, stack_layout, tiny_config
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from moresjax.errors import UserError
-from moresjax.layout import Batch, Segment
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, TokenKind
+from moresjax.core.paths import path_name
 from moresjax.models.connector import build_connector, connector_tokens
+from moresjax.models.count import count_parameters
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.models.zoo import mllm_config
-from moresjax.paths import path_name
 from moresjax.training.objectives import next_token
-from moresjax.tuning.count import count_parameters
 
 # The maths
 
@@ -130,8 +130,8 @@ def model_with(connector: str, **llm) -> MLLM:
 def batch_for(model: MLLM) -> Batch:
     """Two rows: an image, a question and an answer."""
     visual = model.config.visual_tokens
-    pieces = [(Segment.SYSTEM, 2), (Segment.IMAGE, visual), (Segment.QUESTION, 3)]
-    layout = stack_layout([row_layout(*pieces, (Segment.ANSWER, 4))] * 2, visual)
+    pieces = [(TokenKind.SYSTEM, 2), (TokenKind.IMAGE, visual), (TokenKind.QUESTION, 3)]
+    layout = stack_layout([row_layout(*pieces, (TokenKind.ANSWER, 4))] * 2, visual)
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, TINY_LLM["vocab_size"], layout.shape).astype(np.int32)
     return Batch(tokens, layout, rng.standard_normal((2, 1, 12, 12, 3)).astype(np.float32))

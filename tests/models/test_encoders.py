@@ -23,17 +23,17 @@ from towers import (
     siglip,
 )
 
-from moresjax.build import kept_apart
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.core.paths import path_name
+from moresjax.models.count import count_parameters
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import FusedVisionConfig, FusedVisionEncoder
-from moresjax.models.initialize import described, fill, initialize
+from moresjax.models.initialize import abstract, initialize, set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 from moresjax.models.zoo import ENCODERS, VISION, mllm_config
-from moresjax.paths import path_name
+from moresjax.runs.build import split_trainable_blocks
 from moresjax.training.step import split_model
-from moresjax.tuning.count import count_parameters
 from moresjax.weights.parts import load_vision
 
 # Features
@@ -183,7 +183,7 @@ def test_edits_of_patches_leave_class_and_register_tokens(tmp_path):
         MLLMConfig(llm=DecoderConfig(**TINY_LLM), vision=config),
         "mores:rank=2,positions=image,site=vision.block.out",
     )
-    fill(model, state, "here")
+    set_params(model, state, "here")
     initialize(model)
     batch = tiny_batch()
     hooks = model.tuning.hooks(batch)
@@ -255,7 +255,7 @@ def test_encoder_sizes(name):
 
 def test_blocks_that_are_kept_apart_compute_the_same_and_train_alone(tmp_path):
     folder = saved(randomised(clip()), tmp_path)
-    whole, apart = loaded(folder), loaded(folder, last_layers=1)
+    whole, apart = loaded(folder), loaded(folder, num_trainable_blocks=1)
     assert apart.last.mlp.up.kernel[...].shape[0] == apart.blocks.mlp.up.kernel[...].shape[0] == 1
     expected = np.asarray(whole(jnp.asarray(images())))
     np.testing.assert_allclose(np.asarray(apart(jnp.asarray(images()))), expected, atol=1e-6)
@@ -265,16 +265,16 @@ def test_blocks_that_are_kept_apart_compute_the_same_and_train_alone(tmp_path):
     assert all(name.startswith("vision.last.") for name in names)
     assert len(names) == 16
     with pytest.raises(UserError, match="last 2 of 2 vision blocks cannot be kept apart"):
-        dataclasses.replace(apart.config, last_layers=2)
+        dataclasses.replace(apart.config, num_trainable_blocks=2)
 
 
 def test_a_run_with_all_blocks_in_one_stack_fills_a_model_that_keeps_some_apart(tmp_path):
     folder = saved(randomised(clip()), tmp_path / "clip")
     config, parameters = load_vision(folder, part="vision")
-    apart = dataclasses.replace(config, last_layers=1)
+    apart = dataclasses.replace(config, num_trainable_blocks=1)
     model = MLLM(MLLMConfig(llm=DecoderConfig(**TINY_LLM), vision=apart))
-    fill(model, kept_apart(model, "vision", parameters), "here")
-    assert described(model, "vision") == []
+    set_params(model, split_trainable_blocks(model, "vision", parameters), "here")
+    assert abstract(model, "vision") == []
     np.testing.assert_allclose(
         model.vision(jnp.asarray(images())), loaded(folder)(jnp.asarray(images())), atol=1e-6
     )

@@ -11,17 +11,24 @@ from flax import nnx
 from tiny import row_layout, stack_layout, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.core.errors import UserError
+from moresjax.core.layout import (
+    Batch,
+    RowStructure,
+    TokenKind,
+    infer_structure,
+    valid_mask,
+    visible,
+)
 from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
-from moresjax.data.pipeline import rows_held
-from moresjax.errors import UserError
-from moresjax.layout import Batch, Holds, Segment, rows_of, valid_mask, visible
+from moresjax.data.pipeline import structure_for
+from moresjax.hardware.chips import find_slice
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs, visible_runs
-from moresjax.parallel.chips import find_slice
-from moresjax.parallel.mesh import batch_sharding, make_mesh, mesh_preset, place, use_mesh
-from moresjax.parallel.plan import abstract_step
-from moresjax.training.config import base_config
+from moresjax.plans.train_plan import abstract_step
+from moresjax.runs.config import base_config
+from moresjax.sharding.mesh import batch_sharding, make_mesh, mesh_preset, shard_params, use_mesh
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 
@@ -39,10 +46,10 @@ def packed_layout():
         own = (document[row] == number) & ~padding[row]
         position[row, own] = np.arange(own.sum())
     zeros = np.zeros_like(document)
-    row = row_layout((Segment.QUESTION, LENGTH))
+    row = row_layout((TokenKind.QUESTION, LENGTH))
     layout = stack_layout([row, row])
     return layout.replace(
-        segment=np.where(padding, int(Segment.PAD), layout.segment),
+        kind=np.where(padding, int(TokenKind.PAD), layout.kind),
         document=document,
         position=position,
         branch=zeros,
@@ -83,7 +90,7 @@ def test_splash_is_attention_over_a_dense_mask(dim, heads, window, softcap):
         np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def long_batch(holds: Holds = Holds.SINGLE) -> Batch:
+def long_batch(structure: RowStructure = RowStructure.SINGLE) -> Batch:
     """`tiny_batch`, padded to the length that kernels need."""
     batch = tiny_batch(images=0, answer=40)
     missing = 128 - batch.tokens.shape[1]
@@ -93,7 +100,7 @@ def long_batch(holds: Holds = Holds.SINGLE) -> Batch:
 
     layout = jax.tree.map(lengthened, batch.layout)
     layout = layout.replace(image=lengthened(batch.layout.image, -1))
-    return Batch(lengthened(batch.tokens), layout, holds=holds)
+    return Batch(lengthened(batch.tokens), layout, structure=holds)
 
 
 def test_a_scanned_decoder_learns_the_same_with_the_kernel():
@@ -105,7 +112,7 @@ def test_a_scanned_decoder_learns_the_same_with_the_kernel():
     def loss_and_gradients(attention):
         model = tiny_model("mores:rank=1,positions=all", attention=attention, **options)
         graphdef, trainable, frozen = split_model(model)
-        trainable, frozen = place(trainable, mesh), place(frozen, mesh)
+        trainable, frozen = shard_params(trainable, mesh), shard_params(frozen, mesh)
 
         @jax.jit
         @jax.value_and_grad
@@ -134,23 +141,25 @@ def program(batch: Batch, tuning: str = "none", probes=(), **llm) -> str:
 
 
 def test_the_dense_mask_is_used_where_no_kernel_can_say_the_same():
-    packed = long_batch(Holds.PACKED)
+    packed = long_batch(RowStructure.PACKED)
     assert "splash_mha" in program(packed)
-    assert "splash_mha" not in program(long_batch(Holds.ANY))  # there may be branches
+    assert "splash_mha" not in program(long_batch(RowStructure.ANY))  # there may be branches
     assert "splash_mha" not in program(packed, probes=(AttentionProbe(),))
     assert "splash_mha" not in program(packed, tuning="prefix:length=2")
-    assert "splash_mha" not in program(dataclasses.replace(tiny_batch(), holds=Holds.SINGLE))
+    assert "splash_mha" not in program(
+        dataclasses.replace(tiny_batch(), structure=RowStructure.SINGLE)
+    )
 
 
 def test_cudnn_is_used_for_one_document_of_sixteen_bits_only():
     llm = tiny_config(attention="cudnn", dtype="bfloat16", head_dim=8).llm
 
-    def kernel(holds=Holds.SINGLE, **changes):
+    def kernel(structure=RowStructure.SINGLE, **changes):
         runs = visible_runs(long_batch(holds), dataclasses.replace(llm, **changes))
         return runs and runs.kernel
 
     assert kernel() == "cudnn"
-    assert kernel(Holds.PACKED) is None
+    assert kernel(RowStructure.PACKED) is None
     assert kernel(dtype="float32") is None
     assert kernel(head_dim=12) is None
     assert kernel(head_dim=256) is None
@@ -200,17 +209,21 @@ def test_on_a_cpu_nothing_is_fused_unless_it_is_asked_for():
 
 def test_what_rows_hold_is_seen_or_known_from_source_and_batching():
     batch = long_batch()
-    assert rows_of(batch.layout) == Holds.SINGLE
+    assert infer_structure(batch.layout) == RowStructure.SINGLE
     branch = np.array(batch.layout.branch)
     branch[0, 3] = 1
-    left = np.array(batch.layout.segment)
-    left[0, 0] = Segment.PAD
-    assert rows_of(batch.layout.replace(branch=branch)) == Holds.ANY
-    assert rows_of(batch.layout.replace(document=branch)) == Holds.ANY
-    assert rows_of(batch.layout.replace(segment=left)) == Holds.ANY
-    assert rows_held(LlavaSource, "pad") == rows_held(LlavaSource, "bucket") == Holds.SINGLE
-    assert rows_held(LlavaSource, "pack") == Holds.PACKED
-    assert rows_held(DigitsSource("instruct"), "pack") == Holds.ANY
+    left = np.array(batch.layout.kind)
+    left[0, 0] = TokenKind.PAD
+    assert infer_structure(batch.layout.replace(branch=branch)) == RowStructure.ANY
+    assert infer_structure(batch.layout.replace(document=branch)) == RowStructure.ANY
+    assert infer_structure(batch.layout.replace(kind=left)) == RowStructure.ANY
+    assert (
+        structure_for(LlavaSource, "pad")
+        == structure_for(LlavaSource, "bucket")
+        == RowStructure.SINGLE
+    )
+    assert structure_for(LlavaSource, "pack") == RowStructure.PACKED
+    assert structure_for(DigitsSource("instruct"), "pack") == RowStructure.ANY
 
 
 def lowered_for_tpus(preset: str):

@@ -9,17 +9,17 @@ import pytest
 from flax import nnx
 from tiny import TINY_LLM, TINY_VISION, tiny_batch, tiny_config, tiny_model
 
-from moresjax.errors import UserError
-from moresjax.layout import text_layout, visible
+from moresjax.core.errors import UserError
+from moresjax.core.layout import text_layout, visible
+from moresjax.core.paths import path_name
 from moresjax.models.connector import Connector
+from moresjax.models.count import count_parameters
 from moresjax.models.decoder import Decoder, DecoderConfig
-from moresjax.models.initialize import described, fill, initialize
+from moresjax.models.initialize import abstract, initialize, set_params
 from moresjax.models.layers import Norm, param
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import PatchClassifier, VisionConfig, VisionEncoder, patchify
 from moresjax.models.zoo import LLMS, VISION, mllm_config
-from moresjax.paths import path_name
-from moresjax.tuning.count import count_parameters
 
 
 def model_with(llm: dict | None = None, vision: dict | None = None, seed: int = 0) -> MLLM:
@@ -106,7 +106,7 @@ def test_bfloat16_activations(reference):
     logits = model.llm.logits(hidden)
     assert logits.dtype == jnp.float32
     logits, exact = np.asarray(logits), np.asarray(tiny_model().llm.logits(expected))
-    real = np.asarray(batch.layout.segment) > 0
+    real = np.asarray(batch.layout.kind) > 0
     error = np.linalg.norm((logits - exact)[real]) / np.linalg.norm(exact[real])
     assert 1e-5 < error < 0.03  # eight bits of mantissa, a few roundings
 
@@ -116,13 +116,13 @@ def test_bfloat16_activations(reference):
 
 def test_a_new_model_holds_shapes_only():
     model = MLLM(tiny_config())
-    assert set(described(model)) == set(parameters(tiny_model()))
+    assert set(abstract(model)) == set(parameters(tiny_model()))
 
 
 @pytest.mark.parametrize("tuning", ["none", "mores:rank=2"])
 def test_every_parameter_gets_a_value(tuning):
     model = tiny_model(tuning)
-    assert described(model) == []
+    assert abstract(model) == []
     for name, x in parameters(model).items():
         assert np.isfinite(x).all(), name
 
@@ -163,7 +163,9 @@ def test_start_values():
 def test_initialize_keeps_what_has_a_value():
     model = MLLM(tiny_config())
     table = jnp.full((29, 16), 7.0)
-    fill(model, {"llm.embed.table": table, "llm.norm.scale": jnp.zeros(16)}, "here", "llm.embed")
+    set_params(
+        model, {"llm.embed.table": table, "llm.norm.scale": jnp.zeros(16)}, "here", "llm.embed"
+    )
     values = parameters(initialize(model))
     np.testing.assert_array_equal(values["llm.embed.table"], table)
     assert (values["llm.norm.scale"] == 1).all()  # not below "llm.embed"
@@ -171,7 +173,7 @@ def test_initialize_keeps_what_has_a_value():
 
 def test_fill_names_a_parameter_of_another_shape():
     with pytest.raises(UserError, match=r"here: llm\.embed\.table has shape \(3, 2\)"):
-        fill(MLLM(tiny_config()), {"llm.embed.table": jnp.zeros((3, 2))}, "here")
+        set_params(MLLM(tiny_config()), {"llm.embed.table": jnp.zeros((3, 2))}, "here")
 
 
 def test_an_unknown_norm_is_refused():

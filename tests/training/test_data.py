@@ -8,9 +8,9 @@ import pytest
 from corpus import make_images, make_records, write_list
 from tiny import TINY_LLM, TINY_VISION
 
-from moresjax.build import trained_parameters
-from moresjax.errors import UserError
-from moresjax.training.config import base_config
+from moresjax.core.errors import UserError
+from moresjax.runs.build import trained_parameters
+from moresjax.runs.config import base_config
 from moresjax.training.loop import train
 
 

@@ -7,31 +7,31 @@ import types
 import jax
 import numpy as np
 import pytest
-from runs import MEASURED, RATES, TINY, assert_equal_weights, config_of, logged, rewind
+from run_helpers import MEASURED, RATES, TINY, assert_equal_weights, config_of, logged, rewind
 
 from moresjax.analysis.attention import AttentionProbe, summarize
-from moresjax.build import (
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
+from moresjax.data.digits import DigitsSource
+from moresjax.data.pipeline import epoch, to_device_batch
+from moresjax.data.subset import train_val_split
+from moresjax.generation.engine import Engine
+from moresjax.hardware.chips import CHIPS, GIB
+from moresjax.models.flops import train_flops
+from moresjax.models.mllm import MLLM
+from moresjax.runs.build import (
     build_iterator,
     build_processor,
     build_sources,
     load_workdir,
     model_config,
 )
-from moresjax.data.digits import DigitsSource
-from moresjax.data.pipeline import one_pass, to_device_batch
-from moresjax.data.subset import hold_out
-from moresjax.errors import UserError
-from moresjax.generation.engine import Engine
-from moresjax.layout import Segment
-from moresjax.models.mllm import MLLM
-from moresjax.parallel.chips import CHIPS, GIB
-from moresjax.parallel.flops import train_flops
-from moresjax.parallel.mesh import make_mesh
+from moresjax.sharding.mesh import make_mesh
 from moresjax.training import speed as speed_module
 from moresjax.training.loop import train
-from moresjax.training.monitors import Monitors
+from moresjax.training.monitors import Evaluators
 from moresjax.training.objectives import next_token
-from moresjax.training.speed import Speed
+from moresjax.training.speed import ThroughputMeter
 from moresjax.training.step import split_model
 
 TUNED = "stage=finetune,tuning=mores:rank=1,positions=image"
@@ -82,7 +82,7 @@ def test_mfu_is_model_flops_over_seconds_and_the_peak_of_all_chips(parts, monkey
     config, trainable, frozen = parts
     clock = types.SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(speed_module, "time", clock)
-    speed = Speed(config, trainable, frozen, "TPU v5 lite")
+    speed = ThroughputMeter(config, trainable, frozen, "TPU v5 lite")
     assert not RATES & set(speed.read())
     batch = next_batch(config)
     flops = speed.flops(batch)
@@ -119,16 +119,16 @@ def test_memory_is_that_of_the_fullest_device_where_it_is_counted(monkeypatch):
 
 def test_held_out_samples_never_train():
     source = DigitsSource("instruct", size=50)
-    training, validation = hold_out(source, 0.1, seed=3)
+    training, validation = train_val_split(source, 0.1, seed=3)
     names = [
         [part[i]["id"] if isinstance(part[i], dict) else part[i].id for i in range(len(part))]
         for part in (training, validation)
     ]
     assert len(names[1]) == 5
     assert sorted(names[0] + names[1]) == sorted(source[i].id for i in range(50))
-    again = hold_out(source, 0.1, seed=3)[1]
+    again = train_val_split(source, 0.1, seed=3)[1]
     np.testing.assert_array_equal(again.indices, validation.indices)
-    assert set(hold_out(source, 0.1, seed=4)[1].indices) != set(validation.indices)
+    assert set(train_val_split(source, 0.1, seed=4)[1].indices) != set(validation.indices)
 
 
 def test_weights_of_files_hold_for_what_is_left_of_them():
@@ -137,7 +137,7 @@ def test_weights_of_files_hold_for_what_is_left_of_them():
         shares = ((slice(0, 20), 3.0), (slice(20, 50), 1.0))
         sizes = np.arange(100).reshape(50, 2)
 
-    training, validation = hold_out(Mixed("instruct", size=50), 0.5, seed=0)
+    training, validation = train_val_split(Mixed("instruct", size=50), 0.5, seed=0)
     for part in (training, validation):
         (first, heavy), (second, light) = part.shares
         assert (heavy, light) == (3.0, 1.0)
@@ -145,7 +145,7 @@ def test_weights_of_files_hold_for_what_is_left_of_them():
         assert (part.indices[second] >= 20).all()
         assert first.stop == second.start
         np.testing.assert_array_equal(part.sizes, Mixed.sizes[part.indices])
-    assert not hasattr(hold_out(DigitsSource("instruct", size=50), 0.5, 0)[0], "sizes")
+    assert not hasattr(train_val_split(DigitsSource("instruct", size=50), 0.5, 0)[0], "sizes")
 
 
 # ---- Validation.
@@ -204,7 +204,7 @@ def test_a_source_of_its_own_is_validated_on_up_to_a_number_of_batches():
 
     def shown(batches):
         options = {"batch_size": 8, "length": 64, "images": 1, "batches": batches}
-        return [batch["id"].tolist() for batch in one_pass(validation, processor, **options)]
+        return [batch["id"].tolist() for batch in epoch(validation, processor, **options)]
 
     assert shown(2) == shown(0)[:2]
     names = [name for batch in shown(0) for name in batch]
@@ -228,7 +228,7 @@ def test_lmar_is_what_the_analysis_of_generated_answers_says(watched):
     prompts = []
     for i in range(len(held_out)):
         row = processor.row(one_turn(i))
-        end = int(np.argmax(row["segment"] == Segment.ANSWER))
+        end = int(np.argmax(row["kind"] == TokenKind.ANSWER))
         prompts.append({k: x if k == "pixels" else x[:end] for k, x in row.items()})
     length, new = max(len(p["tokens"]) for p in prompts), 3
     engine = Engine(mllm, eos_ids=(-1,), probes=(AttentionProbe(),))
@@ -252,7 +252,7 @@ def test_lmar_is_what_the_analysis_of_generated_answers_says(watched):
 
     graphdef, trainable, frozen = split_model(mllm, config.also_train)
     silent = processor.without_end  # the generated answers have no end
-    monitors = Monitors(config, silent, make_mesh(), held_out, Answered())
+    monitors = Evaluators(config, silent, make_mesh(), held_out, Answered())
     found = monitors.measure(6, graphdef, trainable, frozen)
     layers = [found[f"lmar/{layer:02d}"] for layer in range(len(wanted))]
     np.testing.assert_allclose(layers, wanted, rtol=1e-4)

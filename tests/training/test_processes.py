@@ -7,11 +7,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from runs import TINY, cli_arguments, curve, free_address, rewind, start, wait_for
+from run_helpers import TINY, cli_arguments, curve, free_address, rewind, start, wait_for
 
-from moresjax.build import trained_parameters
 from moresjax.cli import main
-from moresjax.parallel.processes import use_compile_cache
+from moresjax.runs.build import trained_parameters
+from moresjax.sharding.processes import use_compile_cache
 
 # With images, packed rows, validation, attention statistics, and parameters split over processes.
 WATCHED = TINY | {"steps": 6, "log_every": 1, "checkpoint.every": 3}

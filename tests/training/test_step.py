@@ -11,14 +11,15 @@ import pytest
 from flax import nnx
 from tiny import tiny_batch, tiny_model
 
-from moresjax.errors import UserError
-from moresjax.layout import Segment
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
+from moresjax.runs.checkpoint import named
+from moresjax.runs.config import base_config
+from moresjax.runs.state import TrainState
 from moresjax.training import objectives
-from moresjax.training.checkpoint import named
-from moresjax.training.config import base_config
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import learning_rate_ratios, make_optimizer, make_schedule
-from moresjax.training.step import TrainState, make_train_step, split_model
+from moresjax.training.step import make_train_step, split_model
 
 MORES = "mores:rank=1,positions=image"
 CONNECTOR = {f"connector.layers.{i}.{leaf}" for i in (0, 1) for leaf in ("kernel", "bias")}
@@ -35,11 +36,11 @@ def optimizer_config(**changes):
 def uneven_batch(rows: int):
     """Rows with one to four answer tokens, in no order that a split would even out."""
     batch = tiny_batch(rows=rows)
-    segment = batch.layout.segment.copy()
+    kind = batch.layout.kind.copy()
     for row in range(rows):
-        answer = np.flatnonzero(segment[row] == Segment.ANSWER)
-        segment[row, answer[: (row * row) % 4]] = Segment.QUESTION
-    return dataclasses.replace(batch, layout=batch.layout.replace(segment=segment))
+        answer = np.flatnonzero(kind[row] == TokenKind.ANSWER)
+        kind[row, answer[: (row * row) % 4]] = TokenKind.QUESTION
+    return dataclasses.replace(batch, layout=batch.layout.replace(kind=kind))
 
 
 def start(model, also_train, optimizer=None):
@@ -77,7 +78,7 @@ def mean_loss_gradients(model, also_train, batch):
 def test_microbatches_give_the_gradient_of_the_mean_over_labels():
     model, batch = tiny_model(MORES, num_layers=2), uneven_batch(8)
     loss, wanted = mean_loss_gradients(model, ("connector",), batch)
-    counts = [(row == Segment.ANSWER).sum() for row in batch.layout.segment]
+    counts = [(row == TokenKind.ANSWER).sum() for row in batch.layout.kind]
     assert len(set(counts)) > 2
     for microbatches in (1, 2, 4):
         grads, metrics = one_step(model, ("connector",), batch, microbatches=microbatches)
@@ -131,7 +132,7 @@ def test_logits_are_not_made_where_no_row_has_labels(monkeypatch):
 def test_accuracy_is_the_share_of_right_labels():
     model, batch = tiny_model(num_layers=1), uneven_batch(4)
     logits = scores(model, batch)
-    answer = batch.layout.segment == Segment.ANSWER
+    answer = batch.layout.kind == TokenKind.ANSWER
     guesses = logits.argmax(-1)[:, :-1][answer[:, 1:]]
     labels = batch.tokens[:, 1:][answer[:, 1:]]
     # Half of the labels become what the model says.
@@ -149,8 +150,8 @@ def test_accuracy_is_the_share_of_right_labels():
 
 def test_a_batch_without_labels_changes_nothing():
     batch = tiny_batch(rows=2)
-    segment = np.where(batch.layout.segment == Segment.ANSWER, 3, batch.layout.segment)
-    batch = dataclasses.replace(batch, layout=batch.layout.replace(segment=segment))
+    kind = np.where(batch.layout.kind == TokenKind.ANSWER, 3, batch.layout.kind)
+    batch = dataclasses.replace(batch, layout=batch.layout.replace(kind=kind))
     grads, metrics = one_step(tiny_model(num_layers=1), ("connector",), batch)
     assert metrics["labels"] == metrics["loss"] == metrics["grad_norm"] == 0
     assert all(not np.asarray(grad).any() for grad in grads.values())

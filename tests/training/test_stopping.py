@@ -7,10 +7,10 @@ import sys
 import time
 
 import numpy as np
-from runs import TEXT_ONLY, cli_arguments, curve, free_address, start, wait_for
+from run_helpers import TEXT_ONLY, cli_arguments, curve, free_address, start, wait_for
 
-from moresjax.build import trained_parameters
 from moresjax.cli import main
+from moresjax.runs.build import trained_parameters
 
 RUN = [sys.executable, "-m", "moresjax.cli"]
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from runs import (
+from run_helpers import (
     HEAD,
     MEASURED,
     TEXT_ONLY,
@@ -28,20 +28,20 @@ from runs import (
     rewind,
 )
 
-from moresjax.build import build_model, load_workdir, trained_parameters
+from moresjax.core.errors import UserError
 from moresjax.data.digits import SPECIAL, DigitsSource
 from moresjax.data.images import ImageProcessor
 from moresjax.data.sources import SOURCES
-from moresjax.errors import UserError
-from moresjax.models.initialize import fill
+from moresjax.models.count import count_parameters
+from moresjax.models.initialize import set_params
+from moresjax.runs.build import build_model, load_workdir, trained_parameters
+from moresjax.runs.checkpoint import Checkpoints, named
+from moresjax.runs.config import read_config
 from moresjax.training import loop
-from moresjax.training.checkpoint import Checkpoints, named
-from moresjax.training.config import read_config
 from moresjax.training.loop import train
 from moresjax.training.metrics import MetricWriter
 from moresjax.training.objectives import OBJECTIVES, next_token
 from moresjax.training.optimizer import make_schedule
-from moresjax.tuning.count import count_parameters
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -61,7 +61,7 @@ def test_a_short_run_learns_real_digits(tmp_path, run_moresjax):
 
     # Handwriting that no training scene shows.
     model = build_model(read_config(tmp_path / "vit" / "config.json"))
-    fill(model, trained_parameters(tmp_path / "vit"), "vit")
+    set_params(model, trained_parameters(tmp_path / "vit"), "vit")
     source, image = DigitsSource("patches", split="test"), ImageProcessor(32)
     rows = [source[i] for i in range(64)]
     digits, cells = model(jnp.stack([image(row["pixels"]) for row in rows]))

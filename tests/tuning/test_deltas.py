@@ -11,13 +11,13 @@ from flax import nnx
 from peft.tuners.boft.layer import BOFTLayer
 from tiny import tiny_batch, tiny_config, tiny_model
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.models.count import count_parameters
 from moresjax.models.zoo import mllm_config
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import METHODS
-from moresjax.tuning.count import count_parameters
 from moresjax.tuning.merge import merged
 from moresjax.tuning.methods.boft import BOFT
 from moresjax.tuning.methods.mixlora import MixLoRA

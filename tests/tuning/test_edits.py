@@ -12,8 +12,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tiny import TINY_VISION, tiny_batch, tiny_config
 
+from moresjax.core.layout import TokenKind
 from moresjax.generation.engine import Engine
-from moresjax.layout import Segment
 from moresjax.models.initialize import initialize
 from moresjax.models.layers import Linear
 from moresjax.models.mllm import MLLM
@@ -25,7 +25,7 @@ from moresjax.tuning.low_rank import orthonormalize
 from moresjax.tuning.spec import parse_spec
 
 BATCH = tiny_batch()
-SEGMENT = np.asarray(BATCH.layout.segment)
+SEGMENT = np.asarray(BATCH.layout.kind)
 LOW_RANK = ("mores", "loreft", "noreft", "direft", "nodireft", "consreft", "lobireft")
 # Edits of every kind at once, one program to compile. (Other ranks are MoReS's to test.)
 EVERYTHING = "/".join(
@@ -35,7 +35,7 @@ EVERYTHING = "/".join(
 EVERYTHING += "/red:layers={0}/houlsby:bottleneck=2,layers={0}/adapter:bottleneck=3,layers={0}"
 
 
-def fill(tuning: Tuning) -> Tuning:
+def set_params(tuning: Tuning) -> Tuning:
     """Random parameters, drawn in numpy: nothing to compile, and no start value hides a mistake."""
     rng = np.random.default_rng(1)
     for variable in jax.tree.leaves(
@@ -46,12 +46,12 @@ def fill(tuning: Tuning) -> Tuning:
 
 
 def tuning_of(spec: str) -> Tuning:
-    return fill(Tuning(spec, tiny_config()))
+    return set_params(Tuning(spec, tiny_config()))
 
 
 def model_of(spec: str, **llm) -> MLLM:
     model = MLLM(tiny_config(**llm), spec)
-    fill(model.tuning)
+    set_params(model.tuning)
     return initialize(model)
 
 
@@ -347,7 +347,7 @@ def test_a_given_vector_is_added_as_it_is_and_never_trains(tmp_path):
     np.savez(tmp_path / "v.npz", calm=vectors[0], wild=vectors[1])
     spec = f"steer:vector={tmp_path}/v.npz:wild,alpha=-2.5,layers=1,positions=answer"
     tuning = tuning_of(spec)
-    after, answer = edited(tuning, "llm.block.out", hidden(), 1), SEGMENT == Segment.ANSWER
+    after, answer = edited(tuning, "llm.block.out", hidden(), 1), SEGMENT == TokenKind.ANSWER
     np.testing.assert_allclose(after[answer], hidden()[answer] - 2.5 * vectors[1], atol=1e-6)
     np.testing.assert_array_equal(after[~answer], hidden()[~answer])
     np.testing.assert_array_equal(edited(tuning, "llm.block.out", hidden(), 0), hidden())
@@ -420,7 +420,7 @@ def test_visual_editors_act_on_the_class_token_too():
     np.testing.assert_array_equal(
         tuning.gates["loreft"]["vision.block.out"][...], [False, True, True]
     )
-    fill(tuning)
+    set_params(tuning)
     h = np.random.default_rng(0).standard_normal((2, 10, 8)).astype(np.float32)
     for layer, acts in enumerate((False, True, True)):
         after = edited(tuning, "vision.block.out", h, layer)

@@ -14,7 +14,13 @@ from transformers import PhiConfig
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
-from moresjax.parallel.mesh import batch_sharding, make_mesh, parameter_shardings, place, use_mesh
+from moresjax.sharding.mesh import (
+    batch_sharding,
+    make_mesh,
+    parameter_shardings,
+    shard_params,
+    use_mesh,
+)
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.base import METHODS
@@ -52,7 +58,7 @@ EVERYTHING = "/".join(
 MADE = {"prefix", "m2pt", "qlora", "partial", "none", "full"}
 
 
-def described(family: str, spec: str, **how) -> MLLM:
+def abstract(family: str, spec: str, **how) -> MLLM:
     llm = dataclasses.replace(decoder_config(CONFIGS[family].to_dict()), **how)
     config = MLLMConfig(llm=llm, vision=VisionConfig(**TINY_VISION), connector="linear")
     return MLLM(config, spec)
@@ -60,7 +66,7 @@ def described(family: str, spec: str, **how) -> MLLM:
 
 def model_of(family: str, **how) -> MLLM:
     """Random weights, also where tuning starts at zero."""
-    model = initialize(described(family, SPECS[family], **how))
+    model = initialize(abstract(family, SPECS[family], **how))
     rng = np.random.default_rng(1)
     variables = nnx.to_flat_state(nnx.state(model.tuning.theta, nnx.Param))
     for _, variable in variables:
@@ -80,7 +86,7 @@ def loss_and_gradients(model: MLLM, mesh=None):
     shardings = None
     if mesh:
         shardings = None, parameter_shardings(trainable, mesh)
-        trainable, frozen = place(trainable, mesh), place(frozen, mesh)
+        trainable, frozen = shard_params(trainable, mesh), shard_params(frozen, mesh)
         batch = jax.device_put(batch, batch_sharding(mesh))
     run = jax.jit(jax.value_and_grad(loss), out_shardings=shardings)
     value, gradients = run(trainable, frozen, batch)
@@ -105,14 +111,14 @@ def test_a_mesh_and_rematerialised_layers_change_nothing(family):
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_all_methods_together_fit_every_family(family):
-    model, batch = described(family, EVERYTHING), tiny_batch()
+    model, batch = abstract(family, EVERYTHING), tiny_batch()
     shape = jax.eval_shape(lambda model: model(batch, key=jax.random.key(0)).hidden, model)
     assert shape.shape == (*batch.tokens.shape, model.config.llm.hidden_size)
 
 
 def test_a_step_asks_nothing_of_lapack():
     """Its calls for stacked matrices wait for each other for ever where there are few cores."""
-    model = described("llama 3", EVERYTHING)
+    model = abstract("llama 3", EVERYTHING)
     graphdef, trainable, frozen = split_model(model, ())
 
     def loss(trainable, frozen):

@@ -9,8 +9,8 @@ from flax import nnx
 from tiny import TINY_LLM, tiny_batch, tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moresjax.errors import UserError
-from moresjax.layout import Batch, Segment, text_layout
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, TokenKind, text_layout
 from moresjax.models.mllm import MLLM
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
@@ -186,7 +186,7 @@ def test_a_prompt_is_tokens_put_before_every_row():
     table = table.copy()
     table[spare] = content
     base.llm.embed.table[...] = jnp.asarray(table)
-    valid = np.asarray(batch.layout.segment) != Segment.PAD
+    valid = np.asarray(batch.layout.kind) != TokenKind.PAD
     ahead = np.broadcast_to(np.asarray(spare), (2, 3))
     tokens = np.concatenate([ahead, np.asarray(batch.tokens)], axis=1).astype(np.int32)
     whole = np.concatenate([np.ones((2, 3), bool), valid], axis=1)
@@ -219,7 +219,7 @@ def test_edits_outside_the_decoder_blocks_change_the_visual_tokens_only(site):
     hooks = model.tuning.hooks(batch)
     after = hooks.edit("llm.embed.out", model.embed(batch, hooks))
     changed = np.abs(np.asarray(after) - np.asarray(before)).max(-1) > 1e-6
-    image = np.asarray(batch.layout.segment) == Segment.IMAGE
+    image = np.asarray(batch.layout.kind) == TokenKind.IMAGE
     assert changed.any()
     assert not changed[~image].any()
     if site != "vision.block.out":  # inside the encoder, attention spreads the edit

@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 from tiny import tiny_batch, tiny_model
 
+from moresjax.core.layout import TokenKind
 from moresjax.generation.engine import Engine
-from moresjax.layout import Segment
-from moresjax.training.checkpoint import Checkpoints
+from moresjax.runs.checkpoint import Checkpoints
+from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
-from moresjax.training.step import TrainState, make_train_step, split_model
+from moresjax.training.step import make_train_step, split_model
 from moresjax.tuning.low_rank import orthonormalize
 
 SPEC = "mores:rank=2,positions=image"
@@ -67,7 +68,7 @@ def test_the_edit_is_the_papers_equation():
     rotate *= np.sign((rotate * t["rotate"]).sum(0))
     h = before.astype(np.float64)
     expected = h + (h @ t["weight"].T + t["bias"] - h @ rotate) @ rotate.T
-    image = np.asarray(batch.layout.segment) == Segment.IMAGE
+    image = np.asarray(batch.layout.kind) == TokenKind.IMAGE
     np.testing.assert_allclose(after[image], expected[image], atol=1e-5)
     np.testing.assert_array_equal(after[~image], before[~image])
     assert np.abs(after[image] - before[image]).max() > 1e-2
@@ -158,7 +159,7 @@ def test_one_compilation_serves_every_layer_subset():
     assert len(traced) == 1
     # The subsets are really different models; layers 0 and 1 are the first two of all three, whose
     # third only changes visual tokens of its own output.
-    text = np.asarray(batch.layout.segment) != Segment.IMAGE
+    text = np.asarray(batch.layout.kind) != TokenKind.IMAGE
     np.testing.assert_array_equal(results["all"][text], results["0;1"][text])
     assert np.abs(results["0"] - results["1"]).max() > 1e-3
     np.testing.assert_array_equal(
@@ -243,7 +244,7 @@ def test_several_images_and_packed_documents_are_steered_alike():
     # Two rows with one image each, and the same two as the documents of one packed row.
     single = tiny_batch(rows=2, answer=3)
     layout = single.layout
-    order = [np.flatnonzero(np.asarray(layout.segment)[r]) for r in range(2)]
+    order = [np.flatnonzero(np.asarray(layout.kind)[r]) for r in range(2)]
 
     def packed(field):
         values = np.asarray(field)
@@ -255,7 +256,7 @@ def test_several_images_and_packed_documents_are_steered_alike():
         single,
         tokens=packed(single.tokens),
         layout=layout.replace(
-            segment=packed(layout.segment),
+            kind=packed(layout.kind),
             image=image.astype(np.int32),
             position=packed(layout.position),
             document=document.astype(np.int32),

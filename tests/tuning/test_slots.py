@@ -1,4 +1,4 @@
-"""Slots: learned tokens and learned keys and values, against loops over the blocks and decoding."""
+"""Learned tokens and learned keys and values, against loops over the blocks and decoding."""
 
 import dataclasses
 
@@ -10,9 +10,9 @@ from flax import nnx
 from tiny import TINY_VISION, row_layout, stack_layout, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionMaps
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, TokenKind, visible
 from moresjax.generation.engine import Engine
-from moresjax.layout import Batch, Segment, visible
 from moresjax.models.block import LayerCache
 from moresjax.models.initialize import initialize
 from moresjax.models.layers import rope_table
@@ -114,7 +114,7 @@ def expected(model, batch) -> np.ndarray:
 
 
 def test_slots_of_the_llm_equal_a_loop_over_bare_blocks(model, batch, expected):
-    valid = np.asarray(batch.layout.segment) != Segment.PAD
+    valid = np.asarray(batch.layout.kind) != TokenKind.PAD
     got = np.asarray(forward(model, batch))
     np.testing.assert_allclose(got[valid], expected[valid], atol=1e-5)
     assert np.abs(got - np.asarray(forward(tiny_model(), batch)))[valid].max() > 0.1
@@ -157,7 +157,7 @@ def test_every_slot_learns_with_and_without_remat_and_unrolling(batch):
 
 
 def test_every_packed_document_sees_the_slots(model):
-    runs = [(Segment.SYSTEM, 1), (Segment.QUESTION, 3), (Segment.ANSWER, 2)]
+    runs = [(TokenKind.SYSTEM, 1), (TokenKind.QUESTION, 3), (TokenKind.ANSWER, 2)]
     first, second = row_layout(*runs), row_layout(*runs[1:])
     second["document"] = second["document"] + 1
     tokens = np.random.default_rng(0).integers(1, 29, (1, 11)).astype(np.int32)
@@ -179,12 +179,12 @@ def prompts(left: bool, new=()) -> Batch:
     pixels = rng.standard_normal((2, 1, 12, 12, 3)).astype(np.float32)
     rows, tokens = [], []
     for number in range(2):
-        runs = [(Segment.SYSTEM, 2), (Segment.IMAGE, 9), (Segment.QUESTION, 3 - 2 * number)]
+        runs = [(TokenKind.SYSTEM, 2), (TokenKind.IMAGE, 9), (TokenKind.QUESTION, 3 - 2 * number)]
         row = row_layout(*runs, length=14, left=left)
         # The tokens themselves stand at the same places among those that are not padding.
         words = np.roll(rng.integers(1, 29, 14), -2 * number * (not left))
         if len(new):
-            end = {"segment": Segment.ANSWER, "image": -1}
+            end = {"kind": TokenKind.ANSWER, "image": -1}
             size, last = len(new[number]), row["position"].max()
             for name in row:
                 added = np.full(size, int(end.get(name, 0)))
@@ -237,7 +237,7 @@ def test_text_alone_is_as_without_slots_in_the_vision_encoder():
 def test_edits_pass_over_the_slots(batch):
     spec = "vpt:length=2/ptum:length=3/prefix/red/red:site=vision.block.out"
     hooks = tiny_model(spec).tuning.hooks(batch)
-    layout = np.asarray(batch.layout.segment)
+    layout = np.asarray(batch.layout.kind)
     for tower, slots, tokens in (("vision", 2, np.ones((2, 9), bool)), ("llm", 3, layout != 0)):
         (mask,) = (i.mask for s, i in hooks._items if i.mask is not None and s.startswith(tower))
         np.testing.assert_array_equal(mask, np.pad(tokens, ((0, 0), (slots, 0))))
@@ -253,7 +253,7 @@ def test_probes_see_the_learned_keys(model, batch):
         return every.stats["maps"], some.stats["maps"]
 
     every, some = maps(model, batch)
-    slots, keys = model.tuning.num_slots, model.tuning.num_ahead + batch.layout.shape[1]
+    slots, keys = model.tuning.num_slots, model.tuning.num_virtual_tokens + batch.layout.shape[1]
     assert (slots, keys) == (3, 5 + 18)
     assert some.shape == (3, 2, 2, keys)
     np.testing.assert_allclose(some.sum(-1), 1, atol=1e-5)

@@ -9,13 +9,13 @@ from tiny import tiny_batch, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from moresjax.build import build_model
+from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer
 from moresjax.data.processor import Processor, word_ids
 from moresjax.data.templates import get_template
-from moresjax.errors import UserError
-from moresjax.model import Model
-from moresjax.training.config import load_config
+from moresjax.inference.model import Model
+from moresjax.runs.build import build_model
+from moresjax.runs.config import load_config
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.py"
 SPEC = "loreft:rank=1,positions=token(seven)|token(how),layers=2"

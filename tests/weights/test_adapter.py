@@ -9,9 +9,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_model
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.models.count import count_parameters
 from moresjax.models.zoo import mllm_config
-from moresjax.tuning.count import count_parameters
 from moresjax.weights.adapter import load_adapter, save_adapter
 
 

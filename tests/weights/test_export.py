@@ -17,7 +17,7 @@ from transformers import (
     PhiConfig,
 )
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.models.connector import CONNECTORS
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig

@@ -18,9 +18,9 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from moresjax.errors import UserError
-from moresjax.loading import load
-from moresjax.model import Model
+from moresjax.core.errors import UserError
+from moresjax.inference.load import load
+from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLMConfig
 from moresjax.weights.hf import (
     build_model,

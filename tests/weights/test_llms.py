@@ -47,14 +47,14 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from moresjax.analysis.attention import AttentionMaps
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, TokenKind
 from moresjax.generation.engine import Engine
-from moresjax.layout import Batch, Segment
-from moresjax.model import Model, hf_batch
+from moresjax.inference.model import Model, hf_batch
+from moresjax.models.count import count_parameters
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.zoo import LLMS, mllm_config
-from moresjax.tuning.count import count_parameters
 from moresjax.weights.hf import (
     build_model,
     decoder_config,
@@ -219,7 +219,7 @@ def test_packed_documents_have_windows_of_their_own(saved):
     model = saved("mistral")[1]
     rows = text_rows(9, 7)
     apart = [logits_of(model, hf_batch(*padded([row], True), None, None, 0))[0] for row in rows]
-    pieces = [(Segment.QUESTION, len(row)) for row in rows]
+    pieces = [(TokenKind.QUESTION, len(row)) for row in rows]
     layout = stack_layout([row_layout(*pieces)], visual=0)
     document = np.repeat([[0, 1]], [9, 7], axis=1).astype(np.int32)
     position = np.concatenate([np.arange(9), np.arange(7)])[None].astype(np.int32)

@@ -34,13 +34,13 @@ from transformers import (
     SiglipModel,
 )
 
-from moresjax.build import build_processor, load_part, load_parts, model_config
-from moresjax.errors import UserError
-from moresjax.loading import load
+from moresjax.core.errors import UserError
+from moresjax.inference.load import load
 from moresjax.models.decoder import DecoderConfig
-from moresjax.models.initialize import described
+from moresjax.models.initialize import abstract
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.training.config import base_config
+from moresjax.runs.build import build_processor, load_part, load_parts, model_config
+from moresjax.runs.config import base_config
 from moresjax.weights.parts import load_vision
 
 # Folders: the encoder alone or beside a text encoder, names with and without a prefix
@@ -98,7 +98,7 @@ def test_a_llava_folder_with_dinov2(tmp_path):
     model = MLLM(ours.config)
     for part in ("llm", "vision", "connector"):
         load_part(model, part, tmp_path)
-        assert not described(model, part)
+        assert not abstract(model, part)
 
 
 def test_a_llava_folder_with_registers(tmp_path):
@@ -119,7 +119,7 @@ def test_parts_from_folders_of_their_own(tmp_path):
     llm = load(tmp_path / "llm").config.llm
     model = MLLM(MLLMConfig(llm=llm, vision=dataclasses.replace(config, feature_layer=1)))
     load_parts(model, {"llm": "./llm", "vision": "./vision", "connector": "random"}, tmp_path)
-    assert {name.split(".")[0] for name in described(model)} == {"connector"}
+    assert {name.split(".")[0] for name in abstract(model)} == {"connector"}
     features = model.vision(jnp.asarray(images()))
     assert np.abs(features - hidden_states(tower, images())[1][:, -9:]).max() <= TOLERANCE
     head = text.lm_head.weight.detach().numpy().T
@@ -173,7 +173,7 @@ def test_a_pair_from_a_run_configuration_and_two_folders(tmp_path):
     assert processor.image.mean == config.vision.encoders[0].pixel_mean != (0.5, 0.5, 0.5)
     model = MLLM(config)
     load_parts(model, {"llm": "random", "vision": "./a;./b", "connector": "random"}, tmp_path)
-    assert not described(model, "vision")
+    assert not abstract(model, "vision")
     for encoder, name in zip(model.vision.encoders, "ab", strict=True):
         expected = loaded(tmp_path / name)(jnp.asarray(images()))
         np.testing.assert_allclose(encoder(jnp.asarray(images())), expected, atol=1e-6)

@@ -19,9 +19,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.generation.engine import Engine
-from moresjax.model import Model, hf_batch
+from moresjax.inference.model import Model, hf_batch
 from moresjax.models.mllm import MLLMConfig
 from moresjax.tuning.methods.vera import VeRA
 from moresjax.weights.hf import build_model, decoder_config, import_state, llava_config

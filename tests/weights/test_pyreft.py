@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.models.mllm import MLLM
 from moresjax.weights.pyreft import export_pyreft, import_pyreft
 

@@ -12,13 +12,13 @@ from tiny import tiny_batch, tiny_model
 from towers import clip, dinov2, hidden_states, images, loaded, randomised, saved
 from transformers import LlamaConfig
 
-from moresjax.errors import UserError
-from moresjax.layout import Batch
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch
+from moresjax.models.count import count_parameters
 from moresjax.models.initialize import initialize, quantize
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.parallel.mesh import make_mesh, parameter_shardings
+from moresjax.sharding.mesh import make_mesh, parameter_shardings
 from moresjax.training.step import split_model
-from moresjax.tuning.count import count_parameters
 from moresjax.tuning.merge import merged
 from moresjax.weights import files
 from moresjax.weights.hf import load_pretrained, read_pretrained

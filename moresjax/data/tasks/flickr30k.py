@@ -6,8 +6,8 @@ Files: `flickr_annotations_30k.csv`, `flickr30k-images/`. The wording of the nin
 import csv
 import json
 
+from moresjax.core.errors import UserError
 from moresjax.data.generators import record, task
-from moresjax.errors import UserError
 
 FILE = "flickr_annotations_30k.csv"
 REQUESTS = (

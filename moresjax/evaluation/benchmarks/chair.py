@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 
 from moresjax.data.generators import read_json
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import (
     ask,
     choose_split,
@@ -19,7 +20,6 @@ from moresjax.evaluation.files import (
     need_file,
     read_rows,
 )
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.chair import (
     VOCABULARY,
     caption_words,

@@ -7,9 +7,9 @@ MRT's prompt is not published; this one lists the classes.
 
 import numpy as np
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, first, folder_of, need_file, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.scoring import one_label
 from moresjax.evaluation.tasks import VisualTask, benchmark
 

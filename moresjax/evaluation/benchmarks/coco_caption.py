@@ -8,8 +8,8 @@ https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip). Pho
 from pathlib import Path
 
 from moresjax.data.generators import read_json
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import CAPTION, ask, choose_split, first, folder_of, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.scoring import captions
 from moresjax.evaluation.tasks import VisualTask, benchmark
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from moresjax.data.digits import FAMILIES, ask, make_scene
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.evaluation.items import Item
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.scoring import by_item
 from moresjax.evaluation.tasks import VisualTask, benchmark
 

@@ -7,6 +7,7 @@ Files in `flickr30k/`, from https://huggingface.co/datasets/nlphuji/flickr30k:
 import csv
 import json
 
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import (
     CAPTION,
     ask,
@@ -16,7 +17,6 @@ from moresjax.evaluation.files import (
     need_file,
     read_rows,
 )
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.scoring import captions
 from moresjax.evaluation.tasks import VisualTask, benchmark
 

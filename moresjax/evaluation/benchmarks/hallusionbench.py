@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.hallusionbench import (
     hallusionbench_summary,
     is_correct,

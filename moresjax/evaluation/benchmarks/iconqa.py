@@ -7,8 +7,8 @@ the data that LLaVA Steering fine-tunes on.
 
 import random
 
+from moresjax.core.errors import UserError
 from moresjax.data.tasks.iconqa import blanks, choices
-from moresjax.errors import UserError
 from moresjax.evaluation.files import choose_split, first, folder_of, read_rows, record_item
 from moresjax.evaluation.metrics.choices import iconqa_correct
 from moresjax.evaluation.scoring import by_item

@@ -7,8 +7,8 @@ Files in `mm_vet/`, from https://github.com/yuweihao/MM-Vet (`mm-vet.zip`): `mm-
 import json
 
 from moresjax.data.generators import read_json
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.judge_prompts import MM_VET_ATTEMPTS, MM_VET_RETRY
 from moresjax.evaluation.metrics.judged import (
     mm_vet_answer,

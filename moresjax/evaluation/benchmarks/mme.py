@@ -10,9 +10,9 @@ benchmark's `calculation.py` reads, and what is written here.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, first, folder_of
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.yes_no import COGNITION, PERCEPTION, mme_answer, mme_summary
 from moresjax.evaluation.scoring import Score
 from moresjax.evaluation.tasks import VisualTask, benchmark

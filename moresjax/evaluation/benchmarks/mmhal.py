@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.judged import MMHAL_MAX, mmhal_summary, parse_mmhal
 from moresjax.evaluation.scoring import judged
 from moresjax.evaluation.tasks import VisualTask, benchmark

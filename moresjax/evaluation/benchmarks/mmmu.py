@@ -12,8 +12,9 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 
+from moresjax.core.errors import UserError
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.errors import UserError
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import (
     LETTERS,
     PICK_LETTER,
@@ -23,7 +24,6 @@ from moresjax.evaluation.files import (
     folder_of,
     read_rows,
 )
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.mmmu import (
     DOMAINS,
     SEED,

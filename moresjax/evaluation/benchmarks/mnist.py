@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.benchmarks.cifar import label_items
 from moresjax.evaluation.files import choose_split, folder_of, need_file
 from moresjax.evaluation.tasks import VisualTask, benchmark

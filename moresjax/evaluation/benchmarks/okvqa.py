@@ -8,8 +8,8 @@ Photos in `coco/val2014/`.
 from pathlib import Path
 
 from moresjax.data.generators import coco_questions
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, coco_image, first, folder_of, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.vqa import vqa_accuracy
 from moresjax.evaluation.scoring import by_item, percent_by
 from moresjax.evaluation.tasks import VisualTask, benchmark

@@ -6,6 +6,7 @@ Files in `pope/`, from https://github.com/RUCAIBox/POPE (`output/coco/`): `coco_
 
 from pathlib import Path
 
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import (
     ask,
     choose_split,
@@ -14,7 +15,6 @@ from moresjax.evaluation.files import (
     read_lines,
     read_rows,
 )
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.yes_no import pope_answer, pope_summary
 from moresjax.evaluation.scoring import by_item
 from moresjax.evaluation.tasks import VisualTask, benchmark

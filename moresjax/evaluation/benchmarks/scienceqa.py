@@ -11,6 +11,7 @@ import random
 
 from moresjax.data.generators import read_json
 from moresjax.data.tasks.scienceqa import records
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import (
     LETTERS,
     PICK_LETTER,
@@ -22,7 +23,6 @@ from moresjax.evaluation.files import (
     record_item,
     with_options,
 )
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.choices import scienceqa_letter, scienceqa_summary
 from moresjax.evaluation.scoring import by_item
 from moresjax.evaluation.tasks import VisualTask, benchmark

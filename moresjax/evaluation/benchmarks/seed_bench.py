@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import (
     PICK_LETTER,
     ask,
@@ -23,7 +24,6 @@ from moresjax.evaluation.files import (
     read_rows,
     with_options,
 )
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.choices import seed_correct, seed_summary
 from moresjax.evaluation.scoring import by_item
 from moresjax.evaluation.tasks import VisualTask, benchmark

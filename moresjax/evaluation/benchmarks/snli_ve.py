@@ -7,6 +7,7 @@ this one names the three labels.
 
 from pathlib import Path
 
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import (
     SHORT,
     ask,
@@ -16,7 +17,6 @@ from moresjax.evaluation.files import (
     read_lines,
     read_rows,
 )
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.scoring import one_label
 from moresjax.evaluation.tasks import VisualTask, benchmark
 

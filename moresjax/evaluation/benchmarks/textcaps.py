@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
 from moresjax.evaluation.benchmarks.textvqa import ocr_lines
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import CAPTION, ask, choose_split, first, folder_of, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.scoring import captions
 from moresjax.evaluation.tasks import VisualTask, benchmark
 

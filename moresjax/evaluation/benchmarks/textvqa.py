@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.judged import rule_mrt
 from moresjax.evaluation.metrics.vqa import m4c_accuracy
 from moresjax.evaluation.scoring import by_item, same_answer

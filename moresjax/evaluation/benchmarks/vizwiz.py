@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from moresjax.data.generators import SHORT, read_json
 from moresjax.data.tasks.vizwiz import HINT
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.vqa import normalize_m4c, vqa_accuracy
 from moresjax.evaluation.scoring import by_item, percent_by
 from moresjax.evaluation.tasks import VisualTask, benchmark

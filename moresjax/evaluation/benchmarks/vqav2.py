@@ -11,8 +11,8 @@ from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
 from moresjax.evaluation.benchmarks.okvqa import vqa_items
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, coco_image, first, folder_of, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.metrics.vqa import normalize_m4c, vqa_accuracy
 from moresjax.evaluation.scoring import by_item, percent_by
 from moresjax.evaluation.tasks import VisualTask, benchmark

@@ -4,8 +4,8 @@ Files in `vsr/`, from https://github.com/cambridgeltl/visual-spatial-reasoning:
 `data/splits/zeroshot/test.jsonl` (and `random`, `train`, `dev`), and the photos in `images/`.
 """
 
+from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_lines, read_rows
-from moresjax.evaluation.items import Item
 from moresjax.evaluation.scoring import one_label
 from moresjax.evaluation.tasks import VisualTask, benchmark
 

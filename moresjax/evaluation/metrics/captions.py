@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.ptb import tokenize
 
 ORDERS = (1, 2, 3, 4)

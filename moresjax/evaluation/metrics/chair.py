@@ -12,7 +12,7 @@ some percent of the captions: report the name of the lemmatiser with every score
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 
 VOCABULARY = "vocabulary"  # the name to report for the lemmatiser of this file
 

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 
 SCIENCEQA_LETTERS = "ABCDE"
 # One more character must follow the letter: the period of the original pattern is not escaped.

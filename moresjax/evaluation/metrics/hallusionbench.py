@@ -9,7 +9,7 @@ accuracy too.
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 
 INCORRECT, CORRECT, UNCLEAR = 0, 1, 2
 _EDITED = "2"  # `visual_input` of a figure that was altered to contradict common knowledge

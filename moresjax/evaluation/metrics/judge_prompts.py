@@ -7,7 +7,7 @@ To compare with published numbers fill in the benchmark's own text instead, with
 import hashlib
 import re
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 
 _FIELD = re.compile(r"\{(question|answer|prediction|image_content)\}")
 

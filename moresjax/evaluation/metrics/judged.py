@@ -13,7 +13,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 
 MMHAL_MAX = 6
 _MMHAL_GOOD = 3  # lowest rating that counts as free of hallucination

@@ -9,7 +9,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 
 SEED = 42
 DOMAINS = {

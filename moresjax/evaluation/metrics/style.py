@@ -7,7 +7,7 @@ Steering", and `mshukor/xl-vlms`. Words are found as substrings: "red" is in "co
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.vqa import normalize_m4c, plain_words
 
 UNRECOGNIZED = "unrecognized"

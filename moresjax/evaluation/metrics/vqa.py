@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 
 ANNOTATORS = 10
 

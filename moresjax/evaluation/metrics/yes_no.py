@@ -10,7 +10,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 
 PERCEPTION = (
     "existence",

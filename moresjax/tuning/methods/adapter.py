@@ -14,8 +14,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moresjax.errors import UserError
-from moresjax.ops import project
+from moresjax.core.errors import UserError
+from moresjax.core.ops import project
 from moresjax.tuning.base import WeightDelta, dropped, register
 from moresjax.tuning.sites import linear_sites
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.tuning.base import WeightDelta, register
 from moresjax.tuning.rotations import cayley, check_divides, rotate, skew_part
 from moresjax.tuning.sites import linear_sites

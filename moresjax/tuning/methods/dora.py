@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moresjax.ops import project
+from moresjax.core.ops import project
 from moresjax.tuning.base import dropped, register
 from moresjax.tuning.methods.lora import LoRA
 

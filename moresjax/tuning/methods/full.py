@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moresjax.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.base import Method, register
 
 PARTS = ("connector", "lm_head")

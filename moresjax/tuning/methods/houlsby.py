@@ -12,8 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moresjax.errors import UserError
-from moresjax.ops import project
+from moresjax.core.errors import UserError
+from moresjax.core.ops import project
 from moresjax.tuning.base import Edit, register
 
 SITES = ("llm.block.attn.out", "llm.block.mlp.out")

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moresjax.ops import project
+from moresjax.core.ops import project
 from moresjax.tuning.base import WeightDelta, dropped, register
 from moresjax.tuning.sites import linear_sites
 from moresjax.tuning.spec import check_rank

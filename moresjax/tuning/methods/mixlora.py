@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.tuning.base import WeightDelta, register
 from moresjax.tuning.sites import linear_sites
 from moresjax.tuning.spec import check_rank

@@ -13,8 +13,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from moresjax.errors import UserError
-from moresjax.ops import project
+from moresjax.core.errors import UserError
+from moresjax.core.ops import project
 from moresjax.tuning.base import Method, layer_field, register
 from moresjax.tuning.low_rank import LowRankEdit
 from moresjax.tuning.spec import check_choice, preset

@@ -13,7 +13,7 @@ is every block but the last. Their released code differs from the paper: see `mr
 
 import dataclasses
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.tuning.base import Method, layer_field, register
 from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import check_choice, preset

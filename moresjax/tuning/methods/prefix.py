@@ -12,12 +12,12 @@ import dataclasses
 
 import jax
 
-from moresjax.tuning.base import Slots, register
+from moresjax.tuning.base import VirtualTokens, register
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Prefix(Slots):
+class Prefix(VirtualTokens):
     """`length` keys and values per block of the LLM, from N(0, 0.02^2)."""
 
     name = "prefix"

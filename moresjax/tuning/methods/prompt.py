@@ -4,12 +4,12 @@ import dataclasses
 
 import jax
 
-from moresjax.tuning.base import Slots, register
+from moresjax.tuning.base import VirtualTokens, register
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class Prompt(Slots):
+class Prompt(VirtualTokens):
     """`length` learned tokens at the input of the LLM, from N(0, 0.02^2)."""
 
     name = "prompt"

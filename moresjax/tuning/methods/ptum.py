@@ -12,7 +12,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.tuning.base import Slots, register
+from moresjax.tuning.base import VirtualTokens, register
 
 
 def uniform_tokens(key: PRNGKeyArray, length: int, dim: int, fan_in: int) -> Float[Array, "P D"]:
@@ -23,7 +23,7 @@ def uniform_tokens(key: PRNGKeyArray, length: int, dim: int, fan_in: int) -> Flo
 
 @register
 @dataclasses.dataclass(frozen=True)
-class PTUM(Slots):
+class PTUM(VirtualTokens):
     """`length` learned tokens, Xavier-uniform at the start.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.tuning.base import register
 from moresjax.tuning.methods.lora import LoRA
 

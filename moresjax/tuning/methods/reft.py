@@ -15,7 +15,7 @@ free, as torch's linear. None of them is the identity then.
 
 import dataclasses
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.tuning.base import METHODS, Method, layer_field, register
 from moresjax.tuning.low_rank import LowRankEdit
 from moresjax.tuning.spec import check_choice

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from moresjax.ops import project
+from moresjax.core.ops import project
 from moresjax.tuning.base import WeightDelta, dropped, register
 from moresjax.tuning.sites import linear_sites
 from moresjax.tuning.spec import check_rank

@@ -11,15 +11,15 @@ where among the encoder's other tokens they stand.
 
 import dataclasses
 
-from moresjax.errors import UserError
-from moresjax.tuning.base import Slots, register
+from moresjax.core.errors import UserError
+from moresjax.tuning.base import VirtualTokens, register
 from moresjax.tuning.methods.ptum import uniform_tokens
 from moresjax.tuning.spec import check_choice
 
 
 @register
 @dataclasses.dataclass(frozen=True)
-class VPT(Slots):
+class VPT(VirtualTokens):
     """`length` learned tokens in the blocks of the vision encoder that run.
 
     Attributes:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sacrebleu import BLEU
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.captions import (
     bleu,
     caption_summary,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.chair import (
     caption_words,
     chair_summary,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.hallusionbench import (
     CORRECT,
     INCORRECT,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.judge_prompts import PROMPTS, fill, prompt_hash
 from moresjax.evaluation.metrics.judged import (
     mm_vet_answer,

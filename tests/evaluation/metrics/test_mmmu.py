@@ -5,7 +5,7 @@ import random
 import pytest
 from lm_eval.tasks.mmmu import utils as official
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.mmmu import (
     DOMAINS,
     SEED,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.style import (
     accuracy_by_answer_type,
     answer_type_counts,

@@ -5,7 +5,7 @@ import random
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
-from moresjax.errors import UserError
+from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.yes_no import (
     COGNITION,
     PERCEPTION,

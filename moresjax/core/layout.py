@@ -1,0 +1,211 @@
+"""The token layout: what every token of a batch *is*, said once.
+
+Axis legend: B rows, S tokens per row, Q queries, V visual tokens per image.
+
+The data pipeline emits expanded sequences (one entry per visual token) of static shape together
+with one `TokenLayout`. Everything that depends on where a token stands is derived from it by the
+pure functions below: attention masks, loss masks, steering masks (`moresjax.tuning.selectors`) and
+the key groups of the attention statistics.
+"""
+
+import dataclasses
+import enum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from moresjax.core.types import AnyArray, pytree_dataclass
+
+
+class TokenKind(enum.IntEnum):
+    """What a token is for. The four non-padding values are the key groups of every statistic."""
+
+    PAD = 0
+    SYSTEM = 1  # BOS, system prompt and the first role marker
+    IMAGE = 2
+    QUESTION = 3  # user text and the role marker that asks for the answer
+    ANSWER = 4  # what the model is trained to say, or has said
+
+
+class RowStructure(enum.Enum):
+    """A static guarantee about every row; it decides which attention kernels may run."""
+
+    ANY = "any"
+    PACKED = "packed"  # documents without branches, each an unbroken run of tokens
+    SINGLE = "single"  # one document without branches, padded on the right only
+
+
+# Document number of tokens that every document of the row sees (learned prompt tokens).
+SHARED = -1
+
+IntField = Int[AnyArray, "B S"]
+
+
+@pytree_dataclass
+class TokenLayout:
+    """Per-token integers of a batch, all `[B, S]`.
+
+    Attributes:
+      kind: a `TokenKind` value.
+      image: for a visual token, its row in the batch row's flattened visual features,
+        `image_number * visual_tokens + token_number`; -1 for every other token.
+      position: the rotary position; counts from 0 in every document, padding excluded.
+      document: number of the packed document; tokens of different documents never see each other,
+        except that all of them see `SHARED` tokens.
+      branch: 0 for the trunk of a document, which all of its later tokens see; k > 0 for the k-th
+        of several continuations that share the trunk but not each other (many questions on one
+        image).
+      visual_tokens: V, the number of visual tokens of one image (static).
+    """
+
+    kind: IntField
+    image: IntField
+    position: IntField
+    document: IntField
+    branch: IntField
+    visual_tokens: int = dataclasses.field(default=0, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kind.shape
+
+    def replace(self, **changes) -> "TokenLayout":
+        return dataclasses.replace(self, **changes)
+
+
+def text_layout(valid: Bool[AnyArray, "B S"], kind: TokenKind = TokenKind.QUESTION) -> TokenLayout:
+    """Layout of plain text rows, padded on either side, one document each."""
+    valid = jnp.asarray(valid)
+    zeros = jnp.zeros(valid.shape, jnp.int32)
+    return TokenLayout(
+        kind=jnp.where(valid, int(kind), int(TokenKind.PAD)),
+        image=zeros - 1,
+        position=jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 0),
+        document=zeros,
+        branch=zeros,
+    )
+
+
+def infer_structure(layout: TokenLayout) -> RowStructure:
+    """The strongest guarantee that a layout on the host is seen to keep: `SINGLE` or `ANY`."""
+    padding = np.asarray(layout.kind) == TokenKind.PAD
+    single = not (np.any(layout.document) or np.any(layout.branch))
+    return (
+        RowStructure.SINGLE
+        if single and (padding[:, 1:] >= padding[:, :-1]).all()
+        else RowStructure.ANY
+    )
+
+
+def valid_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
+    """Tokens that are not padding."""
+    return jnp.asarray(layout.kind) != TokenKind.PAD
+
+
+def visible(
+    layout: TokenLayout, queries: Int[AnyArray, "B Q"] | None = None
+) -> Bool[Array, "B Q S"]:
+    """Which keys the tokens at row indices `queries` (default: all) attend to.
+
+    A key is visible when it is not padding, stands at or before the query in the row, belongs to
+    the query's document (or to all of them), and lies in the trunk or in the query's own branch. A
+    padding query sees only itself, so that its softmax stays finite; nothing ever reads its output.
+    """
+    batch, length = layout.shape
+    index = jnp.arange(length)
+    if queries is None:
+        queries = jnp.broadcast_to(index, (batch, length))
+    queries = jnp.asarray(queries)
+
+    def at_queries(field):
+        return jnp.take_along_axis(jnp.asarray(field), queries, axis=1)[:, :, None]
+
+    kind, document, branch = (
+        jnp.asarray(f)[:, None, :] for f in (layout.kind, layout.document, layout.branch)
+    )
+    own = index[None, None, :] == queries[:, :, None]
+    causal = index[None, None, :] <= queries[:, :, None]
+    related = (document == SHARED) | (
+        (document == at_queries(layout.document))
+        & ((branch == 0) | (branch == at_queries(layout.branch)))
+    )
+    alive = (kind != TokenKind.PAD) & (at_queries(layout.kind) != TokenKind.PAD)
+    return (causal & related & alive) | own
+
+
+def _next(layout: TokenLayout) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
+    """TokenKind of the next token, and whether it continues the same document and branch."""
+    kind, document, branch = (jnp.asarray(f) for f in (layout.kind, layout.document, layout.branch))
+
+    def shifted(field, fill):
+        return jnp.pad(field[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
+
+    following = shifted(kind, int(TokenKind.PAD))
+    same_document = document == shifted(document, -1)
+    # The trunk goes on in its first branch; a branch ends where its number does.
+    same_branch = (branch == 0) | (branch == shifted(branch, -1))
+    goes_on = (kind != TokenKind.PAD) & (following != TokenKind.PAD) & same_document & same_branch
+    return following, goes_on
+
+
+def loss_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
+    """Tokens whose *next* token is an answer token of the same document and branch."""
+    following, goes_on = _next(layout)
+    return goes_on & (following == TokenKind.ANSWER)
+
+
+def last_prompt_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
+    """Prompt tokens that predict the first token of an answer: the last one before each answer or,
+    where no answer follows (generation), the last one of its document and branch."""
+    kind = jnp.asarray(layout.kind)
+    following, goes_on = _next(layout)
+    prompt = (kind != TokenKind.PAD) & (kind != TokenKind.ANSWER)
+    return prompt & (~goes_on | (following == TokenKind.ANSWER))
+
+
+def rank_in_run(
+    layout: TokenLayout, region: Bool[AnyArray, "B S"]
+) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
+    """How many tokens of `region` stand before and after each token of its document and branch.
+
+    For a token inside the region the two add up to the size of the region minus one.
+    """
+    document, branch = jnp.asarray(layout.document), jnp.asarray(layout.branch)
+    changes = (document[:, 1:] != document[:, :-1]) | (branch[:, 1:] != branch[:, :-1])
+    edge = jnp.ones((document.shape[0], 1), bool)
+
+    def count(region, first):
+        before = jnp.cumsum(region, axis=1) - region
+        # `before` never falls, so its running maximum over run starts is the count at the
+        # own start.
+        return before - jax.lax.cummax(jnp.where(first, before, 0), axis=1)
+
+    region = jnp.asarray(region).astype(jnp.int32)
+    before = count(region, jnp.concatenate([edge, changes], axis=1))
+    after = count(region[:, ::-1], jnp.concatenate([edge, changes[:, ::-1]], axis=1))[:, ::-1]
+    return before, after
+
+
+@pytree_dataclass
+class Batch:
+    """What the data pipeline emits and every model call takes.
+
+    Attributes:
+      tokens: token ids `[B, S]`; the id under a visual token is never read.
+      layout: what each token is.
+      pixels: normalised images `[B, N, height, width, 3]`, N per row (unused ones are zero), or
+        None: then the vision encoder is not run at all.
+      roi: region of interest over each row's visual tokens `[B, N * V]`, or None.
+      adapter: number of each row's adapter where several are loaded `[B]`, -1 for the base model;
+        None: the base model for all rows.
+      structure: a guarantee about every row (static); decides which attention kernels may run.
+    """
+
+    tokens: IntField
+    layout: TokenLayout
+    pixels: Float[AnyArray, "B N Y X 3"] | None = None
+    roi: Bool[AnyArray, "B R"] | None = None
+    adapter: Int[AnyArray, " B"] | None = None
+    structure: RowStructure = dataclasses.field(default=RowStructure.ANY, metadata={"static": True})

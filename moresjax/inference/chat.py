@@ -1,0 +1,178 @@
+"""A conversation that keeps its KV cache between turns and streams its answers.
+
+Each turn writes the whole conversation with the template, as training does, and reads only what
+the cache does not hold yet: the tokens after the first that differs from what was read or generated
+before. What a turn gives is therefore what reading the whole conversation anew would give.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
+from moresjax.core.types import Ids
+from moresjax.data.processor import FIELDS, Row
+from moresjax.data.samples import IMAGE_MARK, Sample, Turn
+from moresjax.generation.engine import bucket
+from moresjax.generation.sampling import GREEDY, Sampling
+from moresjax.generation.state import DecodeState
+from moresjax.generation.text import TextStream, check_stops, cut
+from moresjax.inference.model import Model
+from moresjax.tuning.attach import Tuning
+from moresjax.tuning.base import Edit, WeightDelta
+from moresjax.tuning.multi_adapter import adapter_ids
+from moresjax.tuning.selectors import Selector, parse_selector
+
+# Regions that mean the same tokens at every turn, and that no new question belongs to unless the
+# decode model acts on it.
+_PLAIN = ("system", "answer", "generated", "all")
+
+
+class Chat:
+    """A conversation about images with a model.
+
+    Args:
+      model: what answers.
+      max_new_tokens: at most this many tokens per answer.
+      sampling: how tokens are chosen; a turn's draws have the seed `sampling.seed` plus its number.
+      stop: an answer ends before the first of these strings.
+      chunk: tokens between two pieces of a streamed answer.
+      adapter: name of the loaded adapter that answers; None: the base model.
+
+    Attributes:
+      turns: questions and answers so far.
+      tokens_read: prompt tokens that the last turn had to read, padding excluded.
+
+    Raises:
+      UserError: for an empty stop string or an unknown adapter.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_new_tokens: int = 512,
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
+        chunk: int = 4,
+        adapter: str | None = None,
+    ):
+        self._model, self._limit, self._sampling = model, max_new_tokens, sampling
+        self._stops, self._chunk = check_stops(stop), chunk
+        self._adapters = None if adapter is None else [adapter]
+        tuning = model.mllm.tuning
+        adapter_ids(tuning, self._adapters, 1)
+        self._keeps = keeps_cache(tuning)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self.turns: list[Turn] = []
+        self.tokens_read = 0
+        self._images: list = []
+        self._pixels: list[np.ndarray] = []
+        self._carry: DecodeState | None = None
+        self._held: Row = {}  # tokens and layout of what the cache holds
+
+    def ask(self, question: str, images: Sequence = ()) -> Iterator[str]:
+        """Answers piece by piece; the turn counts once the answer has been read to its end.
+
+        Args:
+          question: what the user says; `<image>` marks where an image goes, else images go first.
+          images: paths, PIL images or uint8 arrays.
+
+        Raises:
+          UserError: for an empty question, marks without images, or a conversation that has become
+            too long.
+        """
+        if not question.strip() and not images:
+            raise UserError("the question is empty")
+        if IMAGE_MARK not in question:
+            question = (IMAGE_MARK + "\n") * len(images) + question
+        model, processor = self._model, self._model.processor
+        turns = (*self.turns, Turn(question))
+        sample = Sample(f"turn {len(turns)}", turns, (*self._images, *images))
+        row = processor.text_row(sample)
+        model.check_context(row, self._limit)
+        pixels = [*self._pixels, *(processor.image(image) for image in images)]
+        if pixels:
+            row["pixels"] = np.stack(pixels)
+        carry, engine = self._read(row), model.engine()
+        self._carry, stream = None, TextStream(model.spell, self._stops)
+        while True:
+            ids = np.asarray(carry.tokens[0, : int(carry.length[0])])
+            done = bool(carry.done[0]) or cut(model.spell(ids), self._stops) != model.spell(ids)
+            if piece := stream.push(ids, final=done):
+                yield piece
+            if done:
+                break
+            carry = engine.advance(carry, self._chunk)
+        self._carry, self._held = carry, _with_answer(row, ids[:-1])
+        self._images, self._pixels = list(sample.images), pixels
+        self.turns = [*self.turns, Turn(question, stream.text)]
+
+    def _read(self, row: Row) -> DecodeState:
+        """Prefill of the conversation, as far as the cache does not hold it."""
+        tokens = len(row["tokens"])
+        length = bucket(tokens)
+        batch = self._model.batch([row], length, self._adapters)
+        engine = self._model.engine()
+        room = bucket(engine.num_virtual_tokens + length + self._limit)
+        if self._carry is not None:
+            room = max(room, self._carry.keys.shape[1])
+        options = {
+            "room": room,
+            "sampling": self._sampling,
+            "seeds": [(self._sampling.seed + len(self.turns)) % 2**32],
+            "limits": [self._limit],
+        }
+        held = self._common(row) if self._carry is not None else 0
+        # The last token is read in any case: it gives the first new one.
+        count = bucket(tokens - min(held, tokens - 1), 8)
+        first = min(tokens - 1, held, length - count)
+        if first <= 0 or (row["image"][first:] >= 0).any():
+            self.tokens_read = tokens
+            return engine.prefill(batch, self._limit, **options)
+        self.tokens_read = tokens - first
+        return engine.extend(batch, self._carry.caches, first, count, self._limit, **options)
+
+    def _common(self, row: Row) -> int:
+        """How many tokens at the start of `row` the cache holds as they would be read anew."""
+        if not self._keeps:
+            return 0
+        size = min(len(row["tokens"]), len(self._held["tokens"]))
+        names = ("tokens", *FIELDS)
+        equal = np.all([row[name][:size] == self._held[name][:size] for name in names], axis=0)
+        return size if equal.all() else int(np.argmin(equal))
+
+
+def _with_answer(row: Row, ids: Ids) -> Row:
+    """Tokens and layout of a prompt and the new tokens whose keys are in the cache."""
+    position = row["position"][-1] + 1 + np.arange(len(ids))
+    answer = {"tokens": ids, "kind": int(TokenKind.ANSWER), "image": -1, "position": position}
+    held = {}
+    for name in ("tokens", *FIELDS):
+        added = np.broadcast_to(np.asarray(answer.get(name, 0), np.int32), len(ids))
+        held[name] = np.concatenate([row[name], added])
+    return held
+
+
+def keeps_cache(tuning: Tuning) -> bool:
+    """Whether the methods do to a token what they would still do to it later in the conversation,
+    and do it to further text even in the decode model."""
+    for _, method in tuning.methods:
+        if isinstance(method, WeightDelta) and method.sees_tokens:
+            return False
+        if isinstance(method, Edit) and not _is_plain(parse_selector(method.positions)):
+            return False
+    return True
+
+
+def _is_plain(selector: Selector) -> bool:
+    """Whether it selects images, or all text that the decode model selects too."""
+    return all(
+        region == "image"
+        or (part.kind == "all" and (region in _PLAIN or region.startswith("token(")))
+        for region, part in selector.parts
+    )

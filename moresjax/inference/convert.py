@@ -1,0 +1,171 @@
+"""Models from and to the formats of other tools: `moresjax import` and `moresjax export`."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+from flax import nnx
+
+from moresjax.core.errors import UserError, choice_error
+from moresjax.data.images import saved_processor
+from moresjax.inference.load import has_tokenizer, load
+from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
+from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.runs.build import PARTS, build_model, build_processor, is_workdir, load_tokenizer
+from moresjax.runs.checkpoint import Checkpoints
+from moresjax.runs.config import RANDOM, base_config, read_config, save_config
+from moresjax.runs.state import TrainState
+from moresjax.weights.adapter import save_adapter
+from moresjax.weights.export import export_hf
+from moresjax.weights.files import check_new
+from moresjax.weights.hf import pretrained_config
+from moresjax.weights.parts import load_vision
+from moresjax.weights.peft import export_peft
+from moresjax.weights.pyreft import export_pyreft
+
+ADAPTER_FORMATS = ("adapter", "peft", "pyreft")
+FORMATS = ("hf", "merged", *ADAPTER_FORMATS)
+# Where an import puts tokenizer and image processor.
+PROCESSOR = "processor"
+
+
+def import_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    vision: str = "",
+    fusion: str = "interleave",
+    connector: str = "mlp2x_gelu",
+    image_processor: str | Path | None = None,
+    template: str = "vicuna_v1",
+    quantize: str = "",
+    allow_pickle: bool = False,
+) -> MLLM:
+    """Writes a Hugging Face folder as a run's directory, from which everything here starts.
+
+    Args:
+      source: a LLaVA (also TinyLLaVA Factory's) or an LLM.
+      out: new or empty.
+      vision: the folder of an encoder to put before an LLM, or two as `DIR;DIR`; the connector is
+        then a fresh one.
+      fusion, connector: of that encoder or those two.
+      image_processor: folder with the image processor; default: that of `vision` or of `source`.
+      template: how conversations are written.
+      quantize: `int8` stores the LLM's blocks in eight bits.
+      allow_pickle: whether `*.bin` files may be read where there are no safetensors.
+
+    Returns:
+      The model that was written.
+
+    Raises:
+      UserError: when a folder is not what it should be; nothing is written then.
+    """
+    source, out = Path(source).resolve(), Path(out)
+    check_new(out, "import")
+    folders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
+    architecture = _architecture(source, folders, fusion, connector, allow_pickle)
+    config = base_config()
+    with config.unlocked(), config.ignore_type():
+        config.name = source.name
+        config.model.llm = dataclasses.asdict(architecture.llm)
+        if architecture.vision is not None:
+            config.model.vision = dataclasses.asdict(architecture.vision)
+            config.model.connector = architecture.connector
+        config.template, config.quantize = template, quantize
+        config.image_aspect = _image_aspect(source)
+        config.init.update(dict.fromkeys(PARTS, str(source)))
+        if folders:
+            config.init.update({"vision": ";".join(folders), "connector": RANDOM})
+    model = build_model(config, allow_pickle=allow_pickle)
+
+    out.mkdir(parents=True, exist_ok=True)
+    images = Path(image_processor or (folders[0] if folders else source))
+    _save_processor(source, images, out / PROCESSOR, config)
+    config.init.update(dict.fromkeys(PARTS, RANDOM))  # all is in the checkpoint now
+    save_config(config, out / "config.json")
+    if config.tokenizer:
+        build_processor(config, root=out)  # whatever is wrong with it shows now
+    checkpoints = Checkpoints(out / "checkpoints")
+    checkpoints.save(TrainState(jnp.zeros((), jnp.int32), nnx.state(model, nnx.Param), ()), {})
+    checkpoints.close()
+    return model
+
+
+def _architecture(source, folders, fusion, connector, allow_pickle) -> MLLMConfig:
+    config = pretrained_config(source)
+    if not folders:
+        return config
+    if config.vision is not None:
+        raise UserError(f"{source} has a vision encoder already; --vision is for an LLM")
+    encoders = [load_vision(folder, allow_pickle=allow_pickle)[0] for folder in folders]
+    vision: AnyVisionConfig = encoders[0]
+    if len(encoders) > 1:
+        # A pair looks at one image: the second encoder takes the first one's size.
+        size = encoders[0].image_size
+        encoders[1:] = [dataclasses.replace(e, image_size=size) for e in encoders[1:]]
+        vision = FusedVisionConfig(encoders=tuple(encoders), fusion=fusion)
+    return MLLMConfig(llm=config.llm, vision=vision, connector=connector)
+
+
+def _image_aspect(source: Path) -> str:
+    """What TinyLLaVA Factory noted; others have it in nobody's configuration."""
+    return json.loads((source / "config.json").read_text()).get("image_aspect_ratio", "square")
+
+
+def _save_processor(source: Path, images: Path, out: Path, config) -> None:
+    """Saves the tokenizer and image processor there are to `out`; the configuration names them."""
+    if has_tokenizer(source):
+        load_tokenizer(str(source)).save_pretrained(out)
+        config.tokenizer = f"./{out.name}"
+    if config.model.vision and (reference := saved_processor(images)):
+        reference.save_pretrained(out)
+        config.image_processor = f"./{out.name}"
+
+
+def export_model(
+    model: str | Path, out: str | Path, format: str, *, adapter: str | Path | None = None
+) -> Path:
+    """Writes a model, or what was trained of it, in another tool's format.
+
+    Args:
+      model: a run's directory or a Hugging Face folder.
+      out: new or empty.
+      format: `hf`, a folder of `transformers` with the base weights; `merged`, the same with the
+        tuning folded into them; `adapter`, our own folder of what trained; `peft` and `pyreft`,
+        folders of these libraries.
+      adapter: a folder of one of these three formats to attach first.
+
+    Raises:
+      UserError: when the format cannot hold the model.
+    """
+    if format not in FORMATS:
+        raise choice_error("export format", format, FORMATS)
+    out = Path(out)
+    check_new(out, "export")
+    # Whole weights go out; what was trained beside them goes out over any.
+    loaded = load(model, quantize=None if format in ADAPTER_FORMATS else "")
+    if adapter is not None:
+        loaded.load_adapter(adapter)
+    if format in ADAPTER_FORMATS:
+        return _export_adapter(Path(model), loaded.mllm, out, format)
+    if format == "merged":
+        loaded = loaded.merge()
+    if loaded.mllm.tuning.methods:
+        hint = (
+            "activations cannot be folded into weights"
+            if format == "merged"
+            else "use merged to fold its weight deltas into the weights"
+        )
+        raise UserError(f"format {format} cannot hold the tuning {loaded.tuning}; {hint}")
+    return export_hf(loaded.mllm, out, loaded.processor)
+
+
+def _export_adapter(source: Path, mllm: MLLM, out: Path, format: str) -> Path:
+    if format == "pyreft":
+        return export_pyreft(mllm, out)
+    also = read_config(source / "config.json").also_train if is_workdir(source) else ()
+    if format == "adapter":
+        return save_adapter(mllm, out, also_train=also)
+    # What else trained goes along where the format has a place for it.
+    return export_peft(mllm, out, connector="connector" in also)

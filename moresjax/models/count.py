@@ -1,0 +1,90 @@
+"""Exact parameter counts, from shapes only."""
+
+import dataclasses
+import math
+
+from flax import nnx
+
+from moresjax.core.paths import matches, path_name
+from moresjax.models.mllm import MLLM, MLLMConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """Parameters of one component."""
+
+    total: int
+    trainable: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterReport:
+    """Parameters per component (`vision`, `connector`, `llm`, `tuning`).
+
+    Attributes:
+      components: counts of each part of the model.
+      trainable_in_llm: the "TP" of the papers: what trains in the LLM, tuning included.
+      checkpoint_bytes: size of the saved trainable parameters (fp32).
+    """
+
+    components: dict[str, Count]
+    trainable_in_llm: int
+
+    @property
+    def total(self) -> int:
+        return sum(count.total for count in self.components.values())
+
+    @property
+    def trainable(self) -> int:
+        return sum(count.trainable for count in self.components.values())
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        return 4 * self.trainable
+
+    def to_dict(self) -> dict:
+        return {
+            "components": {k: dataclasses.asdict(v) for k, v in self.components.items()},
+            "total": self.total,
+            "trainable": self.trainable,
+            "trainable_in_llm": self.trainable_in_llm,
+            "trainable_share": self.trainable / self.total,
+            "checkpoint_bytes": self.checkpoint_bytes,
+        }
+
+
+def count_parameters(
+    config: MLLMConfig, tuning: str = "none", also_train: tuple[str, ...] = ("connector",)
+) -> ParameterReport:
+    """Counts without allocating any weights. Gated-off layers of a method do not count.
+
+    Raises:
+      UserError: when the spec is malformed or does not fit the model.
+    """
+    model = MLLM(config, tuning)
+    patterns = (*also_train, *model.tuning.trains)
+    totals: dict[str, list[int]] = {}
+    in_llm = 0
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if "derived" in variable.get_metadata():  # the factors of int8 kernels
+            continue
+        name = path_name(path)
+        part = name.split(".")[0]
+        size = math.prod(variable.shape)
+        if part == "tuning":
+            size = _gated_on(size, model.tuning, path)
+        trains = any(matches(name, pattern) for pattern in patterns)
+        total, trainable = totals.setdefault(part, [0, 0])
+        totals[part] = [total + size, trainable + size * trains]
+        site = path[3] if part == "tuning" else name
+        in_llm += size * trains * str(site).startswith("llm")
+    return ParameterReport({k: Count(*v) for k, v in totals.items()}, in_llm)
+
+
+def _gated_on(size: int, tuning, path) -> int:
+    """Parameters in layers that the method acts on; `path` is tuning.theta.METHOD.SITE.LEAF."""
+    _, _, key, site, _ = path
+    if site not in tuning.gates[key]:
+        return size
+    gate = tuning.gates[key][site][...]
+    return size // len(gate) * int(gate.sum())

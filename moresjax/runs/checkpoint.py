@@ -1,0 +1,181 @@
+"""Checkpoints of what trains: parameters, optimizer, step and data position (Orbax).
+
+The frozen backbone is never saved, so a checkpoint of a tuning run is megabytes and is written in
+the background. Parameters are stored under their names. Every checkpoint carries a checksum per
+array; one that does not come back with the same bytes counts as damaged.
+"""
+
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moresjax.core.errors import UserError
+from moresjax.core.paths import path_name
+from moresjax.runs.state import TrainState
+
+logger = logging.getLogger(__name__)
+Arrays = dict[str, jax.Array]
+
+
+def named(state: nnx.State) -> Arrays:
+    """Parameters by dotted name."""
+    return {path_name(p): v.get_value() for p, v in nnx.to_flat_state(state)}
+
+
+def renamed(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
+    """A state of the same structure with the values of `arrays`."""
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(p, v.replace(arrays[path_name(p)])) for p, v in flat])
+
+
+class Checkpoints:
+    """The checkpoints of one run, `<directory>/<step>/`."""
+
+    def __init__(self, directory: str | Path, *, keep: int = 2):
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        # Weights hardly compress, and Orbax would hold what it compresses beside the arrays.
+        handlers = {
+            "meta": ocp.JsonCheckpointHandler(),
+            "params": ocp.PyTreeCheckpointHandler(use_compression=False),
+            "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
+        }
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=handlers
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, data: Mapping) -> None:
+        """Saves in the background; a later save or `close` waits for it.
+
+        Args:
+          state: what trains.
+          data: state of the data iterator (JSON).
+        """
+        trees = {"params": named(state.trainable), "optimizer": _numbered(state.opt_state)}
+        checksums = {name: x for tree in trees.values() for name, x in _checksums(tree).items()}
+        # Orbax refuses empty trees: an imported model has no optimizer.
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if tree}
+        meta = ocp.args.JsonSave({"data": data, "checksums": checksums})
+        self._manager.save(int(state.step), args=ocp.args.Composite(meta=meta, **items))
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
+        """The newest intact checkpoint: state and data position; None when there is none at all.
+
+        Damaged newer ones are moved out of the way, to `damaged-STEP` beside the directory.
+
+        Raises:
+          UserError: when there are checkpoints but all of them are damaged.
+        """
+        optimizer = _numbered(like.opt_state)
+        found = self._newest(
+            {"params": _abstract(named(like.trainable)), "optimizer": _abstract(optimizer)}
+        )
+        if found is None:
+            return None
+        step, items, meta = found
+        self._set_aside([newer for newer in self.steps if newer > step])
+        leaves = [items["optimizer"][name] for name in optimizer]
+        state = TrainState(
+            jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding),
+            renamed(like.trainable, items["params"]),
+            jax.tree.unflatten(jax.tree.structure(like.opt_state), leaves),
+        )
+        return state, meta["data"]
+
+    def restore_parameters(self) -> tuple[int, Arrays]:
+        """Step and parameters, by name, of the newest intact checkpoint.
+
+        Raises:
+          UserError: when there is none.
+        """
+        found = self._newest({"params": None})
+        if found is None:
+            raise UserError(f"{self.directory} holds no checkpoint")
+        return found[0], found[1]["params"]
+
+    def _newest(self, abstract: Mapping):
+        for step in reversed(self.steps):
+            try:
+                return self._read(step, abstract)
+            except Exception as error:  # Orbax raises many kinds for broken files
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                logger.warning("checkpoint %d is damaged and is passed over: %s", step, reason)
+        if self.steps:
+            raise UserError(f"every checkpoint in {self.directory} is damaged")
+        return None
+
+    def _read(self, step: int, abstract: Mapping):
+        trees = {
+            name: self._everywhere(step, name) if tree is None else tree
+            for name, tree in abstract.items()
+        }
+        restores = {
+            name: ocp.args.PyTreeRestore(
+                tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree)
+            )
+            for name, tree in trees.items()
+        }
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore(), **restores)
+        found = self._manager.restore(step, args=args)
+        items = {name: dict(found[name]) for name in abstract}
+        read = _checksums({k: v for item in items.values() for k, v in item.items()})
+        saved = found.meta["checksums"]
+        # Parts of arrays that several processes held had none.
+        if any(saved.get(name, checksum) != checksum for name, checksum in read.items()):
+            raise ValueError("checksums differ")
+        return step, items, found.meta
+
+    def _everywhere(self, step: int, item: str):
+        """What is saved, to be read whole by every process, whichever processes wrote it."""
+        mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+        whole = NamedSharding(mesh, PartitionSpec())
+        handler = ocp.StandardCheckpointHandler()
+        saved = dict(handler.metadata(epath.Path(self.directory / str(step) / item)).tree)
+        handler.close()
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+            for name, x in saved.items()
+        }
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        for step in steps if jax.process_index() == 0 else ():
+            target = self.directory.parent / f"damaged-{step}"
+            while target.exists():
+                target = target.with_name(target.name + "x")
+            (self.directory / str(step)).rename(target)
+        if steps:
+            self._manager.reload()
+
+    def close(self) -> None:
+        """Waits for a running save."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _numbered(tree) -> Arrays:
+    return {f"optimizer.{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _abstract(tree):
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """CRC-32 of every array that this process holds completely."""
+    whole = {
+        name: x for name, x in arrays.items() if x.is_fully_addressable or x.is_fully_replicated
+    }
+    return {name: zlib.crc32(np.ascontiguousarray(x).view(np.uint8)) for name, x in whole.items()}

@@ -1,0 +1,66 @@
+"""The processes of a run: what they keep, how they meet, and when they are told to stop."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from moresjax.core.errors import UserError
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs in `$XDG_CACHE_HOME/moresjax` (default `~/.cache/moresjax`), so that
+    the next process need not compile them again. `JAX_COMPILATION_CACHE_DIR` says otherwise."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "moresjax"))
+
+
+def join_processes(where: str) -> None:
+    """Makes this process one of several that run the same program.
+
+    Args:
+      where: `auto` on TPU pods, Slurm and the like, or `HOST:PORT,PROCESSES,NUMBER`.
+
+    Raises:
+      UserError: when the processes cannot find each other.
+    """
+    try:
+        if where == "auto":
+            jax.distributed.initialize()
+            return
+        address, processes, number = where.split(",")
+        jax.distributed.initialize(address, int(processes), int(number))
+    except (ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--distributed {where}: {reason}; give auto where a cluster says what the processes "
+            "are, else HOST:PORT,PROCESSES,NUMBER"
+        ) from None
+
+
+class PreemptionHandler:
+    """Notices that the process was asked to end (SIGTERM), until it is closed."""
+
+    def __init__(self):
+        self._asked = False
+        # Of several processes perhaps only one is asked; JAX's own handler tells all of them, and
+        # they agree on a step that none has passed.
+        self._alone = jax.process_count() == 1
+        in_main = threading.current_thread() is threading.main_thread()
+        self._before = signal.signal(signal.SIGTERM, self._ask) if self._alone and in_main else None
+
+    def _ask(self, *_) -> None:
+        self._asked = True
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step; the same in all processes."""
+        return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def close(self) -> None:
+        """Hands the signal back to who had it before."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)

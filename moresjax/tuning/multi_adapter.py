@@ -1,0 +1,89 @@
+"""Several trained tunings held at once, one chosen for every row of a batch.
+
+Axis legend: B rows, L layers, A adapters.
+
+Their parameters are stacked into one `Tuning`: leaves are `[L, A, ...]` at layered sites and
+`[A, ...]` elsewhere, and gates `[L, A]` or `[A]`. The last of the A is the base model: an adapter
+that is gated off everywhere, which is where the number -1 leads.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from moresjax.core.errors import UserError, choice_error
+from moresjax.tuning.attach import Gate, Tuning
+from moresjax.tuning.base import Edit, WeightDelta
+from moresjax.tuning.sites import num_layers
+
+BASE = "base"
+
+
+def stack_adapters(tunings: Mapping[str, Tuning]) -> Tuning:
+    """One tuning from which `Batch.adapter` chooses for every row, by the order of `tunings`.
+
+    Args:
+      tunings: by name; of the same spec, up to the layers they act on and what they were given.
+
+    Raises:
+      UserError: when the tunings differ in their methods, or a method cannot be chosen per row.
+    """
+    if not tunings or BASE in tunings:
+        raise UserError(f"adapters need names other than {BASE!r}, got {[*tunings]}")
+    (first_name, first), *others = tunings.items()
+    for name, other in others:
+        if other.methods != first.methods:
+            raise UserError(
+                f"adapters of one model differ in layers only: {first_name!r} is {first.spec}, "
+                f"{name!r} is {other.spec}"
+            )
+    for key, method in first.methods:
+        if not isinstance(method, Edit | WeightDelta) or getattr(method, "sees_tokens", False):
+            raise UserError(f"{method.name} cannot be chosen per row")
+        for leaf, x in first.common(key).items():
+            if any(not np.array_equal(x, other.common(key)[leaf]) for _, other in others):
+                raise UserError(f"the adapters bring different frozen arrays {leaf!r} of {key}")
+    stacked = nnx.clone(first)
+    stacked.adapters = tuple(tunings)
+    for key, sites in first.theta.items():
+        for site, theta in sites.items():
+            axis = 1 if num_layers(site, first.config) else 0
+            for leaf, variable in theta.items():
+                # The base's parameters are never used; a copy of the first ones will do.
+                values = [t.theta[key][site][leaf][...] for t in (*tunings.values(), first)]
+                stacked.theta[key][site][leaf] = type(variable)(jnp.stack(values, axis))
+            gates = [_gate(tuning, key, site) for tuning in tunings.values()]
+            stacked.gates[key][site] = Gate(jnp.stack([*gates, jnp.zeros_like(gates[0])], axis))
+    return stacked
+
+
+def _gate(tuning: Tuning, key: str, site: str):
+    gates = tuning.gates[key]
+    return gates[site][...] if site in gates else jnp.asarray(True)
+
+
+def adapter_ids(
+    tuning: Tuning, names: Sequence[str | None] | None, rows: int
+) -> Int[np.ndarray, " B"] | None:
+    """What `Batch.adapter` needs to be for these names; None and `base` stand for the base model.
+
+    Without names it is the base model for all rows, or None when the model has a single tuning.
+
+    Raises:
+      UserError: for an unknown name, another number of names than rows, or a single tuning.
+    """
+    if not tuning.adapters:
+        if names is not None:
+            raise UserError("the model has a single tuning; call `load_adapters` to choose")
+        return None
+    names = [None] * rows if names is None else names
+    if len(names) != rows:
+        raise UserError(f"{rows} prompts but {len(names)} adapters")
+    numbers = {name: i for i, name in enumerate(tuning.adapters)} | {BASE: -1, None: -1}
+    for name in names:
+        if name not in numbers:
+            raise choice_error("adapter", name, (*tuning.adapters, BASE))
+    return np.asarray([numbers[name] for name in names], np.int32)

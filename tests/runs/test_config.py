@@ -1,0 +1,255 @@
+"""Config files, overrides, and what is written into a run's directory."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moresjax.core.errors import UserError
+from moresjax.runs.config import (
+    base_config,
+    differences,
+    load_config,
+    parse_arg,
+    read_config,
+    save_config,
+    set_value,
+)
+
+DEFAULTS = {"stage": "llm", "tuning": "none", "seed": 0, "lr": 1.0, "fast": False}
+KEYS = ("rank", "positions", "layers", "dropout", "init", "targets")
+VALUES = st.text("abcxyz0189;.+%()", min_size=1, max_size=6)
+METHOD = st.builds(
+    lambda name, pairs: name + (":" + ",".join(f"{k}={v}" for k, v in pairs) if pairs else ""),
+    st.sampled_from(("mores", "lora", "ia3")),
+    st.lists(st.tuples(st.sampled_from(KEYS), VALUES), max_size=3),
+)
+SPEC = st.lists(METHOD, min_size=1, max_size=3).map("/".join)
+
+
+def config_file(tmp_path, text):
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    return str(path)
+
+
+@given(SPEC, st.integers(), st.permutations(("stage", "tuning", "seed")))
+def test_a_tuning_spec_is_one_argument_wherever_it_stands(spec, seed, order):
+    values = {"stage": "finetune", "tuning": spec, "seed": seed}
+    parsed = parse_arg(",".join(f"{key}={values[key]}" for key in order), **DEFAULTS)
+    assert parsed.to_dict() == DEFAULTS | values
+
+
+def test_arguments_take_the_type_of_their_default():
+    parsed = parse_arg("seed=7,lr=2,fast=true,stage=3", **DEFAULTS)
+    assert parsed.to_dict() == DEFAULTS | {"seed": 7, "lr": 2.0, "fast": True, "stage": "3"}
+    assert isinstance(parsed.lr, float)
+
+
+def test_no_arguments_are_the_defaults():
+    assert parse_arg(None, **DEFAULTS).to_dict() == DEFAULTS
+
+
+@pytest.mark.parametrize("arg", ["sed=1", "seed=1,steps=2", "seed"])
+def test_an_unknown_argument_names_the_allowed_ones(arg):
+    with pytest.raises(UserError, match="stage, tuning, seed, lr, fast"):
+        parse_arg(arg, **DEFAULTS)
+
+
+@pytest.mark.parametrize("arg", ["seed=x", "seed=1.5", "lr=fast", "fast=1"])
+def test_an_argument_of_another_type_is_refused(arg):
+    with pytest.raises(UserError, match=arg.split("=")[0]):
+        parse_arg(arg, **DEFAULTS)
+
+
+@settings(max_examples=25)
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_float_is_set_exactly(value):
+    config = base_config()
+    set_value(config, "optimizer.lr", repr(value))
+    assert config.optimizer.lr == value
+
+
+@settings(max_examples=25)
+@given(st.integers(-(2**40), 2**40))
+def test_a_whole_number_fits_whole_and_real_keys(value):
+    config = base_config()
+    set_value(config, "steps", str(value))
+    set_value(config, "optimizer.lr", str(value))
+    assert config.steps == value
+    assert config.optimizer.lr == value
+    assert type(config.steps) is int
+    assert type(config.optimizer.lr) is float
+
+
+@settings(max_examples=25)
+@given(st.text(max_size=20))
+def test_text_is_taken_as_it_stands(text):
+    config = base_config()
+    set_value(config, "tuning", text)
+    assert config.tuning == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("vision", ("vision",)),
+        ("('llm', 'connector')", ("llm", "connector")),
+        ("['llm']", ("llm",)),
+        ("()", ()),
+        (r"llm\..*bias", (r"llm\..*bias",)),
+    ],
+)
+def test_a_list_of_patterns_from_text(text, value):
+    config = base_config()
+    set_value(config, "also_train", text)
+    assert config.also_train == value
+
+
+@pytest.mark.parametrize(("text", "value"), [("True", True), ("false", False)])
+def test_a_truth_value(text, value):
+    config = base_config()
+    set_value(config, "tensorboard", text)
+    assert config.tensorboard is value
+
+
+def test_open_dicts_take_new_keys():
+    config = base_config()
+    set_value(config, "data.size", "32")
+    set_value(config, "data.task", "text")
+    assert config.data.to_dict() == {"name": "digits", "size": 32, "task": "text"}
+    with pytest.raises(UserError, match=r"optimizer\.rate"):
+        set_value(config, "optimizer.rate", "1e-4")
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("stepz", "steps"),
+        ("optimizer.lrr", "weight_decay"),
+        ("optimiser.lr", "optimizer"),
+        ("data.deep.size", "name"),
+        ("steps.lr", ""),
+        ("mesh.model", "tensor"),
+    ],
+)
+def test_an_unknown_key_names_itself_and_the_allowed_ones(key, allowed):
+    config = base_config()
+    before = config.to_dict()
+    with pytest.raises(UserError) as error:
+        set_value(config, key, "1")
+    assert repr(key) in str(error.value)
+    assert allowed in str(error.value)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "kind"),
+    [
+        ("steps", "many", "int"),
+        ("steps", "1.5", "int"),
+        ("steps", "True", "int"),
+        ("steps", "None", "int"),
+        ("optimizer.lr", "fast", "float"),
+        ("optimizer.lr", "True", "float"),
+        ("optimizer.lr", "[1]", "float"),
+        ("tensorboard", "yes", "true"),
+        ("optimizer", "3", "ConfigDict"),
+    ],
+)
+def test_a_value_of_another_type_names_key_and_type(key, text, kind):
+    config = base_config()
+    before = config.to_dict()
+    with pytest.raises(UserError) as error:
+        set_value(config, key, text)
+    assert key in str(error.value)
+    assert text in str(error.value)
+    assert kind in str(error.value)
+    assert config.to_dict() == before
+
+
+def test_a_config_file_with_arguments_and_overrides(tmp_path):
+    name = config_file(
+        tmp_path,
+        "from moresjax.runs.config import base_config, parse_arg\n"
+        "def get_config(arg=None):\n"
+        "    config = base_config()\n"
+        "    config.tuning = parse_arg(arg, tuning='none').tuning\n"
+        "    return config\n",
+    )
+    config = load_config(f"{name}:tuning=lora:rank=2,alpha=1", ["steps=5", "name=a=b"])
+    assert (config.tuning, config.steps, config.name) == ("lora:rank=2,alpha=1", 5, "a=b")
+    assert load_config(name).tuning == "none"
+    with pytest.raises(UserError, match="key=value"):
+        load_config(name, ["steps"])
+
+
+def test_files_that_are_no_config(tmp_path):
+    with pytest.raises(UserError, match=r"missing\.py does not exist"):
+        load_config(str(tmp_path / "missing.py"))
+    with pytest.raises(UserError, match="get_config"):
+        load_config(config_file(tmp_path, "config = 1\n"))
+
+
+@settings(max_examples=15)
+@given(
+    steps=st.integers(0, 10**9),
+    lr=st.floats(allow_nan=False, allow_infinity=False),
+    tuning=st.text(max_size=20),
+    also=st.lists(st.text(max_size=8), max_size=3).map(tuple),
+    data=st.dictionaries(st.sampled_from(("size", "seed", "task")), st.integers()),
+)
+def test_saved_configs_read_back_the_same(tmp_path_factory, steps, lr, tuning, also, data):
+    config = base_config()
+    config.steps, config.optimizer.lr, config.tuning = steps, lr, tuning
+    config.also_train = also
+    with config.unlocked():
+        config.data.update(data)
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    save_config(config, path)
+    again = read_config(path)
+    assert again.to_dict() == config.to_dict()
+    assert type(again.also_train) is tuple
+    with pytest.raises(UserError, match="unknown config key"):
+        set_value(again, "stepz", "1")
+
+
+def test_saved_configs_are_json_a_person_can_read(tmp_path):
+    save_config(base_config(), tmp_path / "config.json")
+    text = (tmp_path / "config.json").read_text()
+    assert json.loads(text)["optimizer"]["lr"] == 1e-3
+    assert len(text.splitlines()) > 20
+
+
+def test_differences_name_the_changed_leaves():
+    a, b = base_config(), base_config()
+    assert differences(a.to_dict(), b.to_dict()) == []
+    b.steps = 7
+    b.optimizer.lr = 0.5
+    with b.unlocked():
+        b.data.size = 3
+    found = differences(a.to_dict(), b.to_dict())
+    assert found == ["data.size", "optimizer.lr", "steps"]
+    assert differences(b.to_dict(), a.to_dict()) == found
+
+
+NESTED = st.recursive(
+    st.integers(0, 2),
+    lambda inner: st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(*[st.dictionaries(st.sampled_from("abc"), NESTED, max_size=3) for _ in range(2)])
+def test_differences_are_empty_for_equal_dicts_only(a, b):
+    assert (differences(a, b) == []) == (a == b)
+    assert differences(a, b) == differences(b, a)
+
+
+def test_a_file_that_is_no_configuration_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    for text in ("{", "[1]", '{"also_train": 3}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"config\.json is not a run's configuration"):
+            read_config(path)

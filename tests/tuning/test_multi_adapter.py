@@ -1,0 +1,178 @@
+"""Several adapters in one batch: every row as if its adapter were alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import tiny_batch, tiny_config
+
+from moresjax.core.errors import UserError
+from moresjax.generation.engine import Engine
+from moresjax.inference.model import Model
+from moresjax.models.initialize import initialize
+from moresjax.models.mllm import MLLM
+from moresjax.tuning.attach import Tuning
+from moresjax.tuning.merge import merged
+from moresjax.tuning.multi_adapter import adapter_ids, stack_adapters
+from moresjax.weights.adapter import load_adapter, save_adapter
+
+# Every way a method acts: on visual tokens, on all, outside the blocks, in the vision encoder, on
+# linears (several on one, with prepared parameters, with frozen ones), and as a given vector.
+SPEC = (
+    "mores:layers={0}/noreft:rank=1,site=connector.out,positions=image:f2/red:layers={0}/steer/"
+    "red:site=vision.block.out/oft:block_size=4,targets=k,layers={0}/vera:rank=2,targets=v/"
+    "dora:rank=2,targets=o/lora:rank=2,targets=k;up,layers={0}/lora:rank=2,targets=vision.q"
+)
+WHILE_DECODING = "mores:layers={0}/red/lora:rank=2,targets=q,layers={0}"
+
+
+def random_tuning(spec: str, seed: int) -> Tuning:
+    tuning, rng = Tuning(spec, tiny_config()), np.random.default_rng(seed)
+    for variable in jax.tree.leaves(tuning.theta, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        variable.set_value(jnp.asarray(0.2 * rng.standard_normal(variable.shape), jnp.float32))
+    return tuning
+
+
+def with_tuning(tuning: Tuning | None) -> MLLM:
+    model = initialize(MLLM(tiny_config()))
+    if tuning is not None:
+        model.tuning = tuning
+    return model
+
+
+def two_tunings(spec: str) -> dict[str, Tuning]:
+    return {"a": random_tuning(spec.format("0;2"), 1), "b": random_tuning(spec.format("1-"), 2)}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return tiny_batch(rows=4, images=2, answer=0)
+
+
+def choosing(batch, *adapters):
+    return dataclasses.replace(batch, adapter=np.asarray(adapters, np.int32))
+
+
+def compiled(traced=None):
+    def forward(graphdef, state, batch):
+        if traced is not None:
+            traced.append(1)
+        model = nnx.merge(graphdef, state)
+        return model.llm.logits(model(batch).hidden)
+
+    return jax.jit(forward, static_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def base_logits(batch):
+    return np.asarray(compiled()(*nnx.split(with_tuning(None)), batch))
+
+
+def test_every_row_is_as_with_its_adapter_alone_and_one_program_serves_all_choices(
+    base_logits, batch
+):
+    tunings, traced = two_tunings(SPEC), []
+    single, forward = compiled(), compiled(traced)
+    alone = [np.asarray(single(*nnx.split(with_tuning(t)), batch)) for t in tunings.values()]
+    alone.append(base_logits)  # of number -1
+    together = with_tuning(stack_adapters(tunings))
+    for choice in ([0, 1, -1, 0], [-1, -1, 1, 1], [1, 0, 0, -1]):
+        got = np.asarray(forward(*nnx.split(together), choosing(batch, *choice)))
+        for row, number in enumerate(choice):
+            np.testing.assert_allclose(got[row], alone[number][row], atol=1e-5)
+    assert len(traced) == 1
+    for other in alone[1:]:
+        assert np.abs(alone[0] - other).max(axis=(1, 2)).min() > 1e-2
+
+
+def test_rows_of_the_base_model_are_untouched(base_logits, batch):
+    model, forward = with_tuning(stack_adapters(two_tunings(WHILE_DECODING))), compiled()
+    chosen = np.asarray(forward(*nnx.split(model), choosing(batch, -1, 0, 1, -1)))
+    np.testing.assert_allclose(chosen[[0, 3]], base_logits[[0, 3]], atol=1e-6)
+    assert np.abs(chosen[1:3] - base_logits[1:3]).max(axis=(1, 2)).min() > 1e-2
+    # A batch that chooses nothing is the base model's.
+    everywhere = np.asarray(forward(*nnx.split(model), choosing(batch, -1, -1, -1, -1)))
+    np.testing.assert_array_equal(everywhere[[0, 3]], chosen[[0, 3]])
+    unchosen = model.tuning.hooks(batch).tower("llm").at("out")
+    assert all((np.asarray(item.rows) == -1).all() for _, item in unchosen)
+
+
+def test_generated_tokens_are_those_of_each_adapter_alone(batch):
+    def generate(model, batch):
+        return np.asarray(Engine(model, eos_ids=(99,)).generate(batch, 6).tokens)
+
+    tunings = two_tunings(WHILE_DECODING)
+    got = generate(with_tuning(stack_adapters(tunings)), choosing(batch, 1, 0, -1, 1))
+    a, b, base = (generate(with_tuning(t), batch) for t in (*tunings.values(), None))
+    np.testing.assert_array_equal(got, np.stack([b[0], a[1], base[2], b[3]]))
+    assert (a[1] != base[1]).any()
+    assert (b[0] != a[0]).any()
+
+
+def test_visual_steering_leaves_the_decode_program_alone():
+    tunings = {name: random_tuning("mores:rank=2", n) for n, name in enumerate("ab")}
+    steered, batch = with_tuning(stack_adapters(tunings)), tiny_batch(answer=0)
+    program = [
+        Engine(model, eos_ids=(2,)).lower_decode(batch, 4).as_text()
+        for model in (steered, with_tuning(None))
+    ]
+    assert program[0] == program[1]
+
+
+def test_folders_are_loaded_by_name_and_chosen_by_name(tmp_path, batch):
+    tunings = {
+        "cats": random_tuning("mores:rank=1,layers=0", 1),
+        "dogs": random_tuning("mores:rank=1,layers=1-", 2),
+    }
+    folders = {n: save_adapter(with_tuning(t), tmp_path / n) for n, t in tunings.items()}
+    model = Model(with_tuning(None), None)
+    model.load_adapters(folders)
+    ids = np.where(np.asarray(batch.layout.image) >= 0, 99, np.asarray(batch.tokens))[:3]
+    pixels = np.asarray(batch.pixels)[:3].reshape(6, 12, 12, 3).transpose(0, 3, 1, 2)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "image_token_id": 99}
+    got = model.logits(**inputs, adapters=["dogs", None, "cats"])
+    for row, name in enumerate(("dogs", None, "cats")):
+        single = with_tuning(None)
+        if name:
+            load_adapter(single, folders[name])
+        expected = Model(single, None).logits(**inputs)
+        np.testing.assert_allclose(got[row], expected[row], atol=1e-5)
+    with pytest.raises(UserError, match=r"unknown adapter 'birds'; choose from: cats, dogs, base"):
+        model.logits(**inputs, adapters=["birds", None, None])
+    with pytest.raises(UserError, match="3 prompts but 1 adapters"):
+        model.logits(**inputs, adapters=["cats"])
+
+
+def test_what_cannot_be_chosen_per_row_is_refused(tmp_path):
+    def stacked(*specs):
+        return stack_adapters({f"t{n}": random_tuning(s, n) for n, s in enumerate(specs)})
+
+    with pytest.raises(UserError, match=r"'t0' is mores:rank=2, 't1' is mores:rank=3"):
+        stacked("mores:rank=2", "mores:rank=3")
+    with pytest.raises(UserError, match="mixlora cannot be chosen per row"):
+        stacked("mixlora", "mixlora")
+    with pytest.raises(UserError, match="prompt cannot be chosen per row"):
+        stacked("prompt")
+    with pytest.raises(UserError, match="names other than 'base'"):
+        stack_adapters({"base": Tuning("red", tiny_config())})
+    with pytest.raises(UserError, match="call `load_adapters` to choose"):
+        adapter_ids(Tuning("red", tiny_config()), ["a"], 1)
+    with pytest.raises(UserError, match="has a single tuning"):
+        Tuning("red", tiny_config()).hooks(choosing(tiny_batch(), 0, 0))
+
+    several = with_tuning(stacked("lora", "lora"))
+    with pytest.raises(UserError, match="merging takes a single tuning, the model holds t0, t1"):
+        merged(several)
+    with pytest.raises(UserError, match="an adapter folder takes a single tuning"):
+        save_adapter(several, tmp_path)
+    connected = with_tuning(random_tuning("red", 0))
+    bias = connected.connector.layers[1].bias
+    bias[...] = bias[...] + 1
+    folder = save_adapter(connected, tmp_path / "connected", also_train=("connector",))
+    model = Model(with_tuning(None), None)
+    with pytest.raises(UserError, match=r"adapter 'x' has its own connector\.layers\.1\.bias"):
+        model.load_adapters({"x": folder})
+    assert model.tuning == "none"
