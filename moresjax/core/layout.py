@@ -10,6 +10,8 @@ the key groups of the attention statistics.
 
 import dataclasses
 import enum
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,9 @@ SHARED = -1
 
 IntField = Int[AnyArray, "B S"]
 
+# The arrays of a layout.
+LAYOUT_FIELDS = ("kind", "image", "position", "document", "branch")
+
 
 @pytree_dataclass
 class TokenLayout:
@@ -67,25 +72,49 @@ class TokenLayout:
     branch: IntField
     visual_tokens: int = dataclasses.field(default=0, metadata={"static": True})
 
+    @classmethod
+    def stacked(cls, fields: Mapping[str, AnyArray], visual_tokens: int = 0) -> "TokenLayout":
+        """The layout of stacked rows, given as arrays `[B, S]` by name; other names are ignored."""
+        return cls(**{name: fields[name] for name in LAYOUT_FIELDS}, visual_tokens=visual_tokens)
+
+    @classmethod
+    def text(
+        cls, valid: Bool[AnyArray, "B S"], kind: TokenKind = TokenKind.QUESTION
+    ) -> "TokenLayout":
+        """The layout of plain text rows, padded on either side, one document each."""
+        valid = jnp.asarray(valid)
+        zeros = jnp.zeros(valid.shape, jnp.int32)
+        return cls(
+            kind=jnp.where(valid, int(kind), int(TokenKind.PAD)),
+            image=zeros - 1,
+            position=jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 0),
+            document=zeros,
+            branch=zeros,
+        )
+
+    @classmethod
+    def of_step(
+        cls,
+        kind: Int[AnyArray, " B"],
+        position: Int[AnyArray, " B"],
+        document: Int[AnyArray, " B"],
+        visual_tokens: int = 0,
+    ) -> "TokenLayout":
+        """The layout of one new text token per row, in the trunk of its document."""
+        kind, position, document = (
+            jnp.asarray(x)[:, None].astype(jnp.int32) for x in (kind, position, document)
+        )
+        zeros = jnp.zeros_like(position)
+        return cls(kind, zeros - 1, position, document, zeros, visual_tokens)
+
     @property
     def shape(self) -> tuple[int, ...]:
+        """Rows and tokens, `(B, S)`."""
         return self.kind.shape
 
-    def replace(self, **changes) -> "TokenLayout":
+    def replace(self, **changes: Any) -> "TokenLayout":
+        """The layout with other values of some attributes."""
         return dataclasses.replace(self, **changes)
-
-
-def text_layout(valid: Bool[AnyArray, "B S"], kind: TokenKind = TokenKind.QUESTION) -> TokenLayout:
-    """Layout of plain text rows, padded on either side, one document each."""
-    valid = jnp.asarray(valid)
-    zeros = jnp.zeros(valid.shape, jnp.int32)
-    return TokenLayout(
-        kind=jnp.where(valid, int(kind), int(TokenKind.PAD)),
-        image=zeros - 1,
-        position=jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 0),
-        document=zeros,
-        branch=zeros,
-    )
 
 
 def infer_structure(layout: TokenLayout) -> RowStructure:

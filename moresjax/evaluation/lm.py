@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -10,10 +9,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import TokenKind
+from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.data.images import image_keys
-from moresjax.data.processor import Row
 from moresjax.generation.sampling import Sampling
 from moresjax.generation.scheduler import Completion
 from moresjax.generation.text import cut
@@ -58,18 +56,6 @@ class MoresjaxLM(LM):
     def tokenizer_name(self) -> str:
         return type(self.model.processor.tokenizer).__name__
 
-    def _raw_row(self, ids: Ids) -> Row:
-        ids = np.asarray(ids, np.int32)
-        zeros = np.zeros_like(ids)
-        return {
-            "tokens": ids,
-            "kind": zeros + int(TokenKind.QUESTION),
-            "image": zeros - 1,
-            "position": np.arange(len(ids), dtype=np.int32),
-            "document": zeros,
-            "branch": zeros,
-        }
-
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut at the first stop string; drawn where a request says so, with its
         place in the list as seed.
@@ -84,7 +70,7 @@ class MoresjaxLM(LM):
         rows = [
             self.model.prompt(args[0], args[2]["visual"], f"request {number}", known)
             if len(args) > 2
-            else self._raw_row(self._ids(args[0])[-max(self.model.max_length - limit, 1) :])
+            else Row.text(self._ids(args[0])[-max(self.model.max_length - limit, 1) :])
             for number, (args, limit) in enumerate(zip(arguments, limits, strict=True))
         ]
         texts: list[str | None] = [None] * len(rows)
@@ -189,7 +175,7 @@ class MoresjaxLM(LM):
         # What is too long loses its beginning, as with the library's own models: the last token is
         # not read.
         cut = len(context) + len(continuation) - 1 - self.model.max_length
-        return self._raw_row(context[max(0, min(cut, len(context) - 1)) :]), continuation
+        return Row.text(context[max(0, min(cut, len(context) - 1)) :]), continuation
 
     def _score(self, pairs) -> list[tuple[float, bool]]:
         found = self.model.score_rows(pairs, self.batch_size)

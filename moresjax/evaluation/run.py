@@ -151,7 +151,7 @@ def evaluate(
         bar.update()
         if attention:
             stats, tokens = completion.stats[probe.name], len(completion.tokens)
-            collected.append((stats["mass"], stats["score"], tokens, "pixels" in row))
+            collected.append((stats["mass"], stats["score"], tokens, row.pixels is not None))
 
     probes = (probe,) if attention else ()
     lm = MoresjaxLM(model, batch_size=batch_size, probes=probes, on_done=done)

@@ -10,8 +10,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from moresjax.core.layout import Batch
+from moresjax.core.row import Row
 from moresjax.data.images import LazyPixels
-from moresjax.data.processor import Row
 from moresjax.generation.engine import Prefix, bucket, join, rounded
 from moresjax.generation.shared_prefix import SharedPrefixes
 
@@ -64,12 +64,12 @@ class PrefillScheduler:
         self._openings = openings = openings or SharedPrefixes([-1] * len(rows))
         longest: dict[int, int] = {}
         for number, row in zip(openings.of, rows, strict=True):
-            longest[number] = max(longest.get(number, 0), len(row["tokens"]))
+            longest[number] = max(longest.get(number, 0), len(row))
 
         def order(prompt):
             number = openings.of[prompt]
             together = (-longest[number], number) if number >= 0 else ()
-            return -openings.length(prompt), *together, -len(rows[prompt]["tokens"])
+            return -openings.length(prompt), *together, -len(rows[prompt])
 
         self._waiting = deque(sorted(range(len(rows)), key=order))
         # Beginnings are read in equal numbers too: as many as a group has on average. Those of the
@@ -77,7 +77,7 @@ class PrefillScheduler:
         having = max(sum(number >= 0 for number in openings.of), 1)
         self._at_once = -(-size * len(openings.rows) // having)
         self._at_once += -self._at_once % parts
-        self._of_length = Counter(len(row["tokens"]) for row in openings.rows)
+        self._of_length = Counter(len(row) for row in openings.rows)
         self._last, self._held = _NOTHING, _NOTHING
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ class PrefillScheduler:
 
     def _padded(self, prompt: int) -> int:
         shared = self._openings.length(prompt)
-        return bucket(len(self._rows[prompt]["tokens"]) - shared) + rounded(shared)
+        return bucket(len(self._rows[prompt]) - shared) + rounded(shared)
 
     def take(self) -> Group:
         """The next prompts."""
@@ -109,7 +109,7 @@ class PrefillScheduler:
         names = None if self._adapters is None else [self._adapters[i] for i in filled]
         rows = [self._rows[i] for i in filled]
         if of[first] >= 0 and self._openings.with_images:
-            rows = [{name: x for name, x in row.items() if name != "pixels"} for row in rows]
+            rows = [row.replace(pixels=None) for row in rows]
         batch = self._make_batch(rows, max(map(self._padded, prompts)), names)
         self._open_ahead()
         if of[first] < 0:
@@ -120,7 +120,7 @@ class PrefillScheduler:
     def _open_ahead(self) -> None:
         """Starts to open the images of the prompts that come next, while others are answered."""
         for prompt in itertools.islice(self._waiting, self.size):
-            pixels, number = self._rows[prompt].get("pixels"), self._openings.of[prompt]
+            pixels, number = self._rows[prompt].pixels, self._openings.of[prompt]
             read = self._openings.with_images and number in self._held.numbers
             if isinstance(pixels, LazyPixels) and not read:
                 pixels.fetch()

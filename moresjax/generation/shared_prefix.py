@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moresjax.data.processor import FIELDS, Row
+from moresjax.core.row import Row
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.selectors import REGIONS, parse_selector
@@ -34,12 +34,12 @@ class SharedPrefixes:
 
     def length(self, prompt: int) -> int:
         """Tokens of a prompt's beginning."""
-        return 0 if self.of[prompt] < 0 else len(self.rows[self.of[prompt]]["tokens"])
+        return 0 if self.of[prompt] < 0 else len(self.rows[self.of[prompt]])
 
     @property
     def with_images(self) -> bool:
         """Whether the beginnings hold images, all that their prompts have."""
-        return any("pixels" in row for row in self.rows)
+        return any(row.pixels is not None for row in self.rows)
 
     def adapters(self, names: Sequence[str | None] | None) -> list[str | None] | None:
         """Those of the beginnings, from the prompts'."""
@@ -65,14 +65,14 @@ def find_shared_prefixes(
     keys: dict[tuple, int] = {}
     of, heads = [-1] * len(rows), []
     for number, (row, name) in enumerate(zip(rows, names, strict=True)):
-        size = len(row["tokens"]) - int(np.argmax(row["image"][::-1] >= 0))
-        if "pixels" not in row or size == len(row["tokens"]):
+        visual = np.flatnonzero(row.image >= 0)
+        if row.pixels is None or not len(visual) or visual[-1] == len(row) - 1:
             continue
-        head = _cut(row, size)
-        key = name, id(row["pixels"]), *(x.tobytes() for x in head.values())
+        head = row[: visual[-1] + 1]
+        key = name, id(row.pixels), *(x.tobytes() for x in head.fields.values())
         if key not in keys:
             keys[key] = len(heads)
-            heads.append(head | {"pixels": row["pixels"]})
+            heads.append(head)
         of[number] = keys[key]
     openings = SharedPrefixes(of, heads)
     about = sum(number >= 0 for number in of)
@@ -91,19 +91,15 @@ def common_prefix(rows: Sequence[Row], tuning: Tuning) -> Row | None:
     Every prompt keeps a token of its own. None where the tokens are few, or where a method would
     treat them otherwise if they were the whole prompt.
     """
-    size = min((len(row["tokens"]) for row in rows), default=1) - 1
-    first = rows[0] if rows else {}
+    size = min(map(len, rows), default=1) - 1
     for row in rows:
-        equal = np.all([row[n][:size] == first[n][:size] for n in ("tokens", *FIELDS)], axis=0)
-        equal &= row["image"][:size] < 0
-        size = size if equal.all() else int(np.argmin(equal))
+        visual = np.flatnonzero(row.image >= 0)
+        size = min(size, rows[0].common_prefix(row), *visual[:1].tolist())
     if size < LEAST or size * (len(rows) - 1) < SAVED:
         return None
-    return _cut(first, size) if _stand_alone(tuning, ((row, size) for row in rows)) else None
-
-
-def _cut(row: Row, size: int) -> Row:
-    return {name: row[name][:size] for name in ("tokens", *FIELDS)}
+    if not _stand_alone(tuning, ((row, size) for row in rows)):
+        return None
+    return rows[0][:size].replace(pixels=None)
 
 
 def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
@@ -111,8 +107,8 @@ def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
     of it."""
     seen, later = set(), set()
     for row, size in rows:
-        seen |= set(row["kind"][:size].tolist())
-        later |= set(row["kind"][size:].tolist())
+        seen |= set(row.kind[:size].tolist())
+        later |= set(row.kind[size:].tolist())
     for _, method in tuning.methods:
         if isinstance(method, WeightDelta) and method.sees_tokens:
             return False

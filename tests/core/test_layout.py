@@ -14,7 +14,6 @@ from moresjax.core.layout import (
     last_prompt_mask,
     loss_mask,
     rank_in_run,
-    text_layout,
     valid_mask,
     visible,
 )
@@ -256,7 +255,7 @@ def test_slots_are_seen_by_all_and_selected_by_none(layout, slots):
 
 def test_text_layout_is_padded_on_either_side():
     valid = np.asarray([[True, True, True, False], [False, True, True, True]])
-    layout = text_layout(valid)
+    layout = TokenLayout.text(valid)
     np.testing.assert_array_equal(layout.position, [[0, 1, 2, 0], [0, 0, 1, 2]])
     np.testing.assert_array_equal(np.asarray(valid_mask(layout)), valid)
 

@@ -6,6 +6,7 @@ import pytest
 from tiny import talking_model, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.core.layout import TokenKind
 from moresjax.generation import engine as engine_module
 from moresjax.generation import shared_prefix as prefix_module
 from moresjax.generation.engine import Engine
@@ -104,22 +105,22 @@ def rows() -> list:
 def shared(rows, tuning: str = "none") -> int:
     """Tokens in common, 0 for none."""
     head = common_prefix(rows, Tuning(tuning, tiny_config(num_layers=2)))
-    return 0 if head is None else len(head["tokens"])
+    return 0 if head is None else len(head)
 
 
 def test_the_prefix_ends_at_the_first_image_and_leaves_every_prompt_a_token(rows, monkeypatch):
     monkeypatch.setattr(prefix_module, "SAVED", 1)
-    first = int(np.argmax(rows[0]["image"] >= 0))
+    first = int(np.argmax(rows[0].image >= 0))
     assert shared(rows) == shared([rows[0], rows[3]]) == first
-    assert shared([rows[1]] * 2) == len(rows[1]["tokens"]) - 1
-    other = rows[0] | {"tokens": np.concatenate([rows[0]["tokens"][:9], rows[1]["tokens"]])}
+    assert shared([rows[1]] * 2) == len(rows[1]) - 1
+    other = rows[0][:9].append(rows[1].tokens, TokenKind.QUESTION)
     assert shared([rows[1], other]) == 9
 
 
 def test_short_prefixes_and_few_prompts_are_read_as_they_are(rows):
     assert shared([rows[0]] * 2) == shared(rows[:1]) == shared([]) == 0
     assert shared([rows[0]] * 30) > 0
-    few = [{name: x[8:] for name, x in row.items() if name != "pixels"} for row in rows]
+    few = [row[8:].replace(pixels=None) for row in rows]
     assert shared(few * 100) == 0
 
 

@@ -10,7 +10,7 @@ from tiny import TINY_LLM, tiny_batch, tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import Batch, TokenKind, text_layout
+from moresjax.core.layout import Batch, TokenKind, TokenLayout
 from moresjax.models.mllm import MLLM
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
@@ -88,7 +88,7 @@ def ours_and_peft(llama, tmp_path, spec: str, peft_config):
     ids = np.random.default_rng(0).integers(0, 29, (2, 7))
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
-    batch = Batch(jnp.asarray(ids), text_layout(np.ones_like(ids, bool)))
+    batch = Batch(jnp.asarray(ids), TokenLayout.text(np.ones_like(ids, bool)))
     return logits(model, batch), expected
 
 
@@ -190,7 +190,7 @@ def test_a_prompt_is_tokens_put_before_every_row():
     ahead = np.broadcast_to(np.asarray(spare), (2, 3))
     tokens = np.concatenate([ahead, np.asarray(batch.tokens)], axis=1).astype(np.int32)
     whole = np.concatenate([np.ones((2, 3), bool), valid], axis=1)
-    expected = logits(base, Batch(tokens, text_layout(whole)))[:, 3:]
+    expected = logits(base, Batch(tokens, TokenLayout.text(whole)))[:, 3:]
     np.testing.assert_allclose(got[valid], expected[valid], atol=1e-5)
 
 
