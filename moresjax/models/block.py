@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.errors import UserError
-from moresjax.core.ops import pick, place
+from moresjax.core.ops import pick, write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs
@@ -134,7 +134,7 @@ class Attention(nnx.Module):
             q, k = apply_rope(q, rope), apply_rope(k, key_rope)
         k, v = hooks.extend(k, v)
         if cache is not None:
-            k, v = place(cache.k, k, index, 2), place(cache.v, v, index, 2)
+            k, v = write_at(cache.k, k, index, 2), write_at(cache.v, v, index, 2)
         if not isinstance(mask, Runs):  # which are for passes without probes
             hooks.read_attention(q, k, mask if config.window else None, config.attention_softcap)
         y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, config.attention_softcap)

@@ -21,7 +21,8 @@ from transformers import (
 
 from moresjax.core.errors import UserError
 from moresjax.generation.engine import Engine
-from moresjax.inference.model import Model, hf_batch
+from moresjax.generation.hf_inputs import hf_batch
+from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLMConfig
 from moresjax.tuning.methods.vera import VeRA
 from moresjax.weights.hf import build_model, decoder_config, import_state, llava_config
