@@ -311,25 +311,27 @@ def _begin(
     static: PrefillStatic, data: PromptData, caches: list[LayerCache], last: Int[Array, " B"]
 ) -> DecodeState:
     """The state before the first new token."""
-    batch, ahead, new = data.batch, static.num_virtual_tokens, static.max_new_tokens
+    batch, num_virtual, new = data.batch, static.num_virtual_tokens, static.max_new_tokens
     rows, length = batch.layout.shape
 
     def at_last(x: AnyArray) -> Array:
         return jnp.take_along_axis(jnp.asarray(x), last[:, None], axis=1)[:, 0]
 
     layout, caches = _with_length(
-        extend_layout(batch.layout, ahead), caches, static.cache_length or ahead + length + new
+        extend_layout(batch.layout, num_virtual),
+        caches,
+        static.cache_length or num_virtual + length + new,
     )
     budgets = None
     if data.limits is not None:
         # Padding on the right is overwritten.
-        budgets = RowBudgets(last.astype(jnp.int32) + ahead + 1, data.limits)
+        budgets = RowBudgets(last.astype(jnp.int32) + num_virtual + 1, data.limits)
     return DecodeState(
         step=jnp.zeros((), jnp.int32) if budgets is None else jnp.zeros(rows, jnp.int32),
         tokens=jnp.full((rows, new), static.config.pad_id, jnp.int32),
         done=jnp.zeros(rows, bool),
         length=jnp.zeros(rows, jnp.int32),
-        position=at_last(batch.layout.position) + ahead,
+        position=at_last(batch.layout.position) + num_virtual,
         document=at_last(batch.layout.document),
         adapter=batch.adapter,
         cache_layout=layout,
@@ -349,18 +351,7 @@ def _step(
     index = state.cache_index
     kind = jnp.where(state.done, int(TokenKind.PAD), int(TokenKind.ANSWER))
     position = state.position + 1
-    zeros = jnp.zeros_like(position)
-    fields = {
-        "kind": kind,
-        "image": zeros - 1,
-        "position": position,
-        "document": state.document,
-        "branch": zeros,
-    }
-    step = TokenLayout(
-        **{name: x[:, None].astype(jnp.int32) for name, x in fields.items()},
-        visual_tokens=state.cache_layout.visual_tokens,
-    )
+    step = TokenLayout.of_step(kind, position, state.document, state.cache_layout.visual_tokens)
     layout = jax.tree.map(lambda x, y: write_at(x, y, index, 1), state.cache_layout, step)
     out = model.decode_step(
         state.last_token, step, state.caches, layout, index, probes, state.adapter
