@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.layout import Batch, TokenKind, TokenLayout, valid_mask
-from moresjax.core.ops import place
+from moresjax.core.ops import write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.generation.beam import Beams, beam_search
 from moresjax.generation.sampling import GREEDY, Sampling
@@ -536,19 +536,8 @@ def _step(model: MLLM, probes, carry: DecodeState):
     index = carry.index
     kind = jnp.where(carry.done, int(TokenKind.PAD), int(TokenKind.ANSWER))
     position = carry.position + 1
-    zeros = jnp.zeros_like(position)
-    fields = {
-        "kind": kind,
-        "image": zeros - 1,
-        "position": position,
-        "document": carry.document,
-        "branch": zeros,
-    }
-    step = TokenLayout(
-        **{name: x[:, None].astype(jnp.int32) for name, x in fields.items()},
-        visual_tokens=carry.keys.visual_tokens,
-    )
-    keys = jax.tree.map(lambda x, y: place(x, y, index, 1), carry.keys, step)
+    step = TokenLayout.of_step(kind, position, carry.document, carry.keys.visual_tokens)
+    keys = jax.tree.map(lambda x, y: write_at(x, y, index, 1), carry.keys, step)
     out = model.decode_step(
         carry.last_token, step, carry.caches, keys, index, probes, carry.adapter
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from moresjax.core.layout import TokenLayout
-from moresjax.core.ops import place
+from moresjax.core.ops import write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.generation.sampling import GREEDY, Sampling, choose
 from moresjax.models.block import LayerCache
@@ -103,7 +103,7 @@ class DecodeState:
 
         def write(buffer, column):
             if self.rolling is None:
-                return place(buffer, column[:, None], self.step, 1)
+                return write_at(buffer, column[:, None], self.step, 1)
             return buffer.at[rows, self.step].set(column, mode="drop")
 
         changes = {}

@@ -157,20 +157,20 @@ class MLLM(nnx.Module):
           Hidden states after the final norm for the queries. Caches and statistics include what
           attached `VirtualTokens` put before the tokens of the batch.
         """
-        slots, ahead = self.tuning.num_slots, self.tuning.num_virtual_tokens
-        full, context = extend_layout(batch.layout, ahead), None
+        num_extra, num_virtual = self.tuning.num_extra_tokens, self.tuning.num_virtual_tokens
+        full, context = extend_layout(batch.layout, num_virtual), None
         rows, length = full.shape
         # Place of what the blocks read first; keys without a token have no query.
-        start, count = ahead - slots, length - ahead + slots
+        start, count = num_virtual - num_extra, length - num_virtual + num_extra
         if part is not None:
-            start, count, slots = ahead + part.first, part.count, 0
+            start, count, num_extra = num_virtual + part.first, part.count, 0
         mask = None
-        if not (probes or ahead or part):
+        if not (probes or num_virtual or part):
             mask = visible_runs(batch, self.config.llm)
         if mask is None:
             mask = visible(full, jnp.broadcast_to(start + jnp.arange(count), (rows, count)))
         if queries is not None:
-            queries = jnp.asarray(queries) + ahead - start
+            queries = jnp.asarray(queries) + num_virtual - start
         if probes:
             seen = mask if queries is None else visible(full, queries + start)
             context = ProbeContext(jnp.asarray(full.kind), seen, queries)
@@ -183,7 +183,7 @@ class MLLM(nnx.Module):
         positions = jnp.asarray(full.position)
         out = self.llm(
             h,
-            positions[:, start:] if part is None else part.of(batch.layout.position) + ahead,
+            positions[:, start:] if part is None else part.of(batch.layout.position) + num_virtual,
             mask,
             tower,
             caches=part and part.caches,
@@ -193,7 +193,7 @@ class MLLM(nnx.Module):
             queries=queries,
         )
         if queries is None:
-            out = dataclasses.replace(out, hidden=out.hidden[:, slots:])
+            out = dataclasses.replace(out, hidden=out.hidden[:, num_extra:])
         return out
 
     def decode_step(

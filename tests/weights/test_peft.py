@@ -216,7 +216,7 @@ def test_slots_generate_what_peft_generates(llama, left, tmp_path):
     """Rows of different lengths, padded; the learned keys are before the padding."""
     model = llama.ours()
     model.attach("prefix:length=3", seed=1)
-    for variable in model.tuning.theta["prefix"]["llm.block.kv"].values():
+    for variable in model.tuning.params["prefix"]["llm.block.kv"].values():
         variable[...] = 40 * variable[...]
     theirs = llama.from_folder(export_peft(model, tmp_path / "ours"))
     ids, mask = llama.inputs["input_ids"].copy(), np.ones((2, 7), int)
