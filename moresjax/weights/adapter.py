@@ -33,6 +33,9 @@ FORMAT = "moresjax-tuning"
 _FREE = ("dtype", "remat", "unroll", "int8", "attention")
 # A checksum is of this many values, and there is one for this many parameters.
 _VALUES, _CHECKSUMS = 64, 8
+# Fields of configurations that version 0.1 wrote under another name; saved descriptions and
+# fingerprints keep that name, so that folders and predictions of either version go together.
+_WRITTEN_AS = {"num_trainable_blocks": "last_layers"}
 MaybeArray = AnyArray | jax.ShapeDtypeStruct  # a shape where there is no value yet
 
 
@@ -61,7 +64,7 @@ def save_adapter(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = 
         "sites": {key: [*sites] for key, sites in tuning.theta.items()},
         "also_train": [*also_train],
         "parameters": sum(x.size for x in arrays.values()),
-        "base": {"config": mllm.config.to_dict(), "checksums": _checksums(base)},
+        "base": {"config": saved_config(mllm), "checksums": _checksums(base)},
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(arrays | _foreign(tuning), folder / TENSORS, metadata={"format": FORMAT})
@@ -114,6 +117,17 @@ def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:
     mllm.tuning = stack_adapters(tunings)
 
 
+def saved_config(mllm: MLLM) -> dict:
+    """A model's configuration as adapter folders and fingerprints have it."""
+
+    def renamed(value):
+        if not isinstance(value, Mapping):
+            return [renamed(v) for v in value] if isinstance(value, list | tuple) else value
+        return {_WRITTEN_AS.get(key, key): renamed(v) for key, v in value.items()}
+
+    return renamed(mllm.config.to_dict())
+
+
 def fingerprint(mllm: MLLM) -> str:
     """Twelve hexadecimal digits that tell models apart: by configuration, tuning, and a few values
     of every parameter. They are the same whether blocks are stacked or not."""
@@ -124,7 +138,7 @@ def fingerprint(mllm: MLLM) -> str:
             layer, path = path[2], (*path[:2], *path[3:])
         parts.setdefault(path_name(path), {})[layer] = x.get_value()
     sums = {name: _checksum(*(own[i] for i in sorted(own))) for name, own in parts.items()}
-    text = json.dumps([mllm.config.to_dict(), mllm.tuning.spec, sums], sort_keys=True)
+    text = json.dumps([saved_config(mllm), mllm.tuning.spec, sums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -137,7 +151,7 @@ def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
         json.loads((folder / DESCRIPTION).read_text()),
         load_file(folder / TENSORS),
     )
-    if difference := _difference(description["base"]["config"], mllm.config.to_dict()):
+    if difference := _difference(description["base"]["config"], saved_config(mllm)):
         raise UserError(f"{folder} belongs to another base: {difference}")
     tuning = Tuning(description["spec"], mllm.config)
     base, expected = _split(mllm, description["also_train"], tuning)
