@@ -72,6 +72,15 @@ class TokenLayout:
     branch: IntField
     visual_tokens: int = dataclasses.field(default=0, metadata={"static": True})
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and tokens, `(B, S)`."""
+        return self.kind.shape
+
+    def replace(self, **changes: Any) -> "TokenLayout":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
     @classmethod
     def stacked(cls, fields: Mapping[str, AnyArray], visual_tokens: int = 0) -> "TokenLayout":
         """The layout of stacked rows, given as arrays `[B, S]` by name; other names are ignored."""
@@ -81,7 +90,16 @@ class TokenLayout:
     def text(
         cls, valid: Bool[AnyArray, "B S"], kind: TokenKind = TokenKind.QUESTION
     ) -> "TokenLayout":
-        """The layout of plain text rows, padded on either side, one document each."""
+        """Layout of plain text rows, padded on either side, one document each.
+
+        >>> layout = TokenLayout.text(np.array([[True, True, False]]))
+        >>> layout.position.tolist()
+        [[0, 1, 0]]
+
+        Args:
+          valid: Is False where a row has padding.
+          kind: Says what the tokens of the text are for.
+        """
         valid = jnp.asarray(valid)
         zeros = jnp.zeros(valid.shape, jnp.int32)
         return cls(
@@ -95,26 +113,22 @@ class TokenLayout:
     @classmethod
     def of_step(
         cls,
-        kind: Int[AnyArray, " B"],
-        position: Int[AnyArray, " B"],
-        document: Int[AnyArray, " B"],
+        kind: Int[Array, " B"],
+        position: Int[Array, " B"],
+        document: Int[Array, " B"],
         visual_tokens: int = 0,
     ) -> "TokenLayout":
-        """The layout of one new text token per row, in the trunk of its document."""
-        kind, position, document = (
-            jnp.asarray(x)[:, None].astype(jnp.int32) for x in (kind, position, document)
-        )
+        """Layout `[B, 1]` of the one text token that every row reads in a decode step."""
         zeros = jnp.zeros_like(position)
-        return cls(kind, zeros - 1, position, document, zeros, visual_tokens)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows and tokens, `(B, S)`."""
-        return self.kind.shape
-
-    def replace(self, **changes: Any) -> "TokenLayout":
-        """The layout with other values of some attributes."""
-        return dataclasses.replace(self, **changes)
+        fields = {
+            "kind": kind,
+            "image": zeros - 1,
+            "position": position,
+            "document": document,
+            "branch": zeros,
+        }
+        fields = {name: x[:, None].astype(jnp.int32) for name, x in fields.items()}
+        return cls(**fields, visual_tokens=visual_tokens)
 
 
 def infer_structure(layout: TokenLayout) -> RowStructure:

@@ -11,7 +11,7 @@ from tiny import TINY_LLM, TINY_VISION, tiny_batch, tiny_config, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenLayout, visible
-from moresjax.core.paths import path_name
+from moresjax.core.parameter_names import path_name
 from moresjax.models.connector import Connector
 from moresjax.models.count import count_parameters
 from moresjax.models.decoder import Decoder, DecoderConfig
