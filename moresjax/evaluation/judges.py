@@ -108,8 +108,8 @@ class EndpointJudge:
       sleep: The function that waits some seconds.
 
     Raises:
-      UserError: The URL is not http(s), or `parallel` is below 1. A call raises it when the endpoint
-        does not answer.
+      UserError: The URL is not http(s), or `parallel` is below 1. A call raises it too, when the
+        endpoint does not answer.
     """
 
     def __init__(

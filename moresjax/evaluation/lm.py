@@ -173,7 +173,7 @@ class MoresjaxLM(LM):
         def score(chunk: Sequence[Instance]) -> list[float]:
             windows = [self._windows(request.args[0]) for request in chunk]
             scores = iter(self._score([pair for own in windows for pair in own]))
-            return [sum(next(scores)[0] for _ in own) for own in windows]
+            return [float(sum(next(scores)[0] for _ in own)) for own in windows]
 
         return self._in_chunks("loglikelihood_rolling", score, requests, disable_tqdm)
 

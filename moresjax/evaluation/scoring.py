@@ -10,7 +10,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
@@ -67,6 +67,7 @@ class TaskScore:
         return spread / math.sqrt(len(self.per_example))
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Turns the predictions of a task into its score."""
 
