@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.plugins import load_plugins
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import LETTERS, DataRoot, ResultReader, result_reader
 from moresjax.evaluation.metrics.choices import lowest_loss
@@ -128,6 +129,7 @@ def _registry() -> dict[str, Loader]:
     # The built-in benchmarks register themselves on import.
     from moresjax.evaluation import benchmarks  # noqa: F401
 
+    load_plugins()
     return _BENCHMARKS
 
 
