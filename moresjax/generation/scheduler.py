@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moresjax.core.layout import Batch
+from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
 from moresjax.data.images import LazyPixels
-from moresjax.data.processor import Row
 from moresjax.generation.engine import Engine
 from moresjax.generation.lengths import bucket, rounded
 from moresjax.generation.sampling import GREEDY, Sampling
@@ -89,12 +89,12 @@ class PrefillScheduler:
         self._shared = shared = shared or SharedPrefixes([-1] * len(rows))
         longest: dict[int, int] = {}
         for number, row in zip(shared.prefix_index, rows, strict=True):
-            longest[number] = max(longest.get(number, 0), len(row["tokens"]))
+            longest[number] = max(longest.get(number, 0), len(row))
 
         def order(prompt: int) -> tuple[int, ...]:
             number = shared.prefix_index[prompt]
             together = (-longest[number], number) if number >= 0 else ()
-            return -shared.length(prompt), *together, -len(rows[prompt]["tokens"])
+            return -shared.length(prompt), *together, -len(rows[prompt])
 
         self._waiting = deque(sorted(range(len(rows)), key=order))
         # Prefixes are read in equal numbers too: as many as a batch has on average. Those of the
@@ -102,7 +102,7 @@ class PrefillScheduler:
         having = max(sum(number >= 0 for number in shared.prefix_index), 1)
         self._at_once = -(-size * len(shared.rows) // having)
         self._at_once += -self._at_once % num_shards
-        self._of_length = Counter(len(row["tokens"]) for row in shared.rows)
+        self._of_length = Counter(len(row) for row in shared.rows)
         self._last, self._held = _NOTHING, _NOTHING
 
     def __len__(self) -> int:
@@ -115,7 +115,7 @@ class PrefillScheduler:
 
     def _padded(self, prompt: int) -> int:
         prefix = self._shared.length(prompt)
-        return bucket(len(self._rows[prompt]["tokens"]) - prefix) + rounded(prefix)
+        return bucket(len(self._rows[prompt]) - prefix) + rounded(prefix)
 
     def take(self) -> PrefillBatch:
         """The next prompts."""
@@ -134,7 +134,7 @@ class PrefillScheduler:
         names = None if self._adapters is None else [self._adapters[i] for i in padded]
         rows = [self._rows[i] for i in padded]
         if index[first] >= 0 and self._shared.with_images:
-            rows = [{name: x for name, x in row.items() if name != "pixels"} for row in rows]
+            rows = [row.replace(pixels=None) for row in rows]
         batch = self._make_batch(rows, max(map(self._padded, prompts)), names)
         self._open_next_images()
         if index[first] < 0:
@@ -145,7 +145,7 @@ class PrefillScheduler:
     def _open_next_images(self) -> None:
         """Starts to open the images of the prompts that come next, while others are answered."""
         for prompt in itertools.islice(self._waiting, self.size):
-            pixels, number = self._rows[prompt].get("pixels"), self._shared.prefix_index[prompt]
+            pixels, number = self._rows[prompt].pixels, self._shared.prefix_index[prompt]
             read = self._shared.with_images and number in self._held.numbers
             if isinstance(pixels, LazyPixels) and not read:
                 pixels.fetch()
