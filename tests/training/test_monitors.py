@@ -228,9 +228,9 @@ def test_lmar_is_what_the_analysis_of_generated_answers_says(watched):
     prompts = []
     for i in range(len(held_out)):
         row = processor.row(one_turn(i))
-        end = int(np.argmax(row["kind"] == TokenKind.ANSWER))
-        prompts.append({k: x if k == "pixels" else x[:end] for k, x in row.items()})
-    length, new = max(len(p["tokens"]) for p in prompts), 3
+        end = int(np.argmax(row.kind == TokenKind.ANSWER))
+        prompts.append(row[:end])
+    length, new = max(map(len, prompts)), 3
     engine = Engine(mllm, eos_ids=(-1,), probes=(AttentionProbe(),))
     batch = processor.batch([processor.pad(p, length, 1) for p in prompts])
     generation = engine.generate(batch, new)
