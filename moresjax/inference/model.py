@@ -19,9 +19,10 @@ from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind
+from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.data.images import LazyPixels
-from moresjax.data.processor import Processor, Row
+from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.generation.beam import Beams
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
@@ -269,7 +270,7 @@ class Model:
         for row in rows:
             self.check_context(row, max_new_tokens)
         _check_seeds(seeds, rows)
-        batch = self.batch(rows, bucket(max(len(row["tokens"]) for row in rows)), adapters)
+        batch = self.batch(rows, bucket(max(map(len, rows))), adapters)
         options = {"sampling": sampling, "seeds": seeds, "logprobs": logprobs, "beams": beams}
         return self.engine(probes).generate(batch, max_new_tokens, **options)
 
@@ -352,7 +353,7 @@ class Model:
 
         def read(numbers):
             heads = [shared.rows[n] for n in numbers]
-            length = rounded(len(heads[0]["tokens"]) - before) + rounded(before)
+            length = rounded(len(heads[0]) - before) + rounded(before)
             batch = self.batch(heads, length, names and [names[n] for n in numbers])
             return engine.read_prefix(batch, begin)
 
@@ -387,7 +388,7 @@ class Model:
         self._check_room(row, len(answer) - 1, f"an answer of {len(answer)} tokens")
 
     def _check_room(self, row: Row, more: int, what: str) -> None:
-        tokens = len(row["tokens"])
+        tokens = len(row)
         if tokens + more > self.max_length:
             ahead = self._mllm.tuning.num_virtual_tokens
             raise UserError(
@@ -403,7 +404,7 @@ class Model:
     ) -> Batch:
         """Prompt rows as one batch, padded to `length` tokens."""
         processor = self._need_processor()
-        images = max(len(row.get("pixels", ())) for row in rows)
+        images = max(row.num_images for row in rows)
         padded = {}  # by row: fillers are others again
         for row in rows:
             if id(row) not in padded:
@@ -470,11 +471,8 @@ class Model:
             raise UserError(f"an answer to score is empty: {text!r}")
         sample = Sample("answer", (Turn(_marked(text, images), answer),), tuple(images))
         whole = self._need_processor().without_end.text_row(sample)
-        head = int(np.argmax(whole["kind"] == TokenKind.ANSWER))
-        prompt = {name: x[:head] for name, x in whole.items()}
-        if "pixels" in row:
-            prompt["pixels"] = row["pixels"]
-        return prompt, whole["tokens"][head:]
+        head = int(np.argmax(whole.kind == TokenKind.ANSWER))
+        return whole[:head].replace(pixels=row.pixels), whole.tokens[head:]
 
     def score_rows(
         self,
@@ -542,7 +540,7 @@ class Model:
         if prompts is not None:
             images = [()] * len(prompts) if images is None else images
             rows = [self.prompt(p, i) for p, i in zip(prompts, images, strict=True)]
-            batch = self.batch(rows, max(len(row["tokens"]) for row in rows), adapters)
+            batch = self.batch(rows, max(map(len, rows)), adapters)
         else:
             batch = hf_batch(
                 input_ids, attention_mask, pixel_values, image_token_id, self.config.visual_tokens
