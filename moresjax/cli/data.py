@@ -53,8 +53,8 @@ def run_check(args: argparse.Namespace) -> None:
     report = check_data(
         make_source(**config.data),
         functools.partial(build_processor, config),
-        max_seq_len=config.length,
-        images_per_row=config.images,
+        max_seq_len=config.max_seq_len,
+        images_per_row=config.images_per_row,
         num_workers=args.workers,
     )
     lines = [

@@ -113,9 +113,9 @@ class TokenLayout:
     @classmethod
     def of_step(
         cls,
-        kind: Int[Array, " B"],
-        position: Int[Array, " B"],
-        document: Int[Array, " B"],
+        kind: Int[AnyArray, " B"],
+        position: Int[AnyArray, " B"],
+        document: Int[AnyArray, " B"],
         visual_tokens: int = 0,
     ) -> "TokenLayout":
         """Layout `[B, 1]` of the one text token that every row reads in a decode step."""

@@ -1,7 +1,7 @@
 """The paper's task files: official downloads turned into LLaVA's conversation format.
 
 A generator is a file of `moresjax.data.tasks` with a function `records(root, split, rng)`,
-registered by `@task(name)`. It reads the annotations below `root` as their authors publish them and
+registered by `@register_task(name)`. It reads the annotations below `root` as their authors publish them and
 yields LLaVA records whose image paths start from `root`. Prompts are those of LLaVA-Steering's
 training files, which differ from those of the benchmarks.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.plugins import load_plugins
+from moresjax.core.registry import registrar
 from moresjax.data.samples import IMAGE_MARK
 
 SEED = 42
@@ -25,14 +27,13 @@ Generator = Callable[[Path, str, random.Random], Iterator[dict]]
 TASKS: dict[str, Generator] = {}
 
 
-def task(name: str):
-    """Registers a generator."""
+def register_task(name: str) -> Callable[[Generator], Generator]:
+    """A decorator that makes a generator available to `moresjax data build` under a name.
 
-    def add(function: Generator) -> Generator:
-        TASKS[name] = function
-        return function
-
-    return add
+    Raises:
+      UserError: The name belongs to another generator.
+    """
+    return registrar(TASKS, "task", name)
 
 
 def build_task(
@@ -41,19 +42,20 @@ def build_task(
     """Writes the file of a task.
 
     Args:
-      name: of the task.
-      root: folder of the official download; the image root of the written file.
-      out: the JSON file to write.
-      split: as the download calls it.
+      name: The name of the task.
+      root: The folder of the official download; the image root of the written file.
+      out: The JSON file to write.
+      split: The name that the download gives to the split.
       size: `1K`, `5K`, `10K` or a number of samples; a smaller task is taken whole. Empty: all.
 
     Returns:
       How many samples there are, and how many were written.
 
     Raises:
-      UserError: for an unknown task or size, or a download that lacks a file.
+      UserError: The task or the size is unknown, or the download lacks a file.
     """
     importlib.import_module("moresjax.data.tasks")
+    load_plugins()
     if name not in TASKS:
         raise choice_error("task", name, sorted(TASKS))
     if size and size not in SIZES and not (size.isdecimal() and int(size)):
@@ -63,13 +65,13 @@ def build_task(
     records = list(TASKS[name](Path(root), split, random.Random(SEED)))
     if not records:
         raise UserError(f"task {name}: {root} has no samples of split {split!r}")
-    chosen = subset(records, SIZES.get(size) or int(size)) if size else records
+    chosen = draw_records(records, SIZES.get(size) or int(size)) if size else records
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(json.dumps(chosen, indent=1) + "\n")
     return {"available": len(records), "written": len(chosen)}
 
 
-def subset(records: Sequence[dict], size: int) -> list[dict]:
+def draw_records(records: Sequence[dict], size: int) -> list[dict]:
     """`min(size, len(records))` different records, drawn with the fixed seed."""
     return random.Random(SEED).sample(list(records), min(size, len(records)))
 
@@ -85,7 +87,7 @@ def read_json(root: Path, name: str) -> Any:
     """A file of the download.
 
     Raises:
-      UserError: when it does not exist or is not JSON.
+      UserError: It does not exist or is not JSON.
     """
     path = root / name
     if not path.is_file():
@@ -97,7 +99,13 @@ def read_json(root: Path, name: str) -> Any:
 
 
 def coco_questions(root: Path, split: str, prefix: str) -> Iterator[tuple[dict, dict, str]]:
-    """Question, annotation and image of VQA files over COCO; `prefix` is that of their version."""
+    """The question, annotation and image of every question of VQA files over COCO.
+
+    Args:
+      root: The folder of the official download.
+      split: `train` or `val`.
+      prefix: The version's prefix of file names, `v2_` or nothing.
+    """
     asked = read_json(root, f"{prefix}OpenEnded_mscoco_{split}2014_questions.json")["questions"]
     file = f"{prefix}mscoco_{split}2014_annotations.json"
     answered = {a["question_id"]: a for a in read_json(root, file)["annotations"]}

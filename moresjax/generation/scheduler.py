@@ -1,11 +1,12 @@
 """Continuous batching: many prompts through one batch of fixed size.
 
 A row that is done makes room for the next prompt, so a long answer never holds up a batch. The
-`PrefillScheduler` decides which prompts are read together and which prefixes before them;
-`generate_continuously` reads a group whenever there are slots for it, and decodes in between.
+`PrefillScheduler` decides which prompts are read together, and which prefixes before them;
+`generate_continuously` reads such a `PrefillBatch` whenever there are free slots for it, and
+decodes in between.
 
-Prompts that follow each other have about the same length and the same prefix. Groups are padded to
-one size and a bucket length: few shapes, few compilations.
+Prompts that are read together have about the same length and the same prefix. Their batches are
+padded to one size and a bucket length: few shapes, few compilations.
 """
 
 import dataclasses
@@ -219,20 +220,20 @@ def generate_continuously(
     while scheduler or running:
         free = [slot for slot in range(batch_size) if slot not in running]
         while scheduler and len(free) >= scheduler.size:
-            group = scheduler.take()
-            taken = dict(zip(free, group.prompts, strict=False))
+            prefill = scheduler.take()
+            taken = dict(zip(free, prefill.prompts, strict=False))
             running |= taken
             free = free[len(taken) :]
             new = engine.prefill(
-                group.batch,
+                prefill.batch,
                 most,
                 sampling=sampling,
-                seeds=[seeds[i] for i in group.padded_with_fillers],
+                seeds=[seeds[i] for i in prefill.padded_with_fillers],
                 logprobs=logprobs,
-                limits=[limits[i] for i in group.padded_with_fillers],
+                limits=[limits[i] for i in prefill.padded_with_fillers],
                 cache_length=prompt_length + room,
-                prefix=group.prefix,
-                prefix_index=group.prefix_index,
+                prefix=prefill.prefix,
+                prefix_index=prefill.prefix_index,
             )
             # Fillers get a slot that does not exist.
             slots = [*taken, *[batch_size] * (scheduler.size - len(taken))]

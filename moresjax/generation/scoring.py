@@ -103,16 +103,16 @@ def score_continuations(
     """
     results: list[list[ContinuationScore]] = [[] for _ in branched]
     while scheduler:
-        group = scheduler.take()
-        rows = [branched[i] for i in group.padded_with_fillers]
+        prefill = scheduler.take()
+        rows = [branched[i] for i in prefill.padded_with_fillers]
         size = bucket(max(len(b.queries) for b in rows), 8)
         # What is repeated at the end is not looked at.
         queries, targets = (
             np.stack([np.pad(x, (0, size - len(x)), mode="edge") for x in each])
             for each in ([b.queries for b in rows], [b.targets for b in rows])
         )
-        found = score(group.batch, queries, targets, group.prefix, group.prefix_index)
-        for number, logprobs, greedy in zip(group.prompts, *map(np.asarray, found), strict=False):
+        found = score(prefill.batch, queries, targets, prefill.prefix, prefill.prefix_index)
+        for number, logprobs, greedy in zip(prefill.prompts, *map(np.asarray, found), strict=False):
             sizes = branched[number].sizes
             for end, length in zip(np.cumsum(sizes), sizes, strict=True):
                 own = slice(end - length, end)

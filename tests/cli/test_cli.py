@@ -236,7 +236,7 @@ TRAIN = ["train", "--config", f"{CONFIG}:stage=llm", "--workdir"]
         (f"{CONFIG}:stage=finetune", [], ["init", "llm", "neither a workdir nor"]),
         (f"{CONFIG}:stage=llm", ["--config.template=chat"], ["'chat'", "vicuna_v1"]),
         (f"{CONFIG}:stage=llm", ["--config.batch_size=0"], ["batch_size", "at least 1"]),
-        (f"{CONFIG}:stage=llm", ["--config.length=20"], ["tokens do not fit into 20"]),
+        (f"{CONFIG}:stage=llm", ["--config.max_seq_len=20"], ["tokens do not fit into 20"]),
     ],
 )
 def test_a_wrong_training_command_is_one_sentence(config, overrides, words, tmp_path, capsys):

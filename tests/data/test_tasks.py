@@ -8,7 +8,7 @@ import random
 import pytest
 
 from moresjax.core.errors import UserError
-from moresjax.data.generators import SIZES, TASKS, build_task, subset
+from moresjax.data.generators import SIZES, TASKS, build_task, draw_records
 from moresjax.data.llava import LlavaSource
 from moresjax.data.tasks import flickr30k
 
@@ -197,9 +197,9 @@ def test_a_subset_has_as_many_as_there_are():
     records = [{"id": str(i)} for i in range(6218)]
     assert SIZES == {"1K": 1000, "5K": 5000, "10K": 10000}
     for size in SIZES.values():
-        chosen = subset(records, size)
+        chosen = draw_records(records, size)
         assert len({record["id"] for record in chosen}) == len(chosen) == min(size, 6218)
-        assert chosen == subset(records, size)
+        assert chosen == draw_records(records, size)
         assert chosen == random.Random(42).sample(records, min(size, 6218))
 
 

@@ -5,9 +5,12 @@ Files: `flickr_annotations_30k.csv`, `flickr30k-images/`. The wording of the nin
 
 import csv
 import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
 
 from moresjax.core.errors import UserError
-from moresjax.data.generators import record, task
+from moresjax.data.generators import record, register_task
 
 FILE = "flickr_annotations_30k.csv"
 REQUESTS = (
@@ -23,8 +26,9 @@ REQUESTS = (
 )
 
 
-@task("flickr30k")
-def records(root, split, rng):
+@register_task("flickr30k")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[dict]:
+    """One caption of every photo."""
     if not (root / FILE).is_file():
         raise UserError(f"{root / FILE} does not exist; it belongs to the task's official download")
     with (root / FILE).open(newline="", encoding="utf-8") as file:

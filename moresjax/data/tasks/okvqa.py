@@ -4,11 +4,16 @@ Files: `OpenEnded_mscoco_SPLIT2014_questions.json`, `mscoco_SPLIT2014_annotation
 `SPLIT2014/`.
 """
 
-from moresjax.data.generators import coco_questions, record, task
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from moresjax.data.generators import coco_questions, record, register_task
 
 
-@task("okvqa")
-def records(root, split, rng):
+@register_task("okvqa")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[dict]:
+    """One answer to every question."""
     for question, annotation, image in coco_questions(root, split, ""):
         answer = rng.choice(annotation["answers"])["answer"]
         yield record(question["question_id"], image, question["question"], answer)

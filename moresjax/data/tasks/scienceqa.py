@@ -4,13 +4,18 @@ Files: `problems.json`, `pid_splits.json`, `SPLIT/ID/image.png`, where SPLIT is 
 val or test: trainval and the small splits consist of questions of these.
 """
 
-from moresjax.data.generators import read_json, record, task
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from moresjax.data.generators import read_json, record, register_task
 
 LETTERS = "ABCDEFGH"
 
 
-@task("scienceQA")
-def records(root, split, rng):
+@register_task("scienceQA")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[dict]:
+    """The letter of the right option for every question with an image."""
     problems = read_json(root, "problems.json")
     for number in read_json(root, "pid_splits.json").get(split, ()):
         problem = problems[number]

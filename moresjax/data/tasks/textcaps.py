@@ -4,13 +4,18 @@ Files: `TextCaps_0.1_SPLIT.json`, `TextVQA_Rosetta_OCR_v0.2_SPLIT.json`, `train_
 the photos of `val`). One sample per photo, with one of its captions.
 """
 
-from moresjax.data.generators import read_json, record, task
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from moresjax.data.generators import read_json, record, register_task
 
 REQUEST = "Provide a one-sentence caption for the provided image."
 
 
-@task("textcaps")
-def records(root, split, rng):
+@register_task("textcaps")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[dict]:
+    """One caption of every photo."""
     found = read_json(root, f"TextVQA_Rosetta_OCR_v0.2_{split}.json")["data"]
     words = {item["image_id"]: item["ocr_tokens"] for item in found}
     photos = {}

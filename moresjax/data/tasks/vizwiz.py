@@ -3,22 +3,27 @@
 Files: `Annotations/SPLIT.json`, `SPLIT/VizWiz_SPLIT_00000000.jpg`.
 """
 
-from moresjax.data.generators import SHORT, read_json, record, task
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from moresjax.data.generators import SHORT, read_json, record, register_task
 
 NO_ANSWER = "Unanswerable"
 HINT = f'When the information is insufficient, respond with "{NO_ANSWER}".'
-WEIGHTS = {"yes": 3, "maybe": 1}  # by the confidence of who answered
+WEIGHTS = {"yes": 3, "maybe": 1}  # by how sure the person was who answered
 
 
-@task("vizwiz")
-def records(root, split, rng):
+@register_task("vizwiz")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[dict]:
+    """One answer to every question."""
     for item in read_json(root, f"Annotations/{split}.json"):
         question = f"{item['question']} {HINT} {SHORT}"
         image = f"{split}/{item['image']}"
         yield record(item["image"], image, question, _answer(item, rng))
 
 
-def _answer(item, rng) -> str:
+def _answer(item: dict, rng: random.Random) -> str:
     """A random answer, surer ones more often."""
     usable = [
         answer
