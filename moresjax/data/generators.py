@@ -1,9 +1,9 @@
 """The paper's task files: official downloads turned into LLaVA's conversation format.
 
-A generator is a file of `moresjax.data.tasks` with a function `records(root, split, rng)`,
-registered by `@register_task(name)`. It reads the annotations below `root` as their authors publish them and
-yields LLaVA records whose image paths start from `root`. Prompts are those of LLaVA-Steering's
-training files, which differ from those of the benchmarks.
+A generator is a function `records(root, split, rng)`, registered by `@register_task(name)` in a
+file of `moresjax.data.tasks` or in a plug-in. It reads the annotations below `root` as their authors
+publish them and yields LLaVA records whose image paths start from `root`. Prompts are those of
+LLaVA-Steering's training files, which differ from those of the benchmarks.
 """
 
 import importlib
