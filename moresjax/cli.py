@@ -320,7 +320,7 @@ def _generate(args) -> None:
         return
     options |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
     options["early_stopping"] = EARLY[args.early_stopping]
-    text = model.generate([args.prompt], [args.image], **options)[0]
+    text = model.generate(args.prompt, args.image, **options)
     _print(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
 
 

@@ -326,10 +326,10 @@ def _problem(model: Model, task: VisualTask, item: Item) -> str:
     try:
         row = model.prompt(item.prompt, item.images, item.id)
         if not task.ranks:
-            model.check_context(row, task.max_new_tokens)
+            model.service.check_context(row, task.max_new_tokens)
         for choice in item.choices if task.ranks else ():
-            pair = model.with_answer(row, item.prompt, item.images, choice)
-            model.check_answer(*pair)
+            pair = model.prompts.with_answer(row, item.prompt, item.images, choice)
+            model.service.check_answer(*pair)
     except UserError as error:
         return str(error)
     return ""

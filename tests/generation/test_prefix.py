@@ -33,13 +33,13 @@ TUNING = (
 
 def test_a_shared_prefix_changes_no_token_and_no_statistic(monkeypatch):
     model, probes = talking_model(TUNING), (AttentionProbe(),)
-    rows = [model.prompt(*prompt) for prompt in PROMPTS]
-    apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
+    rows = [model.prompts.row(*prompt) for prompt in PROMPTS]
+    apart = jax.tree.map(np.asarray, model.service.generate_rows(rows, NEW, probes, logprobs=True))
     assert len({tuple(tokens) for tokens in apart.tokens.tolist()}) == len(rows)
     monkeypatch.setattr(prefix_module, "SAVED", 1)
     read = engine_module._read_prefix._cache_size()
     options = {"batch_size": 16, "probes": probes, "logprobs": True}
-    done = model.generate_many(rows, NEW, **options)
+    done = model.service.generate_many(rows, NEW, **options)
     assert engine_module._read_prefix._cache_size() == read + 1
     for row, found in enumerate(done):
         count = len(found.tokens)
@@ -66,8 +66,10 @@ ABOUT = [
 def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
     """Each on its own, with statistics; the batch makes groups of four, of two beginnings."""
     model, probes, known, read = talking_model(TUNING), (AttentionProbe(),), {}, []
-    rows = [model.prompt(text + ("<image> " * (len(i) == 1)) + t, i, known=known) for t, i in ABOUT]
-    apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
+    rows = [
+        model.prompts.row(text + ("<image> " * (len(i) == 1)) + t, i, known=known) for t, i in ABOUT
+    ]
+    apart = jax.tree.map(np.asarray, model.service.generate_rows(rows, NEW, probes, logprobs=True))
     if text:
         monkeypatch.setattr(prefix_module, "SAVED", 1)
     run = Engine.read_prefix
@@ -76,7 +78,7 @@ def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
     )
     options = {"batch_size": 16, "probes": probes, "logprobs": True}
     order = np.random.default_rng(0).permutation(len(rows))
-    done = model.generate_many([rows[i] for i in order], NEW, **options)
+    done = model.service.generate_many([rows[i] for i in order], NEW, **options)
     if text:
         assert read[0] == (None, None)
         read = read[1:]
@@ -98,7 +100,7 @@ def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
 @pytest.fixture(scope="module")
 def rows() -> list:
     model = talking_model("none")
-    return [model.prompt(*prompt) for prompt in PROMPTS]
+    return [model.prompts.row(*prompt) for prompt in PROMPTS]
 
 
 def shared(rows, tuning: str = "none") -> int:
