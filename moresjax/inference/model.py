@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict, overload
 
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -20,11 +18,12 @@ from numpy.typing import ArrayLike
 from typing_extensions import Unpack
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import Batch, TokenKind, TokenLayout
 from moresjax.data.processor import Processor, Row
 from moresjax.generation.beam import Beams
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
+from moresjax.generation.hf_inputs import hf_batch
 from moresjax.generation.sampling import GREEDY, Sampling
-from moresjax.generation.scoring import Score
+from moresjax.generation.scoring import ContinuationScore
 from moresjax.inference.prompts import Answer, PromptEncoder, pair_images
 from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -59,16 +58,23 @@ class Model:
       mllm: the Flax module, which belongs to this object from now on.
       processor: tokenizer, template and image processor; None when the folder had no tokenizer.
       mesh: the devices that the parameters are on; None for a single device.
+      engine_config: the knobs of generation.
 
     Attributes:
       prompts: turns texts and images into rows of tokens, and tokens into texts.
       service: generates and scores for rows of tokens.
     """
 
-    def __init__(self, mllm: MLLM, processor: Processor | None, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        mllm: MLLM,
+        processor: Processor | None,
+        mesh: Mesh | None = None,
+        engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+    ) -> None:
         self._mllm = mllm
         self.prompts = PromptEncoder(processor)
-        self.service = GenerationService(mllm, self.prompts, mesh)
+        self.service = GenerationService(mllm, self.prompts, mesh, engine_config)
         self._name_words()
 
     def _name_words(self) -> None:
@@ -170,7 +176,7 @@ class Model:
         Raises:
           UserError: when a weight delta cannot be merged.
         """
-        return Model(merged(self.restack()), self.processor, self.mesh)
+        return Model(merged(self.restack()), self.processor, self.mesh, self.service.config)
 
     def prompt(self, text: str, images: object = (), name: str = "prompt") -> Row:
         """The row of tokens that a prompt becomes, for `service`.
@@ -301,7 +307,7 @@ class Model:
         *,
         adapters: Adapters = None,
         batch_size: int = 8,
-    ) -> list[Score]: ...
+    ) -> list[ContinuationScore]: ...
     @overload
     def score(
         self,
@@ -311,7 +317,7 @@ class Model:
         *,
         adapters: Adapters = None,
         batch_size: int = 8,
-    ) -> list[list[Score]]: ...
+    ) -> list[list[ContinuationScore]]: ...
     def score(
         self,
         prompts: str | Sequence[str],
@@ -320,7 +326,7 @@ class Model:
         *,
         adapters: Adapters = None,
         batch_size: int = 8,
-    ) -> list[Score] | list[list[Score]]:
+    ) -> list[ContinuationScore] | list[list[ContinuationScore]]:
         """Log-likelihoods of given answers; a prompt and its images are read once for all of them.
 
         Prompt and answer are tokenised together, as the template writes them; the token that ends
@@ -435,40 +441,3 @@ def _check_continuations(
     if any(not isinstance(answer, str) for answers in lists for answer in answers):
         raise UserError("an answer to score must be a text")
     return lists
-
-
-def hf_batch(
-    input_ids, attention_mask=None, pixel_values=None, image_token_id=None, visual_tokens: int = 0
-) -> Batch:
-    """A batch from tokens with the conventions of `transformers` (see `Model.logits`)."""
-    ids = np.asarray(input_ids, np.int32)
-    valid = np.ones_like(ids, bool) if attention_mask is None else np.asarray(attention_mask) > 0
-    is_image = (
-        (ids == image_token_id) & valid if image_token_id is not None else np.zeros_like(valid)
-    )
-    counts = is_image.sum(1)
-    per_row = counts // max(visual_tokens, 1)
-    given = 0 if pixel_values is None else len(pixel_values)
-    if (counts != per_row * visual_tokens).any() or per_row.sum() != given:
-        raise UserError(
-            f"{counts.sum()} image tokens do not match {given} images of {visual_tokens} tokens"
-        )
-    image = np.where(is_image, np.cumsum(is_image, axis=1) - 1, -1).astype(np.int32)
-    kind = np.where(valid, np.where(is_image, TokenKind.IMAGE, TokenKind.QUESTION), TokenKind.PAD)
-    zeros = np.zeros_like(ids)
-    layout = TokenLayout(
-        kind=kind.astype(np.int32),
-        image=image,
-        position=np.where(valid, np.cumsum(valid, axis=1) - 1, 0).astype(np.int32),
-        document=zeros,
-        branch=zeros,
-        visual_tokens=visual_tokens,
-    )
-    if not given:
-        return Batch(ids, layout)
-    pixel_values = np.asarray(pixel_values, np.float32).transpose(0, 2, 3, 1)
-    pixels = np.zeros((len(ids), per_row.max(), *pixel_values.shape[1:]), np.float32)
-    first = np.cumsum(per_row) - per_row
-    for row, (start, count) in enumerate(zip(first, per_row, strict=True)):
-        pixels[row, :count] = pixel_values[start : start + count]
-    return Batch(jnp.asarray(ids), layout, jnp.asarray(pixels))

@@ -19,8 +19,8 @@ from moresjax.core.types import AnyArray, Ids
 from moresjax.data.images import LazyPixels
 from moresjax.data.processor import Processor, Row
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
-from moresjax.generation.engine import Generation
-from moresjax.generation.text import check_stops, cut, has_stop
+from moresjax.generation.state import Generation
+from moresjax.generation.text import check_stops, cut_at_stop, has_stop
 
 # One image as a user may give it: a path, the bytes of a file, a PIL image, or an array [Y, X, 3].
 ImageLike = str | Path | bytes | Image.Image | np.ndarray | jax.Array
@@ -209,7 +209,7 @@ class PromptEncoder:
 
     def text(self, ids: Ids, stop: str | Sequence[str] = ()) -> str:
         """New tokens as text, before the first stop string and without special tokens."""
-        return cut(self.spell(ids), check_stops(stop)).strip()
+        return cut_at_stop(self.spell(ids), check_stops(stop)).strip()
 
     def spell(self, ids: Ids) -> str:
         """New tokens as text, without special tokens."""

@@ -17,12 +17,21 @@ from moresjax.core.layout import Batch
 from moresjax.core.types import Ids
 from moresjax.data.processor import Row
 from moresjax.generation.beam import Beams
-from moresjax.generation.engine import Engine, Generation, Prefix, bucket, rounded, score_batch
-from moresjax.generation.queue import PrefillScheduler
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
+from moresjax.generation.engine import Engine
+from moresjax.generation.lengths import bucket, rounded
+from moresjax.generation.programs import ScoreData, ScoreStatic
+from moresjax.generation.programs import score as score_program
 from moresjax.generation.sampling import GREEDY, Sampling
-from moresjax.generation.scheduler import GROUPS, Completion, generate_many
-from moresjax.generation.scoring import Score, branches, by_prompt, score_rows
+from moresjax.generation.scheduler import Completion, PrefillScheduler, generate_continuously
+from moresjax.generation.scoring import (
+    ContinuationScore,
+    group_by_prompt,
+    score_continuations,
+    with_branches,
+)
 from moresjax.generation.shared_prefix import SharedPrefixes, find_shared_prefixes
+from moresjax.generation.state import Generation, PrefixCache
 from moresjax.generation.text import check_stops, has_stop
 from moresjax.inference.prompts import PromptEncoder
 from moresjax.models.fused_attention import kernel_for
@@ -43,10 +52,17 @@ class GenerationService:
       mllm: the model, which the service shares with its owner. Whoever changes it calls `reset`.
       prompts: pads rows to batches and knows the tokens that end an answer.
       mesh: the devices that the parameters are on; None for a single device.
+      config: the knobs of the engines.
     """
 
-    def __init__(self, mllm: MLLM, prompts: PromptEncoder, mesh: Mesh | None = None):
-        self._mllm, self._prompts, self.mesh = mllm, prompts, mesh
+    def __init__(
+        self,
+        mllm: MLLM,
+        prompts: PromptEncoder,
+        mesh: Mesh | None = None,
+        config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+    ) -> None:
+        self._mllm, self._prompts, self.mesh, self.config = mllm, prompts, mesh, config
         self._engines: dict[tuple[Probe, ...], Engine] = {}
 
     @property
@@ -67,6 +83,7 @@ class GenerationService:
                 pad_id=eos[0] if pad is None else pad,
                 probes=key,
                 mesh=self.mesh,
+                config=self.config,
             )
         return self._engines[key]
 
@@ -176,11 +193,11 @@ class GenerationService:
         _check_seeds(seeds, rows)
         stops = check_stops(stop)
         shared = self._shared_prefixes(rows, adapters)
-        spell = self._prompts.spell
+        spell, size = self._prompts.spell, -(-batch_size // self.config.prefills_per_batch)
         results: dict[int, Completion] = {}
-        for number, completion in generate_many(
+        for number, completion in generate_continuously(
             self.engine(probes),
-            self._scheduler(rows, -(-batch_size // GROUPS), adapters, shared, probes),
+            self._scheduler(rows, size, adapters, shared, probes),
             limits,
             batch_size=batch_size,
             sampling=sampling,
@@ -230,7 +247,7 @@ class GenerationService:
         pairs: Sequence[tuple[Row, Ids]],
         batch_size: int = 8,
         adapters: Sequence[str | None] | None = None,
-    ) -> list[Score]:
+    ) -> list[ContinuationScore]:
         """Log-likelihoods of continuations; equal prompts to one adapter share a row.
 
         Args:
@@ -243,26 +260,27 @@ class GenerationService:
         """
         for pair in pairs:
             self.check_answer(*pair)
-        groups = by_prompt(pairs, adapters)
+        groups = group_by_prompt(pairs, adapters)
         prompts = [pairs[own[0]][0] for own in groups]
         names = None if adapters is None else [adapters[own[0]] for own in groups]
         shared = self._shared_prefixes(prompts, names)
         whole = [
-            branches(prompt, [pairs[i][1] for i in own])
+            with_branches(prompt, [pairs[i][1] for i in own])
             for prompt, own in zip(prompts, groups, strict=True)
         ]
         scheduler = self._scheduler([b.row for b in whole], batch_size, names, shared)
         if shared.rows:
             score = self.engine().score
         else:  # a model that has not generated yet has stacked blocks, which compile faster
-            graphdef, state = nnx.split(self._mllm)
+            graphdef, params = nnx.split(self._mllm)
+            static = ScoreStatic(graphdef, logits_chunk=self.config.logits_chunk)
 
-            def score(batch, queries, targets, *nothing):
-                return score_batch(graphdef, state, batch, queries, targets)
+            def score(batch: Batch, queries: np.ndarray, targets: np.ndarray, *_: object) -> tuple:
+                return score_program(static, ScoreData(params, batch, queries, targets))
 
-        results: dict[int, Score] = {}
+        results: dict[int, ContinuationScore] = {}
         with use_mesh(self.mesh):
-            found = score_rows(whole, scheduler, score)
+            found = score_continuations(whole, scheduler, score)
         for own, scores in zip(groups, found, strict=True):
             results |= dict(zip(own, scores, strict=True))
         return [results[number] for number in range(len(pairs))]
@@ -294,24 +312,24 @@ class GenerationService:
     ) -> SharedPrefixes:
         """What rows begin with alike, where reading it once pays."""
         text = kernel_for(self._mllm.config.llm) == "xla"  # kernels read whole prompts only
-        return find_shared_prefixes(rows, self._mllm.tuning, adapters, text)
+        return find_shared_prefixes(rows, self._mllm.tuning, adapters, text, self.config)
 
     def _reader(
         self,
         shared: SharedPrefixes,
         adapters: Sequence[str | None] | None,
         probes: Sequence[Probe],
-    ) -> Callable[[Sequence[int]], Prefix]:
+    ) -> Callable[[Sequence[int]], PrefixCache]:
         """A function that reads shared prefixes, given their numbers; text that all of them begin
         with is read once."""
         engine, names = self.engine(probes), shared.adapters(adapters)
         common = self._shared_prefixes(shared.rows, names)
         begin = None
         if common.rows:
-            begin = self._reader(common, names, probes)([0] * engine.parts)
+            begin = self._reader(common, names, probes)([0] * engine.num_shards)
         before = 0 if begin is None else begin.length
 
-        def read(numbers: Sequence[int]) -> Prefix:
+        def read(numbers: Sequence[int]) -> PrefixCache:
             heads = [shared.rows[n] for n in numbers]
             length = rounded(len(heads[0]["tokens"]) - before) + rounded(before)
             batch = self.batch(heads, length, names and [names[n] for n in numbers])
@@ -328,10 +346,10 @@ class GenerationService:
         probes: Sequence[Probe] = (),
     ) -> PrefillScheduler:
         """Rows in batches of one size, with the reader of their shared prefixes."""
-        options = {"adapters": adapters, "openings": shared}
+        options = {"adapters": adapters, "shared": shared}
         if shared.rows:
-            options["read"] = self._reader(shared, adapters, probes)
-            options["parts"] = self.engine(probes).parts
+            options["read_prefixes"] = self._reader(shared, adapters, probes)
+            options["num_shards"] = self.engine(probes).num_shards
         return PrefillScheduler(rows, self.batch, size, **options)
 
 

@@ -13,7 +13,8 @@ from tiny import talking_model
 from moresjax.core.errors import UserError
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.lm_eval_tasks import load_text_task, run_text_task
-from moresjax.evaluation.run import evaluate, write_results
+from moresjax.evaluation.results import write_results
+from moresjax.evaluation.run import evaluate
 
 ENDINGS = ["two", "three four", "no . yes", "the largest"]
 SCENES = [("is there", "a two ?", 0), ("how many", "times three ?", 2), ("what", "is at", 1)]
@@ -129,7 +130,7 @@ def test_mmlu_has_five_examples_before_each_question(model, root):
     result = evaluate(model, [name], data_root=root)
     assert [row["prompt"].count("Answer:") for row in result.predictions] == [6, 6, 6]
     assert {row["prediction"] for row in result.predictions} <= set("ABCD")
-    bare = evaluate(model, [name], data_root=root, shots=0, limit=2)
+    bare = evaluate(model, [name], data_root=root, num_fewshot=0, limit=2)
     assert [row["prompt"].count("Answer:") for row in bare.predictions] == [1, 1]
     assert (bare.scores[name]["metric"], bare.scores[name]["shots"]) == ("acc", 0)
     assert result.scores[name]["details"]["seed"] == 1234

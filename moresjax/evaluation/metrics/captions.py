@@ -23,6 +23,7 @@ _SMALL, _TINY = 1e-9, 1e-15
 
 Caption = Sequence[str]
 Ngram = tuple[str, ...]
+Weights = tuple[list[dict[Ngram, float]], int]  # tf-idf per order, and the length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +77,13 @@ def cider_d(
     _check(candidates, references)
     frequencies = frequencies or document_frequencies(references)
 
-    def weights(caption: Caption) -> tuple[list[dict[Ngram, float]], int]:
+    def weights(caption: Caption) -> Weights:
         """tf-idf per order, and the length, which is the number of bigrams."""
         counts = [_ngrams(caption, order) for order in ORDERS]
         vectors = [{n: tf * frequencies.idf(n) for n, tf in c.items()} for c in counts]
         return vectors, counts[1].total()
 
-    def similarity(candidate, reference) -> float:
+    def similarity(candidate: Weights, reference: Weights) -> float:
         (vectors_c, length_c), (vectors_r, length_r) = candidate, reference
         total = 0.0
         for c, r in zip(vectors_c, vectors_r, strict=True):

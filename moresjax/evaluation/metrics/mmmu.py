@@ -65,7 +65,7 @@ def find_option(response: str, options: Mapping[str, str]) -> str | None:
     if max(places.values()) < 0 and len(response.split()) > _LONG_RESPONSE:
         text = response.lower()
         places = {letter: text.rfind(option.lower()) for letter, option in options.items()}
-    best = max(places, key=places.get)
+    best = max(places, key=lambda letter: places[letter])
     return best if places[best] >= 0 else None
 
 
