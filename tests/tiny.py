@@ -46,7 +46,7 @@ def row_layout(*pieces: tuple[TokenKind, int], length: int = 0, left: bool = Fal
 def stack_layout(rows, visual: int = 9) -> TokenLayout:
     """A batch layout of equally long `row_layout` rows."""
     fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    return TokenLayout(**fields, visual_tokens=visual)
+    return TokenLayout.stacked(fields, visual)
 
 
 def tiny_batch(rows: int = 2, images: int = 1, seed: int = 0, answer: int = 4) -> Batch:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -11,10 +10,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import TokenKind
+from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.data.images import image_keys
-from moresjax.data.processor import Row
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.generation.sampling import Sampling
@@ -88,18 +86,6 @@ class MoresjaxLM(LM):
         """The tokenizer's class, by which `lm_eval` names its cache of requests."""
         return type(self.model.processor.tokenizer).__name__
 
-    def _raw_row(self, ids: Ids) -> Row:
-        ids = np.asarray(ids, np.int32)
-        zeros = np.zeros_like(ids)
-        return {
-            "tokens": ids,
-            "kind": zeros + int(TokenKind.QUESTION),
-            "image": zeros - 1,
-            "position": np.arange(len(ids), dtype=np.int32),
-            "document": zeros,
-            "branch": zeros,
-        }
-
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut at the first stop string.
 
@@ -117,7 +103,7 @@ class MoresjaxLM(LM):
         rows = [
             self.model.prompts.row(args[0], args[2]["visual"], f"request {number}", known)
             if len(args) > 2
-            else self._raw_row(self._ids(args[0])[-max(self.model.service.max_length - limit, 1) :])
+            else Row.text(self._ids(args[0])[-max(self.model.service.max_length - limit, 1) :])
             for number, (args, limit) in enumerate(zip(arguments, limits, strict=True))
         ]
         texts = [""] * len(rows)
@@ -241,7 +227,7 @@ class MoresjaxLM(LM):
         # What is too long loses its beginning, as with the library's own models: the last token is
         # not read.
         cut = len(context) + len(continuation) - 1 - self.model.service.max_length
-        return self._raw_row(context[max(0, min(cut, len(context) - 1)) :]), continuation
+        return Row.text(context[max(0, min(cut, len(context) - 1)) :]), continuation
 
     def _score(self, pairs: Sequence[tuple[Row, Ids]]) -> list[tuple[float, bool]]:
         found = self.model.service.score_rows(pairs, self.batch_size)

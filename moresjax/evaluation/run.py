@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from moresjax.analysis.attention import AttentionProbe, AttentionSummary, summarize
 from moresjax.core.errors import UserError
+from moresjax.core.row import Row
 from moresjax.data.images import image_keys
-from moresjax.data.processor import Row
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.lm import MoresjaxLM, task_requests
@@ -180,7 +180,7 @@ class _Asker:
         self._bar.update()
         if self._probe is not None:
             stats, tokens = completion.stats[self._probe.name], len(completion.tokens)
-            self._collected.append((stats["mass"], stats["score"], tokens, "pixels" in row))
+            self._collected.append((stats["mass"], stats["score"], tokens, row.pixels is not None))
 
     def _answer_chunk(
         self, task: BenchmarkTask, examples: Sequence[Example]

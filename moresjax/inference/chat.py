@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import TokenKind
-from moresjax.core.types import Ids
-from moresjax.data.processor import FIELDS, Row
+from moresjax.core.row import Row
 from moresjax.data.samples import Sample, Turn
 from moresjax.generation.lengths import bucket
 from moresjax.generation.sampling import GREEDY, Sampling
@@ -74,7 +72,7 @@ class Chat:
         self._images: list = []
         self._pixels: list[np.ndarray] = []
         self._state: DecodeState | None = None
-        self._held: Row = {}  # tokens and layout of what the cache holds
+        self._held: Row | None = None  # tokens and layout of what the cache holds
 
     def ask(self, question: str, images: object = ()) -> Iterator[str]:
         """Answers piece by piece; the turn counts once the answer has been read to its end.
@@ -99,7 +97,7 @@ class Chat:
         service.check_context(row, self._limit)
         pixels = [*self._pixels, *(processor.image(image) for image in images)]
         if pixels:
-            row["pixels"] = np.stack(pixels)
+            row = row.replace(pixels=np.stack(pixels))
         state, engine = self._read(row), service.engine()
         self._state, stream = None, TextStream(prompts.spell, self._stops)
         while True:
@@ -110,13 +108,13 @@ class Chat:
             if done:
                 break
             state = engine.advance(state, self._chunk)
-        self._state, self._held = state, _with_answer(row, ids[:-1])
+        self._state, self._held = state, row.append(ids[:-1]).replace(pixels=None)
         self._images, self._pixels = list(sample.images), pixels
         self.turns = [*self.turns, Turn(question, stream.text)]
 
     def _read(self, row: Row) -> DecodeState:
         """Prefill of the conversation, as far as the cache does not hold it."""
-        tokens = len(row["tokens"])
+        tokens = len(row)
         length = bucket(tokens)
         batch = self._model.service.batch([row], length, self._adapters)
         engine = self._model.service.engine()
@@ -133,7 +131,7 @@ class Chat:
         # The last token is read in any case: it gives the first new one.
         count = bucket(tokens - min(held, tokens - 1), 8)
         first = min(tokens - 1, held, length - count)
-        if first <= 0 or (row["image"][first:] >= 0).any():
+        if first <= 0 or (row.image[first:] >= 0).any():
             self.tokens_read = tokens
             return engine.prefill(batch, self._limit, **options)
         self.tokens_read = tokens - first
@@ -141,23 +139,9 @@ class Chat:
 
     def _common(self, row: Row) -> int:
         """How many tokens at the start of `row` the cache holds as they would be read anew."""
-        if not self._keeps:
+        if not self._keeps or self._held is None:
             return 0
-        size = min(len(row["tokens"]), len(self._held["tokens"]))
-        names = ("tokens", *FIELDS)
-        equal = np.all([row[name][:size] == self._held[name][:size] for name in names], axis=0)
-        return size if equal.all() else int(np.argmin(equal))
-
-
-def _with_answer(row: Row, ids: Ids) -> Row:
-    """Tokens and layout of a prompt and the new tokens whose keys are in the cache."""
-    position = row["position"][-1] + 1 + np.arange(len(ids))
-    answer = {"tokens": ids, "kind": int(TokenKind.ANSWER), "image": -1, "position": position}
-    held = {}
-    for name in ("tokens", *FIELDS):
-        added = np.broadcast_to(np.asarray(answer.get(name, 0), np.int32), len(ids))
-        held[name] = np.concatenate([row[name], added])
-    return held
+        return row.common_prefix(self._held)
 
 
 def keeps_cache(tuning: Tuning) -> bool:

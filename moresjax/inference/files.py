@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from moresjax.core.errors import UserError
+from moresjax.core.row import Row
+from moresjax.data.images import LazyPixels
 from moresjax.data.llava import image_path
-from moresjax.data.processor import Row
 from moresjax.data.records import JsonRecords
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.inference.model import Model
@@ -117,6 +118,6 @@ def _row(model: Model, line: dict, root: Path, max_new_tokens: int, known: dict)
     paths = [image_path(root, image, name) for image in line["images"]]
     row = model.prompts.row(line["prompt"], paths, name, known)
     model.service.check_context(row, max_new_tokens)
-    if "pixels" in row:
-        row["pixels"].open()  # a broken image is this record's error
+    if isinstance(row.pixels, LazyPixels):
+        row.pixels.open()  # a broken image is this record's error
     return row

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike
 from typing_extensions import Unpack
 
 from moresjax.core.errors import UserError
-from moresjax.data.processor import Processor, Row
+from moresjax.core.row import Row
+from moresjax.data.processor import Processor
 from moresjax.generation.beam import Beams
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.hf_inputs import hf_batch
@@ -397,7 +398,7 @@ class Model:
             rows = self.prompts.rows(*pair_images(prompts, images))
             if not rows:
                 raise UserError("logits need at least one prompt")
-            batch = self.prompts.batch(rows, max(len(row["tokens"]) for row in rows))
+            batch = self.prompts.batch(rows, max(map(len, rows)))
         elif input_ids is None:
             raise UserError("logits need prompts or input_ids")
         else:

@@ -15,9 +15,10 @@ from PIL import Image
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind
+from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
 from moresjax.data.images import LazyPixels
-from moresjax.data.processor import Processor, Row
+from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.generation.state import Generation
 from moresjax.generation.text import check_stops, cut_at_stop, has_stop
@@ -186,16 +187,13 @@ class PromptEncoder:
         own = check_images(images)
         sample = Sample("answer", (Turn(mark_images(text, own), answer),), own)
         whole = self.processor.without_end.text_row(sample)
-        head = int(np.argmax(whole["kind"] == TokenKind.ANSWER))
-        prompt = {name: x[:head] for name, x in whole.items()}
-        if "pixels" in row:
-            prompt["pixels"] = row["pixels"]
-        return prompt, whole["tokens"][head:]
+        head = int(np.argmax(whole.kind == TokenKind.ANSWER))
+        return whole[:head].replace(pixels=row.pixels), whole.tokens[head:]
 
     def batch(self, rows: Sequence[Row], length: int) -> Batch:
         """Rows as one batch, right-padded to `length` tokens."""
         processor = self.processor
-        images = max(len(row.get("pixels", ())) for row in rows)
+        images = max(row.num_images for row in rows)
         padded = {}  # a row that fills places of the batch occurs several times
         for row in rows:
             if id(row) not in padded:

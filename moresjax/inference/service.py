@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch
+from moresjax.core.row import Row
 from moresjax.core.types import Ids
-from moresjax.data.processor import Row
 from moresjax.generation.beam import Beams
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.engine import Engine
@@ -146,7 +146,7 @@ class GenerationService:
         for row in rows:
             self.check_context(row, max_new_tokens)
         _check_seeds(seeds, rows)
-        batch = self.batch(rows, bucket(max(len(row["tokens"]) for row in rows)), adapters)
+        batch = self.batch(rows, bucket(max(map(len, rows))), adapters)
         options = {"sampling": sampling, "seeds": seeds, "logprobs": logprobs, "beams": beams}
         return self.engine(probes).generate(batch, max_new_tokens, **options)
 
@@ -299,7 +299,7 @@ class GenerationService:
         self._check_room(row, len(answer) - 1, f"an answer of {len(answer)} tokens")
 
     def _check_room(self, row: Row, more: int, what: str) -> None:
-        tokens = len(row["tokens"])
+        tokens = len(row)
         if tokens + more > self.max_length:
             ahead = self._mllm.tuning.num_virtual_tokens
             raise UserError(
@@ -331,7 +331,7 @@ class GenerationService:
 
         def read(numbers: Sequence[int]) -> PrefixCache:
             heads = [shared.rows[n] for n in numbers]
-            length = rounded(len(heads[0]["tokens"]) - before) + rounded(before)
+            length = rounded(len(heads[0]) - before) + rounded(before)
             batch = self.batch(heads, length, names and [names[n] for n in numbers])
             return engine.read_prefix(batch, begin)
 

@@ -116,7 +116,7 @@ def test_teacher_forcing_gives_the_same_tokens(case, greedy):
         name: np.concatenate([getattr(batch.layout, name), x], axis=1).astype(np.int32)
         for name, x in answer.items()
     }
-    layout = TokenLayout(**fields, visual_tokens=batch.layout.visual_tokens)
+    layout = TokenLayout.stacked(fields, batch.layout.visual_tokens)
     whole = dataclasses.replace(
         batch, tokens=np.concatenate([batch.tokens, tokens], axis=1), layout=layout
     )

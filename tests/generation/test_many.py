@@ -90,9 +90,9 @@ def test_statistics_of_refilled_rows_are_those_of_one_batch(together, refilled):
 
 def test_logprobs_are_those_of_the_whole_text(model, rows, together):
     tokens = together.tokens[0, : together.length[0]]
-    ids = np.concatenate([rows[0]["tokens"], tokens])[None]
+    ids = np.concatenate([rows[0].tokens, tokens])[None]
     scores = jax.nn.log_softmax(model.logits(input_ids=ids), axis=-1)[0]
-    at = np.arange(len(tokens)) + len(rows[0]["tokens"]) - 1
+    at = np.arange(len(tokens)) + len(rows[0]) - 1
     expected = np.asarray(scores)[at, tokens]
     np.testing.assert_allclose(together.logprobs[0, : len(tokens)], expected, atol=1e-5)
 
@@ -195,7 +195,7 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
 def test_learned_positions_may_be_used_up():
     """Padding and room for new tokens take no positions."""
     model, text = talking_model("none", positions="learned", max_positions=56), "two three . " * 11
-    ids = [int(x) for x in model.prompts.row(text)["tokens"]]
+    ids = [int(x) for x in model.prompts.row(text).tokens]
     (answer,) = model.service.generate_many([model.prompts.row(text)], 56 - len(ids), batch_size=1)
     expected = list(ids)
     while len(expected) < 56:

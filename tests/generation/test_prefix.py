@@ -6,6 +6,7 @@ import pytest
 from tiny import talking_model, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.core.layout import TokenKind
 from moresjax.generation import programs
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.engine import Engine
@@ -107,21 +108,21 @@ def rows() -> list:
 def shared(rows, tuning: str = "none", config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> int:
     """Tokens in common, 0 for none."""
     head = common_prefix(rows, Tuning(tuning, tiny_config(num_layers=2)), config)
-    return 0 if head is None else len(head["tokens"])
+    return 0 if head is None else len(head)
 
 
 def test_the_prefix_ends_at_the_first_image_and_leaves_every_prompt_a_token(rows):
-    first = int(np.argmax(rows[0]["image"] >= 0))
+    first = int(np.argmax(rows[0].image >= 0))
     assert shared(rows, config=ALWAYS) == shared([rows[0], rows[3]], config=ALWAYS) == first
-    assert shared([rows[1]] * 2, config=ALWAYS) == len(rows[1]["tokens"]) - 1
-    other = rows[0] | {"tokens": np.concatenate([rows[0]["tokens"][:9], rows[1]["tokens"]])}
+    assert shared([rows[1]] * 2, config=ALWAYS) == len(rows[1]) - 1
+    other = rows[0][:9].append(rows[1].tokens, TokenKind.QUESTION)
     assert shared([rows[1], other], config=ALWAYS) == 9
 
 
 def test_short_prefixes_and_few_prompts_are_read_as_they_are(rows):
     assert shared([rows[0]] * 2) == shared(rows[:1]) == shared([]) == 0
     assert shared([rows[0]] * 30) > 0
-    few = [{name: x[8:] for name, x in row.items() if name != "pixels"} for row in rows]
+    few = [row[8:].replace(pixels=None) for row in rows]
     assert shared(few * 100) == 0
 
 

@@ -39,13 +39,13 @@ def alone(model: Model, images, ids) -> tuple[float, bool]:
     """One continuation in a row of its own, from all of its logits."""
     row = model.prompts.row(PROMPT, images)
     answer = {"tokens": ids, "kind": int(TokenKind.ANSWER), "image": -1, "document": 0}
-    head = len(row["tokens"])
-    whole = row | {
-        name: np.concatenate([row[name], np.broadcast_to(answer.get(name, 0), len(ids))])
-        for name in ("tokens", "kind", "image", "document", "branch")
+    head = len(row)
+    fields = {
+        name: np.concatenate([x, np.broadcast_to(answer.get(name, 0), len(ids))])
+        for name, x in row.fields.items()
     }
-    whole["position"] = np.arange(head + len(ids))
-    whole = {n: x if n == "pixels" else x.astype(np.int32) for n, x in whole.items()}
+    fields["position"] = np.arange(head + len(ids))
+    whole = row.replace(**{name: x.astype(np.int32) for name, x in fields.items()})
     batch = model.service.batch([whole], 40)
     logits = all_logits(model.mllm, batch)[0, head - 1 : head + len(ids) - 1]
     scores = np.asarray(jax.nn.log_softmax(logits))
@@ -124,7 +124,7 @@ def test_logits_of_long_answers_are_never_all_in_memory(model):
 def test_an_answer_that_does_not_fit_is_refused(model):
     model = talking_model("prefix:length=2", max_positions=16)
     prompt = "how many times two ? " * 2
-    assert len(model.prompts.row(prompt)["tokens"]) == 11
+    assert len(model.prompts.row(prompt)) == 11
     model.score([prompt], [["two two two two"]])  # of which the last is not read
     with pytest.raises(
         UserError, match="13 tokens and an answer of 5 tokens do not fit the model's 16"
