@@ -26,7 +26,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenLayout
 from moresjax.data.pipeline import structure_for
 from moresjax.data.sources import SOURCES
-from moresjax.hardware.chips import Slice, find_slice
+from moresjax.hardware.chips import TpuSlice, find_slice
 from moresjax.models.flops import train_flops
 from moresjax.models.mllm import MLLM
 from moresjax.plans.program import Plan, Program, bytes_per_chip, shaped, weight_bytes
@@ -93,7 +93,7 @@ def plan(config, topology: str, quick: bool = False) -> Plan:
     )
 
 
-def find_mesh(config, topology: str) -> tuple[Slice, Mesh]:
+def find_mesh(config, topology: str) -> tuple[TpuSlice, Mesh]:
     """A slice by name, and the mesh of a configuration over its chips."""
     target = find_slice(topology)
     return target, make_mesh(**config.mesh, devices=target.devices())

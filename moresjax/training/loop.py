@@ -29,7 +29,7 @@ from moresjax.runs.config import differences, read_config, save_config
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import batch_sharding, batch_shards, make_mesh, replicated, shard_params
 from moresjax.sharding.processes import PreemptionHandler
-from moresjax.training.metrics import DecodeState, MetricWriter
+from moresjax.training.metrics import MetricWriter, ProgressBar
 from moresjax.training.monitors import Evaluators, check_monitors
 from moresjax.training.objectives import get_objective
 from moresjax.training.optimizer import make_optimizer
@@ -116,7 +116,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
 
     writer = MetricWriter(workdir, done=done, tensorboard=config.tensorboard, active=speaks)
     line_every = max(config.steps // 4, 1) if speaks else 0
-    progress = DecodeState(config.steps, done, config.name, line_every=line_every)
+    progress = ProgressBar(config.steps, done, config.name, line_every=line_every)
     speed = ThroughputMeter(config, trainable, frozen, jax.devices()[0].device_kind)
     pending = deque()
     metrics, compile_seconds, start = {}, 0.0, time.monotonic()
