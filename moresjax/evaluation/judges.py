@@ -65,6 +65,8 @@ class Judge(Protocol):
 class ModelJudge:
     """A moresjax model as judge: greedy, but a reply that could not be read is drawn anew.
 
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("none")
     >>> judge = ModelJudge(model, "tiny", max_new_tokens=2)
     >>> type(judge("is there a two ?", attempt=0))
     <class 'str'>

@@ -22,8 +22,8 @@ from moresjax.inference.model import Model
 from moresjax.tuning.base import Probe
 
 MAX_NEW_TOKENS = 256  # where a task names no number, as with the library's own models
-# Batches whose scores are kept, and shown, at a time.
-_CHUNK = 8
+# Scores are kept, and the progress bar moves, after so many batches.
+_BATCHES_PER_CHUNK = 8
 
 
 def task_requests(task: BenchmarkTask, examples: Sequence[Example]) -> list[Instance]:
@@ -53,6 +53,8 @@ class MoresjaxLM(LM):
     template; others are raw text.
 
     >>> from lm_eval.api.instance import Instance
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("none")
     >>> request = Instance("loglikelihood", {}, ("is there a", " two ?"), 0)
     >>> ((log_probability, is_greedy),) = MoresjaxLM(model).loglikelihood([request])
     >>> log_probability < 0
@@ -171,7 +173,7 @@ class MoresjaxLM(LM):
         disable_tqdm: bool,
     ) -> list:
         """Scores of the requests, kept and shown chunk by chunk."""
-        found, size = [], _CHUNK * self.batch_size
+        found, size = [], _BATCHES_PER_CHUNK * self.batch_size
         with tqdm(total=len(requests), desc=self.title, disable=disable_tqdm or None) as bar:
             for start in range(0, len(requests), size):
                 chunk = requests[start : start + size]

@@ -105,7 +105,7 @@ def test_a_killed_evaluation_continues(model, root, whole, tmp_path, monkeypatch
 
     options = {"data_root": root, "limit": 9, "batch_size": 1, "out": tmp_path}
     monkeypatch.setattr(MoresjaxLM, "generate_until", until_killed)
-    monkeypatch.setattr(run_module, "_CHUNK", 4)
+    monkeypatch.setattr(run_module, "_BATCHES_PER_CHUNK", 4)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, ["gqa"], **options)
     saved = tmp_path / "predictions.jsonl"

@@ -52,9 +52,7 @@ def load(
         )
         for name, row in limit_rows(rows, limit, f"gqa {split}", SIZES[split])
     ]
-    scorer, read = (
-        example_scorer(gqa_accuracy, percent_by("kind")),
-        result_reader("questionId", "prediction"),
-    )
+    scorer = example_scorer(gqa_accuracy, percent_by("kind"))
+    read = result_reader("questionId", "prediction")
     submissions = {"gqa-submission.json": _submission}
     return [BenchmarkTask("gqa", examples, scorer=scorer, read=read, submissions=submissions)]

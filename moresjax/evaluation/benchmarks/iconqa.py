@@ -1,4 +1,4 @@
-"""IconQA (Lu et al. 2021): questions about icon pictures, as in LLaVA Steering.
+"""IconQA (Lu et al. 2021): questions about icon pictures.
 
 Files in `iconqa/`, from https://iconqa.github.io (`iconqa_data.zip`): `test/choose_txt/ID/` and
 `test/fill_in_blank/ID/`, each with `data.json` and `image.png`. Prompts and targets are those of
@@ -34,7 +34,8 @@ def _tasks(name: str, data_root: DataRoot, limit: int | None, split: str) -> lis
     rows = list(records(folder, split, random.Random()))
     rows = limit_rows(rows, limit, f"{name} {split}", SIZES[name][split])
     examples = [example_from_record(row, folder) for row in rows]
-    scorer, read = example_scorer(iconqa_correct), result_reader("question_id", "text")
+    scorer = example_scorer(iconqa_correct)
+    read = result_reader("question_id", "text")
     return [BenchmarkTask(name, examples, max_new_tokens=1024, scorer=scorer, read=read)]
 
 

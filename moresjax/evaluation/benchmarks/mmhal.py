@@ -1,8 +1,8 @@
 """MMHal-Bench (Sun et al. 2023): open questions that invite hallucinations, rated by an LLM.
 
 Files in `mmhal/`, from https://huggingface.co/datasets/Shengcao1006/MMHal-Bench:
-`response_template.json` and `images/` (named as the end of `image_src`). The predictions are also
-written into the template, for the benchmark's own evaluator.
+`response_template.json`, and `images/` with each image under the last part of its `image_src`. The
+predictions are also written into the template, for the benchmark's own evaluator.
 """
 
 import json

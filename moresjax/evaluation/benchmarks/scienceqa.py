@@ -4,7 +4,7 @@ Files in `scienceqa/`, from https://scienceqa.github.io: `problems.json`, `pid_s
 images as `test/ID/image.png` and `val/ID/image.png`.
 
 `scienceqa` asks everything and `scienceqa_img` the questions with an image, both as LLaVA-1.5 does;
-`scienceqa_img_ft` asks the latter as in the data LLaVA Steering fine-tunes on.
+`scienceqa_img_ft` asks the latter in the words of the data that LLaVA Steering fine-tunes on.
 """
 
 import random

@@ -71,10 +71,8 @@ def _tasks(
         examples.append(
             Example(str(row["question_id"]), asked, row["answer"], (image,), choices, metadata)
         )
-    scorer, read = (
-        example_scorer(seed_correct, _details),
-        result_reader("question_id", "prediction"),
-    )
+    scorer = example_scorer(seed_correct, _details)
+    read = result_reader("question_id", "prediction")
     submissions = {f"{name}-submission.jsonl": _submission}
     return [BenchmarkTask(name, examples, scorer=scorer, read=read, submissions=submissions)]
 

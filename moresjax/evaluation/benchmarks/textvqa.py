@@ -70,10 +70,8 @@ def load(
 ) -> list[BenchmarkTask]:
     """VQA accuracy of M4C's evaluator on `val`; `test` makes the file for the EvalAI server."""
     examples = _examples("textvqa", data_root, limit, split)
-    scorer, read = (
-        example_scorer(m4c_accuracy, name="VQA accuracy"),
-        result_reader("question_id", "answer"),
-    )
+    scorer = example_scorer(m4c_accuracy, name="VQA accuracy")
+    read = result_reader("question_id", "answer")
     submissions = {"textvqa-submission.json": _submission} if split == "test" else {}
     return [BenchmarkTask("textvqa", examples, scorer=scorer, read=read, submissions=submissions)]
 

@@ -3,7 +3,8 @@
 Files in `vizwiz/`, from https://vizwiz.org/tasks-and-datasets/vqa/: `Annotations/val.json` and
 `val/`; for the server `Annotations/test.json` and `test/`.
 
-`vizwiz` asks as LLaVA-1.5 does, `vizwiz_ft` as in the data LLaVA Steering fine-tunes on.
+`vizwiz` asks as LLaVA-1.5 does, `vizwiz_ft` in the words of the data that LLaVA Steering
+fine-tunes on.
 """
 
 import json
