@@ -81,8 +81,8 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_build(args: argparse.Namespace) -> None:
     """Builds a task file."""
-    from moresjax.data.generators import build_task
+    from moresjax.evaluation.training_files import build_training_file
 
-    counts = build_task(args.task, args.root, args.out, split=args.split, size=args.size)
+    counts = build_training_file(args.task, args.root, args.out, split=args.split, size=args.size)
     text = f"{args.out}: {counts['written']:,d} of {counts['available']:,d} samples"
     show(args, counts, text)

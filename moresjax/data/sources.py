@@ -71,6 +71,18 @@ def register_source(name: str) -> Callable[[SourceClass], SourceClass]:
     return registrar(SOURCES, "data source", name)
 
 
+def source_class(name: str) -> Callable[..., Source]:
+    """The class of the source of that name, which may be a plug-in's.
+
+    Raises:
+      UserError: The name is unknown.
+    """
+    load_plugins()
+    if name not in SOURCES:
+        raise choice_error("data source", name, SOURCES)
+    return SOURCES[name]
+
+
 def make_source(name: str, **options: Any) -> Source:
     """The source of that name, which may be a plug-in's.
 
@@ -85,11 +97,9 @@ def make_source(name: str, **options: Any) -> Source:
     Raises:
       UserError: The name or an option is unknown, or an option is missing.
     """
-    load_plugins()
-    if name not in SOURCES:
-        raise choice_error("data source", name, SOURCES)
-    source = SOURCES[name]
-    fields = {field.name: field for field in dataclasses.fields(source)}  # pyright: ignore[reportArgumentType] (a dataclass, see `register_source`)
+    source = source_class(name)
+    # pyright cannot know that the class is a dataclass.
+    fields = {f.name: f for f in dataclasses.fields(source)}  # pyright: ignore[reportArgumentType]
     for option in options:
         if option not in fields:
             raise choice_error(f"option of data source {name!r}", option, fields)

@@ -90,7 +90,7 @@ class ModelJudge:
         # One temperature for all further attempts: each would be compiled anew.
         sampling = Sampling(temperature=0.5 if attempt else 0.0, seed=attempt)
         options = {"max_new_tokens": self.settings["max_tokens"], "sampling": sampling}
-        return self._model.generate(prompt, **options)[0]
+        return self._model.generate(prompt, **options)
 
 
 class EndpointJudge:

@@ -209,10 +209,10 @@ class _Asker:
         try:
             row = model.prompt(example.prompt, example.images, example.id)
             if not task.ranks_choices:
-                model.check_context(row, task.max_new_tokens)
+                model.service.check_context(row, task.max_new_tokens)
             for choice in example.choices if task.ranks_choices else ():
-                pair = model.with_answer(row, example.prompt, example.images, choice)
-                model.check_answer(*pair)
+                pair = model.prompts.with_answer(row, example.prompt, example.images, choice)
+                model.service.check_answer(*pair)
         except UserError as error:
             return str(error)
         return ""

@@ -180,7 +180,7 @@ def test_replies_are_kept_while_they_are_made(model, root, tmp_path, monkeypatch
         raise AssertionError("asked again")
 
     monkeypatch.setattr(MoresjaxLM, "_score", never)
-    monkeypatch.setattr(type(model), "generate_many", never)
+    monkeypatch.setattr(type(model.service), "generate_many", never)
     again = evaluate(model, tasks, data_root=root, out=tmp_path)
     assert (again.scores, again.predictions) == (first.scores, first.predictions)
 
