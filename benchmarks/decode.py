@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.generation.engine import Engine
+from moresjax.generation.hf_inputs import hf_batch
 from moresjax.hardware.host import use_huge_pages
-from moresjax.inference.model import hf_batch
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.weights.hf import build_model, decoder_config, import_state
 

@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 from moresjax.configs import digits as recipe
-
 from moresjax.evaluation.run import evaluate
 from moresjax.hardware.host import use_huge_pages
 from moresjax.inference.load import load

@@ -10,10 +10,10 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-from moresjax.configs import digits as recipe
 from rounds import measure, median_ratio
 
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.configs import digits as recipe
 from moresjax.data.pipeline import to_device_batch
 from moresjax.generation.engine import Engine
 from moresjax.hardware.host import use_huge_pages

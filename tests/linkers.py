@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moresjax.core.paths import path_name
+from moresjax.core.parameter_names import path_name
 
 TOLERANCE = 1e-4
 TINY_RESAMPLER = "resampler:latents=5,layers=2,heads=2,head_dim=4"

@@ -14,7 +14,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from moresjax.inference.model import hf_batch
+from moresjax.generation.hf_inputs import hf_batch
 from moresjax.models.mllm import MLLM
 from moresjax.weights.hf import build_model, import_state, llava_config
 

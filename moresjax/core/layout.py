@@ -10,6 +10,7 @@ the key groups of the attention statistics.
 
 import dataclasses
 import enum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,21 +72,53 @@ class TokenLayout:
     def shape(self) -> tuple[int, ...]:
         return self.kind.shape
 
-    def replace(self, **changes) -> "TokenLayout":
+    def replace(self, **changes: Any) -> "TokenLayout":
+        """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    @classmethod
+    def text(
+        cls, valid: Bool[AnyArray, "B S"], kind: TokenKind = TokenKind.QUESTION
+    ) -> "TokenLayout":
+        """Layout of plain text rows, padded on either side, one document each.
 
-def text_layout(valid: Bool[AnyArray, "B S"], kind: TokenKind = TokenKind.QUESTION) -> TokenLayout:
-    """Layout of plain text rows, padded on either side, one document each."""
-    valid = jnp.asarray(valid)
-    zeros = jnp.zeros(valid.shape, jnp.int32)
-    return TokenLayout(
-        kind=jnp.where(valid, int(kind), int(TokenKind.PAD)),
-        image=zeros - 1,
-        position=jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 0),
-        document=zeros,
-        branch=zeros,
-    )
+        >>> layout = TokenLayout.text(np.array([[True, True, False]]))
+        >>> layout.position.tolist()
+        [[0, 1, 0]]
+
+        Args:
+          valid: Is False where a row has padding.
+          kind: Says what the tokens of the text are for.
+        """
+        valid = jnp.asarray(valid)
+        zeros = jnp.zeros(valid.shape, jnp.int32)
+        return cls(
+            kind=jnp.where(valid, int(kind), int(TokenKind.PAD)),
+            image=zeros - 1,
+            position=jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, 0),
+            document=zeros,
+            branch=zeros,
+        )
+
+    @classmethod
+    def of_step(
+        cls,
+        kind: Int[Array, " B"],
+        position: Int[Array, " B"],
+        document: Int[Array, " B"],
+        visual_tokens: int = 0,
+    ) -> "TokenLayout":
+        """Layout `[B, 1]` of the one text token that every row reads in a decode step."""
+        zeros = jnp.zeros_like(position)
+        fields = {
+            "kind": kind,
+            "image": zeros - 1,
+            "position": position,
+            "document": document,
+            "branch": zeros,
+        }
+        fields = {name: x[:, None].astype(jnp.int32) for name, x in fields.items()}
+        return cls(**fields, visual_tokens=visual_tokens)
 
 
 def infer_structure(layout: TokenLayout) -> RowStructure:

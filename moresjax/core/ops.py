@@ -28,7 +28,7 @@ def pick(
     return jnp.take_along_axis(jnp.asarray(x), jnp.asarray(index).reshape(shape), axis=axis)
 
 
-def place(
+def write_at(
     buffer: Shaped[AnyArray, "B *T"],
     new: Shaped[AnyArray, "B *S"],
     index: Int[AnyArray, "..."] | int,

@@ -16,7 +16,7 @@ from moresjax.data.images import image_keys
 from moresjax.data.processor import Row
 from moresjax.generation.sampling import Sampling
 from moresjax.generation.scheduler import Completion
-from moresjax.generation.text import cut
+from moresjax.generation.text import cut_at_stop
 from moresjax.inference.model import Model
 from moresjax.tuning.base import Probe
 
@@ -97,7 +97,7 @@ class MoresjaxLM(LM):
 
                 def done(place, completion, stops=stops, numbers=numbers):
                     number = numbers[place]
-                    text = cut(self.model.spell(completion.tokens), stops)
+                    text = cut_at_stop(self.model.spell(completion.tokens), stops)
                     # A turn of a conversation has no blanks around it, raw text may.
                     texts[number] = text = text.strip() if len(arguments[number]) > 2 else text
                     self.cache_hook.add_partial("generate_until", arguments[number], text)
@@ -193,7 +193,7 @@ class MoresjaxLM(LM):
 
     def _score(self, pairs) -> list[tuple[float, bool]]:
         found = self.model.score_rows(pairs, self.batch_size)
-        return [(score.logprob, score.greedy) for score in found]
+        return [(score.logprob, score.is_greedy) for score in found]
 
 
 def _sampling(settings: Mapping) -> Sampling:

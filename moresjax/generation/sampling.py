@@ -10,22 +10,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from moresjax.core.errors import UserError
+from moresjax.core.types import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of the choice, with the meaning they have in `transformers`; the default is greedy.
+    """How tokens are chosen, with the settings of `transformers`; the default is greedy.
+
+    >>> Sampling(temperature=0.7, top_p=0.9, seed=3)
+    Sampling(temperature=0.7, top_k=0, top_p=0.9, repetition_penalty=1.0, seed=3)
+    >>> Sampling(top_p=1.5)
+    Traceback (most recent call last):
+    moresjax.core.errors.UserError: top_p must be above 0 and at most 1, got 1.5
 
     Attributes:
-      temperature: divides the logits; 0: the most likely token is taken.
-      top_k: only this many of the most likely tokens are drawn from; 0: all.
-      top_p: only the most likely tokens that together have this probability; 1: all.
-      repetition_penalty: of the tokens already in the row: positive logits are divided by it,
-        negative ones multiplied (Keskar et al. 2019).
-      seed: of rows that are given none of their own.
+      temperature: The logits are divided by it; 0 takes the most likely token.
+      top_k: Only this many of the most likely tokens are drawn from; 0 stands for all.
+      top_p: Only the most likely tokens that together have this probability are drawn from; 1
+        stands for all.
+      repetition_penalty: The positive logits of tokens that are in the row already are divided by
+        it, the negative ones multiplied (Keskar et al. 2019).
+      seed: The seed of rows that are given none of their own.
 
     Raises:
-      UserError: for a value out of range.
+      UserError: A value is out of range.
     """
 
     temperature: float = 0.0
@@ -34,7 +42,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, fits, allowed in (
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
@@ -50,17 +58,17 @@ GREEDY = Sampling()
 
 
 def penalized(
-    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: float
+    logits: Float[Array, "B V"], seen: Bool[AnyArray, "B V"], penalty: float
 ) -> Float[Array, "B V"]:
-    """Logits after the repetition penalty on the tokens `seen`."""
+    """Logits after the repetition penalty on the tokens that a row has `seen`."""
     worse = jnp.where(logits < 0, logits * penalty, logits / penalty)
     return jnp.where(seen, worse, logits)
 
 
 def warped(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """Logits to draw from: temperature, then top-k, then top-p; -inf for tokens left out.
+    """Logits to draw from, after temperature, top-k and top-p; -inf for tokens that are left out.
 
-    Tokens as likely as the last one kept are kept too.
+    Tokens as likely as the last one that is kept are kept too.
     """
     logits = logits / sampling.temperature
     if sampling.top_k:
@@ -75,23 +83,31 @@ def warped(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V
     return logits
 
 
-def choose(
+def choose_token(
     logits: Float[Array, "B V"],
     sampling: Sampling,
-    seen: Bool[Array, "B V"] | None,
-    seeds: UInt[Array, " B"] | None,
-    count: Int[Array, " B"],
+    seen: Bool[AnyArray, "B V"] | None,
+    seeds: UInt[AnyArray, " B"] | None,
+    count: Int[AnyArray, " B"],
 ) -> Int[Array, " B"]:
     """The next token of every row.
 
-    A draw depends on the row's seed and on how many tokens it has (`count`), on nothing else.
+    A draw depends on the row's seed and on how many new tokens it has, on nothing else.
+
+    Args:
+      logits: The logits of the next token.
+      sampling: How it is chosen.
+      seen: Tokens that each row holds, if there is a repetition penalty.
+      seeds: The seed of each row, if tokens are drawn.
+      count: How many new tokens each row has.
     """
     if seen is not None:
         logits = penalized(logits, seen, sampling.repetition_penalty)
     if not sampling.temperature:
         return logits.argmax(-1)
+    assert seeds is not None  # whoever draws gives them
 
-    def draw(seed, count, logits):
+    def draw(seed: AnyArray, count: AnyArray, logits: Array) -> Array:
         key = jax.random.fold_in(jax.random.key(seed), count)
         return jax.random.categorical(key, logits)
 

@@ -15,33 +15,34 @@ from jaxtyping import Int
 from moresjax.core.layout import TokenKind
 from moresjax.core.types import Ids
 from moresjax.data.processor import Row
-from moresjax.generation.engine import bucket
-from moresjax.generation.queue import PrefillScheduler
+from moresjax.generation.lengths import bucket
+from moresjax.generation.scheduler import PrefillScheduler
 
 
 @dataclasses.dataclass(frozen=True)
-class Score:
+class ContinuationScore:
     """How likely a continuation is.
 
     Attributes:
-      logprob: natural log-probability of all of its tokens.
-      greedy: whether greedy decoding would give these tokens.
-      tokens: how many there are.
+      logprob: The natural log-probability of all of its tokens.
+      is_greedy: Whether greedy decoding would give these tokens.
+      num_tokens: The number of its tokens.
     """
 
     logprob: float
-    greedy: bool
-    tokens: int
+    is_greedy: bool
+    num_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Branches:
-    """A prompt with continuations in one row.
+class BranchedRow:
+    """A prompt with its continuations in one row.
 
     Attributes:
-      row: the whole row.
-      queries, targets: columns whose next token is scored, and that token `[Q]`.
-      sizes: tokens of each continuation; they follow each other in `queries`.
+      row: The whole row.
+      queries: Columns whose next token is scored `[Q]`.
+      targets: That next token `[Q]`.
+      sizes: The number of tokens of each continuation; they follow each other in `queries`.
     """
 
     row: Row
@@ -50,12 +51,12 @@ class Branches:
     sizes: tuple[int, ...]
 
 
-def branches(prompt: Row, continuations: Sequence[Ids]) -> Branches:
+def with_branches(prompt: Row, continuations: Sequence[Ids]) -> BranchedRow:
     """Puts the continuations of a prompt behind it.
 
     Args:
-      prompt: an unpadded row of at least one token.
-      continuations: token ids of each.
+      prompt: An unpadded row of at least one token.
+      continuations: The token ids of each.
     """
     trunk = len(prompt["tokens"])
     sizes = tuple(map(len, continuations))
@@ -81,14 +82,18 @@ def branches(prompt: Row, continuations: Sequence[Ids]) -> Branches:
         np.concatenate([[trunk - 1], trunk + first + np.arange(count)])
         for first, count in zip(start, read, strict=True)
     ]
-    return Branches(row, np.concatenate(queries).astype(np.int32), np.concatenate(ids), sizes)
+    return BranchedRow(row, np.concatenate(queries).astype(np.int32), np.concatenate(ids), sizes)
 
 
-def by_prompt(
+def group_by_prompt(
     pairs: Sequence[tuple[Row, Ids]], adapters: Sequence[str | None] | None = None
 ) -> list[list[int]]:
-    """Numbers of the pairs (prompt row and token ids of a continuation) of each prompt to one
-    adapter."""
+    """The numbers of the pairs that share a prompt and an adapter, for each such prompt.
+
+    Args:
+      pairs: A prompt row and the token ids of a continuation each.
+      adapters: The adapter of every pair; default: the base model.
+    """
     groups: dict[tuple, list[int]] = {}
     for number, (row, _) in enumerate(pairs):
         name = adapters[number] if adapters is not None else None
@@ -97,31 +102,31 @@ def by_prompt(
     return list(groups.values())
 
 
-def score_rows(
-    whole: Sequence[Branches], queue: PrefillScheduler, score: Callable
-) -> list[list[Score]]:
+def score_continuations(
+    branched: Sequence[BranchedRow], scheduler: PrefillScheduler, score: Callable
+) -> list[list[ContinuationScore]]:
     """Scores of the continuations in each row.
 
     Args:
-      whole: the rows.
-      queue: the same, in groups.
-      score: gives log-probabilities and whether they are the largest, as `Engine.score`.
+      branched: The rows.
+      scheduler: The same rows, in batches.
+      score: `Engine.score`, or a function like it.
     """
-    results: list[list[Score]] = [[] for _ in whole]
-    while queue:
-        group = queue.take()
-        rows = [whole[i] for i in group.filled]
+    results: list[list[ContinuationScore]] = [[] for _ in branched]
+    while scheduler:
+        group = scheduler.take()
+        rows = [branched[i] for i in group.padded_with_fillers]
         size = bucket(max(len(b.queries) for b in rows), 8)
         # What is repeated at the end is not looked at.
         queries, targets = (
             np.stack([np.pad(x, (0, size - len(x)), mode="edge") for x in each])
             for each in ([b.queries for b in rows], [b.targets for b in rows])
         )
-        found = score(group.batch, queries, targets, group.prefix, group.beginnings)
-        for number, logprobs, greedy in zip(group.numbers, *map(np.asarray, found), strict=False):
-            sizes = whole[number].sizes
+        found = score(group.batch, queries, targets, group.prefix, group.prefix_index)
+        for number, logprobs, greedy in zip(group.prompts, *map(np.asarray, found), strict=False):
+            sizes = branched[number].sizes
             for end, length in zip(np.cumsum(sizes), sizes, strict=True):
                 own = slice(end - length, end)
-                total = float(logprobs[own].sum())
-                results[number].append(Score(total, bool(greedy[own].all()), length))
+                total, alike = float(logprobs[own].sum()), bool(greedy[own].all())
+                results[number].append(ContinuationScore(total, alike, length))
     return results

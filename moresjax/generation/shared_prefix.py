@@ -11,39 +11,43 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moresjax.data.processor import FIELDS, Row
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.selectors import REGIONS, parse_selector
 
-LEAST = 8  # tokens in common
-SAVED = 256  # tokens of all rows, below which another program is not worth compiling
-PER_IMAGE = 1.5  # prompts, from which on images are read before the prompts
-
 
 @dataclasses.dataclass(frozen=True)
 class SharedPrefixes:
-    """Beginnings that prompts have in common.
+    """Prefixes that prompts have in common.
 
     Attributes:
-      of: for every prompt the number of its beginning, -1 for a prompt that is read whole.
-      rows: the beginnings, unpadded.
+      prefix_index: For every prompt the number of its prefix; -1 for a prompt that is read whole.
+      rows: The prefixes, unpadded.
     """
 
-    of: list[int]
+    prefix_index: list[int]
     rows: list[Row] = dataclasses.field(default_factory=list)
 
     def length(self, prompt: int) -> int:
-        """Tokens of a prompt's beginning."""
-        return 0 if self.of[prompt] < 0 else len(self.rows[self.of[prompt]]["tokens"])
+        """The number of tokens of a prompt's prefix."""
+        number = self.prefix_index[prompt]
+        return 0 if number < 0 else len(self.rows[number]["tokens"])
 
     @property
     def with_images(self) -> bool:
-        """Whether the beginnings hold images, all that their prompts have."""
+        """Whether the prefixes hold images, which are all that their prompts have."""
         return any("pixels" in row for row in self.rows)
 
     def adapters(self, names: Sequence[str | None] | None) -> list[str | None] | None:
-        """Those of the beginnings, from the prompts'."""
-        return None if names is None else [names[self.of.index(n)] for n in range(len(self.rows))]
+        """The adapter of every prefix.
+
+        Args:
+          names: The adapter of every prompt.
+        """
+        if names is None:
+            return None
+        return [names[self.prefix_index.index(n)] for n in range(len(self.rows))]
 
 
 def find_shared_prefixes(
@@ -51,45 +55,58 @@ def find_shared_prefixes(
     tuning: Tuning,
     adapters: Sequence[str | None] | None = None,
     text: bool = True,
+    config: EngineConfig = DEFAULT_ENGINE_CONFIG,
 ) -> SharedPrefixes:
-    """What is to be read before the prompts: all up to the last image of each, where several are
-    about the same images; or the text that all begin with.
+    """What is to be read before the prompts.
+
+    Where several prompts are about the same images, it is all up to the last image of each;
+    otherwise the text that all begin with.
 
     Args:
-      rows: the prompts; those about the same images hold the same array of pixels.
-      tuning: the attached methods.
-      adapters: of every prompt.
-      text: whether to look for text.
+      rows: The prompts; those about the same images hold the same array of pixels.
+      tuning: The attached methods.
+      adapters: The adapter of every prompt; default: the base model.
+      text: Whether to look for text.
+      config: The knobs that tell when reading a prefix by itself pays.
     """
     names = [None] * len(rows) if adapters is None else adapters
-    keys: dict[tuple, int] = {}
-    of, heads = [-1] * len(rows), []
-    for number, (row, name) in enumerate(zip(rows, names, strict=True)):
+    numbers: dict[tuple, int] = {}
+    prefix_index, prefixes = [-1] * len(rows), []
+    for prompt, (row, name) in enumerate(zip(rows, names, strict=True)):
         size = len(row["tokens"]) - int(np.argmax(row["image"][::-1] >= 0))
         if "pixels" not in row or size == len(row["tokens"]):
             continue
-        head = _cut(row, size)
-        key = name, id(row["pixels"]), *(x.tobytes() for x in head.values())
-        if key not in keys:
-            keys[key] = len(heads)
-            heads.append(head | {"pixels": row["pixels"]})
-        of[number] = keys[key]
-    openings = SharedPrefixes(of, heads)
-    about = sum(number >= 0 for number in of)
-    if about >= PER_IMAGE * max(len(heads), 1):
-        pairs = ((row, openings.length(n)) for n, row in enumerate(rows) if of[n] >= 0)
+        prefix = _cut(row, size)
+        key = name, id(row["pixels"]), *(x.tobytes() for x in prefix.values())
+        if key not in numbers:
+            numbers[key] = len(prefixes)
+            prefixes.append(prefix | {"pixels": row["pixels"]})
+        prefix_index[prompt] = numbers[key]
+    shared = SharedPrefixes(prefix_index, prefixes)
+    about = sum(number >= 0 for number in prefix_index)
+    if about >= config.min_prompts_per_image * max(len(prefixes), 1):
+        pairs = ((row, shared.length(n)) for n, row in enumerate(rows) if prefix_index[n] >= 0)
         if _stand_alone(tuning, pairs):
-            return openings
-    if text and len(set(names)) == 1 and (head := common_prefix(rows, tuning)) is not None:
-        return SharedPrefixes([0] * len(rows), [head])
+            return shared
+    if text and len(set(names)) == 1:
+        prefix = common_prefix(rows, tuning, config)
+        if prefix is not None:
+            return SharedPrefixes([0] * len(rows), [prefix])
     return SharedPrefixes([-1] * len(rows))
 
 
-def common_prefix(rows: Sequence[Row], tuning: Tuning) -> Row | None:
+def common_prefix(
+    rows: Sequence[Row], tuning: Tuning, config: EngineConfig = DEFAULT_ENGINE_CONFIG
+) -> Row | None:
     """The row of the tokens that all prompts begin with, up to the first image.
 
     Every prompt keeps a token of its own. None where the tokens are few, or where a method would
     treat them otherwise if they were the whole prompt.
+
+    Args:
+      rows: The prompts.
+      tuning: The attached methods.
+      config: The knobs that tell when reading a prefix by itself pays.
     """
     size = min((len(row["tokens"]) for row in rows), default=1) - 1
     first = rows[0] if rows else {}
@@ -97,18 +114,24 @@ def common_prefix(rows: Sequence[Row], tuning: Tuning) -> Row | None:
         equal = np.all([row[n][:size] == first[n][:size] for n in ("tokens", *FIELDS)], axis=0)
         equal &= row["image"][:size] < 0
         size = size if equal.all() else int(np.argmin(equal))
-    if size < LEAST or size * (len(rows) - 1) < SAVED:
+    saved = size * (len(rows) - 1)
+    if size < config.min_prefix_tokens or saved < config.min_saved_tokens:
         return None
     return _cut(first, size) if _stand_alone(tuning, ((row, size) for row in rows)) else None
 
 
 def _cut(row: Row, size: int) -> Row:
+    """The first tokens of a row, without its images."""
     return {name: row[name][:size] for name in ("tokens", *FIELDS)}
 
 
 def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
-    """Whether what the methods do to so many first tokens of each row does not depend on the rest
-    of it."""
+    """Whether the methods treat the first tokens of each row independently of the rest of it.
+
+    Args:
+      tuning: The attached methods.
+      rows: Each row with the number of its first tokens.
+    """
     seen, later = set(), set()
     for row, size in rows:
         seen |= set(row["kind"][:size].tolist())

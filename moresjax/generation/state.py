@@ -1,6 +1,7 @@
-"""The state of a generation, and how a token is added to it.
+"""What generation holds: the state of the decode loop, prefix caches and the finished tokens.
 
-Axis legend: B rows, G new tokens, T cache length, L layers, V vocabulary.
+Axis legend: B rows, N rows or prefixes that are read together, G new tokens, P virtual tokens
+before a row, T cache length, L layers, K key/value heads, H head size, V vocabulary.
 """
 
 import dataclasses
@@ -10,36 +11,82 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from moresjax.core.layout import TokenLayout
-from moresjax.core.ops import place
+from moresjax.core.ops import write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
-from moresjax.generation.sampling import GREEDY, Sampling, choose
+from moresjax.generation.sampling import GREEDY, Sampling, choose_token
 from moresjax.models.block import LayerCache
+
+
+@pytree_dataclass
+class Generation:
+    """The new tokens of a batch.
+
+    >>> import numpy as np
+    >>> generation = Generation(np.array([[7, 8, 0], [7, 5, 6]]), np.array([2, 3]), stats={})
+    >>> [row[:n].tolist() for row, n in zip(generation.tokens, generation.length)]
+    [[7, 8], [7, 5, 6]]
+
+    Attributes:
+      tokens: The new token ids `[B, G]`, the pad id after the end of a row.
+      length: The number of new tokens per row, the end token included `[B]`.
+      stats: For each probe its statistics, summed over the queries that gave the new tokens;
+        leaves have leading axes `[L, B]`.
+      logprobs: Natural log-probabilities of the new tokens under the model, before any sampling
+        setting `[B, G]`, 0 after the end of a row; None when not asked for.
+    """
+
+    tokens: Int[AnyArray, "B G"]
+    length: Int[AnyArray, " B"]
+    stats: dict
+    logprobs: Float[AnyArray, "B G"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixCache:
+    """Keys and values of N different prefixes of one length, which prompts begin with.
+
+    Attributes:
+      caches: One per layer, `[N, K, T, H]` with `P + length <= T`.
+      length: The number of tokens of each prefix.
+    """
+
+    caches: list[LayerCache]
+    length: int
+
+    def concat(self, other: "PrefixCache") -> "PrefixCache":
+        """The prefixes of both, which are equally long; those of `other` come last."""
+        return PrefixCache(_concat(self.caches, other.caches), self.length)
+
+
+@jax.jit
+def _concat(*caches: list[LayerCache]) -> list[LayerCache]:
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *caches)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-    """What of a generation is compiled in.
+    """The static part of a `DecodeState`: how rows end and how their tokens are chosen.
 
     Attributes:
-      eos: tokens that end a row.
-      pad: what fills a row after its end.
-      sampling: how tokens are chosen; its seed is not used.
-      logprobs: whether the log-probabilities of the chosen tokens are kept.
+      eos_ids: Tokens that end a row.
+      pad_id: The token that fills a row after its end.
+      sampling: How tokens are chosen; its seed is not used.
+      logprobs: Whether the log-probabilities of the chosen tokens are kept.
     """
 
-    eos: tuple[int, ...]
-    pad: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
     sampling: Sampling = GREEDY
     logprobs: bool = False
 
 
 @pytree_dataclass
-class Rolling:
-    """Where the rows of a batch stand whose rows come and go, each at its own time.
+class RowBudgets:
+    """Where each row of a continuously batched state begins, and how far it may go.
 
     Attributes:
-      start: place of the first new token in the cache `[B]`.
-      limit: of new tokens `[B]`.
+      start: The cache index of a row's first new token `[B]`.
+      limit: The most new tokens of a row `[B]`.
     """
 
     start: Int[AnyArray, " B"]
@@ -48,71 +95,96 @@ class Rolling:
 
 @pytree_dataclass
 class DecodeState:
-    """State of the decode loop."""
+    """The state of the decode loop.
 
-    step: Int[AnyArray, "..."]  # new tokens so far; of each row where they are `rolling`
+    All rows of a plain batch have equally many new tokens and share the next cache index. With
+    `budgets` every row has its own, so that a row which is done can make room for another prompt
+    (continuous batching).
+
+    Attributes:
+      step: The number of new tokens: one number, or `[B]` with `budgets`.
+      tokens: The new tokens.
+      done: Whether a row has ended.
+      length: The number of new tokens per row, the end token included.
+      position: The position of each row's last token.
+      document: The document of each row's last token.
+      adapter: The adapter of each row, or None for the base model.
+      cache_layout: The layout of all tokens in the caches `[B, T]`.
+      caches: Keys and values of every layer.
+      stats: Statistics of the probes so far.
+      config: How rows end and how tokens are chosen (static).
+      seeds: The seed of each row; None for greedy choice.
+      seen: Tokens that a row holds, for the repetition penalty; None without one.
+      logprobs: Log-probabilities of the new tokens; None when not asked for.
+      budgets: The budgets of continuously batched rows; None for a plain batch.
+      steps_left: How many steps continuously batched rows still make before they are looked at ..
+      stop_after_done: .. unless this many of them are done earlier.
+    """
+
+    step: Int[AnyArray, "..."]
     tokens: Int[AnyArray, "B G"]
     done: Bool[AnyArray, " B"]
     length: Int[AnyArray, " B"]
-    position: Int[AnyArray, " B"]  # of the last token
+    position: Int[AnyArray, " B"]
     document: Int[AnyArray, " B"]
     adapter: Int[AnyArray, " B"] | None
-    keys: TokenLayout  # of the cache [B, T]
+    cache_layout: TokenLayout
     caches: list[LayerCache]
     stats: dict
-    rules: DecodeConfig = dataclasses.field(metadata={"static": True})
-    seeds: UInt[AnyArray, " B"] | None = None  # when drawing
-    seen: Bool[AnyArray, "B V"] | None = None  # tokens of the row, for the repetition penalty
+    config: DecodeConfig = dataclasses.field(metadata={"static": True})
+    seeds: UInt[AnyArray, " B"] | None = None
+    seen: Bool[AnyArray, "B V"] | None = None
     logprobs: Float[AnyArray, "B G"] | None = None
-    rolling: Rolling | None = None
-    left: Int[AnyArray, ""] | None = None  # steps to make, of rolling rows ..
-    enough: Int[AnyArray, ""] | None = None  # .. unless so many of them have ended
+    budgets: RowBudgets | None = None
+    steps_left: Int[AnyArray, ""] | None = None
+    stop_after_done: Int[AnyArray, ""] | None = None
 
     @property
-    def index(self) -> Int[Array, "..."]:
-        """Place of the last new token in the cache."""
-        if self.rolling is None:
-            return self.keys.shape[1] - self.tokens.shape[1] + self.step - 1
-        return self.rolling.start + self.step - 1
+    def cache_index(self) -> Int[AnyArray, "..."]:
+        """Where the last new token stands in the cache: one index, or `[B]` with `budgets`."""
+        if self.budgets is None:
+            return self.cache_layout.shape[1] - self.tokens.shape[1] + self.step - 1
+        return self.budgets.start + self.step - 1
 
     @property
     def last_token(self) -> Int[Array, "B 1"]:
         """The tokens chosen last."""
-        if self.rolling is None:
+        if self.budgets is None:
             return jax.lax.dynamic_slice_in_dim(self.tokens, self.step - 1, 1, axis=1)
         return jnp.take_along_axis(self.tokens, self.step[:, None] - 1, axis=1)
 
     @property
-    def goes_on(self) -> Bool[Array, ""]:
-        """Whether there is a step to make."""
-        if self.left is None:
+    def unfinished(self) -> Bool[AnyArray, ""]:
+        """Whether the decode loop makes another step."""
+        if self.steps_left is None or self.stop_after_done is None:
             return (self.step < self.tokens.shape[1]) & ~self.done.all()
-        return (self.left > 0) & (self.done.sum() < self.enough)
+        return (self.steps_left > 0) & (self.done.sum() < self.stop_after_done)
 
-    def replace(self, **changes) -> "DecodeState":
+    def replace(self, **changes: object) -> "DecodeState":
+        """The state with other values in some fields."""
         return dataclasses.replace(self, **changes)
 
     def append(self, logits: Float[Array, "B V"]) -> "DecodeState":
-        """Chooses each row's next token and writes it down."""
-        rules, rows = self.rules, jnp.arange(len(self.done))
-        token = choose(logits, rules.sampling, self.seen, self.seeds, self.length)
-        token = jnp.where(self.done, rules.pad, token).astype(jnp.int32)
+        """The state after each row's next token has been chosen from its logits."""
+        config, rows = self.config, jnp.arange(len(self.done))
+        token = choose_token(logits, config.sampling, self.seen, self.seeds, self.length)
+        token = jnp.where(self.done, config.pad_id, token).astype(jnp.int32)
         length = self.length + ~self.done
-        done = self.done | jnp.isin(token, jnp.asarray(rules.eos))
+        done = self.done | jnp.isin(token, jnp.asarray(config.eos_ids))
         step = self.step + 1
 
-        def write(buffer, column):
-            if self.rolling is None:
-                return place(buffer, column[:, None], self.step, 1)
-            return buffer.at[rows, self.step].set(column, mode="drop")
+        def write(buffer: AnyArray, column: Array) -> Array:
+            if self.budgets is None:
+                return write_at(buffer, column[:, None], self.step, 1)
+            return jnp.asarray(buffer).at[rows, self.step].set(column, mode="drop")
 
         changes = {}
-        if self.rolling is not None:
-            step, done = length, done | (length >= self.rolling.limit)
-        if self.left is not None:
-            changes["left"] = self.left - 1
+        if self.budgets is not None:
+            step, done = length, done | (length >= self.budgets.limit)
+        if self.steps_left is not None:
+            changes["steps_left"] = self.steps_left - 1
         if self.seen is not None:
-            changes["seen"] = self.seen.at[rows, token].set(True)
+            changes["seen"] = jnp.asarray(self.seen).at[rows, token].set(True)
         if self.logprobs is not None:
             chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
             changes["logprobs"] = write(self.logprobs, jnp.where(self.done, 0, chosen))
@@ -121,30 +193,42 @@ class DecodeState:
         )
 
 
-def count_stats(stats: dict, rows: Bool[Array, " B"]) -> dict:
-    """Statistics of one query per row, zero for rows that are done."""
+def count_stats(stats: dict, rows: Bool[AnyArray, " B"]) -> dict:
+    """Statistics of one query per row, zero where `rows` is False."""
 
-    def keep(x):
+    def keep(x: Array) -> Array:
         return jnp.where(rows.reshape(1, -1, *[1] * (x.ndim - 2)), x, 0)
 
     return jax.tree.map(keep, stats)
 
 
-def insert(carry: DecodeState, new: DecodeState, slots: Int[Array, " N"]) -> DecodeState:
-    """`carry` with other rows in the places `slots`; rows without a place are dropped."""
-    stats = jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), carry.stats, new.stats)
-    rest = (x.replace(stats={}) for x in (carry, new))
+def insert(state: DecodeState, new: DecodeState, slots: Int[Array, " N"]) -> DecodeState:
+    """The state with the rows of `new` in some of its slots.
+
+    Args:
+      state: Continuously batched rows.
+      new: The rows that are inserted.
+      slots: The row number that each of them gets; a row is dropped if it is B or more.
+    """
+    stats = jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), state.stats, new.stats)
+    rest = (x.replace(stats={}) for x in (state, new))
     merged = jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), *rest)
     return merged.replace(stats=stats)
 
 
-def blank(one: DecodeState, rows: int) -> DecodeState:
-    """Rows that are done, of the same kind as those of `one`."""
+def empty_slots(like: DecodeState, rows: int) -> DecodeState:
+    """A continuously batched state in which every slot is free: its rows are done.
 
-    def empty(x):
+    Args:
+      like: A state of the same fields and lengths, with any number of rows.
+      rows: The number of slots.
+    """
+    assert like.budgets is not None
+
+    def zeros(x: Array) -> Array:
         return jnp.zeros((rows, *x.shape[1:]), x.dtype)
 
-    stats = jax.tree.map(lambda x: jnp.zeros((x.shape[0], rows, *x.shape[2:]), x.dtype), one.stats)
-    carry = jax.tree.map(empty, one.replace(stats={}))
-    rolling = Rolling(carry.rolling.start + 1, carry.rolling.limit)
-    return carry.replace(stats=stats, done=~carry.done, rolling=rolling)
+    stats = jax.tree.map(lambda x: jnp.zeros((x.shape[0], rows, *x.shape[2:]), x.dtype), like.stats)
+    state = jax.tree.map(zeros, like.replace(stats={}))
+    budgets = RowBudgets(state.budgets.start + 1, state.budgets.limit)
+    return state.replace(stats=stats, done=~state.done, budgets=budgets)

@@ -21,7 +21,7 @@ def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     return stops
 
 
-def cut(text: str, stops: Sequence[str]) -> str:
+def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     """The text before the first stop string in it."""
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     return text[: min(found)] if found else text
@@ -43,7 +43,7 @@ class TextStream:
       stops: the text ends before the first of these.
     """
 
-    def __init__(self, decode: Callable[[Ids], str], stops: Sequence[str] = ()):
+    def __init__(self, decode: Callable[[Ids], str], stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, tuple(stops)
         self.text = ""  # given out so far
 
@@ -55,7 +55,7 @@ class TextStream:
           final: whether these are all there will ever be: nothing is held back.
         """
         whole = self._decode(ids)
-        ready = cut(whole, self._stops)
+        ready = cut_at_stop(whole, self._stops)
         if not final and ready == whole:
             ready = ready.rstrip(_INCOMPLETE)
             ready = ready[: len(ready) - max(_overlap(ready, stop) for stop in ("", *self._stops))]

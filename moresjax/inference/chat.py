@@ -14,10 +14,10 @@ from moresjax.core.layout import TokenKind
 from moresjax.core.types import Ids
 from moresjax.data.processor import FIELDS, Row
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
-from moresjax.generation.engine import bucket
+from moresjax.generation.lengths import bucket
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.state import DecodeState
-from moresjax.generation.text import TextStream, check_stops, cut
+from moresjax.generation.text import TextStream, check_stops, has_stop
 from moresjax.inference.model import Model
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
@@ -72,7 +72,7 @@ class Chat:
         self.tokens_read = 0
         self._images: list = []
         self._pixels: list[np.ndarray] = []
-        self._carry: DecodeState | None = None
+        self._state: DecodeState | None = None
         self._held: Row = {}  # tokens and layout of what the cache holds
 
     def ask(self, question: str, images: Sequence = ()) -> Iterator[str]:
@@ -98,17 +98,17 @@ class Chat:
         pixels = [*self._pixels, *(processor.image(image) for image in images)]
         if pixels:
             row["pixels"] = np.stack(pixels)
-        carry, engine = self._read(row), model.engine()
-        self._carry, stream = None, TextStream(model.spell, self._stops)
+        state, engine = self._read(row), model.engine()
+        self._state, stream = None, TextStream(model.spell, self._stops)
         while True:
-            ids = np.asarray(carry.tokens[0, : int(carry.length[0])])
-            done = bool(carry.done[0]) or cut(model.spell(ids), self._stops) != model.spell(ids)
+            ids = np.asarray(state.tokens[0, : int(state.length[0])])
+            done = bool(state.done[0]) or has_stop(model.spell(ids), self._stops)
             if piece := stream.push(ids, final=done):
                 yield piece
             if done:
                 break
-            carry = engine.advance(carry, self._chunk)
-        self._carry, self._held = carry, _with_answer(row, ids[:-1])
+            state = engine.advance(state, self._chunk)
+        self._state, self._held = state, _with_answer(row, ids[:-1])
         self._images, self._pixels = list(sample.images), pixels
         self.turns = [*self.turns, Turn(question, stream.text)]
 
@@ -118,16 +118,16 @@ class Chat:
         length = bucket(tokens)
         batch = self._model.batch([row], length, self._adapters)
         engine = self._model.engine()
-        room = bucket(engine.num_virtual_tokens + length + self._limit)
-        if self._carry is not None:
-            room = max(room, self._carry.keys.shape[1])
+        cache_length = bucket(engine.num_virtual_tokens + length + self._limit)
+        if self._state is not None:
+            cache_length = max(cache_length, self._state.cache_layout.shape[1])
         options = {
-            "room": room,
+            "cache_length": cache_length,
             "sampling": self._sampling,
             "seeds": [(self._sampling.seed + len(self.turns)) % 2**32],
             "limits": [self._limit],
         }
-        held = self._common(row) if self._carry is not None else 0
+        held = self._common(row) if self._state is not None else 0
         # The last token is read in any case: it gives the first new one.
         count = bucket(tokens - min(held, tokens - 1), 8)
         first = min(tokens - 1, held, length - count)
@@ -135,7 +135,7 @@ class Chat:
             self.tokens_read = tokens
             return engine.prefill(batch, self._limit, **options)
         self.tokens_read = tokens - first
-        return engine.extend(batch, self._carry.caches, first, count, self._limit, **options)
+        return engine.append_prompt(batch, self._state.caches, first, count, self._limit, **options)
 
     def _common(self, row: Row) -> int:
         """How many tokens at the start of `row` the cache holds as they would be read anew."""

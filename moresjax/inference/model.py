@@ -12,26 +12,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import Batch, TokenKind, TokenLayout
+from moresjax.core.layout import Batch, TokenKind
 from moresjax.core.types import Ids
 from moresjax.data.images import LazyPixels
 from moresjax.data.processor import Processor, Row
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.generation.beam import Beams
-from moresjax.generation.engine import Engine, Generation, Prefix, bucket, rounded, score_batch
-from moresjax.generation.queue import PrefillScheduler
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
+from moresjax.generation.engine import Engine
+from moresjax.generation.hf_inputs import hf_batch
+from moresjax.generation.lengths import bucket, rounded
+from moresjax.generation.programs import ScoreData, ScoreStatic
+from moresjax.generation.programs import score as score_program
 from moresjax.generation.sampling import GREEDY, Sampling
-from moresjax.generation.scheduler import GROUPS, Completion, generate_many
-from moresjax.generation.scoring import Score, branches, by_prompt, score_rows
+from moresjax.generation.scheduler import Completion, PrefillScheduler, generate_continuously
+from moresjax.generation.scoring import (
+    ContinuationScore,
+    group_by_prompt,
+    score_continuations,
+    with_branches,
+)
 from moresjax.generation.shared_prefix import SharedPrefixes, find_shared_prefixes
-from moresjax.generation.text import check_stops, cut, has_stop
+from moresjax.generation.state import Generation, PrefixCache
+from moresjax.generation.text import check_stops, cut_at_stop, has_stop
 from moresjax.models.fused_attention import kernel_for
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.build import name_words
@@ -50,10 +59,18 @@ class Model:
     Args:
       mllm: the Flax module, which is the model's from now on.
       processor: tokenizer, template and image processor; None when the folder had no tokenizer.
-      mesh: that the parameters are placed on.
+      mesh: The mesh that the parameters are placed on.
+      engine_config: The knobs of generation.
     """
 
-    def __init__(self, mllm: MLLM, processor: Processor | None, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        mllm: MLLM,
+        processor: Processor | None,
+        mesh: Mesh | None = None,
+        engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+    ):
+        self.engine_config = engine_config
         self._mllm, self.processor, self._mesh = mllm, processor, mesh
         self._engines: dict[tuple, Engine] = {}
         self._name_words()
@@ -135,7 +152,7 @@ class Model:
         Raises:
           UserError: when a weight delta cannot be merged.
         """
-        return Model(merged(self.mllm), self.processor, self._mesh)
+        return Model(merged(self.mllm), self.processor, self._mesh, self.engine_config)
 
     def engine(self, probes: Sequence[Probe] = ()) -> Engine:
         """The generation engine with these probes; kept between calls."""
@@ -151,6 +168,7 @@ class Model:
                 pad_id=eos[0] if pad is None else pad,
                 probes=probes,
                 mesh=self._mesh,
+                config=self.engine_config,
             )
         return self._engines[key]
 
@@ -293,11 +311,12 @@ class Model:
             self.check_context(row, limit)
         _check_seeds(seeds, rows)
         stops = check_stops(stop)
-        openings = self._openings(rows, adapters)
+        shared = self._shared_prefixes(rows, adapters)
+        size = -(-batch_size // self.engine_config.prefills_per_batch)
         results: list[Completion | None] = [None] * len(rows)
-        for number, completion in generate_many(
+        for number, completion in generate_continuously(
             self.engine(probes),
-            self._queue(rows, -(-batch_size // GROUPS), adapters, openings, probes),
+            self._queue(rows, size, adapters, shared, probes),
             limits,
             batch_size=batch_size,
             sampling=sampling,
@@ -310,29 +329,29 @@ class Model:
                 on_done(number, completion)
         return results
 
-    def _openings(
+    def _shared_prefixes(
         self, rows: Sequence[Row], adapters: Sequence[str | None] | None
     ) -> SharedPrefixes:
         """What prompts have in common, where reading it once pays."""
         text = kernel_for(self.config.llm) == "xla"  # kernels read whole prompts only
-        return find_shared_prefixes(rows, self._mllm.tuning, adapters, text)
+        return find_shared_prefixes(rows, self._mllm.tuning, adapters, text, self.engine_config)
 
     def _reader(
         self,
-        openings: SharedPrefixes,
+        shared: SharedPrefixes,
         adapters: Sequence[str | None] | None,
         probes: Sequence[Probe],
-    ) -> Callable[[Sequence[int]], Prefix]:
+    ) -> Callable[[Sequence[int]], PrefixCache]:
         """What reads beginnings of some numbers; text that they have in common is read once."""
-        engine, names = self.engine(probes), openings.adapters(adapters)
-        common = self._openings(openings.rows, names)
+        engine, names = self.engine(probes), shared.adapters(adapters)
+        common = self._shared_prefixes(shared.rows, names)
         begin = None
         if common.rows:
-            begin = self._reader(common, names, probes)([0] * engine.parts)
+            begin = self._reader(common, names, probes)([0] * engine.num_shards)
         before = 0 if begin is None else begin.length
 
         def read(numbers):
-            heads = [openings.rows[n] for n in numbers]
+            heads = [shared.rows[n] for n in numbers]
             length = rounded(len(heads[0]["tokens"]) - before) + rounded(before)
             batch = self.batch(heads, length, names and [names[n] for n in numbers])
             return engine.read_prefix(batch, begin)
@@ -344,14 +363,14 @@ class Model:
         rows: Sequence[Row],
         size: int,
         adapters: Sequence[str | None] | None,
-        openings: SharedPrefixes,
+        shared: SharedPrefixes,
         probes: Sequence[Probe] = (),
     ) -> PrefillScheduler:
         """Prompts in groups of one size, with the reader of what they have in common."""
-        options = {"adapters": adapters, "openings": openings}
-        if openings.rows:
-            options["read"] = self._reader(openings, adapters, probes)
-            options["parts"] = self.engine(probes).parts
+        options = {"adapters": adapters, "shared": shared}
+        if shared.rows:
+            options["read_prefixes"] = self._reader(shared, adapters, probes)
+            options["num_shards"] = self.engine(probes).num_shards
         return PrefillScheduler(rows, self.batch, size, **options)
 
     def check_context(self, row: Row, max_new_tokens: int) -> None:
@@ -399,7 +418,7 @@ class Model:
 
     def text(self, ids: Ids, stop: str | Sequence[str] = ()) -> str:
         """New tokens as text, before the first stop string; special tokens left out."""
-        return cut(self.spell(ids), check_stops(stop)).strip()
+        return cut_at_stop(self.spell(ids), check_stops(stop)).strip()
 
     def spell(self, ids: Ids) -> str:
         """New tokens as text, special tokens left out."""
@@ -413,7 +432,7 @@ class Model:
         *,
         adapters: Sequence[str | None] | None = None,
         batch_size: int = 8,
-    ) -> list[list[Score]]:
+    ) -> list[list[ContinuationScore]]:
         """Log-likelihoods of given answers; a prompt and its images are read once for all of them.
 
         Prompt and answer are tokenised together, as the template writes them; the token that ends
@@ -462,7 +481,7 @@ class Model:
         pairs: Sequence[tuple[Row, Ids]],
         batch_size: int = 8,
         adapters: Sequence[str | None] | None = None,
-    ) -> list[Score]:
+    ) -> list[ContinuationScore]:
         """Scores of continuations, given as prompt row and token ids, each with its adapter; equal
         prompts to one adapter share a row.
 
@@ -471,26 +490,27 @@ class Model:
         """
         for pair in pairs:
             self.check_answer(*pair)
-        groups = by_prompt(pairs, adapters)
+        groups = group_by_prompt(pairs, adapters)
         prompts = [pairs[own[0]][0] for own in groups]
         names = None if adapters is None else [adapters[own[0]] for own in groups]
-        openings = self._openings(prompts, names)
+        shared = self._shared_prefixes(prompts, names)
         whole = [
-            branches(prompt, [pairs[i][1] for i in own])
+            with_branches(prompt, [pairs[i][1] for i in own])
             for prompt, own in zip(prompts, groups, strict=True)
         ]
-        queue = self._queue([b.row for b in whole], batch_size, names, openings)
-        if openings.rows:
+        queue = self._queue([b.row for b in whole], batch_size, names, shared)
+        if shared.rows:
             score = self.engine().score
         else:  # stacked blocks compile faster
-            graphdef, state = nnx.split(self._mllm)
+            graphdef, params = nnx.split(self._mllm)
+            static = ScoreStatic(graphdef, logits_chunk=self.engine_config.logits_chunk)
 
             def score(batch, queries, targets, *nothing):
-                return score_batch(graphdef, state, batch, queries, targets)
+                return score_program(static, ScoreData(params, batch, queries, targets))
 
-        results: list[Score | None] = [None] * len(pairs)
+        results: list[ContinuationScore | None] = [None] * len(pairs)
         with use_mesh(self._mesh):
-            found = score_rows(whole, queue, score)
+            found = score_continuations(whole, queue, score)
         for own, scores in zip(groups, found, strict=True):
             for number, one in zip(own, scores, strict=True):
                 results[number] = one
@@ -558,40 +578,3 @@ def _forward(graphdef, state, batch):
 
 
 _logits = jax.jit(_forward, static_argnums=0)
-
-
-def hf_batch(
-    input_ids, attention_mask=None, pixel_values=None, image_token_id=None, visual_tokens: int = 0
-) -> Batch:
-    """A batch from tokens with the conventions of `transformers` (see `Model.logits`)."""
-    ids = np.asarray(input_ids, np.int32)
-    valid = np.ones_like(ids, bool) if attention_mask is None else np.asarray(attention_mask) > 0
-    is_image = (
-        (ids == image_token_id) & valid if image_token_id is not None else np.zeros_like(valid)
-    )
-    counts = is_image.sum(1)
-    per_row = counts // max(visual_tokens, 1)
-    given = 0 if pixel_values is None else len(pixel_values)
-    if (counts != per_row * visual_tokens).any() or per_row.sum() != given:
-        raise UserError(
-            f"{counts.sum()} image tokens do not match {given} images of {visual_tokens} tokens"
-        )
-    image = np.where(is_image, np.cumsum(is_image, axis=1) - 1, -1).astype(np.int32)
-    kind = np.where(valid, np.where(is_image, TokenKind.IMAGE, TokenKind.QUESTION), TokenKind.PAD)
-    zeros = np.zeros_like(ids)
-    layout = TokenLayout(
-        kind=kind.astype(np.int32),
-        image=image,
-        position=np.where(valid, np.cumsum(valid, axis=1) - 1, 0).astype(np.int32),
-        document=zeros,
-        branch=zeros,
-        visual_tokens=visual_tokens,
-    )
-    if not given:
-        return Batch(ids, layout)
-    pixel_values = np.asarray(pixel_values, np.float32).transpose(0, 2, 3, 1)
-    pixels = np.zeros((len(ids), per_row.max(), *pixel_values.shape[1:]), np.float32)
-    first = np.cumsum(per_row) - per_row
-    for row, (start, count) in enumerate(zip(first, per_row, strict=True)):
-        pixels[row, :count] = pixel_values[start : start + count]
-    return Batch(jnp.asarray(ids), layout, jnp.asarray(pixels))

@@ -5,8 +5,8 @@ size, T length of the KV cache.
 
 Every linear is called through the hooks and every branch output passes them, so an attached tuning
 method acts inside the block and therefore inside rematerialisation. Sites inside a block: the
-linears `q k v o gate up down`, and `attn.out`, `mlp.out`, `out`; slots come in at `in` and `kv`;
-probes also read `attn` (queries and keys).
+linears `q k v o gate up down`, and `attn.out`, `mlp.out`, `out`; virtual tokens come in at `in` and
+`kv`; probes also read `attn` (queries and keys).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.errors import UserError
-from moresjax.core.ops import pick, place
+from moresjax.core.ops import pick, write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs
@@ -136,7 +136,7 @@ class Attention(nnx.Module):
             q, k = apply_rope(q, rope), apply_rope(k, key_rope)
         k, v = hooks.extend(k, v)
         if cache is not None:
-            k, v = place(cache.k, k, index, 2), place(cache.v, v, index, 2)
+            k, v = write_at(cache.k, k, index, 2), write_at(cache.v, v, index, 2)
         if not isinstance(mask, Runs):  # which are for passes without probes
             hooks.read_attention(q, k, mask if config.window else None, config.attention_softcap)
         y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, config.attention_softcap)
@@ -279,8 +279,8 @@ def run_blocks(
         is_runs = lambda x: isinstance(x, Runs)  # noqa: E731
         return jax.tree.map(choose, local, (rope, mask), is_leaf=is_runs)
 
-    def one_layer(h, block, theta, layer, cache=None, queries=None):
-        at_layer = hooks.layer(theta, layer)
+    def one_layer(h, block, params, layer, cache=None, queries=None):
+        at_layer = hooks.layer(params, layer)
         h = constrain_batch_sharding(h)
         h, cache = block(h, *view(layer), at_layer, cache, index, queries)
         return h, cache if keep_cache else None, at_layer.stats
@@ -292,9 +292,9 @@ def run_blocks(
         early &= isinstance(blocks, nnx.List)
         each = blocks if isinstance(blocks, nnx.List) else unstack(blocks, config.num_layers)
         for i, block in enumerate(each):
-            theta = jax.tree.map(lambda x, i=i: x[i], hooks.stacked)
+            params = jax.tree.map(lambda x, i=i: x[i], hooks.stacked)
             chosen = queries if early and i == config.num_layers - 1 else None
-            h, cache, stat = step(h, block, theta, i, caches and caches[i], chosen)
+            h, cache, stat = step(h, block, params, i, caches and caches[i], chosen)
             kept.append(cache)
             stats.append(stat)
         stats = jax.tree.map(lambda *x: jnp.stack(x), *stats) if stats else {}

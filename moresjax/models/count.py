@@ -5,7 +5,7 @@ import math
 
 from flax import nnx
 
-from moresjax.core.paths import matches, path_name
+from moresjax.core.parameter_names import matches, path_name
 from moresjax.models.mllm import MLLM, MLLMConfig
 
 
@@ -56,7 +56,7 @@ class ParameterReport:
 def count_parameters(
     config: MLLMConfig, tuning: str = "none", also_train: tuple[str, ...] = ("connector",)
 ) -> ParameterReport:
-    """Counts without allocating any weights. Gated-off layers of a method do not count.
+    """Counts without allocating any weights. Layers that a method does not act on do not count.
 
     Raises:
       UserError: when the spec is malformed or does not fit the model.
@@ -72,7 +72,7 @@ def count_parameters(
         part = name.split(".")[0]
         size = math.prod(variable.shape)
         if part == "tuning":
-            size = _gated_on(size, model.tuning, path)
+            size = _in_acting_layers(size, model.tuning, path)
         trains = any(matches(name, pattern) for pattern in patterns)
         total, trainable = totals.setdefault(part, [0, 0])
         totals[part] = [total + size, trainable + size * trains]
@@ -81,10 +81,10 @@ def count_parameters(
     return ParameterReport({k: Count(*v) for k, v in totals.items()}, in_llm)
 
 
-def _gated_on(size: int, tuning, path) -> int:
-    """Parameters in layers that the method acts on; `path` is tuning.theta.METHOD.SITE.LEAF."""
+def _in_acting_layers(size: int, tuning, path) -> int:
+    """Parameters in layers that the method acts on; `path` is tuning.params.METHOD.SITE.LEAF."""
     _, _, key, site, _ = path
-    if site not in tuning.gates[key]:
+    if site not in tuning.layer_masks[key]:
         return size
-    gate = tuning.gates[key][site][...]
-    return size // len(gate) * int(gate.sum())
+    layer_mask = tuning.layer_masks[key][site][...]
+    return size // len(layer_mask) * int(layer_mask.sum())

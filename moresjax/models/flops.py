@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from flax import nnx
 
-from moresjax.core.paths import path_name
+from moresjax.core.parameter_names import path_name
 from moresjax.models.mllm import MLLMConfig
 
 
@@ -83,7 +83,7 @@ def _products(
     forward pass over a row."""
     for path, variable in nnx.to_flat_state(parameters):
         name = path_name(path)
-        tuning = name.startswith("tuning.theta.")
+        tuning = name.startswith("tuning.params.")
         place = str(path[3]) if tuning else name
         tower = next((t for t in towers if place.startswith(t)), None)
         if tower is None or ".tail." in name or not (tuning or _multiplies(name, config)):

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int8
 
 from moresjax.core.errors import UserError
-from moresjax.core.paths import path_name
+from moresjax.core.parameter_names import path_name
 from moresjax.core.types import AnyArray
 
 

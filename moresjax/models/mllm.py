@@ -79,20 +79,20 @@ def connector_module(config: MLLMConfig) -> nnx.Module:
 
 
 @pytree_dataclass
-class Part:
-    """Tokens of a batch that are read after others whose keys and values are known.
+class PrefillChunk:
+    """The tokens of a batch that are read when caches hold those before them (chunked prefill).
 
     Attributes:
-      caches: of every layer, with room for all keys of the batch.
-      first: place of the first token that is read; the same in all rows.
-      count: how many are read (static).
+      caches: Keys and values of every layer, with room for all keys of the batch.
+      first: The column of the first token that is read; the same in all rows.
+      count: How many tokens are read (static).
     """
 
     caches: list[LayerCache]
     first: Int[AnyArray, ""]
     count: int = dataclasses.field(metadata={"static": True})
 
-    def of(self, x: Shaped[AnyArray, "B *S"]) -> Shaped[Array, "B *Q"]:
+    def select(self, x: Shaped[AnyArray, "B *S"]) -> Shaped[Array, "B *Q"]:
         """A field of the batch at these tokens."""
         return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), self.first, self.count, axis=1)
 
@@ -120,11 +120,13 @@ class MLLM(nnx.Module):
         features = features.reshape(pixels.shape[0], -1, features.shape[-1])
         return hooks.edit("connector.out", features)
 
-    def embed(self, batch: Batch, hooks: Hooks, part: Part | None = None) -> Float[Array, "B S D"]:
+    def embed(
+        self, batch: Batch, hooks: Hooks, chunk: PrefillChunk | None = None
+    ) -> Float[Array, "B S D"]:
         """Input embeddings: word embeddings with visual features in the visual tokens' places."""
         tokens, image = jnp.asarray(batch.tokens), jnp.asarray(batch.layout.image)
-        if part is not None:
-            tokens, image = part.of(tokens), part.of(image)
+        if chunk is not None:
+            tokens, image = chunk.select(tokens), chunk.select(image)
         h = self.llm.embeddings(tokens)
         if batch.pixels is not None and batch.pixels.shape[1]:
             features = self.visual_features(jnp.asarray(batch.pixels), hooks).astype(h.dtype)
@@ -140,7 +142,7 @@ class MLLM(nnx.Module):
         probes: Sequence[Probe] = (),
         queries: Int[AnyArray, "B Q"] | None = None,
         keep_cache: bool = False,
-        part: Part | None = None,
+        chunk: PrefillChunk | None = None,
     ) -> BlocksOutput:
         """Runs a whole batch (training, scoring, prefill).
 
@@ -151,49 +153,53 @@ class MLLM(nnx.Module):
           queries: row indices of the tokens that are asked for, which are those whose attention the
             probes read; default: all.
           keep_cache: whether to return the keys and values of every layer.
-          part: the tokens to read, which the queries are among; default: all.
+          chunk: the tokens to read, which the queries are among; default: all.
 
         Returns:
           Hidden states after the final norm for the queries. Caches and statistics include what
           attached `VirtualTokens` put before the tokens of the batch.
         """
-        slots, ahead = self.tuning.num_slots, self.tuning.num_virtual_tokens
-        full, context = extend_layout(batch.layout, ahead), None
+        num_extra, num_virtual = self.tuning.num_extra_tokens, self.tuning.num_virtual_tokens
+        full, context = extend_layout(batch.layout, num_virtual), None
         rows, length = full.shape
         # Place of what the blocks read first; keys without a token have no query.
-        start, count = ahead - slots, length - ahead + slots
-        if part is not None:
-            start, count, slots = ahead + part.first, part.count, 0
+        start, count = num_virtual - num_extra, length - num_virtual + num_extra
+        if chunk is not None:
+            start, count, num_extra = num_virtual + chunk.first, chunk.count, 0
         mask = None
-        if not (probes or ahead or part):
+        if not (probes or num_virtual or chunk):
             mask = visible_runs(batch, self.config.llm)
         if mask is None:
             mask = visible(full, jnp.broadcast_to(start + jnp.arange(count), (rows, count)))
         if queries is not None:
-            queries = jnp.asarray(queries) + ahead - start
+            queries = jnp.asarray(queries) + num_virtual - start
         if probes:
             seen = mask if queries is None else visible(full, queries + start)
             context = ProbeContext(jnp.asarray(full.kind), seen, queries)
         hooks = self.tuning.hooks(
-            batch, key=key, probes=probes, context=context, part=part and part.of
+            batch, key=key, probes=probes, context=context, part=chunk and chunk.select
         )
         tower = hooks.tower("llm")
-        h = self.embed(batch, hooks, part)
+        h = self.embed(batch, hooks, chunk)
         h = hooks.edit("llm.embed.out", tower.prepend(h))
         positions = jnp.asarray(full.position)
+        if chunk is None:
+            query_positions = positions[:, start:]
+        else:
+            query_positions = chunk.select(batch.layout.position) + num_virtual
         out = self.llm(
             h,
-            positions[:, start:] if part is None else part.of(batch.layout.position) + ahead,
+            query_positions,
             mask,
             tower,
-            caches=part and part.caches,
-            index=part and start,
+            caches=chunk and chunk.caches,
+            index=chunk and start,
             keep_cache=keep_cache,
             key_positions=positions,
             queries=queries,
         )
         if queries is None:
-            out = dataclasses.replace(out, hidden=out.hidden[:, slots:])
+            out = dataclasses.replace(out, hidden=out.hidden[:, num_extra:])
         return out
 
     def decode_step(
@@ -202,9 +208,9 @@ class MLLM(nnx.Module):
         step: TokenLayout,
         caches: list[LayerCache],
         keys: TokenLayout,
-        index: Int[Array, "..."],
+        index: Int[AnyArray, "..."],
         probes: Sequence[Probe] = (),
-        adapter: Int[Array, " B"] | None = None,
+        adapter: Int[AnyArray, " B"] | None = None,
     ) -> BlocksOutput:
         """One generated token per row, or some more text after what the caches hold.
 

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moresjax.core.errors import UserError
-from moresjax.core.paths import path_name
+from moresjax.core.parameter_names import current_name, path_name
 from moresjax.runs.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -118,9 +118,10 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, abstract: Mapping):
+        stored = {item: self._stored(step, item) for item in abstract}
         trees = {
-            name: self._everywhere(step, name) if tree is None else tree
-            for name, tree in abstract.items()
+            item: _everywhere(stored[item]) if tree is None else _as_stored(tree, stored[item])
+            for item, tree in abstract.items()
         }
         restores = {
             name: ocp.args.PyTreeRestore(
@@ -136,19 +137,18 @@ class Checkpoints:
         # Parts of arrays that several processes held had none.
         if any(saved.get(name, checksum) != checksum for name, checksum in read.items()):
             raise ValueError("checksums differ")
+        items = {
+            item: {current_name(name): x for name, x in arrays.items()}
+            for item, arrays in items.items()
+        }
         return step, items, found.meta
 
-    def _everywhere(self, step: int, item: str):
-        """What is saved, to be read whole by every process, whichever processes wrote it."""
-        mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
-        whole = NamedSharding(mesh, PartitionSpec())
+    def _stored(self, step: int, item: str) -> dict:
+        """Shapes and dtypes of what a checkpoint has, by the names that it was saved under."""
         handler = ocp.StandardCheckpointHandler()
-        saved = dict(handler.metadata(epath.Path(self.directory / str(step) / item)).tree)
+        stored = dict(handler.metadata(epath.Path(self.directory / str(step) / item)).tree)
         handler.close()
-        return {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-            for name, x in saved.items()
-        }
+        return stored
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         for step in steps if jax.process_index() == 0 else ():
@@ -167,6 +167,21 @@ class Checkpoints:
 
 def _numbered(tree) -> Arrays:
     return {f"optimizer.{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
+def _everywhere(stored: Mapping) -> dict[str, jax.ShapeDtypeStruct]:
+    """Asks for whole arrays on every process, whichever processes wrote them."""
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in stored.items()
+    }
+
+
+def _as_stored(tree: Mapping, stored: Mapping) -> dict:
+    """`tree` under the names that a checkpoint of an earlier version may have."""
+    names = {current_name(name): name for name in stored}
+    return {names.get(name, name): x for name, x in tree.items()}
 
 
 def _abstract(tree):

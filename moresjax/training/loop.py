@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.paths import matches
+from moresjax.core.parameter_names import matches
 from moresjax.data.pipeline import to_device_batch
 from moresjax.runs.build import (
     build_iterator,

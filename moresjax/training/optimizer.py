@@ -5,7 +5,7 @@ import optax
 from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.paths import matches, path_name
+from moresjax.core.parameter_names import matches, path_name
 
 SCHEDULES = ("cosine", "linear", "constant")
 

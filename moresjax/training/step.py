@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
-from moresjax.core.paths import matches, path_name
+from moresjax.core.parameter_names import matches, path_name
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import use_mesh
 from moresjax.training.objectives import Loss

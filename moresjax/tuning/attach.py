@@ -1,6 +1,6 @@
-"""The tuning attached to a model: its parameters, layer gates, and the hooks of a forward pass.
+"""The tuning attached to a model: its parameters, layer masks, and the hooks of a forward pass.
 
-Axis legend: B rows, S tokens, P slots, D hidden size, L layers.
+Axis legend: B rows, S tokens, P virtual tokens, D hidden size, L layers.
 """
 
 import functools
@@ -16,9 +16,9 @@ from moresjax.core.layout import SHARED, Batch, TokenKind, TokenLayout
 from moresjax.tuning.base import (
     Edit,
     Method,
+    Params,
     Probe,
     ProbeContext,
-    Theta,
     VirtualTokens,
     WeightDelta,
 )
@@ -28,7 +28,7 @@ from moresjax.tuning.sites import check_selector, num_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 
 
-class Gate(nnx.Variable):
+class LayerMask(nnx.Variable):
     """Which layers a method acts on, `[L]`: data, so that one program serves every choice."""
 
 
@@ -45,13 +45,13 @@ class Tuning(nnx.Module):
 
     Attributes:
       methods: key (the method's name, numbered when it occurs twice) and method, in spec order.
-      theta: fp32 parameters, `theta[method][site][leaf]`, with a leading layer axis at layered
+      params: fp32 parameters, `params[method][site][leaf]`, with a leading layer axis at layered
         sites; shapes only until `initialize`, except for constants.
-      gates: `gates[method][site]`, one flag per layer.
+      layer_masks: `layer_masks[method][site]`, one flag per layer.
       shared: `shared[method][leaf]`, frozen arrays of methods that have some.
       words: word and its token ids, for `token(WORD)` selectors; set by who has the tokenizer.
       adapters: names of several trained tunings held at once (see `tuning.multi_adapter`), from
-        which `Batch.adapter` chooses; parameters and gates then have an adapter axis.
+        which `Batch.adapter` chooses; parameters and layer masks then have an adapter axis.
 
     Raises:
       UserError: when the spec does not fit the model.
@@ -63,13 +63,13 @@ class Tuning(nnx.Module):
         self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
         self.words: tuple[tuple[str, tuple[int, ...]], ...] = ()
         self.adapters: tuple[str, ...] = ()
-        self.theta, self.gates, self.shared = nnx.Dict(), nnx.Dict(), nnx.Dict()
+        self.params, self.layer_masks, self.shared = nnx.Dict(), nnx.Dict(), nnx.Dict()
         _check_conflicts(self.methods, config)
         for key, method in self.methods:
             sites = method.sites(config)
             if not sites:
                 continue
-            self.theta[key], self.gates[key] = nnx.Dict(), nnx.Dict()
+            self.params[key], self.layer_masks[key] = nnx.Dict(), nnx.Dict()
             if isinstance(method, WeightDelta) and (shared := method.shared(config)):
                 shared = {n: Shared(jnp.asarray(x)) for n, x in shared.items()}
                 self.shared[key] = nnx.Dict(shared)
@@ -78,11 +78,11 @@ class Tuning(nnx.Module):
                     check_selector(method, site, config)
                 if layers := num_layers(site, config):
                     chosen = parse_layers(method.layer_choice, layers)
-                    self.gates[key][site] = Gate(jnp.asarray(chosen))
+                    self.layer_masks[key][site] = LayerMask(jnp.asarray(chosen))
         self._set(jax.eval_shape(self._values, jax.random.key(0)), nnx.Param)
         self._set(self._values(jax.random.key(0), constant=True), Constant)
 
-    def _values(self, key: PRNGKeyArray, constant: bool = False) -> dict[str, dict[str, Theta]]:
+    def _values(self, key: PRNGKeyArray, constant: bool = False) -> dict[str, dict[str, Params]]:
         """Initial parameters, or constants, by method and site."""
         values = {}
         for number, (name, method) in enumerate(self.methods):
@@ -92,14 +92,14 @@ class Tuning(nnx.Module):
                 own = jax.random.fold_in(jax.random.fold_in(key, number), place)
                 # A given vector takes no part in comparisons, so it must not be compiled in.
                 start = _start.__wrapped__ if constant else _start
-                theta = start(method, tuple(shape), num_layers(site, self.config), own)
-                values.setdefault(name, {})[site] = theta
+                params = start(method, tuple(shape), num_layers(site, self.config), own)
+                values.setdefault(name, {})[site] = params
         return values
 
     def _set(self, values: dict[str, dict[str, dict]], kind: type[nnx.Variable]) -> None:
         for key, by_site in values.items():
-            for site, theta in by_site.items():
-                self.theta[key][site] = nnx.Dict({n: kind(x) for n, x in theta.items()})
+            for site, params in by_site.items():
+                self.params[key][site] = nnx.Dict({n: kind(x) for n, x in params.items()})
 
     def initialize(self, seed: int = 0) -> None:
         """Gives every parameter its initial value."""
@@ -114,7 +114,7 @@ class Tuning(nnx.Module):
     @property
     def trains(self) -> tuple[str, ...]:
         """Paths of what trains with these methods: their own parameters, and base parameters."""
-        return ("tuning.theta", *(path for _, method in self.methods for path in method.trains))
+        return ("tuning.params", *(path for _, method in self.methods for path in method.trains))
 
     @property
     def selected_words(self) -> tuple[str, ...]:
@@ -122,20 +122,24 @@ class Tuning(nnx.Module):
         edits = [method for _, method in self.methods if isinstance(method, Edit)]
         return tuple(word for m in edits for word in parse_selector(m.positions).words)
 
-    def _slots(self, *sites: str) -> int:
-        """How many slots there are at some sites."""
-        slots = [(key, method) for key, method in self.methods if isinstance(method, VirtualTokens)]
-        return sum(method.length for key, method in slots for s in sites if s in self.theta[key])
+    def _count_virtual_tokens(self, *sites: str) -> int:
+        """How many virtual tokens there are at some sites."""
+        return sum(
+            method.length
+            for key, method in self.methods
+            for site in sites
+            if isinstance(method, VirtualTokens) and site in self.params[key]
+        )
 
     @property
-    def num_slots(self) -> int:
-        """The number of extra tokens before the first token of the LLM."""
-        return self._slots("llm.embed", "llm.block.in")
+    def num_extra_tokens(self) -> int:
+        """The virtual tokens of the LLM that pass through its blocks, before the first token."""
+        return self._count_virtual_tokens("llm.embed", "llm.block.in")
 
     @property
     def num_virtual_tokens(self) -> int:
         """P, the number of keys before the first token's: learned ones, and extra tokens'."""
-        return self.num_slots + self._slots("llm.block.kv")
+        return self.num_extra_tokens + self._count_virtual_tokens("llm.block.kv")
 
     def check_single(self, what: str) -> None:
         """Raises a `UserError` when several tunings are held, of which `what` can use one only."""
@@ -148,13 +152,13 @@ class Tuning(nnx.Module):
         """A copy with some of the methods."""
         part = nnx.clone(self)
         part.methods = tuple((key, method) for key, method in self.methods if keep(method))
-        for key in set(part.theta) - {key for key, _ in part.methods}:
-            del part.theta[key], part.gates[key]
+        for key in set(part.params) - {key for key, _ in part.methods}:
+            del part.params[key], part.layer_masks[key]
             if key in part.shared:
                 del part.shared[key]
         return part
 
-    def common(self, key: str) -> Theta:
+    def common(self, key: str) -> Params:
         """The shared arrays of a method."""
         return {n: x[...] for n, x in self.shared[key].items()} if key in self.shared else {}
 
@@ -184,30 +188,31 @@ class Tuning(nnx.Module):
         program is that of the bare model. `part` cuts from the masks of a whole batch what the LLM
         reads of it, which is not its beginning.
         """
-        later = decoding or part is not None  # what slots have done is in the cache
-        slots = {
-            "vision": self._slots("vision.embed", "vision.block.in"),
-            "llm": 0 if later else self.num_slots,
+        later = decoding or part is not None  # what virtual tokens do is in the cache
+        extra_tokens = {
+            "vision": self._count_virtual_tokens("vision.embed", "vision.block.in"),
+            "llm": 0 if later else self.num_extra_tokens,
         }
         rows = self._rows(batch)
-        masks = _Masks(batch, self.config, slots, dict(self.words), part)
+        masks = _Masks(batch, self.config, extra_tokens, dict(self.words), part)
         items = []
         for name, method in self.methods:
-            if name not in self.theta:
+            if name not in self.params:
                 continue
-            for site, variables in self.theta[name].items():
-                theta = {n: x[...] for n, x in variables.items()}
-                gate = self.gates[name][site][...] if site in self.gates[name] else None
+            for site, variables in self.params[name].items():
+                params = {n: x[...] for n, x in variables.items()}
+                masks_of = self.layer_masks[name]
+                layer_mask = masks_of[site][...] if site in masks_of else None
                 if isinstance(method, VirtualTokens):
                     if not later or site.startswith("vision."):
-                        items.append((site, Attached(method, theta)))
+                        items.append((site, Attached(method, params)))
                     continue
                 if isinstance(method, WeightDelta):
-                    theta = _prepare(method, gated(method, theta, gate), gate)
+                    params = _prepare(method, mask_layers(method, params, layer_mask), layer_mask)
                     common = self.common(name)
                     if method.sees_tokens:
                         common["tokens"] = masks(site, parse_selector("all"))
-                    items.append((site, Attached(method, theta, common=common, rows=rows(site))))
+                    items.append((site, Attached(method, params, common=common, rows=rows(site))))
                     continue
                 in_llm = site.startswith("llm.")
                 if batch.pixels is None and not in_llm:
@@ -215,9 +220,9 @@ class Tuning(nnx.Module):
                 selector = parse_selector(method.positions)
                 if decoding and not (selector.acts_while_decoding and in_llm):
                     continue
-                prepared = _prepare(method, theta, gate)
+                prepared = _prepare(method, params, layer_mask)
                 mask = masks(site, selector)
-                items.append((site, Attached(method, prepared, gate, mask, rows=rows(site))))
+                items.append((site, Attached(method, prepared, layer_mask, mask, rows=rows(site))))
         return Hooks(items, key, probes, context)
 
     def _rows(self, batch: Batch) -> Callable[[str], Int[Array, "..."] | None]:
@@ -239,7 +244,7 @@ class Tuning(nnx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(method: Method, shape: tuple, layers: int, key: PRNGKeyArray) -> Theta:
+def _start(method: Method, shape: tuple, layers: int, key: PRNGKeyArray) -> Params:
     """Initial parameters at one site; compiled once for all sites and models of its kind."""
     if not layers:
         return method.initial(key, *shape)
@@ -273,39 +278,41 @@ def _check_conflicts(methods: Sequence[tuple[str, Method]], config) -> None:
             first.setdefault(site, method)
 
 
-def _prepare(method: Method, theta, gate):
-    return _for_each(method.prepare, gate)(theta)
+def _prepare(method: Method, params, layer_mask):
+    return _for_each(method.prepare, layer_mask)(params)
 
 
-def _for_each(function: Callable, gate) -> Callable:
-    """`function` of one layer's parameters, mapped over the axes that the gate has."""
-    for _ in range(0 if gate is None else gate.ndim):
+def _for_each(function: Callable, layer_mask) -> Callable:
+    """`function` of one layer's parameters, mapped over the axes that the layer mask has."""
+    for _ in range(0 if layer_mask is None else layer_mask.ndim):
         function = jax.vmap(function)
     return function
 
 
-def gated(method: WeightDelta, theta, gate):
-    """Stacked parameters in which gated-off layers are neutral."""
+def mask_layers(method: WeightDelta, params, layer_mask):
+    """Stacked parameters that are neutral in the layers that are switched off."""
 
     def choose(on, off):
-        return jnp.where(gate.reshape(*gate.shape, *[1] * (on.ndim - gate.ndim)), on, off)
+        return jnp.where(
+            layer_mask.reshape(*layer_mask.shape, *[1] * (on.ndim - layer_mask.ndim)), on, off
+        )
 
-    return jax.tree.map(choose, theta, _for_each(method.neutral, gate)(theta))
+    return jax.tree.map(choose, params, _for_each(method.neutral, layer_mask)(params))
 
 
-def extend_layout(layout: TokenLayout, slots: int) -> TokenLayout:
-    """The layout with `slots` places in front, seen by every document of the row."""
-    if not slots:
+def extend_layout(layout: TokenLayout, count: int) -> TokenLayout:
+    """The layout with `count` virtual tokens in front, seen by every document of the row."""
+    if not count:
         return layout
 
     def pad(field, value):
-        return jnp.pad(jnp.asarray(field), ((0, 0), (slots, 0)), constant_values=value)
+        return jnp.pad(jnp.asarray(field), ((0, 0), (count, 0)), constant_values=value)
 
-    ahead = jnp.broadcast_to(jnp.arange(slots), (layout.shape[0], slots))
+    first = jnp.broadcast_to(jnp.arange(count), (layout.shape[0], count))
     return layout.replace(
         kind=pad(layout.kind, int(TokenKind.SYSTEM)),
         image=pad(layout.image, -1),
-        position=jnp.concatenate([ahead, jnp.asarray(layout.position) + slots], axis=1),
+        position=jnp.concatenate([first, jnp.asarray(layout.position) + count], axis=1),
         document=pad(layout.document, SHARED),
         branch=pad(layout.branch, 0),
     )
@@ -318,11 +325,11 @@ class _Masks:
         self,
         batch: Batch,
         config,
-        slots: dict[str, int],
+        extra_tokens: dict[str, int],
         words: dict[str, tuple[int, ...]],
         part: Callable[[Array], Array] | None,
     ):
-        self.batch, self.config, self.slots, self.words = batch, config, slots, words
+        self.batch, self.config, self.extra_tokens, self.words = batch, config, extra_tokens, words
         self.part = part or (lambda mask: mask)
         self.known = {}
 
@@ -333,11 +340,11 @@ class _Masks:
         return self.known[tower, selector.text]
 
     def _mask(self, tower, selector):
-        batch, slots = self.batch, self.slots
+        batch = self.batch
         if tower == "llm":
-            slots = slots["llm"]
-            tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (slots, 0)), constant_values=-1)
-            layout = extend_layout(batch.layout, slots)
+            extra = self.extra_tokens["llm"]
+            tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (extra, 0)), constant_values=-1)
+            layout = extend_layout(batch.layout, extra)
             return self.part(selector(layout, tokens, batch.roi, self.words))
         rows, images = batch.pixels.shape[:2]
         vision = self.config.vision
@@ -345,7 +352,7 @@ class _Masks:
             layout = _feature_layout(rows, images, self.config.visual_tokens, 0)
             return selector(layout, roi=batch.roi)
         layout = _feature_layout(rows * images, 1, vision.num_patches, vision.prefix_tokens)
-        return selector(extend_layout(layout, slots["vision"]))
+        return selector(extend_layout(layout, self.extra_tokens["vision"]))
 
 
 def _feature_layout(rows: int, images: int, visual_tokens: int, extra: int) -> TokenLayout:

@@ -1,10 +1,10 @@
 """The four kinds of tuning, as interfaces, and the registry of methods.
 
-Axis legend: B batch, S tokens, D features in, F features out, P slots.
+Axis legend: B batch, S tokens, D features in, F features out, P virtual tokens.
 
 A method is a frozen dataclass whose fields are the keys of its spec string, in a file of its own in
-`moresjax/tuning/methods`. `theta` is a dict of fp32 arrays for *one* layer; the framework adds the
-leading layer axis, scans it beside the frozen blocks and gates layers on and off.
+`moresjax/tuning/methods`. `params` is a dict of fp32 arrays for *one* layer; the framework adds the
+leading layer axis, scans it beside the frozen blocks and switches layers on and off (layer masks).
 """
 
 import abc
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from moresjax.core.errors import UserError
 from moresjax.core.types import AnyArray, pytree_dataclass
 
-Theta = dict[str, Array]
+Params = dict[str, Array]
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -36,7 +36,7 @@ class Method:
     Attributes:
       name: the method's name in spec strings.
       trains: paths of base parameters that train in full with this method, such as `llm`.
-      constant: whether `theta` is given rather than learned: never trained, counted or saved.
+      constant: whether `params` is given rather than learned: never trained, counted or saved.
     """
 
     name: ClassVar[str]
@@ -60,20 +60,20 @@ class Method:
         """What a spec string with this method stands for: itself, or several other methods."""
         return (self,)
 
-    def prepare(self, theta: Theta) -> Theta:
+    def prepare(self, params: Params) -> Params:
         """Parameters as the forward pass uses them; called once per step, per layer."""
-        return theta
+        return params
 
 
 def layer_field():
-    """The `layers` key. It takes no part in comparisons: which layers are on is data (the gates),
+    """The `layers` key. It takes no part in comparisons: which layers are on is data (layer masks),
     so methods that differ in nothing else share one compiled program."""
     return dataclasses.field(default="all", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit(Method, abc.ABC):
-    """Changes activations at a site: `h' = h + where(mask, delta(theta, h), 0)`."""
+    """Changes activations at a site: `h' = h + where(mask, delta(params, h), 0)`."""
 
     positions: str = "image"
     layers: str = layer_field()
@@ -86,12 +86,12 @@ class Edit(Method, abc.ABC):
             )
 
     @abc.abstractmethod
-    def initial(self, key: PRNGKeyArray, dim: int) -> Theta:
+    def initial(self, key: PRNGKeyArray, dim: int) -> Params:
         """Initial parameters of one layer for activations with `dim` features."""
 
     @abc.abstractmethod
-    def delta(self, theta: Theta, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """What is added at selected tokens. `theta` has been through `prepare`."""
+    def delta(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """What is added at selected tokens. `params` has been through `prepare`."""
 
     def drop(
         self, key: PRNGKeyArray, delta: Float[Array, "B S D"], h: Float[Array, "B S D"]
@@ -114,12 +114,12 @@ class LinearLike(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WeightDelta(Method, abc.ABC):
-    """Acts on a named linear: `apply(theta, linear, x) -> y`, merged where the maths allows.
+    """Acts on a named linear: `apply(params, linear, x) -> y`, merged where the maths allows.
 
     Attributes:
       whole: it redefines the whole matrix or reads the linear's weights, so it comes first on a
         matrix and there is one at most.
-      sees_tokens: `theta["tokens"]` is the mask `[B, S]` of tokens that are not padding.
+      sees_tokens: `params["tokens"]` is the mask `[B, S]` of tokens that are not padding.
     """
 
     whole: ClassVar[bool] = False
@@ -127,29 +127,31 @@ class WeightDelta(Method, abc.ABC):
     layers: str = layer_field()
 
     def shared(self, config) -> dict[str, AnyArray]:
-        """Frozen arrays that all layers and sites find in their `theta`; not saved, not trained."""
+        """Frozen arrays that all layers and sites find in their `params`; neither saved nor
+        trained."""
         return {}
 
     @abc.abstractmethod
-    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Theta: ...
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params: ...
 
     @abc.abstractmethod
-    def neutral(self, theta: Theta) -> Theta:
-        """Parameters of the same shapes that leave the linear as it is (a gated-off layer)."""
+    def neutral(self, params: Params) -> Params:
+        """Parameters of the same shapes that leave the linear as it is, for layers that are
+        switched off."""
 
     @abc.abstractmethod
     def apply(
         self,
-        theta: Theta,
+        params: Params,
         linear: LinearLike,
         x: Float[Array, "*B D"],
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*B F"]:
-        """The tuned linear. `theta` has been through `prepare`; `key` is given in training, for
+        """The tuned linear. `params` has been through `prepare`; `key` is given in training, for
         dropout."""
 
     def merge(
-        self, theta: Theta, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+        self, params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
     ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         """Kernel and bias of a plain linear with the same output."""
         raise UserError(f"{self.name} cannot be merged into the weights")
@@ -186,7 +188,7 @@ class VirtualTokens(Method, abc.ABC):
             raise UserError(f"{self.name}:length must be at least 1, got {self.length}")
 
     @abc.abstractmethod
-    def initial(self, key: PRNGKeyArray, *shape: Any) -> Theta:
+    def initial(self, key: PRNGKeyArray, *shape: Any) -> Params:
         """Initial content, of one layer at a layered site."""
 
 

@@ -3,7 +3,8 @@
 The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the
 plain linear, the identity and nothing. Sites are named `vision.block.X`, `connector.out`,
 `llm.embed.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
-`mlp.out`, `out`. VirtualTokens are at `vision.embed`, `llm.embed`, `X.block.in` and `llm.block.kv`.
+`mlp.out`, `out`. Virtual tokens are at `vision.embed`, `llm.embed`, `X.block.in` and
+`llm.block.kv`.
 """
 
 import dataclasses
@@ -14,11 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moresjax.core.ops import pick
-from moresjax.tuning.base import Edit, Probe, ProbeContext, Theta, VirtualTokens, WeightDelta
+from moresjax.tuning.base import Edit, Params, Probe, ProbeContext, VirtualTokens, WeightDelta
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 TOWERS = ("vision", "llm")
-# Where slots are tokens, inside a tower.
+# Where virtual tokens are tokens, inside a tower.
 TOKEN_SITES = ("embed", "in")
 
 
@@ -26,34 +27,34 @@ TOKEN_SITES = ("embed", "in")
 class Attached:
     """A method at one site: prepared parameters and, for edits, the mask of selected tokens.
 
-    At layered sites every leaf of `theta` and `gate` has a leading layer axis; `common` is what a
-    weight delta finds in its parameters at every layer. With `rows`, the adapter of each row, the
-    next axis counts adapters.
+    At layered sites every leaf of `params` and `layer_mask` has a leading layer axis; `common` is
+    what a weight delta finds in its parameters at every layer. With `rows`, the adapter of each
+    row, the next axis counts adapters.
     """
 
     method: Edit | WeightDelta | VirtualTokens
-    theta: Theta
-    gate: Array | None = None
+    params: Params
+    layer_mask: Array | None = None
     mask: Array | None = None
-    common: Theta = dataclasses.field(default_factory=dict)
+    common: Params = dataclasses.field(default_factory=dict)
     rows: Int[Array, " B"] | None = None
 
 
-def _by_row(function: Callable, theta, x, rows: Array | None):
-    """`function(theta, x)`, or the same with each row's own parameters."""
+def _by_row(function: Callable, params, x, rows: Array | None):
+    """`function(params, x)`, or the same with each row's own parameters."""
     if rows is None:
-        return function(theta, x)
-    own = jax.tree.map(lambda leaf: leaf[rows], theta)
-    return jax.vmap(lambda theta, row: function(theta, row[None])[0])(own, x)
+        return function(params, x)
+    own = jax.tree.map(lambda leaf: leaf[rows], params)
+    return jax.vmap(lambda params, row: function(params, row[None])[0])(own, x)
 
 
-def _apply_edit(item: Attached, theta, gate, h, key):
-    delta = _by_row(item.method.delta, theta, h, item.rows)
+def _apply_edit(item: Attached, params, layer_mask, h, key):
+    delta = _by_row(item.method.delta, params, h, item.rows)
     if item.rows is not None:
-        gate = gate[item.rows][:, None]
+        layer_mask = layer_mask[item.rows][:, None]
     if key is not None and item.method.dropout:
         delta = item.method.drop(key, delta, h)
-    mask = item.mask if gate is None else item.mask & gate
+    mask = item.mask if layer_mask is None else item.mask & layer_mask
     return h + jnp.where(mask[..., None], delta, 0).astype(h.dtype)
 
 
@@ -69,7 +70,7 @@ class _Tuned:
     """A linear seen through a weight delta."""
 
     method: WeightDelta
-    theta: Theta
+    params: Params
     linear: Callable
     key: PRNGKeyArray | None
 
@@ -81,7 +82,7 @@ class _Tuned:
         return self.linear.dense()
 
     def __call__(self, x):
-        return self.method.apply(self.theta, self.linear, x, self.key)
+        return self.method.apply(self.params, self.linear, x, self.key)
 
 
 class LayerHooks:
@@ -107,14 +108,14 @@ class LayerHooks:
         if not items:
             return linear(x)
 
-        def tuned(thetas, x):
+        def tuned(each_params, x):
             whole = linear
-            for theta, (number, item) in zip(thetas, items, strict=True):
-                whole = _Tuned(item.method, theta | item.common, whole, self._key(number))
+            for params, (number, item) in zip(each_params, items, strict=True):
+                whole = _Tuned(item.method, params | item.common, whole, self._key(number))
             return whole(x)
 
-        thetas = [self._stacked[number][0] for number, _ in items]
-        return _by_row(tuned, thetas, x, items[0][1].rows)
+        each_params = [self._stacked[number][0] for number, _ in items]
+        return _by_row(tuned, each_params, x, items[0][1].rows)
 
     def edit(self, name: str, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         for number, item in self._tower.at(name):
@@ -132,8 +133,8 @@ class LayerHooks:
     ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
         """Keys (after rotation) and values, with the learned ones before them."""
         for number, _ in reversed(self._tower.at("kv")):
-            theta, _ = self._stacked[number]
-            k, v = _before(theta["k"], k), _before(theta["v"], v)
+            params, _ = self._stacked[number]
+            k, v = _before(params["k"], k), _before(params["v"], v)
         return k, v
 
     def read_attention(self, q, k, mask: Array | None, softcap: float) -> None:
@@ -174,26 +175,27 @@ class TowerHooks:
         self._items = list(items)
         self.key, self.probes, self.context = key, probes, context
         self.stacked = [
-            ({}, None) if site == "embed" else (item.theta, item.gate) for site, item in self._items
+            ({}, None) if site == "embed" else (item.params, item.layer_mask)
+            for site, item in self._items
         ]
-        self.num_slots, self._places = 0, {}
+        self.num_extra_tokens, self._places = 0, {}
         for number, (site, item) in enumerate(self._items):
             if site in TOKEN_SITES:
-                self._places[number] = self.num_slots
-                self.num_slots += item.method.length
+                self._places[number] = self.num_extra_tokens
+                self.num_extra_tokens += item.method.length
 
     def prepend(self, h: Float[Array, "B S D"]) -> Float[Array, "B PS D"]:
         """Puts the extra tokens before the rows that the first block reads."""
-        if not self.num_slots:
+        if not self.num_extra_tokens:
             return h
-        h = jnp.pad(h, ((0, 0), (self.num_slots, 0), (0, 0)))
+        h = jnp.pad(h, ((0, 0), (self.num_extra_tokens, 0), (0, 0)))
         for number, item in self.at("embed"):
-            h = self.write(number, item.theta, h)
+            h = self.write(number, item.params, h)
         return h
 
-    def write(self, number: int, theta: Theta, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def write(self, number: int, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Gives the extra tokens of one item their content."""
-        content = theta["embedding"].astype(h.dtype)
+        content = params["embedding"].astype(h.dtype)
         content = jnp.broadcast_to(content, (h.shape[0], *content.shape))
         return jax.lax.dynamic_update_slice_in_dim(h, content, self._places[number], axis=1)
 
@@ -256,5 +258,5 @@ class Hooks:
                 key = self._key
                 if key is not None:
                     key = jax.random.fold_in(jax.random.fold_in(key, len(TOWERS)), number)
-                h = _apply_edit(item, item.theta, item.gate, h, key)
+                h = _apply_edit(item, item.params, item.layer_mask, h, key)
         return h

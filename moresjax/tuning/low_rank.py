@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from moresjax.core.errors import UserError
 from moresjax.core.linalg import inverse_cholesky
 from moresjax.core.ops import project
-from moresjax.tuning.base import Edit, Theta
+from moresjax.tuning.base import Edit, Params
 from moresjax.tuning.sites import edit_dim
 from moresjax.tuning.spec import check_choice, check_rank
 
@@ -92,27 +92,27 @@ class LowRankEdit(Edit, abc.ABC):
             rotate = orthonormalize(jax.random.normal(k_rotate, (dim, self.rank)))
         else:
             rotate = uniform(k_rotate, dim, self.rank)
-        theta = {"rotate": rotate}
+        params = {"rotate": rotate}
         if self.init == "identity":
             if self.has_weight:
-                theta["weight"] = rotate.T if self.subtracts else jnp.zeros_like(rotate.T)
-            return theta | {"bias": jnp.zeros(self.rank)}
+                params["weight"] = rotate.T if self.subtracts else jnp.zeros_like(rotate.T)
+            return params | {"bias": jnp.zeros(self.rank)}
         if not self.has_weight:
-            return theta | {"bias": jax.random.uniform(k_bias, (self.rank,))}
+            return params | {"bias": jax.random.uniform(k_bias, (self.rank,))}
         weight, bias = uniform(k_weight, self.rank, dim), uniform(k_bias, self.rank)
-        return theta | {"weight": weight, "bias": bias}
+        return params | {"weight": weight, "bias": bias}
 
-    def prepare(self, theta: Theta) -> Theta:
-        rotate = self.rotation(theta["rotate"])
-        prepared = {"up": rotate.T, "bias": theta["bias"]}
+    def prepare(self, params: Params) -> Params:
+        rotate = self.rotation(params["rotate"])
+        prepared = {"up": rotate.T, "bias": params["bias"]}
         if self.has_weight:
             # h W^T - h R in one product.
-            down = theta["weight"].T
+            down = params["weight"].T
             return prepared | {"down": down - rotate if self.subtracts else down}
         return prepared | {"down": -rotate} if self.subtracts else prepared
 
-    def delta(self, theta, h):
-        low = jnp.broadcast_to(theta["bias"], (*h.shape[:-1], self.rank))
-        if "down" in theta:
-            low = low + project(h.astype(jnp.float32), theta["down"])
-        return project(low, theta["up"])
+    def delta(self, params, h):
+        low = jnp.broadcast_to(params["bias"], (*h.shape[:-1], self.rank))
+        if "down" in params:
+            low = low + project(h.astype(jnp.float32), params["down"])
+        return project(low, params["up"])

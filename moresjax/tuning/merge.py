@@ -6,8 +6,8 @@ import jax
 from flax import nnx
 
 from moresjax.core.errors import UserError
-from moresjax.tuning.attach import gated
-from moresjax.tuning.base import Edit, Method, Theta, VirtualTokens, WeightDelta
+from moresjax.tuning.attach import mask_layers
+from moresjax.tuning.base import Edit, Method, Params, VirtualTokens, WeightDelta
 
 _IN_ATTENTION = ("q", "k", "v", "o")
 
@@ -25,10 +25,10 @@ def merged(model: nnx.Module) -> nnx.Module:
     tuning.check_single("merging")
     for key, method in tuning.methods:
         if isinstance(method, WeightDelta):
-            for site, variables in tuning.theta[key].items():
-                theta = {name: x[...] for name, x in variables.items()}
-                theta = gated(method, theta, tuning.gates[key][site][...])
-                _merge_site(model, site, method, theta, tuning.common(key))
+            for site, variables in tuning.params[key].items():
+                params = {name: x[...] for name, x in variables.items()}
+                params = mask_layers(method, params, tuning.layer_masks[key][site][...])
+                _merge_site(model, site, method, params, tuning.common(key))
     model.tuning = tuning.subset(lambda method: isinstance(method, Edit | VirtualTokens))
     return model
 
@@ -44,16 +44,16 @@ def linear_at(model: nnx.Module, site: str) -> nnx.Module:
     return functools.reduce(getattr, linear_path(site), model)
 
 
-def _merge_site(model, site: str, method: Method, theta: Theta, common: Theta) -> None:
+def _merge_site(model, site: str, method: Method, params: Params, common: Params) -> None:
     linear = linear_at(model, site)
     if linear.scale is not None:
         raise UserError(f"{method.name} cannot be merged into int8 weights; load them as they are")
     bias = None if linear.bias is None else linear.bias[...]
 
-    def merge(theta, kernel, bias):
-        return method.merge(theta | common, kernel, bias)
+    def merge(params, kernel, bias):
+        return method.merge(params | common, kernel, bias)
 
-    kernel, bias = jax.jit(jax.vmap(merge))(theta, linear.kernel[...], bias)
+    kernel, bias = jax.jit(jax.vmap(merge))(params, linear.kernel[...], bias)
     linear.kernel[...] = kernel
     if bias is not None:
         linear.bias[...] = bias

@@ -3,8 +3,8 @@
 Axis legend: B rows, L layers, A adapters.
 
 Their parameters are stacked into one `Tuning`: leaves are `[L, A, ...]` at layered sites and
-`[A, ...]` elsewhere, and gates `[L, A]` or `[A]`. The last of the A is the base model: an adapter
-that is gated off everywhere, which is where the number -1 leads.
+`[A, ...]` elsewhere, and layer masks `[L, A]` or `[A]`. The last of the A is the base model: an
+adapter that is switched off everywhere, which is where the number -1 leads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.tuning.attach import Gate, Tuning
+from moresjax.tuning.attach import LayerMask, Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.sites import num_layers
 
@@ -48,21 +48,23 @@ def stack_adapters(tunings: Mapping[str, Tuning]) -> Tuning:
                 raise UserError(f"the adapters bring different frozen arrays {leaf!r} of {key}")
     stacked = nnx.clone(first)
     stacked.adapters = tuple(tunings)
-    for key, sites in first.theta.items():
-        for site, theta in sites.items():
+    for key, sites in first.params.items():
+        for site, params in sites.items():
             axis = 1 if num_layers(site, first.config) else 0
-            for leaf, variable in theta.items():
+            for leaf, variable in params.items():
                 # The base's parameters are never used; a copy of the first ones will do.
-                values = [t.theta[key][site][leaf][...] for t in (*tunings.values(), first)]
-                stacked.theta[key][site][leaf] = type(variable)(jnp.stack(values, axis))
-            gates = [_gate(tuning, key, site) for tuning in tunings.values()]
-            stacked.gates[key][site] = Gate(jnp.stack([*gates, jnp.zeros_like(gates[0])], axis))
+                values = [t.params[key][site][leaf][...] for t in (*tunings.values(), first)]
+                stacked.params[key][site][leaf] = type(variable)(jnp.stack(values, axis))
+            layer_masks = [_layer_mask(tuning, key, site) for tuning in tunings.values()]
+            stacked.layer_masks[key][site] = LayerMask(
+                jnp.stack([*layer_masks, jnp.zeros_like(layer_masks[0])], axis)
+            )
     return stacked
 
 
-def _gate(tuning: Tuning, key: str, site: str):
-    gates = tuning.gates[key]
-    return gates[site][...] if site in gates else jnp.asarray(True)
+def _layer_mask(tuning: Tuning, key: str, site: str):
+    layer_masks = tuning.layer_masks[key]
+    return layer_masks[site][...] if site in layer_masks else jnp.asarray(True)
 
 
 def adapter_ids(

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from moresjax._version import __version__
 from moresjax.core.errors import UserError
-from moresjax.core.paths import matches, path_name
+from moresjax.core.parameter_names import current_name, first_name, matches, path_name
 from moresjax.core.types import AnyArray
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
@@ -31,6 +32,8 @@ DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
 FORMAT = "moresjax-tuning"
 # How a base is run, not what it is.
 _FREE = ("dtype", "remat", "unroll", "int8", "attention")
+# Fields of a base's configuration in version 0.1, and their present names.
+_RENAMED_FIELDS = {"last_layers": "num_trainable_blocks"}
 # A checksum is of this many values, and there is one for this many parameters.
 _VALUES, _CHECKSUMS = 64, 8
 MaybeArray = AnyArray | jax.ShapeDtypeStruct  # a shape where there is no value yet
@@ -58,7 +61,7 @@ def save_adapter(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = 
         "format": FORMAT,
         "version": __version__,
         "spec": tuning.spec,
-        "sites": {key: [*sites] for key, sites in tuning.theta.items()},
+        "sites": {key: [*sites] for key, sites in tuning.params.items()},
         "also_train": [*also_train],
         "parameters": sum(x.size for x in arrays.values()),
         "base": {"config": mllm.config.to_dict(), "checksums": _checksums(base)},
@@ -116,15 +119,19 @@ def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:
 
 def fingerprint(mllm: MLLM) -> str:
     """Twelve hexadecimal digits that tell models apart: by configuration, tuning, and a few values
-    of every parameter. They are the same whether blocks are stacked or not."""
+    of every parameter. They are the same whether blocks are stacked or not, in every version."""
     parts: dict[str, dict[int, AnyArray]] = {}
     for path, x in nnx.to_flat_state(nnx.state(mllm, nnx.Param)):
         layer = 0
         if path[:2] == ("llm", "blocks") and isinstance(path[2], int):
             layer, path = path[2], (*path[:2], *path[3:])
         parts.setdefault(path_name(path), {})[layer] = x.get_value()
-    sums = {name: _checksum(*(own[i] for i in sorted(own))) for name, own in parts.items()}
-    text = json.dumps([mllm.config.to_dict(), mllm.tuning.spec, sums], sort_keys=True)
+    sums = {
+        first_name(name): _checksum(*(own[i] for i in sorted(own))) for name, own in parts.items()
+    }
+    first_fields = {now: then for then, now in _RENAMED_FIELDS.items()}
+    config = _renamed(mllm.config.to_dict(), first_fields)
+    text = json.dumps([config, mllm.tuning.spec, sums], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -133,11 +140,10 @@ def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
     for file in (DESCRIPTION, TENSORS):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not an adapter folder: it has no {file}")
-    description, arrays = (
-        json.loads((folder / DESCRIPTION).read_text()),
-        load_file(folder / TENSORS),
-    )
-    if difference := _difference(description["base"]["config"], mllm.config.to_dict()):
+    description = json.loads((folder / DESCRIPTION).read_text())
+    arrays = {current_name(name): x for name, x in load_file(folder / TENSORS).items()}
+    base_config = _renamed(description["base"]["config"], _RENAMED_FIELDS)
+    if difference := _difference(base_config, mllm.config.to_dict()):
         raise UserError(f"{folder} belongs to another base: {difference}")
     tuning = Tuning(description["spec"], mllm.config)
     base, expected = _split(mllm, description["also_train"], tuning)
@@ -186,9 +192,9 @@ def _site(name: str) -> str:
 def _layers(tuning: Tuning) -> dict[str, np.ndarray]:
     """Flags of the layers that act, by the site's name in the model."""
     return {
-        f"tuning.theta.{key}.{site}": np.asarray(gate[...])
-        for key, gates in tuning.gates.items()
-        for site, gate in gates.items()
+        f"tuning.params.{key}.{site}": np.asarray(layer_mask[...])
+        for key, layer_masks in tuning.layer_masks.items()
+        for site, layer_mask in layer_masks.items()
     }
 
 
@@ -231,6 +237,15 @@ def _on_host(x: AnyArray) -> AnyArray:
     """The array as one of NumPy's where that takes no copy."""
     here = isinstance(x, jax.Array) and {device.platform for device in x.devices()} == {"cpu"}
     return np.asarray(x) if here and len(x.devices()) == 1 else x
+
+
+def _renamed(config: Any, names: Mapping[str, str]) -> Any:
+    """A configuration, or a value inside of one, with other names for some of its fields."""
+    if isinstance(config, Mapping):
+        return {names.get(key, key): _renamed(value, names) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [_renamed(value, names) for value in config]
+    return config
 
 
 def _difference(stored: Mapping, ours: Mapping, place: str = "") -> str:

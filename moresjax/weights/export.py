@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moresjax.core.errors import UserError
-from moresjax.core.paths import named_parameters, path_name
+from moresjax.core.parameter_names import named_parameters, path_name
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.models.mllm import MLLM, MLLMConfig

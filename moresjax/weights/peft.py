@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.paths import matches, path_name
+from moresjax.core.parameter_names import matches, path_name
 from moresjax.models.decoder import Decoder, DecoderConfig
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
@@ -84,11 +84,11 @@ def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> P
 def _linears_out(mllm: MLLM, form: Format) -> tuple[Arrays, dict]:
     key, method = mllm.tuning.methods[0]
     arrays, patterns, on_input = {}, [], []
-    for site, variables in mllm.tuning.theta[key].items():
+    for site, variables in mllm.tuning.params[key].items():
         if not site.startswith("llm."):
             raise UserError(f"an adapter of peft is written for the LLM only, not for {site}")
         name, kernel = _linear_name(mllm, site), linear_at(mllm, site).dense()
-        layers = np.flatnonzero(mllm.tuning.gates[key][site][...]).tolist()
+        layers = np.flatnonzero(mllm.tuning.layer_masks[key][site][...]).tolist()
         for leaf, x in variables.items():
             for i in layers:
                 value = form.leaves[leaf].to_peft(np.asarray(x[i]), kernel[i])
@@ -195,7 +195,7 @@ def _linears_in(mllm: MLLM, form: Format, config: Mapping, tensors: "_Tensors") 
     tuning.initialize()
     for site in found:
         kernel = linear_at(mllm, site).dense()
-        for leaf, variable in tuning.theta[form.method][site].items():
+        for leaf, variable in tuning.params[form.method][site].items():
             values = np.array(variable[...])
             for i in chosen:
                 shape = form.leaves[leaf].to_peft(values[i], kernel[i]).shape

@@ -1,6 +1,6 @@
 """Prompt and prefix tuning in an adapter folder of `peft`: one tensor, `prompt_embeddings`.
 
-Axis legend: P slots, D hidden size, L layers, F features of all key heads.
+Axis legend: P virtual tokens, D hidden size, L layers, F features of all key heads.
 
     PROMPT_TUNING   [P, D]
     PREFIX_TUNING   [P, 2 L F]: keys of layer 0, values of layer 0, keys of layer 1, ...
@@ -31,13 +31,13 @@ def slots_out(mllm: MLLM) -> tuple[dict[str, np.ndarray], dict]:
     """The tensor and the settings of the attached prompt or prefix tuning."""
     key, method = mllm.tuning.methods[0]
     kind = next(kind for kind, (name, _) in _SLOTS.items() if name == method.name)
-    (variables,) = mllm.tuning.theta[key].values()
-    theta = {name: np.asarray(x[...]) for name, x in variables.items()}
+    (variables,) = mllm.tuning.params[key].values()
+    params = {name: np.asarray(x[...]) for name, x in variables.items()}
     llm = mllm.config.llm
     if kind == "PROMPT_TUNING":
-        tensor, width, heads = theta["embedding"], llm.hidden_size, llm.num_heads
+        tensor, width, heads = params["embedding"], llm.hidden_size, llm.num_heads
     else:
-        tensor = _flat(theta)
+        tensor = _flat(params)
         width, heads = llm.linears()["k"][1], llm.num_kv_heads
     return {TENSOR: tensor}, {
         "peft_type": kind,
@@ -69,9 +69,9 @@ def slots_in(config: MLLMConfig, kind: str, tensor: np.ndarray, source: str) -> 
         )
     tuning = Tuning(f"{name}:length={len(tensor)}", config)
     tuning.initialize()
-    theta = {"embedding": tensor} if name == "prompt" else _by_layer(tensor, config.llm.num_layers)
-    for leaf, x in theta.items():
-        tuning.theta[name][site][leaf][...] = jnp.asarray(x)
+    params = {"embedding": tensor} if name == "prompt" else _by_layer(tensor, config.llm.num_layers)
+    for leaf, x in params.items():
+        tuning.params[name][site][leaf][...] = jnp.asarray(x)
     return tuning
 
 
@@ -81,8 +81,8 @@ def _width(kind: str, llm: DecoderConfig) -> int:
     return 2 * llm.num_layers * llm.linears()["k"][1]
 
 
-def _flat(theta: Mapping[str, Float[np.ndarray, "L P F"]]) -> Float[np.ndarray, "P W"]:
-    both = np.stack([theta["k"], theta["v"]], axis=1)  # [L, 2, P, F]
+def _flat(params: Mapping[str, Float[np.ndarray, "L P F"]]) -> Float[np.ndarray, "P W"]:
+    both = np.stack([params["k"], params["v"]], axis=1)  # [L, 2, P, F]
     return both.transpose(2, 0, 1, 3).reshape(both.shape[2], -1)
 
 

@@ -63,16 +63,16 @@ def export_pyreft(mllm: MLLM, folder: str | Path) -> Path:
         raise UserError("writing a folder of pyreft needs torch, which is not installed") from None
     entries, keys, files = [], [], {}
     for name, method in tuning.methods:
-        theta = {leaf: np.asarray(x[...]) for leaf, x in tuning.theta[name][SITE].items()}
-        for layer in np.flatnonzero(tuning.gates[name][SITE][...]).tolist():
+        params = {leaf: np.asarray(x[...]) for leaf, x in tuning.params[name][SITE].items()}
+        for layer in np.flatnonzero(tuning.layer_masks[name][SITE][...]).tolist():
             first = [layer, COMPONENT, "pos", 1, method.rank]
             entries.append(first + [None] * _UNUSED_FIELDS)
             stem = _stem(layer, COMPONENT, "pos", 1)
             keys.append(f"{stem}#{sum(key.startswith(f'{stem}#') for key in keys)}")
             files[keys[-1]] = {
-                "weight": torch.tensor(theta["weight"][layer]),
-                "bias": torch.tensor(theta["bias"][layer]),
-                "rotate_layer": torch.tensor(_orthonormal(theta["rotate"][layer])),
+                "weight": torch.tensor(params["weight"][layer]),
+                "bias": torch.tensor(params["bias"][layer]),
+                "rotate_layer": torch.tensor(_orthonormal(params["rotate"][layer])),
             }
     folder.mkdir(parents=True, exist_ok=True)
     for key, tensors in files.items():
@@ -135,7 +135,7 @@ def import_pyreft(
         acting = sorted(edits)
         # A layer that does not act gets what its neighbour has: parameters like any others.
         source = [max([i for i in acting if i <= j] or acting[:1]) for j in range(llm.num_layers)]
-        for leaf, variable in tuning.theta[name][SITE].items():
+        for leaf, variable in tuning.params[name][SITE].items():
             stacked = np.stack([edits[i][leaf] for i in source])
             if stacked.shape != variable.shape:
                 raise UserError(

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, Sharding
 
 from moresjax.core.errors import UserError
-from moresjax.core.paths import path_name
+from moresjax.core.parameter_names import path_name
 from moresjax.core.types import AnyArray
 from moresjax.sharding.mesh import parameter_shardings
 

@@ -14,7 +14,6 @@ from moresjax.core.layout import (
     last_prompt_mask,
     loss_mask,
     rank_in_run,
-    text_layout,
     valid_mask,
     visible,
 )
@@ -239,24 +238,24 @@ def test_words_regions_of_interest_and_last_prompt():
 
 @settings(max_examples=25, deadline=None)
 @given(documents(), st.integers(1, 3))
-def test_slots_are_seen_by_all_and_selected_by_none(layout, slots):
-    extended = extend_layout(layout, slots)
+def test_virtual_tokens_are_seen_by_all_and_selected_by_none(layout, count):
+    extended = extend_layout(layout, count)
     mask = np.asarray(visible(extended))[0]
     alive = np.asarray(valid_mask(layout))[0]
-    assert (np.asarray(extended.document)[0, :slots] == SHARED).all()
-    assert mask[slots:][alive][:, :slots].all()
-    np.testing.assert_array_equal(mask[slots:, slots:], np.asarray(visible(layout))[0])
+    assert (np.asarray(extended.document)[0, :count] == SHARED).all()
+    assert mask[count:][alive][:, :count].all()
+    np.testing.assert_array_equal(mask[count:, count:], np.asarray(visible(layout))[0])
     for selector in ("all", "prompt", "system", "image", "question", "answer"):
         selected = np.asarray(parse_selector(selector)(extended))[0]
-        assert not selected[:slots].any()
+        assert not selected[:count].any()
         np.testing.assert_array_equal(
-            selected[slots:], np.asarray(parse_selector(selector)(layout))[0]
+            selected[count:], np.asarray(parse_selector(selector)(layout))[0]
         )
 
 
 def test_text_layout_is_padded_on_either_side():
     valid = np.asarray([[True, True, True, False], [False, True, True, True]])
-    layout = text_layout(valid)
+    layout = TokenLayout.text(valid)
     np.testing.assert_array_equal(layout.position, [[0, 1, 2, 0], [0, 0, 1, 2]])
     np.testing.assert_array_equal(np.asarray(valid_mask(layout)), valid)
 

@@ -25,7 +25,7 @@ PROMPT, ANSWERS = "is there a two ?", ["yes", "two seven"]
 
 def random_tuning(seed: int) -> Tuning:
     tuning, rng = Tuning(SPEC, tiny_config(**SIZES)), np.random.default_rng(seed)
-    for variable in jax.tree.leaves(tuning.theta, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+    for variable in jax.tree.leaves(tuning.params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
         variable.set_value(jnp.asarray(rng.standard_normal(variable.shape), jnp.float32))
     return tuning
 

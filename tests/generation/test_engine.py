@@ -14,8 +14,9 @@ from llavas import IMAGES, NEW, PAD, VOCAB, Case, case_of
 from tiny import talking_model, tiny_batch, tiny_model
 
 from moresjax.core.layout import TokenKind, TokenLayout
-from moresjax.generation import engine as engine_module
-from moresjax.generation.engine import Engine, bucket
+from moresjax.generation import programs
+from moresjax.generation.engine import Engine
+from moresjax.generation.lengths import bucket
 
 NEVER = (VOCAB + 1,)  # an end token that no row can produce
 
@@ -55,18 +56,18 @@ def test_greedy_ids_with_rows_that_end_early(family):
     np.testing.assert_array_equal(generation.length, ends_of(free, eos))
 
 
-@pytest.mark.parametrize("rolling", [False, True])
-def test_decoding_stops_when_all_rows_have_ended(case, greedy, rolling):
+@pytest.mark.parametrize("continuous", [False, True])
+def test_decoding_stops_when_all_rows_have_ended(case, greedy, continuous):
     eos = sorted({int(row[1]) for row in greedy})
     engine, rows = Engine(case.model, eos_ids=eos, pad_id=PAD), len(greedy)
     last = max(ends_of(greedy, eos))
     assert last < NEW - 1
-    progress = engine.prefill(case.batch(), NEW, limits=[NEW] * rows if rolling else None)
-    if rolling:
-        progress = progress.replace(left=np.asarray(NEW), enough=np.asarray(rows))
-    ended = engine_module._decode(*engine._decode, progress, probes=())
+    state = engine.prefill(case.batch(), NEW, limits=[NEW] * rows if continuous else None)
+    if continuous:
+        state = state.replace(steps_left=np.asarray(NEW), stop_after_done=np.asarray(rows))
+    ended = programs.decode(engine._decode_static, engine.parameters[1], state)
     # The first token is that of the prefill.
-    assert (NEW - int(ended.left) if rolling else int(ended.step) - 1) == last - 1
+    assert (NEW - int(ended.steps_left) if continuous else int(ended.step) - 1) == last - 1
 
 
 def ends_of(tokens: np.ndarray, eos) -> list[int]:
@@ -80,17 +81,17 @@ def test_padding_does_not_matter(case, engine, greedy, options):
 
 
 @pytest.mark.parametrize("left", [True, False])
-def test_rolling_rows_give_the_same_tokens(case, engine, greedy, left):
+def test_continuously_batched_rows_give_the_same_tokens(case, engine, greedy, left):
     rows = len(greedy)
     limits = [NEW, 1, 3, NEW]
-    new = engine.prefill(case.batch(left=left), NEW, limits=limits, room=64)
-    carry = engine.insert(None, new, [2, 0, 3, 1], rows)
-    while not carry.done.all():
-        carry = engine.advance(carry, 3)
-    for row, place in enumerate([2, 0, 3, 1]):
-        assert carry.length[place] == limits[row]
+    new = engine.prefill(case.batch(left=left), NEW, limits=limits, cache_length=64)
+    state = engine.insert(None, new, [2, 0, 3, 1], rows)
+    while not state.done.all():
+        state = engine.advance(state, 3)
+    for row, slot in enumerate([2, 0, 3, 1]):
+        assert state.length[slot] == limits[row]
         expected = greedy[row, : limits[row]]
-        np.testing.assert_array_equal(carry.tokens[place, : limits[row]], expected)
+        np.testing.assert_array_equal(state.tokens[slot, : limits[row]], expected)
 
 
 @pytest.mark.parametrize("chosen", [(1,), (3, 0)])
@@ -141,12 +142,12 @@ UNIQUE = {"rows": 2, "images": 0, "answer": 7}
 
 def test_one_shape_compiles_once():
     engine = Engine(tiny_model(), eos_ids=NEVER)
-    programs = engine_module._prefill, engine_module._decode
-    before = [program._cache_size() for program in programs]
+    both = programs.prefill, programs.decode
+    before = [program._cache_size() for program in both]
     first = engine.generate(tiny_batch(**UNIQUE, seed=0), 5)
-    assert [program._cache_size() for program in programs] == [n + 1 for n in before]
+    assert [program._cache_size() for program in both] == [n + 1 for n in before]
     second = engine.generate(tiny_batch(**UNIQUE, seed=1), 5)
-    assert [program._cache_size() for program in programs] == [n + 1 for n in before]
+    assert [program._cache_size() for program in both] == [n + 1 for n in before]
     assert not np.array_equal(first.tokens, second.tokens)
 
 
@@ -202,7 +203,7 @@ def test_the_decode_program_has_no_vision_side():
     signature = next(line for line in text.splitlines() if "@main(" in line)
     vision = model.config.vision
     assert f"{vision.num_patches}x{vision.hidden_size}xf32" not in signature  # its positions
-    llm = len(jax.tree.leaves(nnx.state(Engine(model, eos_ids=NEVER)._decode[1])))
+    llm = len(jax.tree.leaves(nnx.state(Engine(model, eos_ids=NEVER).parameters[1])))
     assert llm == 9 * model.config.llm.num_layers + 3  # per-layer weights; embedding, norm, head
 
 

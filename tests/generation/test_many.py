@@ -13,8 +13,8 @@ from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.generation import scheduler as batching
 from moresjax.generation.beam import Beams
+from moresjax.generation.config import EngineConfig
 from moresjax.generation.engine import Engine
 from moresjax.generation.sampling import Sampling
 from moresjax.inference.files import generate_file
@@ -122,13 +122,14 @@ def test_caches_grow_with_the_answers(model, rows, monkeypatch):
     whole = model.generate_many(rows, limits, **options)
     grown, grow = [], Engine.grow
 
-    def note(self, carry, room):
-        grown.append(room - carry.keys.shape[1])
-        return grow(self, carry, room)
+    def note(self, state, cache_length):
+        grown.append(cache_length - state.cache_layout.shape[1])
+        return grow(self, state, cache_length)
 
     monkeypatch.setattr(Engine, "grow", note)
-    monkeypatch.setattr(batching, "ROOM", 5)
-    found = model.generate_many(rows, limits, **options)
+    config = EngineConfig(initial_new_tokens=5)
+    small = Model(model.mllm, model.processor, engine_config=config)
+    found = small.generate_many(rows, limits, **options)
     assert grown == [15, 20]  # from 5 new tokens to 20, and to the 40 that are asked for
     for one, other in zip(whole, found, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)

@@ -6,13 +6,14 @@ import pytest
 from tiny import talking_model, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
-from moresjax.generation import engine as engine_module
-from moresjax.generation import shared_prefix as prefix_module
+from moresjax.generation import programs
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.engine import Engine
 from moresjax.generation.shared_prefix import common_prefix
 from moresjax.tuning.attach import Tuning
 
 NEW = 5
+ALWAYS = EngineConfig(min_saved_tokens=1)  # however few tokens it saves
 IMAGES = list(np.random.default_rng(0).integers(0, 255, (3, 12, 12, 3)).astype(np.uint8))
 HEAD = "how many times two ? three . is there a seven ? no . "
 PROMPTS = [
@@ -31,16 +32,16 @@ TUNING = (
 )
 
 
-def test_a_shared_prefix_changes_no_token_and_no_statistic(monkeypatch):
+def test_a_shared_prefix_changes_no_token_and_no_statistic():
     model, probes = talking_model(TUNING), (AttentionProbe(),)
     rows = [model.prompt(*prompt) for prompt in PROMPTS]
     apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
     assert len({tuple(tokens) for tokens in apart.tokens.tolist()}) == len(rows)
-    monkeypatch.setattr(prefix_module, "SAVED", 1)
-    read = engine_module._read_prefix._cache_size()
+    model.engine_config = ALWAYS
+    read = programs.read_prefix._cache_size()
     options = {"batch_size": 16, "probes": probes, "logprobs": True}
     done = model.generate_many(rows, NEW, **options)
-    assert engine_module._read_prefix._cache_size() == read + 1
+    assert programs.read_prefix._cache_size() == read + 1
     for row, found in enumerate(done):
         count = len(found.tokens)
         assert count == apart.length[row]
@@ -64,12 +65,12 @@ ABOUT = [
 
 @pytest.mark.parametrize("text", ["", HEAD])
 def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
-    """Each on its own, with statistics; the batch makes groups of four, of two beginnings."""
+    """Each on its own, with statistics; the batch makes groups of four, of two prefixes."""
     model, probes, known, read = talking_model(TUNING), (AttentionProbe(),), {}, []
     rows = [model.prompt(text + ("<image> " * (len(i) == 1)) + t, i, known=known) for t, i in ABOUT]
     apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
     if text:
-        monkeypatch.setattr(prefix_module, "SAVED", 1)
+        model.engine_config = ALWAYS
     run = Engine.read_prefix
     monkeypatch.setattr(
         Engine, "read_prefix", lambda self, *a: read.append((a[0].pixels, a[1])) or run(self, *a)
@@ -101,19 +102,18 @@ def rows() -> list:
     return [model.prompt(*prompt) for prompt in PROMPTS]
 
 
-def shared(rows, tuning: str = "none") -> int:
+def shared(rows, tuning: str = "none", config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> int:
     """Tokens in common, 0 for none."""
-    head = common_prefix(rows, Tuning(tuning, tiny_config(num_layers=2)))
+    head = common_prefix(rows, Tuning(tuning, tiny_config(num_layers=2)), config)
     return 0 if head is None else len(head["tokens"])
 
 
-def test_the_prefix_ends_at_the_first_image_and_leaves_every_prompt_a_token(rows, monkeypatch):
-    monkeypatch.setattr(prefix_module, "SAVED", 1)
+def test_the_prefix_ends_at_the_first_image_and_leaves_every_prompt_a_token(rows):
     first = int(np.argmax(rows[0]["image"] >= 0))
-    assert shared(rows) == shared([rows[0], rows[3]]) == first
-    assert shared([rows[1]] * 2) == len(rows[1]["tokens"]) - 1
+    assert shared(rows, config=ALWAYS) == shared([rows[0], rows[3]], config=ALWAYS) == first
+    assert shared([rows[1]] * 2, config=ALWAYS) == len(rows[1]["tokens"]) - 1
     other = rows[0] | {"tokens": np.concatenate([rows[0]["tokens"][:9], rows[1]["tokens"]])}
-    assert shared([rows[1], other]) == 9
+    assert shared([rows[1], other], config=ALWAYS) == 9
 
 
 def test_short_prefixes_and_few_prompts_are_read_as_they_are(rows):

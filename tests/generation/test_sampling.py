@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from moresjax.core.errors import UserError
-from moresjax.generation.sampling import Sampling, choose, penalized, warped
+from moresjax.generation.sampling import Sampling, choose_token, penalized, warped
 
 ROWS, VOCAB = 6, 40
 LOGITS = np.random.default_rng(0).normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
@@ -44,7 +44,7 @@ def test_draws_follow_the_warped_distribution():
     draws, sampling = 20_000, Sampling(temperature=2.0, top_k=12)
     logits = jnp.broadcast_to(jnp.asarray(LOGITS[0]), (draws, VOCAB))
     seeds, count = jnp.arange(draws, dtype=jnp.uint32), jnp.zeros(draws, jnp.int32)
-    found = np.bincount(choose(logits, sampling, None, seeds, count), minlength=VOCAB)
+    found = np.bincount(choose_token(logits, sampling, None, seeds, count), minlength=VOCAB)
     scores = np.asarray(warped(jnp.asarray(LOGITS[:1]), sampling))[0]
     expected = np.exp(scores - scores.max())
     expected /= expected.sum()

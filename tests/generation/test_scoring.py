@@ -14,8 +14,10 @@ from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.generation.engine import SCORED, Engine, score_batch
-from moresjax.generation.scoring import branches
+from moresjax.generation import programs
+from moresjax.generation.config import EngineConfig
+from moresjax.generation.engine import Engine
+from moresjax.generation.scoring import with_branches
 from moresjax.inference.model import Model
 
 PROMPT = "is there a two ?"
@@ -63,8 +65,8 @@ def test_answers_that_share_a_prompt_score_as_they_do_alone(model):
             ids = model.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
             logprob, greedy = alone(model, own, np.asarray(ids))
             assert score.logprob == pytest.approx(logprob, abs=1e-5)
-            assert (score.greedy, score.tokens) == (greedy, len(ids))
-    assert found[0][-1].greedy
+            assert (score.is_greedy, score.num_tokens) == (greedy, len(ids))
+    assert found[0][-1].is_greedy
     assert found[0][0].logprob != pytest.approx(found[1][0].logprob, abs=1e-3)
 
 
@@ -93,7 +95,7 @@ def test_questions_that_begin_alike_have_their_beginning_read_once(images, monke
     for one, other in zip(apart, found, strict=True):
         for x, y in zip(one, other, strict=True):
             assert x.logprob == pytest.approx(y.logprob, rel=1e-5)
-            assert (x.greedy, x.tokens) == (y.greedy, y.tokens)
+            assert (x.is_greedy, x.num_tokens) == (y.is_greedy, y.num_tokens)
     assert len({round(scores[0].logprob, 3) for scores in found}) == len(asked)
 
 
@@ -104,14 +106,17 @@ def test_an_empty_answer_is_refused(model):
 
 def test_logits_of_long_answers_are_never_all_in_memory(model):
     row = model.prompt(PROMPT)
-    whole = branches(row, [np.arange(40) % 7, np.arange(30) % 5])
+    whole = with_branches(row, [np.arange(40) % 7, np.arange(30) % 5])
     batch = model.batch([whole.row] * 2, 96)
     queries, targets = np.stack([whole.queries] * 2), np.stack([whole.targets] * 2)
-    program = score_batch.lower(*nnx.split(model.mllm), batch, queries, targets).as_text()
+    graphdef, params = nnx.split(model.mllm)
+    static = programs.ScoreStatic(graphdef)
+    data = programs.ScoreData(params, batch, queries, targets)
+    program = programs.score.lower(static, data).as_text()
     vocabulary = model.config.llm.vocab_size
     shapes = {int(n) for n in re.findall(rf"tensor<2x(\d+)x{vocabulary}xf32>", program)}
-    assert shapes == {SCORED}
-    logprobs, _ = score_batch(*nnx.split(model.mllm), batch, queries, targets)
+    assert shapes == {EngineConfig().logits_chunk}
+    logprobs, _ = programs.score(static, data)
     logits = jax.nn.log_softmax(all_logits(model.mllm, batch))[0]
     np.testing.assert_allclose(logprobs[1], logits[whole.queries, whole.targets], atol=1e-5)
 

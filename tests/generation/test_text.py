@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moresjax.core.errors import UserError
-from moresjax.generation.text import TextStream, check_stops, cut
+from moresjax.generation.text import TextStream, check_stops, cut_at_stop
 
 
 def from_bytes(ids) -> str:
@@ -25,7 +25,7 @@ def test_the_pieces_joined_are_the_text_before_the_first_stop(text, stops, chunk
         joined += stream.push(ids[:end])
         assert "\ufffd" not in joined
     joined += stream.push(ids, final=True)
-    assert joined == stream.text == cut(text, stops).strip()
+    assert joined == stream.text == cut_at_stop(text, stops).strip()
 
 
 def test_what_may_become_a_stop_string_is_held_back():

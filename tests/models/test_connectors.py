@@ -15,7 +15,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind
-from moresjax.core.paths import path_name
+from moresjax.core.parameter_names import path_name
 from moresjax.models.connector import build_connector, connector_tokens
 from moresjax.models.count import count_parameters
 from moresjax.models.decoder import DecoderConfig

@@ -24,7 +24,7 @@ from towers import (
 )
 
 from moresjax.core.errors import UserError
-from moresjax.core.paths import path_name
+from moresjax.core.parameter_names import path_name
 from moresjax.models.count import count_parameters
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import FusedVisionConfig, FusedVisionEncoder

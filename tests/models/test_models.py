@@ -10,8 +10,8 @@ from flax import nnx
 from tiny import TINY_LLM, TINY_VISION, tiny_batch, tiny_config, tiny_model
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import text_layout, visible
-from moresjax.core.paths import path_name
+from moresjax.core.layout import TokenLayout, visible
+from moresjax.core.parameter_names import path_name
 from moresjax.models.connector import Connector
 from moresjax.models.count import count_parameters
 from moresjax.models.decoder import Decoder, DecoderConfig
@@ -292,7 +292,7 @@ def test_a_token_does_not_see_later_ones(reference):
 
 def test_decoding_needs_a_list_of_blocks():
     decoder = initialize(Decoder(DecoderConfig(**TINY_LLM)))
-    layout = text_layout(np.ones((1, 2), bool))
+    layout = TokenLayout.text(np.ones((1, 2), bool))
     with pytest.raises(ValueError, match="unstack"):
         decoder(jnp.zeros((1, 2, 16)), layout.position, visible(layout), caches=[])
 

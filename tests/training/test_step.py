@@ -23,7 +23,7 @@ from moresjax.training.step import make_train_step, split_model
 
 MORES = "mores:rank=1,positions=image"
 CONNECTOR = {f"connector.layers.{i}.{leaf}" for i in (0, 1) for leaf in ("kernel", "bias")}
-THETA = {f"tuning.theta.mores.llm.block.out.{leaf}" for leaf in ("rotate", "weight", "bias")}
+TUNED = {f"tuning.params.mores.llm.block.out.{leaf}" for leaf in ("rotate", "weight", "bias")}
 
 
 def optimizer_config(**changes):
@@ -86,7 +86,7 @@ def test_microbatches_give_the_gradient_of_the_mean_over_labels():
         assert metrics["loss"] == pytest.approx(loss, abs=1e-6)
         norm = np.sqrt(sum(float((g**2).sum()) for g in wanted.values()))
         assert metrics["grad_norm"] == pytest.approx(norm, abs=1e-6)
-        assert set(grads) == set(wanted) == CONNECTOR | THETA
+        assert set(grads) == set(wanted) == CONNECTOR | TUNED
         for name, grad in grads.items():
             np.testing.assert_allclose(grad, wanted[name], atol=1e-6, rtol=0, err_msg=name)
         assert any(np.abs(grad).max() > 1e-3 for grad in grads.values())
@@ -167,8 +167,8 @@ def test_a_batch_without_labels_changes_nothing():
         ("none", ("connector.layers.1",), {n for n in CONNECTOR if ".1." in n}),
         ("none", (r"connector\..*\.bias",), {n for n in CONNECTOR if n.endswith("bias")}),
         ("none", ("llm.embed.table", "connector"), CONNECTOR | {"llm.embed.table"}),
-        (MORES, (), THETA),
-        (MORES, ("connector",), THETA | CONNECTOR),
+        (MORES, (), TUNED),
+        (MORES, ("connector",), TUNED | CONNECTOR),
     ],
 )
 def test_also_train_takes_prefixes_and_expressions(tuning, also, wanted):
@@ -322,7 +322,7 @@ def test_the_last_matching_override_wins(trainable, flip):
     ratios = learning_rate_ratios(trainable, 1e-3, ";".join(rates[::-1] if flip else rates))
     assert ratios["connector.layers.0.kernel"] == pytest.approx(2)
     assert ratios["connector.layers.0.bias"] == pytest.approx(2 if flip else 5)
-    assert ratios["tuning.theta.mores.llm.block.out.bias"] == pytest.approx(5)
+    assert ratios["tuning.params.mores.llm.block.out.bias"] == pytest.approx(5)
     assert ratios["llm.embed.table"] == 1
 
 

@@ -272,9 +272,9 @@ def test_a_checkpoint_holds_what_trains_and_the_rest_never_changes(tmp_path):
     config = config_of("stage=finetune,tuning=mores:rank=1,positions=all", settings)
     train(config, tmp_path)
     saved = trained_parameters(tmp_path)
-    theta = {f"tuning.theta.mores.llm.block.out.{x}" for x in ("rotate", "weight", "bias")}
+    params = {f"tuning.params.mores.llm.block.out.{x}" for x in ("rotate", "weight", "bias")}
     connector = {f"connector.layers.{i}.{x}" for i in (0, 1) for x in ("kernel", "bias")}
-    assert set(saved) == theta | connector
+    assert set(saved) == params | connector
 
     model, _ = load_workdir(tmp_path)
     report = count_parameters(model.config, config.tuning, tuple(config.also_train))

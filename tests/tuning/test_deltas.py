@@ -40,9 +40,9 @@ MIXLORA = "mixlora:rank=2,factors=4,targets=o,conditional=true,scored=true"
 def randomized(model, scale=0.3):
     """The model with noise on every tuning parameter."""
     rng = np.random.default_rng(1)
-    flat = nnx.to_flat_state(nnx.state(model.tuning.theta))
+    flat = nnx.to_flat_state(nnx.state(model.tuning.params))
     noisy = [(p, x.replace(x.get_value() + scale * rng.standard_normal(x.shape))) for p, x in flat]
-    nnx.update(model.tuning.theta, nnx.from_flat_state(noisy))
+    nnx.update(model.tuning.params, nnx.from_flat_state(noisy))
     return model
 
 
@@ -107,7 +107,7 @@ def test_gradients_are_the_same_with_rematerialisation_and_reach_every_parameter
         _, _, key, site, leaf = path
         # Taking the best has no gradient; only the scores of A's router are used beyond it.
         learns = leaf not in ("router_b", "router_ab")
-        for layer, on in enumerate(np.asarray(model.tuning.gates[key][site][...])):
+        for layer, on in enumerate(np.asarray(model.tuning.layer_masks[key][site][...])):
             assert (np.abs(found[layer]).max() > 0) == (on and learns), path
 
 
@@ -115,7 +115,7 @@ def test_shared_arrays_of_vera_neither_train_nor_count():
     model = tiny_model("vera:rank=5,targets=all")
     _, trainable, _ = split_model(model, ())
     names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(trainable)}
-    assert all(name.startswith("tuning.theta.vera.") for name in names)
+    assert all(name.startswith("tuning.params.vera.") for name in names)
     assert model.tuning.common("vera")["a"].shape == (24, 5)  # down has the widest input
     assert model.tuning.common("vera")["b"].shape == (5, 24)
     for other, same in (
@@ -163,8 +163,8 @@ def test_legacy_oft_turns_the_output_before_the_bias():
     x, kernel, bias, matrix = random(3, 6), random(6, 8, seed=1), random(8, seed=2), random(2, 4, 4)
     skew = (matrix - matrix.swapaxes(1, 2)) / 2
     expected = x @ kernel @ block_diagonal(cayley(skew)) + bias
-    theta = method.prepare({"matrix": jnp.asarray(matrix)})
-    found = method.apply(theta, Plain(kernel, bias), jnp.asarray(x))
+    params = method.prepare({"matrix": jnp.asarray(matrix)})
+    found = method.apply(params, Plain(kernel, bias), jnp.asarray(x))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -195,22 +195,22 @@ def test_boft_is_the_butterfly_of_peft(factors):
         turn = cayley((matrix[number] - matrix[number].swapaxes(1, 2)) / 2)
         expected = permute @ block_diagonal(turn) @ permute.T @ expected
     method = BOFT(block_size=size, factors=factors)
-    theta = {"matrix": jnp.asarray(matrix), "scale": jnp.asarray(random(5, seed=1))}
+    params = {"matrix": jnp.asarray(matrix), "scale": jnp.asarray(random(5, seed=1))}
     x, kernel, bias = random(3, features, seed=2), random(features, 5, seed=3), random(5, seed=4)
-    found = method.apply(method.prepare(theta), Plain(kernel, bias), jnp.asarray(x))
-    np.testing.assert_allclose(found, x @ expected @ kernel * theta["scale"] + bias, atol=2e-5)
+    found = method.apply(method.prepare(params), Plain(kernel, bias), jnp.asarray(x))
+    np.testing.assert_allclose(found, x @ expected @ kernel * params["scale"] + bias, atol=2e-5)
 
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_mixlora_chooses_factors_by_the_mean_of_an_examples_tokens(conditional):
     """Against the definition, one example at a time; padding has no say."""
     method = MixLoRA(factors=5, rank=2, conditional=conditional)
-    theta = method.initial(jax.random.key(0), 6, 4)
-    theta = {n: random(*x.shape, seed=i) for i, (n, x) in enumerate(theta.items())}
+    params = method.initial(jax.random.key(0), 6, 4)
+    params = {n: random(*x.shape, seed=i) for i, (n, x) in enumerate(params.items())}
     x, tokens, kernel = random(3, 7, 6), np.ones((3, 7), bool), random(6, 4, seed=9)
     tokens[1, 3:] = False
     linear = Plain(kernel)
-    arrays = {n: jnp.asarray(v) for n, v in (theta | {"tokens": tokens}).items()}
+    arrays = {n: jnp.asarray(v) for n, v in (params | {"tokens": tokens}).items()}
     found = np.asarray(method.apply(arrays, linear, jnp.asarray(x)))
 
     def softmax(scores):
@@ -219,11 +219,11 @@ def test_mixlora_chooses_factors_by_the_mean_of_an_examples_tokens(conditional):
 
     for row in range(3):
         mean = x[row][tokens[row]].mean(0)
-        a = theta["a"][np.argsort(-(mean @ theta["router_a"]))[:2]]
-        score = softmax(mean @ theta["router_b"])
+        a = params["a"][np.argsort(-(mean @ params["router_a"]))[:2]]
+        score = softmax(mean @ params["router_b"])
         for i in range(2 if conditional else 0):
-            score = score + softmax(a[i] @ theta["router_ab"][i])
-        b = theta["b"][np.argsort(-score)[:2]]
+            score = score + softmax(a[i] @ params["router_ab"][i])
+        b = params["b"][np.argsort(-score)[:2]]
         expected = x[row] @ kernel + 10 / 2 * x[row] @ a.T @ b
         np.testing.assert_allclose(found[row], expected, atol=1e-4)
 
@@ -231,14 +231,14 @@ def test_mixlora_chooses_factors_by_the_mean_of_an_examples_tokens(conditional):
 def test_dropout_of_dora_reaches_the_stretched_product_as_in_peft():
     """peft: y = W x + b + (m/|V| - 1) W drop(x) + m/|V| s B A drop(x)."""
     method = METHODS["dora"](rank=2, dropout=0.5)
-    theta = method.initial(jax.random.key(0), 6, 4)
-    theta = {n: jnp.asarray(random(*x.shape, seed=i)) for i, (n, x) in enumerate(theta.items())}
+    params = method.initial(jax.random.key(0), 6, 4)
+    params = {n: jnp.asarray(random(*x.shape, seed=i)) for i, (n, x) in enumerate(params.items())}
     x, kernel, bias = jnp.ones((64, 6)), random(6, 4, seed=7), random(4, seed=8)
     key = jax.random.key(3)
-    found = method.apply(theta, Plain(kernel, bias), x, key)
+    found = method.apply(params, Plain(kernel, bias), x, key)
     low = np.where(jax.random.bernoulli(key, 0.5, x.shape), 2.0, 0.0)
-    added = method.scale * np.asarray(theta["a"]) @ np.asarray(theta["b"])
-    magnitude = np.linalg.norm(kernel, axis=0) + np.asarray(theta["longer"])
+    added = method.scale * np.asarray(params["a"]) @ np.asarray(params["b"])
+    magnitude = np.linalg.norm(kernel, axis=0) + np.asarray(params["longer"])
     stretch = magnitude / np.linalg.norm(kernel + added, axis=0)
     expected = x @ kernel + bias + (stretch - 1) * (low @ kernel) + stretch * (low @ added)
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -39,7 +39,7 @@ def set_params(tuning: Tuning) -> Tuning:
     """Random parameters, drawn in numpy: nothing to compile, and no start value hides a mistake."""
     rng = np.random.default_rng(1)
     for variable in jax.tree.leaves(
-        nnx.state(tuning.theta, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable)
+        nnx.state(tuning.params, nnx.Param), is_leaf=lambda x: isinstance(x, nnx.Variable)
     ):
         variable.set_value(jnp.asarray(0.3 * rng.standard_normal(variable.shape), jnp.float32))
     return tuning
@@ -65,16 +65,16 @@ def edited(tuning: Tuning, site: str, h, layer: int = 0, key=None) -> np.ndarray
 
     def edit(h, key):
         tower = tuning.hooks(BATCH, key=key).tower(place)
-        theta = jax.tree.map(lambda x: x[layer], tower.stacked)
-        return tower.layer(theta, layer).edit(name, h)
+        params = jax.tree.map(lambda x: x[layer], tower.stacked)
+        return tower.layer(params, layer).edit(name, h)
 
     return np.asarray(jax.jit(edit)(jnp.asarray(h), key))
 
 
 def values(tuning: Tuning, key: str, site: str, layer: int = 0) -> dict[str, np.ndarray]:
     """One layer's parameters in double precision."""
-    theta = tuning.theta[key][site]
-    return {name: np.asarray(x[...], np.float64)[layer] for name, x in theta.items()}
+    params = tuning.params[key][site]
+    return {name: np.asarray(x[...], np.float64)[layer] for name, x in params.items()}
 
 
 def rotation(raw: np.ndarray) -> np.ndarray:
@@ -111,7 +111,7 @@ def test_an_edit_is_its_definition_at_the_selected_tokens_and_nothing_elsewhere(
     selected = np.zeros_like(SEGMENT, bool)
     selected[:, [0, 1, 2, 12, 13, 14]] = True  # the prompt has 2 + 9 + 3 tokens
     h = hidden()
-    for site in tuning.theta[name]:
+    for site in tuning.params[name]:
         after = edited(tuning, site, h, layer=1)
         # Only the selected rows are gathered and edited.
         expected = DEFINITIONS[name](values(tuning, name, site, layer=1), h[selected])
@@ -122,8 +122,8 @@ def test_an_edit_is_its_definition_at_the_selected_tokens_and_nothing_elsewhere(
 
 def test_houlsby_sits_after_attention_and_after_the_mlp():
     tuning = tuning_of("houlsby")
-    assert set(tuning.theta["houlsby"]) == {"llm.block.attn.out", "llm.block.mlp.out"}
-    first, second = (edited(tuning, site, hidden()) for site in tuning.theta["houlsby"])
+    assert set(tuning.params["houlsby"]) == {"llm.block.attn.out", "llm.block.mlp.out"}
+    first, second = (edited(tuning, site, hidden()) for site in tuning.params["houlsby"])
     assert np.abs(first - second).max() > 1e-2
 
 
@@ -136,11 +136,11 @@ def test_an_adapter_is_its_definition_beside_the_linear(side):
     for leaf in ("kernel", "bias"):
         variable = getattr(linear, leaf)
         variable.set_value(jnp.asarray(rng.standard_normal(variable.shape), jnp.float32))
-    theta = method.initial(jax.random.key(0), *shape)
-    assert {x.shape for x in theta.values()} == {(16, 5), (5, 16)}
-    theta = {name: x * 20 for name, x in theta.items()}
+    params = method.initial(jax.random.key(0), *shape)
+    assert {x.shape for x in params.values()} == {(16, 5), (5, 16)}
+    params = {name: x * 20 for name, x in params.items()}
     x = jnp.asarray(rng.standard_normal((2, 4, shape[0])), jnp.float32)
-    down, up = (np.asarray(theta[f"{side}_{end}"], np.float64) for end in ("in", "out"))
+    down, up = (np.asarray(params[f"{side}_{end}"], np.float64) for end in ("in", "out"))
     w, b = np.asarray(linear.kernel[...], np.float64), np.asarray(linear.bias[...])
 
     def adapted(y):
@@ -148,21 +148,21 @@ def test_an_adapter_is_its_definition_beside_the_linear(side):
 
     y = np.asarray(x, np.float64)
     expected = adapted(y) @ w + b if side == "before" else adapted(y @ w + b)
-    np.testing.assert_allclose(method.apply(theta, linear, x), expected, atol=2e-5)
-    # A gated-off layer is the plain linear; dropout needs a key.
-    np.testing.assert_array_equal(method.apply(method.neutral(theta), linear, x), linear(x))
-    dropped = method.apply(theta, linear, x, jax.random.key(1))
+    np.testing.assert_allclose(method.apply(params, linear, x), expected, atol=2e-5)
+    # A switched-off layer is the plain linear; dropout needs a key.
+    np.testing.assert_array_equal(method.apply(method.neutral(params), linear, x), linear(x))
+    dropped = method.apply(params, linear, x, jax.random.key(1))
     assert np.abs(np.asarray(dropped) - expected).max() > 1e-3
 
 
 def test_adapters_sit_where_the_hidden_size_is():
-    gated = tuning_of("adapter").theta["adapter"]
+    gated = tuning_of("adapter").params["adapter"]
     assert {s.split(".")[-1]: set(x) for s, x in gated.items()} == {
         "gate": {"before_in", "before_out"},
         "up": {"before_in", "before_out"},
         "down": {"after_in", "after_out"},
     }
-    plain = Tuning("adapter", tiny_config(gated_mlp=False)).theta["adapter"]
+    plain = Tuning("adapter", tiny_config(gated_mlp=False)).params["adapter"]
     assert set(plain) == {"llm.block.up", "llm.block.down"}
 
 
@@ -226,7 +226,7 @@ def gradients(model) -> dict:
     def loss(trainable):
         return next_token(nnx.merge(graphdef, trainable, frozen), BATCH).total
 
-    return jax.jit(jax.grad(loss))(trainable)["tuning"]["theta"]
+    return jax.jit(jax.grad(loss))(trainable)["tuning"]["params"]
 
 
 def test_every_parameter_of_every_edit_learns_and_remat_changes_nothing():
@@ -234,8 +234,8 @@ def test_every_parameter_of_every_edit_learns_and_remat_changes_nothing():
     plain, remat = (gradients(model_of(spec, remat=remat)) for remat in (False, True))
     assert len(plain) == 7
     for method, by_site in plain.items():
-        for site, theta in by_site.items():
-            for leaf, variable in theta.items():
+        for site, params in by_site.items():
+            for leaf, variable in params.items():
                 gradient = np.asarray(variable[...])
                 largest = np.abs(gradient).max(axis=tuple(range(1, gradient.ndim)))
                 assert (largest > 1e-7).all(), (method, site, leaf)
@@ -264,27 +264,29 @@ def test_rotations_stay_orthonormal_for_a_hundred_steps_and_a_reload(name, tmp_p
     optimizer = optax.adamw(3e-2)
     h, target = jax.random.normal(jax.random.key(0), (2, 1, 8, 16))
 
-    def loss(theta):
-        return jnp.square(h + method.delta(method.prepare(theta), h) - target).mean()
+    def loss(params):
+        return jnp.square(h + method.delta(method.prepare(params), h) - target).mean()
 
     @jax.jit
-    def train(theta, state):
+    def train(params, state):
         def step(carry, _):
-            theta, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(theta), state, theta)
-            return (optax.apply_updates(theta, updates), state), None
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(step, (theta, state), length=100)[0]
+        return jax.lax.scan(step, (params, state), length=100)[0]
 
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(lambda: method.initial(jax.random.key(0), 16))
     start = {n: jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for n, x in shapes.items()}
     end, state = train(start, optimizer.init(start))
-    np.savez(tmp_path / "theta.npz", **end)
-    loaded = {name: jnp.asarray(x) for name, x in np.load(tmp_path / "theta.npz").items()}
+    np.savez(tmp_path / "params.npz", **end)
+    loaded = {name: jnp.asarray(x) for name, x in np.load(tmp_path / "params.npz").items()}
     resumed, _ = train(loaded, state)
     assert loss(end) < 0.8 * loss(start)
-    used = [np.asarray(method.prepare(theta)["up"], np.float64) for theta in (end, loaded, resumed)]
+    used = [
+        np.asarray(method.prepare(params)["up"], np.float64) for params in (end, loaded, resumed)
+    ]
     np.testing.assert_array_equal(used[0], used[1])
     assert np.abs(used[2] - used[0]).max() > 1e-3
     for r in used:
@@ -354,7 +356,7 @@ def test_a_given_vector_is_added_as_it_is_and_never_trains(tmp_path):
 
     _, trainable, frozen = split_model(model_of(spec), ("connector",))
     assert set(trainable) == {"connector"}
-    kept = frozen["tuning"]["theta"]["steer"]["llm.block.out"]["vector"]
+    kept = frozen["tuning"]["params"]["steer"]["llm.block.out"]["vector"]
     np.testing.assert_array_equal(kept[...], np.broadcast_to(vectors[1], (3, 16)))
 
 
@@ -386,7 +388,7 @@ def test_steering_what_is_generated_leaves_the_prompt_alone():
     batch, tokens = tiny_batch(answer=0), []
     for alpha in (0, 1):  # one program for both
         model = model_of(f"steer:positions=generated,alpha={alpha}")
-        vector = model.tuning.theta["steer"]["llm.block.out"]["vector"]
+        vector = model.tuning.params["steer"]["llm.block.out"]["vector"]
         vector.set_value(jnp.full((3, 16), 3.0) * jnp.arange(16))
         tokens.append(np.asarray(Engine(model, eos_ids=(99,)).generate(batch, 5).tokens))
     # The first new token is what the prompt predicts.
@@ -418,7 +420,7 @@ def test_visual_editors_act_on_the_class_token_too():
     )
     tuning = Tuning("mrt-code", config)
     np.testing.assert_array_equal(
-        tuning.gates["loreft"]["vision.block.out"][...], [False, True, True]
+        tuning.layer_masks["loreft"]["vision.block.out"][...], [False, True, True]
     )
     set_params(tuning)
     h = np.random.default_rng(0).standard_normal((2, 10, 8)).astype(np.float32)

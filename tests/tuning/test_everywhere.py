@@ -68,7 +68,7 @@ def model_of(family: str, **how) -> MLLM:
     """Random weights, also where tuning starts at zero."""
     model = initialize(abstract(family, SPECS[family], **how))
     rng = np.random.default_rng(1)
-    variables = nnx.to_flat_state(nnx.state(model.tuning.theta, nnx.Param))
+    variables = nnx.to_flat_state(nnx.state(model.tuning.params, nnx.Param))
     for _, variable in variables:
         noise = 0.1 * rng.standard_normal(variable.shape).astype(np.float32)
         variable.set_value(variable.get_value() + noise)

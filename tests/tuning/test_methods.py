@@ -10,7 +10,7 @@ from tiny import TINY_LLM, tiny_batch, tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import Batch, TokenKind, text_layout
+from moresjax.core.layout import Batch, TokenKind, TokenLayout
 from moresjax.models.mllm import MLLM
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
@@ -25,12 +25,12 @@ MODULES |= {"down": "mlp"}
 def randomize(model: MLLM, seed: int = 1, scale: float = 0.3) -> MLLM:
     """Adds noise to every tuning parameter, so that no start value hides a mistake."""
     rng = np.random.default_rng(seed)
-    flat = nnx.to_flat_state(nnx.state(model.tuning.theta))
+    flat = nnx.to_flat_state(nnx.state(model.tuning.params))
     new = [
         (p, v.replace(v.get_value() + scale * rng.standard_normal(v.shape).astype(np.float32)))
         for p, v in flat
     ]
-    nnx.update(model.tuning.theta, nnx.from_flat_state(new))
+    nnx.update(model.tuning.params, nnx.from_flat_state(new))
     return model
 
 
@@ -67,7 +67,7 @@ def ours_and_peft(llama, tmp_path, spec: str, peft_config):
     state = dict(theirs.named_parameters())
     key = model.tuning.methods[0][0]
     used = set()
-    for site, variables in model.tuning.theta[key].items():
+    for site, variables in model.tuning.params[key].items():
         linear = site.split(".")[-1]
         for leaf, x in variables.items():
             for layer, value in enumerate(np.asarray(x[...])):
@@ -88,7 +88,7 @@ def ours_and_peft(llama, tmp_path, spec: str, peft_config):
     ids = np.random.default_rng(0).integers(0, 29, (2, 7))
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
-    batch = Batch(jnp.asarray(ids), text_layout(np.ones_like(ids, bool)))
+    batch = Batch(jnp.asarray(ids), TokenLayout.text(np.ones_like(ids, bool)))
     return logits(model, batch), expected
 
 
@@ -147,7 +147,7 @@ def test_merged_weights_give_the_same_logits(spec, biases):
     assert len(model.tuning.methods) == 1 + spec.count("/")
 
 
-def test_gated_off_layers_of_a_weight_delta_are_neutral_and_learn_nothing():
+def test_switched_off_layers_of_a_weight_delta_are_neutral_and_learn_nothing():
     batch = tiny_batch()
     model = randomize(tiny_model("lora:rank=2,targets=q,layers=1"))
     graphdef, trainable, frozen = split_model(model, ())
@@ -155,7 +155,7 @@ def test_gated_off_layers_of_a_weight_delta_are_neutral_and_learn_nothing():
     def loss(trainable):
         return next_token(nnx.merge(graphdef, trainable, frozen), batch).total
 
-    found = jax.grad(loss)(trainable)["tuning"]["theta"]["lora"]["llm.block.q"]
+    found = jax.grad(loss)(trainable)["tuning"]["params"]["lora"]["llm.block.q"]
     for leaf in found.values():
         gradient = np.asarray(leaf[...])
         assert (gradient[[0, 2]] == 0).all()
@@ -179,7 +179,7 @@ def test_a_prompt_is_tokens_put_before_every_row():
     batch = tiny_batch(images=0, rows=2)
     got = logits(model, batch)
     base = tiny_model()
-    content = np.asarray(model.tuning.theta["prompt"]["llm.embed"]["embedding"][...])
+    content = np.asarray(model.tuning.params["prompt"]["llm.embed"]["embedding"][...])
     table = np.asarray(base.llm.embed.table[...])
     # Spell the prompt with three words that the rows do not use.
     spare = [t for t in range(29) if t not in np.asarray(batch.tokens)][:3]
@@ -187,10 +187,10 @@ def test_a_prompt_is_tokens_put_before_every_row():
     table[spare] = content
     base.llm.embed.table[...] = jnp.asarray(table)
     valid = np.asarray(batch.layout.kind) != TokenKind.PAD
-    ahead = np.broadcast_to(np.asarray(spare), (2, 3))
-    tokens = np.concatenate([ahead, np.asarray(batch.tokens)], axis=1).astype(np.int32)
+    first = np.broadcast_to(np.asarray(spare), (2, 3))
+    tokens = np.concatenate([first, np.asarray(batch.tokens)], axis=1).astype(np.int32)
     whole = np.concatenate([np.ones((2, 3), bool), valid], axis=1)
-    expected = logits(base, Batch(tokens, text_layout(whole)))[:, 3:]
+    expected = logits(base, Batch(tokens, TokenLayout.text(whole)))[:, 3:]
     np.testing.assert_allclose(got[valid], expected[valid], atol=1e-5)
 
 

@@ -41,8 +41,8 @@ def logits(model, batch) -> np.ndarray:
     return np.asarray(model.llm.logits(model(batch).hidden))
 
 
-def theta(model, key="mores", site="llm.block.out") -> dict[str, np.ndarray]:
-    return {name: np.asarray(x[...]) for name, x in model.tuning.theta[key][site].items()}
+def params(model, key="mores", site="llm.block.out") -> dict[str, np.ndarray]:
+    return {name: np.asarray(x[...]) for name, x in model.tuning.params[key][site].items()}
 
 
 def gradients(model, batch):
@@ -55,7 +55,7 @@ def gradients(model, batch):
 
 
 def mores_gradients(model, batch) -> dict[str, np.ndarray]:
-    found = gradients(model, batch)["tuning"]["theta"]["mores"]["llm.block.out"]
+    found = gradients(model, batch)["tuning"]["params"]["mores"]["llm.block.out"]
     return {name: np.asarray(x[...]) for name, x in found.items()}
 
 
@@ -63,7 +63,7 @@ def test_the_edit_is_the_papers_equation():
     batch = tiny_batch()
     base, steered = tiny_model(), tiny_model(SPEC + ",layers=0")
     before, after = block_outputs(base, batch)[0], block_outputs(steered, batch)[0]
-    t = {name: x[0].astype(np.float64) for name, x in theta(steered).items()}
+    t = {name: x[0].astype(np.float64) for name, x in params(steered).items()}
     rotate = np.linalg.qr(t["rotate"])[0]
     rotate *= np.sign((rotate * t["rotate"]).sum(0))
     h = before.astype(np.float64)
@@ -125,7 +125,7 @@ def test_text_only_input_is_bit_identical_to_the_base_model():
 def test_values_outside_the_mask_never_reach_the_output():
     batch = tiny_batch(images=0)
     model = tiny_model(SPEC)
-    model.tuning.theta["mores"]["llm.block.out"]["weight"][...] = jnp.full((3, 2, 16), jnp.inf)
+    model.tuning.params["mores"]["llm.block.out"]["weight"][...] = jnp.full((3, 2, 16), jnp.inf)
     np.testing.assert_array_equal(logits(model, batch), logits(tiny_model(), batch))
 
 
@@ -167,7 +167,7 @@ def test_one_compilation_serves_every_layer_subset():
     )
 
 
-def test_a_gated_off_layer_is_the_base_layer_and_learns_nothing():
+def test_a_switched_off_layer_is_the_base_layer_and_learns_nothing():
     batch = tiny_batch()
     on = block_outputs(tiny_model(SPEC + ",layers=1"), batch)
     base = block_outputs(tiny_model(), batch)
@@ -229,7 +229,7 @@ def test_rotations_stay_orthonormal_through_steps_save_load_and_resume(tmp_path)
 
     def raw(state):
         return np.asarray(
-            state.trainable["tuning"]["theta"]["mores"]["llm.block.out"]["rotate"][...]
+            state.trainable["tuning"]["params"]["mores"]["llm.block.out"]["rotate"][...]
         )
 
     np.testing.assert_array_equal(raw(resumed), raw(end))

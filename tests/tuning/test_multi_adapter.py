@@ -31,7 +31,7 @@ WHILE_DECODING = "mores:layers={0}/red/lora:rank=2,targets=q,layers={0}"
 
 def random_tuning(spec: str, seed: int) -> Tuning:
     tuning, rng = Tuning(spec, tiny_config()), np.random.default_rng(seed)
-    for variable in jax.tree.leaves(tuning.theta, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+    for variable in jax.tree.leaves(tuning.params, is_leaf=lambda x: isinstance(x, nnx.Variable)):
         variable.set_value(jnp.asarray(0.2 * rng.standard_normal(variable.shape), jnp.float32))
     return tuning
 

@@ -209,4 +209,4 @@ def test_values_that_no_model_takes_are_refused_when_parsed(spec, message):
 def test_a_method_may_occur_twice():
     tuning = Tuning("mores:rank=1,layers=0/mores:rank=2,layers=1", tiny_config())
     assert [key for key, _ in tuning.methods] == ["mores", "mores_2"]
-    assert tuning.theta["mores_2"]["llm.block.out"]["rotate"].shape == (3, 16, 2)
+    assert tuning.params["mores_2"]["llm.block.out"]["rotate"].shape == (3, 16, 2)

@@ -25,7 +25,7 @@ def tuned():
     """A model whose tuning, norms and connector are not those that a fresh one has."""
     model = tiny_model("vera:rank=2,targets=q,layers=0;2/ln")
     for variable in (
-        model.tuning.theta["vera"]["llm.block.q"]["lambda_b"],
+        model.tuning.params["vera"]["llm.block.q"]["lambda_b"],
         model.llm.blocks.attn_norm.scale,
         model.connector.layers[1].bias,
     ):
@@ -46,7 +46,7 @@ def test_an_adapter_comes_back_as_it_was_saved(tuned, saved):
     found, expected = parameters(loaded), parameters(tuned)
     assert found.keys() == expected.keys()
     for name, x in expected.items():
-        rows = [0, 2] if "theta" in name else ...  # a gated-off layer's values are not kept
+        rows = [0, 2] if "tuning." in name else ...  # a switched-off layer's values are not kept
         np.testing.assert_array_equal(found[name][rows], x[rows], err_msg=name)
     np.testing.assert_array_equal(loaded.tuning.common("vera")["a"], np.full((16, 2), 0.5))
 
@@ -57,7 +57,7 @@ def test_the_folder_says_what_it_is_and_holds_the_layers_that_act(saved):
     assert description["sites"] == {"vera": ["llm.block.q"]}
     assert len(description["base"]["checksums"]) > 3
     arrays = load_file(saved / "tuning.safetensors")
-    assert arrays["tuning.theta.vera.llm.block.q.lambda_b"].shape == (2, 16)
+    assert arrays["tuning.params.vera.llm.block.q.lambda_b"].shape == (2, 16)
     own = {name: x for name, x in arrays.items() if "shared" not in name}
     assert description["parameters"] == sum(x.size for x in own.values())
     assert [name for name in arrays if name not in own] == ["tuning.shared.vera.a"]

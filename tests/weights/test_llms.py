@@ -50,7 +50,8 @@ from moresjax.analysis.attention import AttentionMaps
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind
 from moresjax.generation.engine import Engine
-from moresjax.inference.model import Model, hf_batch
+from moresjax.generation.hf_inputs import hf_batch
+from moresjax.inference.model import Model
 from moresjax.models.count import count_parameters
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig

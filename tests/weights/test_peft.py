@@ -21,7 +21,8 @@ from transformers import (
 
 from moresjax.core.errors import UserError
 from moresjax.generation.engine import Engine
-from moresjax.inference.model import Model, hf_batch
+from moresjax.generation.hf_inputs import hf_batch
+from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLMConfig
 from moresjax.tuning.methods.vera import VeRA
 from moresjax.weights.hf import build_model, decoder_config, import_state, llava_config
@@ -216,7 +217,7 @@ def test_slots_generate_what_peft_generates(llama, left, tmp_path):
     """Rows of different lengths, padded; the learned keys are before the padding."""
     model = llama.ours()
     model.attach("prefix:length=3", seed=1)
-    for variable in model.tuning.theta["prefix"]["llm.block.kv"].values():
+    for variable in model.tuning.params["prefix"]["llm.block.kv"].values():
         variable[...] = 40 * variable[...]
     theirs = llama.from_folder(export_peft(model, tmp_path / "ours"))
     ids, mask = llama.inputs["input_ids"].copy(), np.ones((2, 7), int)

@@ -81,9 +81,9 @@ def described(spec: str = "none") -> MLLM:
 def edit_of(model, number: int, layer: int, h: torch.Tensor) -> np.ndarray:
     """What a method of the model makes of features at one layer."""
     name, method = model.tuning.methods[number]
-    theta = {n: x[...][layer] for n, x in model.tuning.theta[name]["llm.block.out"].items()}
+    params = {n: x[...][layer] for n, x in model.tuning.params[name]["llm.block.out"].items()}
     h = jnp.asarray(h.numpy())
-    return np.asarray(h + method.delta(method.prepare(theta), h[None])[0])
+    return np.asarray(h + method.delta(method.prepare(params), h[None])[0])
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_written_folder_loads_as_pyreft_loads_it_and_comes_back_here(tmp_path,
     model = described(spec)
     rng = np.random.default_rng(1)
     for name, _ in model.tuning.methods:
-        for variable in model.tuning.theta[name]["llm.block.out"].values():
+        for variable in model.tuning.params[name]["llm.block.out"].values():
             variable.set_value(jnp.asarray(rng.standard_normal(variable.shape), jnp.float32))
     folder = export_pyreft(model, tmp_path / "reft")
     config = json.loads((folder / "config.json").read_text())
@@ -162,7 +162,7 @@ def test_a_written_folder_loads_as_pyreft_loads_it_and_comes_back_here(tmp_path,
     found = import_pyreft(folder, again, method=method, positions=chosen, allow_pickle=True)
     assert found == model.tuning.spec
     for number, (name, _) in enumerate(model.tuning.methods):
-        for layer in np.flatnonzero(model.tuning.gates[name]["llm.block.out"][...]):
+        for layer in np.flatnonzero(model.tuning.layer_masks[name]["llm.block.out"][...]):
             ours, theirs = (edit_of(m, number, layer, features) for m in (model, again))
             np.testing.assert_allclose(theirs, ours, atol=1e-4)
 

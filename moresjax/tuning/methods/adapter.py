@@ -50,15 +50,15 @@ class Adapter(WeightDelta):
         side = "after" if after else "before"
         return {f"{side}_in": into, f"{side}_out": out}
 
-    def neutral(self, theta):
-        return {name: jnp.zeros_like(x) for name, x in theta.items()}
+    def neutral(self, params):
+        return {name: jnp.zeros_like(x) for name, x in params.items()}
 
-    def apply(self, theta, linear, x, key=None):
+    def apply(self, params, linear, x, key=None):
         def adapted(x, side):
             low = dropped(x, self.dropout, key)
-            low = jnp.tanh(project(low, theta[f"{side}_in"].astype(x.dtype)))
-            return x + project(low, theta[f"{side}_out"].astype(x.dtype))
+            low = jnp.tanh(project(low, params[f"{side}_in"].astype(x.dtype)))
+            return x + project(low, params[f"{side}_out"].astype(x.dtype))
 
-        if "before_in" in theta:
+        if "before_in" in params:
             return linear(adapted(x, "before"))
         return adapted(linear(x), "after")

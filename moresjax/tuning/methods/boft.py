@@ -54,11 +54,11 @@ class BOFT(WeightDelta):
         b = self.block_size
         return {"matrix": jnp.zeros((self.factors, d_in // b, b, b)), "scale": jnp.ones(d_out)}
 
-    def neutral(self, theta):
-        return {"matrix": jnp.zeros_like(theta["matrix"]), "scale": jnp.ones_like(theta["scale"])}
+    def neutral(self, params):
+        return {"matrix": jnp.zeros_like(params["matrix"]), "scale": jnp.ones_like(params["scale"])}
 
-    def prepare(self, theta):
-        return {"rotation": cayley(skew_part(theta["matrix"])), "scale": theta["scale"]}
+    def prepare(self, params):
+        return {"rotation": cayley(skew_part(params["matrix"])), "scale": params["scale"]}
 
     def turned(
         self, x: Float[Array, "*B D"], rotation: Float[Array, "m n b b"], inverse: bool = False
@@ -70,13 +70,13 @@ class BOFT(WeightDelta):
             x = rotate(x[..., np.argsort(order)], blocks)[..., order]
         return x
 
-    def apply(self, theta, linear, x, key=None):
+    def apply(self, params, linear, x, key=None):
         bias = 0 if linear.bias is None else linear.bias[...].astype(x.dtype)
-        y = linear(self.turned(x, theta["rotation"])) - bias
-        return y * theta["scale"].astype(x.dtype) + bias
+        y = linear(self.turned(x, params["rotation"])) - bias
+        return y * params["scale"].astype(x.dtype) + bias
 
-    def merge(self, theta, kernel, bias):
-        theta = self.prepare(theta)
+    def merge(self, params, kernel, bias):
+        params = self.prepare(params)
         # R W = (W^T R^T)^T, and a rotation's transpose is its inverse.
-        turned = self.turned(kernel.T, theta["rotation"], inverse=True).T
-        return (turned * theta["scale"]).astype(kernel.dtype), bias
+        turned = self.turned(kernel.T, params["rotation"], inverse=True).T
+        return (turned * params["scale"]).astype(kernel.dtype), bias

@@ -35,24 +35,24 @@ class DoRA(LoRA):
     def initial(self, key, d_in, d_out):
         return super().initial(key, d_in, d_out) | {"longer": jnp.zeros(d_out)}
 
-    def neutral(self, theta):
-        return super().neutral(theta) | {"longer": jnp.zeros_like(theta["longer"])}
+    def neutral(self, params):
+        return super().neutral(params) | {"longer": jnp.zeros_like(params["longer"])}
 
-    def stretch(self, theta, kernel):
+    def stretch(self, params, kernel):
         """`m / |V|`, one factor per output feature."""
         kernel = kernel.astype(jnp.float32)
-        direction = kernel + self.scale * theta["a"] @ theta["b"]
+        direction = kernel + self.scale * params["a"] @ params["b"]
         constant = jax.lax.stop_gradient(lengths(direction))
-        return (jax.lax.stop_gradient(lengths(kernel)) + theta["longer"]) / constant
+        return (jax.lax.stop_gradient(lengths(kernel)) + params["longer"]) / constant
 
-    def apply(self, theta, linear, x, key=None):
+    def apply(self, params, linear, x, key=None):
         kernel = linear.dense()
-        stretch = self.stretch(theta, kernel).astype(x.dtype)
+        stretch = self.stretch(params, kernel).astype(x.dtype)
         low = dropped(x, self.dropout, key)
         # Dropout reaches the stretched part of the frozen product too, as in `peft`.
         product = project(low, kernel.astype(x.dtype))
-        return linear(x) + (stretch - 1) * product + stretch * self.added(theta, low)
+        return linear(x) + (stretch - 1) * product + stretch * self.added(params, low)
 
-    def merge(self, theta, kernel, bias):
-        merged, _ = super().merge(theta, kernel, bias)
-        return (merged * self.stretch(theta, kernel)).astype(kernel.dtype), bias
+    def merge(self, params, kernel, bias):
+        merged, _ = super().merge(params, kernel, bias)
+        return (merged * self.stretch(params, kernel)).astype(kernel.dtype), bias

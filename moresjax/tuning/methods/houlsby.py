@@ -44,7 +44,7 @@ class Houlsby(Edit):
             "up_bias": jnp.zeros(dim),
         }
 
-    def delta(self, theta, h):
-        theta = {name: x.astype(h.dtype) for name, x in theta.items()}
-        low = jax.nn.gelu(project(h, theta["down"]) + theta["down_bias"], approximate=False)
-        return project(low, theta["up"]) + theta["up_bias"]
+    def delta(self, params, h):
+        params = {name: x.astype(h.dtype) for name, x in params.items()}
+        low = jax.nn.gelu(project(h, params["down"]) + params["down_bias"], approximate=False)
+        return project(low, params["up"]) + params["up_bias"]

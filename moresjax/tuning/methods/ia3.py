@@ -31,17 +31,17 @@ class IA3(WeightDelta):
     def initial(self, key, d_in, d_out, on_input):
         return {"scale_in": jnp.ones(d_in)} if on_input else {"scale_out": jnp.ones(d_out)}
 
-    def neutral(self, theta):
-        return {name: jnp.ones_like(x) for name, x in theta.items()}
+    def neutral(self, params):
+        return {name: jnp.ones_like(x) for name, x in params.items()}
 
-    def apply(self, theta, linear, x, key=None):
-        if "scale_in" in theta:
-            return linear(x * theta["scale_in"].astype(x.dtype))
-        return linear(x) * theta["scale_out"].astype(x.dtype)
+    def apply(self, params, linear, x, key=None):
+        if "scale_in" in params:
+            return linear(x * params["scale_in"].astype(x.dtype))
+        return linear(x) * params["scale_out"].astype(x.dtype)
 
-    def merge(self, theta, kernel, bias):
-        if "scale_in" in theta:
-            return (kernel * theta["scale_in"][:, None]).astype(kernel.dtype), bias
-        scale = theta["scale_out"]
+    def merge(self, params, kernel, bias):
+        if "scale_in" in params:
+            return (kernel * params["scale_in"][:, None]).astype(kernel.dtype), bias
+        scale = params["scale_out"]
         kernel = (kernel * scale).astype(kernel.dtype)
         return kernel, None if bias is None else (bias * scale).astype(bias.dtype)

@@ -45,16 +45,16 @@ class LoRA(WeightDelta):
         a = jax.random.uniform(key, (d_in, self.rank), minval=-bound, maxval=bound)
         return {"a": a, "b": jnp.zeros((self.rank, d_out))}
 
-    def neutral(self, theta):
-        return theta | {"b": jnp.zeros_like(theta["b"])}
+    def neutral(self, params):
+        return params | {"b": jnp.zeros_like(params["b"])}
 
-    def added(self, theta, x):
+    def added(self, params, x):
         """`s x A B`."""
-        low = project(x, theta["a"].astype(x.dtype))
-        return self.scale * project(low, theta["b"].astype(x.dtype))
+        low = project(x, params["a"].astype(x.dtype))
+        return self.scale * project(low, params["b"].astype(x.dtype))
 
-    def apply(self, theta, linear, x, key=None):
-        return linear(x) + self.added(theta, dropped(x, self.dropout, key))
+    def apply(self, params, linear, x, key=None):
+        return linear(x) + self.added(params, dropped(x, self.dropout, key))
 
-    def merge(self, theta, kernel, bias):
-        return kernel + (self.scale * theta["a"] @ theta["b"]).astype(kernel.dtype), bias
+    def merge(self, params, kernel, bias):
+        return kernel + (self.scale * params["a"] @ params["b"]).astype(kernel.dtype), bias

@@ -49,24 +49,24 @@ class MixLoRA(WeightDelta):
         # In one draw: the pool of A, both routers, and one router for each chosen factor.
         shape, bound = (pools, d_in, self.factors), d_in**-0.5
         drawn = jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-        theta = {"a": drawn[0].T, "b": jnp.zeros((self.factors, d_out))}
-        theta |= {"router_a": drawn[1], "router_b": drawn[2]}
-        return theta | ({"router_ab": drawn[3:]} if self.conditional else {})
+        params = {"a": drawn[0].T, "b": jnp.zeros((self.factors, d_out))}
+        params |= {"router_a": drawn[1], "router_b": drawn[2]}
+        return params | ({"router_ab": drawn[3:]} if self.conditional else {})
 
-    def neutral(self, theta):
-        return theta | {"b": jnp.zeros_like(theta["b"])}
+    def neutral(self, params):
+        return params | {"b": jnp.zeros_like(params["b"])}
 
-    def apply(self, theta, linear, x, key=None):
-        tokens = theta["tokens"][..., None]
+    def apply(self, params, linear, x, key=None):
+        tokens = params["tokens"][..., None]
         mean = jnp.where(tokens, x, 0).astype(jnp.float32).sum(1) / jnp.maximum(tokens.sum(1), 1)
-        score = mean @ theta["router_a"]
+        score = mean @ params["router_a"]
         _, chosen = jax.lax.top_k(score, self.rank)
-        a = theta["a"][chosen]  # [B, r, D]
-        score_b = jax.nn.softmax(mean @ theta["router_b"])
+        a = params["a"][chosen]  # [B, r, D]
+        score_b = jax.nn.softmax(mean @ params["router_b"])
         if self.conditional:
-            own = jnp.einsum("brd,rde->bre", a, theta["router_ab"])
+            own = jnp.einsum("brd,rde->bre", a, params["router_ab"])
             score_b = score_b + jax.nn.softmax(own).sum(1)
-        b = theta["b"][jax.lax.top_k(score_b, self.rank)[1]]  # [B, r, F]
+        b = params["b"][jax.lax.top_k(score_b, self.rank)[1]]  # [B, r, F]
         if self.scored:
             a = a * jnp.take_along_axis(jax.nn.softmax(score), chosen, axis=1)[..., None]
         low = jnp.einsum("bsd,brd->bsr", x, a.astype(x.dtype))

@@ -44,19 +44,19 @@ class MoReS(LowRankEdit):
         if self.parity != "paper" and self.init != "paper":
             raise UserError(f"mores:parity={self.parity} has init=paper, got {self.init!r}")
 
-    def prepare(self, theta):
+    def prepare(self, params):
         if self.parity == "paper":
-            return super().prepare(theta)
-        rotate = self.rotation(theta["rotate"])
-        half = {name: theta[name].astype(jnp.float16) for name in ("weight", "bias")}
+            return super().prepare(params)
+        rotate = self.rotation(params["rotate"])
+        half = {name: params[name].astype(jnp.float16) for name in ("weight", "bias")}
         return half | {"rotate": rotate, "up": rotate.T}
 
-    def delta(self, theta, h):
+    def delta(self, params, h):
         if self.parity == "paper":
-            return super().delta(theta, h)
-        learned = project(h.astype(jnp.float16), theta["weight"].T) + theta["bias"]
-        present = project(h.astype(jnp.float32), theta["rotate"]).astype(jnp.float16)
-        return project((learned - present).astype(jnp.float32), theta["up"])
+            return super().delta(params, h)
+        learned = project(h.astype(jnp.float16), params["weight"].T) + params["bias"]
+        present = project(h.astype(jnp.float32), params["rotate"]).astype(jnp.float16)
+        return project((learned - present).astype(jnp.float32), params["up"])
 
     def drop(self, key, delta, h):
         if self.parity == "paper":

@@ -49,17 +49,17 @@ class OFT(WeightDelta):
         b = self.block_size
         return {"skew": jnp.zeros((d_in // b, b * (b - 1) // 2))}
 
-    def neutral(self, theta):
-        return {"skew": jnp.zeros_like(theta["skew"])}
+    def neutral(self, params):
+        return {"skew": jnp.zeros_like(params["skew"])}
 
-    def prepare(self, theta):
-        skew = skew_from_vector(theta["skew"], self.block_size)
+    def prepare(self, params):
+        skew = skew_from_vector(params["skew"], self.block_size)
         return {"rotation": (cayley if self.cayley == "exact" else cayley_neumann)(skew)}
 
-    def apply(self, theta, linear, x, key=None):
-        return linear(rotate(x, theta["rotation"]))
+    def apply(self, params, linear, x, key=None):
+        return linear(rotate(x, params["rotation"]))
 
-    def merge(self, theta, kernel, bias):
+    def merge(self, params, kernel, bias):
         # R W, one column of W at a time: (W^T R^T)^T.
-        turned = rotate(kernel.T, self.prepare(theta)["rotation"].mT).T
+        turned = rotate(kernel.T, self.prepare(params)["rotation"].mT).T
         return turned.astype(kernel.dtype), bias

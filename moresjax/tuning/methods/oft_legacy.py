@@ -36,15 +36,15 @@ class LegacyOFT(WeightDelta):
         size = d_out // self.blocks
         return {"matrix": jnp.zeros((self.blocks, size, size))}
 
-    def neutral(self, theta):
-        return {"matrix": jnp.zeros_like(theta["matrix"])}
+    def neutral(self, params):
+        return {"matrix": jnp.zeros_like(params["matrix"])}
 
-    def prepare(self, theta):
-        return {"rotation": cayley(skew_part(theta["matrix"]))}
+    def prepare(self, params):
+        return {"rotation": cayley(skew_part(params["matrix"]))}
 
-    def apply(self, theta, linear, x, key=None):
+    def apply(self, params, linear, x, key=None):
         bias = 0 if linear.bias is None else linear.bias[...].astype(x.dtype)
-        return rotate(linear(x) - bias, theta["rotation"]) + bias
+        return rotate(linear(x) - bias, params["rotation"]) + bias
 
-    def merge(self, theta, kernel, bias):
-        return rotate(kernel, self.prepare(theta)["rotation"]).astype(kernel.dtype), bias
+    def merge(self, params, kernel, bias):
+        return rotate(kernel, self.prepare(params)["rotation"]).astype(kernel.dtype), bias

@@ -1,6 +1,6 @@
 """Prefix tuning: learned keys and values in every block (Li and Liang 2021).
 
-Axis legend: P slots, F features of all key heads.
+Axis legend: P virtual tokens, F features of all key heads.
 
     attention(q, [P_k; k], [P_v; v])
 

@@ -1,6 +1,6 @@
 """PTUM: learned tokens at every layer of the LLM (Yang et al. 2023).
 
-Axis legend: P slots, X text and visual tokens, D features.
+Axis legend: P virtual tokens, X text and visual tokens, D features.
 
     h_l = block_l([P_l; X_{l-1}])
 

@@ -28,5 +28,5 @@ class RED(Edit):
     def initial(self, key, dim):
         return {"scale": jnp.ones(dim), "bias": jnp.zeros(dim)}
 
-    def delta(self, theta, h):
-        return h.astype(jnp.float32) * (theta["scale"] - 1) + theta["bias"]
+    def delta(self, params, h):
+        return h.astype(jnp.float32) * (params["scale"] - 1) + params["bias"]

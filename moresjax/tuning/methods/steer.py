@@ -26,8 +26,8 @@ class Steer(Edit):
 
     Attributes:
       vector: `FILE.npz` with one array or `FILE.npz:KEY`, an array `[D]`; without it zeros, to be
-        set in `tuning.theta`.
-      alpha: strength, also stored in `tuning.theta`: one program serves all values.
+        set in `tuning.params`.
+      alpha: strength, also stored in `tuning.params`: one program serves all values.
     """
 
     name = "steer"
@@ -49,8 +49,8 @@ class Steer(Edit):
         vector = read_vector(self.vector, dim) if self.vector else np.zeros(dim, np.float32)
         return {"vector": jnp.asarray(vector), "alpha": jnp.asarray(self.alpha, jnp.float32)}
 
-    def delta(self, theta, h):
-        return jnp.broadcast_to(theta["alpha"] * theta["vector"], h.shape)
+    def delta(self, params, h):
+        return jnp.broadcast_to(params["alpha"] * params["vector"], h.shape)
 
 
 def read_vector(source: str, dim: int) -> np.ndarray:

@@ -57,18 +57,18 @@ class VeRA(WeightDelta):
     def initial(self, key, d_in, d_out):
         return {"lambda_d": jnp.full(self.rank, 0.1), "lambda_b": jnp.zeros(d_out)}
 
-    def neutral(self, theta):
-        return theta | {"lambda_b": jnp.zeros_like(theta["lambda_b"])}
+    def neutral(self, params):
+        return params | {"lambda_b": jnp.zeros_like(params["lambda_b"])}
 
-    def factors(self, theta, d_in, dtype):
+    def factors(self, params, d_in, dtype):
         """The two low-rank factors of one linear."""
-        b = theta["b"][:, : len(theta["lambda_b"])] * theta["lambda_b"]
-        return (theta["a"][:d_in] * theta["lambda_d"]).astype(dtype), b.astype(dtype)
+        b = params["b"][:, : len(params["lambda_b"])] * params["lambda_b"]
+        return (params["a"][:d_in] * params["lambda_d"]).astype(dtype), b.astype(dtype)
 
-    def apply(self, theta, linear, x, key=None):
-        a, b = self.factors(theta, x.shape[-1], x.dtype)
+    def apply(self, params, linear, x, key=None):
+        a, b = self.factors(params, x.shape[-1], x.dtype)
         return linear(x) + project(project(dropped(x, self.dropout, key), a), b)
 
-    def merge(self, theta, kernel, bias):
-        a, b = self.factors(theta, len(kernel), jnp.float32)
+    def merge(self, params, kernel, bias):
+        a, b = self.factors(params, len(kernel), jnp.float32)
         return kernel + (a @ b).astype(kernel.dtype), bias

@@ -1,6 +1,6 @@
 """VPT: learned tokens in the vision encoder (Jia et al. 2022).
 
-Axis legend: P slots, C class token and registers, X patches, D features.
+Axis legend: P virtual tokens, C class token and registers, X patches, D features.
 
     h_l = block_l([C_{l-1}; P_l; X_{l-1}])      deep
     h_1 = block_1([C_0; P; X_0])                shallow

@@ -31,16 +31,18 @@ forward = jax.jit(lambda model, batch: model.llm.logits(model(batch).hidden))
 
 
 def noisy(spec: str, **llm) -> MLLM:
-    """A model whose slots have content of size 1."""
+    """A model whose virtual tokens have content of size 1."""
     model = tiny_model(spec, **llm)
     rng = np.random.default_rng(3)
-    for variable in jax.tree.leaves(model.tuning.theta, is_leaf=lambda x: isinstance(x, nnx.Param)):
+    for variable in jax.tree.leaves(
+        model.tuning.params, is_leaf=lambda x: isinstance(x, nnx.Param)
+    ):
         variable[...] = jnp.asarray(rng.standard_normal(variable.shape), jnp.float32)
     return model
 
 
 def content(model, method, site):
-    return {name: x[...] for name, x in model.tuning.theta[method][site].items()}
+    return {name: x[...] for name, x in model.tuning.params[method][site].items()}
 
 
 def at(stacked, layer):
@@ -113,7 +115,7 @@ def expected(model, batch) -> np.ndarray:
     return np.asarray(model.llm.logits(decoder_by_hand(model, batch)))
 
 
-def test_slots_of_the_llm_equal_a_loop_over_bare_blocks(model, batch, expected):
+def test_virtual_tokens_of_the_llm_equal_a_loop_over_bare_blocks(model, batch, expected):
     valid = np.asarray(batch.layout.kind) != TokenKind.PAD
     got = np.asarray(forward(model, batch))
     np.testing.assert_allclose(got[valid], expected[valid], atol=1e-5)
@@ -121,7 +123,7 @@ def test_slots_of_the_llm_equal_a_loop_over_bare_blocks(model, batch, expected):
 
 
 @pytest.mark.parametrize("class_token", [False, True])
-def test_slots_of_the_vision_encoder_equal_a_loop_over_bare_blocks(class_token):
+def test_virtual_tokens_of_the_vision_encoder_equal_a_loop_over_bare_blocks(class_token):
     shape = TINY_VISION | {"num_layers": 3, "class_token": class_token}
     config = dataclasses.replace(tiny_config(), vision=VisionConfig(**shape))
     model = initialize(MLLM(config, "vpt:length=2/vpt:deep=false,length=3"), 0)
@@ -134,7 +136,7 @@ def test_slots_of_the_vision_encoder_equal_a_loop_over_bare_blocks(class_token):
     assert np.abs(got - bare).max() > 1e-2
 
 
-def test_every_slot_learns_with_and_without_remat_and_unrolling(batch):
+def test_every_virtual_token_learns_with_and_without_remat_and_unrolling(batch):
     found = []
     for otherwise in (False, True):
         model = noisy(EVERY, remat=otherwise, unroll=otherwise)
@@ -156,7 +158,7 @@ def test_every_slot_learns_with_and_without_remat_and_unrolling(batch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_every_packed_document_sees_the_slots(model):
+def test_every_packed_document_sees_the_virtual_tokens(model):
     runs = [(TokenKind.SYSTEM, 1), (TokenKind.QUESTION, 3), (TokenKind.ANSWER, 2)]
     first, second = row_layout(*runs), row_layout(*runs[1:])
     second["document"] = second["document"] + 1
@@ -220,27 +222,29 @@ def test_decoding_says_what_teacher_forcing_says(spec, llm):
 
 @pytest.mark.parametrize("spec", ["prefix:length=3", "prompt:length=3", "vpt/ptum:length=3"])
 def test_the_decode_program_is_the_bare_one_of_a_longer_prompt(spec):
-    slotted = Engine(tiny_model(spec), eos_ids=(2,)).lower_decode(tiny_batch(answer=0), 4)
+    tuned = Engine(tiny_model(spec), eos_ids=(2,)).lower_decode(tiny_batch(answer=0), 4)
     bare = Engine(tiny_model(), eos_ids=(2,)).lower_decode(tiny_batch(answer=3), 4)
-    assert slotted.as_text() == bare.as_text()
+    assert tuned.as_text() == bare.as_text()
 
 
 # With other things
 
 
-def test_text_alone_is_as_without_slots_in_the_vision_encoder():
+def test_text_alone_is_as_without_virtual_tokens_in_the_vision_encoder():
     batch = tiny_batch(images=0)
-    with_slots, bare = (forward(tiny_model(s), batch) for s in ("vpt/vpt:deep=false", "none"))
-    np.testing.assert_array_equal(with_slots, bare)
+    with_virtual_tokens, bare = (
+        forward(tiny_model(s), batch) for s in ("vpt/vpt:deep=false", "none")
+    )
+    np.testing.assert_array_equal(with_virtual_tokens, bare)
 
 
-def test_edits_pass_over_the_slots(batch):
+def test_edits_pass_over_the_virtual_tokens(batch):
     spec = "vpt:length=2/ptum:length=3/prefix/red/red:site=vision.block.out"
     hooks = tiny_model(spec).tuning.hooks(batch)
     layout = np.asarray(batch.layout.kind)
-    for tower, slots, tokens in (("vision", 2, np.ones((2, 9), bool)), ("llm", 3, layout != 0)):
+    for tower, extra, tokens in (("vision", 2, np.ones((2, 9), bool)), ("llm", 3, layout != 0)):
         (mask,) = (i.mask for s, i in hooks._items if i.mask is not None and s.startswith(tower))
-        np.testing.assert_array_equal(mask, np.pad(tokens, ((0, 0), (slots, 0))))
+        np.testing.assert_array_equal(mask, np.pad(tokens, ((0, 0), (extra, 0))))
 
 
 def test_probes_see_the_learned_keys(model, batch):
@@ -253,12 +257,15 @@ def test_probes_see_the_learned_keys(model, batch):
         return every.stats["maps"], some.stats["maps"]
 
     every, some = maps(model, batch)
-    slots, keys = model.tuning.num_slots, model.tuning.num_virtual_tokens + batch.layout.shape[1]
-    assert (slots, keys) == (3, 5 + 18)
+    extra, keys = (
+        model.tuning.num_extra_tokens,
+        model.tuning.num_virtual_tokens + batch.layout.shape[1],
+    )
+    assert (extra, keys) == (3, 5 + 18)
     assert some.shape == (3, 2, 2, keys)
     np.testing.assert_allclose(some.sum(-1), 1, atol=1e-5)
     assert (np.asarray(some)[..., :2] > 0).all()
-    chosen = np.take_along_axis(np.asarray(every), (queries + slots)[None, :, :, None], axis=2)
+    chosen = np.take_along_axis(np.asarray(every), (queries + extra)[None, :, :, None], axis=2)
     np.testing.assert_allclose(some, chosen, atol=1e-6)
 
 
@@ -267,14 +274,14 @@ def test_the_parts_of_m2pt():
     assert model.tuning.spec == "vpt:length=2,init=xavier/ptum:length=3/partial"
     _, trainable, _ = split_model(model)
     trained = {".".join(map(str, path[:2])) for path, _ in nnx.to_flat_state(trainable)}
-    assert trained == {"tuning.theta", "connector.layers", "llm.head"}
+    assert trained == {"tuning.params", "connector.layers", "llm.head"}
 
 
 def test_uniform_starts_fill_their_interval():
     model = tiny_model("vpt:length=40/vpt:length=40,init=xavier/ptum:length=40")
     bounds = {"vpt": 6 / (3 * 16 + 8), "vpt_2": 6 / (40 + 8), "ptum": 6 / (40 + 16)}
     for key, bound in bounds.items():
-        (variables,) = model.tuning.theta[key].values()
+        (variables,) = model.tuning.params[key].values()
         largest = np.abs(variables["embedding"][...]).max()
         assert 0.95 * bound**0.5 < largest <= bound**0.5
 

@@ -20,6 +20,16 @@ def named_parameters(model: nnx.Module | nnx.State) -> dict[str, nnx.Variable]:
 ALIASES = {"lm_head": "llm.head"}
 
 
+def current_name(name: str) -> str:
+    """The present name of a parameter that any version has saved."""
+    return re.sub(r"^tuning\.theta\b", "tuning.params", name)
+
+
+def first_name(name: str) -> str:
+    """The name of a parameter in version 0.1, by which fingerprints still go."""
+    return re.sub(r"^tuning\.params\b", "tuning.theta", name)
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a parameter name is the pattern, lies below it, or matches it as a whole regex;
     `lm_head` stands for `llm.head`, `vision:lastN` for the blocks that are kept apart."""

@@ -5,11 +5,11 @@ import re
 
 import numpy as np
 import pytest
-from moresjax.configs import digits as recipe
 from PIL import Image
 
 from moresjax import load
 from moresjax.cli import main
+from moresjax.configs import digits as recipe
 from moresjax.data.digits import FAMILIES
 from moresjax.inference.chat import Chat
 

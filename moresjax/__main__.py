@@ -1,0 +1,8 @@
+"""`python -m moresjax` is the `moresjax` command."""
+
+import sys
+
+from moresjax.cli.app import main
+
+if __name__ == "__main__":
+    sys.exit(main())

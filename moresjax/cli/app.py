@@ -1,0 +1,88 @@
+"""The command line as a whole: which subcommands there are, and how their mistakes are told."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moresjax._version import __version__
+from moresjax.cli import (
+    analyze,
+    data,
+    demo,
+    evaluate,
+    export,
+    generate,
+    import_,
+    params,
+    plan,
+    train,
+    zoo,
+)
+from moresjax.core.errors import UserError
+from moresjax.hardware.host import use_huge_pages
+
+# In the order of `moresjax --help`.
+COMMANDS = (demo, train, evaluate, generate, analyze, import_, export, plan, data, zoo, params)
+OVERRIDE = "--config."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(
+        prog="moresjax",
+        description="Train, evaluate and explain multimodal LLMs by editing representations.",
+    )
+    parser.add_argument("--version", action="version", version=f"moresjax {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+      arguments: The words after `moresjax`; by default those of this process.
+
+    Returns:
+      The exit code: 0, 2 for a user's mistake, which is printed as one sentence, or 130 when
+      interrupted.
+    """
+    if arguments is None:
+        use_huge_pages()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        args = _parse(arguments)
+        if args.compiles:
+            from moresjax.sharding.processes import use_compile_cache
+
+            use_compile_cache()
+        args.run(args)
+    except UserError as error:
+        print(f"moresjax: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("moresjax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with every `--config.key=value` collected in `overrides`."""
+    args, rest = make_parser().parse_known_args(arguments)
+    args.overrides = [item.removeprefix(OVERRIDE) for item in rest if item.startswith(OVERRIDE)]
+    unknown = [item for item in rest if not item.startswith(OVERRIDE)]
+    if unknown or (args.overrides and "config" not in args):
+        raise UserError(f"unknown argument {(unknown or rest)[0]!r}")
+    return args

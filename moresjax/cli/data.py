@@ -1,0 +1,88 @@
+"""`moresjax data`: checks, converts and builds data sets."""
+
+import argparse
+import dataclasses
+
+from moresjax.cli.options import Commands, add_command, add_config, show
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the subcommand with its jobs."""
+    data = commands.add_parser("data", help="check, convert and build data sets")
+    jobs = data.add_subparsers(dest="job", required=True, metavar="JOB")
+
+    help = "tokenise everything that a configuration would train on"
+    check = add_command(jobs, "check", run_check, help)
+    add_config(check)
+    check.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes; default: one per core"
+    )
+
+    help = "write LLaVA JSON and its images as sharded ArrayRecord"
+    convert = add_command(jobs, "convert", run_convert, help)
+    convert.add_argument("--files", required=True, metavar="A;B", help="LLaVA's JSON files")
+    convert.add_argument(
+        "--image-root", default=".", metavar="DIR", help="folder of the images (default: here)"
+    )
+    convert.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    convert.add_argument(
+        "--shards", type=int, default=16, metavar="N", help="files (default: %(default)s)"
+    )
+
+    help = "write a task file from a benchmark's official download"
+    build = add_command(jobs, "build", run_build, help)
+    build.add_argument("--task", required=True, metavar="NAME", help="which task file")
+    build.add_argument("--root", required=True, metavar="DIR", help="folder of the download")
+    build.add_argument("--out", required=True, metavar="FILE", help="the new JSON file")
+    build.add_argument("--split", default="train", help="default: %(default)s")
+    build.add_argument(
+        "--size", default="", metavar="N", help="samples to draw, such as 1K; default: all"
+    )
+
+
+def run_check(args: argparse.Namespace) -> None:
+    """Tokenises a configuration's training data and reports what would not train."""
+    import functools
+
+    from moresjax.data.check import check_data
+    from moresjax.data.sources import make_source
+    from moresjax.runs.build import build_processor
+    from moresjax.runs.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    report = check_data(
+        make_source(**config.data),
+        functools.partial(build_processor, config),
+        length=config.length,
+        images=config.images,
+        workers=args.workers,
+    )
+    lines = [
+        f"{report.samples:,d} samples, {report.text_only:,d} of them text only; "
+        f"{report.images:,d} images; {report.tokens:,d} tokens, {report.answer_tokens:,d} trained",
+        *(f"  {first:6d}+ tokens  {count:10,d}" for first, count in report.histogram),
+        *(f"useful tokens with {name}: {share:.1%}" for name, share in report.useful.items()),
+        f"too long: {len(report.too_long)}; bad: {len(report.bad)}",
+        *report.too_long.values(),
+        *report.bad.values(),
+    ]
+    show(args, dataclasses.asdict(report), "\n".join(lines))
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Converts LLaVA JSON to ArrayRecord."""
+    from moresjax.data.arrayrecord import convert_llava
+    from moresjax.data.llava import LlavaSource
+
+    source = LlavaSource(args.files, args.image_root)
+    index = convert_llava(source, args.out, shards=args.shards)
+    show(args, index, f"{args.out}: {len(source):,d} samples in {args.shards} files")
+
+
+def run_build(args: argparse.Namespace) -> None:
+    """Builds a task file."""
+    from moresjax.data.generators import build_task
+
+    counts = build_task(args.task, args.root, args.out, split=args.split, size=args.size)
+    text = f"{args.out}: {counts['written']:,d} of {counts['available']:,d} samples"
+    show(args, counts, text)

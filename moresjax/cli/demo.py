@@ -1,0 +1,25 @@
+"""`moresjax demo`: the whole story on built-in data."""
+
+import argparse
+from pathlib import Path
+
+from moresjax.cli.options import Commands, add_command, show
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the subcommand."""
+    help = "the paper's three stages on built-in real data, with a report"
+    demo = add_command(commands, "demo", run, help, compiles=True)
+    demo.add_argument(
+        "--out", default="runs/demo", help="directory for the report (default: %(default)s)"
+    )
+    demo.add_argument("--seeds", type=int, default=1, help="how often stage 2 is repeated")
+    demo.add_argument("--fast", action="store_true", help="a few steps per stage, for tests")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the demo and names its report."""
+    from moresjax.studies.demo import run_demo
+
+    results = run_demo(args.out, seeds=args.seeds, fast=args.fast)
+    show(args, results, f"report: {Path(args.out) / 'report.html'}")

@@ -1,0 +1,96 @@
+"""`moresjax evaluate`: scores a model on benchmarks."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moresjax.cli.options import (
+    Commands,
+    add_command,
+    add_mesh,
+    add_prompting,
+    load_model,
+    mesh_of,
+    show,
+)
+from moresjax.core.errors import UserError
+
+if TYPE_CHECKING:
+    from moresjax.evaluation.judges import EndpointJudge, ModelJudge
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the subcommand."""
+    evaluate = add_command(commands, "evaluate", run, "score a model on benchmarks", compiles=True)
+    evaluate.add_argument("--model", metavar="DIR", help="a workdir or a Hugging Face folder")
+    evaluate.add_argument(
+        "--predictions", metavar="FILE", help="score these saved answers again, without a model"
+    )
+    evaluate.add_argument(
+        "--tasks", required=True, metavar="A,B", help="benchmarks, presets, tasks of lm_eval"
+    )
+    evaluate.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="first N items of each task only")
+    evaluate.add_argument(
+        "--split", metavar="SPLIT | TASK=SPLIT,..", help="default: each benchmark's own"
+    )
+    evaluate.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="solved examples before each lm_eval item"
+    )
+    evaluate.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="ROWS",
+        help="prompts answered at a time (default: %(default)s)",
+    )
+    add_mesh(evaluate)
+    add_prompting(evaluate)
+    evaluate.add_argument(
+        "--judge-url", metavar="URL", help="OpenAI-compatible endpoint for benchmarks with a judge"
+    )
+    evaluate.add_argument(
+        "--judge-model",
+        metavar="NAME",
+        help="name of the judging model at --judge-url, or a local folder",
+    )
+    evaluate.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluates a model, or scores saved predictions again."""
+    from moresjax.evaluation.presets import table
+    from moresjax.evaluation.run import evaluate, rescore, write_results
+
+    tasks = args.tasks.split(",")
+    options = {
+        "data_root": args.data_root,
+        "limit": args.limit,
+        "split": args.split,
+        "judge": _judge(args),
+    }
+    if args.predictions:
+        if len(tasks) != 1 or args.model:
+            raise UserError("--predictions scores one task of --tasks, without --model")
+        result = rescore(tasks[0], args.predictions, out=args.out, **options)
+    elif not args.model:
+        raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
+    else:
+        options |= {"batch_size": args.batch_size, "out": args.out, "shots": args.num_fewshot}
+        result = evaluate(load_model(args), tasks, **options)
+    path = write_results(result, args.out, model=args.model, split=args.split)
+    show(args, json.loads(path.read_text()), f"{table(result.scores, tasks)}\nresults: {path}")
+
+
+def _judge(args: argparse.Namespace) -> "EndpointJudge | ModelJudge | None":
+    """The judge behind an endpoint or in a folder, if one was asked for."""
+    from moresjax.evaluation.judges import EndpointJudge, ModelJudge
+    from moresjax.inference.load import load
+
+    if args.judge_url and not args.judge_model:
+        raise UserError("--judge-url needs --judge-model, the model's name there")
+    if args.judge_url:
+        return EndpointJudge(args.judge_url, args.judge_model)
+    folder = args.judge_model
+    return ModelJudge(load(folder, mesh=mesh_of(args)), Path(folder).name) if folder else None

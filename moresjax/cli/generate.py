@@ -1,0 +1,142 @@
+"""`moresjax generate`: answers a prompt, a file of prompts, or a person at the terminal."""
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moresjax.cli.options import (
+    Commands,
+    add_command,
+    add_mesh,
+    add_prompting,
+    load_model,
+    show,
+)
+from moresjax.core.errors import UserError
+
+if TYPE_CHECKING:
+    from moresjax.inference.model import Model
+
+EARLY_STOPPING = {"false": False, "true": True, "never": "never"}
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the subcommand."""
+    generate = add_command(commands, "generate", run, "answer a prompt about images", compiles=True)
+    generate.add_argument(
+        "--model", required=True, metavar="DIR", help="a workdir or a Hugging Face folder"
+    )
+    generate.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="an image; may be repeated"
+    )
+    generate.add_argument("--prompt", help="default: a chat, or the prompts of --prompts")
+    generate.add_argument("--prompts", metavar="JSONL", help="id, prompt and images per line")
+    generate.add_argument("--out", metavar="JSONL", help="file for the answers to --prompts")
+    generate.add_argument(
+        "--image-root",
+        metavar="DIR",
+        help="folder that --prompts names images in; default: its own",
+    )
+    generate.add_argument(
+        "--batch-size",
+        type=int,
+        default=16,
+        metavar="ROWS",
+        help="prompts answered at a time (default: %(default)s)",
+    )
+    add_mesh(generate)
+    add_prompting(generate)
+    generate.add_argument(
+        "--adapter", metavar="DIR", help="an adapter folder of moresjax or peft to use"
+    )
+    _add_decoding(generate)
+
+
+def _add_decoding(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=0.0, help="0 chooses the likeliest token (default)"
+    )
+    generate.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the likeliest with this probability"
+    )
+    generate.add_argument(
+        "--top-k", type=int, default=0, help="draw among so many likeliest tokens; 0: among all"
+    )
+    generate.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 avoids earlier tokens"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="seed for --temperature")
+    generate.add_argument(
+        "--num-beams", type=int, default=1, metavar="N", help="beam search for one --prompt"
+    )
+    generate.add_argument(
+        "--length-penalty", type=float, default=1.0, help="above 0 prefers longer beams"
+    )
+    generate.add_argument(
+        "--early-stopping",
+        choices=EARLY_STOPPING,
+        default="false",
+        help="when the beam search ends, with the meaning of `transformers`",
+    )
+    generate.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="an answer ends before this text; may be repeated",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generates for `--prompt`, `--prompts` or a chat."""
+    from moresjax.generation.sampling import Sampling
+    from moresjax.inference.files import generate_file
+
+    names = "temperature", "top_k", "top_p", "repetition_penalty", "seed"
+    sampling = Sampling(**{name: getattr(args, name) for name in names})
+    options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
+    if bool(args.prompts) != bool(args.out) or (args.prompts and args.prompt):
+        raise UserError("a file of prompts needs --prompts and --out, and no --prompt")
+    if args.num_beams != 1 and args.prompt is None:
+        raise UserError("--num-beams goes with a single --prompt")
+    model = load_model(args)
+    if args.adapter:
+        model.load_adapter(args.adapter)
+    if args.prompts:
+        options |= {"image_root": args.image_root, "batch_size": args.batch_size}
+        counts = generate_file(model, args.prompts, args.out, **options)
+        text = f"{args.out}: {counts['records']} prompts, {counts['errors']} errors"
+        show(args, counts, text)
+        return
+    if args.prompt is None:
+        _chat(model, args.image, options)
+        return
+    options |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+    options["early_stopping"] = EARLY_STOPPING[args.early_stopping]
+    text = model.generate([args.prompt], [args.image], **options)[0]
+    show(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
+
+
+def _chat(model: "Model", images: Sequence[str], options: dict) -> None:
+    """Questions from the terminal until an empty one; the first is about the images."""
+    from moresjax.inference.chat import Chat
+
+    chat = Chat(model, **options)
+    while question := _ask():
+        try:
+            for piece in chat.ask(question, images):
+                print(piece, end="", flush=True)
+            images = ()
+        except UserError as error:  # the conversation stays as it was
+            print(error, end="")
+        print()
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""

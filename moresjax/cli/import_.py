@@ -1,0 +1,55 @@
+"""`moresjax import`: a Hugging Face folder becomes a workdir."""
+
+import argparse
+
+from moresjax.cli.options import Commands, add_command, show
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the subcommand."""
+    command = add_command(commands, "import", run, "turn a Hugging Face folder into a workdir")
+    command.add_argument("source", metavar="SRC", help="folder of a LLaVA or of an LLM")
+    command.add_argument("out", metavar="OUT", help="the new workdir")
+    command.add_argument(
+        "--vision", default="", metavar="DIR[;DIR]", help="one or two vision encoders for an LLM"
+    )
+    command.add_argument(
+        "--fusion",
+        default="interleave",
+        metavar="KIND",
+        help="how features of two encoders are joined (default: %(default)s)",
+    )
+    command.add_argument(
+        "--connector",
+        default="mlp2x_gelu",
+        metavar="NAME",
+        help="a new connector for an LLM with --vision (default: %(default)s)",
+    )
+    command.add_argument(
+        "--image-processor", metavar="DIR", help="folder with preprocessor_config.json"
+    )
+    command.add_argument(
+        "--template",
+        default="vicuna_v1",
+        metavar="NAME",
+        help="conversation template (default: %(default)s)",
+    )
+    command.add_argument(
+        "--quantize", default="", metavar="int8", help="store the frozen weights in 8 bits"
+    )
+    command.add_argument("--allow-pickle", action="store_true", help="read *.bin files too")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Imports and counts the parameters."""
+    from moresjax.inference.convert import import_model
+    from moresjax.models.count import count_parameters
+
+    options = {
+        key: getattr(args, key)
+        for key in ("vision", "fusion", "connector", "template", "quantize", "allow_pickle")
+    }
+    model = import_model(args.source, args.out, image_processor=args.image_processor, **options)
+    total = count_parameters(model.config, also_train=()).total
+    data = {"out": args.out, "parameters": total, "model": model.config.to_dict()}
+    show(args, data, f"{args.out}: {total:,d} parameters")

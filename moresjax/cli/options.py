@@ -1,0 +1,84 @@
+"""Options that several subcommands share, and what they stand for."""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from moresjax.inference.model import Model
+
+Commands = argparse._SubParsersAction
+Run = Callable[[argparse.Namespace], None]
+
+
+def add_command(
+    commands: Commands, name: str, run: Run, help: str, *, compiles: bool = False
+) -> argparse.ArgumentParser:
+    """Adds a subcommand with the options that every one has.
+
+    Args:
+      commands: The subcommands of the command line, or of a subcommand.
+      name: The word that calls it.
+      run: What it does with its arguments.
+      help: Its line in the list of subcommands.
+      compiles: Whether its compiled programs are kept for the next process.
+    """
+    command = commands.add_parser(name, help=help, description=help)
+    command.set_defaults(run=run, compiles=compiles)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    return command
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """Adds `--config`; `app` then also takes `--config.key=value`."""
+    command.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:args]",
+        help="configuration file and its arguments; --config.key=value changes single keys",
+    )
+
+
+def add_mesh(command: argparse.ArgumentParser) -> None:
+    """Adds `--mesh`, which `mesh_of` reads."""
+    names = "replicated, fsdp or fsdp+tensor"
+    command.add_argument("--mesh", metavar="PRESET", help=f"use all devices: {names}")
+
+
+def add_prompting(command: argparse.ArgumentParser) -> None:
+    """Adds how a model is asked, which `load_model` reads."""
+    command.add_argument(
+        "--template", metavar="NAME", help="conversation template; default: the model's own"
+    )
+    command.add_argument(
+        "--image-aspect",
+        metavar="KIND",
+        help="square, or pad as LLaVA-1.5 does; default: the model's own",
+    )
+
+
+def load_model(args: argparse.Namespace) -> "Model":
+    """The model of `--model`, on the mesh of `--mesh`."""
+    from moresjax.inference.load import load
+
+    options = {"template": args.template, "image_aspect": args.image_aspect}
+    return load(args.model, mesh=mesh_of(args), **options)
+
+
+def mesh_of(args: argparse.Namespace) -> "Mesh | None":
+    """The mesh of `--mesh` over all devices; None without the option."""
+    if args.mesh is None:
+        return None
+    import jax
+
+    from moresjax.sharding.mesh import make_mesh, mesh_preset
+
+    return make_mesh(**mesh_preset(args.mesh, jax.device_count()))
+
+
+def show(args: argparse.Namespace, data: Mapping, text: str) -> None:
+    """Prints a result: the data as one JSON object with `--json`, else the text."""
+    print(json.dumps(data) if args.json else text)

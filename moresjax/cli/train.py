@@ -1,0 +1,44 @@
+"""`moresjax train`: trains what a configuration describes."""
+
+import argparse
+
+from moresjax.cli.options import Commands, add_command, add_config, show
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the subcommand."""
+    train = add_command(
+        commands, "train", run, "train what a configuration describes", compiles=True
+    )
+    add_config(train)
+    train.add_argument(
+        "--workdir", required=True, metavar="DIR", help="directory for checkpoints and metrics"
+    )
+    train.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto continues from the newest checkpoint; never wants an empty directory",
+    )
+    train.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        metavar="HOST:PORT,PROCESSES,NUMBER",
+        help="this is one of several processes; on TPU pods and Slurm nothing more is needed",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains and prints the last metrics."""
+    from moresjax.runs.config import load_config
+    from moresjax.sharding.processes import join_processes
+    from moresjax.training.loop import train
+
+    config = load_config(args.config, args.overrides)
+    if args.distributed:
+        join_processes(args.distributed)
+    result = train(config, args.workdir, resume=args.resume)
+    numbers = " ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
+    data = {"workdir": args.workdir, "step": result.step, **result.metrics}
+    show(args, data, f"{args.workdir}: step {result.step} {numbers}")

@@ -1,0 +1,41 @@
+"""Lengths of prompts, prefixes and caches: few of them, so that few programs are compiled."""
+
+import jax
+import jax.numpy as jnp
+
+
+def bucket(length: int, smallest: int = 32) -> int:
+    """The padded length of a prompt.
+
+    Buckets are the powers of two and the quarters between them, at least `smallest // 2` apart.
+
+    >>> [bucket(length) for length in (1, 33, 65, 300)]
+    [32, 48, 80, 320]
+
+    Args:
+      length: number of tokens.
+      smallest: the smallest bucket.
+    """
+    step = max(2 ** (max(length - 1, 1).bit_length() - 3), smallest // 2)
+    return max(-(-length // step) * step, smallest)
+
+
+def rounded(length: int) -> int:
+    """A prefix length up to a multiple of 16, so that prefixes of like length share programs."""
+    return -(-length // 16) * 16
+
+
+def lengthened(x: jax.Array, axis: int, length: int, value: int = 0) -> jax.Array:
+    """The array, padded with `value` at the end of one axis up to a length.
+
+    Args:
+      x: an array of at most that length.
+      axis: the axis that is padded.
+      length: its size afterwards.
+      value: the constant that fills the new places.
+    """
+    if x.shape[axis] == length:
+        return x
+    pads = [(0, 0)] * x.ndim
+    pads[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, pads, constant_values=value)
