@@ -23,8 +23,8 @@ import numpy as np
 METHODS = """
 none full partial ln mores:rank=1 mores:rank=4,init=identity mores2:rank=2 loreft:rank=2
 noreft:rank=2 direft:rank=2 nodireft:rank=2 consreft:rank=2 lobireft:rank=2 mrt:rank=2 red
-houlsby:bottleneck=4 adapter:bottleneck=4 steer lora:rank=4 dora:rank=4 ia3 oft:block_size=4 oft-legacy
-boft vera:rank=4 mixlora prompt:length=4 prefix:length=4 ptum vpt m2pt aprompt
+houlsby:bottleneck=4 adapter:bottleneck=4 steer lora:rank=4 dora:rank=4 ia3 oft:block_size=4
+oft-legacy boft vera:rank=4 mixlora prompt:length=4 prefix:length=4 ptum vpt m2pt aprompt
 mores:rank=1/lora:rank=2
 """
 MODELS = [

@@ -22,6 +22,7 @@ from moresjax.cli import (
     zoo,
 )
 from moresjax.core.errors import UserError
+from moresjax.core.plugins import use_plugins
 from moresjax.hardware.host import use_huge_pages
 
 # In the order of `moresjax --help`.
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       arguments: The words after `moresjax`; by default those of this process.
 
     Returns:
-      The exit code: 0, 2 for a user's mistake, which is printed as one sentence, or 130 when
-      interrupted.
+      The exit code: 0, 2 for a user's mistake, which is printed as one sentence, 130
+      when interrupted, or 141 when nobody reads the output any more.
     """
     if arguments is None:
         use_huge_pages()
@@ -63,12 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        args = _parse(arguments)
-        if args.compiles:
-            from moresjax.sharding.processes import use_compile_cache
-
-            use_compile_cache()
-        args.run(args)
+        try:
+            _run(arguments)
+        finally:
+            sys.stdout.flush()  # so that a closed pipe is noticed here and not at exit
+    except BrokenPipeError:
+        # The reader has seen enough, as in `moresjax zoo | head`: the rest goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell reports for a process that SIGPIPE has ended
     except UserError as error:
         print(f"moresjax: error: {error}", file=sys.stderr)
         return 2
@@ -76,6 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("moresjax: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    args = _parse(arguments)
+    use_plugins(args.plugin)
+    if args.compiles:
+        from moresjax.sharding.processes import use_compile_cache
+
+        use_compile_cache()
+    args.run(args)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -29,6 +29,14 @@ def add_command(
     command = commands.add_parser(name, help=help, description=help)
     command.set_defaults(run=run, compiles=compiles)
     command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="Python file that registers methods, benchmarks, sources, templates or objectives; "
+        "may be repeated",
+    )
     return command
 
 

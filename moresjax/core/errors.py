@@ -10,7 +10,11 @@ class UserError(ValueError):
     """
 
 
-def choice_error(what: str, value: object, allowed: Iterable[object]) -> UserError:
-    """`UserError` that names the value, the allowed values and the place they belong to."""
+class UnknownName(UserError):
+    """A name, or another value, that is none of those allowed."""
+
+
+def choice_error(what: str, value: object, allowed: Iterable[object]) -> UnknownName:
+    """`UnknownName` that names the value, the allowed values and the place they belong to."""
     names = ", ".join(str(a) for a in allowed)
-    return UserError(f"unknown {what} {str(value)!r}; choose from: {names}")
+    return UnknownName(f"unknown {what} {str(value)!r}; choose from: {names}")

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.plugins import load_plugins
 from moresjax.data.arrayrecord import ArrayRecordSource
 from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
@@ -43,6 +44,7 @@ def make_source(name: str, **options) -> Source:
     Raises:
       UserError: for an unknown name or option, or one that is missing.
     """
+    load_plugins()
     if name not in SOURCES:
         raise choice_error("data source", name, SOURCES)
     fields = dataclasses.fields(SOURCES[name])

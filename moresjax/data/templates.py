@@ -4,6 +4,7 @@ import dataclasses
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import TokenKind
+from moresjax.core.plugins import load_plugins
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 
 
@@ -124,6 +125,7 @@ def get_template(name: str, tokenizer=None) -> Template:
     """
     if name == OWN and tokenizer is not None:
         return chat_template(tokenizer)
+    load_plugins()
     if name not in TEMPLATES:
         raise choice_error("template", name, (*TEMPLATES, OWN))
     return TEMPLATES[name]

@@ -15,6 +15,7 @@ from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 
 from moresjax.core.errors import choice_error
+from moresjax.core.plugins import load_plugins
 from moresjax.evaluation.examples import Item
 from moresjax.evaluation.files import LETTERS, Unlabelled, read_rows
 from moresjax.evaluation.metrics.choices import lowest_loss
@@ -40,6 +41,7 @@ def benchmark_names() -> list[str]:
     # They register themselves on import.
     from moresjax.evaluation import benchmarks  # noqa: F401
 
+    load_plugins()
     return sorted(BENCHMARKS)
 
 

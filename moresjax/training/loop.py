@@ -31,7 +31,7 @@ from moresjax.sharding.mesh import batch_sharding, batch_shards, make_mesh, repl
 from moresjax.sharding.processes import PreemptionHandler
 from moresjax.training.metrics import DecodeState, MetricWriter
 from moresjax.training.monitors import Evaluators, check_monitors
-from moresjax.training.objectives import OBJECTIVES
+from moresjax.training.objectives import get_objective
 from moresjax.training.optimizer import make_optimizer
 from moresjax.training.speed import ThroughputMeter
 from moresjax.training.step import make_train_step, split_model
@@ -77,8 +77,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     workdir, config = Path(workdir), located(config)
     if resume not in ("auto", "never"):
         raise choice_error("resume", resume, ("auto", "never"))
-    if config.objective not in OBJECTIVES:
-        raise choice_error("objective", config.objective, OBJECTIVES)
+    get_objective(config.objective)  # an unknown name is told before anything is built
     _check_workdir(config, workdir, resume)
     if finished := _finished(config, workdir):
         return finished
@@ -182,7 +181,7 @@ def jitted_step(config, graphdef, optimizer, schedule, state: TrainState, mesh: 
     over the state's memory and leaves the new one where `state` is; arrays or their shapes."""
     step = make_train_step(
         graphdef,
-        OBJECTIVES[config.objective],
+        get_objective(config.objective),
         optimizer,
         schedule,
         mesh=mesh,

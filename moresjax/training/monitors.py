@@ -22,7 +22,7 @@ from moresjax.data.pipeline import epoch, structure_for, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source
 from moresjax.sharding.mesh import batch_sharding, batch_shards, replicated, use_mesh
-from moresjax.training.objectives import OBJECTIVES
+from moresjax.training.objectives import get_objective
 
 # Samples whose attention is read, at least.
 PROBED = 32
@@ -100,7 +100,7 @@ class Validation:
         dataset: grain.IterDataset,
         structure: RowStructure,
     ):
-        objective = OBJECTIVES[config.objective]
+        objective = get_objective(config.objective)
 
         def loss(graphdef, trainable, frozen, batch):
             with use_mesh(mesh):

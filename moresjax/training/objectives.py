@@ -10,12 +10,40 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from moresjax.core.errors import choice_error
 from moresjax.core.layout import loss_mask, valid_mask
+from moresjax.core.plugins import load_plugins
 from moresjax.core.types import pytree_dataclass
 from moresjax.sharding.mesh import constrain_batch_sharding
 
+Objective = Callable[..., "Loss"]
+
+OBJECTIVES: dict[str, Objective] = {}
+
 # Tokens of a row whose logits are held at one time.
 PIECE = 128
+
+
+def objective(name: str) -> Callable[[Objective], Objective]:
+    """Registers a function `(model, batch, key) -> Loss` for `config.objective`."""
+
+    def register(function: Objective) -> Objective:
+        OBJECTIVES[name] = function
+        return function
+
+    return register
+
+
+def get_objective(name: str) -> Objective:
+    """The objective of that name, which may be a plug-in's.
+
+    Raises:
+      UserError: For an unknown name.
+    """
+    load_plugins()
+    if name not in OBJECTIVES:
+        raise choice_error("objective", name, OBJECTIVES)
+    return OBJECTIVES[name]
 
 
 @pytree_dataclass
@@ -28,6 +56,7 @@ class Loss:
     tokens: Float[Array, ""]  # tokens that are not padding, or patches
 
 
+@objective("next_token")
 def next_token(model, batch, key=None) -> Loss:
     """Cross-entropy of the answer tokens given everything before them."""
     hidden = model(batch, key=key).hidden
@@ -37,6 +66,7 @@ def next_token(model, batch, key=None) -> Loss:
     return Loss(*sums, valid_mask(batch.layout).sum(dtype=jnp.float32))
 
 
+@objective("patch_classes")
 def patch_classes(model, batch, key=None) -> Loss:
     """Cross-entropy of every label set of every patch (vision pretraining)."""
     labels = jnp.asarray(batch["classes"])
@@ -90,6 +120,3 @@ def _cross_entropy(logits, labels, mask) -> tuple[Array, Array, Array]:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = (logits.argmax(-1) == labels) * mask
     return (losses * mask).sum(), mask.sum(), correct.sum()
-
-
-OBJECTIVES: dict[str, Callable] = {"next_token": next_token, "patch_classes": patch_classes}

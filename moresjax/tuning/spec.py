@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import get_type_hints
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.plugins import load_plugins
 from moresjax.tuning.base import METHODS, Method
 
 PRESETS: dict[str, str] = {}
@@ -31,6 +32,7 @@ def parse_spec(spec: str) -> tuple[Method, ...]:
     Raises:
       UserError: for an unknown method or key or a value of the wrong type.
     """
+    load_plugins()
     pieces = _BETWEEN_METHODS.split(spec)
     return tuple(part for piece in pieces for part in _parse_method(piece.strip()).parts())
 
