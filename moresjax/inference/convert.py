@@ -1,7 +1,7 @@
 """Models from and to the formats of other tools: `moresjax import` and `moresjax export`."""
 
 import dataclasses
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ from moresjax.runs.state import TrainState
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf
 from moresjax.weights.files import check_new
-from moresjax.weights.hf import pretrained_config
-from moresjax.weights.parts import load_vision
+from moresjax.weights.hf import HFFolders
 from moresjax.weights.peft import export_peft
 from moresjax.weights.pyreft import export_pyreft
+from moresjax.weights.vision_folder import load_vision_config
 
 ADAPTER_FORMATS = ("adapter", "peft", "pyreft")
 FORMATS = ("hf", "merged", *ADAPTER_FORMATS)
@@ -63,8 +63,9 @@ def import_model(
     """
     source, out = Path(source).resolve(), Path(out)
     check_new(out, "import")
-    folders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
-    architecture = _architecture(source, folders, fusion, connector, allow_pickle)
+    encoders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
+    folders = HFFolders(allow_pickle=allow_pickle)
+    architecture = _architecture(folders, source, encoders, fusion, connector)
     config = base_config()
     with config.unlocked(), config.ignore_type():
         config.name = source.name
@@ -73,14 +74,15 @@ def import_model(
             config.model.vision = dataclasses.asdict(architecture.vision)
             config.model.connector = architecture.connector
         config.template, config.quantize = template, quantize
-        config.image_aspect = _image_aspect(source)
+        # TinyLLaVA Factory notes how images are made square; other formats do not.
+        config.image_aspect = folders[source].raw.get("image_aspect_ratio", "square")
         config.init.update(dict.fromkeys(PARTS, str(source)))
-        if folders:
-            config.init.update({"vision": ";".join(folders), "connector": RANDOM})
-    model = build_model(config, allow_pickle=allow_pickle)
+        if encoders:
+            config.init.update({"vision": ";".join(encoders), "connector": RANDOM})
+    model = build_model(config, folders=folders)
 
     out.mkdir(parents=True, exist_ok=True)
-    images = Path(image_processor or (folders[0] if folders else source))
+    images = Path(image_processor or (encoders[0] if encoders else source))
     _save_processor(source, images, out / PROCESSOR, config)
     config.init.update(dict.fromkeys(PARTS, RANDOM))  # all is in the checkpoint now
     save_config(config, out / "config.json")
@@ -92,25 +94,23 @@ def import_model(
     return model
 
 
-def _architecture(source, folders, fusion, connector, allow_pickle) -> MLLMConfig:
-    config = pretrained_config(source)
-    if not folders:
+def _architecture(
+    folders: HFFolders, source: Path, encoders: Sequence[str], fusion: str, connector: str
+) -> MLLMConfig:
+    """The model of a folder, or of an LLM's folder with encoders put before it."""
+    config = folders[source].config
+    if not encoders:
         return config
     if config.vision is not None:
         raise UserError(f"{source} has a vision encoder already; --vision is for an LLM")
-    encoders = [load_vision(folder, allow_pickle=allow_pickle)[0] for folder in folders]
-    vision: AnyVisionConfig = encoders[0]
-    if len(encoders) > 1:
+    configs = [load_vision_config(folders[encoder]) for encoder in encoders]
+    vision: AnyVisionConfig = configs[0]
+    if len(configs) > 1:
         # A pair looks at one image: the second encoder takes the first one's size.
-        size = encoders[0].image_size
-        encoders[1:] = [dataclasses.replace(e, image_size=size) for e in encoders[1:]]
-        vision = FusedVisionConfig(encoders=tuple(encoders), fusion=fusion)
+        size = configs[0].image_size
+        configs[1:] = [dataclasses.replace(config, image_size=size) for config in configs[1:]]
+        vision = FusedVisionConfig(encoders=tuple(configs), fusion=fusion)
     return MLLMConfig(llm=config.llm, vision=vision, connector=connector)
-
-
-def _image_aspect(source: Path) -> str:
-    """What TinyLLaVA Factory noted; others have it in nobody's configuration."""
-    return json.loads((source / "config.json").read_text()).get("image_aspect_ratio", "square")
 
 
 def _save_processor(source: Path, images: Path, out: Path, config) -> None:

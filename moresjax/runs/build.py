@@ -27,8 +27,8 @@ from moresjax.models.zoo import ENCODERS, LLMS
 from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import RANDOM, read_config
 from moresjax.tuning.attach import Tuning
-from moresjax.weights.hf import pretrained_config, read_pretrained
-from moresjax.weights.parts import check_same_encoder, is_vision_folder, load_vision
+from moresjax.weights.hf import HFFolder, HFFolders, pretrained_config
+from moresjax.weights.vision_folder import check_same_encoder, load_vision
 
 PARTS = ("llm", "vision", "connector")
 
@@ -207,7 +207,11 @@ def located(config):
 
 
 def build_model(
-    config, *, root: str | Path = ".", mesh: Mesh | None = None, allow_pickle: bool = False
+    config,
+    *,
+    root: str | Path = ".",
+    mesh: Mesh | None = None,
+    folders: HFFolders | None = None,
 ) -> nnx.Module:
     """The model of a configuration with its initial weights and fresh tuning parameters.
 
@@ -215,7 +219,7 @@ def build_model(
       config: a run's configuration.
       root: the run's directory, see `locate`.
       mesh: devices over which weights of Hugging Face folders are split as they are read.
-      allow_pickle: whether `*.bin` files may be read where there are no safetensors.
+      folders: Hugging Face folders that are open already; default: none.
 
     Raises:
       UserError: when a part's source does not exist or does not fit.
@@ -228,48 +232,66 @@ def build_model(
     model = MLLM(model_config(config), config.tuning)
     if model.tuning.selected_words:
         name_words(model.tuning, load_tokenizer(config.tokenizer, root))
-    load_parts(model, config.init.to_dict(), Path(root), mesh=mesh, allow_pickle=allow_pickle)
+    load_parts(model, config.init.to_dict(), Path(root), mesh=mesh, folders=folders)
     return initialize(model, config.seed)
 
 
-def load_parts(model: MLLM, sources: Mapping[str, str], root: Path, **options) -> None:
-    """Fills the parts whose source is not `random`; `options` are those of `load_part`.
+def load_parts(
+    model: MLLM,
+    sources: Mapping[str, str],
+    root: Path,
+    *,
+    mesh: Mesh | None = None,
+    folders: HFFolders | None = None,
+) -> None:
+    """Fills the parts whose source is not `random`; see `load_part`.
 
     Raises:
       UserError: when a source does not exist, or lacks or does not fit its part.
     """
+    folders = HFFolders() if folders is None else folders
     for part in PARTS:
         if sources[part] == RANDOM or getattr(model, part) is None:
             continue
-        folders = sources[part].split(";")
-        if len(folders) == 1:
-            load_part(model, part, locate(folders[0], root), **options)
+        names = sources[part].split(";")
+        if len(names) == 1:
+            load_part(model, part, locate(names[0], root), mesh=mesh, folders=folders)
             continue
         count = len(getattr(model.vision, "encoders", ())) if part == "vision" else 1
-        if len(folders) != count:
-            raise UserError(f"init.{part} names {len(folders)} folders; the model needs {count}")
-        for number, folder in enumerate(folders):
-            load_part(model, f"{part}.encoders.{number}", locate(folder, root), **options)
+        if len(names) != count:
+            raise UserError(f"init.{part} names {len(names)} folders; the model needs {count}")
+        for number, name in enumerate(names):
+            place = f"{part}.encoders.{number}"
+            load_part(model, place, locate(name, root), mesh=mesh, folders=folders)
 
 
-def load_part(model: nnx.Module, part: str, source: Path, **options) -> None:
+def load_part(
+    model: nnx.Module,
+    part: str,
+    source: Path,
+    *,
+    mesh: Mesh | None = None,
+    folders: HFFolders | None = None,
+) -> None:
     """Fills one part of a model from a run's directory or a Hugging Face folder.
 
     Args:
-      model: filled in place.
+      model: The model, filled in place.
       part: `llm`, `vision`, `connector`, or one of two vision encoders: `vision.encoders.0`.
-      source: a run's directory, or the folder of a LLaVA or of the LLM or vision encoder alone.
-      options: `mesh` and `allow_pickle`, as in `read_pretrained`.
+      source: A run's directory, or the folder of a LLaVA or of the LLM or vision encoder alone.
+      mesh: The devices to split the parameters of a Hugging Face folder over.
+      folders: Hugging Face folders that are open already; default: none.
 
     Raises:
       UserError: when the source does not exist, or lacks or does not fit the part.
     """
+    folder = (HFFolders() if folders is None else folders)[source]
     if (source / "checkpoints").is_dir():
         found = trained_parameters(source)
-    elif part.startswith("vision") and is_vision_folder(source):
-        found = _vision_parameters(model, part, source, options)
+    elif part.startswith("vision") and folder.is_vision:
+        found = _vision_parameters(model, part, folder, mesh)
     elif (source / "config.json").is_file():
-        found = read_pretrained(source, part=part.split(".")[0], **options)[1]
+        found = folder.parameters(part.split(".")[0], mesh)
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
     set_params(model, split_trainable_blocks(model, part, found), str(source), part)
@@ -292,17 +314,17 @@ def split_trainable_blocks(model: nnx.Module, part: str, found: Mapping) -> Mapp
 
 
 def _vision_parameters(
-    model: nnx.Module, part: str, source: Path, options: dict
+    model: nnx.Module, part: str, folder: HFFolder, mesh: Mesh | None
 ) -> Mapping[str, jax.Array]:
     """Parameters of a vision encoder's folder, by their names in the model."""
-    encoder = model.vision
+    encoder, source = model.vision, str(folder.path)
     if part != "vision":
         encoder = encoder.encoders[int(part.rpartition(".")[2])]
     if encoder.config.is_pair:
         raise UserError(f"init.vision: {source} is one vision encoder; name two as FOLDER;FOLDER")
     same = {"feature_layer": encoder.config.feature_layer, "image_size": encoder.config.image_size}
-    theirs, parameters = load_vision(source, part=part, **same, **options)
-    check_same_encoder(encoder.config, theirs, str(source))
+    found, parameters = load_vision(folder, part=part, mesh=mesh, **same)
+    check_same_encoder(encoder.config, found, source)
     return parameters
 
 

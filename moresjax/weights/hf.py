@@ -124,6 +124,24 @@ class HFFolder:
         return import_params(self.config, self.hf, self.tensors, part=part, mesh=mesh, where=where)
 
 
+class HFFolders:
+    """Hugging Face folders by path, each opened once.
+
+    Args:
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+    """
+
+    def __init__(self, *, allow_pickle: bool = False) -> None:
+        self._allow_pickle = allow_pickle
+        self._opened: dict[Path, HFFolder] = {}
+
+    def __getitem__(self, path: str | Path) -> HFFolder:
+        path = Path(path).resolve()
+        if path not in self._opened:
+            self._opened[path] = HFFolder(path, allow_pickle=self._allow_pickle)
+        return self._opened[path]
+
+
 def config_from_hf(hf: HFConfig) -> MLLMConfig:
     """The architecture of a LLaVA's or an LLM's whole `config.json`.
 

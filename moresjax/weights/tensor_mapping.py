@@ -17,7 +17,6 @@ from jax.sharding import Mesh, Sharding
 
 from moresjax.core.errors import UserError
 from moresjax.core.parameter_names import path_name
-from moresjax.core.types import AnyArray
 from moresjax.sharding.mesh import parameter_shardings
 
 Index = tuple[slice, ...]
@@ -204,7 +203,7 @@ def check_tensors(
         raise UserError(f"{where} {'; it '.join(faults)}")
 
 
-class ParameterReader(Mapping[str, AnyArray]):
+class ParameterReader(Mapping):  # without types of its items, which run-time checks would read
     """Parameters by name, in the dtype they are stored in, each read when it is asked for.
 
     Each process reads what its own devices hold. On a CPU the array that is read into becomes the

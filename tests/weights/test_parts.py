@@ -41,7 +41,7 @@ from moresjax.models.initialize import abstract
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.build import build_processor, load_part, load_parts, model_config
 from moresjax.runs.config import base_config
-from moresjax.weights.parts import load_vision
+from moresjax.weights.vision_folder import load_vision
 
 # Folders: the encoder alone or beside a text encoder, names with and without a prefix
 
