@@ -8,20 +8,31 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moresjax/_version.py").read_text())[1]
 
+# The newest that each Python gets: 0.10 on 3.11, 0.12 from 3.12 on. CI runs the oldest and the
+# newest pair.
+JAX = ">=0.10,<0.13"
+
 setup(
     name="moresjax",
     version=VERSION,
     description="Train, evaluate and explain multimodal LLMs by editing representations, in JAX",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The moresjax authors",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords="jax flax multimodal llm llava peft reft mores steering interpretability tpu",
+    project_urls={"MoReS (LLaVA Steering)": "https://arxiv.org/abs/2412.12359"},
     python_requires=">=3.11",
-    # The config files are part of the package, so that the demo finds them wherever it runs.
-    packages=[*find_packages(include=["moresjax", "moresjax.*"]), "moresjax.configs"],
+    # The config files are part of the package, so that commands find them wherever they run.
+    packages=[
+        *find_packages(include=["moresjax", "moresjax.*"], exclude=["moresjax.configs"]),
+        "moresjax.configs",
+    ],
     package_dir={"moresjax.configs": "configs"},
-    package_data={"moresjax.reports": ["*.j2"]},
+    package_data={"": ["py.typed", "*.j2"]},
     install_requires=[
-        "jax>=0.10,<0.11",
+        f"jax{JAX}",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12",
@@ -43,8 +54,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.11"],
-        "gpu": ["jax[cuda12]>=0.10,<0.11"],
+        "tpu": [f"jax[tpu]{JAX}"],
+        "gpu": [f"jax[cuda12]{JAX}"],
         # torch 2.13.0 is the build that the parity tests were written against.
         "test": [
             "pytest",
@@ -54,13 +65,23 @@ setup(
             "torch==2.13.0",
             "peft>=0.21",
             "ruff",
+            "pyright",
             # Plans are compiled for TPUs on any machine.
-            "jax[tpu]>=0.10,<0.11",
+            f"jax[tpu]{JAX}",
         ],
     },
     entry_points={"console_scripts": ["moresjax=moresjax.cli:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -84,9 +84,9 @@ def ours(model: MLLM, ids: np.ndarray, rows: int, new: int, probes=()) -> Run:
     batch = hf_batch(np.repeat(ids, rows, axis=0))
 
     def run():
-        progress = jax.block_until_ready(engine.prefill(batch, new))
+        state = jax.block_until_ready(engine.prefill(batch, new))
         yield "prefill"
-        jax.block_until_ready(engine.decode(progress))
+        jax.block_until_ready(engine.decode(state))
         yield "decode"
 
     return run

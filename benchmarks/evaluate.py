@@ -35,10 +35,10 @@ from transformers import (
 import moresjax as mj
 from moresjax.data.samples import Sample, Turn
 from moresjax.data.templates import get_template
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import ask
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import llava_prompt
 from moresjax.evaluation.run import evaluate
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 VOCAB, SIDE, PATCH, TEMPLATE = 4096, 112, 14, "vicuna_v1"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -53,7 +53,7 @@ QUESTIONS = (
 )
 
 
-def make_items(folder: Path, count: int, per_image: int) -> list[Item]:
+def make_items(folder: Path, count: int, per_image: int) -> list[Example]:
     """Questions about photos of noise, of different lengths and sizes."""
     rng = np.random.default_rng(0)
     items = []
@@ -63,18 +63,18 @@ def make_items(folder: Path, count: int, per_image: int) -> list[Item]:
             coarse = rng.integers(0, 255, (6, 8, 3)).astype(np.uint8)
             size = (320, 240) if number // per_image % 2 else (240, 280)
             Image.fromarray(coarse).resize(size).save(path)
-        question = ask(QUESTIONS[number % len(QUESTIONS)])
-        items.append(Item(str(number), question, "", (path,)))
+        question = llava_prompt(QUESTIONS[number % len(QUESTIONS)])
+        items.append(Example(str(number), question, "", (path,)))
     return items
 
 
-def prompt_of(item: Item) -> str:
+def prompt_of(item: Example) -> str:
     """The text that the template makes of a question."""
     sample = Sample(item.id, (Turn(item.prompt),), item.images)
     return "".join(piece.text for piece in get_template(TEMPLATE).render(sample, ""))
 
 
-def make_tokenizer(items: list[Item]) -> PreTrainedTokenizerFast:
+def make_tokenizer(items: list[Example]) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words, those of the prompts and others."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -99,7 +99,7 @@ def make_tokenizer(items: list[Item]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_folder(folder: Path, items: list[Item], small: bool) -> None:
+def make_folder(folder: Path, items: list[Example], small: bool) -> None:
     """A LLaVA with its processor, as `transformers` saves it."""
     tokenizer = make_tokenizer(items)
     depth = 2 if small else 1
@@ -131,7 +131,7 @@ def make_folder(folder: Path, items: list[Item], small: bool) -> None:
     ).save_pretrained(folder)
 
 
-def theirs(folder: str, items: list[Item], new: int, batch_size: int) -> Run:
+def theirs(folder: str, items: list[Example], new: int, batch_size: int) -> Run:
     """`transformers`, from files to texts."""
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     processor = LlavaProcessor.from_pretrained(folder)
@@ -153,13 +153,13 @@ def theirs(folder: str, items: list[Item], new: int, batch_size: int) -> Run:
     return run
 
 
-def ours(folder: str, items: list[Item], new: int, batch_size: int) -> Run:
+def ours(folder: str, items: list[Example], new: int, batch_size: int) -> Run:
     """A benchmark like those of `moresjax evaluate`."""
     model = mj.load(folder, template=TEMPLATE)
 
     @benchmark("questions")
-    def load(data_root=None, limit=None) -> list[VisualTask]:
-        return [VisualTask("questions", items, max_new_tokens=new)]
+    def load(data_root=None, limit=None) -> list[BenchmarkTask]:
+        return [BenchmarkTask("questions", items, max_new_tokens=new)]
 
     def run():
         result = evaluate(model, ["questions"], batch_size=batch_size)

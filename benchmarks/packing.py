@@ -13,11 +13,12 @@ import time
 
 import numpy as np
 
+from moresjax.core.row import Row
 from moresjax.data.bad import BadSamples
 from moresjax.data.buckets import bucket_lengths, plan_batches
 from moresjax.data.packing import PackWindow, first_fit
 from moresjax.data.pipeline import BUCKET_WINDOW, PACK_WINDOW
-from moresjax.data.processor import FIELDS, Processor
+from moresjax.data.processor import Processor
 from moresjax.data.rows import PADDING_SAMPLE, Collate, Rows
 
 # Source: thousands of conversations, assumed mean and relative spread of text tokens, images.
@@ -65,8 +66,7 @@ def packed_rows(tokens, images, length, capacity, window):
 
 def rows_per_second(tokens, length, window) -> float:
     """Packed rows that one thread plans, joins and pads, without images."""
-    empty = {name: np.full(length, -1, np.int32) for name in ("tokens", *FIELDS)}
-    rows = [{name: x[:n] for name, x in empty.items()} | {"id": ""} for n in tokens[:window]]
+    rows = [Row.text(np.zeros(n, np.int32)) for n in tokens[:window]]
     processor = Processor(NoTokenizer(), None)
     pack = PackWindow(processor.count_images, length, 0)
     collate = Collate(

@@ -41,7 +41,7 @@ COLUMNS += ("traffic GiB", "bound by", "ms", "tokens/s", "compiled")
 
 def row(size: str, tuning: str, preset: str, args, target: str) -> str:
     config = load_config(f"{ROOT / 'configs' / 'llava_steering.py'}:size={size},tuning={tuning}")
-    config.length, config.images, config.remat = 1024, 1, True
+    config.max_seq_len, config.images_per_row, config.remat = 1024, 1, True
     config.batch_size, config.quantize = args.batch, args.quantize
     config.mesh.update(mesh_preset(preset, find_slice(target).size))
     return cells(size, tuning, target, preset, plan(config, target, args.quick))

@@ -44,6 +44,8 @@ COUNTED = [
     "vera:rank=4",
     "ln",
 ]
+# Settings of a plan by the names that version 0.1 gave them.
+SETTINGS = {"max_seq_len": "length", "images_per_row": "images"}
 SECONDS = ("seconds", "second", "memory", "per_s", "rate", "elapsed", "time")
 
 
@@ -159,7 +161,10 @@ def counts(out: Path) -> dict:
 def plan(out: Path) -> dict:
     config = f"{config_file()}:stage=finetune,tuning=mores:rank=1"
     init = [f"--config.init.{part}=random" for part in ("llm", "vision", "connector")]
-    return run("plan", "--config", config, "--topology", "v5e:2x2", "--quick", *init)
+    found = run("plan", "--config", config, "--topology", "v5e:2x2", "--quick", *init)
+    for each in found["plans"]:
+        each["setting"] = {SETTINGS.get(k, k): v for k, v in each["setting"].items()}
+    return found
 
 
 SECTIONS = {f.__name__: f for f in (demo, methods, llava, counts, plan)}

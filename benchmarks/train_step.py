@@ -28,6 +28,7 @@ from rounds import Run, Worker, measure, median_ratio
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from moresjax.core.layout import TokenKind
+from moresjax.core.row import Row
 from moresjax.data.packing import first_fit
 from moresjax.data.processor import Processor
 from moresjax.runs.config import base_config
@@ -62,7 +63,7 @@ def llava() -> LlavaConfig:
     return LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID)
 
 
-def samples(count: int) -> list[dict[str, np.ndarray]]:
+def samples(count: int) -> list[Row]:
     """Ready rows: some text, the image, a question, and an answer that is a third of the text."""
     lengths, images = sample_mix(count, 0, 640)
     rng = np.random.default_rng(0)
@@ -73,14 +74,12 @@ def samples(count: int) -> list[dict[str, np.ndarray]]:
         runs += [(TokenKind.QUESTION, length - 8 - answer), (TokenKind.ANSWER, answer)]
         kind = np.concatenate([np.full(n, s, np.int32) for s, n in runs])
         visual = kind == TokenKind.IMAGE
-        zeros = np.zeros_like(kind)
-        row = {"tokens": rng.integers(3, IMAGE_ID, kind.size).astype(np.int32)}
-        row |= {"kind": kind, "document": zeros, "branch": zeros, "id": ""}
-        row["image"] = np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32)
-        row["position"] = np.arange(kind.size, dtype=np.int32)
+        row = Row.text(rng.integers(3, IMAGE_ID, kind.size).astype(np.int32))
+        image = np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32)
+        row = row.replace(kind=kind, image=image)
         if pictures:
             pixels = rng.standard_normal((pictures, SIZE, SIZE, 3))
-            row["pixels"] = pixels.astype(np.float32)
+            row = row.replace(pixels=pixels.astype(np.float32))
         rows.append(row)
     return rows
 
@@ -93,14 +92,14 @@ class Square:
     size: int = SIZE
 
 
-def ours(folder: str, rows: Sequence[dict], method: str) -> Run:
+def ours(folder: str, rows: Sequence[Row], method: str) -> Run:
     source = HFFolder(folder)
     config, parameters = source.config, source.parameters()
     parts = {part: getattr(config, part) for part in ("llm", "vision")}
     unrolled = {part: dataclasses.replace(x, unroll=True) for part, x in parts.items()}
     model = build_mllm(dataclasses.replace(config, **unrolled), parameters, SPECS[method])
     processor = Processor(NoTokenizer(), None, Square(), PATCHES)
-    sizes = [len(row["tokens"]) for row in rows], [processor.count_images(row) for row in rows]
+    sizes = [len(row) for row in rows], [processor.count_images(row) for row in rows]
     packed = [[rows[i] for i in members] for members in first_fit(*sizes, LENGTH, CAPACITY)]
     joined = [processor.pad(processor.join(members), LENGTH, CAPACITY) for members in packed]
     batch = processor.batch(joined)
@@ -142,7 +141,7 @@ class Steering(torch.nn.Module):
         return h + (self.learned(h) - h @ basis) @ basis.T
 
 
-def theirs(folder: str, rows: Sequence[dict], method: str) -> Run:
+def theirs(folder: str, rows: Sequence[Row], method: str) -> Run:
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -188,20 +187,20 @@ def hook(steering: Steering, places: tuple[torch.Tensor, torch.Tensor]):
     return edit
 
 
-def collated(rows: Sequence[dict]):
+def collated(rows: Sequence[Row]):
     """A batch padded to its longest sample, and where MoReS edits."""
-    shape = len(rows), max(len(row["tokens"]) for row in rows)
+    shape = len(rows), max(len(row) for row in rows)
     ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
     mask, places = torch.zeros(shape, dtype=torch.long), []
     for number, row in enumerate(rows):
-        tokens, visual = torch.tensor(row["tokens"]).long(), row["kind"] == TokenKind.IMAGE
+        tokens, visual = torch.tensor(row.tokens).long(), row.kind == TokenKind.IMAGE
         tokens[torch.tensor(visual)] = IMAGE_ID
         ids[number, : len(tokens)], mask[number, : len(tokens)] = tokens, 1
-        answer = torch.tensor(row["kind"] == TokenKind.ANSWER)
+        answer = torch.tensor(row.kind == TokenKind.ANSWER)
         labels[number, : len(tokens)][answer] = tokens[answer]
         at = np.flatnonzero(visual)
         places += [(number, int(place)) for place in (*at[:4], *at[-5:])]
-    images = np.concatenate([row["pixels"] for row in rows if "pixels" in row])
+    images = np.concatenate([row.pixels for row in rows if row.pixels is not None])
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     inputs["pixel_values"] = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
     rows_at, columns = torch.tensor(places).T
@@ -232,7 +231,7 @@ def compare(method: str, folder: str, args: argparse.Namespace) -> None:
     seconds = measure(runs, args.rounds, warm=1)
     for run in runs.values():
         run.stop()
-    useful = sum(len(row["tokens"]) for row in samples(args.samples))
+    useful = sum(len(row) for row in samples(args.samples))
     for name, phases in seconds.items():
         step, ratio = statistics.median(phases["train"]), median_ratio(seconds, name, "train")
         cells = [f"{step:.2f}", f"{useful / step:.0f}", f"{1 / ratio:.2f}"]
@@ -246,7 +245,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(SPECS), choices=SPECS)
     parser.add_argument("--huge", action="store_true", help="torch with huge pages as well")
     args = parser.parse_args()
-    sizes = [len(row["tokens"]) for row in samples(args.samples)]
+    sizes = [len(row) for row in samples(args.samples)]
     print(f"{len(sizes)} samples, {sum(sizes)} tokens; padded {len(sizes) * max(sizes)}\n")
     print("| variant | s per step | useful tokens/s | ratio | peak, GiB | first loss |")
     print("|---|---:|---:|---:|---:|---:|")

@@ -119,9 +119,9 @@ def generation(base: MLLM, batch: Batch, methods: Sequence[str], new_tokens: int
         engine = Engine(model, eos_ids=(-1,))
 
         def run(engine=engine):
-            progress = jax.block_until_ready(engine.prefill(batch, new_tokens))
+            state = jax.block_until_ready(engine.prefill(batch, new_tokens))
             yield "prefill"
-            jax.block_until_ready(engine.decode(progress))
+            jax.block_until_ready(engine.decode(state))
             yield "decode"
 
         runs[spec] = run

@@ -76,8 +76,8 @@ def _llm(config, args):
     config.tuning = "full"
     config.also_train = ()
     config.data.task = "text"
-    config.images = 0
-    config.length = 62
+    config.images_per_row = 0
+    config.max_seq_len = 62
     config.steps = 450
     config.optimizer.lr = 3e-3
     config.optimizer.weight_decay = 0.1
@@ -97,7 +97,7 @@ def _pretrain(config, args):
     config.init.vision = "../vit"
     config.template = "plain"
     config.data.task = "caption"
-    config.length = 25
+    config.max_seq_len = 25
     config.steps = 250
     config.optimizer.lr = 2e-3
 
@@ -108,7 +108,7 @@ def _finetune(config, args):
     config.init.connector = "../pretrain"
     config.tuning = args.tuning
     config.data.task = "instruct"
-    config.length = 64
+    config.max_seq_len = 64
     config.steps = 160
     method = args.tuning.split(":")[0]
     config.optimizer.lr = LEARNING_RATES.get(method, 1e-2)

@@ -31,7 +31,7 @@ def get_config(arg=None):
     config.optimizer.lr = args.lr
 
     # How much: rows per step, tokens per row, steps.
-    config.batch_size, config.length, config.steps = 128, 2048, 1000
+    config.batch_size, config.max_seq_len, config.steps = 128, 2048, 1000
 
     # Over which devices: data x fsdp x tensor, -1 for all that are left.
     config.mesh.data, config.mesh.fsdp = 1, -1

@@ -85,7 +85,7 @@ def _steps(config, samples: int, rows: int, passes: int) -> None:
 def _pretrain(config, args):
     config.tuning = "none"
     config.template = "plain"
-    config.length = 1024
+    config.max_seq_len = 1024
     config.data = {
         "name": "llava",
         "files": "data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json",
@@ -122,6 +122,6 @@ def _task(config, args):
 
 def _tune(config, args):
     config.tuning = METHODS.get(args.tuning, args.tuning)
-    config.length, config.images = 4096, 5
-    config.batching, config.reading_threads = "pack", 16
+    config.max_seq_len, config.images_per_row = 4096, 5
+    config.batching, config.num_workers = "pack", 16
     config.optimizer.lr = LEARNING_RATES["full" if args.tuning == "full" else "peft"]

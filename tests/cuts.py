@@ -25,7 +25,7 @@ def cut(tuning: str, **changes):
     """A run of the small model, split over the eight chips of a v5e-8."""
     config = base_config()
     config.dtype, config.remat, config.tuning = "bfloat16", True, tuning
-    config.batch_size, config.length, config.images = 16, 128, 1
+    config.batch_size, config.max_seq_len, config.images_per_row = 16, 128, 1
     config.mesh.update(mesh_preset("fsdp", 8))
     with config.unlocked(), config.ignore_type():
         config.model.llm, config.model.vision = CUT_LLM, CUT_VISION

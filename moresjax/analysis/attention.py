@@ -157,22 +157,14 @@ def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.nd
     Returns:
       The tokens as text and their head-averaged attention per layer on the V visual tokens.
     """
-    generation = model.generate_rows([row], max_new_tokens)
+    generation = model.service.generate_rows([row], max_new_tokens)
     count = int(generation.length[0])
     tokens = np.asarray(generation.tokens)[0, :count]
-    prompt = len(row["tokens"])
-    answer = {name: np.zeros(count, np.int32) for name in ("document", "branch")}
-    answer |= {
-        "tokens": tokens,
-        "kind": np.full(count, int(TokenKind.ANSWER), np.int32),
-        "image": np.full(count, -1, np.int32),
-        "position": row["position"][-1] + 1 + np.arange(count, dtype=np.int32),
-    }
-    whole = {name: np.concatenate([row[name], answer[name]]) for name in answer}
-    batch = model.processor.batch([whole | {"pixels": row["pixels"]}])
-    queries = jnp.arange(prompt - 1, prompt - 1 + count)[None]
+    whole = row.append(tokens)
+    batch = model.processor.batch([whole])
+    queries = jnp.arange(len(row) - 1, len(row) - 1 + count)[None]
     maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
-    visual = np.flatnonzero(whole["image"] >= 0) + model.mllm.tuning.num_virtual_tokens
+    visual = np.flatnonzero(whole.image >= 0) + model.mllm.tuning.num_virtual_tokens
     texts = [model.processor.tokenizer.decode([token]) for token in tokens]
     return texts, np.asarray(maps)[:, 0][:, :, visual]
 

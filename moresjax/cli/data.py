@@ -53,8 +53,8 @@ def run_check(args: argparse.Namespace) -> None:
     report = check_data(
         make_source(**config.data),
         functools.partial(build_processor, config),
-        length=config.length,
-        images=config.images,
+        length=config.max_seq_len,
+        images=config.images_per_row,
         workers=args.workers,
     )
     lines = [

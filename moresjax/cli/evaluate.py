@@ -61,7 +61,9 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluates a model, or scores saved predictions again."""
     from moresjax.evaluation.presets import table
-    from moresjax.evaluation.run import evaluate, rescore, write_results
+    from moresjax.evaluation.rescore import rescore
+    from moresjax.evaluation.results import write_results
+    from moresjax.evaluation.run import evaluate
 
     tasks = args.tasks.split(",")
     options = {
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     elif not args.model:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
-        options |= {"batch_size": args.batch_size, "out": args.out, "shots": args.num_fewshot}
+        options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
         result = evaluate(load_model(args), tasks, **options)
     path = write_results(result, args.out, model=args.model, split=args.split)
     show(args, json.loads(path.read_text()), f"{table(result.scores, tasks)}\nresults: {path}")

@@ -32,7 +32,7 @@ def add_parser(commands: Commands) -> None:
         "--prompt",
         type=int,
         metavar="TOKENS",
-        help="prompt length for --generate; default: the configuration's length minus NEW",
+        help="prompt length for --generate; default: the configuration's max_seq_len minus NEW",
     )
     plan.add_argument(
         "--quick",

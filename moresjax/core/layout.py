@@ -10,6 +10,7 @@ the key groups of the attention statistics.
 
 import dataclasses
 import enum
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,6 +44,9 @@ SHARED = -1
 
 IntField = Int[AnyArray, "B S"]
 
+# The arrays of a layout.
+LAYOUT_FIELDS = ("kind", "image", "position", "document", "branch")
+
 
 @pytree_dataclass
 class TokenLayout:
@@ -70,11 +74,17 @@ class TokenLayout:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Rows and tokens, `(B, S)`."""
         return self.kind.shape
 
     def replace(self, **changes: Any) -> "TokenLayout":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def stacked(cls, fields: Mapping[str, AnyArray], visual_tokens: int = 0) -> "TokenLayout":
+        """The layout of stacked rows, given as arrays `[B, S]` by name; other names are ignored."""
+        return cls(**{name: fields[name] for name in LAYOUT_FIELDS}, visual_tokens=visual_tokens)
 
     @classmethod
     def text(
@@ -103,9 +113,9 @@ class TokenLayout:
     @classmethod
     def of_step(
         cls,
-        kind: Int[Array, " B"],
-        position: Int[Array, " B"],
-        document: Int[Array, " B"],
+        kind: Int[AnyArray, " B"],
+        position: Int[AnyArray, " B"],
+        document: Int[AnyArray, " B"],
         visual_tokens: int = 0,
     ) -> "TokenLayout":
         """Layout `[B, 1]` of the one text token that every row reads in a decode step."""

@@ -5,9 +5,11 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.data.processor import Row
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ class BadSamples:
         if self.policy not in POLICIES:
             raise choice_error("on_bad_sample", self.policy, POLICIES)
 
-    def guard(self, index: int, make: Callable[[], Row]) -> Row | None:
+    def guard(self, index: int, make: Callable[[], T]) -> T | None:
         """What `make` returns; None for a bad sample that is skipped.
 
         Raises:

@@ -118,8 +118,8 @@ def _measure_one(index: int, sample, processor: Processor, decode: bool) -> _Mea
             open_image(image)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from None
-    answers = int((row["kind"] == TokenKind.ANSWER).sum())
-    return _Measured(index, sample.id, len(row["tokens"]), answers, len(sample.images))
+    answers = int((row.kind == TokenKind.ANSWER).sum())
+    return _Measured(index, sample.id, len(row), answers, len(sample.images))
 
 
 # Of a worker process: set once when it starts, since sending them with every chunk would cost more

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import grain
 
-from moresjax.data.processor import Row
+from moresjax.core.row import Row
 from moresjax.data.rows import Documents
 
 
@@ -58,7 +58,7 @@ class PackWindow(grain.experimental.FlatMapTransform):
 
     def flat_map(self, element: Sequence[Documents]) -> list[Documents]:
         documents = list(itertools.chain.from_iterable(element))
-        tokens = [len(row["tokens"]) for _, row in documents]
+        tokens = [len(row) for _, row in documents]
         images = [self.images_of(row) for _, row in documents]
         packed = first_fit(tokens, images, self.length, self.images)
         return [[documents[i] for i in members] for members in packed]

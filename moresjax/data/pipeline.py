@@ -14,11 +14,12 @@ import numpy as np
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import RowStructure
+from moresjax.core.row import stack
 from moresjax.data.bad import BadSamples
 from moresjax.data.buckets import Buckets, bucket_lengths
 from moresjax.data.packing import PackWindow
-from moresjax.data.processor import Processor, Row
-from moresjax.data.rows import Collate, Rows, stack
+from moresjax.data.processor import Processor
+from moresjax.data.rows import Collate, Rows
 from moresjax.data.sources import Source, sizes_of
 
 BATCHING = ("pad", "pack", "bucket")
@@ -45,7 +46,7 @@ class Batches:
     def __iter__(self) -> "Batches":
         return self
 
-    def __next__(self) -> Row:
+    def __next__(self) -> dict[str, np.ndarray]:
         return next(self._iterator)
 
     def get_state(self) -> dict:
@@ -138,7 +139,7 @@ def make_iterator(
     # Nobody knows the others' rows here, so that all have pixels where one may have an image.
     pixels = jax.process_count() > 1
 
-    def padded(numbers: Sequence[int]) -> Row:
+    def padded(numbers: Sequence[int]) -> dict[str, np.ndarray]:
         batch = stack(rows.padded(numbers[own]))
         if not pixels and "image" in batch and (batch["image"] < 0).all():
             batch.pop("pixels", None)

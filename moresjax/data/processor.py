@@ -9,21 +9,18 @@ disagree with the tokens.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenKind, TokenLayout, infer_structure
+from moresjax.core.row import Row, stack
 from moresjax.data.images import ImageProcessor, LazyPixels, image_keys
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.data.templates import Piece, Template
-
-# Arrays by field; `id` names the sample. Pixels may be `LazyPixels`.
-Row = dict[str, np.ndarray | str]
-FIELDS = ("kind", "image", "position", "document", "branch")
-_FILL = {"kind": int(TokenKind.PAD), "image": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +91,14 @@ class Processor:
         if not sample.images:
             return row
         if known is None:
-            return row | {"pixels": self.pixels(sample)}
+            return row.replace(pixels=self.pixels(sample))
         key = image_keys(sample.images)
         if key not in known:
             try:
                 known[key] = LazyPixels(sample.images, lambda: self.pixels(sample))
             except UserError as error:
                 raise UserError(f"sample {sample.id}: {error}") from None
-        return row | {"pixels": known[key]}
+        return row.replace(pixels=known[key])
 
     def pixels(self, sample: Sample) -> Float[np.ndarray, "N Y X 3"]:
         """The images of a sample that has some.
@@ -166,66 +163,55 @@ class Processor:
                 f"sample {sample.id}: the text has {found} {IMAGE_MARK} but "
                 f"{len(sample.images)} images are given"
             )
-        row = {name: np.asarray(values, np.int32) for name, values in fields.items()}
-        return row | {"document": np.zeros(len(row["tokens"]), np.int32)}
+        arrays = {name: np.asarray(values, np.int32) for name, values in fields.items()}
+        return Row(**arrays, document=np.zeros_like(arrays["tokens"]), id=sample.id)
 
     def count_images(self, row: Row) -> int:
         """How many images an unpadded row has, whether or not its pixels are there."""
-        return int((row["image"] >= 0).sum()) // max(self.visual_tokens, 1)
+        return int((row.image >= 0).sum()) // max(self.visual_tokens, 1)
 
-    def check_fit(self, row: Row, length: int, images: int, name: str) -> None:
-        """Nothing is cut silently.
+    def check_fit(self, row: Row, max_seq_len: int, images_per_row: int) -> None:
+        """Refuses a row that is too large; nothing is cut silently.
 
         Raises:
-          UserError: when the row has more than `length` tokens or more than `images` images.
+          UserError: when the row has more than `max_seq_len` tokens or `images_per_row` images.
         """
-        if (tokens := len(row["tokens"])) > length:
-            raise UserError(f"sample {name}: {tokens} tokens do not fit into {length}")
-        if (found := self.count_images(row)) > images:
-            raise UserError(f"sample {name}: {found} images, but rows hold {images}")
+        if len(row) > max_seq_len:
+            raise UserError(f"sample {row.id}: {len(row)} tokens do not fit into {max_seq_len}")
+        if (found := self.count_images(row)) > images_per_row:
+            raise UserError(f"sample {row.id}: {found} images, but rows hold {images_per_row}")
 
-    def pad(self, row: Row, length: int, images: int, name: str = "") -> Row:
-        """The row right-padded to `length` tokens and `images` images. A row without its pixels,
-        which were read before, may have any number.
+    def pad(self, row: Row, max_seq_len: int, images_per_row: int) -> Row:
+        """The row right-padded to `max_seq_len` tokens and `images_per_row` images.
+
+        A row without its pixels, which were read before, may be about any number of images.
 
         Raises:
           UserError: when it is longer.
         """
-        self.check_fit(row, length, images if "pixels" in row else len(row["tokens"]), name)
-        tokens = len(row["tokens"])
-        padded = {}
-        for key in ("tokens", *FIELDS):
-            padded[key] = np.full(length, _FILL.get(key, 0), np.int32)
-            padded[key][:tokens] = row[key]
-        if images:
-            pixels = row.get("pixels", ())
+        self.check_fit(row, max_seq_len, len(row) if row.pixels is None else images_per_row)
+        pixels = None
+        if images_per_row:
             size = self.image.size
-            padded["pixels"] = np.zeros((images, size, size, 3), np.float32)
-            padded["pixels"][: len(pixels)] = pixels if len(pixels) else 0
-        return padded
+            pixels = np.zeros((images_per_row, size, size, 3), np.float32)
+            if row.num_images:
+                pixels[: row.num_images] = np.asarray(row.pixels)
+        return row.pad(max_seq_len).replace(pixels=pixels)
 
     def join(self, rows: Sequence[Row]) -> Row:
         """Several rows as the documents of one: none of them sees another."""
-        joined = {name: np.concatenate([row[name] for row in rows]) for name in ("tokens", *FIELDS)}
-        images = [row["pixels"] for row in rows if "pixels" in row]
-        if images:
-            joined["pixels"] = np.concatenate(images)
-        counts = [len(row["tokens"]) for row in rows]
-        joined["document"] = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-        # The visual features of a row are those of all its documents, one after the other.
-        before = np.cumsum([0, *(len(row.get("pixels", ())) for row in rows)])[:-1]
-        shift = np.repeat(before * self.visual_tokens, counts).astype(np.int32)
-        joined["image"] = np.where(joined["image"] >= 0, joined["image"] + shift, -1)
-        return joined
+        return Row.concat(rows, self.visual_tokens)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Stacks padded rows."""
-        stacked = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-        batch = self.to_batch(stacked)
+        batch = self.to_batch(stack([row.to_dict() for row in rows]))
         return dataclasses.replace(batch, structure=infer_structure(batch.layout))
 
-    def to_batch(self, stacked: Row, structure: RowStructure = RowStructure.ANY) -> Batch:
-        layout = TokenLayout(**{f: stacked[f] for f in FIELDS}, visual_tokens=self.visual_tokens)
+    def to_batch(
+        self, stacked: Mapping[str, Any], structure: RowStructure = RowStructure.ANY
+    ) -> Batch:
+        """A batch of stacked rows, given as arrays `[B, ...]` by name."""
+        layout = TokenLayout.stacked(stacked, self.visual_tokens)
         return Batch(stacked["tokens"], layout, stacked.get("pixels"), structure=structure)
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from moresjax.core.errors import UserError
+from moresjax.core.row import Row, stack
 from moresjax.data.bad import BadSamples
-from moresjax.data.processor import FIELDS, Processor, Row
+from moresjax.data.processor import Processor
 from moresjax.data.samples import Sample
 from moresjax.data.sources import Source
 
@@ -28,7 +29,7 @@ PADDING_SAMPLE = -1  # the number of no sample
 Documents = Sequence[tuple[int, Row]]
 
 # A row of padding: it has no labels, so the loss does not know it.
-EMPTY: Row = {key: np.zeros(0, np.int32) for key in ("tokens", *FIELDS)} | {"id": ""}
+EMPTY = Row.text(())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,25 +56,24 @@ class Rows:
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.threads, "reading")
 
-    def padded(self, numbers: Iterable[int]) -> list[Row]:
+    def padded(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """The padded row of every sample; padding alone for a bad one that is skipped.
 
         Ready-made rows only have their images normalised.
         """
         return list(self._pool.map(self._padded, numbers))
 
-    def _padded(self, number: int) -> Row:
-        row = self.bad.guard(number, lambda: self._row(self.source[number])) or EMPTY
-        if "tokens" not in row:
-            return row
-        return self.processor.pad(row, self.length, self.images) | {"id": row["id"]}
+    def _padded(self, number: int) -> dict[str, Any]:
+        row = self.bad.guard(number, lambda: self._row(self.source[number]))
+        return self._pad(EMPTY) if row is None else row
 
-    def _row(self, element: Sample | Mapping[str, Any]) -> Row:
+    def _row(self, element: Sample | Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(element, Sample):
             return dict(element) | {"pixels": self.processor.image(element["pixels"])}
-        row = self.processor.row(element)
-        self.processor.check_fit(row, self.length, self.images, element.id)
-        return row | {"id": element.id}
+        return self._pad(self.processor.row(element))
+
+    def _pad(self, row: Row) -> dict[str, Any]:
+        return self.processor.pad(row, self.length, self.images).to_dict() | {"id": row.id}
 
     def texts(self, numbers: Iterable[int]) -> list[Documents]:
         """The document of every sample, without pixels; none for padding and bad samples."""
@@ -90,8 +90,8 @@ class Rows:
         if not isinstance(sample, Sample):
             raise UserError(f"ready-made rows ({sample['id']}) need batching 'pad'")
         row = self.processor.text_row(sample)
-        self.processor.check_fit(row, self.length, self.images, sample.id)
-        return row | {"id": sample.id}
+        self.processor.check_fit(row, self.length, self.images)
+        return row
 
     def whole(self, documents: Documents) -> list[Row | None]:
         """The rows with their pixels; None for those whose images are bad."""
@@ -102,7 +102,7 @@ class Rows:
         if not self.processor.count_images(row):
             return row
         pixels = lambda: self.processor.pixels(self.source[number])  # noqa: E731
-        return self.bad.guard(number, lambda: row | {"pixels": pixels()})
+        return self.bad.guard(number, lambda: row.replace(pixels=pixels()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,11 +121,11 @@ class Collate:
     own: slice
     pixels: bool = False
 
-    def __call__(self, planned: Sequence[Documents]) -> Row:
+    def __call__(self, planned: Sequence[Documents]) -> dict[str, np.ndarray]:
         texts = [row for documents in planned for _, row in documents]
         seen = self.pixels or any(map(self.rows.processor.count_images, texts))
         images = self.rows.images if seen else 0
-        longest = max(sum(len(row["tokens"]) for _, row in documents) for documents in planned)
+        longest = max(sum(len(row) for _, row in documents) for documents in planned)
         length = next(length for length in self.lengths if length >= longest)
         mine = planned[self.own]
         # All images of the batch are read together, so that no thread waits for a row's last.
@@ -133,13 +133,7 @@ class Collate:
         parts = (itertools.islice(wholes, len(documents)) for documents in mine)
         return stack([self._row(part, length, images) for part in parts])
 
-    def _row(self, documents: Iterable[Row | None], length: int, images: int) -> Row:
+    def _row(self, documents: Iterable[Row | None], length: int, images: int) -> dict[str, Any]:
         found = [row for row in documents if row is not None]
         joined = self.rows.processor.join(found or [EMPTY])
-        padded = self.rows.processor.pad(joined, length, images)
-        return padded | {"id": ";".join(row["id"] for row in found)}
-
-
-def stack(rows: Sequence[Row]) -> Row:
-    """Every field of the rows with a new leading axis."""
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        return self.rows.processor.pad(joined, length, images).to_dict() | {"id": joined.id}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -38,23 +38,46 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
+C = TypeVar("C", bound=Callable[..., Source])
+
+
+def source(name: str) -> Callable[[C], C]:
+    """Registers a class of sources, a dataclass whose fields are the options, for `config.data`."""
+
+    def register(kind: C) -> C:
+        SOURCES[name] = kind
+        return kind
+
+    return register
+
+
+def source_class(name: str) -> Callable[..., Source]:
+    """The class of a named source, which may be a plug-in's.
+
+    Raises:
+      UserError: For an unknown name.
+    """
+    load_plugins()
+    if name not in SOURCES:
+        raise choice_error("data source", name, SOURCES)
+    return SOURCES[name]
+
+
 def make_source(name: str, **options) -> Source:
     """The named source.
 
     Raises:
       UserError: for an unknown name or option, or one that is missing.
     """
-    load_plugins()
-    if name not in SOURCES:
-        raise choice_error("data source", name, SOURCES)
-    fields = dataclasses.fields(SOURCES[name])
+    kind = source_class(name)
+    fields = dataclasses.fields(kind)
     for option in options:
         if option not in [field.name for field in fields]:
             raise choice_error(f"option of data source {name!r}", option, [f.name for f in fields])
     for field in fields:
         if field.default is dataclasses.MISSING and field.name not in options:
             raise UserError(f"data source {name!r} needs the option {field.name!r}")
-    return SOURCES[name](**options)
+    return kind(**options)
 
 
 def sizes_of(source: Source) -> Int[np.ndarray, "n 2"]:

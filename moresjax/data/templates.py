@@ -113,6 +113,11 @@ TEMPLATES = {
 }
 
 
+def register_template(name: str, template: Template) -> None:
+    """Makes a template available under a name."""
+    TEMPLATES[name] = template
+
+
 # Names a tokenizer's own chat template.
 OWN = "tokenizer"
 

@@ -1,0 +1,1 @@
+"""Benchmarks: questions from official files, a model's answers, scores and submissions."""

@@ -1,4 +1,4 @@
-"""What a benchmark asks."""
+"""One question of a benchmark."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,17 +6,17 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
-    """One question.
+class Example:
+    """One question with its images and its true answer.
 
     Attributes:
-      id: as in the benchmark's own result files.
-      prompt: the user's turn; `<image>` marks where an image goes.
-      answer: what the metric compares with: a text, ten texts, captions; None when only a server
-        knows it.
-      images: paths, PIL images, uint8 arrays, or bytes of files.
-      choices: texts to rank by log-likelihood instead of generating one.
-      facts: what summaries need beside the answer.
+      id: The name of the question in the benchmark's own result files.
+      prompt: The user's turn; `<image>` marks where an image goes.
+      answer: What the metric compares a prediction with: a text, ten annotators' texts, reference
+        captions; None when only a server knows it.
+      images: Paths, PIL images, uint8 arrays `[Y, X, 3]`, or the bytes of image files.
+      choices: Texts that are ranked by log-likelihood; without any, the model writes the answer.
+      metadata: What scorers and summaries need beside the answer, such as the question's type.
     """
 
     id: str
@@ -24,4 +24,4 @@ class Item:
     answer: Any = None
     images: tuple[Any, ...] = ()
     choices: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)

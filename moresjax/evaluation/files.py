@@ -1,7 +1,7 @@
 """Reading benchmarks' official files, and predictions in their official result formats.
 
-`DATA_ROOT/NAME/` holds a benchmark's download; images of COCO, which several benchmarks share, are
-in `DATA_ROOT/coco/val2014/` and so on.
+`DATA_ROOT/NAME/` holds a benchmark's download. Photos of COCO, which several benchmarks share, are
+in `DATA_ROOT/coco/val2014/`, `DATA_ROOT/coco/test2015/` and so on.
 """
 
 import json
@@ -9,23 +9,26 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.data.generators import SHORT, read_json
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.evaluation.examples import Item
+from moresjax.evaluation.examples import Example
 
 LETTERS = "ABCDEFGH"
 PICK_LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
 
+DataRoot = str | Path | None
+T = TypeVar("T")
 
-def folder_of(name: str, data_root: str | Path | None) -> Path:
+
+def benchmark_folder(name: str, data_root: DataRoot) -> Path:
     """The folder of a benchmark's download.
 
     Raises:
-      UserError: when no data root is given, or it has no such folder.
+      UserError: No data root is given, or it has no such folder.
     """
     if data_root is None:
         raise UserError(f"task {name} reads its official files; say where they are: --data-root")
@@ -35,31 +38,35 @@ def folder_of(name: str, data_root: str | Path | None) -> Path:
     return folder
 
 
-def choose_split(name: str, split: str, allowed: Sequence[str]) -> str:
-    """The split, if the benchmark has it."""
+def check_split(name: str, split: str, allowed: Sequence[str]) -> str:
+    """The split, if the benchmark `name` has it.
+
+    Raises:
+      UserError: The benchmark has no such split.
+    """
     if split not in allowed:
         raise choice_error(f"split of {name}", split, allowed)
     return split
 
 
-def need_file(path: Path) -> Path:
+def require_file(path: Path) -> Path:
     """The path, if there is a file.
 
     Raises:
-      UserError: if not.
+      UserError: There is no file.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; it belongs to the task's official download")
     return path
 
 
-def read_lines(root: Path, name: str) -> list[Any]:
-    """The values of a JSON Lines file.
+def read_jsonl(folder: Path, name: str) -> list[Any]:
+    """The values of a JSON Lines file; empty lines are skipped.
 
     Raises:
-      UserError: when it does not exist, or a line is not JSON.
+      UserError: The file does not exist, or a line is not JSON.
     """
-    path, values = need_file(root / name), []
+    path, values = require_file(folder / name), []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
@@ -69,63 +76,69 @@ def read_lines(root: Path, name: str) -> list[Any]:
     return values
 
 
-def first(
-    rows: Sequence, limit: int | None, what: str, official: int | None = None, sure: bool = True
-) -> list:
+def limit_rows(
+    rows: Sequence[T],
+    limit: int | None,
+    title: str,
+    expected: int | None = None,
+    strict: bool = True,
+) -> list[T]:
     """The first `limit` rows, or all of them, whose number must then be the published one.
 
     Args:
-      rows: of the file.
-      limit: number of rows to keep.
-      what: name of the rows in messages.
-      official: the published number, where there is one.
-      sure: whether another number is an error, or just a warning.
+      rows: The rows of an official file.
+      limit: The number of rows to keep; None keeps all.
+      title: What messages call the rows, such as `vqav2 val`.
+      expected: The published number of rows, where there is one.
+      strict: Another number raises an error; otherwise it logs a warning.
 
     Raises:
-      UserError: without rows, or for another number than the published one.
+      UserError: There are no rows, or not as many as published.
     """
     if not rows:
-        raise UserError(f"{what}: the files hold no questions")
-    if limit is None and official is not None and len(rows) != official:
+        raise UserError(f"{title}: the files hold no questions")
+    if limit is None and expected is not None and len(rows) != expected:
         message = (
-            f"{what}: the files hold {len(rows):,d} questions, the published set {official:,d}; "
+            f"{title}: the files hold {len(rows):,d} questions, the published set {expected:,d}; "
             "complete the download, or give a limit"
         )
-        if sure:
+        if strict:
             raise UserError(message)
         logging.getLogger(__name__).warning(message)
     return list(rows[:limit])
 
 
-def coco_image(data_root: str | Path | None, split: str, number: int) -> Path:
-    """The image of a number in a split such as `val2014`."""
+def coco_image(data_root: DataRoot, split: str, number: int) -> Path:
+    """The photo with this number in a split of COCO such as `val2014`."""
     return Path(data_root or ".") / "coco" / split / f"COCO_{split}_{number:012d}.jpg"
 
 
-def ask(question: str, ending: str = SHORT, images: int = 1) -> str:
-    """A prompt of LLaVA-1.5: image marks, question and ending on lines of their own."""
+def llava_prompt(question: str, ending: str = SHORT, images: int = 1) -> str:
+    r"""A prompt of LLaVA-1.5: image marks, question and ending on lines of their own.
+
+    >>> llava_prompt("Is it red?")
+    '<image>\nIs it red?\nAnswer the question using a single word or phrase.'
+    """
     return "\n".join([*[IMAGE_MARK] * images, question, *([ending] if ending else [])])
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
-    """The question with `A. text` lines."""
+    r"""The question followed by its options as lettered lines.
+
+    >>> with_options("Which?", ["salt", "tea"])
+    'Which?\nA. salt\nB. tea'
+    """
     lines = (f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
     return "\n".join([question, *lines])
 
 
-def record_item(record: Mapping, folder: Path, facts: Mapping[str, Any] | None = None) -> Item:
-    """The question of a LLaVA record, with the images below `folder`."""
+def example_from_record(
+    record: Mapping[str, Any], folder: Path, metadata: Mapping[str, Any] | None = None
+) -> Example:
+    """The question of a LLaVA record whose image lies below `folder`."""
     human, gpt = record["conversations"]
     images = (folder / record["image"],)
-    return Item(record["id"], human["value"], gpt["value"], images, facts=facts or {})
-
-
-def _load(path: Path) -> Any:
-    """A JSON or JSON Lines file."""
-    try:
-        return read_json(path.parent, path.name)
-    except UserError:
-        return read_lines(path.parent, path.name)
+    return Example(record["id"], human["value"], gpt["value"], images, metadata=metadata or {})
 
 
 class Unlabelled(NamedTuple):
@@ -135,23 +148,25 @@ class Unlabelled(NamedTuple):
     question: str = ""
 
 
-def read_rows(
-    id_field: str | None, text_field: str
-) -> Callable[[Path], dict[str, str] | list[Unlabelled]]:
-    """A reader of result files: a list (JSON or JSON Lines) of rows with these fields, or an object
-    of texts by id.
+# Predictions by id, or in the order of the questions where a format has no ids.
+SavedPredictions = Mapping[str, str] | Sequence[Unlabelled]
+ResultReader = Callable[[Path], SavedPredictions]
+
+
+def result_reader(id_field: str | None, text_field: str) -> ResultReader:
+    """A reader of result files: rows (JSON or JSON Lines) with two fields, or texts by id.
 
     Args:
-      id_field: field of the id; None where the order of the rows is all there is.
-      text_field: field of the prediction.
+      id_field: The field with the question's id; None where the order of the rows is all there is.
+      text_field: The field with the prediction.
 
     Returns:
-      File to predictions by id, or in order without an `id_field`.
+      A function from a file to its predictions, by id or in order.
     """
 
-    def read(path: Path) -> dict[str, str] | list[Unlabelled]:
+    def read(path: Path) -> SavedPredictions:
         data = _load(path)
-        fields = set(filter(None, (id_field, text_field)))
+        fields = {field for field in (id_field, text_field) if field is not None}
         if isinstance(data, Mapping) and fields <= set(data):
             data = [data]  # JSON Lines of one line
         if isinstance(data, Mapping):
@@ -167,11 +182,19 @@ def read_rows(
     return read
 
 
+def _load(path: Path) -> Any:
+    """The content of a JSON or JSON Lines file."""
+    try:
+        return read_json(path.parent, path.name)
+    except UserError:
+        return read_jsonl(path.parent, path.name)
+
+
 def read_log(path: Path) -> list[dict]:
-    """Rows of a file; a last line that a killed process left unfinished is dropped.
+    """Rows of a log; a last line that a killed process left unfinished is dropped.
 
     Raises:
-      UserError: for another damaged line.
+      UserError: Another line is damaged.
     """
     if not path.is_file():
         return []
@@ -186,7 +209,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def write_log(path: Path, rows: Iterable[Mapping]) -> None:
-    """Replaces the file as a whole."""
+    """Replaces a log as a whole."""
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -1,4 +1,4 @@
-"""LLM judges: anything that answers a prompt, with a name and settings to store with the score."""
+"""LLM judges: anything that replies to a prompt, with a name and settings for the results."""
 
 import hashlib
 import http.client
@@ -20,59 +20,98 @@ from moresjax.inference.model import Model
 REPLIES = "judge.jsonl"
 # What a reply of another form raises.
 _MALFORMED = (ValueError, KeyError, IndexError, TypeError)
-_GONE = 16  # so many judgements failed in a row
+_GONE = 16  # After so many failures in a row an endpoint is not waited for any more.
 
 
 @runtime_checkable
 class Judge(Protocol):
-    """Answers a prompt in text; what it raises leaves that answer without a judgement.
+    """Replies to a prompt; what it raises leaves that prediction without a judgement.
+
+    Any object of this form will do. With an attribute `parallel`, that many threads ask it at a
+    time.
+
+    >>> class Contrary:
+    ...     name, settings = "contrary", {}
+    ...     def __call__(self, prompt, attempt):
+    ...         return "No"
+    >>> isinstance(Contrary(), Judge)
+    True
 
     Attributes:
-      name: stored with every score.
-      settings: likewise.
-
-    One with an attribute `parallel` is asked by that many threads at a time.
+      name: The judge's name, which is stored with every score.
+      settings: What its replies depend on, which is stored with every score too.
     """
 
-    name: str
-    settings: Mapping[str, Any]
+    @property
+    def name(self) -> str:
+        """The judge's name."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What the replies depend on."""
+        ...
 
     def __call__(self, prompt: str, attempt: int) -> str:
-        """The reply; `attempt` counts how often it could not be read before."""
+        """The reply to a prompt.
+
+        Args:
+          prompt: What the judge is asked.
+          attempt: How often a reply to this prompt could not be read before.
+        """
+        ...
 
 
 class ModelJudge:
-    """A moresjax model, greedy; a reply that could not be read is drawn anew."""
+    """A moresjax model as judge: greedy, but a reply that could not be read is drawn anew.
 
-    def __init__(self, model: Model, name: str, max_new_tokens: int = 128):
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("none")
+    >>> judge = ModelJudge(model, "tiny", max_new_tokens=2)
+    >>> type(judge("is there a two ?", attempt=0))
+    <class 'str'>
+
+    Args:
+      model: The model.
+      name: What results call it.
+      max_new_tokens: The length limit of a reply.
+    """
+
+    def __init__(self, model: Model, name: str, max_new_tokens: int = 128) -> None:
         self._model, self.name = model, name
-        self.settings = {
+        self.settings: Mapping[str, Any] = {
             "temperature": 0,
             "max_tokens": max_new_tokens,
             "fingerprint": model.fingerprint,
         }
 
     def __call__(self, prompt: str, attempt: int) -> str:
+        """The model's reply to a prompt."""
         # One temperature for all further attempts: each would be compiled anew.
         sampling = Sampling(temperature=0.5 if attempt else 0.0, seed=attempt)
         options = {"max_new_tokens": self.settings["max_tokens"], "sampling": sampling}
-        return self._model.generate(prompt, **options)[0]
+        return self._model.generate(prompt, **options)
 
 
 class EndpointJudge:
     """A model behind an OpenAI-compatible endpoint.
 
+    >>> judge = EndpointJudge("http://localhost:8000/v1", "vicuna-13b")
+    >>> judge.name, judge.settings
+    ('vicuna-13b', {'temperature': 0, 'max_tokens': 512})
+
     Args:
-      url: of the API, such as `http://localhost:8000/v1`.
-      model: its name there.
-      max_tokens: length limit of a reply.
-      key_variable: environment variable that holds the API key, if one is needed.
-      parallel: requests at a time.
-      pauses: seconds to wait before each further request, where the server is not reached or busy.
-      sleep: what waits.
+      url: The address of the API, such as `http://localhost:8000/v1`.
+      model: The model's name there.
+      max_tokens: The length limit of a reply.
+      key_variable: The environment variable that holds the API key, if one is needed.
+      parallel: The number of requests at a time.
+      pauses: Seconds to wait before each further request to a server that is busy or not reached.
+      sleep: The function that waits some seconds.
 
     Raises:
-      UserError: for a URL that is not http(s); from a call, when the endpoint does not answer.
+      UserError: The URL is not http(s), or `parallel` is below 1. A call raises it too, when the
+        endpoint does not answer.
     """
 
     def __init__(
@@ -85,19 +124,20 @@ class EndpointJudge:
         parallel: int = 8,
         pauses: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0),
         sleep: Callable[[float], None] = time.sleep,
-    ):
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"the judge's URL must begin with http:// or https://, got {url!r}")
         self._url, self._key, self.name = url.rstrip("/"), os.environ.get(key_variable, ""), model
-        self.settings = {"temperature": 0, "max_tokens": max_tokens}
+        self.settings: Mapping[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
         if parallel < 1:
             raise UserError(f"parallel must be at least 1, got {parallel}")
         self.parallel, self._pauses, self._sleep = parallel, tuple(pauses), sleep
         self._failed = 0  # judgements in a row
 
     def __call__(self, prompt: str, attempt: int) -> str:
+        """The endpoint's reply to a prompt."""
         # What could not be read comes again at temperature 0: an attempt has to differ.
-        settings = self.settings | {"temperature": 0.5 * attempt}
+        settings = {**self.settings, "temperature": 0.5 * attempt}
         message = {"role": "user", "content": prompt}
         body = json.dumps({"model": self.name, "messages": [message], **settings}).encode()
         headers = {"Content-Type": "application/json"}
@@ -127,12 +167,21 @@ class EndpointJudge:
 class CachedJudge:
     """A judge whose replies are kept in a file while they come, and not asked for again.
 
+    >>> import tempfile
+    >>> class Contrary:
+    ...     name, settings = "contrary", {}
+    ...     def __call__(self, prompt, attempt):
+    ...         return "No"
+    >>> judge = CachedJudge(Contrary(), tempfile.mkdtemp())
+    >>> judge("Is snow white?", attempt=0)
+    'No'
+
     Args:
-      judge: the judge.
-      out: directory of `judge.jsonl`.
+      judge: The judge that is asked what is not known yet.
+      out: The directory of `judge.jsonl`.
     """
 
-    def __init__(self, judge: Judge, out: str | Path):
+    def __init__(self, judge: Judge, out: str | Path) -> None:
         self._judge, self.name, self.settings = judge, judge.name, judge.settings
         self.parallel = getattr(judge, "parallel", 1)
         self._path, self._lock = Path(out) / REPLIES, threading.Lock()
@@ -143,6 +192,11 @@ class CachedJudge:
             write_log(self._path, rows)  # without a line that was left unfinished
 
     def __call__(self, prompt: str, attempt: int) -> str:
+        """The known reply to a prompt, else the judge's.
+
+        Raises:
+          UserError: The judge's reply is not a text.
+        """
         digest = hashlib.sha256(prompt.encode()).hexdigest()
         row = {"judge": self.name, "settings": dict(self.settings)}
         row |= {"prompt_hash": digest, "attempt": attempt}

@@ -1,8 +1,8 @@
 """A moresjax model as an `lm_eval` model: every task of that library runs on it unchanged."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -10,10 +10,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import TokenKind
+from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.data.images import image_keys
-from moresjax.data.processor import Row
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.generation.sampling import Sampling
 from moresjax.generation.scheduler import Completion
 from moresjax.generation.text import cut_at_stop
@@ -21,8 +22,28 @@ from moresjax.inference.model import Model
 from moresjax.tuning.base import Probe
 
 MAX_NEW_TOKENS = 256  # where a task names no number, as with the library's own models
-# Batches whose scores are kept, and shown, at a time.
-_CHUNK = 8
+# Scores are kept, and the progress bar moves, after so many batches.
+_BATCHES_PER_CHUNK = 8
+
+
+def task_requests(task: BenchmarkTask, examples: Sequence[Example]) -> list[Instance]:
+    """The requests of a benchmark's examples: one to generate, or one per choice to score.
+
+    Their `doc` is the example. The model writes the conversation around a prompt itself.
+    """
+    kind = "loglikelihood" if task.ranks_choices else "generate_until"
+    settings = {"until": [], "max_gen_toks": task.max_new_tokens, "do_sample": False}
+    return [
+        Instance(
+            request_type=kind,
+            doc=example,  # pyright: ignore[reportArgumentType]  (lm_eval only hands it through)
+            arguments=(example.prompt, wanted, {"visual": list(example.images)}),
+            idx=number,
+            metadata=(task.name, index, 1),
+        )
+        for index, example in enumerate(examples)
+        for number, wanted in enumerate(example.choices or (settings,))
+    ]
 
 
 class MoresjaxLM(LM):
@@ -31,12 +52,20 @@ class MoresjaxLM(LM):
     Requests with images (`{"visual": [...]}`) are user turns of a conversation in the model's
     template; others are raw text.
 
+    >>> from lm_eval.api.instance import Instance
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("none")
+    >>> request = Instance("loglikelihood", {}, ("is there a", " two ?"), 0)
+    >>> ((log_probability, is_greedy),) = MoresjaxLM(model).loglikelihood([request])
+    >>> log_probability < 0
+    True
+
     Args:
-      model: the model.
-      batch_size: rows per batch.
-      probes: statistics to read while generating.
-      on_done: called with (request, row, completion, text) as soon as a continuation has ended.
-      title: of the progress bar.
+      model: The model.
+      batch_size: The rows of a batch.
+      probes: Statistics to read while generating.
+      on_done: Called with (request, row, completion, text) as soon as a continuation has ended.
+      title: The title of the progress bar.
     """
 
     MULTIMODAL = True
@@ -49,45 +78,37 @@ class MoresjaxLM(LM):
         probes: Sequence[Probe] = (),
         on_done: Callable[[Instance, Row, Completion, str], None] | None = None,
         title: str = "evaluate",
-    ):
+    ) -> None:
         super().__init__()
         self.model, self.batch_size, self.title = model, batch_size, title
         self._probes, self._on_done = tuple(probes), on_done
 
     @property
     def tokenizer_name(self) -> str:
+        """The tokenizer's class, by which `lm_eval` names its cache of requests."""
         return type(self.model.processor.tokenizer).__name__
 
-    def _raw_row(self, ids: Ids) -> Row:
-        ids = np.asarray(ids, np.int32)
-        zeros = np.zeros_like(ids)
-        return {
-            "tokens": ids,
-            "kind": zeros + int(TokenKind.QUESTION),
-            "image": zeros - 1,
-            "position": np.arange(len(ids), dtype=np.int32),
-            "document": zeros,
-            "branch": zeros,
-        }
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, cut at the first stop string.
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """Continuations, cut at the first stop string; drawn where a request says so, with its
-        place in the list as seed.
+        Tokens are drawn where a request says so; its place in the list is the seed.
 
         Raises:
-          UserError: for settings that there are not.
+          UserError: A request wants a beam search.
         """
-        arguments = [request.args for request in requests]
-        settings = [normalize_gen_kwargs(args[1], MAX_NEW_TOKENS) for args in arguments]
+        arguments = [list(request.args) for request in requests]
+        settings: list[dict[str, Any]] = [
+            dict(normalize_gen_kwargs(args[1], MAX_NEW_TOKENS)) for args in arguments
+        ]
         limits = [own["max_gen_toks"] for own in settings]
         known = {}
         rows = [
-            self.model.prompt(args[0], args[2]["visual"], f"request {number}", known)
+            self.model.prompts.row(args[0], args[2]["visual"], f"request {number}", known)
             if len(args) > 2
-            else self._raw_row(self._ids(args[0])[-max(self.model.max_length - limit, 1) :])
+            else Row.text(self._ids(args[0])[-max(self.model.service.max_length - limit, 1) :])
             for number, (args, limit) in enumerate(zip(arguments, limits, strict=True))
         ]
-        texts: list[str | None] = [None] * len(rows)
+        texts = [""] * len(rows)
         groups: dict[tuple, list[int]] = {}
         for number, own in enumerate(settings):
             stops = tuple(stop for stop in own["until"] if stop)
@@ -95,17 +116,22 @@ class MoresjaxLM(LM):
         with tqdm(total=len(rows), desc=self.title, disable=disable_tqdm or None) as bar:
             for (stops, sampling), numbers in groups.items():
 
-                def done(place, completion, stops=stops, numbers=numbers):
+                def done(
+                    place: int,
+                    completion: Completion,
+                    stops: Sequence[str] = stops,
+                    numbers: Sequence[int] = numbers,
+                ) -> None:
                     number = numbers[place]
-                    text = cut_at_stop(self.model.spell(completion.tokens), stops)
+                    text = cut_at_stop(self.model.prompts.spell(completion.tokens), stops)
                     # A turn of a conversation has no blanks around it, raw text may.
                     texts[number] = text = text.strip() if len(arguments[number]) > 2 else text
-                    self.cache_hook.add_partial("generate_until", arguments[number], text)
+                    self.cache_hook.add_partial("generate_until", requests[number].args, text)
                     if self._on_done is not None:
                         self._on_done(requests[number], rows[number], completion, text)
                     bar.update()
 
-                self.model.generate_many(
+                self.model.service.generate_many(
                     [rows[i] for i in numbers],
                     [limits[i] for i in numbers],
                     batch_size=self.batch_size,
@@ -117,27 +143,37 @@ class MoresjaxLM(LM):
                 )
         return texts
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations, tokenised together with their contexts."""
 
-        def score(chunk):
+        def score(chunk: Sequence[Instance]) -> list[tuple[float, bool]]:
             return self._score(self._pairs(chunk))
 
         return self._in_chunks("loglikelihood", score, requests, disable_tqdm)
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-likelihood of whole texts, in windows where they are longer than the context."""
 
-        def score(chunk):
+        def score(chunk: Sequence[Instance]) -> list[float]:
             windows = [self._windows(request.args[0]) for request in chunk]
             scores = iter(self._score([pair for own in windows for pair in own]))
-            return [sum(next(scores)[0] for _ in own) for own in windows]
+            return [float(sum(next(scores)[0] for _ in own)) for own in windows]
 
         return self._in_chunks("loglikelihood_rolling", score, requests, disable_tqdm)
 
-    def _in_chunks(self, kind: str, score: Callable, requests, disable_tqdm: bool) -> list:
+    def _in_chunks(
+        self,
+        kind: str,
+        score: Callable[[Sequence[Instance]], list],
+        requests: Sequence[Instance],
+        disable_tqdm: bool,
+    ) -> list:
         """Scores of the requests, kept and shown chunk by chunk."""
-        found, size = [], _CHUNK * self.batch_size
+        found, size = [], _BATCHES_PER_CHUNK * self.batch_size
         with tqdm(total=len(requests), desc=self.title, disable=disable_tqdm or None) as bar:
             for start in range(0, len(requests), size):
                 chunk = requests[start : start + size]
@@ -148,17 +184,21 @@ class MoresjaxLM(LM):
                 bar.update(len(chunk))
         return found
 
-    def _pairs(self, requests) -> list[tuple[Row, Ids]]:
+    def _pairs(self, requests: Sequence[Instance]) -> list[tuple[Row, Ids]]:
         """Prompt row and continuation of every request."""
         pairs, prompts, known = [], {}, {}
         for number, request in enumerate(requests):
-            context, continuation = request.args[:2]
-            if len(request.args) > 2:
-                images = request.args[2]["visual"]
+            context, continuation, *visual = list(request.args)
+            if visual:
+                images = visual[0]["visual"]
                 key = context, *image_keys(images)
                 if key not in prompts:
-                    prompts[key] = self.model.prompt(context, images, f"request {number}", known)
-                answer = self.model.with_answer(prompts[key], context, images, continuation.strip())
+                    prompts[key] = self.model.prompts.row(
+                        context, images, f"request {number}", known
+                    )
+                answer = self.model.prompts.with_answer(
+                    prompts[key], context, images, continuation.strip()
+                )
                 pairs.append(answer)
                 continue
             if not context.strip():
@@ -171,7 +211,7 @@ class MoresjaxLM(LM):
         return pairs
 
     def _windows(self, text: str) -> list[tuple[Row, Ids]]:
-        ids, most = self._ids(text, False), self.model.max_length
+        ids, most = self._ids(text, False), self.model.service.max_length
         windows = get_rolling_token_windows(ids, self._start, most, 1)
         return [self._pair(*make_disjoint_window(window)) for window in windows]
 
@@ -188,19 +228,19 @@ class MoresjaxLM(LM):
     def _pair(self, context: Ids, continuation: Ids) -> tuple[Row, Ids]:
         # What is too long loses its beginning, as with the library's own models: the last token is
         # not read.
-        cut = len(context) + len(continuation) - 1 - self.model.max_length
-        return self._raw_row(context[max(0, min(cut, len(context) - 1)) :]), continuation
+        cut = len(context) + len(continuation) - 1 - self.model.service.max_length
+        return Row.text(context[max(0, min(cut, len(context) - 1)) :]), continuation
 
-    def _score(self, pairs) -> list[tuple[float, bool]]:
-        found = self.model.score_rows(pairs, self.batch_size)
+    def _score(self, pairs: Sequence[tuple[Row, Ids]]) -> list[tuple[float, bool]]:
+        found = self.model.service.score_rows(pairs, self.batch_size)
         return [(score.logprob, score.is_greedy) for score in found]
 
 
-def _sampling(settings: Mapping) -> Sampling:
+def _sampling(settings: Mapping[str, Any]) -> Sampling:
     """How a request wants its tokens chosen.
 
     Raises:
-      UserError: for a beam search.
+      UserError: It wants a beam search.
     """
     if settings.get("num_beams", 1) != 1:
         raise UserError("a request wants a beam search, which evaluations do not have")

@@ -7,42 +7,66 @@ HellaSwag, MMLU, GSM8K, ARC and hundreds more, a few about images among them. A 
 
 import contextlib
 import functools
-import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets.config
+import huggingface_hub.constants
+from lm_eval import simple_evaluate
+from lm_eval.api.group import Group
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
 from moresjax.core.errors import UserError, choice_error
 from moresjax.evaluation.lm import MoresjaxLM
+from moresjax.evaluation.predictions import short_hash
 from moresjax.evaluation.tasks import benchmark_names
 
-# Examples before a question, by dataset, where a task names no number and published scores have
-# some.
-SHOTS = {"cais/mmlu": 5}
+# Few-shot examples by dataset, where a task names no number and published scores have some.
+_NUM_FEWSHOT = {"cais/mmlu": 5}
 # The score of a task is the first of these that it has; they are shares of what is right.
-METRICS = ("acc_norm", "acc", "exact_match")
-SEED = 1234  # of the choice of examples, the library's own
+_METRICS = ("acc_norm", "acc", "exact_match")
+_SEED = 1234  # draws the few-shot examples; the library's own
 
 
 @functools.cache
-def _manager():
-    from lm_eval.tasks import TaskManager
-
+def _manager() -> TaskManager:
     return TaskManager()
 
 
-def load_text_task(name: str, data_root: str | Path | None = None) -> list:
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Keeps `datasets` and the hub's client off the network, unless the environment allows it.
+
+    Both read the environment once, when they are imported, so their own variables are set here.
+    """
+    places = (datasets.config, "HF_DATASETS_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")
+    with contextlib.ExitStack() as stack:
+        for module, variable in places:
+            if os.environ.get(variable) is None:
+                stack.callback(setattr, module, "HF_HUB_OFFLINE", module.HF_HUB_OFFLINE)
+                vars(module)["HF_HUB_OFFLINE"] = True
+        yield
+
+
+def load_text_task(name: str, data_root: str | Path | None = None) -> list[Task | Group]:
     """The task, the group, or the tasks of a tag, with their data.
 
+    Args:
+      name: The name in `lm_eval`.
+      data_root: The folder that holds datasets under their names on the hub.
+
     Raises:
-      UserError: for a name that `lm_eval` does not know, or when the dataset is not at hand.
+      UserError: `lm_eval` does not know the name, or the dataset is not at hand.
     """
     if name not in _manager().all_tasks:
         raise choice_error("task", name, benchmark_names())
     try:
         # The library asks for datasets by their names: folders of that name come first.
-        with contextlib.chdir(data_root or "."):
+        with contextlib.chdir(data_root or "."), _offline():
             loaded = _manager().load([name])
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -50,47 +74,52 @@ def load_text_task(name: str, data_root: str | Path | None = None) -> list:
             f"the data of {name} are neither in the data root, under their name on the hub, nor in "
             f"the cache of `datasets`: {reason}"
         ) from None
-    return [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+    groups = loaded.get("groups", {})
+    return [groups[name]] if name in groups else list(loaded["tasks"].values())
 
 
 def run_text_task(
     lm: MoresjaxLM,
     name: str,
-    tasks: list,
+    tasks: Sequence[Task | Group],
     *,
     limit: int | None = None,
-    shots: int | None = None,
+    num_fewshot: int | None = None,
     cache: Path | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict]]:
-    """Scores and predictions, as in `EvaluationResult`, of a task, a group of tasks or a tag.
+    """Runs a task, a group of tasks or a tag of `lm_eval`.
 
     Args:
-      lm: the model.
-      name: in `lm_eval`.
-      tasks: what `load_text_task` returned for it.
-      limit: at most this many documents per task.
-      shots: examples before each question; default: those of the task, five for `mmlu`.
-      cache: file, without its ending, that keeps replies to texts while they are made.
-    """
-    from lm_eval import simple_evaluate
+      lm: The model.
+      name: The name in `lm_eval`.
+      tasks: What `load_text_task` returned for the name.
+      limit: The most documents per task.
+      num_fewshot: The examples before each question; by default those of the task, five for `mmlu`.
+      cache: The file, without its ending, that keeps replies to texts while they are made.
 
+    Returns:
+      `scores` and `predictions` of an `EvaluationResult`. The entry `shots` of a score is the
+      number of few-shot examples.
+    """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     leaves = [leaf for task in tasks for leaf in _leaves(task)]
     if any(getattr(leaf, "MULTIMODAL", False) for leaf in leaves):
         cache = None  # the library tells requests apart by their JSON
     for leaf in leaves:
-        if leaf.get_config("num_fewshot") is None and leaf.DATASET_PATH in SHOTS:
-            leaf.set_config("num_fewshot", SHOTS[leaf.DATASET_PATH])
-    found = simple_evaluate(
-        model=lm,
-        tasks=tasks,
-        task_manager=_manager(),
-        num_fewshot=shots,
-        limit=limit,
-        use_cache=None if cache is None else str(cache),
-        bootstrap_iters=1000,
-        fewshot_random_seed=SEED,
-    )
+        if leaf.get_config("num_fewshot") is None and leaf.DATASET_PATH in _NUM_FEWSHOT:
+            leaf.set_config("num_fewshot", _NUM_FEWSHOT[leaf.DATASET_PATH])
+    options: dict[str, Any] = {
+        "model": lm,
+        "tasks": list(tasks),
+        "task_manager": _manager(),
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "use_cache": None if cache is None else str(cache),
+        "bootstrap_iters": 1000,
+        "fewshot_random_seed": _SEED,
+    }
+    with _offline():
+        found: dict[str, Any] = dict(simple_evaluate(**options) or {})
     samples = found["samples"]
     # A tag has no score of its own, nor have some groups.
     titles = [name] if _score_keys(found["results"].get(name, {})) else list(samples)
@@ -103,18 +132,18 @@ def run_text_task(
         own = [(task, sample) for task in members for sample in _of(samples[task], key)]
         prompts = "\0".join(sample["arguments"][0][0] for _, sample in own)
         details = {k: n for k, v in numbers.items() if (n := _number(v)) is not None} | parts
-        shots_given = found["n-shot"].get(members[0])
+        shots = found["n-shot"].get(members[0])
         scores[title] = {
             "benchmark": name,
             "metric": key.removesuffix(",none"),
             "score": numbers[key],
-            "fraction": key.partition(",")[0] in METRICS,
+            "fraction": key.partition(",")[0] in _METRICS,
             "stderr": _number(numbers.get(key.replace(",", "_stderr,", 1))),
             "n": len(own),
             "missing": 0,
-            "shots": shots_given,
-            "prompt_hash": hashlib.sha256(prompts.encode()).hexdigest()[:12],
-            "details": details | ({"seed": SEED} if shots_given else {}),
+            "shots": shots,
+            "prompt_hash": short_hash(prompts),
+            "details": details | ({"seed": _SEED} if shots else {}),
         }
         rows += [_row(title, task, sample, key) for task, sample in own]
     return scores, rows
@@ -128,15 +157,15 @@ def failed_task(name: str, error: Exception) -> dict[str, dict[str, Any]]:
     return {name: {"benchmark": name, **empty, **more}}
 
 
-def _leaves(task) -> list:
+def _leaves(task: Task | Group) -> list[Task]:
     """The tasks of a group, or the task itself."""
-    return task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
+    return task.get_all_tasks() if isinstance(task, Group) else [task]
 
 
 def _score_keys(numbers: Mapping[str, Any]) -> list[str]:
     """Names and filters of the scores among all numbers of a task, the one to report first."""
     keys = [key for key in numbers if "," in key and "_stderr" not in key]
-    best = [key for metric in METRICS for key in keys if key.partition(",")[0] == metric]
+    best = [key for metric in _METRICS for key in keys if key.partition(",")[0] == metric]
     return best + [key for key in keys if key not in best]
 
 

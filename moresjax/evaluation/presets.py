@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,9 +11,9 @@ class Preset:
     """A table of a paper.
 
     Attributes:
-      columns: header -> (benchmark, name of the detail to print, or nothing for its score).
-      average: header of the mean over columns, if there is one.
-      skipped: columns that the mean leaves out.
+      columns: Header -> (benchmark, name of the detail to print, or an empty one for its score).
+      average: The header of the mean over columns, if there is one.
+      skipped: Headers of the columns that the mean leaves out.
     """
 
     columns: Mapping[str, tuple[str, str]]
@@ -66,8 +67,12 @@ PRESETS = {
 }
 
 
-def expand(names: Sequence[str]) -> list[str]:
-    """Benchmarks, each once, with presets replaced by theirs."""
+def expand_presets(names: Sequence[str]) -> list[str]:
+    """Names of tasks, each once, with presets replaced by their benchmarks.
+
+    >>> expand_presets(["gqa", "mores-table6", "pope"])
+    ['gqa', 'pope', 'hallusionbench']
+    """
     found = [
         benchmark
         for name in names
@@ -81,11 +86,11 @@ def expand(names: Sequence[str]) -> list[str]:
 
 
 def table(scores: Mapping[str, Mapping], names: Sequence[str] = ()) -> str:
-    """Results as text: a line per task, then a line per preset among the names.
+    """Results as text: a line per task, then the columns of every preset among the names.
 
     Args:
-      scores: of an `EvaluationResult`.
-      names: what was asked for.
+      scores: The scores of an `EvaluationResult`.
+      names: The names that the evaluation was asked for.
     """
     lines = [_line(name, entry) for name, entry in scores.items()]
     for name in names:
@@ -112,19 +117,26 @@ def _line(name: str, entry: Mapping) -> str:
 
 
 def _row(preset: Preset, scores: Mapping[str, Mapping]) -> tuple[list[str], list[str]]:
+    """The headers of a preset, and its numbers as text."""
     numbers = {}
     for header, (benchmark, detail) in preset.columns.items():
         entries = [entry for entry in scores.values() if entry["benchmark"] == benchmark]
-        values = [entry["details"].get(detail) if detail else _percent(entry) for entry in entries]
-        known = bool(values) and None not in values
-        numbers[header] = statistics.fmean(values) if known else None
+        numbers[header] = _mean_of_known(
+            [entry["details"].get(detail) if detail else _percent(entry) for entry in entries]
+        )
     if preset.average:
-        parts = [value for header, value in numbers.items() if header not in preset.skipped]
-        numbers[preset.average] = None if None in parts else statistics.fmean(parts)
+        columns = [value for header, value in numbers.items() if header not in preset.skipped]
+        numbers[preset.average] = _mean_of_known(columns)
     return list(numbers), ["-" if x is None else f"{x:.1f}" for x in numbers.values()]
 
 
-def _percent(entry: Mapping) -> float | None:
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    """The mean, if there are values and all of them are known."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _percent(entry: Mapping[str, Any]) -> float | None:
     """The score in percent, or in the benchmark's points."""
-    points = entry["score"] is None or entry["stderr"] is None
-    return entry["score"] if points else 100 * entry["score"]
+    score = entry["score"]
+    return score if score is None or entry["stderr"] is None else 100 * score

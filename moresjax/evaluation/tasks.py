@@ -1,160 +1,185 @@
-"""Benchmarks as `lm_eval` tasks.
+"""Benchmarks and their registry.
 
-A benchmark is a file of `moresjax.evaluation.benchmarks` with a function
-`load(data_root, limit, split) -> list[VisualTask]`, registered by `@benchmark(name)`. An item knows
-its prompt, images and answer; the task knows how predictions become a score (`scoring.py`), and in
-which format the benchmark's own tools save and expect them (`files.py`).
+A benchmark is a function `load(data_root, limit, split) -> list[BenchmarkTask]` under a name. The
+built-in ones are the files of `moresjax.evaluation.benchmarks`; a plug-in registers its own with
+`@benchmark(name)` in any file that is imported before the evaluation.
+
+An `Example` knows its prompt, images and answer; a `BenchmarkTask` knows how predictions become a
+score (`scoring.py`), and in which format the benchmark's own tools save and expect predictions
+(`files.py`).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.task import Task
-from lm_eval.config.task import TaskConfig
-
-from moresjax.core.errors import choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import load_plugins
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import LETTERS, Unlabelled, read_rows
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import LETTERS, DataRoot, ResultReader, result_reader
 from moresjax.evaluation.metrics.choices import lowest_loss
-from moresjax.evaluation.scoring import Score, Scorer, by_item
+from moresjax.evaluation.presets import PRESETS, expand_presets
+from moresjax.evaluation.scoring import Scorer, example_scorer
 
-_OURS = read_rows("id", "prediction")
-
-BENCHMARKS: dict[str, Callable[..., list["VisualTask"]]] = {}
+_read_own = result_reader("id", "prediction")
 
 
-def benchmark(name: str):
-    """Registers a benchmark's `load` function."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class BenchmarkTask:
+    """Questions, answered in free text or by ranking their choices, with one score.
 
-    def add(function):
-        BENCHMARKS[name] = function
-        return function
+    >>> from moresjax.evaluation.examples import Example
+    >>> task = BenchmarkTask("colours", [Example("1", "What colour is snow?", "white")])
+    >>> task.scorer(task.examples, ["White"]).value
+    1.0
 
-    return add
+    Attributes:
+      name: The task's name in results; a benchmark can have several tasks.
+      examples: The questions, all of which have choices or none.
+      max_new_tokens: The length limit of an answer.
+      scorer: Turns predictions into a score.
+      read: Reads a result file in the benchmark's own format.
+      submissions: By file name, a function from predictions by id to the file's content: what the
+        benchmark's server or its own tool takes.
+      benchmark: The name that the task was loaded under.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    _: dataclasses.KW_ONLY
+    max_new_tokens: int = 128
+    scorer: Scorer = dataclasses.field(default_factory=example_scorer)
+    read: ResultReader = _read_own
+    submissions: Mapping[str, Callable[[Mapping[str, str]], str]] = dataclasses.field(
+        default_factory=dict
+    )
+    benchmark: str = ""
+
+    @property
+    def ranks_choices(self) -> bool:
+        """Whether the model ranks the examples' choices instead of writing an answer."""
+        return bool(self.examples and self.examples[0].choices)
+
+
+def choice_letter(log_likelihoods: Sequence[float]) -> str:
+    """The letter of the likeliest choice; the first of equal ones.
+
+    >>> choice_letter([-3.0, -2.0, -2.0])
+    'B'
+    """
+    return LETTERS[lowest_loss([-value for value in log_likelihoods])]
+
+
+Loader = Callable[..., list[BenchmarkTask]]
+_BENCHMARKS: dict[str, Loader] = {}
+
+
+def register_benchmark(name: str, load: Loader) -> None:
+    """Makes a benchmark available to `evaluate` and `moresjax evaluate` under a name.
+
+    >>> from moresjax.evaluation.examples import Example
+    >>> def load(data_root=None, limit=None):
+    ...     questions = [Example("1", "What colour is snow?", "white")]
+    ...     return [BenchmarkTask("colours", questions[:limit])]
+    >>> register_benchmark("colours", load)
+    >>> [task.name for task in load_benchmark("colours")]
+    ['colours']
+
+    Args:
+      name: The name in `tasks=` and `--tasks`.
+      load: Called with `data_root` and `limit`, and with `split` where the user names one.
+
+    Raises:
+      UserError: The name belongs to a preset, or to a benchmark of another file.
+    """
+    known = _BENCHMARKS.get(name)
+    if name in PRESETS or (known is not None and known.__module__ != load.__module__):
+        owner = "a preset" if known is None else known.__module__
+        raise UserError(f"the benchmark name {name!r} is taken by {owner}; choose another")
+    _BENCHMARKS[name] = load
+
+
+def benchmark(name: str) -> Callable[[Loader], Loader]:
+    """A decorator that registers a benchmark's `load` function; see `register_benchmark`."""
+
+    def register(load: Loader) -> Loader:
+        register_benchmark(name, load)
+        return load
+
+    return register
 
 
 def benchmark_names() -> list[str]:
-    """All benchmarks."""
-    # They register themselves on import.
+    """The names of all benchmarks, sorted."""
+    return sorted(_registry())
+
+
+def benchmark_loader(name: str) -> Loader:
+    """The `load` function of a benchmark.
+
+    Raises:
+      UserError: There is no such benchmark.
+    """
+    registry = _registry()
+    if name not in registry:
+        raise choice_error("task", name, sorted(registry))
+    return registry[name]
+
+
+def _registry() -> dict[str, Loader]:
+    # The built-in benchmarks register themselves on import.
     from moresjax.evaluation import benchmarks  # noqa: F401
 
     load_plugins()
-    return sorted(BENCHMARKS)
+    return _BENCHMARKS
 
 
-def load_benchmark(name: str, *, split: str | None = None, **options) -> list["VisualTask"]:
+def load_benchmark(
+    name: str, *, data_root: DataRoot = None, limit: int | None = None, split: str | None = None
+) -> list[BenchmarkTask]:
     """The tasks of a benchmark; without a split, those of its default one.
 
     Raises:
-      UserError: for an unknown name, or files that are missing or not as published.
+      UserError: The name is unknown, or files are missing or not as published.
     """
-    if name not in benchmark_names():
-        raise choice_error("task", name, benchmark_names())
     chosen = {} if split is None else {"split": split}
-    return BENCHMARKS[name](**options, **chosen)
+    tasks = benchmark_loader(name)(data_root=data_root, limit=limit, **chosen)
+    return [dataclasses.replace(task, benchmark=name) for task in tasks]
 
 
-class VisualTask(Task):
-    """Questions about images, answered in free text, or by ranking choices if the items have them.
+def load_tasks(
+    names: Sequence[str], data_root: DataRoot, limit: int | None, split: str | None
+) -> list[BenchmarkTask]:
+    """The tasks of several benchmarks and presets.
 
     Args:
-      name: of the task in results; a benchmark can have several.
-      items: the questions.
-      max_new_tokens: length limit of an answer.
-      score: predictions to score.
-      read: (file) to predictions by id, of the benchmark's own result format.
-      submissions: file name to a function from predictions by id to the file's content: what the
-        benchmark's server or its own tool takes.
+      names: Names of benchmarks and presets.
+      data_root: The folder of the official files.
+      limit: The most examples per task.
+      split: One split for all benchmarks, or `NAME=SPLIT,NAME=SPLIT` for some.
+
+    Raises:
+      UserError: The limit is below 1, or a name, a split or a file is wrong.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, got {limit}")
+    names = expand_presets(names)
+    splits = _splits(split, names)
+    return [
+        task
+        for name in names
+        for task in load_benchmark(name, data_root=data_root, limit=limit, split=splits.get(name))
+    ]
 
-    VERSION = 1
-    OUTPUT_TYPE = "generate_until"
-    MULTIMODAL = True
 
-    def __init__(
-        self,
-        name: str,
-        items: Sequence[Item],
-        *,
-        max_new_tokens: int = 128,
-        score: Scorer | None = None,
-        read: Callable[[Path], Mapping[str, str] | Sequence[Unlabelled]] = _OURS,
-        submissions: Mapping[str, Callable[[Mapping[str, str]], str]] | None = None,
-    ):
-        super().__init__()
-        self.items = list(items)
-        self.ranks = bool(self.items and self.items[0].choices)
-        if self.ranks:
-            self.OUTPUT_TYPE = "loglikelihood"
-        self._config = TaskConfig(task=name, num_fewshot=0, repeats=1, output_type=self.OUTPUT_TYPE)
-        self.name, self.max_new_tokens, self.score = name, max_new_tokens, score or by_item()
-        self.read, self.submissions = read, submissions or {}
-
-    def download(self, *args, **kwargs) -> None:
-        """Nothing to fetch: items are given."""
-
-    def has_training_docs(self) -> bool:
-        return False
-
-    def has_validation_docs(self) -> bool:
-        return False
-
-    def has_test_docs(self) -> bool:
-        return True
-
-    def test_docs(self) -> list[Item]:
-        return self.items
-
-    def doc_to_text(self, doc: Item) -> str:
-        return doc.prompt
-
-    def doc_to_target(self, doc: Item) -> Any:
-        return doc.answer
-
-    def doc_to_image(self, doc: Item):
-        return list(doc.images)
-
-    def build_all_requests(self, *, limit=None, samples=None, rank=0, world_size=1, **_) -> None:
-        """The requests of every item; the model writes the conversation around a prompt itself."""
-        docs = self.doc_iterator(rank=rank, limit=limit, samples=samples, world_size=world_size)
-        self._instances = [
-            request for i, doc in docs for request in self.construct_requests(doc, None, index=i)
-        ]
-
-    def construct_requests(self, doc: Item, ctx, *, index: int = 0, **_) -> list[Instance]:
-        """One request to generate, or one per choice for its log-likelihood."""
-        settings = {"until": [], "max_gen_toks": self.max_new_tokens, "do_sample": False}
-        return [
-            Instance(
-                request_type=self.OUTPUT_TYPE,
-                doc=doc,
-                arguments=(doc.prompt, wanted, {"visual": list(doc.images)}),
-                idx=number,
-                metadata=(self.config.task, index, 1),
-            )
-            for number, wanted in enumerate(doc.choices or (settings,))
-        ]
-
-    def prediction(self, doc: Item, results: Sequence) -> str:
-        """What a model's replies to `construct_requests` say: the text, or the letter of the
-        likeliest choice."""
-        if not doc.choices:
-            return results[0]
-        return LETTERS[lowest_loss([-likelihood for likelihood, _ in results])]
-
-    def process_results(self, doc: Item, results: Sequence) -> dict[str, tuple[Item, str]]:
-        return {"score": (doc, self.prediction(doc, results))}
-
-    def aggregation(self) -> dict[str, Callable]:
-        def total(pairs: Sequence[tuple[Item, str]]) -> float | None:
-            items, texts = zip(*pairs, strict=True)
-            score: Score = self.score(items, texts)
-            return score.value
-
-        return {"score": total}
-
-    def higher_is_better(self) -> dict[str, bool]:
-        return {"score": True}
+def _splits(split: str | None, names: Sequence[str]) -> dict[str, str]:
+    """The split of every benchmark that does not use its default one."""
+    if split is None or "=" not in split:
+        return {} if split is None else dict.fromkeys(names, split)
+    splits = {}
+    for pair in split.split(","):
+        name, _, chosen = pair.partition("=")
+        splits[name] = chosen
+    for name in splits:
+        if name not in names:
+            raise choice_error("task of a split", name, names)
+    return splits

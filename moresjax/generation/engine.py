@@ -108,7 +108,7 @@ class Engine:
         static = programs.SearchStatic(static, self._decode_static.graphdef, beams)
         data = programs.SearchData(self._params, self._decode_params, batch)
         with use_mesh(self._mesh):
-            tokens, length = programs.search(static, data)
+            tokens, length = programs.prefill_and_search(static, data)
         return Generation(tokens, length, {})
 
     def prefill(

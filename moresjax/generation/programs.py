@@ -20,7 +20,6 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 from moresjax.core.layout import Batch, TokenKind, TokenLayout, valid_mask
 from moresjax.core.ops import write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
-from moresjax.generation import state as states
 from moresjax.generation.beam import Beams, beam_search
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG
 from moresjax.generation.lengths import lengthened
@@ -87,7 +86,13 @@ class ScoreData:
 
 @pytree_dataclass
 class SearchData:
-    """The arrays of `search`: the prompts and the parameters that read them and that decode."""
+    """The arrays of `prefill_and_search`.
+
+    Attributes:
+      params: The parameters of the model that reads the prompts.
+      decode_params: The parameters of the model that decodes.
+      batch: The prompts.
+    """
 
     params: nnx.State
     decode_params: nnx.State
@@ -139,7 +144,7 @@ class PrefillStatic(ModelStatic):
 
 @dataclasses.dataclass(frozen=True)
 class SearchStatic:
-    """What is compiled into `search`.
+    """What is compiled into `prefill_and_search`.
 
     Attributes:
       prefill: What is compiled into the part that reads the prompts.
@@ -229,7 +234,7 @@ def decode(static: DecodeStatic, params: nnx.State, state: DecodeState) -> Decod
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def search(
+def prefill_and_search(
     static: SearchStatic, data: SearchData
 ) -> tuple[Int[AnyArray, "B G"], Int[AnyArray, " B"]]:
     """Tokens and length of each row's best continuation: prefill and all steps of a beam search."""
@@ -273,8 +278,37 @@ def grow(state: DecodeState, cache_length: int) -> DecodeState:
     return state.replace(cache_layout=layout, caches=caches)
 
 
-insert = jax.jit(states.insert, donate_argnames="state")
-empty_slots = jax.jit(states.empty_slots, static_argnames="rows")
+@functools.partial(jax.jit, donate_argnames="state")
+def insert(state: DecodeState, new: DecodeState, slots: Int[Array, " N"]) -> DecodeState:
+    """The state with the rows of `new` in some of its slots.
+
+    Args:
+      state: Continuously batched rows, which are consumed.
+      new: The rows that are inserted.
+      slots: The row number that each of them gets; a row is dropped if it is B or more.
+    """
+    stats = jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), state.stats, new.stats)
+    rest = (x.replace(stats={}) for x in (state, new))
+    merged = jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), *rest)
+    return merged.replace(stats=stats)
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def empty_slots(like: DecodeState, rows: int) -> DecodeState:
+    """A continuously batched state in which every slot is free: its rows are done.
+
+    Args:
+      like: A state of the same fields and lengths, with any number of rows.
+      rows: The number of slots.
+    """
+
+    def zeros(x: Array) -> Array:
+        return jnp.zeros((rows, *x.shape[1:]), x.dtype)
+
+    stats = jax.tree.map(lambda x: jnp.zeros((x.shape[0], rows, *x.shape[2:]), x.dtype), like.stats)
+    state = jax.tree.map(zeros, like.replace(stats={}))
+    budgets = RowBudgets(state.budgets.start + 1, state.budgets.limit)
+    return state.replace(stats=stats, done=~state.done, budgets=budgets)
 
 
 def _prefill_chunk(

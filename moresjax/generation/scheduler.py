@@ -1,11 +1,12 @@
 """Continuous batching: many prompts through one batch of fixed size.
 
 A row that is done makes room for the next prompt, so a long answer never holds up a batch. The
-`PrefillScheduler` decides which prompts are read together and which prefixes before them;
-`generate_continuously` reads a group whenever there are slots for it, and decodes in between.
+`PrefillScheduler` decides which prompts are read together, and which prefixes before them;
+`generate_continuously` reads such a `PrefillBatch` whenever there are free slots for it, and
+decodes in between.
 
-Prompts that follow each other have about the same length and the same prefix. Groups are padded to
-one size and a bucket length: few shapes, few compilations.
+Prompts that are read together have about the same length and the same prefix. Their batches are
+padded to one size and a bucket length: few shapes, few compilations.
 """
 
 import dataclasses
@@ -19,9 +20,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moresjax.core.layout import Batch
+from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
 from moresjax.data.images import LazyPixels
-from moresjax.data.processor import Row
 from moresjax.generation.engine import Engine
 from moresjax.generation.lengths import bucket, rounded
 from moresjax.generation.sampling import GREEDY, Sampling
@@ -88,12 +89,12 @@ class PrefillScheduler:
         self._shared = shared = shared or SharedPrefixes([-1] * len(rows))
         longest: dict[int, int] = {}
         for number, row in zip(shared.prefix_index, rows, strict=True):
-            longest[number] = max(longest.get(number, 0), len(row["tokens"]))
+            longest[number] = max(longest.get(number, 0), len(row))
 
         def order(prompt: int) -> tuple[int, ...]:
             number = shared.prefix_index[prompt]
             together = (-longest[number], number) if number >= 0 else ()
-            return -shared.length(prompt), *together, -len(rows[prompt]["tokens"])
+            return -shared.length(prompt), *together, -len(rows[prompt])
 
         self._waiting = deque(sorted(range(len(rows)), key=order))
         # Prefixes are read in equal numbers too: as many as a batch has on average. Those of the
@@ -101,7 +102,7 @@ class PrefillScheduler:
         having = max(sum(number >= 0 for number in shared.prefix_index), 1)
         self._at_once = -(-size * len(shared.rows) // having)
         self._at_once += -self._at_once % num_shards
-        self._of_length = Counter(len(row["tokens"]) for row in shared.rows)
+        self._of_length = Counter(len(row) for row in shared.rows)
         self._last, self._held = _NOTHING, _NOTHING
 
     def __len__(self) -> int:
@@ -114,7 +115,7 @@ class PrefillScheduler:
 
     def _padded(self, prompt: int) -> int:
         prefix = self._shared.length(prompt)
-        return bucket(len(self._rows[prompt]["tokens"]) - prefix) + rounded(prefix)
+        return bucket(len(self._rows[prompt]) - prefix) + rounded(prefix)
 
     def take(self) -> PrefillBatch:
         """The next prompts."""
@@ -133,7 +134,7 @@ class PrefillScheduler:
         names = None if self._adapters is None else [self._adapters[i] for i in padded]
         rows = [self._rows[i] for i in padded]
         if index[first] >= 0 and self._shared.with_images:
-            rows = [{name: x for name, x in row.items() if name != "pixels"} for row in rows]
+            rows = [row.replace(pixels=None) for row in rows]
         batch = self._make_batch(rows, max(map(self._padded, prompts)), names)
         self._open_next_images()
         if index[first] < 0:
@@ -144,7 +145,7 @@ class PrefillScheduler:
     def _open_next_images(self) -> None:
         """Starts to open the images of the prompts that come next, while others are answered."""
         for prompt in itertools.islice(self._waiting, self.size):
-            pixels, number = self._rows[prompt].get("pixels"), self._shared.prefix_index[prompt]
+            pixels, number = self._rows[prompt].pixels, self._shared.prefix_index[prompt]
             read = self._shared.with_images and number in self._held.numbers
             if isinstance(pixels, LazyPixels) and not read:
                 pixels.fetch()
@@ -219,20 +220,20 @@ def generate_continuously(
     while scheduler or running:
         free = [slot for slot in range(batch_size) if slot not in running]
         while scheduler and len(free) >= scheduler.size:
-            group = scheduler.take()
-            taken = dict(zip(free, group.prompts, strict=False))
+            prefill = scheduler.take()
+            taken = dict(zip(free, prefill.prompts, strict=False))
             running |= taken
             free = free[len(taken) :]
             new = engine.prefill(
-                group.batch,
+                prefill.batch,
                 most,
                 sampling=sampling,
-                seeds=[seeds[i] for i in group.padded_with_fillers],
+                seeds=[seeds[i] for i in prefill.padded_with_fillers],
                 logprobs=logprobs,
-                limits=[limits[i] for i in group.padded_with_fillers],
+                limits=[limits[i] for i in prefill.padded_with_fillers],
                 cache_length=prompt_length + room,
-                prefix=group.prefix,
-                prefix_index=group.prefix_index,
+                prefix=prefill.prefix,
+                prefix_index=prefill.prefix_index,
             )
             # Fillers get a slot that does not exist.
             slots = [*taken, *[batch_size] * (scheduler.size - len(taken))]

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Int
 
-from moresjax.core.layout import TokenKind
+from moresjax.core.row import Row
 from moresjax.core.types import Ids
-from moresjax.data.processor import Row
 from moresjax.generation.lengths import bucket
 from moresjax.generation.scheduler import PrefillScheduler
 
@@ -58,25 +57,15 @@ def with_branches(prompt: Row, continuations: Sequence[Ids]) -> BranchedRow:
       prompt: An unpadded row of at least one token.
       continuations: The token ids of each.
     """
-    trunk = len(prompt["tokens"])
+    trunk = len(prompt)
     sizes = tuple(map(len, continuations))
     ids = [np.asarray(c, np.int32) for c in continuations]
     # Nothing is asked after the last token of a continuation: it is not in the row.
     read = [len(c) - 1 for c in ids]
-    branch = np.repeat(np.arange(1, len(ids) + 1, dtype=np.int32), read)
     start = np.cumsum([0, *read])[:-1]
-    rank = np.arange(len(branch)) - np.repeat(start, read)
-    added = {
-        "tokens": np.concatenate([np.zeros(0, np.int32), *(c[:-1] for c in ids)]),
-        "kind": np.full(len(branch), int(TokenKind.ANSWER)),
-        "image": np.full(len(branch), -1),
-        "position": prompt["position"][-1] + 1 + rank,
-        "document": np.full(len(branch), prompt["document"][-1]),
-        "branch": branch,
-    }
-    row = prompt | {
-        name: np.concatenate([prompt[name], x]).astype(np.int32) for name, x in added.items()
-    }
+    row, position = prompt, int(prompt.position[-1]) + 1
+    for branch, continuation in enumerate(ids, 1):
+        row = row.append(continuation[:-1], branch=branch, position=position)
     # The first token of each is predicted by the prompt's last.
     queries = [
         np.concatenate([[trunk - 1], trunk + first + np.arange(count)])
@@ -97,7 +86,7 @@ def group_by_prompt(
     groups: dict[tuple, list[int]] = {}
     for number, (row, _) in enumerate(pairs):
         name = adapters[number] if adapters is not None else None
-        key = row["tokens"].tobytes(), id(row.get("pixels")), name
+        key = row.tokens.tobytes(), id(row.pixels), name
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 
@@ -114,16 +103,16 @@ def score_continuations(
     """
     results: list[list[ContinuationScore]] = [[] for _ in branched]
     while scheduler:
-        group = scheduler.take()
-        rows = [branched[i] for i in group.padded_with_fillers]
+        prefill = scheduler.take()
+        rows = [branched[i] for i in prefill.padded_with_fillers]
         size = bucket(max(len(b.queries) for b in rows), 8)
         # What is repeated at the end is not looked at.
         queries, targets = (
             np.stack([np.pad(x, (0, size - len(x)), mode="edge") for x in each])
             for each in ([b.queries for b in rows], [b.targets for b in rows])
         )
-        found = score(group.batch, queries, targets, group.prefix, group.prefix_index)
-        for number, logprobs, greedy in zip(group.prompts, *map(np.asarray, found), strict=False):
+        found = score(prefill.batch, queries, targets, prefill.prefix, prefill.prefix_index)
+        for number, logprobs, greedy in zip(prefill.prompts, *map(np.asarray, found), strict=False):
             sizes = branched[number].sizes
             for end, length in zip(np.cumsum(sizes), sizes, strict=True):
                 own = slice(end - length, end)

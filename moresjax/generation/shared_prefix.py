@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moresjax.data.processor import FIELDS, Row
+from moresjax.core.row import Row
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
@@ -32,12 +32,12 @@ class SharedPrefixes:
     def length(self, prompt: int) -> int:
         """The number of tokens of a prompt's prefix."""
         number = self.prefix_index[prompt]
-        return 0 if number < 0 else len(self.rows[number]["tokens"])
+        return 0 if number < 0 else len(self.rows[number])
 
     @property
     def with_images(self) -> bool:
         """Whether the prefixes hold images, which are all that their prompts have."""
-        return any("pixels" in row for row in self.rows)
+        return any(row.pixels is not None for row in self.rows)
 
     def adapters(self, names: Sequence[str | None] | None) -> list[str | None] | None:
         """The adapter of every prefix.
@@ -73,14 +73,14 @@ def find_shared_prefixes(
     numbers: dict[tuple, int] = {}
     prefix_index, prefixes = [-1] * len(rows), []
     for prompt, (row, name) in enumerate(zip(rows, names, strict=True)):
-        size = len(row["tokens"]) - int(np.argmax(row["image"][::-1] >= 0))
-        if "pixels" not in row or size == len(row["tokens"]):
+        visual = np.flatnonzero(row.image >= 0)
+        if row.pixels is None or not len(visual) or visual[-1] == len(row) - 1:
             continue
-        prefix = _cut(row, size)
-        key = name, id(row["pixels"]), *(x.tobytes() for x in prefix.values())
+        prefix = row[: visual[-1] + 1]
+        key = name, id(row.pixels), *(x.tobytes() for x in prefix.fields.values())
         if key not in numbers:
             numbers[key] = len(prefixes)
-            prefixes.append(prefix | {"pixels": row["pixels"]})
+            prefixes.append(prefix)
         prefix_index[prompt] = numbers[key]
     shared = SharedPrefixes(prefix_index, prefixes)
     about = sum(number >= 0 for number in prefix_index)
@@ -108,21 +108,16 @@ def common_prefix(
       tuning: The attached methods.
       config: The knobs that tell when reading a prefix by itself pays.
     """
-    size = min((len(row["tokens"]) for row in rows), default=1) - 1
-    first = rows[0] if rows else {}
+    size = min(map(len, rows), default=1) - 1
     for row in rows:
-        equal = np.all([row[n][:size] == first[n][:size] for n in ("tokens", *FIELDS)], axis=0)
-        equal &= row["image"][:size] < 0
-        size = size if equal.all() else int(np.argmin(equal))
+        visual = np.flatnonzero(row.image >= 0)
+        size = min(size, rows[0].common_prefix(row), *visual[:1].tolist())
     saved = size * (len(rows) - 1)
     if size < config.min_prefix_tokens or saved < config.min_saved_tokens:
         return None
-    return _cut(first, size) if _stand_alone(tuning, ((row, size) for row in rows)) else None
-
-
-def _cut(row: Row, size: int) -> Row:
-    """The first tokens of a row, without its images."""
-    return {name: row[name][:size] for name in ("tokens", *FIELDS)}
+    if not _stand_alone(tuning, ((row, size) for row in rows)):
+        return None
+    return rows[0][:size].replace(pixels=None)
 
 
 def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
@@ -134,8 +129,8 @@ def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
     """
     seen, later = set(), set()
     for row, size in rows:
-        seen |= set(row["kind"][:size].tolist())
-        later |= set(row["kind"][size:].tolist())
+        seen |= set(row.kind[:size].tolist())
+        later |= set(row.kind[size:].tolist())
     for _, method in tuning.methods:
         if isinstance(method, WeightDelta) and method.sees_tokens:
             return False

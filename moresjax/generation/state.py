@@ -200,35 +200,3 @@ def count_stats(stats: dict, rows: Bool[AnyArray, " B"]) -> dict:
         return jnp.where(rows.reshape(1, -1, *[1] * (x.ndim - 2)), x, 0)
 
     return jax.tree.map(keep, stats)
-
-
-def insert(state: DecodeState, new: DecodeState, slots: Int[Array, " N"]) -> DecodeState:
-    """The state with the rows of `new` in some of its slots.
-
-    Args:
-      state: Continuously batched rows.
-      new: The rows that are inserted.
-      slots: The row number that each of them gets; a row is dropped if it is B or more.
-    """
-    stats = jax.tree.map(lambda x, y: x.at[:, slots].set(y, mode="drop"), state.stats, new.stats)
-    rest = (x.replace(stats={}) for x in (state, new))
-    merged = jax.tree.map(lambda x, y: x.at[slots].set(y, mode="drop"), *rest)
-    return merged.replace(stats=stats)
-
-
-def empty_slots(like: DecodeState, rows: int) -> DecodeState:
-    """A continuously batched state in which every slot is free: its rows are done.
-
-    Args:
-      like: A state of the same fields and lengths, with any number of rows.
-      rows: The number of slots.
-    """
-    assert like.budgets is not None
-
-    def zeros(x: Array) -> Array:
-        return jnp.zeros((rows, *x.shape[1:]), x.dtype)
-
-    stats = jax.tree.map(lambda x: jnp.zeros((x.shape[0], rows, *x.shape[2:]), x.dtype), like.stats)
-    state = jax.tree.map(zeros, like.replace(stats={}))
-    budgets = RowBudgets(state.budgets.start + 1, state.budgets.limit)
-    return state.replace(stats=stats, done=~state.done, budgets=budgets)

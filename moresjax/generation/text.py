@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from moresjax.core.errors import UserError
 from moresjax.core.types import Ids
 
-# What a decoder writes for bytes that are no character, or not yet.
+# A decoder writes this for bytes that are no character, or not yet one.
 _INCOMPLETE = "\ufffd"
 
 
@@ -13,7 +13,7 @@ def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
     """Stop strings as a tuple.
 
     Raises:
-      UserError: for an empty one.
+      UserError: A stop string is empty.
     """
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:
@@ -35,24 +35,31 @@ def has_stop(text: str, stops: Sequence[str]) -> bool:
 class TextStream:
     """Cuts a growing token sequence into pieces of text that never change again.
 
-    The pieces joined are the whole text, cut at the first stop string and stripped. Held back are
-    characters whose bytes are still missing, blanks, and what may become a stop string.
+    The pieces joined are the whole text, cut at the first stop string and stripped. The stream
+    holds back characters whose bytes are still missing, blanks, and what may become a stop string.
+
+    >>> stream = TextStream(lambda ids: "".join("ab.c"[i] for i in ids), stops=["."])
+    >>> stream.push([0, 1]), stream.push([0, 1, 2, 3])
+    ('ab', '')
+
+    Attributes:
+      text: The text so far.
 
     Args:
-      decode: ids to text.
-      stops: the text ends before the first of these.
+      decode: Turns token ids into text.
+      stops: Strings before the first of which the text ends.
     """
 
     def __init__(self, decode: Callable[[Ids], str], stops: Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, tuple(stops)
-        self.text = ""  # given out so far
+        self.text = ""
 
     def push(self, ids: Ids, final: bool = False) -> str:
         """The next piece, possibly empty.
 
         Args:
-          ids: all tokens so far.
-          final: whether these are all there will ever be: nothing is held back.
+          ids: All tokens so far.
+          final: Whether no more tokens will come; then nothing is held back.
         """
         whole = self._decode(ids)
         ready = cut_at_stop(whole, self._stops)

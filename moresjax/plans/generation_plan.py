@@ -23,7 +23,7 @@ from moresjax.plans.train_plan import abstract_batch, abstract_model, find_mesh
 from moresjax.runs.build import model_config
 from moresjax.sharding.mesh import batch_shards, use_mesh
 
-SETTING = ("batch_size", "images", "quantize", "attention", "tuning")
+SETTING = ("batch_size", "images_per_row", "quantize", "attention", "tuning")
 
 
 def plan_generation(
@@ -32,11 +32,11 @@ def plan_generation(
     """Compiles prefill and decode loop of a configuration's model for a slice.
 
     Args:
-      config: a run's configuration: `batch_size` prompts with `images` images each. Its folders are
-        not read.
+      config: a run's configuration: `batch_size` prompts with `images_per_row` images each. Its
+        folders are not read.
       topology: as in `moresjax.plans.train_plan.plan`.
       new: new tokens per row.
-      prompt: tokens per prompt, images included; default: what `new` leaves of `length`.
+      prompt: tokens per prompt, images included; default: what `new` leaves of `max_seq_len`.
       quick: as in `plan`.
 
     Returns:
@@ -46,7 +46,7 @@ def plan_generation(
       UserError: for sizes that do not go together, as well as what `plan` refuses.
     """
     target, mesh = find_mesh(config, topology)
-    prompt = config.length - new if prompt is None else prompt
+    prompt = config.max_seq_len - new if prompt is None else prompt
     engine = abstract_engine(config, mesh)
     total = engine.num_virtual_tokens + prompt + new
     _check(config, mesh, prompt, new, total)
@@ -69,7 +69,7 @@ def plan_generation(
         prefill.plan(
             "prefill",
             tokens=rows * prompt,
-            flops=flops(whole, prompt, engine.num_virtual_tokens + prompt, config.images),
+            flops=flops(whole, prompt, engine.num_virtual_tokens + prompt, config.images_per_row),
             hbm=weight_bytes(whole, mesh, {}) + cache,
             **about,
         )
@@ -104,10 +104,11 @@ def _check(config, mesh: Mesh, prompt: int, new: int, total: int) -> None:
             f"a prompt of {prompt} tokens and {new} new ones need {total} positions, the model has "
             f"{architecture.llm.max_positions}"
         )
-    visual = config.images * architecture.visual_tokens
+    visual = config.images_per_row * architecture.visual_tokens
     if visual > prompt:
         raise UserError(
-            f"{config.images} images make {visual} tokens, which do not fit a prompt of {prompt}"
+            f"{config.images_per_row} images make {visual} tokens, which do not fit a prompt of "
+            f"{prompt}"
         )
     if config.batch_size < 1 or config.batch_size % shards:
         raise UserError(

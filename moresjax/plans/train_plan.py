@@ -26,7 +26,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenLayout
 from moresjax.data.pipeline import structure_for
 from moresjax.data.sources import SOURCES
-from moresjax.hardware.chips import Slice, find_slice
+from moresjax.hardware.chips import TpuSlice, find_slice
 from moresjax.models.flops import train_flops
 from moresjax.models.mllm import MLLM
 from moresjax.plans.program import Plan, Program, bytes_per_chip, shaped, weight_bytes
@@ -45,7 +45,15 @@ from moresjax.training.loop import check_numbers, jitted_step
 from moresjax.training.optimizer import make_optimizer
 from moresjax.training.step import split_model
 
-SETTING = ("batch_size", "microbatches", "length", "images", "remat", "quantize", "attention")
+SETTING = (
+    "batch_size",
+    "microbatches",
+    "max_seq_len",
+    "images_per_row",
+    "remat",
+    "quantize",
+    "attention",
+)
 SETTING += ("tuning",)
 
 
@@ -68,8 +76,8 @@ def plan(config, topology: str, quick: bool = False) -> Plan:
         state.trainable,
         frozen,
         rows=config.batch_size,
-        length=config.length,
-        images=config.images,
+        length=config.max_seq_len,
+        images=config.images_per_row,
     )
     parameters = nnx.merge_state(state.trainable, frozen)
     weights = weight_bytes(parameters, mesh, {"llm": 3 if config.remat else 2})
@@ -79,13 +87,13 @@ def plan(config, topology: str, quick: bool = False) -> Plan:
         target,
         mesh,
         setting={k: config[k] for k in SETTING} | {"quick": quick},
-        tokens=config.batch_size * config.length,
+        tokens=config.batch_size * config.max_seq_len,
         flops=flops,
         hbm=config.microbatches * weights + 2 * bytes_per_chip(state),
     )
 
 
-def find_mesh(config, topology: str) -> tuple[Slice, Mesh]:
+def find_mesh(config, topology: str) -> tuple[TpuSlice, Mesh]:
     """A slice by name, and the mesh of a configuration over its chips."""
     target = find_slice(topology)
     return target, make_mesh(**config.mesh, devices=target.devices())
@@ -131,7 +139,7 @@ def abstract_step(config, mesh: Mesh):
     leaves = [step_shape, *jax.tree.leaves((trainable, moments))]
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     structure = structure_for(SOURCES.get(config.data.name), config.batching)
-    batch = abstract_batch(config, mesh, config.length, structure)
+    batch = abstract_batch(config, mesh, config.max_seq_len, structure)
     step = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
     return state, frozen, batch, step
 
@@ -144,10 +152,10 @@ def abstract_batch(config, mesh: Mesh, length: int, structure: RowStructure) -> 
     def build():
         field = jnp.zeros((config.batch_size, length), jnp.int32)
         layout = TokenLayout(*[field] * 5, visual_tokens=architecture.visual_tokens)
-        if vision is None or not config.images:
+        if vision is None or not config.images_per_row:
             return Batch(field, layout, structure=structure)
         size = vision.image_size
-        pixels = jnp.zeros((config.batch_size, config.images, size, size, 3), jnp.float32)
+        pixels = jnp.zeros((config.batch_size, config.images_per_row, size, size, 3), jnp.float32)
         return Batch(field, layout, pixels, structure=structure)
 
     return jax.tree.map(lambda x: shaped(x, rows), jax.eval_shape(build))

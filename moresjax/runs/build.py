@@ -139,12 +139,12 @@ def build_iterator(config, processor: Processor, source: Source | None = None) -
         source or make_source(**config.data),
         processor,
         batch_size=config.batch_size,
-        length=config.length,
-        images=config.images,
+        length=config.max_seq_len,
+        images=config.images_per_row,
         seed=config.seed,
-        threads=config.reading_threads,
+        threads=config.num_workers,
         batching=config.batching,
-        window=config.window,
+        window=config.pack_window,
         buckets=config.buckets,
         on_bad_sample=config.on_bad_sample,
     )
@@ -344,17 +344,26 @@ def trained_parameters(workdir: Path) -> dict[str, jax.Array]:
 
 
 def load_workdir(
-    workdir: str | Path, *, quantize: str | None = None
+    workdir: str | Path,
+    *,
+    tuning: str | None = None,
+    quantize: str | None = None,
+    allow_pickle: bool = False,
 ) -> tuple[MLLM, Processor | None]:
     """Model and processor of a run: the base parts from their sources, what trained from the newest
     checkpoint.
 
     Args:
       workdir: the run's directory.
+      tuning: Spec that is attached, freshly initialised, instead of the run's own; `none` gives the
+        base with what trained beside the tuning, such as the connector. Default: the run's own
+        with its trained parameters, and the same for the same spec.
       quantize: `int8`, or empty for weights as they are stored; default: as the run had it.
+      allow_pickle: Whether `*.bin` files of the base parts may be read where there are no
+        safetensors.
 
     Raises:
-      UserError: when the folder is not a run's directory.
+      UserError: when the folder is not a run's directory, or the tuning does not fit its model.
     """
     workdir = Path(workdir)
     trained = trained_parameters(workdir)
@@ -363,10 +372,17 @@ def load_workdir(
         raise UserError(f"{workdir} trained {config.objective}; it is not a language model")
     if quantize is not None:
         config.quantize = quantize
-    model = MLLM(model_config(config), config.tuning)
+    architecture = model_config(config)
+    model = MLLM(architecture, config.tuning)
+    if (
+        tuning is not None
+        and (chosen := MLLM(architecture, tuning)).tuning.spec != model.tuning.spec
+    ):
+        model = chosen
+        trained = {name: x for name, x in trained.items() if not name.startswith("tuning.")}
     set_params(model, trained, str(workdir))
     rest = {part: config.init[part] if abstract(model, part) else RANDOM for part in PARTS}
-    load_parts(model, rest, workdir)
+    load_parts(model, rest, workdir, allow_pickle=allow_pickle)
     set_params(model, trained, str(workdir))  # what trained wins over the part it was started from
     # A model that was imported without a tokenizer has no processor.
     processor = build_processor(config, root=workdir) if config.tokenizer else None

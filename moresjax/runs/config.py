@@ -18,6 +18,14 @@ from moresjax.core.errors import UserError, choice_error
 
 RANDOM = "random"
 # Dicts whose keys are checked where they are used: options of a source, fields of a part.
+# Keys that version 0.1 had, and what they are called now.
+RENAMED = {
+    "length": "max_seq_len",
+    "images": "images_per_row",
+    "window": "pack_window",
+    "reading_threads": "num_workers",
+    "probe_every": "lmar_every",
+}
 OPEN = ("data", "validation.data", "model.llm", "model.vision")
 
 
@@ -45,13 +53,13 @@ def base_config() -> ml_collections.ConfigDict:
             "image_aspect": "square",  # "pad": first made square with the mean colour
             "template": "vicuna_v1",
             "data": {"name": "digits"},
-            "length": 2048,  # tokens per row
-            "images": 1,  # images per row
+            "max_seq_len": 2048,  # tokens per row
+            "images_per_row": 1,
             "batching": "pad",  # "pack": several samples per row; "bucket": rows of like length
-            "window": 0,  # samples that are packed, or sorted, together; 0: a usual number
-            "buckets": (),  # lengths of rows in buckets; (): quarters of `length`
+            "pack_window": 0,  # samples that are packed, or sorted, together; 0: a usual number
+            "buckets": (),  # lengths of rows in buckets; (): quarters of `max_seq_len`
             "on_bad_sample": "raise",  # "skip": go on, count and list them
-            "reading_threads": 1,
+            "num_workers": 1,
             "batch_size": 128,
             "microbatches": 1,
             "steps": 1000,
@@ -74,7 +82,7 @@ def base_config() -> ml_collections.ConfigDict:
             # or on a share of the training samples, which then never train. 0 steps: never.
             # `batches` of batch_size / microbatches rows; 0: as many as there are.
             "validation": {"data": {}, "share": 0.0, "every": 0, "batches": 0},
-            "probe_every": 0,  # steps between attention statistics (LMAR); 0: never
+            "lmar_every": 0,  # steps between attention statistics (LMAR); 0: never
             "tensorboard": True,
         }
     )
@@ -95,7 +103,13 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> ml_collections.Conf
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {path} defines no get_config(arg)")
-    config = module.get_config(argument or None)
+    try:
+        config = module.get_config(argument or None)
+    except (AttributeError, KeyError) as error:
+        for old, new in RENAMED.items():
+            if f'Key "{old}" does not exist' in str(error):
+                raise UserError(f"{path}: config key {old} is now {new}") from None
+        raise
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -132,6 +146,8 @@ def set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     Raises:
       UserError: for an unknown key or a value of another type.
     """
+    if key in RENAMED:
+        raise UserError(f"config key {key} is now {RENAMED[key]}")
     *parents, last = key.split(".")
     node = config
     for name in (*parents, last):
@@ -187,7 +203,8 @@ def read_config(path: str | Path) -> ml_collections.ConfigDict:
     config = base_config().unlock()
     try:
         with config.ignore_type():
-            config.update(json.loads(Path(path).read_text()))
+            values = json.loads(Path(path).read_text())
+            config.update({RENAMED.get(key, key): value for key, value in values.items()})
         # JSON has no tuples.
         config.also_train = tuple(config.also_train)
         config.buckets = tuple(config.buckets)

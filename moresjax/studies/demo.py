@@ -15,8 +15,9 @@ from moresjax.analysis.attention import answer_maps, to_grid
 from moresjax.configs import digits as recipe
 from moresjax.core.errors import UserError
 from moresjax.data.digits import FAMILIES, UNSEEN
-from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT, items, majority
-from moresjax.evaluation.run import EvaluationResult, evaluate, write_results
+from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT, majority_accuracy, make_examples
+from moresjax.evaluation.results import EvaluationResult, write_results
+from moresjax.evaluation.run import evaluate
 from moresjax.inference.load import load
 from moresjax.inference.model import Model
 from moresjax.models.count import count_parameters
@@ -77,14 +78,14 @@ def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool
         name: _summary(specs[name], base, name != ZERO_SHOT, scored[name], trained[name])
         for name in scored
     }
-    questions = items(split, limit)
+    questions = make_examples(split, limit)
     results = {
         "split": split,
         "scenes": limit,
         "seeds": seeds,
         "families": list(FAMILIES),
         "unseen": UNSEEN,
-        "majority": {family: majority(questions[family]) for family in FAMILIES},
+        "majority": {family: majority_accuracy(questions[family]) for family in FAMILIES},
         "methods": methods,
         "stages": {name: _seconds(result) for name, result in stages.items()},
     }

@@ -29,7 +29,7 @@ from moresjax.runs.config import differences, read_config, save_config
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import batch_sharding, batch_shards, make_mesh, replicated, shard_params
 from moresjax.sharding.processes import PreemptionHandler
-from moresjax.training.metrics import DecodeState, MetricWriter
+from moresjax.training.metrics import MetricWriter, ProgressBar
 from moresjax.training.monitors import Evaluators, check_monitors
 from moresjax.training.objectives import get_objective
 from moresjax.training.optimizer import make_optimizer
@@ -116,7 +116,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
 
     writer = MetricWriter(workdir, done=done, tensorboard=config.tensorboard, active=speaks)
     line_every = max(config.steps // 4, 1) if speaks else 0
-    progress = DecodeState(config.steps, done, config.name, line_every=line_every)
+    progress = ProgressBar(config.steps, done, config.name, line_every=line_every)
     speed = ThroughputMeter(config, trainable, frozen, jax.devices()[0].device_kind)
     pending = deque()
     metrics, compile_seconds, start = {}, 0.0, time.monotonic()
@@ -202,13 +202,13 @@ def _finished(config, workdir: Path) -> TrainResult | None:
 
 def check_numbers(config, shards: int) -> None:
     """Refuses sizes that cannot work before anything is built or written."""
-    keys = ("steps", "batch_size", "microbatches", "log_every", "reading_threads")
+    keys = ("steps", "batch_size", "microbatches", "log_every", "num_workers")
     sizes = {key: config[key] for key in keys}
     for key, value in {**sizes, "checkpoint.every": config.checkpoint.every}.items():
         if value < 1:
             raise UserError(f"config key {key} must be at least 1, got {value}")
-    if config.window < 0:
-        raise UserError(f"config key window must be at least 0, got {config.window}")
+    if config.pack_window < 0:
+        raise UserError(f"config key pack_window must be at least 0, got {config.pack_window}")
     check_monitors(config)
     if config.batch_size % (shards * config.microbatches):
         raise UserError(
@@ -231,8 +231,8 @@ def _check_workdir(config, workdir: Path, resume: str) -> None:
     if saved.is_dir() and not any(saved.glob("[0-9]*")):
         return  # a run that ended before its first checkpoint has nothing to mix with
     earlier = read_config(workdir / "config.json").to_dict()
-    harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh", "reading_threads")
-    harmless += ("probe_every", *(f"validation.{key}" for key in ("data", "every", "batches")))
+    harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh", "num_workers")
+    harmless += ("lmar_every", *(f"validation.{key}" for key in ("data", "every", "batches")))
     found = differences(earlier, config.to_dict())
     changed = [key for key in found if not any(matches(key, h) for h in harmless)]
     if changed:

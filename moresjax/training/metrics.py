@@ -57,8 +57,8 @@ class MetricWriter:
             self._board.close()
 
 
-class DecodeState:
-    """A progress bar on a terminal; elsewhere one line per `line_every` steps; 0: silence."""
+class ProgressBar:
+    """A progress bar on a terminal, elsewhere a line every `line_every` steps (0: silence)."""
 
     def __init__(self, total: int, done: int, title: str, *, line_every: int = 0):
         self._terminal = sys.stderr.isatty() and line_every > 0

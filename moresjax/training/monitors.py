@@ -51,10 +51,10 @@ class Evaluators:
         self._last = config.steps
         self._measures: list[tuple[int, Measure]] = []
         options = {
-            "length": config.length,
-            "images": config.images,
+            "length": config.max_seq_len,
+            "images": config.images_per_row,
             "seed": config.seed,
-            "threads": config.reading_threads,
+            "threads": config.num_workers,
             "on_bad_sample": config.on_bad_sample,
         }
         if every := config.validation.every:
@@ -63,11 +63,11 @@ class Evaluators:
             dataset = epoch(held_out, processor, **options, **size)
             structure = structure_for(held_out, "pad")
             self._measures.append((every, Validation(config, processor, mesh, dataset, structure)))
-        if every := config.probe_every:
+        if every := config.lmar_every:
             # A device holds one row at a time, which has room for a token of padding.
             rows = batch_shards(mesh)
             size = {"batch_size": rows, "batches": -(-PROBED // rows)}
-            size["row_length"] = (config.length // ALIGNED + 1) * ALIGNED
+            size["row_length"] = (config.max_seq_len // ALIGNED + 1) * ALIGNED
             dataset = epoch(held_out or training, processor, **options, **size)
             self._measures.append((every, ImageAttention(processor, mesh, dataset)))
 
@@ -146,7 +146,7 @@ class ImageAttention:
         self._tokens, self._has_image = map(np.concatenate, zip(*found, strict=True))
         if not (self._has_image & (self._tokens > 0)).any():
             raise UserError(
-                f"probe_every: none of {len(self._tokens)} samples has an image and an answer"
+                f"lmar_every: none of {len(self._tokens)} samples has an image and an answer"
             )
         most, probe = int(self._tokens.max()), AttentionProbe()
 
@@ -181,7 +181,7 @@ def check_monitors(config) -> None:
     """
     wanted = config.validation
     counts = {"validation.every": wanted.every, "validation.batches": wanted.batches}
-    for key, value in (counts | {"probe_every": config.probe_every}).items():
+    for key, value in (counts | {"lmar_every": config.lmar_every}).items():
         if value < 0:
             raise UserError(f"config key {key} must be at least 0, got {value}")
     if not 0 <= wanted.share < 1:
@@ -193,9 +193,9 @@ def check_monitors(config) -> None:
             f"validation.every is {wanted.every}, but there is nothing to validate on; give "
             "validation.data or validation.share"
         )
-    if (wanted.every or config.probe_every) and config.objective != "next_token":
+    if (wanted.every or config.lmar_every) and config.objective != "next_token":
         raise UserError(
-            f"validation.every and probe_every need objective next_token, not {config.objective}"
+            f"validation.every and lmar_every need objective next_token, not {config.objective}"
         )
-    if config.probe_every and not (config.model.vision and config.images):
-        raise UserError("probe_every measures attention to images; this run has none")
+    if config.lmar_every and not (config.model.vision and config.images_per_row):
+        raise UserError("lmar_every measures attention to images; this run has none")

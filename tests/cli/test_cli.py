@@ -120,8 +120,8 @@ def test_template_and_image_aspect_can_be_said(demo, tmp_path, capsys):
     Image.fromarray(wide).save(tmp_path / "wide.png")
     model = load(folder, image_aspect="pad", template="vicuna_v1")
     row, plain = (m.prompt("two ?", [wide]) for m in (model, load(folder)))
-    assert len(row["tokens"]) > len(plain["tokens"])
-    assert np.ptp(row["pixels"][:, 0]) == 0 < np.ptp(plain["pixels"][:, 0])
+    assert len(row) > len(plain)
+    assert np.ptp(row.pixels[:, 0]) == 0 < np.ptp(plain.pixels[:, 0])
     options = ["--image-aspect", "pad", "--template", "vicuna_v1", "--max-new-tokens", "3"]
     command = ["generate", "--model", folder, "--image", str(tmp_path / "wide.png"), *options]
     assert main([*command, "--prompt", "two ?", "--json"]) == 0
@@ -236,7 +236,7 @@ TRAIN = ["train", "--config", f"{CONFIG}:stage=llm", "--workdir"]
         (f"{CONFIG}:stage=finetune", [], ["init", "llm", "neither a workdir nor"]),
         (f"{CONFIG}:stage=llm", ["--config.template=chat"], ["'chat'", "vicuna_v1"]),
         (f"{CONFIG}:stage=llm", ["--config.batch_size=0"], ["batch_size", "at least 1"]),
-        (f"{CONFIG}:stage=llm", ["--config.length=20"], ["tokens do not fit into 20"]),
+        (f"{CONFIG}:stage=llm", ["--config.max_seq_len=20"], ["tokens do not fit into 20"]),
     ],
 )
 def test_a_wrong_training_command_is_one_sentence(config, overrides, words, tmp_path, capsys):

@@ -48,7 +48,7 @@ def test_shards_hold_the_same_samples(files, converted):
         assert (sample.id, sample.turns) == (wanted.id, wanted.turns)
         # The bytes are those of the files: nothing is decoded and encoded again.
         assert list(sample.images) == [path.read_bytes() for path in wanted.images]
-        row, other = PROCESSOR.row(sample), PROCESSOR.row(wanted)
+        row, other = (PROCESSOR.row(x).to_dict() for x in (sample, wanted))
         assert set(row) == set(other)
         for name in row:
             np.testing.assert_array_equal(row[name], other[name])

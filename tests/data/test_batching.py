@@ -17,6 +17,7 @@ from tiny import tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
+from moresjax.core.row import Row, stack
 from moresjax.data.buckets import bucket_lengths, plan_batches
 from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
@@ -53,9 +54,15 @@ def weighted(source, tmp_path_factory) -> LlavaSource:
 
 
 @pytest.fixture(scope="module")
-def alone(source) -> dict[str, dict]:
+def alone(source) -> dict[str, Row]:
     """The row of every sample, by id."""
     return {(sample := source[i]).id: PROCESSOR.row(sample) for i in range(COUNT)}
+
+
+def pixels_of(row: Row) -> np.ndarray:
+    return (
+        np.zeros((0, SIDE, SIDE, 3), np.float32) if row.pixels is None else np.asarray(row.pixels)
+    )
 
 
 def take(iterator, count: int) -> list[dict]:
@@ -134,8 +141,8 @@ def test_packed_rows_hold_whole_samples(source, alone):
         for name, fields, pixels in documents(batch):
             seen.append(name)
             for key, value in fields.items():
-                np.testing.assert_array_equal(value, alone[name][key], err_msg=key)
-            np.testing.assert_array_equal(pixels, alone[name].get("pixels", pixels[:0]))
+                np.testing.assert_array_equal(value, getattr(alone[name], key), err_msg=key)
+            np.testing.assert_array_equal(pixels, pixels_of(alone[name]))
     # Epochs may share a window, but none gets ahead of the other by more than one.
     counts = collections.Counter(seen)
     assert len(counts) == COUNT
@@ -194,14 +201,14 @@ def test_an_epoch_in_buckets_shows_every_sample_once(source, alone):
     ids = [str(i) for batch in batches for i in batch["id"] if i]
     assert sorted(ids) == sorted(alone)
     for batch in batches:
-        longest = max(len(alone[str(i)]["tokens"]) for i in batch["id"] if i)
+        longest = max(len(alone[str(i)]) for i in batch["id"] if i)
         assert batch["tokens"].shape[1] == next(n for n in (24, 48, 72, 96) if n >= longest)
-        with_images = [i for i in batch["id"] if i and "pixels" in alone[str(i)]]
+        with_images = [i for i in batch["id"] if i and alone[str(i)].num_images]
         assert ("pixels" in batch) == bool(with_images)
         assert len(with_images) in (0, sum(batch["id"] != ""))
         for number, name in enumerate(batch["id"]):
-            count = len(alone[str(name)]["tokens"]) if name else 0
-            tokens = alone[str(name)]["tokens"] if name else []
+            count = len(alone[str(name)]) if name else 0
+            tokens = alone[str(name)].tokens if name else []
             np.testing.assert_array_equal(batch["tokens"][number, :count], tokens)
             assert (batch["kind"][number, count:] == TokenKind.PAD).all()
 
@@ -378,10 +385,10 @@ def test_a_bad_image_leaves_padding_and_moves_no_other_document(
         assert [name for name, *_ in kept] == [name for row in left for name in row]
         for name, fields, pixels in kept:
             for key, value in fields.items():
-                np.testing.assert_array_equal(value, alone[name][key], err_msg=key)
-            np.testing.assert_array_equal(pixels, alone[name].get("pixels", pixels[:0]))
+                np.testing.assert_array_equal(value, getattr(alone[name], key), err_msg=key)
+            np.testing.assert_array_equal(pixels, pixels_of(alone[name]))
         useful = (batch["kind"] != TokenKind.PAD).sum(1)
-        counts = [sum(len(alone[name]["tokens"]) for name in row) for row in left]
+        counts = [sum(len(alone[name]) for name in row) for row in left]
         assert useful.tolist() == counts
     assert empty > 0
 
@@ -421,7 +428,7 @@ def _logits(model, batch):
 
 def padded(rows, length=LENGTH):
     rows = [PROCESSOR.pad(row, length, IMAGES) for row in rows]
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    return stack([row.to_dict() for row in rows])
 
 
 def test_packed_documents_have_the_logits_they_have_alone(source, alone, model):
@@ -437,7 +444,7 @@ def test_packed_documents_have_the_logits_they_have_alone(source, alone, model):
     for number, row in enumerate(members):
         for document, name in enumerate(row):
             own = (packed["document"][number] == document) & (packed["kind"][number] > 0)
-            count = len(alone[name]["tokens"])
+            count = len(alone[name])
             expected = apart[names.index(name)][:count]
             assert np.abs(together[number][own] - expected).max() <= 1e-4
 

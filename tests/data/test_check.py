@@ -51,12 +51,12 @@ def test_counts_are_those_of_the_rows(checked):
     processor = build_processor(config)
     rows = [processor.text_row(source[i]) for i in [*range(150), 153]]
     assert report.samples == 154
-    assert report.tokens == sum(len(row["tokens"]) for row in rows)
-    assert report.answer_tokens == sum((r["kind"] == TokenKind.ANSWER).sum() for r in rows)
-    images = [(row["image"] >= 0).sum() // 9 for row in rows]
+    assert report.tokens == sum(len(row) for row in rows)
+    assert report.answer_tokens == sum((r.kind == TokenKind.ANSWER).sum() for r in rows)
+    images = [(row.image >= 0).sum() // 9 for row in rows]
     assert report.images == sum(images)
     assert report.text_only == images.count(0)
-    lengths = np.asarray([len(row["tokens"]) for row in rows])
+    lengths = np.asarray([len(row) for row in rows])
     assert report.longest == lengths.max() > 200
     starts = [start for start, _ in report.histogram]
     counts = np.histogram(lengths, [*starts, starts[-1] + starts[1]])[0]

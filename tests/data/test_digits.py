@@ -26,8 +26,8 @@ from moresjax.data.digits import (
     vocabulary,
 )
 from moresjax.data.samples import IMAGE_MARK, Sample
-from moresjax.evaluation.benchmarks.digits import items, majority
-from moresjax.evaluation.examples import Item
+from moresjax.evaluation.benchmarks.digits import majority_accuracy, make_examples
+from moresjax.evaluation.examples import Example
 
 TASKS = ("text", "patches", "caption", "instruct")
 scenes = st.tuples(*[st.integers(0, 9)] * 4)
@@ -275,12 +275,12 @@ def test_the_tokenizer_knows_every_word():
 
 
 def test_majority():
-    questions = [Item(str(i), "?", answer, ()) for i, answer in enumerate(["a", "b", "b", "c"])]
-    assert majority(questions) == 0.5
+    questions = [Example(str(i), "?", answer, ()) for i, answer in enumerate(["a", "b", "b", "c"])]
+    assert majority_accuracy(questions) == 0.5
 
 
 def test_majority_is_the_best_constant_answer():
-    for questions in items("test", 30).values():
+    for questions in make_examples("test", 30).values():
         answers = [item.answer for item in questions]
         best = max(sum(a == guess for a in answers) for guess in set(answers))
-        assert majority(questions) == pytest.approx(best / len(answers))
+        assert majority_accuracy(questions) == pytest.approx(best / len(answers))

@@ -268,4 +268,4 @@ def test_pixels_are_those_of_the_file(corpus):
     folder, records, source = corpus
     row = PROCESSOR.row(source[1])
     with Image.open(folder / "images" / records[1]["image"]) as image:
-        np.testing.assert_array_equal(row["pixels"][0], PROCESSOR.image(image))
+        np.testing.assert_array_equal(row.pixels[0], PROCESSOR.image(image))

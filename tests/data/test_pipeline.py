@@ -9,11 +9,12 @@ import pytest
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind
+from moresjax.core.row import FIELDS
 from moresjax.data.bad import BadSamples
 from moresjax.data.digits import DigitsSource, build_tokenizer
 from moresjax.data.images import ImageProcessor
 from moresjax.data.pipeline import make_iterator, to_device_batch
-from moresjax.data.processor import FIELDS, Processor
+from moresjax.data.processor import Processor
 from moresjax.data.rows import Rows
 from moresjax.data.sources import make_source
 from moresjax.data.templates import get_template
@@ -50,7 +51,7 @@ def test_batches_have_one_shape():
     for batch in take(iterator(), 12):
         assert batch["pixels"].shape == (4, 1, 32, 32, 3)
         assert batch["pixels"].dtype == np.float32
-        for name in ("tokens", *FIELDS):
+        for name in FIELDS:
             assert batch[name].shape == (4, LENGTH)
             assert batch[name].dtype == np.int32
 
@@ -64,7 +65,7 @@ def test_text_batches_have_no_pixels():
 def test_rows_are_those_of_the_processor():
     source = DigitsSource("instruct", size=40)
     rows = {
-        PROCESSOR.pad(PROCESSOR.row(source[i]), LENGTH, 1)["tokens"].tobytes(): i for i in range(40)
+        PROCESSOR.pad(PROCESSOR.row(source[i]), LENGTH, 1).tokens.tobytes(): i for i in range(40)
     }
     found = [rows[row] for row in shown(take(iterator(), 20))]
     # Two epochs, each of which shows every sample once, in another order.

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind, loss_mask
+from moresjax.core.row import FIELDS
 from moresjax.data.digits import DigitsSource, build_tokenizer
 from moresjax.data.images import ImageProcessor
-from moresjax.data.processor import FIELDS, Processor
+from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.data.templates import TEMPLATES, get_template
 from moresjax.inference.model import Model
@@ -69,7 +70,7 @@ def text_of(sample: Sample, template: str, eos="</s>") -> str:
 
 
 def words(row, kind, tokenizer=CHARACTERS) -> str:
-    return "".join(tokenizer.convert_ids_to_tokens(row["tokens"][row["kind"] == kind]))
+    return "".join(tokenizer.convert_ids_to_tokens(row.tokens[row.kind == kind]))
 
 
 # Templates
@@ -194,9 +195,9 @@ def test_ids_are_those_of_the_joined_text(turns, template):
     for tokenizer in (CHARACTERS, MERGING):
         row = processor(tokenizer, template).row(sample)
         joined = text_of(sample, template)
-        assert row["tokens"].tolist() == tokenizer(joined)["input_ids"]
-        assert {len(row[name]) for name in FIELDS} == {len(row["tokens"])}
-        np.testing.assert_array_equal(row["position"], np.arange(len(row["tokens"])))
+        assert row.tokens.tolist() == tokenizer(joined)["input_ids"]
+        assert {len(x) for x in row.fields.values()} == {len(row)}
+        np.testing.assert_array_equal(row.position, np.arange(len(row)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -212,8 +213,8 @@ def test_answers_and_nothing_else_are_answers(turns):
 
 def merged_and_by_character(sample: Sample):
     """Row with merged tokens, the characters' kinds, and each token's first and last one."""
-    row, by_character = processor(MERGING).row(sample), processor().row(sample)["kind"]
-    tokens = MERGING.convert_ids_to_tokens(row["tokens"])
+    row, by_character = processor(MERGING).row(sample), processor().row(sample).kind
+    tokens = MERGING.convert_ids_to_tokens(row.tokens)
     ends = np.cumsum([1 if token == "</s>" else len(token) for token in tokens])
     return row, by_character, np.concatenate([[0], ends[:-1]]), ends - 1
 
@@ -223,20 +224,20 @@ def merged_and_by_character(sample: Sample):
 def test_a_token_across_a_border_belongs_to_its_last_character(turns):
     sample = Sample("sample", tuple(Turn(q, a) for q, a in turns))
     row, by_character, _, last = merged_and_by_character(sample)
-    np.testing.assert_array_equal(row["kind"], by_character[last])
+    np.testing.assert_array_equal(row.kind, by_character[last])
 
 
 def test_merged_tokens_do_cross_borders():
     sample = Sample("sample", (Turn("what is it ?", "yes"),))
     row, by_character, first, last = merged_and_by_character(sample)
     crossing = by_character[first] != by_character[last]
-    assert (crossing & (row["kind"] == TokenKind.ANSWER)).any()
+    assert (crossing & (row.kind == TokenKind.ANSWER)).any()
 
 
 def test_the_loss_is_on_the_answer_alone():
     p = processor()
     row = p.row(Sample("sample", (Turn("who ?", "me"), Turn("why ?", "so"))))
-    batch = p.batch([p.pad(row, len(row["tokens"]) + 3, 0)])
+    batch = p.batch([p.pad(row, len(row) + 3, 0)])
     predicted = np.roll(np.asarray(loss_mask(batch.layout)), 1, axis=1)
     spoken = CHARACTERS.convert_ids_to_tokens(batch.tokens[predicted])
     assert "".join(spoken) == " me</s> so</s>"
@@ -244,8 +245,8 @@ def test_the_loss_is_on_the_answer_alone():
 
 def test_bos_is_the_systems():
     row = processor(DIGITS, "bare").row(Sample("sample", (Turn("what is at top-left ?", "two"),)))
-    assert DIGITS.decode(row["tokens"]) == "<s> what is at top-left ? two </s>"
-    assert row["kind"].tolist() == [TokenKind.SYSTEM] + [TokenKind.QUESTION] * 5 + [
+    assert DIGITS.decode(row.tokens) == "<s> what is at top-left ? two </s>"
+    assert row.kind.tolist() == [TokenKind.SYSTEM] + [TokenKind.QUESTION] * 5 + [
         TokenKind.ANSWER,
         TokenKind.ANSWER,
     ]
@@ -261,38 +262,38 @@ def test_images_stand_where_their_marks_are(texts, answer):
     images = tuple(np.full((12, 12, 3), 10 * i, np.uint8) for i in range(count))
     sample = Sample("sample", (Turn(IMAGE_MARK.join(texts), answer),), images)
     row = processor(visual=3).row(sample)
-    shown, kind = row["image"], row["kind"]
+    shown, kind = row.image, row.kind
     np.testing.assert_array_equal(shown >= 0, kind == TokenKind.IMAGE)
     np.testing.assert_array_equal(shown[shown >= 0], np.arange(3 * count))
-    np.testing.assert_array_equal(row["position"], np.arange(len(shown)))
+    np.testing.assert_array_equal(row.position, np.arange(len(shown)))
     # Without the visual tokens it is the text without its marks, image by image in place.
     marked, last = "", 0
     for place in np.flatnonzero((shown >= 0) & (shown % 3 == 0)):
-        marked += "".join(CHARACTERS.convert_ids_to_tokens(row["tokens"][last:place])) + IMAGE_MARK
+        marked += "".join(CHARACTERS.convert_ids_to_tokens(row.tokens[last:place])) + IMAGE_MARK
         last = place + 3
-    marked += "".join(CHARACTERS.convert_ids_to_tokens(row["tokens"][last:]))
+    marked += "".join(CHARACTERS.convert_ids_to_tokens(row.tokens[last:]))
     assert marked == text_of(sample, "vicuna_v1")
     if count:
-        assert row["pixels"].shape == (count, 12, 12, 3)
+        assert row.pixels.shape == (count, 12, 12, 3)
         expected = [10 * i / 127.5 - 1 for i in range(count)]
-        np.testing.assert_allclose(row["pixels"][:, 0, 0, 0], expected, atol=1e-6)
+        np.testing.assert_allclose(row.pixels[:, 0, 0, 0], expected, atol=1e-6)
     else:
-        assert "pixels" not in row
+        assert row.pixels is None
 
 
 def test_padding():
     p = processor()
     row = p.row(TALK)
-    length = len(row["tokens"])
+    length = len(row)
     padded = p.pad(row, length + 5, 2)
-    for name in ("tokens", *FIELDS):
-        assert padded[name].dtype == np.int32
-        np.testing.assert_array_equal(padded[name][:length], row[name])
-    assert (padded["kind"][length:] == TokenKind.PAD).all()
-    assert (padded["image"][length:] == -1).all()
-    assert padded["pixels"].shape == (2, 12, 12, 3)
-    np.testing.assert_array_equal(padded["pixels"][0], row["pixels"][0])
-    assert (padded["pixels"][1] == 0).all()
+    for name in FIELDS:
+        assert padded.fields[name].dtype == np.int32
+        np.testing.assert_array_equal(padded.fields[name][:length], row.fields[name])
+    assert (padded.kind[length:] == TokenKind.PAD).all()
+    assert (padded.image[length:] == -1).all()
+    assert padded.pixels.shape == (2, 12, 12, 3)
+    np.testing.assert_array_equal(padded.pixels[0], row.pixels[0])
+    assert (padded.pixels[1] == 0).all()
     batch = p.batch([padded, p.pad(p.row(Sample("text", (Turn("a", "b"),))), length + 5, 2)])
     assert batch.layout.shape == batch.tokens.shape == (2, length + 5)
     assert batch.layout.visual_tokens == VISUAL
@@ -319,28 +320,29 @@ def test_independent_questions_do_not_see_each_other(digits_model):
     sample = DigitsSource("instruct", "test", questions=4)[2]
     together = p.row(sample)
     alone = [p.row(dataclasses.replace(sample, turns=(turn,))) for turn in sample.turns]
-    logits = logits_of(digits_model, [together, *alone], len(together["tokens"]) + 2)
-    trunk = np.flatnonzero(together["branch"] == 0)
-    assert (together["kind"][trunk] == TokenKind.IMAGE).sum() == VISUAL
+    logits = logits_of(digits_model, [together, *alone], len(together) + 2)
+    trunk = np.flatnonzero(together.branch == 0)
+    assert (together.kind[trunk] == TokenKind.IMAGE).sum() == VISUAL
     for number, row in enumerate(alone, start=1):
-        places = np.concatenate([trunk, np.flatnonzero(together["branch"] == number)])
+        places = np.concatenate([trunk, np.flatnonzero(together.branch == number)])
         for name in ("tokens", "kind", "image", "position", "document"):
-            np.testing.assert_array_equal(together[name][places], row[name], err_msg=name)
+            shown = together.fields[name][places]
+            np.testing.assert_array_equal(shown, row.fields[name], err_msg=name)
         difference = logits[0, places] - logits[number, : len(places)]
         assert np.abs(difference).max() <= 1e-5
     # The questions themselves do matter.
-    first, second = (np.flatnonzero(together["branch"] == n)[-1] for n in (1, 2))
+    first, second = (np.flatnonzero(together.branch == n)[-1] for n in (1, 2))
     assert np.abs(logits[0, first] - logits[0, second]).max() > 1e-2
 
 
 def test_rounds_of_a_conversation_do_see_each_other():
     row = processor().row(TALK)
-    assert (row["branch"] == 0).all()
+    assert (row.branch == 0).all()
     row = processor().row(BRANCHES)
-    assert sorted(set(row["branch"])) == [0, 1, 2]
+    assert sorted(set(row.branch)) == [0, 1, 2]
     for branch in (1, 2):
-        own = row["position"][row["branch"] == branch]
-        trunk = (row["branch"] == 0).sum()
+        own = row.position[row.branch == branch]
+        trunk = (row.branch == 0).sum()
         np.testing.assert_array_equal(own, np.arange(trunk, trunk + len(own)))
 
 
@@ -363,19 +365,19 @@ def test_marks_and_images_must_agree(text, images, message):
 def test_a_row_that_is_too_long_is_not_cut():
     p = processor()
     row = p.row(Sample("s-7", (Turn("who ?", "me"),)))
-    length = len(row["tokens"])
-    assert len(p.pad(row, length, 0, "s-7")["tokens"]) == length
+    length = len(row)
+    assert len(p.pad(row, length, 0)) == length
     with pytest.raises(
         UserError, match=f"sample s-7: {length} tokens do not fit into {length - 1}"
     ):
-        p.pad(row, length - 1, 0, "s-7")
+        p.pad(row, length - 1, 0)
 
 
 def test_too_many_images_for_a_row():
     p = processor()
     row = p.row(Sample("s-7", (Turn("<image><image>", "me"),), (PHOTO, PHOTO)))
     with pytest.raises(UserError, match="sample s-7: 2 images, but rows hold 1"):
-        p.pad(row, 500, 1, "s-7")
+        p.pad(row, 500, 1)
 
 
 def test_images_that_cannot_be_read(tmp_path):
@@ -389,7 +391,7 @@ def test_images_that_cannot_be_read(tmp_path):
 
 def test_a_text_model_takes_no_images():
     text_only = Processor(CHARACTERS, get_template("vicuna_v1"))
-    assert "pixels" not in text_only.row(Sample("s-7", (Turn("who ?", "me"),)))
+    assert text_only.row(Sample("s-7", (Turn("who ?", "me"),))).pixels is None
     with pytest.raises(UserError, match="sample s-7: this model takes no images"):
         text_only.row(Sample("s-7", (Turn("<image>", "me"),), (PHOTO,)))
 
@@ -404,11 +406,9 @@ def test_a_slow_tokenizer_is_refused():
 
 def test_prompts_of_a_model(digits_model):
     row = digits_model.prompt("what is at top-left ?", [PHOTO])
-    assert (row["kind"] == TokenKind.IMAGE).sum() == VISUAL
-    assert (
-        DIGITS.decode(row["tokens"][row["kind"] == TokenKind.QUESTION]) == "what is at top-left ?"
-    )
-    assert not (row["kind"] == TokenKind.ANSWER).any()
+    assert (row.kind == TokenKind.IMAGE).sum() == VISUAL
+    assert DIGITS.decode(row.tokens[row.kind == TokenKind.QUESTION]) == "what is at top-left ?"
+    assert not (row.kind == TokenKind.ANSWER).any()
     with pytest.raises(UserError, match="the prompt is empty"):
         digits_model.prompt("  ")
     with pytest.raises(UserError, match="the text has 1 <image> but 2 images"):

@@ -118,8 +118,8 @@ def reference_ids(tokenizer, text: str) -> list[int | None]:
 
 
 def ids_of(row) -> list[int | None]:
-    images = row["kind"] == TokenKind.IMAGE
-    return [None if image else int(t) for t, image in zip(row["tokens"], images, strict=True)]
+    images = row.kind == TokenKind.IMAGE
+    return [None if image else int(t) for t, image in zip(row.tokens, images, strict=True)]
 
 
 @pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "plain"])
@@ -135,14 +135,14 @@ def test_ids_are_those_of_the_pieces_between_images(kind, template):
 def test_labels_decode_to_the_answers_and_their_ends(kind):
     tokenizer = KINDS[kind]
     row = row_of(tokenizer, "vicuna_v1")
-    answers = tokenizer.decode(row["tokens"][row["kind"] == TokenKind.ANSWER])
+    answers = tokenizer.decode(row.tokens[row.kind == TokenKind.ANSWER])
     end = tokenizer.eos_token
     words = answers.replace(" ", "")
     assert words == f"Acatonamat.{end}Twonaïvedogs…{end}"
 
 
 def test_beginning_tokens_follow_the_tokenizer():
-    begins = {kind: int(row_of(t, "vicuna_v1")["tokens"][0]) for kind, t in KINDS.items()}
+    begins = {kind: int(row_of(t, "vicuna_v1").tokens[0]) for kind, t in KINDS.items()}
     assert begins["sentencepiece with bos"] == 1
     assert begins["sentencepiece without bos"] != 1
     assert begins["byte level"] != 0

@@ -12,10 +12,17 @@ from downloads import FOUR, THREE, lines, photo, write
 
 from moresjax.core.errors import UserError
 from moresjax.data.samples import IMAGE_MARK
+from moresjax.evaluation.lm import task_requests
 from moresjax.evaluation.metrics.hallusionbench import parse_verdict
 from moresjax.evaluation.metrics.yes_no import COGNITION, PERCEPTION
-from moresjax.evaluation.run import EvaluationResult, rescore, write_results
-from moresjax.evaluation.tasks import BENCHMARKS, benchmark_names, load_benchmark
+from moresjax.evaluation.rescore import rescore
+from moresjax.evaluation.results import EvaluationResult, write_results
+from moresjax.evaluation.tasks import (
+    benchmark_loader,
+    benchmark_names,
+    choice_letter,
+    load_benchmark,
+)
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -46,8 +53,8 @@ def rescored(name: str, root, content, file: str, **options) -> EvaluationResult
 def test_vqav2(tmp_path):
     write(tmp_path, downloads.vqav2())
     task = the_task("vqav2", tmp_path)
-    assert task.items[0].prompt == f"<image>\nWhat colour?\n{SHORT}"
-    assert task.items[0].images == (tmp_path / "coco/val2014/COCO_val2014_000000000009.jpg",)
+    assert task.examples[0].prompt == f"<image>\nWhat colour?\n{SHORT}"
+    assert task.examples[0].images == (tmp_path / "coco/val2014/COCO_val2014_000000000009.jpg",)
     rows = [{"question_id": 91, "answer": "Blue."}, {"question_id": 120, "answer": "2"}]
     entry = official("vqav2", tmp_path, rows)["vqav2"]
     # Two of ten agree on blue: 0.6; one annotator's "blue" leaves one other: 1/3, twice.
@@ -66,7 +73,7 @@ def test_vqav2_submissions_answer_every_question_of_the_test_set(tmp_path):
     ]
     assert result.scores["vqav2"]["score"] is None
     assert "coco/test2015/COCO_test2015_000000000003.jpg" in str(
-        the_task("vqav2", tmp_path, split="test-dev").items[0].images[0]
+        the_task("vqav2", tmp_path, split="test-dev").examples[0].images[0]
     )
 
 
@@ -79,7 +86,7 @@ def test_okvqa_counts_missing_predictions_as_wrong(tmp_path):
 
 def test_gqa(tmp_path):
     write(tmp_path, downloads.gqa())
-    assert the_task("gqa", tmp_path).items[1].prompt == f"<image>\nWho?\n{SHORT}"
+    assert the_task("gqa", tmp_path).examples[1].prompt == f"<image>\nWho?\n{SHORT}"
     saved = [{"questionId": "1", "prediction": "no"}, {"questionId": "2", "prediction": "Man."}]
     entry = official("gqa", tmp_path, saved)["gqa"]
     assert entry["score"] == 0.5
@@ -93,11 +100,11 @@ def test_gqa(tmp_path):
 def test_vizwiz(tmp_path):
     write(tmp_path, downloads.vizwiz())
     hint = "When the provided information is insufficient, respond with 'Unanswerable'."
-    assert the_task("vizwiz", tmp_path).items[0].prompt == (
+    assert the_task("vizwiz", tmp_path).examples[0].prompt == (
         f"<image>\nWhat is it?\n{hint}\n{SHORT}"
     )
     hint = 'When the information is insufficient, respond with "Unanswerable".'
-    assert the_task("vizwiz_ft", tmp_path).items[0].prompt == (
+    assert the_task("vizwiz_ft", tmp_path).examples[0].prompt == (
         f"<image>\nWhat is it? {hint} {SHORT}"
     )
     saved = [{"image": "VizWiz_val_00000000.jpg", "answer": "TIN"}]
@@ -111,32 +118,40 @@ def test_vizwiz(tmp_path):
 def test_scienceqa(tmp_path):
     write(tmp_path, downloads.scienceqa())
     task = the_task("scienceqa", tmp_path)
-    assert [item.prompt for item in task.items] == [
+    assert [item.prompt for item in task.examples] == [
         f"What?\nA. salt\nB. tea\n{LETTER}",
         f"<image>\nContext: Look.\nWhich?\nA. salt\nB. tea\n{LETTER}",
     ]
-    assert task.items[1].images == (tmp_path / "scienceqa/test/4/image.png",)
+    assert task.examples[1].images == (tmp_path / "scienceqa/test/4/image.png",)
+    # Missing answers and letters beyond the choices are wrong.
+    for texts, hits in (
+        (("A", "B"), [1, 1]),
+        (("B", "A"), [0, 0]),
+        (("C", None), [0, 0]),
+        (("The answer is Z.", "C"), [0, 0]),
+    ):
+        assert list(task.scorer(task.examples, texts).per_example) == hits
     saved = lines([{"question_id": "4", "text": "B. tea"}, {"question_id": "6", "text": "B"}])
     entry = official("scienceqa", tmp_path, saved, "a.jsonl")["scienceqa"]
     assert entry["score"] == 0.5
     assert entry["details"]["IMG"] == 100
     entry = official("scienceqa_img", tmp_path, saved, "a.jsonl")["scienceqa_img"]
     assert (entry["score"], entry["n"]) == (1, 1)
-    (item,) = the_task("scienceqa_img_ft", tmp_path).items
+    (item,) = the_task("scienceqa_img_ft", tmp_path).examples
     assert (item.prompt, item.answer) == ("<image>\nWhich? A.salt, B.tea", "B")
 
 
 @pytest.mark.parametrize("name", ["scienceqa", "scienceqa_img", "scienceqa_img_ft"])
 def test_small_splits_of_scienceqa_have_the_images_of_the_large_ones(tmp_path, name):
     write(tmp_path, downloads.scienceqa())
-    (item,) = the_task(name, tmp_path, split="minitest").items
+    (item,) = the_task(name, tmp_path, split="minitest").examples
     assert item.images == (tmp_path / "scienceqa/test/4/image.png",)
     assert item.images[0].is_file()
 
 
 def test_textvqa(tmp_path):
     write(tmp_path, downloads.textvqa())
-    (item,) = the_task("textvqa", tmp_path).items
+    (item,) = the_task("textvqa", tmp_path).examples
     assert item.prompt == f"<image>\nWhat does it say?\nReference OCR token: STOP, 4\n{SHORT}"
     assert item.images == (tmp_path / "textvqa/train_images/aa.jpg",)
     saved = [{"question_id": 7, "answer": "Halt"}]
@@ -165,7 +180,7 @@ class WordJudge:
 
 def test_mm_vet_with_and_without_a_judge(tmp_path):
     write(tmp_path, downloads.mm_vet())
-    assert the_task("mm_vet", tmp_path).items[0].prompt == "<image>\nWho?"
+    assert the_task("mm_vet", tmp_path).examples[0].prompt == "<image>\nWho?"
     saved = {"v1_0": "ann", "v1_1": "Bob and Ann"}
     entry = official("mm_vet", tmp_path, saved)["mm_vet"]
     assert entry["score"] == 0.75
@@ -190,8 +205,8 @@ def test_mm_vet_with_and_without_a_judge(tmp_path):
 def test_pope_kinds_are_scored_apart_and_silence_is_wrong(tmp_path):
     write(tmp_path, downloads.pope())
     task = load_benchmark("pope", data_root=tmp_path, limit=LIMIT)[0]
-    assert task.items[0].prompt == f"<image>\nIs there a dog in the image?\n{SHORT}"
-    assert task.items[0].images[0].parent == tmp_path / "coco/val2014"
+    assert task.examples[0].prompt == f"<image>\nIs there a dog in the image?\n{SHORT}"
+    assert task.examples[0].images[0].parent == tmp_path / "coco/val2014"
     answers = {"random": ("Yes", "No, none"), "popular": ("yes", "yes"), "adversarial": ("no", "")}
     for kind, texts in answers.items():
         rows = lines({"question": "?", "answer": text} for text in texts)
@@ -200,13 +215,13 @@ def test_pope_kinds_are_scored_apart_and_silence_is_wrong(tmp_path):
     assert [entry["score"] for entry in scores.values()] == [1, 0.5, 0]
     assert list(scores) == [f"pope_{kind}" for kind in answers]
     assert scores["pope_popular"]["details"]["yes_ratio"] == 1
-    silent = task.score(task.items, [None, None])
+    silent = task.scorer(task.examples, [None, None])
     assert silent.value == silent.details["accuracy"] == 0
 
 
 def test_mmmu(tmp_path):
     write(tmp_path, downloads.mmmu())
-    items = {item.id: item for item in the_task("mmmu", tmp_path).items}
+    items = {item.id: item for item in the_task("mmmu", tmp_path).examples}
     assert len(items) == 32
     assert items["validation_Art_1"].prompt == f"<image>\nPick\n\n(A) x\n(B) y\n\n{LETTER}"
     assert items["validation_Art_1"].images == (photo(1),)
@@ -238,7 +253,7 @@ def test_mmmu(tmp_path):
 
 def test_iconqa(tmp_path):
     write(tmp_path, downloads.iconqa())
-    (item,) = the_task("iconqa_txt", tmp_path).items
+    (item,) = the_task("iconqa_txt", tmp_path).examples
     assert item.prompt == (
         "<image>\nWhich? Choices: one, two. Choose an option from the choices to answer the "
         "question."
@@ -253,9 +268,9 @@ def test_hallusionbench(tmp_path):
     write(tmp_path, downloads.hallusionbench())
     task = the_task("hallusionbench", tmp_path)
     folder = tmp_path / "hallusionbench/hallusion_bench"
-    assert task.items[0].prompt == "<image>\nIs it equal?"
-    assert task.items[0].images == (folder / "VD/math/0_1.png",)
-    assert (task.items[1].prompt, task.items[1].images) == ("Is it equal?", ())
+    assert task.examples[0].prompt == "<image>\nIs it equal?"
+    assert task.examples[0].images == (folder / "VD/math/0_1.png",)
+    assert (task.examples[1].prompt, task.examples[1].images) == ("Is it equal?", ())
     answers = ("Yes, they are.", "I cannot know.", "Yes again")
     rows = json.loads((folder.parent / "HallusionBench.json").read_text())
     saved = [row | {"model_prediction": text} for row, text in zip(rows, answers, strict=True)]
@@ -263,8 +278,8 @@ def test_hallusionbench(tmp_path):
     assert entry["score"] == pytest.approx(1 / 3)
     assert (entry["details"]["easy aAcc"], entry["details"]["hard aAcc"]) == (50, 0)
     judge = WordJudge("incorrect", "unclear", "correct")
-    score = task.score(task.items, answers, judge)
-    assert list(score.items) == [0, 1, 1]
+    score = task.scorer(task.examples, answers, judge)
+    assert list(score.per_example) == [0, 1, 1]
     assert score.details["hard aAcc"] == 100
     assert "They differ." in judge.prompts[0]
     assert parse_verdict("unclear") == 2
@@ -274,8 +289,8 @@ def test_hallusionbench(tmp_path):
 def test_mme(tmp_path):
     write(tmp_path, downloads.mme())
     task = the_task("mme", tmp_path)
-    assert task.items[0].prompt == f"<image>\nIs it a cat?\n{SHORT}"
-    assert len(task.items) == 28
+    assert task.examples[0].prompt == f"<image>\nIs it a cat?\n{SHORT}"
+    assert len(task.examples) == 28
     asked = [(f"Is it a {it}? Please answer yes or no.", gold) for it, gold in downloads.PAIRS]
     for subtask in PERCEPTION + COGNITION:
         second = "Yes" if subtask in COGNITION else "no."
@@ -298,7 +313,7 @@ def test_mme(tmp_path):
 def test_answers_of_several_lines_are_one_line_of_mme(tmp_path):
     write(tmp_path, downloads.mme())
     task = the_task("mme", tmp_path)
-    said = dict.fromkeys((item.id for item in task.items), "Yes,\n\tit is.\u2028")
+    said = dict.fromkeys((item.id for item in task.examples), "Yes,\n\tit is.\u2028")
     for name, content_of in task.submissions.items():
         assert [line.split("\t") for line in content_of(said).splitlines()] == [
             ["7.jpg", f"Is it a {it}? Please answer yes or no.", gold, "Yes, it is."]
@@ -309,19 +324,19 @@ def test_answers_of_several_lines_are_one_line_of_mme(tmp_path):
 def test_vsr_and_its_judge(tmp_path):
     write(tmp_path, downloads.vsr())
     task = the_task("vsr", tmp_path)
-    assert task.items[0].prompt == "<image>\nThe cat is on the mat. Please answer yes or no."
+    assert task.examples[0].prompt == "<image>\nThe cat is on the mat. Please answer yes or no."
     saved = lines({"prediction": text} for text in ("Yes.", "yes or no"))
     assert official("vsr", tmp_path, saved, "a.jsonl")["vsr"]["score"] == 0.5
     judge = WordJudge("yes", "Yes, the same")
-    assert task.score(task.items, ["Yes.", "It is not."], judge).value == 1
+    assert task.scorer(task.examples, ["Yes.", "It is not."], judge).value == 1
     assert IMAGE_MARK not in judge.prompts[0]
 
 
 def test_snli_ve(tmp_path):
     write(tmp_path, downloads.snli_ve())
     task = the_task("snli_ve", tmp_path)
-    assert "Statement: Men eat.\n" in task.items[0].prompt
-    assert task.items[0].images == (tmp_path / "flickr30k/flickr30k-images/11.jpg",)
+    assert "Statement: Men eat.\n" in task.examples[0].prompt
+    assert task.examples[0].images == (tmp_path / "flickr30k/flickr30k-images/11.jpg",)
     saved = [{"pairID": "p0", "prediction": "Neutral"}, {"pairID": "p2", "prediction": "neutral"}]
     entry = official("snli_ve", tmp_path, saved)["snli_ve"]
     assert (entry["score"], entry["n"]) == (0.5, 2)
@@ -330,15 +345,15 @@ def test_snli_ve(tmp_path):
 def test_cifar(tmp_path):
     write(tmp_path, downloads.cifar())
     task = the_task("cifar10", tmp_path)
-    assert task.items[0].prompt == (
+    assert task.examples[0].prompt == (
         f"<image>\nWhat is the object in the image? Choose from: airplane, automobile.\n{SHORT}"
     )
-    np.testing.assert_array_equal(task.items[2].images[0][5, 6], downloads.COLOURS[2, :, 5, 6])
+    np.testing.assert_array_equal(task.examples[2].images[0][5, 6], downloads.COLOURS[2, :, 5, 6])
     saved = lines({"prediction": text} for text in ("Automobile", "an airplane", "airplane"))
     assert official("cifar10", tmp_path, saved, "a.jsonl")["cifar10"]["score"] == pytest.approx(
         2 / 3
     )
-    assert [item.answer for item in the_task("cifar100", tmp_path).items] == [
+    assert [item.answer for item in the_task("cifar100", tmp_path).examples] == [
         "aquarium fish",
         "apple",
         "aquarium fish",
@@ -351,8 +366,8 @@ def test_cifar(tmp_path):
 def test_mnist(tmp_path):
     write(tmp_path, downloads.mnist())
     task = the_task("mnist", tmp_path)
-    assert [item.answer for item in task.items] == ["7", "3"]
-    np.testing.assert_array_equal(task.items[1].images[0][..., 2], downloads.DIGITS[1])
+    assert [item.answer for item in task.examples] == ["7", "3"]
+    np.testing.assert_array_equal(task.examples[1].images[0][..., 2], downloads.DIGITS[1])
     saved = lines({"prediction": text} for text in ("7", "It is 37"))
     assert official("mnist", tmp_path, saved, "a.jsonl")["mnist"]["score"] == 0.5
     write(tmp_path, {"mnist/t10k-labels-idx1-ubyte": b"\0\0\x08\x01\0\0\0\x05\x07"})
@@ -364,8 +379,8 @@ def test_seed_bench_generated_and_ranked(tmp_path):
     write(tmp_path, downloads.seed_bench())
     task = the_task("seed_bench", tmp_path)
     listed = "A. text a\nB. text b\nC. text c\nD. text d"
-    assert task.items[0].prompt == f"<image>\nWhere?\n{listed}\n{LETTER}"
-    assert [item.images[0].name for item in task.items] == ["10_1", "2_2.png"]
+    assert task.examples[0].prompt == f"<image>\nWhere?\n{listed}\n{LETTER}"
+    assert [item.images[0].name for item in task.examples] == ["10_1", "2_2.png"]
     saved = lines([{"question_id": 1, "prediction": "C"}, {"question_id": 2, "prediction": "C."}])
     entry = official("seed_bench", tmp_path, saved, "a.jsonl")["seed_bench"]
     assert entry["details"] == {"Scene": 100, "image": 100, "Action": 0, "video": 0, "total": 50}
@@ -373,11 +388,10 @@ def test_seed_bench_generated_and_ranked(tmp_path):
         {"question_id": name, "prediction": letter} for name, letter in (("1", "C"), ("2", "C."))
     )
     ranked = the_task("seed_bench_rank", tmp_path)
-    assert ranked.items[0].prompt == "<image>\nWhere?"
-    requests = ranked.construct_requests(ranked.items[0], None)
+    assert ranked.examples[0].prompt == "<image>\nWhere?"
+    requests = task_requests(ranked, ranked.examples[:1])
     assert [request.args[1] for request in requests] == [f"text {letter}" for letter in "abcd"]
-    replies = [(-3.0, False), (-2.5, False), (-2.0, True), (-2.0, False)]
-    assert ranked.prediction(ranked.items[0], replies) == "C"
+    assert choice_letter([-3.0, -2.5, -2.0, -2.0]) == "C"
 
 
 def captions_score(name, root, saved):
@@ -387,8 +401,10 @@ def captions_score(name, root, saved):
 def test_coco_caption(tmp_path):
     write(tmp_path, downloads.coco_caption())
     task = the_task("coco_caption", tmp_path)
-    assert task.items[0].prompt == "<image>\nProvide a one-sentence caption for the provided image."
-    assert task.items[1].images == (tmp_path / "coco/val2014/3.jpg",)
+    assert (
+        task.examples[0].prompt == "<image>\nProvide a one-sentence caption for the provided image."
+    )
+    assert task.examples[1].images == (tmp_path / "coco/val2014/3.jpg",)
     saved = [{"image_id": 1, "caption": "A red kite."}, {"image_id": 3, "caption": FOUR}]
     assert captions_score("coco_caption", tmp_path, saved) == pytest.approx(8.75)
     assert captions_score("coco_caption", tmp_path, saved[:1]) == pytest.approx(7.5 / 2)
@@ -403,8 +419,8 @@ def test_flickr30k(tmp_path):
 def test_textcaps(tmp_path):
     write(tmp_path, downloads.textcaps())
     task = the_task("textcaps", tmp_path)
-    assert [item.id for item in task.items] == ["aa", "bb"]
-    assert task.items[0].prompt.endswith("provided image.\nReference OCR token: STOP, 4")
+    assert [item.id for item in task.examples] == ["aa", "bb"]
+    assert task.examples[0].prompt.endswith("provided image.\nReference OCR token: STOP, 4")
     saved = [{"image_id": "aa", "caption": THREE}, {"image_id": "bb", "caption": FOUR}]
     assert captions_score("textcaps", tmp_path, saved) == pytest.approx(8.75)
     assert json.loads(sent("textcaps", tmp_path, saved, split="test")) == saved[:1]
@@ -413,8 +429,8 @@ def test_textcaps(tmp_path):
 def test_chair(tmp_path):
     write(tmp_path, downloads.chair())
     task = the_task("chair", tmp_path)
-    assert {item.id: item.answer for item in task.items} == {"1": ["dog"], "2": ["cat"]}
-    assert task.items[0].prompt == "<image>\nPlease describe this image in detail."
+    assert {item.id: item.answer for item in task.examples} == {"1": ["dog"], "2": ["cat"]}
+    assert task.examples[0].prompt == "<image>\nPlease describe this image in detail."
     saved = lines(
         [{"image_id": 1, "caption": "Dogs and a man."}, {"image_id": 2, "caption": "A kitten."}]
     )
@@ -428,7 +444,7 @@ def test_chair(tmp_path):
 def test_mmhal_needs_a_judge(tmp_path):
     write(tmp_path, downloads.mmhal())
     task = the_task("mmhal", tmp_path)
-    assert task.items[0].images == (tmp_path / "mmhal/images/b.jpg",)
+    assert task.examples[0].images == (tmp_path / "mmhal/images/b.jpg",)
     rows = json.loads((tmp_path / "mmhal/response_template.json").read_text())
     texts = ("Blue.", "It is red.")
     saved = [row | {"model_answer": text} for row, text in zip(rows, texts, strict=True)]
@@ -500,8 +516,8 @@ def test_contract(tmp_path, caplog, name, split, questions, tokens, metric, endi
     write(tmp_path, downloads.DOWNLOADS[name]())
     for task in load_benchmark(name, data_root=tmp_path, limit=1, split=split):
         assert task.max_new_tokens == tokens
-        assert task.score(task.items, [""] * len(task.items)).metric == metric
-        assert task.items[0].prompt.endswith(ending)
+        assert task.scorer(task.examples, [""] * len(task.examples)).metric == metric
+        assert task.examples[0].prompt.endswith(ending)
     if questions is not None:
         # Another number is an error, or a warning where the published one is quoted from memory.
         message = ""
@@ -515,7 +531,7 @@ def test_contract(tmp_path, caplog, name, split, questions, tokens, metric, endi
 def test_every_benchmark_has_a_contract_that_names_its_default_split():
     defaults = {name: split for name, split, *_ in reversed(CONTRACTS)}
     assert defaults == {
-        name: inspect.signature(BENCHMARKS[name]).parameters["split"].default
+        name: inspect.signature(benchmark_loader(name)).parameters["split"].default
         for name in benchmark_names()
     }
 
@@ -570,5 +586,5 @@ def test_saved_predictions_that_do_not_fit_are_refused(tmp_path):
 
 def test_every_benchmark_says_where_its_files_come_from():
     for name in benchmark_names():
-        load = BENCHMARKS[name]
+        load = benchmark_loader(name)
         assert name == "digits" or "https://" in sys.modules[load.__module__].__doc__, name

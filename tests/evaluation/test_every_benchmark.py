@@ -8,7 +8,9 @@ from tiny import talking_model
 
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import FILE
-from moresjax.evaluation.run import evaluate, rescore, write_results
+from moresjax.evaluation.rescore import rescore
+from moresjax.evaluation.results import write_results
+from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import benchmark_names, load_benchmark
 
 LIMIT = 2
@@ -60,12 +62,12 @@ def test_a_model_answers(name, split, model, asked, tmp_path):
     options = {"data_root": tmp_path, "limit": LIMIT, "split": split}
     tasks = load_benchmark(name, **options)
     result = evaluate(model, [name], batch_size=2, out=out, **options)
-    expected = [(task.name, item.id) for task in tasks for item in task.items]
+    expected = [(task.name, item.id) for task in tasks for item in task.examples]
     assert [(row["task"], row["id"]) for row in result.predictions] == expected
     assert set(asked) == {name for _, name in expected}
     for task in tasks:
         entry = result.scores[task.name]
-        assert (entry["n"], entry["missing"]) == (len(task.items), 0)
+        assert (entry["n"], entry["missing"]) == (len(task.examples), 0)
         assert "errors" not in entry
         # The answers of a server are not known, and MMHal's need a judge.
         assert (entry["score"] is None) == (name == "mmhal" or split in SERVER.get(name, ()))

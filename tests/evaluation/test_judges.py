@@ -9,7 +9,8 @@ import pytest
 
 from moresjax.core.errors import UserError
 from moresjax.evaluation.judges import CachedJudge, EndpointJudge
-from moresjax.evaluation.run import rescore, write_results
+from moresjax.evaluation.rescore import rescore
+from moresjax.evaluation.results import write_results
 from moresjax.evaluation.tasks import load_benchmark
 
 GOOD = {"choices": [{"message": {"content": "Yes"}}]}
@@ -167,6 +168,6 @@ def test_a_judge_is_asked_by_several_threads_in_order(saved):
             return "Yes" if "Cat b" in prompt else "No"
 
     (task,) = load_benchmark("vsr", data_root=saved, limit=3)
-    score = task.score(task.items, ["yes", "no", "maybe"], Slow())
-    assert (list(score.items), score.errors) == ([0, 1, 0], {})
+    score = task.scorer(task.examples, ["yes", "no", "maybe"], Slow())
+    assert (list(score.per_example), score.errors) == ([0, 1, 0], {})
     assert list(seen.values()) == [1, 1, 1]

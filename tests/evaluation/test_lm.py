@@ -13,11 +13,13 @@ from moresjax.data.digits import FAMILIES, build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.evaluation.benchmarks.digits import items, majority
+from moresjax.evaluation.benchmarks.digits import majority_accuracy, make_examples
 from moresjax.evaluation.lm import MoresjaxLM
-from moresjax.evaluation.run import evaluate, write_results
+from moresjax.evaluation.results import write_results
+from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.scoring import exact_match
 from moresjax.inference.model import Model
+from moresjax.inference.prompts import PromptEncoder
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_long_texts_are_scored_in_the_windows_of_the_library():
 
 
 def test_generate_until_keeps_the_order_and_cuts_at_stop_strings(model):
-    questions = items("val", 4)["compare"]
+    questions = make_examples("val", 4)["compare"]
     visual = [
         (q.prompt, {"max_gen_toks": 2 + i % 2}, {"visual": list(q.images)})
         for i, q in enumerate(questions)
@@ -121,14 +123,16 @@ def test_requests_are_drawn_where_they_say_so(model):
     found = lm.generate_until(requests("generate_until", ask), disable_tqdm=True)
     assert found == lm.generate_until(requests("generate_until", ask), disable_tqdm=True)
     assert len(set(found[:4])) > 1
-    tokens = lm.model.generate_many([lm._raw_row(lm._ids(prompt))], 5, batch_size=4)[0].tokens
-    assert found[4] == model.spell(tokens)
+    tokens = lm.model.service.generate_many([lm._raw_row(lm._ids(prompt))], 5, batch_size=4)[
+        0
+    ].tokens
+    assert found[4] == model.prompts.spell(tokens)
     with pytest.raises(UserError, match="a request wants a beam search"):
         lm.generate_until(requests("generate_until", [(prompt, {"num_beams": 2})]))
 
 
 def test_blanks_around_a_reply_belong_to_raw_text(model, monkeypatch):
-    monkeypatch.setattr(Model, "spell", lambda self, ids: "  two\n")
+    monkeypatch.setattr(PromptEncoder, "spell", lambda self, ids: "  two\n")
     image = np.zeros((12, 12, 3), np.uint8)
     ask = [("how", {"max_gen_toks": 1}), ("how", {"max_gen_toks": 1}, {"visual": [image]})]
     found = MoresjaxLM(model).generate_until(requests("generate_until", ask))
@@ -196,18 +200,18 @@ def test_lm_eval_tasks_run_unchanged(model):
 
 
 def test_scenes_of_an_evaluation_are_fixed_and_differ_by_split():
-    a, b = items("test", 3), items("test", 3)
+    a, b = make_examples("test", 3), make_examples("test", 3)
     assert [i.prompt for f in FAMILIES for i in a[f]] == [i.prompt for f in FAMILIES for i in b[f]]
-    val = items("val", 3)
+    val = make_examples("val", 3)
     assert any(
         (x.images[0] != y.images[0]).any() for x, y in zip(a["same"], val["same"], strict=True)
     )
 
 
 def test_majority_is_the_best_constant_answer():
-    questions = items("test", 50)["count"]
+    questions = make_examples("test", 50)["count"]
     answers = [q.answer for q in questions]
-    assert majority(questions) == max(answers.count(a) for a in set(answers)) / 50
+    assert majority_accuracy(questions) == max(answers.count(a) for a in set(answers)) / 50
 
 
 def test_exact_match_ignores_case_and_blanks_only():

@@ -12,12 +12,14 @@ from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.evaluation import run
+from moresjax.evaluation import results
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import processor_facts
-from moresjax.evaluation.run import EvaluationResult, evaluate, rescore, write_results
-from moresjax.evaluation.scoring import captions
-from moresjax.evaluation.tasks import VisualTask, load_benchmark
+from moresjax.evaluation.rescore import rescore
+from moresjax.evaluation.results import EvaluationResult, score_task, write_results
+from moresjax.evaluation.run import evaluate
+from moresjax.evaluation.scoring import caption_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, load_benchmark
 from moresjax.inference.model import Model
 
 LIMIT = 4
@@ -204,8 +206,8 @@ def test_results_name_prompts_versions_and_seeds(model, tmp_path):
     data = saved(tmp_path, "results.json")
     assert data["seed"] is None
     assert set(data["versions"]) == {"python", "jax", "lm_eval"}
-    assert data["versions"]["jax"] == run.jax.__version__
-    assert data["version"] == run.__version__
+    assert data["versions"]["jax"] == results.jax.__version__
+    assert data["version"] == results.__version__
     hashes = {entry["prompt_hash"] for entry in data["scores"].values()}
     assert len(hashes) == len(data["scores"])
     assert all(entry["details"]["seed"] == 0 for entry in data["scores"].values())
@@ -220,11 +222,11 @@ def test_a_mean_is_of_shares_only(model):
     values = [entry["score"] for entry in shares.scores.values()]
     assert shares.mean_accuracy == pytest.approx(sum(values) / len(values))
     (task, *_) = load_benchmark("digits", limit=2)
-    items = [dataclasses.replace(item, answer=["a two"]) for item in task.items]
-    cider = VisualTask("captions", items, score=captions)
-    found = run._score("captions", cider, {item.id: "a two" for item in items}, {}, {}, None)
+    items = [dataclasses.replace(item, answer=["a two"]) for item in task.examples]
+    cider = BenchmarkTask("captions", items, scorer=caption_scorer)
+    found = score_task(cider, {item.id: "a two" for item in items})
     assert found.scores["captions"]["stderr"] is not None
-    assert run._joined(shares, found).mean_accuracy is None
+    assert shares.joined(found).mean_accuracy is None
     assert EvaluationResult({}, [], None, 0.0).mean_accuracy is None
 
 
@@ -289,7 +291,7 @@ def test_a_line_ends_at_a_newline_only(pope):
         line = json.dumps(row, ensure_ascii=False)
         (pope / "pope" / f"coco_pope_{kind}.json").write_text(f"{line}\n\n", encoding="utf-8")
     task, *_ = load_benchmark("pope", data_root=pope, limit=2)
-    assert text in task.items[0].prompt
+    assert text in task.examples[0].prompt
 
 
 def test_predictions_of_mme_may_have_several_lines(tmp_path):

@@ -20,11 +20,13 @@ from moresjax.evaluation import run as run_module
 from moresjax.evaluation.judges import EndpointJudge, ModelJudge
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import PredictionLog
-from moresjax.evaluation.presets import PRESETS, expand, table
-from moresjax.evaluation.run import EvaluationResult, evaluate, rescore, write_results
-from moresjax.evaluation.tasks import BENCHMARKS, load_benchmark
+from moresjax.evaluation.presets import PRESETS, expand_presets, table
+from moresjax.evaluation.rescore import rescore
+from moresjax.evaluation.results import EvaluationResult, write_results
+from moresjax.evaluation.run import evaluate
+from moresjax.evaluation.tasks import benchmark_names, load_benchmark
 from moresjax.inference.model import Model
-from moresjax.weights.adapter import fingerprint
+from moresjax.weights.fingerprint import fingerprint
 
 
 def make_model(seed: int = 0) -> Model:
@@ -103,7 +105,7 @@ def test_a_killed_evaluation_continues(model, root, whole, tmp_path, monkeypatch
 
     options = {"data_root": root, "limit": 9, "batch_size": 1, "out": tmp_path}
     monkeypatch.setattr(MoresjaxLM, "generate_until", until_killed)
-    monkeypatch.setattr(run_module, "_CHUNK", 4)
+    monkeypatch.setattr(run_module, "_BATCHES_PER_CHUNK", 4)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, ["gqa"], **options)
     saved = tmp_path / "predictions.jsonl"
@@ -229,7 +231,7 @@ def test_ranked_choices_are_those_of_highest_likelihood(model, root):
     result = evaluate(model, ["seed_bench_rank"], data_root=root, limit=3, batch_size=4)
     (task,) = load_benchmark("seed_bench_rank", data_root=root, limit=3)
     lm = MoresjaxLM(model, batch_size=4)
-    for item, row in zip(task.items, result.predictions, strict=True):
+    for item, row in zip(task.examples, result.predictions, strict=True):
         pairs = [(item.prompt, choice, {"visual": list(item.images)}) for choice in item.choices]
         requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         scores = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
@@ -238,23 +240,49 @@ def test_ranked_choices_are_those_of_highest_likelihood(model, root):
     assert result.scores["seed_bench_rank"]["score"] == pytest.approx(expected)
 
 
-def test_visual_tasks_run_in_lm_eval_itself(model, root):
+def test_questions_with_images_run_in_lm_eval_itself(model, root):
+    """The library ranks the choices of the same questions as its own multiple-choice task."""
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate as run
 
     (task,) = load_benchmark("seed_bench_rank", data_root=root, limit=3)
-    tasks = {"tasks": {"seed_bench_rank": task}, "groups": {}}
+    docs = [
+        {
+            "prompt": example.prompt,
+            "choices": list(example.choices),
+            "gold": "ABCD".index(example.answer),
+            "image": str(example.images[0]),
+        }
+        for example in task.examples
+    ]
+    in_library = ConfigurableTask(
+        config={
+            "task": "ranked",
+            "custom_dataset": lambda **_: {"test": Dataset.from_list(docs)},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{prompt}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{gold}}",
+            "doc_to_image": lambda doc: [doc["image"]],
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc"}],
+        }
+    )
+    tasks = {"tasks": {"ranked": in_library}, "groups": {}}
     lm = MoresjaxLM(model, batch_size=4)
     found = run(lm=lm, task_dict=tasks, bootstrap_iters=0, log_samples=False)
     ours = evaluate(model, ["seed_bench_rank"], data_root=root, limit=3, batch_size=4)
     value = ours.scores["seed_bench_rank"]["score"]
-    assert found["results"]["seed_bench_rank"]["score,none"] == pytest.approx(value)
+    assert found["results"]["ranked"]["acc,none"] == pytest.approx(value)
 
 
 def test_a_fingerprint_does_not_end_the_engines(model):
-    name, engine = fingerprint(model.mllm), model.engine()
+    name, engine = fingerprint(model.mllm), model.service.engine()
     assert isinstance(model._mllm.llm.blocks, nnx.List)
     assert model.fingerprint == name
-    assert model.engine() is engine
+    assert model.service.engine() is engine
     kernel = model._mllm.llm.blocks[-1].attn.q.kernel
     kernel[...] = kernel[...] + 1
     assert model.fingerprint != name
@@ -278,7 +306,7 @@ def test_attention_statistics_and_continuing_do_not_go_together(model, tmp_path)
 
 def test_a_model_can_judge(model):
     judge = ModelJudge(model, "tiny", max_new_tokens=2)
-    assert judge("is there a two ?", 0) == model.generate("is there a two ?", max_new_tokens=2)[0]
+    assert judge("is there a two ?", 0) == model.generate("is there a two ?", max_new_tokens=2)
     settings = {"temperature": 0, "max_tokens": 2, "fingerprint": model.fingerprint}
     assert (judge.name, judge.settings) == ("tiny", settings)
     assert len({judge("is there a two ?", attempt) for attempt in range(4)}) > 1
@@ -310,7 +338,7 @@ def test_tables_have_the_columns_of_the_papers():
 
 
 def test_the_average_of_a_table_skips_points_and_waits_for_all_columns():
-    names = expand(["mrt-table1"])
+    names = expand_presets(["mrt-table1"])
     scores = {name: entry(name, 0.5) for name in names} | {"mme": entry("mme", 1587.26)}
     assert table(scores, ["mrt-table1"]).split("\n")[-1].split() == ["1587.3", *["50.0"] * 8]
     scores["vsr"] = entry("vsr", None)
@@ -322,8 +350,8 @@ def test_the_average_of_a_table_skips_points_and_waits_for_all_columns():
 
 def test_presets_name_benchmarks_that_exist():
     for name in PRESETS:
-        assert set(expand([name])) <= set(BENCHMARKS)
-    assert expand(["gqa", "mores-table6", "pope"]) == ["gqa", "pope", "hallusionbench"]
+        assert set(expand_presets([name])) <= set(benchmark_names())
+    assert expand_presets(["gqa", "mores-table6", "pope"]) == ["gqa", "pope", "hallusionbench"]
 
 
 def test_the_endpoint_judge_asks_and_reads_like_an_openai_client(monkeypatch):

@@ -61,7 +61,7 @@ def test_scores_are_those_of_each_adapter_alone(together, alone):
         (expected,) = alone[name].score([PROMPT], [ANSWERS], [[IMAGE]], batch_size=2)
         for one, other in zip(scores, expected, strict=True):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
-            assert one.greedy == other.greedy
+            assert one.is_greedy == other.is_greedy
     assert len({round(scores[0].logprob, 2) for scores in found}) == 3
 
 

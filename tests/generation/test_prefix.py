@@ -6,6 +6,7 @@ import pytest
 from tiny import talking_model, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.core.layout import TokenKind
 from moresjax.generation import programs
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.engine import Engine
@@ -34,13 +35,13 @@ TUNING = (
 
 def test_a_shared_prefix_changes_no_token_and_no_statistic():
     model, probes = talking_model(TUNING), (AttentionProbe(),)
-    rows = [model.prompt(*prompt) for prompt in PROMPTS]
-    apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
+    rows = [model.prompts.row(*prompt) for prompt in PROMPTS]
+    apart = jax.tree.map(np.asarray, model.service.generate_rows(rows, NEW, probes, logprobs=True))
     assert len({tuple(tokens) for tokens in apart.tokens.tolist()}) == len(rows)
-    model.engine_config = ALWAYS
+    model.service.config = ALWAYS
     read = programs.read_prefix._cache_size()
     options = {"batch_size": 16, "probes": probes, "logprobs": True}
-    done = model.generate_many(rows, NEW, **options)
+    done = model.service.generate_many(rows, NEW, **options)
     assert programs.read_prefix._cache_size() == read + 1
     for row, found in enumerate(done):
         count = len(found.tokens)
@@ -67,17 +68,19 @@ ABOUT = [
 def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
     """Each on its own, with statistics; the batch makes groups of four, of two prefixes."""
     model, probes, known, read = talking_model(TUNING), (AttentionProbe(),), {}, []
-    rows = [model.prompt(text + ("<image> " * (len(i) == 1)) + t, i, known=known) for t, i in ABOUT]
-    apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
+    rows = [
+        model.prompts.row(text + ("<image> " * (len(i) == 1)) + t, i, known=known) for t, i in ABOUT
+    ]
+    apart = jax.tree.map(np.asarray, model.service.generate_rows(rows, NEW, probes, logprobs=True))
     if text:
-        model.engine_config = ALWAYS
+        model.service.config = ALWAYS
     run = Engine.read_prefix
     monkeypatch.setattr(
         Engine, "read_prefix", lambda self, *a: read.append((a[0].pixels, a[1])) or run(self, *a)
     )
     options = {"batch_size": 16, "probes": probes, "logprobs": True}
     order = np.random.default_rng(0).permutation(len(rows))
-    done = model.generate_many([rows[i] for i in order], NEW, **options)
+    done = model.service.generate_many([rows[i] for i in order], NEW, **options)
     if text:
         assert read[0] == (None, None)
         read = read[1:]
@@ -99,27 +102,27 @@ def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
 @pytest.fixture(scope="module")
 def rows() -> list:
     model = talking_model("none")
-    return [model.prompt(*prompt) for prompt in PROMPTS]
+    return [model.prompts.row(*prompt) for prompt in PROMPTS]
 
 
 def shared(rows, tuning: str = "none", config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> int:
     """Tokens in common, 0 for none."""
     head = common_prefix(rows, Tuning(tuning, tiny_config(num_layers=2)), config)
-    return 0 if head is None else len(head["tokens"])
+    return 0 if head is None else len(head)
 
 
 def test_the_prefix_ends_at_the_first_image_and_leaves_every_prompt_a_token(rows):
-    first = int(np.argmax(rows[0]["image"] >= 0))
+    first = int(np.argmax(rows[0].image >= 0))
     assert shared(rows, config=ALWAYS) == shared([rows[0], rows[3]], config=ALWAYS) == first
-    assert shared([rows[1]] * 2, config=ALWAYS) == len(rows[1]["tokens"]) - 1
-    other = rows[0] | {"tokens": np.concatenate([rows[0]["tokens"][:9], rows[1]["tokens"]])}
+    assert shared([rows[1]] * 2, config=ALWAYS) == len(rows[1]) - 1
+    other = rows[0][:9].append(rows[1].tokens, TokenKind.QUESTION)
     assert shared([rows[1], other], config=ALWAYS) == 9
 
 
 def test_short_prefixes_and_few_prompts_are_read_as_they_are(rows):
     assert shared([rows[0]] * 2) == shared(rows[:1]) == shared([]) == 0
     assert shared([rows[0]] * 30) > 0
-    few = [{name: x[8:] for name, x in row.items() if name != "pixels"} for row in rows]
+    few = [row[8:].replace(pixels=None) for row in rows]
     assert shared(few * 100) == 0
 
 

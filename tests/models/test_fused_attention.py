@@ -230,7 +230,7 @@ def lowered_for_tpus(preset: str):
     """The train step of a small decoder with Phi-2's head size."""
     config = base_config()
     config.dtype, config.remat, config.tuning = "bfloat16", True, "mores:rank=1"
-    config.batch_size, config.length, config.data = 16, 128, {"name": "llava"}
+    config.batch_size, config.max_seq_len, config.data = 16, 128, {"name": "llava"}
     config.also_train = ()
     config.mesh.update(mesh_preset(preset, 4))
     with config.unlocked(), config.ignore_type():

@@ -101,7 +101,7 @@ def test_a_plan_of_generation_is_json_and_text(split):
 
 
 def test_what_does_not_fit_in_the_prefill_is_not_decoded():
-    changes = {"length": 2048, "images": 0, "attention": "xla"}
+    changes = {"max_seq_len": 2048, "images_per_row": 0, "attention": "xla"}
     config = cut("none", batch_size=1 << 14, **changes)
     (prefill,) = plan_generation(config, "v5e-8", NEW)
     assert (prefill.program, prefill.fits, prefill.setting["prompt"]) == ("prefill", False, 2016)
@@ -115,7 +115,12 @@ def test_what_does_not_fit_in_the_prefill_is_not_decoded():
         (0, 8, {}, "a prompt of 8 tokens and 0 new ones: both must be at least 1"),
         (128, None, {}, "a prompt of 0 tokens and 128 new ones: both must be at least 1"),
         (64, 2048, {}, "2048 tokens and 64 new ones need 2112 positions, the model has 2048"),
-        (8, 100, {"images": 7}, "7 images make 112 tokens, which do not fit a prompt of 100"),
+        (
+            8,
+            100,
+            {"images_per_row": 7},
+            "7 images make 112 tokens, which do not fit a prompt of 100",
+        ),
         (8, 100, {"batch_size": 12}, "batch_size 12 does not divide into 8 parts of the mesh"),
         (8, 8, {"objective": "patch_classes"}, "objective next_token, got 'patch_classes'"),
     ],

@@ -37,7 +37,7 @@ def steered() -> Plan:
 @pytest.mark.parametrize("size", ["3b", "7b", "13b"])
 def test_the_steps_of_the_papers_models_lower_for_tpus(size, tuning):
     config = load_config(f"{RUNS}:size={size},tuning={tuning}")
-    config.length, config.images, config.batch_size = 1024, 1, 64
+    config.max_seq_len, config.images_per_row, config.batch_size = 1024, 1, 64
     mesh = make_mesh(**mesh_preset("fsdp", 8), devices=find_slice("v5e-8").devices())
     state, frozen, batch, step = abstract_step(config, mesh)
     text = step.lower(state, frozen, batch).as_text()

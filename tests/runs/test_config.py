@@ -253,3 +253,24 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=r"config\.json is not a run's configuration"):
             read_config(path)
+
+
+OLD = {"length": 77, "images": 3, "window": 5, "reading_threads": 4, "probe_every": 9}
+NEW = {"max_seq_len": 77, "images_per_row": 3, "pack_window": 5, "num_workers": 4, "lmar_every": 9}
+
+
+def test_a_file_with_the_keys_of_version_0_1_reads_back(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(OLD))
+    found = read_config(path)
+    assert {key: found[key] for key in NEW} == NEW
+
+
+@pytest.mark.parametrize(("old", "new"), zip(OLD, NEW, strict=True))
+def test_a_key_of_version_0_1_names_its_new_spelling(tmp_path, old, new):
+    with pytest.raises(UserError, match=f"^config key {old} is now {new}$"):
+        set_value(base_config(), old, "1")
+    text = "from moresjax.runs.config import base_config\ndef get_config(arg=None):\n"
+    name = config_file(tmp_path, f"{text}    config = base_config()\n    config.{old} = 1\n")
+    with pytest.raises(UserError, match=f"config key {old} is now {new}$"):
+        load_config(name)

@@ -27,8 +27,10 @@ def config(tmp_path_factory):
         config.model.vision = TINY_VISION | small
         files = write_list(folder / "mix.json", records)
         config.data = {"name": "llava", "files": files, "image_root": str(folder / "images")}
-        config.update({"length": 96, "images": 4, "batch_size": 8, "steps": 4, "log_every": 4})
-        config.update({"window": 13, "tensorboard": False, "on_bad_sample": "skip"})
+        config.update(
+            {"max_seq_len": 96, "images_per_row": 4, "batch_size": 8, "steps": 4, "log_every": 4}
+        )
+        config.update({"pack_window": 13, "tensorboard": False, "on_bad_sample": "skip"})
         config.checkpoint.every = 2
     return config
 
@@ -67,8 +69,8 @@ def test_a_bad_sample_ends_a_run_that_does_not_skip(config, tmp_path):
         ({"batching": "stack"}, "batching 'stack'; choose from: pad, pack, bucket"),
         ({"on_bad_sample": "mask"}, "on_bad_sample 'mask'; choose from: raise, skip"),
         ({"batching": "bucket", "buckets": (97,)}, r"buckets \(97,\) must be between 1 and"),
-        ({"reading_threads": 0}, "reading_threads must be at least 1, got 0"),
-        ({"window": -1}, "window must be at least 0, got -1"),
+        ({"num_workers": 0}, "num_workers must be at least 1, got 0"),
+        ({"pack_window": -1}, "pack_window must be at least 0, got -1"),
     ],
 )
 def test_settings_of_the_data_are_checked_before_the_model_is_built(

@@ -40,7 +40,7 @@ TUNED = "stage=finetune,tuning=mores:rank=1,positions=image"
 def monitored(**changes):
     """A run with images that is validated on 11 of its samples and watched."""
     settings = TINY | {"steps": 4, "log_every": 2, "checkpoint.every": 2, "data.size": 44}
-    settings |= {"validation.share": 0.25, "validation.every": 3, "probe_every": 3}
+    settings |= {"validation.share": 0.25, "validation.every": 3, "lmar_every": 3}
     return config_of(TUNED, settings | changes)
 
 
@@ -189,7 +189,7 @@ def test_a_watched_run_goes_on_to_the_same_weights_and_numbers(watched, tmp_path
 
 
 def test_watching_does_not_change_a_run(watched, tmp_path):
-    train(monitored(**{"validation.every": 0, "probe_every": 0}), tmp_path / "run")
+    train(monitored(**{"validation.every": 0, "lmar_every": 0}), tmp_path / "run")
     assert_equal_weights(tmp_path / "run", watched[0])
     assert all("loss" in line for line in logged(tmp_path / "run"))
 
@@ -228,9 +228,9 @@ def test_lmar_is_what_the_analysis_of_generated_answers_says(watched):
     prompts = []
     for i in range(len(held_out)):
         row = processor.row(one_turn(i))
-        end = int(np.argmax(row["kind"] == TokenKind.ANSWER))
-        prompts.append({k: x if k == "pixels" else x[:end] for k, x in row.items()})
-    length, new = max(len(p["tokens"]) for p in prompts), 3
+        end = int(np.argmax(row.kind == TokenKind.ANSWER))
+        prompts.append(row[:end])
+    length, new = max(map(len, prompts)), 3
     engine = Engine(mllm, eos_ids=(-1,), probes=(AttentionProbe(),))
     batch = processor.batch([processor.pad(p, length, 1) for p in prompts])
     generation = engine.generate(batch, new)
@@ -273,11 +273,11 @@ def test_lmar_is_logged_per_layer(watched):
     [
         (TUNED, {"validation.every": 2}, "nothing to validate on"),
         (TUNED, {"validation.every": -1}, r"validation\.every must be at least 0, got -1"),
-        (TUNED, {"probe_every": -2}, "probe_every must be at least 0, got -2"),
+        (TUNED, {"lmar_every": -2}, "lmar_every must be at least 0, got -2"),
         (TUNED, {"validation.share": 1.0}, r"validation\.share must be .* got 1\.0"),
         (TUNED, {"validation.share": 0.001, "data.size": 40}, "of 40 samples is 0"),
         (TUNED, {"validation.share": 0.1, "validation.data.name": "digits"}, "give one"),
-        ("stage=llm", {"probe_every": 2}, "attention to images; this run has none"),
+        ("stage=llm", {"lmar_every": 2}, "attention to images; this run has none"),
         ("stage=vit", {"validation.share": 0.1, "validation.every": 2}, "objective next_token"),
     ],
 )

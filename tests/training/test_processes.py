@@ -15,9 +15,9 @@ from moresjax.sharding.processes import use_compile_cache
 
 # With images, packed rows, validation, attention statistics, and parameters split over processes.
 WATCHED = TINY | {"steps": 6, "log_every": 1, "checkpoint.every": 3}
-WATCHED |= {"validation.share": 0.1, "validation.every": 3, "data.size": 210, "probe_every": 3}
+WATCHED |= {"validation.share": 0.1, "validation.every": 3, "data.size": 210, "lmar_every": 3}
 WATCHED |= {"mesh.data": 1, "mesh.fsdp": -1}
-WATCHED |= {"batching": "pack", "length": 128, "images": 3, "window": 13}
+WATCHED |= {"batching": "pack", "max_seq_len": 128, "images_per_row": 3, "pack_window": 13}
 LOGGED = {"loss": 6, "validation_loss": 2, "lmar": 2}
 
 

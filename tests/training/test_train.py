@@ -187,15 +187,15 @@ def test_what_does_not_change_the_numbers_may_change(finished):
 
 def test_the_directory_of_another_run_is_refused(finished):
     before = contents(finished)
-    with pytest.raises(UserError, match=r"length, optimizer\.lr") as error:
-        train(head_config(**{"optimizer.lr": 0.5, "length": 70}), finished)
+    with pytest.raises(UserError, match=r"max_seq_len, optimizer\.lr") as error:
+        train(head_config(**{"optimizer.lr": 0.5, "max_seq_len": 70}), finished)
     assert str(finished) in str(error.value)
     assert contents(finished) == before
 
 
 def test_a_run_that_never_saved_anything_may_be_started_differently(tmp_path):
     with pytest.raises(UserError, match="do not fit"):
-        train(head_config(length=5), tmp_path)
+        train(head_config(max_seq_len=5), tmp_path)
     assert (tmp_path / "config.json").is_file()
     assert train(head_config(), tmp_path).step == 4
 
@@ -313,7 +313,7 @@ def poisoned(model, batch, key=None):
 def broken(tmp_path_factory):
     """The directory and the error of a run that meets a poisoned sample."""
     workdir = tmp_path_factory.mktemp("runs") / "broken"
-    config = head_config(**{"steps": 8, "checkpoint.every": 1, "length": 64})
+    config = head_config(**{"steps": 8, "checkpoint.every": 1, "max_seq_len": 64})
     with config.unlocked():
         config.data.size = 24
     with pytest.MonkeyPatch.context() as patch:

@@ -8,18 +8,21 @@ Steering's: Python's `random.sample` with seed 42.
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 
 from moresjax.data.generators import read_json
-from moresjax.evaluation.examples import Item
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
-    ask,
-    choose_split,
+    DataRoot,
+    benchmark_folder,
+    check_split,
     coco_image,
-    first,
-    folder_of,
-    need_file,
-    read_rows,
+    limit_rows,
+    llava_prompt,
+    require_file,
+    result_reader,
 )
+from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.metrics.chair import (
     VOCABULARY,
     caption_words,
@@ -28,19 +31,21 @@ from moresjax.evaluation.metrics.chair import (
     parse_synonyms,
     vocabulary_lemmatizer,
 )
-from moresjax.evaluation.scoring import Score
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import Predictions, TaskScore
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 PHOTOS, SEED = 500, 42
 REQUEST = "Please describe this image in detail."
 
 
 @benchmark("chair")
-def load(data_root=None, limit: int | None = None, split: str = "val") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "val"
+) -> list[BenchmarkTask]:
     """CHAIRs (lower is better), CHAIRi, recall and length."""
-    folder = folder_of("chair", data_root)
-    choose_split("chair", split, ("val",))
-    synonyms = parse_synonyms(need_file(folder / "synonyms.txt").read_text(encoding="utf-8"))
+    folder = benchmark_folder("chair", data_root)
+    check_split("chair", split, ("val",))
+    synonyms = parse_synonyms(require_file(folder / "synonyms.txt").read_text(encoding="utf-8"))
     singular = vocabulary_lemmatizer(synonyms)
     captions = read_json(folder, "captions_val2014.json")
     instances = read_json(folder, "instances_val2014.json")
@@ -48,7 +53,7 @@ def load(data_root=None, limit: int | None = None, split: str = "val") -> list[V
 
     photos = captions["images"]
     chosen = random.Random(SEED).sample(photos, min(PHOTOS, len(photos)))
-    chosen = [photo["id"] for photo in first(chosen, limit, "chair", PHOTOS)]
+    chosen = [photo["id"] for photo in limit_rows(chosen, limit, "chair", PHOTOS)]
     truths = defaultdict(set, {number: set() for number in chosen})
     for row in instances["annotations"]:
         if row["image_id"] in truths:
@@ -57,28 +62,30 @@ def load(data_root=None, limit: int | None = None, split: str = "val") -> list[V
         if row["image_id"] in truths:
             words = caption_words(row["caption"], synonyms, singular)
             truths[row["image_id"]].update(mentioned_objects(words, synonyms))
-    items = [
-        Item(
+    examples = [
+        Example(
             str(number),
-            ask(REQUEST, ""),
+            llava_prompt(REQUEST, ""),
             sorted(truths[number]),
             (coco_image(data_root, "val2014", number),),
         )
         for number in chosen
     ]
 
-    def score(items, predictions, judge=None) -> Score:
+    def scorer(
+        examples: Sequence[Example], predictions: Predictions, /, judge: Judge | None = None
+    ) -> TaskScore:
         words = [caption_words(text or "", synonyms, singular) for text in predictions]
-        true = [item.answer for item in items]
+        true = [example.answer for example in examples]
         # Saying nothing is no way to avoid hallucinations.
         values = [
             float(text is None or not set(mentioned_objects(found, synonyms)) <= set(objects))
             for text, found, objects in zip(predictions, words, true, strict=True)
         ]
         details = chair_summary(words, true, synonyms)
-        return Score(
+        return TaskScore(
             "CHAIRs", values, details | {"lemmatiser": VOCABULARY, "seed": SEED}, fraction=False
         )
 
-    read = read_rows("image_id", "caption")
-    return [VisualTask("chair", items, max_new_tokens=512, score=score, read=read)]
+    read = result_reader("image_id", "caption")
+    return [BenchmarkTask("chair", examples, max_new_tokens=512, scorer=scorer, read=read)]

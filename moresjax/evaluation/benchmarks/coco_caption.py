@@ -5,33 +5,43 @@ https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip). Pho
 `coco/val2014/`. Prompt and length limit are those of xl-vlms.
 """
 
-from pathlib import Path
-
 from moresjax.data.generators import read_json
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import CAPTION, ask, choose_split, first, folder_of, read_rows
-from moresjax.evaluation.scoring import captions
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    CAPTION,
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    result_reader,
+)
+from moresjax.evaluation.scoring import caption_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"test": 5_000, "val": 5_000}
 
 
 @benchmark("coco_caption")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """CIDEr-D, BLEU and ROUGE-L."""
-    folder = folder_of("coco_caption", data_root)
-    choose_split("coco_caption", split, list(SIZES))
+    folder = benchmark_folder("coco_caption", data_root)
+    check_split("coco_caption", split, list(SIZES))
     rows = [
         row for row in read_json(folder, "dataset_coco.json")["images"] if row["split"] == split
     ]
-    items = [
-        Item(
+    examples = [
+        Example(
             str(row["cocoid"]),
-            ask(CAPTION, ""),
+            llava_prompt(CAPTION, ""),
             [sentence["raw"] for sentence in row["sentences"]],
-            (Path(data_root) / "coco" / row["filepath"] / row["filename"],),
+            (folder.parent / "coco" / row["filepath"] / row["filename"],),
         )
-        for row in first(rows, limit, f"coco_caption {split}", SIZES[split])
+        for row in limit_rows(rows, limit, f"coco_caption {split}", SIZES[split])
     ]
-    read = read_rows("image_id", "caption")
-    return [VisualTask("coco_caption", items, max_new_tokens=25, score=captions, read=read)]
+    read = result_reader("image_id", "caption")
+    return [
+        BenchmarkTask("coco_caption", examples, max_new_tokens=25, scorer=caption_scorer, read=read)
+    ]

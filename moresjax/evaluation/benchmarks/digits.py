@@ -1,21 +1,29 @@
 """The built-in benchmark: questions about scenes of handwritten digits, one task per family."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
 from moresjax.data.digits import FAMILIES, ask, make_scene
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.scoring import by_item
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import DataRoot
+from moresjax.evaluation.scoring import example_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
-DEFAULT_LIMIT = 300  # scenes; every scene is asked one question of every family
-SEED = 0  # of the scenes
+DEFAULT_LIMIT = 300  # scenes
+SEED = 0  # draws the scenes
 
 
-def items(split: str, scenes: int, seed: int = SEED) -> dict[str, list[Item]]:
-    """Questions by family about the same scenes of a split's handwriting."""
+def make_examples(split: str, scenes: int, seed: int = SEED) -> dict[str, list[Example]]:
+    """Questions by family about the same scenes of a split's handwriting.
+
+    Args:
+      split: `train`, `val` or `test`.
+      scenes: The number of scenes; every scene is asked one question of every family.
+      seed: Seeds the scenes.
+    """
     found = {family: [] for family in FAMILIES}
     for number in range(scenes):
         # The evaluation's scenes have their own seed sequence: no training scene repeats here.
@@ -25,22 +33,24 @@ def items(split: str, scenes: int, seed: int = SEED) -> dict[str, list[Item]]:
             turn = ask(family, scene.digits, rng)
             prompt = f"{IMAGE_MARK}\n{turn.question}"
             found[family].append(
-                Item(f"{family}-{split}-{number}", prompt, turn.answer, (scene.image,))
+                Example(f"{family}-{split}-{number}", prompt, turn.answer, (scene.image,))
             )
     return found
 
 
-def majority(questions: list[Item]) -> float:
-    """Accuracy of always giving the most frequent answer."""
-    return Counter(item.answer for item in questions).most_common(1)[0][1] / len(questions)
+def majority_accuracy(questions: Sequence[Example]) -> float:
+    """The accuracy of always giving the most frequent answer."""
+    return Counter(example.answer for example in questions).most_common(1)[0][1] / len(questions)
 
 
 @benchmark("digits")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """One task per question family."""
-    by_family = items(split, limit or DEFAULT_LIMIT)
-    score = by_item(details=lambda *_: {"seed": SEED})
+    by_family = make_examples(split, limit or DEFAULT_LIMIT)
+    scorer = example_scorer(details=lambda *_: {"seed": SEED})
     return [
-        VisualTask(f"digits_{family}", questions, max_new_tokens=2, score=score)
+        BenchmarkTask(f"digits_{family}", questions, max_new_tokens=2, scorer=scorer)
         for family, questions in by_family.items()
     ]

@@ -7,38 +7,43 @@ Files in `flickr30k/`, from https://huggingface.co/datasets/nlphuji/flickr30k:
 import csv
 import json
 
-from moresjax.evaluation.examples import Item
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     CAPTION,
-    ask,
-    choose_split,
-    first,
-    folder_of,
-    need_file,
-    read_rows,
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    require_file,
+    result_reader,
 )
-from moresjax.evaluation.scoring import captions
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import caption_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"test": 1_000, "val": None}
 
 
 @benchmark("flickr30k")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """CIDEr-D, BLEU and ROUGE-L."""
-    folder = folder_of("flickr30k", data_root)
-    choose_split("flickr30k", split, list(SIZES))
-    path = need_file(folder / "flickr_annotations_30k.csv")
+    folder = benchmark_folder("flickr30k", data_root)
+    check_split("flickr30k", split, list(SIZES))
+    path = require_file(folder / "flickr_annotations_30k.csv")
     with path.open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == split]
-    items = [
-        Item(
+    examples = [
+        Example(
             row["img_id"],
-            ask(CAPTION, ""),
+            llava_prompt(CAPTION, ""),
             json.loads(row["raw"]),
             (folder / "flickr30k-images" / row["filename"],),
         )
-        for row in first(rows, limit, f"flickr30k {split}", SIZES[split])
+        for row in limit_rows(rows, limit, f"flickr30k {split}", SIZES[split])
     ]
-    read = read_rows("image_id", "caption")
-    return [VisualTask("flickr30k", items, max_new_tokens=64, score=captions, read=read)]
+    read = result_reader("image_id", "caption")
+    return [
+        BenchmarkTask("flickr30k", examples, max_new_tokens=64, scorer=caption_scorer, read=read)
+    ]

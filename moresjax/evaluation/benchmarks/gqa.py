@@ -9,11 +9,18 @@ import json
 from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    result_reader,
+)
 from moresjax.evaluation.metrics.vqa import gqa_accuracy, normalize_gqa
-from moresjax.evaluation.scoring import by_item, percent_by
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import example_scorer, percent_by
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"testdev_balanced": 12_578, "val_balanced": 132_062}
 
@@ -29,22 +36,23 @@ def _submission(predictions: Mapping[str, str]) -> str:
 
 @benchmark("gqa")
 def load(
-    data_root=None, limit: int | None = None, split: str = "testdev_balanced"
-) -> list[VisualTask]:
+    data_root: DataRoot = None, limit: int | None = None, split: str = "testdev_balanced"
+) -> list[BenchmarkTask]:
     """Accuracy, also of binary and of open questions."""
-    folder = folder_of("gqa", data_root)
-    choose_split("gqa", split, list(SIZES))
+    folder = benchmark_folder("gqa", data_root)
+    check_split("gqa", split, list(SIZES))
     rows = list(read_json(folder, f"{split}_questions.json").items())
-    items = [
-        Item(
+    examples = [
+        Example(
             name,
-            ask(row["question"]),
+            llava_prompt(row["question"]),
             row["answer"],
             (folder / "images" / f"{row['imageId']}.jpg",),
-            facts={"kind": "open" if row["types"]["structural"] == "query" else "binary"},
+            metadata={"kind": "open" if row["types"]["structural"] == "query" else "binary"},
         )
-        for name, row in first(rows, limit, f"gqa {split}", SIZES[split])
+        for name, row in limit_rows(rows, limit, f"gqa {split}", SIZES[split])
     ]
-    score, read = by_item(gqa_accuracy, percent_by("kind")), read_rows("questionId", "prediction")
-    submit = {"gqa-submission.json": _submission}
-    return [VisualTask("gqa", items, score=score, read=read, submissions=submit)]
+    scorer = example_scorer(gqa_accuracy, percent_by("kind"))
+    read = result_reader("questionId", "prediction")
+    submissions = {"gqa-submission.json": _submission}
+    return [BenchmarkTask("gqa", examples, scorer=scorer, read=read, submissions=submissions)]

@@ -7,63 +7,75 @@ the former, for the benchmark's own `evaluation.py`.
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from moresjax.data.generators import read_json
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    result_reader,
+)
 from moresjax.evaluation.metrics.hallusionbench import (
     hallusionbench_summary,
     is_correct,
     parse_verdict,
     rule_verdict,
 )
-from moresjax.evaluation.scoring import judged
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import JudgeScorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZE = 1_129
 NO_FIGURE = "0"
 
 
-def _item(folder, number: int, row: dict) -> Item:
+def _example(folder: Path, number: int, row: dict) -> Example:
     shown = str(row["visual_input"]) != NO_FIGURE
     images = (folder / row["filename"],) if shown else ()
-    prompt = ask(row["question"], "", len(images))
-    return Item(str(number), prompt, str(row["gt_answer"]), images, facts=row)
+    prompt = llava_prompt(row["question"], "", len(images))
+    return Example(str(number), prompt, str(row["gt_answer"]), images, metadata=row)
 
 
 @benchmark("hallusionbench")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Accuracy per question, figure and pair; without a judge a `yes` anywhere means yes."""
-    folder = folder_of("hallusionbench", data_root)
-    choose_split("hallusionbench", split, ("test",))
-    rows = first(read_json(folder, "HallusionBench.json"), limit, "hallusionbench", SIZE)
-    items = [_item(folder, number, row) for number, row in enumerate(rows)]
+    folder = benchmark_folder("hallusionbench", data_root)
+    check_split("hallusionbench", split, ("test",))
+    rows = limit_rows(read_json(folder, "HallusionBench.json"), limit, "hallusionbench", SIZE)
+    examples = [_example(folder, number, row) for number, row in enumerate(rows)]
 
     def submission(predictions: Mapping[str, str]) -> str:
-        filled = [dict(item.facts, model_prediction=predictions[item.id]) for item in items]
+        filled = [
+            dict(example.metadata, model_prediction=predictions[example.id]) for example in examples
+        ]
         return json.dumps(filled, indent=1)
 
-    score = judged(
+    scorer = JudgeScorer(
         "hallusionbench",
         parse_verdict,
         rule=rule_verdict,
-        fields=lambda item: {"answer": item.facts["gt_answer_details"]},
-        values=lambda items, marks: [
-            float(is_correct(item.facts, int(mark)))
-            for item, mark in zip(items, marks, strict=True)
+        fields=lambda example: {"answer": example.metadata["gt_answer_details"]},
+        to_scores=lambda examples, grades: [
+            float(is_correct(example.metadata, int(grade)))
+            for example, grade in zip(examples, grades, strict=True)
         ],
-        details=lambda items, texts, marks: hallusionbench_summary(
-            [item.facts for item in items], [int(mark) for mark in marks]
+        details=lambda examples, texts, grades: hallusionbench_summary(
+            [example.metadata for example in examples], [int(grade) for grade in grades]
         ),
         name="aAcc",
     )
-    read = read_rows(None, "model_prediction")
+    read = result_reader(None, "model_prediction")
     return [
-        VisualTask(
+        BenchmarkTask(
             "hallusionbench",
-            items,
+            examples,
             max_new_tokens=512,
-            score=score,
+            scorer=scorer,
             read=read,
             submissions={"hallusionbench-submission.json": submission},
         )

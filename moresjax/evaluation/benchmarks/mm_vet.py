@@ -5,10 +5,18 @@ Files in `mm_vet/`, from https://github.com/yuweihao/MM-Vet (`mm-vet.zip`): `mm-
 """
 
 import json
+from collections.abc import Sequence
 
 from moresjax.data.generators import read_json
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    result_reader,
+)
 from moresjax.evaluation.metrics.judge_prompts import MM_VET_ATTEMPTS, MM_VET_RETRY
 from moresjax.evaluation.metrics.judged import (
     mm_vet_answer,
@@ -16,50 +24,56 @@ from moresjax.evaluation.metrics.judged import (
     parse_mm_vet,
     rule_mm_vet,
 )
-from moresjax.evaluation.scoring import judged
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import JudgeScorer, Predictions
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZE = 218
 
 
-def _details(items, predictions, marks) -> dict[str, float]:
-    runs = {item.id: [mark] for item, mark in zip(items, marks, strict=True)}
-    return mm_vet_summary(runs, {item.id: item.facts["capability"] for item in items})
+def _details(
+    examples: Sequence[Example], predictions: Predictions, grades: Sequence[float]
+) -> dict[str, float]:
+    runs = {example.id: [grade] for example, grade in zip(examples, grades, strict=True)}
+    return mm_vet_summary(
+        runs, {example.id: example.metadata["capability"] for example in examples}
+    )
 
 
 @benchmark("mm_vet")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Mean grade, also per skill; without a judge a rule counts the parts of the answer."""
-    folder = folder_of("mm_vet", data_root)
-    choose_split("mm_vet", split, ("test",))
+    folder = benchmark_folder("mm_vet", data_root)
+    check_split("mm_vet", split, ("test",))
     rows = list(read_json(folder, "mm-vet.json").items())
-    items = [
-        Item(
+    examples = [
+        Example(
             name,
-            ask(row["question"], ""),
+            llava_prompt(row["question"], ""),
             row["answer"],
             (folder / "images" / row["imagename"],),
-            facts={"capability": row["capability"]},
+            metadata={"capability": row["capability"]},
         )
-        for name, row in first(rows, limit, "mm_vet", SIZE, sure=False)
+        for name, row in limit_rows(rows, limit, "mm_vet", SIZE, strict=False)
     ]
-    score = judged(
+    scorer = JudgeScorer(
         "mm_vet",
         parse_mm_vet,
         rule=rule_mm_vet,
-        fields=lambda item: {"answer": mm_vet_answer(item.answer)},
+        fields=lambda example: {"answer": mm_vet_answer(example.answer)},
         details=_details,
         name="grade",
         attempts=MM_VET_ATTEMPTS,
         retry=MM_VET_RETRY,
     )
     return [
-        VisualTask(
+        BenchmarkTask(
             "mm_vet",
-            items,
+            examples,
             max_new_tokens=1024,
-            score=score,
-            read=read_rows("question_id", "text"),
+            scorer=scorer,
+            read=result_reader("question_id", "text"),
             submissions={"mm_vet-submission.json": json.dumps},
         )
     ]

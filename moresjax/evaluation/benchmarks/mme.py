@@ -7,28 +7,35 @@ Saved predictions are a folder of `SUBTASK.txt` with image, question, answer, pr
 benchmark's `calculation.py` reads, and what is written here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from moresjax.core.errors import UserError
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import ask, choose_split, first, folder_of
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+)
+from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.metrics.yes_no import COGNITION, PERCEPTION, mme_answer, mme_summary
-from moresjax.evaluation.scoring import Score
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import Predictions, TaskScore
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZE = 2_374
 YES_NO = "Please answer yes or no."
 
 
-def _questions(folder: Path, subtask: str) -> list[Item]:
+def _questions(folder: Path, subtask: str) -> list[Example]:
     root = folder / subtask
     if not root.is_dir():
         raise UserError(f"{root} does not exist; task mme reads all its subtasks")
     nested = (root / "questions_answers_YN").is_dir()
     texts = (root / "questions_answers_YN" if nested else root).glob("*.txt")
     photos = {path.stem: path for path in (root / "images" if nested else root).glob("*.[jp][pn]g")}
-    items = []
+    examples = []
     for path in sorted(texts):
         if path.stem not in photos:
             raise UserError(f"{path} has no image of the same name")
@@ -36,23 +43,28 @@ def _questions(folder: Path, subtask: str) -> list[Item]:
         for line in path.read_text(encoding="utf-8").split("\n"):
             if line.strip():
                 question, _, answer = line.partition("\t")
-                prompt = ask(question.removesuffix(YES_NO).strip())
+                prompt = llava_prompt(question.removesuffix(YES_NO).strip())
                 row = (image.name, question, answer.strip())
-                facts = {"subtask": subtask, "image": image.name, "row": row}
+                metadata = {"subtask": subtask, "image": image.name, "row": row}
                 name = f"{subtask}/{image.name}/{question}"
-                items.append(Item(name, prompt, answer.strip().lower(), (image,), facts=facts))
-    return items
+                examples.append(
+                    Example(name, prompt, answer.strip().lower(), (image,), metadata=metadata)
+                )
+    return examples
 
 
-def _score(items, predictions, judge=None) -> Score:
+def _scorer(
+    examples: Sequence[Example], predictions: Predictions, /, judge: Judge | None = None
+) -> TaskScore:
     texts = [text or "" for text in predictions]
-    pairs = list(zip(items, texts, strict=True))
+    pairs = list(zip(examples, texts, strict=True))
     details = mme_summary(
-        (item.facts["subtask"], item.facts["image"], text, item.answer) for item, text in pairs
+        (example.metadata["subtask"], example.metadata["image"], text, example.answer)
+        for example, text in pairs
     )
-    values = [float(mme_answer(text) == item.answer) for item, text in pairs]
+    values = [float(mme_answer(text) == example.answer) for example, text in pairs]
     total = details["perception"] + details["cognition"]
-    return Score("perception + cognition", values, details, total=total)
+    return TaskScore("perception + cognition", values, details, total=total)
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -74,8 +86,12 @@ def _read(path: Path) -> dict[str, str]:
     return found
 
 
-def _results(items: list[Item], subtask: str) -> Callable[[Mapping[str, str]], str]:
-    rows = [(item.id, item.facts["row"]) for item in items if item.facts["subtask"] == subtask]
+def _results(examples: list[Example], subtask: str) -> Callable[[Mapping[str, str]], str]:
+    rows = [
+        (example.id, example.metadata["row"])
+        for example in examples
+        if example.metadata["subtask"] == subtask
+    ]
 
     def write(predictions: Mapping[str, str]) -> str:
         # A row is a line: an answer has no tabs and line ends.
@@ -86,14 +102,18 @@ def _results(items: list[Item], subtask: str) -> Callable[[Mapping[str, str]], s
 
 
 @benchmark("mme")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Sum of accuracy and pair accuracy over the subtasks, at most 2800 points."""
-    folder = folder_of("mme", data_root)
-    choose_split("mme", split, ("test",))
-    items = [item for subtask in PERCEPTION + COGNITION for item in _questions(folder, subtask)]
+    folder = benchmark_folder("mme", data_root)
+    check_split("mme", split, ("test",))
+    examples = [
+        example for subtask in PERCEPTION + COGNITION for example in _questions(folder, subtask)
+    ]
     # Both questions of an image count together.
     limit = None if limit is None else limit + limit % 2
-    items = first(items, limit, "mme", SIZE)
-    subtasks = dict.fromkeys(item.facts["subtask"] for item in items)
-    results = {f"mme-submission/{name}.txt": _results(items, name) for name in subtasks}
-    return [VisualTask("mme", items, score=_score, read=_read, submissions=results)]
+    examples = limit_rows(examples, limit, "mme", SIZE)
+    subtasks = dict.fromkeys(example.metadata["subtask"] for example in examples)
+    results = {f"mme-submission/{name}.txt": _results(examples, name) for name in subtasks}
+    return [BenchmarkTask("mme", examples, scorer=_scorer, read=_read, submissions=results)]

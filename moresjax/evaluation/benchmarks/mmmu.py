@@ -10,20 +10,23 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from moresjax.core.errors import UserError
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.evaluation.examples import Item
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     LETTERS,
     PICK_LETTER,
     SHORT,
-    choose_split,
-    first,
-    folder_of,
-    read_rows,
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    result_reader,
 )
+from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.metrics.mmmu import (
     DOMAINS,
     SEED,
@@ -34,31 +37,33 @@ from moresjax.evaluation.metrics.mmmu import (
     parse_open,
     subject_of,
 )
-from moresjax.evaluation.scoring import Score
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import Predictions, TaskScore
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"validation": 900, "dev": 150, "test": 10_500}
 HIDDEN = "?"  # answers of test
 _MARK = re.compile(r" ?<image (\d)>")
 
 
-def _item(row: Mapping) -> Item:
+def _example(row: Mapping) -> Example:
     options = dict(zip(LETTERS + "I", ast.literal_eval(row["options"]), strict=False))
     choice = row["question_type"] == "multiple-choice"
     lines = [row["question"], "", *(f"({letter}) {text}" for letter, text in options.items())]
     text = "\n".join([*lines, *([""] if choice else []), PICK_LETTER if choice else SHORT])
-    # Images go first, in the order of their numbers, as in the prompts LLaVA was trained on.
+    # LLaVA's training data have the images before the question.
     numbers = sorted(set(_MARK.findall(text)))
     images = tuple(row[f"image_{number}"]["bytes"] for number in numbers)
     prompt = "\n".join([*[IMAGE_MARK] * len(images), _MARK.sub("", text).strip()])
     answer = row["answer"]
     if answer.startswith("["):  # several right ones
         answer = ast.literal_eval(answer)
-    facts = {"options": options if choice else {}}
-    return Item(row["id"], prompt, None if answer == HIDDEN else answer, images, facts=facts)
+    metadata = {"options": options if choice else {}}
+    return Example(
+        row["id"], prompt, None if answer == HIDDEN else answer, images, metadata=metadata
+    )
 
 
-def _rows(folder, split: str) -> list[dict]:
+def _rows(folder: Path, split: str) -> list[dict]:
     import pyarrow.parquet
 
     rows = []
@@ -71,53 +76,70 @@ def _rows(folder, split: str) -> list[dict]:
     return rows
 
 
-def _answers(items, predictions) -> list[str | None]:
+def _answers(examples: Sequence[Example], predictions: Predictions) -> list[str | None]:
     """Letters of multiple-choice questions, texts of open ones."""
     rng = random.Random(SEED)
     return [
-        parse_multi_choice(text, item.facts["options"], rng)
-        if text is not None and item.facts["options"]
+        parse_multi_choice(text, example.metadata["options"], rng)
+        if text is not None and example.metadata["options"]
         else text
-        for item, text in zip(items, predictions, strict=True)
+        for example, text in zip(examples, predictions, strict=True)
     ]
 
 
-def _score(items, predictions, judge=None) -> Score:
-    if any(item.answer is None for item in items):
-        return Score("accuracy")
+def _scorer(
+    examples: Sequence[Example], predictions: Predictions, /, judge: Judge | None = None
+) -> TaskScore:
+    if any(example.answer is None for example in examples):
+        return TaskScore("accuracy")
     hits, values = defaultdict(list), []
-    for item, text in zip(items, _answers(items, predictions), strict=True):
+    for example, text in zip(examples, _answers(examples, predictions), strict=True):
         if text is None:
             hit = False
-        elif item.facts["options"]:
-            hit = text in item.answer if isinstance(item.answer, list) else text == item.answer
+        elif example.metadata["options"]:
+            hit = (
+                text in example.answer
+                if isinstance(example.answer, list)
+                else text == example.answer
+            )
         else:
-            hit = is_open_correct(parse_open(text), item.answer)
-        hits[subject_of(item.id)].append(hit)
+            hit = is_open_correct(parse_open(text), example.answer)
+        hits[subject_of(example.id)].append(hit)
         values.append(float(hit))
     guessed = sum(
-        text is not None and find_option(text, item.facts["options"]) is None
-        for item, text in zip(items, predictions, strict=True)
-        if item.facts["options"]
+        text is not None and find_option(text, example.metadata["options"]) is None
+        for example, text in zip(examples, predictions, strict=True)
+        if example.metadata["options"]
     )
-    return Score("accuracy", values, mmmu_summary(hits) | {"guessed": guessed, "seed": SEED})
+    return TaskScore("accuracy", values, mmmu_summary(hits) | {"guessed": guessed, "seed": SEED})
 
 
 @benchmark("mmmu")
-def load(data_root=None, limit: int | None = None, split: str = "validation") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "validation"
+) -> list[BenchmarkTask]:
     """Accuracy by subject and domain; `test` makes the file for the EvalAI server."""
-    folder = folder_of("mmmu", data_root)
-    choose_split("mmmu", split, list(SIZES))
-    rows = first(_rows(folder, split), limit, f"mmmu {split}", SIZES[split])
-    items = [_item(row) for row in rows]
+    folder = benchmark_folder("mmmu", data_root)
+    check_split("mmmu", split, list(SIZES))
+    rows = limit_rows(_rows(folder, split), limit, f"mmmu {split}", SIZES[split])
+    examples = [_example(row) for row in rows]
 
     def submission(predictions: Mapping[str, str]) -> str:
-        texts = [predictions[item.id] for item in items]
-        answers = _answers(items, texts)
-        return json.dumps({item.id: text for item, text in zip(items, answers, strict=True)})
+        texts = [predictions[example.id] for example in examples]
+        answers = _answers(examples, texts)
+        return json.dumps(
+            {example.id: text for example, text in zip(examples, answers, strict=True)}
+        )
 
-    submit = {"mmmu-submission.json": submission} if split == "test" else None
-    read = read_rows("id", "response")
+    submissions = {"mmmu-submission.json": submission} if split == "test" else {}
+    read = result_reader("id", "response")
     return [
-        VisualTask("mmmu", items, max_new_tokens=1024, score=_score, read=read, submissions=submit)
+        BenchmarkTask(
+            "mmmu",
+            examples,
+            max_new_tokens=1024,
+            scorer=_scorer,
+            read=read,
+            submissions=submissions,
+        )
     ]

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from moresjax.core.errors import UserError
-from moresjax.evaluation.benchmarks.cifar import label_items
-from moresjax.evaluation.files import choose_split, folder_of, need_file
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.benchmarks.cifar import label_tasks
+from moresjax.evaluation.files import DataRoot, benchmark_folder, check_split, require_file
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 
 def _read(folder: Path, name: str) -> np.ndarray:
     """An IDX file of bytes: two zeros, type 8, the rank, the sizes as 4 bytes each, the values."""
     packed = folder / f"{name}.gz"
     data = gzip.decompress(packed.read_bytes()) if packed.is_file() else None
-    data = need_file(folder / name).read_bytes() if data is None else data
+    data = require_file(folder / name).read_bytes() if data is None else data
     rank = data[3] if len(data) > 3 else 0
     shape = np.frombuffer(data, ">i4", rank, 4) if len(data) >= 4 + 4 * rank else ()
     values = np.frombuffer(data, np.uint8, offset=min(4 + 4 * rank, len(data)))
@@ -30,11 +30,13 @@ def _read(folder: Path, name: str) -> np.ndarray:
 
 
 @benchmark("mnist")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Accuracy, by MRT's judge or by the digit that is named."""
-    folder = folder_of("mnist", data_root)
-    choose_split("mnist", split, ("test",))
+    folder = benchmark_folder("mnist", data_root)
+    check_split("mnist", split, ("test",))
     images = _read(folder, "t10k-images-idx3-ubyte")
     labels = _read(folder, "t10k-labels-idx1-ubyte")
     grey = np.repeat(images[..., None], 3, axis=-1)
-    return label_items("mnist", grey, labels, [str(i) for i in range(10)], "digit", limit)
+    return label_tasks("mnist", grey, labels, [str(i) for i in range(10)], "digit", limit)

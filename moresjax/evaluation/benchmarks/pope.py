@@ -4,53 +4,58 @@ Files in `pope/`, from https://github.com/RUCAIBox/POPE (`output/coco/`): `coco_
 `coco_pope_popular.json`, `coco_pope_adversarial.json`. Photos in `coco/val2014/`.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
 
-from moresjax.evaluation.examples import Item
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
-    ask,
-    choose_split,
-    first,
-    folder_of,
-    read_lines,
-    read_rows,
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    read_jsonl,
+    result_reader,
 )
 from moresjax.evaluation.metrics.yes_no import pope_answer, pope_summary
-from moresjax.evaluation.scoring import by_item
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import Predictions, example_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 KINDS = ("random", "popular", "adversarial")
 SIZE = 3_000  # an earlier version of `random`, which LLaVA uses, has 2,910
 
 
-def _details(items, predictions, values) -> dict[str, float]:
+def _details(
+    examples: Sequence[Example], predictions: Predictions, scores: Sequence[float]
+) -> dict[str, float]:
     # No answer reads as yes here, but it must not be right.
     texts = [
-        {"yes": "no", "no": "yes"}[item.answer] if text is None else text
-        for item, text in zip(items, predictions, strict=True)
+        {"yes": "no", "no": "yes"}[example.answer] if text is None else text
+        for example, text in zip(examples, predictions, strict=True)
     ]
-    return pope_summary(texts, [item.answer for item in items])
+    return pope_summary(texts, [example.answer for example in examples])
 
 
 @benchmark("pope")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Accuracy, precision, recall and F1 of each kind."""
-    folder = folder_of("pope", data_root)
-    choose_split("pope", split, ("test",))
-    score = by_item(lambda text, label: float(pope_answer(text) == label), _details)
+    folder = benchmark_folder("pope", data_root)
+    check_split("pope", split, ("test",))
+    scorer = example_scorer(lambda text, label: float(pope_answer(text) == label), _details)
     tasks = []
     for kind in KINDS:
-        rows = read_lines(folder, f"coco_pope_{kind}.json")
-        items = [
-            Item(
+        rows = read_jsonl(folder, f"coco_pope_{kind}.json")
+        examples = [
+            Example(
                 str(row["question_id"]),
-                ask(row["text"]),
+                llava_prompt(row["text"]),
                 row["label"],
-                (Path(data_root) / "coco" / "val2014" / row["image"],),
+                (folder.parent / "coco" / "val2014" / row["image"],),
             )
-            for row in first(rows, limit, f"pope {kind}", SIZE, sure=kind != "random")
+            for row in limit_rows(rows, limit, f"pope {kind}", SIZE, strict=kind != "random")
         ]
         # The official answers have no ids: their order is that of the questions.
-        read = read_rows(None, "answer")
-        tasks.append(VisualTask(f"pope_{kind}", items, score=score, read=read))
+        read = result_reader(None, "answer")
+        tasks.append(BenchmarkTask(f"pope_{kind}", examples, scorer=scorer, read=read))
     return tasks

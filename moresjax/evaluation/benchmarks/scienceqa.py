@@ -4,89 +4,97 @@ Files in `scienceqa/`, from https://scienceqa.github.io: `problems.json`, `pid_s
 images as `test/ID/image.png` and `val/ID/image.png`.
 
 `scienceqa` asks everything and `scienceqa_img` the questions with an image, both as LLaVA-1.5 does;
-`scienceqa_img_ft` asks the latter as in the data LLaVA Steering fine-tunes on.
+`scienceqa_img_ft` asks the latter in the words of the data that LLaVA Steering fine-tunes on.
 """
 
 import random
+from pathlib import Path
 
 from moresjax.data.generators import read_json
 from moresjax.data.tasks.scienceqa import records
-from moresjax.evaluation.examples import Item
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     LETTERS,
     PICK_LETTER,
-    ask,
-    choose_split,
-    first,
-    folder_of,
-    read_rows,
-    record_item,
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    example_from_record,
+    limit_rows,
+    llava_prompt,
+    result_reader,
     with_options,
 )
 from moresjax.evaluation.metrics.choices import scienceqa_letter, scienceqa_summary
-from moresjax.evaluation.scoring import by_item
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import example_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"test": 4_241, "val": 4_241, "minitest": 424, "minival": 424}
 WITH_IMAGE = 2_017  # of test
 MAX_NEW_TOKENS = 1024
 
 
-def _task(name: str, items: list[Item]) -> list[VisualTask]:
+def _task(name: str, examples: list[Example]) -> list[BenchmarkTask]:
     # A letter beyond a question's choices is never its answer.
-    score = by_item(
+    scorer = example_scorer(
         lambda text, answer: float(scienceqa_letter(text) == answer),
-        lambda items, texts, values: scienceqa_summary(
-            [item.facts for item in items], [bool(value) for value in values]
+        lambda examples, texts, scores: scienceqa_summary(
+            [example.metadata for example in examples], [bool(score) for score in scores]
         ),
     )
-    read = read_rows("question_id", "text")
-    return [VisualTask(name, items, max_new_tokens=MAX_NEW_TOKENS, score=score, read=read)]
+    read = result_reader("question_id", "text")
+    return [BenchmarkTask(name, examples, max_new_tokens=MAX_NEW_TOKENS, scorer=scorer, read=read)]
 
 
-def _item(folder, name: str, problem: dict) -> Item:
+def _example(folder: Path, name: str, problem: dict) -> Example:
     question = with_options(problem["question"], problem["choices"])
     if problem["hint"]:
         question = f"Context: {problem['hint']}\n{question}"
     # Smaller splits, like minitest, are parts of the large ones and have no images of their own.
     image = problem["image"]
     images = (folder / problem["split"] / name / image,) if image else ()
-    prompt = ask(question, PICK_LETTER, len(images))
-    return Item(name, prompt, LETTERS[problem["answer"]], images, facts=problem)
+    prompt = llava_prompt(question, PICK_LETTER, len(images))
+    return Example(name, prompt, LETTERS[problem["answer"]], images, metadata=problem)
 
 
-def _read(data_root, name: str, split: str):
+def _read(data_root: DataRoot, name: str, split: str) -> tuple[Path, dict[str, dict], list[str]]:
     """Folder, problems by id, and the ids of the split."""
-    folder = folder_of("scienceqa", data_root)
-    choose_split(name, split, list(SIZES))
+    folder = benchmark_folder("scienceqa", data_root)
+    check_split(name, split, list(SIZES))
     problems = read_json(folder, "problems.json")
     return folder, problems, read_json(folder, "pid_splits.json")[split]
 
 
 @benchmark("scienceqa")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Accuracy, also by subject, context and grade."""
     folder, problems, names = _read(data_root, "scienceqa", split)
-    names = first(names, limit, f"scienceqa {split}", SIZES[split])
-    return _task("scienceqa", [_item(folder, n, problems[n]) for n in names])
+    names = limit_rows(names, limit, f"scienceqa {split}", SIZES[split])
+    return _task("scienceqa", [_example(folder, n, problems[n]) for n in names])
 
 
 @benchmark("scienceqa_img")
-def load_img(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load_img(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Accuracy over the questions with an image."""
     folder, problems, names = _read(data_root, "scienceqa_img", split)
     shown = [name for name in names if problems[name]["image"]]
     size = WITH_IMAGE if split == "test" else None
-    shown = first(shown, limit, f"scienceqa_img {split}", size, sure=False)
-    return _task("scienceqa_img", [_item(folder, n, problems[n]) for n in shown])
+    shown = limit_rows(shown, limit, f"scienceqa_img {split}", size, strict=False)
+    return _task("scienceqa_img", [_example(folder, n, problems[n]) for n in shown])
 
 
 @benchmark("scienceqa_img_ft")
-def load_ft(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load_ft(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """The same after task-specific fine-tuning."""
     folder, problems, _ = _read(data_root, "scienceqa_img_ft", split)
     size = WITH_IMAGE if split == "test" else None
     rows = list(records(folder, split, random.Random()))
-    rows = first(rows, limit, f"scienceqa_img_ft {split}", size, sure=False)
-    items = [record_item(row, folder, problems[row["id"]]) for row in rows]
-    return _task("scienceqa_img_ft", items)
+    rows = limit_rows(rows, limit, f"scienceqa_img_ft {split}", size, strict=False)
+    examples = [example_from_record(row, folder, problems[row["id"]]) for row in rows]
+    return _task("scienceqa_img_ft", examples)

@@ -11,30 +11,33 @@ the benchmark's leaderboard.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from moresjax.data.generators import read_json
-from moresjax.evaluation.examples import Item
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     PICK_LETTER,
-    ask,
-    choose_split,
-    first,
-    folder_of,
-    read_rows,
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    result_reader,
     with_options,
 )
 from moresjax.evaluation.metrics.choices import seed_correct, seed_summary
-from moresjax.evaluation.scoring import by_item
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import Predictions, example_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZE = 19_242
 
 
-def _details(items, predictions, values) -> dict[str, float]:
+def _details(
+    examples: Sequence[Example], predictions: Predictions, scores: Sequence[float]
+) -> dict[str, float]:
     return seed_summary(
-        (item.facts["type"], item.facts["data"], bool(value))
-        for item, value in zip(items, values, strict=True)
+        (example.metadata["type"], example.metadata["data"], bool(score))
+        for example, score in zip(examples, scores, strict=True)
     )
 
 
@@ -43,35 +46,48 @@ def _submission(predictions: Mapping[str, str]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def _tasks(name: str, rank: bool, data_root, limit, split) -> list[VisualTask]:
-    folder = folder_of("seed_bench", data_root)
-    choose_split(name, split, ("test",))
+def _tasks(
+    name: str, rank: bool, data_root: DataRoot, limit: int | None, split: str
+) -> list[BenchmarkTask]:
+    folder = benchmark_folder("seed_bench", data_root)
+    check_split(name, split, ("test",))
     data = read_json(folder, "SEED-Bench.json")
     types = {number: kind for kind, number in data["question_type"].items()}
-    items = []
-    for row in first(data["questions"], limit, name, SIZE, sure=False):
+    examples = []
+    for row in limit_rows(data["questions"], limit, name, SIZE, strict=False):
         options = [row[f"choice_{letter}"] for letter in "abcd"]
         image = folder / "SEED-Bench-image" / str(row["data_id"])
         if row["data_type"] == "video":
             frame = f"{row['question_type_id']}_{row['question_id']}.png"
             image = folder / "SEED-Bench-video-image" / frame
         question = row["question"]
-        asked = ask(question, "") if rank else ask(with_options(question, options), PICK_LETTER)
-        facts = {"type": types[row["question_type_id"]], "data": row["data_type"]}
+        asked = (
+            llava_prompt(question, "")
+            if rank
+            else llava_prompt(with_options(question, options), PICK_LETTER)
+        )
+        metadata = {"type": types[row["question_type_id"]], "data": row["data_type"]}
         choices = tuple(options) if rank else ()
-        items.append(Item(str(row["question_id"]), asked, row["answer"], (image,), choices, facts))
-    score, read = by_item(seed_correct, _details), read_rows("question_id", "prediction")
-    submit = {f"{name}-submission.jsonl": _submission}
-    return [VisualTask(name, items, score=score, read=read, submissions=submit)]
+        examples.append(
+            Example(str(row["question_id"]), asked, row["answer"], (image,), choices, metadata)
+        )
+    scorer = example_scorer(seed_correct, _details)
+    read = result_reader("question_id", "prediction")
+    submissions = {f"{name}-submission.jsonl": _submission}
+    return [BenchmarkTask(name, examples, scorer=scorer, read=read, submissions=submissions)]
 
 
 @benchmark("seed_bench")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Accuracy of generated letters, by question type."""
     return _tasks("seed_bench", False, data_root, limit, split)
 
 
 @benchmark("seed_bench_rank")
-def load_rank(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load_rank(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Accuracy of ranked choices, by question type."""
     return _tasks("seed_bench_rank", True, data_root, limit, split)

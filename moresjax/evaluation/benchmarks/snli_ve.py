@@ -5,20 +5,19 @@ Files in `snli_ve/`, made as https://github.com/necla-ml/SNLI-VE describes: `snl
 this one names the three labels.
 """
 
-from pathlib import Path
-
-from moresjax.evaluation.examples import Item
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     SHORT,
-    ask,
-    choose_split,
-    first,
-    folder_of,
-    read_lines,
-    read_rows,
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    read_jsonl,
+    result_reader,
 )
-from moresjax.evaluation.scoring import one_label
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import label_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"test": 17_901, "dev": None}
 LABELS = ("entailment", "neutral", "contradiction")
@@ -26,22 +25,24 @@ QUESTION = "Is its relation to the image entailment, neutral or contradiction?"
 
 
 @benchmark("snli_ve")
-def load(data_root=None, limit: int | None = None, split: str = "test") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
     """Accuracy, by MRT's judge or by the label that is named."""
-    folder = folder_of("snli_ve", data_root)
-    choose_split("snli_ve", split, list(SIZES))
-    rows = read_lines(folder, f"snli_ve_{split}.jsonl")
+    folder = benchmark_folder("snli_ve", data_root)
+    check_split("snli_ve", split, list(SIZES))
+    rows = read_jsonl(folder, f"snli_ve_{split}.jsonl")
     # Pairs without a majority among the annotators have no label.
     rows = [row for row in rows if row["gold_label"] in LABELS]
-    photos = Path(data_root) / "flickr30k" / "flickr30k-images"
-    items = [
-        Item(
+    photos = folder.parent / "flickr30k" / "flickr30k-images"
+    examples = [
+        Example(
             row["pairID"],
-            ask(f"Statement: {row['sentence2']}\n{QUESTION}", SHORT),
+            llava_prompt(f"Statement: {row['sentence2']}\n{QUESTION}", SHORT),
             row["gold_label"],
             (photos / f"{row['Flickr30K_ID']}.jpg",),
         )
-        for row in first(rows, limit, f"snli_ve {split}", SIZES[split])
+        for row in limit_rows(rows, limit, f"snli_ve {split}", SIZES[split])
     ]
-    read = read_rows("pairID", "prediction")
-    return [VisualTask("snli_ve", items, score=one_label(LABELS), read=read)]
+    read = result_reader("pairID", "prediction")
+    return [BenchmarkTask("snli_ve", examples, scorer=label_scorer(LABELS), read=read)]

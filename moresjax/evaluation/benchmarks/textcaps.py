@@ -10,10 +10,18 @@ from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
 from moresjax.evaluation.benchmarks.textvqa import ocr_lines
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import CAPTION, ask, choose_split, first, folder_of, read_rows
-from moresjax.evaluation.scoring import captions
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    CAPTION,
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    result_reader,
+)
+from moresjax.evaluation.scoring import caption_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SPLITS = ("val", "test")
 
@@ -23,27 +31,34 @@ def _submission(predictions: Mapping[str, str]) -> str:
 
 
 @benchmark("textcaps")
-def load(data_root=None, limit: int | None = None, split: str = "val") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "val"
+) -> list[BenchmarkTask]:
     """CIDEr-D, BLEU and ROUGE-L on `val`; `test` makes the file for the EvalAI server."""
-    folder = folder_of("textcaps", data_root)
-    choose_split("textcaps", split, SPLITS)
+    folder = benchmark_folder("textcaps", data_root)
+    check_split("textcaps", split, SPLITS)
     # There is a row per caption, and every row has all captions of its photo.
     rows = {row["image_id"]: row for row in read_json(folder, f"TextCaps_0.1_{split}.json")["data"]}
     lines = ocr_lines(folder, split)
     photos = folder / ("test_images" if split == "test" else "train_images")
-    items = [
-        Item(
+    examples = [
+        Example(
             name,
-            ask(f"{CAPTION}\n{lines.get(name, 'Reference OCR token: ')}", ""),
+            llava_prompt(f"{CAPTION}\n{lines.get(name, 'Reference OCR token: ')}", ""),
             row["reference_strs"] if split == "val" else None,
             (photos / f"{name}.jpg",),
         )
-        for name, row in first(list(rows.items()), limit, f"textcaps {split}")
+        for name, row in limit_rows(list(rows.items()), limit, f"textcaps {split}")
     ]
-    read = read_rows("image_id", "caption")
-    submit = {"textcaps-submission.json": _submission} if split == "test" else None
+    read = result_reader("image_id", "caption")
+    submissions = {"textcaps-submission.json": _submission} if split == "test" else {}
     return [
-        VisualTask(
-            "textcaps", items, max_new_tokens=1024, score=captions, read=read, submissions=submit
+        BenchmarkTask(
+            "textcaps",
+            examples,
+            max_new_tokens=1024,
+            scorer=caption_scorer,
+            read=read,
+            submissions=submissions,
         )
     ]

@@ -11,19 +11,27 @@ an OCR system found.
 import json
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 from moresjax.data.generators import read_json
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    result_reader,
+)
 from moresjax.evaluation.metrics.judged import rule_mrt
 from moresjax.evaluation.metrics.vqa import m4c_accuracy
-from moresjax.evaluation.scoring import by_item, same_answer
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import example_scorer, same_answer_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"val": 5_000, "test": None}
 
 
-def ocr_lines(folder, split: str) -> dict[str, str]:
+def ocr_lines(folder: Path, split: str) -> dict[str, str]:
     """The line that lists an image's OCR tokens, by image."""
     found = read_json(folder, f"TextVQA_Rosetta_OCR_v0.2_{split}.json")["data"]
     return {
@@ -31,20 +39,22 @@ def ocr_lines(folder, split: str) -> dict[str, str]:
     }
 
 
-def _items(name: str, data_root, limit: int | None, split: str) -> list[Item]:
-    folder = folder_of("textvqa", data_root)
-    choose_split(name, split, list(SIZES))
+def _examples(name: str, data_root: DataRoot, limit: int | None, split: str) -> list[Example]:
+    folder = benchmark_folder("textvqa", data_root)
+    check_split(name, split, list(SIZES))
     rows = read_json(folder, f"TextVQA_0.5.1_{split}.json")["data"]
     lines = ocr_lines(folder, split)
     photos = folder / ("test_images" if split == "test" else "train_images")
     return [
-        Item(
+        Example(
             str(row["question_id"]),
-            ask(f"{row['question']}\n{lines.get(row['image_id'], 'Reference OCR token: ')}"),
+            llava_prompt(
+                f"{row['question']}\n{lines.get(row['image_id'], 'Reference OCR token: ')}"
+            ),
             row.get("answers"),
             (photos / f"{row['image_id']}.jpg",),
         )
-        for row in first(rows, limit, f"{name} {split}", SIZES[split])
+        for row in limit_rows(rows, limit, f"{name} {split}", SIZES[split])
     ]
 
 
@@ -55,22 +65,29 @@ def _submission(predictions: Mapping[str, str]) -> str:
 
 
 @benchmark("textvqa")
-def load(data_root=None, limit: int | None = None, split: str = "val") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "val"
+) -> list[BenchmarkTask]:
     """VQA accuracy of M4C's evaluator on `val`; `test` makes the file for the EvalAI server."""
-    items = _items("textvqa", data_root, limit, split)
-    score, read = by_item(m4c_accuracy, name="VQA accuracy"), read_rows("question_id", "answer")
-    submit = {"textvqa-submission.json": _submission} if split == "test" else None
-    return [VisualTask("textvqa", items, score=score, read=read, submissions=submit)]
+    examples = _examples("textvqa", data_root, limit, split)
+    scorer = example_scorer(m4c_accuracy, name="VQA accuracy")
+    read = result_reader("question_id", "answer")
+    submissions = {"textvqa-submission.json": _submission} if split == "test" else {}
+    return [BenchmarkTask("textvqa", examples, scorer=scorer, read=read, submissions=submissions)]
 
 
 @benchmark("textvqa_judged")
-def load_judged(data_root=None, limit: int | None = None, split: str = "val") -> list[VisualTask]:
+def load_judged(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "val"
+) -> list[BenchmarkTask]:
     """Share of answers that a judge finds equal to the most frequent one."""
-    choose_split("textvqa_judged", split, ("val",))
-    items = [
-        Item(item.id, item.prompt, Counter(item.answer).most_common(1)[0][0], item.images)
-        for item in _items("textvqa_judged", data_root, limit, split)
+    check_split("textvqa_judged", split, ("val",))
+    examples = [
+        Example(
+            example.id, example.prompt, Counter(example.answer).most_common(1)[0][0], example.images
+        )
+        for example in _examples("textvqa_judged", data_root, limit, split)
     ]
-    score = same_answer(lambda text, answer: float(rule_mrt(text, answer) == "Yes"))
-    read = read_rows("question_id", "answer")
-    return [VisualTask("textvqa_judged", items, score=score, read=read)]
+    scorer = same_answer_scorer(lambda text, answer: float(rule_mrt(text, answer) == "Yes"))
+    read = result_reader("question_id", "answer")
+    return [BenchmarkTask("textvqa_judged", examples, scorer=scorer, read=read)]

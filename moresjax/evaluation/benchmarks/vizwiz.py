@@ -3,7 +3,8 @@
 Files in `vizwiz/`, from https://vizwiz.org/tasks-and-datasets/vqa/: `Annotations/val.json` and
 `val/`; for the server `Annotations/test.json` and `test/`.
 
-`vizwiz` asks as LLaVA-1.5 does, `vizwiz_ft` as in the data LLaVA Steering fine-tunes on.
+`vizwiz` asks as LLaVA-1.5 does, `vizwiz_ft` in the words of the data that LLaVA Steering
+fine-tunes on.
 """
 
 import json
@@ -11,11 +12,18 @@ from collections.abc import Mapping, Sequence
 
 from moresjax.data.generators import SHORT, read_json
 from moresjax.data.tasks.vizwiz import HINT
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_rows
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    result_reader,
+)
 from moresjax.evaluation.metrics.vqa import normalize_m4c, vqa_accuracy
-from moresjax.evaluation.scoring import by_item, percent_by
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import example_scorer, percent_by
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"val": 4_319, "test": 8_000}
 HINT_LLAVA = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -31,33 +39,39 @@ def _submission(predictions: Mapping[str, str]) -> str:
     )
 
 
-def _tasks(name: str, hint: str, data_root, limit: int | None, split: str) -> list[VisualTask]:
-    folder = folder_of("vizwiz", data_root)
-    choose_split(name, split, list(SIZES))
+def _tasks(
+    name: str, hint: str, data_root: DataRoot, limit: int | None, split: str
+) -> list[BenchmarkTask]:
+    folder = benchmark_folder("vizwiz", data_root)
+    check_split(name, split, list(SIZES))
     rows = read_json(folder, f"Annotations/{split}.json")
-    items = [
-        Item(
+    examples = [
+        Example(
             row["image"],
-            ask(row["question"] + hint, ""),
+            llava_prompt(row["question"] + hint, ""),
             [answer["answer"] for answer in row["answers"]] if split == "val" else None,
             (folder / split / row["image"],),
-            facts={"answer_type": row.get("answer_type", "")},
+            metadata={"answer_type": row.get("answer_type", "")},
         )
-        for row in first(rows, limit, f"{name} {split}", SIZES[split], split == "val")
+        for row in limit_rows(rows, limit, f"{name} {split}", SIZES[split], split == "val")
     ]
-    submit = {f"{name}-submission.json": _submission} if split == "test" else None
-    score = by_item(_accuracy, percent_by("answer_type"), "VQA accuracy")
-    read = read_rows("image", "answer")
-    return [VisualTask(name, items, score=score, read=read, submissions=submit)]
+    submissions = {f"{name}-submission.json": _submission} if split == "test" else {}
+    scorer = example_scorer(_accuracy, percent_by("answer_type"), "VQA accuracy")
+    read = result_reader("image", "answer")
+    return [BenchmarkTask(name, examples, scorer=scorer, read=read, submissions=submissions)]
 
 
 @benchmark("vizwiz")
-def load(data_root=None, limit: int | None = None, split: str = "val") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "val"
+) -> list[BenchmarkTask]:
     """VQA accuracy on `val`; `test` makes the file for the EvalAI server."""
     return _tasks("vizwiz", f"\n{HINT_LLAVA}\n{SHORT}", data_root, limit, split)
 
 
 @benchmark("vizwiz_ft")
-def load_ft(data_root=None, limit: int | None = None, split: str = "val") -> list[VisualTask]:
+def load_ft(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "val"
+) -> list[BenchmarkTask]:
     """The same after task-specific fine-tuning."""
     return _tasks("vizwiz_ft", f" {HINT} {SHORT}", data_root, limit, split)

@@ -10,30 +10,42 @@ import json
 from collections.abc import Mapping
 
 from moresjax.data.generators import read_json
-from moresjax.evaluation.benchmarks.okvqa import vqa_items
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import ask, choose_split, coco_image, first, folder_of, read_rows
+from moresjax.evaluation.benchmarks.okvqa import vqa_examples
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    coco_image,
+    limit_rows,
+    llava_prompt,
+    result_reader,
+)
 from moresjax.evaluation.metrics.vqa import normalize_m4c, vqa_accuracy
-from moresjax.evaluation.scoring import by_item, percent_by
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.scoring import example_scorer, percent_by
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"val": 214_354, "test": 447_793, "test-dev": 107_394}
 ALL = "v2_OpenEnded_mscoco_test2015_questions.json"
 
 
 @benchmark("vqav2")
-def load(data_root=None, limit: int | None = None, split: str = "val") -> list[VisualTask]:
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "val"
+) -> list[BenchmarkTask]:
     """VQA accuracy on `val`; `test-dev` and `test` make the file for the EvalAI server."""
-    folder = folder_of("vqav2", data_root)
-    choose_split("vqav2", split, list(SIZES))
-    score = by_item(vqa_accuracy, percent_by("answer_type", "question_type"), "VQA accuracy")
-    read = read_rows("question_id", "answer")
+    folder = benchmark_folder("vqav2", data_root)
+    check_split("vqav2", split, list(SIZES))
+    scorer = example_scorer(
+        vqa_accuracy, percent_by("answer_type", "question_type"), "VQA accuracy"
+    )
+    read = result_reader("question_id", "answer")
     if split == "val":
-        items = vqa_items("v2_", folder, data_root)
-        items = first(items, limit, "vqav2 val", SIZES[split])
-        return [VisualTask("vqav2", items, score=score, read=read)]
+        examples = vqa_examples("v2_", folder, data_root)
+        examples = limit_rows(examples, limit, "vqav2 val", SIZES[split])
+        return [BenchmarkTask("vqav2", examples, scorer=scorer, read=read)]
     file = f"v2_OpenEnded_mscoco_{split}2015_questions.json"
-    rows = first(
+    rows = limit_rows(
         read_json(folder, file)["questions"], limit, f"vqav2 {split}", SIZES[split], split == "test"
     )
     everything = [str(row["question_id"]) for row in read_json(folder, ALL)["questions"]]
@@ -47,13 +59,13 @@ def load(data_root=None, limit: int | None = None, split: str = "val") -> list[V
             ]
         )
 
-    items = [
-        Item(
+    examples = [
+        Example(
             str(row["question_id"]),
-            ask(row["question"]),
+            llava_prompt(row["question"]),
             images=(coco_image(data_root, "test2015", row["image_id"]),),
         )
         for row in rows
     ]
-    submit = {"vqav2-submission.json": submission}
-    return [VisualTask("vqav2", items, score=score, read=read, submissions=submit)]
+    submissions = {"vqav2-submission.json": submission}
+    return [BenchmarkTask("vqav2", examples, scorer=scorer, read=read, submissions=submissions)]

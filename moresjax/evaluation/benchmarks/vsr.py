@@ -4,10 +4,18 @@ Files in `vsr/`, from https://github.com/cambridgeltl/visual-spatial-reasoning:
 `data/splits/zeroshot/test.jsonl` (and `random`, `train`, `dev`), and the photos in `images/`.
 """
 
-from moresjax.evaluation.examples import Item
-from moresjax.evaluation.files import ask, choose_split, first, folder_of, read_lines, read_rows
-from moresjax.evaluation.scoring import one_label
-from moresjax.evaluation.tasks import VisualTask, benchmark
+from moresjax.evaluation.examples import Example
+from moresjax.evaluation.files import (
+    DataRoot,
+    benchmark_folder,
+    check_split,
+    limit_rows,
+    llava_prompt,
+    read_jsonl,
+    result_reader,
+)
+from moresjax.evaluation.scoring import label_scorer
+from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {
     "zeroshot_test": 1_222,
@@ -21,20 +29,20 @@ YES_NO = "Please answer yes or no."
 
 @benchmark("vsr")
 def load(
-    data_root=None, limit: int | None = None, split: str = "zeroshot_test"
-) -> list[VisualTask]:
+    data_root: DataRoot = None, limit: int | None = None, split: str = "zeroshot_test"
+) -> list[BenchmarkTask]:
     """Accuracy, by MRT's judge or by the word yes or no."""
-    folder = folder_of("vsr", data_root)
-    kind, _, part = choose_split("vsr", split, list(SIZES)).partition("_")
-    rows = read_lines(folder, f"data/splits/{kind}/{part}.jsonl")
-    items = [
-        Item(
+    folder = benchmark_folder("vsr", data_root)
+    kind, _, part = check_split("vsr", split, list(SIZES)).partition("_")
+    rows = read_jsonl(folder, f"data/splits/{kind}/{part}.jsonl")
+    examples = [
+        Example(
             str(number),
-            ask(f"{row['caption']} {YES_NO}", ""),
+            llava_prompt(f"{row['caption']} {YES_NO}", ""),
             LABELS[row["label"]],
             (folder / "images" / row["image"],),
         )
-        for number, row in enumerate(first(rows, limit, f"vsr {split}", SIZES[split]))
+        for number, row in enumerate(limit_rows(rows, limit, f"vsr {split}", SIZES[split]))
     ]
-    read = read_rows(None, "prediction")
-    return [VisualTask("vsr", items, score=one_label(LABELS), read=read)]
+    read = result_reader(None, "prediction")
+    return [BenchmarkTask("vsr", examples, scorer=label_scorer(LABELS), read=read)]

@@ -1,0 +1,82 @@
+"""Scores of saved predictions, without a model."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from moresjax.core.errors import UserError
+from moresjax.evaluation.files import read_log
+from moresjax.evaluation.judges import CachedJudge, Judge
+from moresjax.evaluation.predictions import FILE, read_predictions
+from moresjax.evaluation.results import EvaluationResult, fingerprints, score_task
+from moresjax.evaluation.tasks import BenchmarkTask, load_tasks
+
+
+def rescore(
+    task: str,
+    predictions: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    limit: int | None = None,
+    split: str | None = None,
+    judge: Judge | None = None,
+    out: str | Path | None = None,
+) -> EvaluationResult:
+    """Scores saved predictions without a model.
+
+    >>> import json, tempfile
+    >>> from moresjax.evaluation.tasks import load_benchmark
+    >>> questions = [e for task in load_benchmark("digits", limit=2) for e in task.examples]
+    >>> file = Path(tempfile.mkdtemp(), "answers.json")
+    >>> _ = file.write_text(json.dumps({e.id: e.answer for e in questions}))
+    >>> rescore("digits", file, limit=2).mean_accuracy
+    1.0
+
+    Args:
+      task: The name of a benchmark.
+      predictions: Our `predictions.jsonl`, or the benchmark's own result format; a folder with a
+        file `TASK.jsonl` or `TASK.json` for each task where the benchmark has several.
+      data_root: The folder of the benchmarks' official files.
+      limit: The most examples per task.
+      split: The split of the data; by default the benchmark's own.
+      judge: Grades answers where the benchmark wants it.
+      out: The directory where a judge's replies are kept while they come, and which the result is
+        to be written into.
+
+    Raises:
+      UserError: The task is unknown, a file is missing or has no prediction for the benchmark's
+        questions, it does not say which task they are of, or `out` holds predictions of another
+        model.
+    """
+    start = time.monotonic()
+    judge = judge if judge is None or out is None else CachedJudge(judge, out)
+    tasks = load_tasks([task], data_root, limit, split)
+    files = {each.name: _file_of(Path(predictions), each, len(tasks)) for each in tasks}
+    answered = []
+    for each in tasks:
+        file = files[each.name]
+        others = [other for other in tasks if other is not each and files[other.name] == file]
+        answered.append((each, *read_predictions(each, file, others)))
+    made = {
+        fingerprints(provenance.get(name, {}))
+        for _, found, provenance in answered
+        for name in found
+    }
+    if out is not None and any(fingerprints(row) not in made for row in read_log(Path(out) / FILE)):
+        raise UserError(f"{out} holds predictions of another model; choose another directory")
+    result = EvaluationResult()
+    for each, found, provenance in answered:
+        result = result.joined(score_task(each, found, provenance=provenance, judge=judge))
+    if len(made) == 1:
+        model, processor = made.pop()
+        result = dataclasses.replace(result, model=model, processor={"hash": processor})
+    return dataclasses.replace(result, seconds=time.monotonic() - start)
+
+
+def _file_of(path: Path, task: BenchmarkTask, tasks: int) -> Path:
+    """The file of a task, where a benchmark of several is given a folder with one for each."""
+    inside = [path / f"{task.name}{ending}" for ending in (".jsonl", ".json")]
+    found = next((file for file in inside if file.is_file()), path)
+    if tasks > 1 and found.is_dir():
+        raise UserError(f"{path} has no {task.name}.jsonl; the folder needs one file per task")
+    return found

@@ -1,0 +1,203 @@
+"""What an evaluation returns, and the directory that keeps it."""
+
+import dataclasses
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import lm_eval
+import numpy as np
+
+from moresjax._version import __version__
+from moresjax.analysis.attention import AttentionSummary
+from moresjax.evaluation.files import read_log, replace_file, write_log
+from moresjax.evaluation.judges import Judge
+from moresjax.evaluation.predictions import FILE, provenance_of, row_key, short_hash
+from moresjax.evaluation.scoring import TaskScore
+from moresjax.evaluation.tasks import BenchmarkTask
+
+RESULTS = "results.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """Scores of one model.
+
+    Attributes:
+      scores: Per task `benchmark`, `metric`, `score` (None when only a server or a judge can tell,
+        or nothing could be asked), `fraction` (whether it is a share of what is right), `stderr`
+        (None for points), `n`, `missing`, `max_new_tokens`, `prompt_hash`, `details` of the
+        benchmark's own tool, and where they apply `judge` and `errors` (questions that could not
+        be asked or judged).
+      predictions: One entry per answered question, in task order.
+      attention: Attention statistics over all questions, when they were asked for.
+      seconds: The wall time.
+      submissions: File name -> content, for the servers and judges of benchmarks.
+      model: The model's fingerprint; empty for saved predictions that do not name one model.
+      processor: Template, image size and the like, with their `hash`.
+    """
+
+    scores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    predictions: list[dict] = dataclasses.field(default_factory=list, repr=False)
+    attention: AttentionSummary | None = None
+    seconds: float = 0.0
+    submissions: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
+    model: str = ""
+    processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def mean_accuracy(self) -> float | None:
+        """The mean over tasks; None unless every score is a share of what is right."""
+        return _mean(self.scores)
+
+    def joined(self, more: "EvaluationResult") -> "EvaluationResult":
+        """This result with the tasks of another one behind its own."""
+        return dataclasses.replace(
+            self,
+            scores=self.scores | more.scores,
+            predictions=self.predictions + more.predictions,
+            submissions=self.submissions | more.submissions,
+        )
+
+
+def _mean(scores: Mapping[str, Mapping]) -> float | None:
+    values = [entry["score"] for entry in scores.values() if entry.get("fraction")]
+    if not scores or len(values) < len(scores) or None in values:
+        return None
+    return float(np.mean(values))
+
+
+def score_task(
+    task: BenchmarkTask,
+    found: Mapping[str, str],
+    *,
+    errors: Mapping[str, str] | None = None,
+    provenance: Mapping[str, Mapping[str, str]] | None = None,
+    judge: Judge | None = None,
+) -> EvaluationResult:
+    """Score, rows and submissions of one task.
+
+    Args:
+      task: The task.
+      found: Predictions by example id; a missing one counts as wrong.
+      errors: By example id, why a question could not be asked.
+      provenance: By example id, the fingerprints of the model and processor that answered.
+      judge: Grades answers where the benchmark wants it.
+    """
+    texts = [found.get(example.id) for example in task.examples]
+    score = task.scorer(task.examples, texts, judge=judge)
+    if not found:  # nothing was asked: that is not the model's score
+        score = TaskScore(score.metric, fraction=score.fraction)
+    errors = {**(errors or {}), **score.errors}
+    entry = {
+        "benchmark": task.benchmark,
+        "metric": score.metric,
+        "score": score.value,
+        "fraction": score.fraction and score.total is None,
+        "stderr": score.stderr,
+        "n": len(texts),
+        "missing": texts.count(None) + len(score.errors),
+        "max_new_tokens": task.max_new_tokens,
+        "prompt_hash": short_hash("\0".join(example.prompt for example in task.examples)),
+        "details": dict(score.details),
+        **({"judge": dict(score.judge)} if score.judge else {}),
+        **({"errors": errors} if errors else {}),
+    }
+    values = score.per_example or [None] * len(texts)
+    rows = [
+        {
+            "task": task.name,
+            "id": example.id,
+            "prompt": example.prompt,
+            "prediction": text,
+            "answer": example.answer,
+            "score": None if example.id in score.errors else value,
+            **provenance_of((provenance or {}).get(example.id, {})),
+        }
+        for example, text, value in zip(task.examples, texts, values, strict=True)
+        if text is not None
+    ]
+    given = {example.id: found.get(example.id, "") for example in task.examples}
+    submissions = {name: write(given) for name, write in task.submissions.items() if found}
+    return EvaluationResult({task.name: entry}, rows, submissions=submissions)
+
+
+def write_results(result: EvaluationResult, out: str | Path, **facts: Any) -> Path:
+    """Writes `results.json`, `predictions.jsonl` and submission files into a directory.
+
+    Predictions that are there stay there, unless the result has the same question, or another
+    model has answered the task. Scores that are there stay there if they are of the same model.
+
+    Args:
+      result: The result to write.
+      out: The directory; it is made where it does not exist.
+      facts: Further entries of `results.json`, such as the model's folder.
+
+    Returns:
+      The path of `results.json`.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_log(out / FILE, [*_other_rows(result, out / FILE), *result.predictions])
+    for name, text in result.submissions.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text, encoding="utf-8")
+    earlier = _earlier(result, out / RESULTS)
+    scores = earlier.get("scores", {}) | result.scores
+    data: dict[str, Any] = {
+        **facts,
+        "fingerprint": result.model,
+        "processor": {**earlier.get("processor", {}), **result.processor},
+        "decoding": "greedy",
+        # What a benchmark draws has its seed in the details; requests of lm_eval that are drawn
+        # have their place in the list.
+        "seed": None,
+        "version": __version__,
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "lm_eval": lm_eval.__version__,
+        },
+        "seconds": round(result.seconds, 2),
+        "mean_accuracy": _mean(scores),
+        "scores": scores,
+    }
+    if result.attention is not None:
+        data["attention"] = result.attention.to_dict()
+    replace_file(out / RESULTS, json.dumps(data, indent=2) + "\n")
+    return out / RESULTS
+
+
+def _other_rows(result: EvaluationResult, path: Path) -> list[dict]:
+    """Rows of a file that stay beside those of the result."""
+    fresh = {row_key(row) for row in result.predictions}
+    made = {fingerprints(row) for row in result.predictions} | {_fingerprints_of(result)}
+    return [
+        row
+        for row in read_log(path)
+        if row_key(row) not in fresh
+        and (row["task"] not in result.scores or fingerprints(row) in made)
+    ]
+
+
+def _earlier(result: EvaluationResult, path: Path) -> dict[str, Any]:
+    """The content of `results.json`, if it is of the same model."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    made = data.get("fingerprint"), data.get("processor", {}).get("hash", "")
+    return data if made == _fingerprints_of(result) else {}
+
+
+def fingerprints(row: Mapping) -> tuple[str, str]:
+    """The fingerprints of the model and the processor behind a row."""
+    made = provenance_of(row)
+    return made["model"], made["processor"]
+
+
+def _fingerprints_of(result: EvaluationResult) -> tuple[str, str]:
+    return result.model, result.processor.get("hash", "")
