@@ -46,7 +46,7 @@ COUNTED = [
 ]
 # Settings of a plan by the names that version 0.1 gave them.
 SETTINGS = {"max_seq_len": "length", "images_per_row": "images"}
-SECONDS = ("seconds", "second", "memory", "per_s", "rate", "elapsed", "time")
+SECONDS = ("stages", "seconds", "second", "memory", "per_s", "rate", "elapsed", "time")
 
 
 def run(*arguments: str) -> dict:
