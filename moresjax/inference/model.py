@@ -44,7 +44,7 @@ from moresjax.generation.state import Generation, PrefixCache
 from moresjax.generation.text import check_stops, cut_at_stop, has_stop
 from moresjax.models.fused_attention import kernel_for
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.build import name_words
+from moresjax.runs.processor import name_words
 from moresjax.sharding.mesh import shard_params, use_mesh
 from moresjax.tuning.base import Probe
 from moresjax.tuning.merge import merged
