@@ -157,7 +157,7 @@ def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.nd
     Returns:
       The tokens as text and their head-averaged attention per layer on the V visual tokens.
     """
-    generation = model.generate_rows([row], max_new_tokens)
+    generation = model.service.generate_rows([row], max_new_tokens)
     count = int(generation.length[0])
     tokens = np.asarray(generation.tokens)[0, :count]
     whole = row.append(tokens)

@@ -66,7 +66,7 @@ LIBTPU = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class TpuSlice:
     """Chips that are wired together, such as `v5e` of shape `(4, 4)`."""
 
     chip_name: str
@@ -121,7 +121,7 @@ def chip_of(device_kind: str) -> Chip | None:
     return CHIPS.get(_KINDS.get(device_kind, ""))
 
 
-def find_slice(name: str) -> Slice:
+def find_slice(name: str) -> TpuSlice:
     """A slice by Google's name (`v5e-8`, `v5p-8`: four chips) or by its shape (`v5e:2x4`).
 
     Raises:
@@ -140,4 +140,4 @@ def find_slice(name: str) -> Slice:
     if len(shape) != ndim or not all(n.isdigit() and int(n) for n in shape):
         example = _FLAT[8] if ndim == 2 else _CUBE[8]
         raise UserError(f"the shape of a {chip} slice looks like {chip}:{example}, got {name!r}")
-    return Slice(chip, tuple(map(int, shape)))
+    return TpuSlice(chip, tuple(map(int, shape)))

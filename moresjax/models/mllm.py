@@ -177,7 +177,7 @@ class MLLM(nnx.Module):
             seen = mask if queries is None else visible(full, queries + start)
             context = ProbeContext(jnp.asarray(full.kind), seen, queries)
         hooks = self.tuning.hooks(
-            batch, key=key, probes=probes, context=context, part=chunk and chunk.select
+            batch, key=key, probes=probes, context=context, cut=chunk and chunk.select
         )
         tower = hooks.tower("llm")
         h = self.embed(batch, hooks, chunk)

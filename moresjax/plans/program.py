@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from moresjax.hardware.chips import GIB, Slice
+from moresjax.hardware.chips import GIB, TpuSlice
 from moresjax.models.flops import StepFlops
 from moresjax.plans.collectives import collectives, totals
 
@@ -119,7 +119,7 @@ class Program:
     def plan(
         self,
         name: str,
-        target: Slice,
+        target: TpuSlice,
         mesh: Mesh,
         *,
         flops: StepFlops,

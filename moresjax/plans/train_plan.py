@@ -27,8 +27,8 @@ from jax.sharding import Mesh
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenLayout
 from moresjax.data.pipeline import structure_for
-from moresjax.data.sources import SOURCES
-from moresjax.hardware.chips import Slice, find_slice
+from moresjax.data.sources import source_class
+from moresjax.hardware.chips import TpuSlice, find_slice
 from moresjax.models.flops import train_flops
 from moresjax.models.mllm import MLLM
 from moresjax.plans.program import Plan, Program, bytes_per_chip, shaped, weight_bytes
@@ -103,7 +103,7 @@ def plan(config: AnyConfig, topology: str, quick: bool = False) -> Plan:
     )
 
 
-def find_mesh(config: RunConfig, topology: str) -> tuple[Slice, Mesh]:
+def find_mesh(config: RunConfig, topology: str) -> tuple[TpuSlice, Mesh]:
     """A slice by name, and the mesh of a configuration over its chips."""
     target = find_slice(topology)
     return target, make_mesh(**dataclasses.asdict(config.mesh), devices=target.devices())
@@ -150,7 +150,7 @@ def abstract_step(
     step_shape = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     leaves = [step_shape, *jax.tree.leaves((trainable, moments))]
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    structure = structure_for(SOURCES.get(config.data["name"]), config.batching)
+    structure = structure_for(source_class(config.data["name"]), config.batching)
     batch = abstract_batch(config, mesh, config.max_seq_len, structure)
     step = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
     return state, frozen, batch, step

@@ -215,7 +215,7 @@ def _loop(run: _Run) -> tuple[TrainResult, bool]:
                 reports.writer.write(done, found)
             if saves:
                 checkpoints.save(state, run.iterator.get_state())
-                run.iterator.bad.save(workdir / SKIPPED.format(jax.process_index()))
+                run.iterator.skip_policy.save(workdir / SKIPPED.format(jax.process_index()))
         seconds = time.monotonic() - start
     return TrainResult(done, metrics, seconds, compile_seconds), stopped
 

@@ -4,26 +4,28 @@ Axis legend: B rows, S tokens, P virtual tokens, D hidden size, L layers.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import SHARED, Batch, TokenKind, TokenLayout
+from moresjax.core.types import AnyArray
 from moresjax.tuning.base import (
     Edit,
     Method,
+    ModelConfig,
     Params,
     Probe,
     ProbeContext,
     VirtualTokens,
     WeightDelta,
 )
-from moresjax.tuning.hooks import Attached, Hooks
-from moresjax.tuning.selectors import parse_layers, parse_selector
+from moresjax.tuning.hooks import Attached, AttachedDelta, AttachedEdit, AttachedTokens, Hooks
+from moresjax.tuning.selectors import Selector, parse_layers, parse_selector
 from moresjax.tuning.sites import check_selector, num_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 
@@ -44,6 +46,7 @@ class Tuning(nnx.Module):
     """What a spec string attaches to a model.
 
     Attributes:
+      config: the model's configuration.
       methods: key (the method's name, numbered when it occurs twice) and method, in spec order.
       params: fp32 parameters, `params[method][site][leaf]`, with a leading layer axis at layered
         sites; shapes only until `initialize`, except for constants.
@@ -57,7 +60,7 @@ class Tuning(nnx.Module):
       UserError: when the spec does not fit the model.
     """
 
-    def __init__(self, spec: str, config):
+    def __init__(self, spec: str, config: ModelConfig) -> None:
         self.config = config
         methods = [m.resolve(config) for m in parse_spec(spec) if m.name != "none"]
         self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
@@ -84,14 +87,14 @@ class Tuning(nnx.Module):
 
     def _values(self, key: PRNGKeyArray, constant: bool = False) -> dict[str, dict[str, Params]]:
         """Initial parameters, or constants, by method and site."""
-        values = {}
+        values: dict[str, dict[str, Params]] = {}
         for number, (name, method) in enumerate(self.methods):
             if method.constant != constant:
                 continue
             for place, (site, shape) in enumerate(method.sites(self.config).items()):
                 own = jax.random.fold_in(jax.random.fold_in(key, number), place)
                 # A given vector takes no part in comparisons, so it must not be compiled in.
-                start = _start.__wrapped__ if constant else _start
+                start = _initial if constant else _initial_jitted
                 params = start(method, tuple(shape), num_layers(site, self.config), own)
                 values.setdefault(name, {})[site] = params
         return values
@@ -162,6 +165,11 @@ class Tuning(nnx.Module):
         """The shared arrays of a method."""
         return {n: x[...] for n, x in self.shared[key].items()} if key in self.shared else {}
 
+    def layer_mask(self, key: str, site: str) -> Array | None:
+        """The layer mask of a method at a site; None outside the blocks."""
+        masks = self.layer_masks[key]
+        return masks[site][...] if site in masks else None
+
     def for_decoding(self) -> "Tuning":
         """The part that can act on a generated token."""
 
@@ -180,50 +188,66 @@ class Tuning(nnx.Module):
         decoding: bool = False,
         probes: Sequence[Probe] = (),
         context: ProbeContext | None = None,
-        part: Callable[[Array], Array] | None = None,
+        cut: Callable[[Array], Array] | None = None,
     ) -> Hooks:
-        """The hooks of one forward pass over `batch`.
+        """The hooks of one forward pass over a batch.
 
-        While decoding, edits whose selector cannot meet a generated token are left out, so that the
-        program is that of the bare model. `part` cuts from the masks of a whole batch what the LLM
-        reads of it, which is not its beginning.
+        Args:
+          batch: The tokens and images of the pass.
+          key: Is given in training, for dropout.
+          decoding: Leaves out the edits whose selector cannot meet a generated token, so that the
+            program is that of the bare model.
+          probes: The statistics to read.
+          context: What the probes may know about the tokens.
+          cut: Cuts out of masks of the whole batch what the LLM reads of it, where that is not the
+            beginning of the batch.
         """
-        later = decoding or part is not None  # what virtual tokens do is in the cache
-        extra_tokens = {
+        # What virtual tokens do to the beginning of a row is in the caches of what comes later.
+        later = decoding or cut is not None
+        num_extra = {
             "vision": self._count_virtual_tokens("vision.embed", "vision.block.in"),
             "llm": 0 if later else self.num_extra_tokens,
         }
         rows = self._rows(batch)
-        masks = _Masks(batch, self.config, extra_tokens, dict(self.words), part)
-        items = []
-        for name, method in self.methods:
-            if name not in self.params:
-                continue
-            for site, variables in self.params[name].items():
-                params = {n: x[...] for n, x in variables.items()}
-                masks_of = self.layer_masks[name]
-                layer_mask = masks_of[site][...] if site in masks_of else None
-                if isinstance(method, VirtualTokens):
-                    if not later or site.startswith("vision."):
-                        items.append((site, Attached(method, params)))
-                    continue
-                if isinstance(method, WeightDelta):
-                    params = _prepare(method, mask_layers(method, params, layer_mask), layer_mask)
-                    common = self.common(name)
-                    if method.sees_tokens:
-                        common["tokens"] = masks(site, parse_selector("all"))
-                    items.append((site, Attached(method, params, common=common, rows=rows(site))))
-                    continue
-                in_llm = site.startswith("llm.")
-                if batch.pixels is None and not in_llm:
-                    continue  # the vision encoder does not run
-                selector = parse_selector(method.positions)
-                if decoding and not (selector.acts_while_decoding and in_llm):
-                    continue
-                prepared = _prepare(method, params, layer_mask)
-                mask = masks(site, selector)
-                items.append((site, Attached(method, prepared, layer_mask, mask, rows=rows(site))))
+        masks = _Masks(batch, self.config, num_extra, dict(self.words), cut)
+
+        def attached(name: str, method: Method, site: str) -> Attached | None:
+            """A method as it acts at a site in this pass; None where it does not."""
+            params = {n: x[...] for n, x in self.params[name][site].items()}
+            layer_mask = self.layer_mask(name, site)
+            if isinstance(method, VirtualTokens):
+                acts = not later or site.startswith("vision.")
+                return AttachedTokens(method, params) if acts else None
+            if isinstance(method, WeightDelta):
+                if layer_mask is not None:
+                    params = mask_layers(method, params, layer_mask)
+                params = _prepare(method, params, layer_mask)
+                common = self.common(name)
+                if method.sees_tokens:
+                    common["tokens"] = masks(site, parse_selector("all"))
+                return AttachedDelta(method, params, common, rows(site))
+            assert isinstance(method, Edit)
+            in_llm = site.startswith("llm.")
+            if batch.pixels is None and not in_llm:
+                return None  # the vision encoder does not run
+            selector = parse_selector(method.positions)
+            if decoding and not (selector.acts_while_decoding and in_llm):
+                return None
+            params = _prepare(method, params, layer_mask)
+            return AttachedEdit(method, params, masks(site, selector), layer_mask, rows(site))
+
+        items = [
+            (site, item)
+            for name, method, site in self._sites()
+            if (item := attached(name, method, site)) is not None
+        ]
         return Hooks(items, key, probes, context)
+
+    def _sites(self) -> Iterator[tuple[str, Method, str]]:
+        """Key, method and site of everything that is attached."""
+        for name, method in self.methods:
+            for site in self.params.get(name, {}):
+                yield name, method, site
 
     def _rows(self, batch: Batch) -> Callable[[str], Int[Array, "..."] | None]:
         """For a site, the adapter of every row of its activations."""
@@ -232,7 +256,7 @@ class Tuning(nnx.Module):
         chosen = -1 if batch.adapter is None else batch.adapter
         chosen = jnp.broadcast_to(jnp.asarray(chosen), batch.layout.shape[:1])
 
-        def rows(site):
+        def rows(site: str) -> Int[Array, "..."] | None:
             if not self.adapters:
                 return None
             if site.startswith("vision.") and batch.pixels is not None:
@@ -243,23 +267,28 @@ class Tuning(nnx.Module):
         return rows
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(method: Method, shape: tuple, layers: int, key: PRNGKeyArray) -> Params:
-    """Initial parameters at one site; compiled once for all sites and models of its kind."""
+def _initial(method: Method, shape: tuple, layers: int, key: PRNGKeyArray) -> Params:
+    """Initial parameters of a method at one site."""
     if not layers:
         return method.initial(key, *shape)
     return jax.vmap(lambda key: method.initial(key, *shape))(jax.random.split(key, layers))
 
 
+# Compiled once for all sites and models of a kind.
+_initial_jitted = functools.partial(jax.jit, static_argnums=(0, 1, 2))(_initial)
+
+
 def _numbered(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
-    seen, keyed = {}, []
+    """Methods by name; the second of a name is `NAME_2`, and so on."""
+    seen: dict[str, int] = {}
+    keyed = []
     for method in methods:
         seen[method.name] = count = seen.get(method.name, 0) + 1
         keyed.append((method.name if count == 1 else f"{method.name}_{count}", method))
     return tuple(keyed)
 
 
-def _check_conflicts(methods: Sequence[tuple[str, Method]], config) -> None:
+def _check_conflicts(methods: Sequence[tuple[str, Method]], config: ModelConfig) -> None:
     """Refuses two methods that both redefine one matrix."""
     training = [method for _, method in methods if method.trains]
     if len(training) > 1:
@@ -278,24 +307,25 @@ def _check_conflicts(methods: Sequence[tuple[str, Method]], config) -> None:
             first.setdefault(site, method)
 
 
-def _prepare(method: Method, params, layer_mask):
+def _prepare(method: Method, params: Params, layer_mask: Array | None) -> Params:
     return _for_each(method.prepare, layer_mask)(params)
 
 
-def _for_each(function: Callable, layer_mask) -> Callable:
+def _for_each(
+    function: Callable[[Params], Params], layer_mask: Array | None
+) -> Callable[[Params], Params]:
     """`function` of one layer's parameters, mapped over the axes that the layer mask has."""
     for _ in range(0 if layer_mask is None else layer_mask.ndim):
         function = jax.vmap(function)
     return function
 
 
-def mask_layers(method: WeightDelta, params, layer_mask):
+def mask_layers(method: WeightDelta, params: Params, layer_mask: Array) -> Params:
     """Stacked parameters that are neutral in the layers that are switched off."""
 
-    def choose(on, off):
-        return jnp.where(
-            layer_mask.reshape(*layer_mask.shape, *[1] * (on.ndim - layer_mask.ndim)), on, off
-        )
+    def choose(on: Array, off: Array) -> Array:
+        mask = layer_mask.reshape(*layer_mask.shape, *[1] * (on.ndim - layer_mask.ndim))
+        return jnp.where(mask, on, off)
 
     return jax.tree.map(choose, params, _for_each(method.neutral, layer_mask)(params))
 
@@ -305,7 +335,7 @@ def extend_layout(layout: TokenLayout, count: int) -> TokenLayout:
     if not count:
         return layout
 
-    def pad(field, value):
+    def pad(field: AnyArray, value: int) -> Int[Array, "B PS"]:
         return jnp.pad(jnp.asarray(field), ((0, 0), (count, 0)), constant_values=value)
 
     first = jnp.broadcast_to(jnp.arange(count), (layout.shape[0], count))
@@ -324,35 +354,36 @@ class _Masks:
     def __init__(
         self,
         batch: Batch,
-        config,
-        extra_tokens: dict[str, int],
+        config: ModelConfig,
+        num_extra: dict[str, int],
         words: dict[str, tuple[int, ...]],
-        part: Callable[[Array], Array] | None,
-    ):
-        self.batch, self.config, self.extra_tokens, self.words = batch, config, extra_tokens, words
-        self.part = part or (lambda mask: mask)
-        self.known = {}
+        cut: Callable[[Array], Array] | None,
+    ) -> None:
+        self._batch, self._config, self._num_extra, self._words = batch, config, num_extra, words
+        self._cut = cut or (lambda mask: mask)
+        self._known: dict[tuple[str, str], Bool[Array, "B S"]] = {}
 
-    def __call__(self, site, selector):
+    def __call__(self, site: str, selector: Selector) -> Bool[Array, "B S"]:
         tower = site.split(".")[0]
-        if (tower, selector.text) not in self.known:
-            self.known[tower, selector.text] = self._mask(tower, selector)
-        return self.known[tower, selector.text]
+        if (tower, selector.text) not in self._known:
+            self._known[tower, selector.text] = self._mask(tower, selector)
+        return self._known[tower, selector.text]
 
-    def _mask(self, tower, selector):
-        batch = self.batch
+    def _mask(self, tower: str, selector: Selector) -> Bool[Array, "B S"]:
+        batch, config = self._batch, self._config
         if tower == "llm":
-            extra = self.extra_tokens["llm"]
-            tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (extra, 0)), constant_values=-1)
-            layout = extend_layout(batch.layout, extra)
-            return self.part(selector(layout, tokens, batch.roi, self.words))
+            count = self._num_extra["llm"]
+            tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (count, 0)), constant_values=-1)
+            layout = extend_layout(batch.layout, count)
+            return self._cut(selector(layout, tokens, batch.roi, self._words))
+        assert batch.pixels is not None  # else nothing is attached outside the LLM
         rows, images = batch.pixels.shape[:2]
-        vision = self.config.vision
         if tower == "connector":
-            layout = _feature_layout(rows, images, self.config.visual_tokens, 0)
+            layout = _feature_layout(rows, images, config.visual_tokens, 0)
             return selector(layout, roi=batch.roi)
+        vision = config.vision
         layout = _feature_layout(rows * images, 1, vision.num_patches, vision.prefix_tokens)
-        return selector(extend_layout(layout, self.extra_tokens["vision"]))
+        return selector(extend_layout(layout, self._num_extra["vision"]))
 
 
 def _feature_layout(rows: int, images: int, visual_tokens: int, extra: int) -> TokenLayout:

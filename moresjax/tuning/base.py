@@ -3,30 +3,90 @@
 Axis legend: B batch, S tokens, D features in, F features out, P virtual tokens.
 
 A method is a frozen dataclass whose fields are the keys of its spec string, in a file of its own in
-`moresjax/tuning/methods`. `params` is a dict of fp32 arrays for *one* layer; the framework adds the
-leading layer axis, scans it beside the frozen blocks and switches layers on and off (layer masks).
+`moresjax/tuning/methods`. Its functions take `params`, a dict of fp32 arrays for *one* layer. The
+framework adds the leading layer axis, scans it beside the frozen blocks, and switches layers on and
+off (layer masks).
 """
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.types import AnyArray, pytree_dataclass
 
 Params = dict[str, Array]
+# Where a method acts: names of sites, each with what `initial` needs to know about its shape.
+Sites = Mapping[str, tuple[Any, ...]]
 
 METHODS: dict[str, type["Method"]] = {}
+M = TypeVar("M", bound="Method")
 
 
-def register(cls: type["Method"]) -> type["Method"]:
+def register(cls: type[M]) -> type[M]:
     """Makes a method available to spec strings under its `name`."""
     METHODS[cls.name] = cls
     return cls
+
+
+@runtime_checkable
+class BlocksConfig(Protocol):
+    """What methods read from the configuration of an LLM (`models.decoder.DecoderConfig`)."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of a token."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        ...
+
+    @property
+    def gated_mlp(self) -> bool:
+        """Whether an MLP has the product of two linears inside."""
+        ...
+
+    @property
+    def tie_embeddings(self) -> bool:
+        """Whether the vocabulary head is the table of embeddings."""
+        ...
+
+    @property
+    def int8(self) -> bool:
+        """Whether the blocks' weights are stored in eight bits."""
+        ...
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) features of every linear of a block."""
+        ...
+
+
+@runtime_checkable
+class ModelConfig(Protocol):
+    """What methods read from the configuration of a model (`models.mllm.MLLMConfig`)."""
+
+    @property
+    def llm(self) -> BlocksConfig:
+        """The LLM."""
+        ...
+
+    @property
+    def vision(self) -> Any:
+        """One vision encoder, two of them (`is_pair`, in which no method acts), or None."""
+        ...
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens per image."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,24 +96,31 @@ class Method:
     Attributes:
       name: the method's name in spec strings.
       trains: paths of base parameters that train in full with this method, such as `llm`.
-      constant: whether `params` is given rather than learned: never trained, counted or saved.
+      constant: whether `params` are given rather than learned: never trained, counted or saved.
     """
 
     name: ClassVar[str]
     constant: ClassVar[bool] = False
     trains: ClassVar[tuple[str, ...]] = ()
 
-    def sites(self, config) -> dict[str, Any]:
-        """Sites the method acts on in a model of this `MLLMConfig`, each with the shape information
-        that `initial` takes. Layered sites start with `llm.block.` or `vision.block.`."""
+    def sites(self, config: ModelConfig) -> Sites:
+        """The sites that the method acts on, each with the arguments that `initial` takes there.
+
+        The names of layered sites start with `llm.block.` or `vision.block.`.
+        """
         return {}
+
+    def initial(self, key: PRNGKeyArray, *shape: Any) -> Params:
+        """Initial parameters at a site; those of one layer where the site is layered."""
+        raise NotImplementedError(f"{self.name} has no parameters of its own")
 
     @property
     def layer_choice(self) -> str:
+        """The layers to act on, as `parse_layers` takes them."""
         return getattr(self, "layers", "all")
 
-    def resolve(self, config) -> "Method":
-        """The method in a model of this `MLLMConfig`: itself, or the one it is a variant of."""
+    def resolve(self, config: ModelConfig) -> "Method":
+        """The method that acts in this model: itself, or the one that it is a variant of."""
         return self
 
     def parts(self) -> tuple["Method", ...]:
@@ -65,21 +132,30 @@ class Method:
         return params
 
 
-def layer_field():
-    """The `layers` key. It takes no part in comparisons: which layers are on is data (layer masks),
-    so methods that differ in nothing else share one compiled program."""
+def layer_field() -> Any:
+    """The `layers` key of a method.
+
+    It takes no part in comparisons: which layers are on is data (layer masks), so methods that
+    differ in nothing else share one compiled program.
+    """
     return dataclasses.field(default="all", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit(Method, abc.ABC):
-    """Changes activations at a site: `h' = h + where(mask, delta(params, h), 0)`."""
+    """Changes activations at a site: `h' = h + where(mask, delta(params, h), 0)`.
+
+    Attributes:
+      positions: the selector of the tokens that are changed.
+      layers: the layers that it acts in.
+      dropout: the rate of dropout on the delta, in training.
+    """
 
     positions: str = "image"
     layers: str = layer_field()
-    dropout: float = 0.0  # on the delta
+    dropout: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise UserError(
                 f"{self.name}:dropout must be at least 0 and below 1, got {self.dropout}"
@@ -91,7 +167,7 @@ class Edit(Method, abc.ABC):
 
     @abc.abstractmethod
     def delta(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """What is added at selected tokens. `params` has been through `prepare`."""
+        """What is added at selected tokens; `params` have been through `prepare`."""
 
     def drop(
         self, key: PRNGKeyArray, delta: Float[Array, "B S D"], h: Float[Array, "B S D"]
@@ -104,10 +180,14 @@ class Edit(Method, abc.ABC):
 class LinearLike(Protocol):
     """A linear, possibly already wrapped by other methods."""
 
-    bias: Float[Array, "F"] | None
+    @property
+    def bias(self) -> nnx.Variable | None:
+        """The bias `[F]`."""
+        ...
 
     def dense(self) -> Float[Array, "D F"]:
         """The weights, whatever they are stored as."""
+        ...
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]: ...
 
@@ -120,24 +200,30 @@ class WeightDelta(Method, abc.ABC):
       whole: it redefines the whole matrix or reads the linear's weights, so it comes first on a
         matrix and there is one at most.
       sees_tokens: `params["tokens"]` is the mask `[B, S]` of tokens that are not padding.
+      layers: the layers that it acts in.
     """
 
     whole: ClassVar[bool] = False
     sees_tokens: ClassVar[bool] = False
     layers: str = layer_field()
 
-    def shared(self, config) -> dict[str, AnyArray]:
-        """Frozen arrays that all layers and sites find in their `params`; neither saved nor
-        trained."""
+    def shared(self, config: ModelConfig) -> dict[str, AnyArray]:
+        """Frozen arrays that all layers and sites find in their `params`.
+
+        They are neither saved nor trained.
+        """
         return {}
 
     @abc.abstractmethod
-    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params: ...
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
+        """Initial parameters of one layer's linear."""
 
     @abc.abstractmethod
     def neutral(self, params: Params) -> Params:
-        """Parameters of the same shapes that leave the linear as it is, for layers that are
-        switched off."""
+        """Parameters of the same shapes that leave the linear as it is.
+
+        Layers that are switched off have them.
+        """
 
     @abc.abstractmethod
     def apply(
@@ -147,13 +233,23 @@ class WeightDelta(Method, abc.ABC):
         x: Float[Array, "*B D"],
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*B F"]:
-        """The tuned linear. `params` has been through `prepare`; `key` is given in training, for
-        dropout."""
+        """The output of the tuned linear.
+
+        Args:
+          params: The parameters after `prepare`, and the shared arrays.
+          linear: The linear that is tuned.
+          x: Its input.
+          key: Is given in training, for dropout.
+        """
 
     def merge(
         self, params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
     ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
-        """Kernel and bias of a plain linear with the same output."""
+        """Kernel and bias of a plain linear with the same output.
+
+        Raises:
+          UserError: where the method is no change of the weights.
+        """
         raise UserError(f"{self.name} cannot be merged into the weights")
 
 
@@ -179,17 +275,20 @@ class VirtualTokens(Method, abc.ABC):
 
     They take the first positions of the LLM: keys and values first, then tokens. What they do to a
     prompt is in the cache of its keys and values, so decoding is that of the bare model.
+
+    Attributes:
+      length: P.
     """
 
     length: int = 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.length < 1:
             raise UserError(f"{self.name}:length must be at least 1, got {self.length}")
 
     @abc.abstractmethod
     def initial(self, key: PRNGKeyArray, *shape: Any) -> Params:
-        """Initial content, of one layer at a layered site."""
+        """Initial content; that of one layer where the site is layered."""
 
 
 @pytree_dataclass
@@ -200,7 +299,7 @@ class ProbeContext:
       kind: kind of every key, `[B, S]`.
       mask: which keys each chosen query sees, `[B, Q, S]`.
       queries: row index of each chosen query, `[B, Q]`; None when the pass has only chosen queries.
-      softcap: of the attention logits; 0: none (static).
+      softcap: the soft cap on the attention logits; 0: none (static).
     """
 
     kind: Int[Array, "B S"]
@@ -211,14 +310,19 @@ class ProbeContext:
 
 @runtime_checkable
 class Probe(Protocol):
-    """Read-only: returns reduced statistics of one layer, stacked over layers by the framework.
+    """Read-only: returns reduced statistics of one layer, stacked over layers by the framework."""
 
-    Attributes:
-      name: key of the statistics in the output.
-      site: `attn` (tensors `q`, `k`) or `out` (tensor `h`) of the decoder's blocks.
-    """
+    @property
+    def name(self) -> str:
+        """The key of the statistics in the output."""
+        ...
 
-    name: str
-    site: str
+    @property
+    def site(self) -> str:
+        """`attn` (tensors `q`, `k`) or `out` (tensor `h`) of the decoder's blocks."""
+        ...
 
-    def read(self, context: ProbeContext, **tensors: Array) -> Any: ...
+    @property
+    def read(self) -> Callable[..., Any]:
+        """`read(context, **tensors)`, with a `ProbeContext`: statistics of one layer."""
+        ...

@@ -1,46 +1,112 @@
 """What attached methods and probes do during one forward pass.
 
+Axis legend: B rows, S tokens, D hidden size, K key heads, H head size, P virtual tokens.
+
 The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the
 plain linear, the identity and nothing. Sites are named `vision.block.X`, `connector.out`,
 `llm.embed.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
 `mlp.out`, `out`. Virtual tokens are at `vision.embed`, `llm.embed`, `X.block.in` and
 `llm.block.kv`.
+
+`Hooks` serve a whole forward pass, `TowerHooks` the blocks of the LLM or of the vision encoder,
+`LayerHooks` one of these blocks.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.core.ops import pick
-from moresjax.tuning.base import Edit, Params, Probe, ProbeContext, VirtualTokens, WeightDelta
+from moresjax.tuning.base import (
+    Edit,
+    LinearLike,
+    Params,
+    Probe,
+    ProbeContext,
+    VirtualTokens,
+    WeightDelta,
+)
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 TOWERS = ("vision", "llm")
 # Where virtual tokens are tokens, inside a tower.
 TOKEN_SITES = ("embed", "in")
 
 
 @dataclasses.dataclass(frozen=True)
-class Attached:
-    """A method at one site: prepared parameters and, for edits, the mask of selected tokens.
+class AttachedEdit:
+    """An edit at one site.
 
-    At layered sites every leaf of `params` and `layer_mask` has a leading layer axis; `common` is
-    what a weight delta finds in its parameters at every layer. With `rows`, the adapter of each
-    row, the next axis counts adapters.
+    At layered sites, `layer_mask` and every leaf of `params` have a leading layer axis. With
+    several adapters the next axis counts these.
+
+    Attributes:
+      method: the edit.
+      params: its parameters, which have been through `prepare`.
+      mask: the selected tokens `[B, S]`.
+      layer_mask: whether the layer is edited; None at a site outside the blocks.
+      rows: the adapter of each row; None for a single tuning.
     """
 
-    method: Edit | WeightDelta | VirtualTokens
+    method: Edit
     params: Params
+    mask: Array
     layer_mask: Array | None = None
-    mask: Array | None = None
+    rows: Int[Array, " B"] | None = None
+
+    def apply(
+        self,
+        params: Params,
+        layer_mask: Array | None,
+        h: Float[Array, "B S D"],
+        key: PRNGKeyArray | None,
+    ) -> Float[Array, "B S D"]:
+        """The edited activations of the layer that `params` and `layer_mask` belong to."""
+        delta = _by_row(self.method.delta, params, h, self.rows)
+        if self.rows is not None and layer_mask is not None:
+            layer_mask = layer_mask[self.rows][:, None]
+        if key is not None and self.method.dropout:
+            delta = self.method.drop(key, delta, h)
+        mask = self.mask if layer_mask is None else self.mask & layer_mask
+        return h + jnp.where(mask[..., None], delta, 0).astype(h.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttachedDelta:
+    """A weight delta at the linear that a site names.
+
+    Attributes:
+      method: the weight delta.
+      params: its parameters, which have been through `prepare`, neutral in layers that it leaves
+        alone; a leading layer axis, then one of adapters if there are several.
+      common: arrays that it finds among its parameters at every layer.
+      rows: the adapter of each row; None for a single tuning.
+    """
+
+    method: WeightDelta
+    params: Params
     common: Params = dataclasses.field(default_factory=dict)
     rows: Int[Array, " B"] | None = None
 
 
-def _by_row(function: Callable, params, x, rows: Array | None):
+@dataclasses.dataclass(frozen=True)
+class AttachedTokens:
+    """Virtual tokens at one site; at layered sites the content has a leading layer axis."""
+
+    method: VirtualTokens
+    params: Params
+
+
+Attached = AttachedEdit | AttachedDelta | AttachedTokens
+# Parameters and layer mask of one method in one layer, or stacked over layers.
+LayerParams = tuple[Params, Array | None]
+
+
+def _by_row(function: Callable, params: Any, x: Array, rows: Array | None) -> Array:
     """`function(params, x)`, or the same with each row's own parameters."""
     if rows is None:
         return function(params, x)
@@ -48,17 +114,7 @@ def _by_row(function: Callable, params, x, rows: Array | None):
     return jax.vmap(lambda params, row: function(params, row[None])[0])(own, x)
 
 
-def _apply_edit(item: Attached, params, layer_mask, h, key):
-    delta = _by_row(item.method.delta, params, h, item.rows)
-    if item.rows is not None:
-        layer_mask = layer_mask[item.rows][:, None]
-    if key is not None and item.method.dropout:
-        delta = item.method.drop(key, delta, h)
-    mask = item.mask if layer_mask is None else item.mask & layer_mask
-    return h + jnp.where(mask[..., None], delta, 0).astype(h.dtype)
-
-
-def _before(rows: Float[Array, "P F"], x: Float[Array, "B K S H"]) -> Float[Array, "B K T H"]:
+def _put_before(rows: Float[Array, "P F"], x: Float[Array, "B K S H"]) -> Float[Array, "B K T H"]:
     """Puts the same learned keys, or values, before those of every row."""
     batch, heads, _, dim = x.shape
     rows = rows.reshape(-1, heads, dim).swapaxes(0, 1).astype(x.dtype)
@@ -66,66 +122,74 @@ def _before(rows: Float[Array, "P F"], x: Float[Array, "B K S H"]) -> Float[Arra
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tuned:
+class _TunedLinear:
     """A linear seen through a weight delta."""
 
     method: WeightDelta
     params: Params
-    linear: Callable
+    linear: LinearLike
     key: PRNGKeyArray | None
 
     @property
-    def bias(self):
+    def bias(self) -> nnx.Variable | None:
         return self.linear.bias
 
-    def dense(self):
+    def dense(self) -> Float[Array, "D F"]:
         return self.linear.dense()
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         return self.method.apply(self.params, self.linear, x, self.key)
 
 
 class LayerHooks:
     """The hooks of one layer. `stats` collects what the probes read."""
 
-    def __init__(self, tower: "TowerHooks", stacked, layer):
-        self._tower, self._stacked, self._layer = tower, stacked, layer
-        self.stats = {}
+    def __init__(
+        self, tower: "TowerHooks", layer_params: Sequence[LayerParams], layer: int | Array
+    ) -> None:
+        self._tower, self._params, self._layer = tower, layer_params, layer
+        self.stats: dict[str, Any] = {}
 
-    def _key(self, site_number: int):
+    def _key(self, number: int) -> PRNGKeyArray | None:
+        """The key of a method's dropout in this layer."""
         if self._tower.key is None:
             return None
-        return jax.random.fold_in(jax.random.fold_in(self._tower.key, self._layer), site_number)
+        return jax.random.fold_in(jax.random.fold_in(self._tower.key, self._layer), number)
 
     def at(self, queries: Int[Array, "B Q"]) -> "LayerHooks":
         """The hooks of some tokens of every row; they add to the same statistics."""
-        part = LayerHooks(self._tower.of(queries), self._stacked, self._layer)
+        part = LayerHooks(self._tower.of(queries), self._params, self._layer)
         part.stats = self.stats
         return part
 
-    def linear(self, name: str, linear: Callable, x: Float[Array, "B S D"]):
-        items = self._tower.at(name)
+    def linear(
+        self, name: str, linear: LinearLike, x: Float[Array, "B S D"]
+    ) -> Float[Array, "B S F"]:
+        """The output of a linear, with the weight deltas that are attached to it."""
+        items = [(n, i) for n, i in self._tower.at(name) if isinstance(i, AttachedDelta)]
         if not items:
             return linear(x)
 
-        def tuned(each_params, x):
+        def tuned(each_params: Sequence[Params], x: Array) -> Array:
             whole = linear
             for params, (number, item) in zip(each_params, items, strict=True):
-                whole = _Tuned(item.method, params | item.common, whole, self._key(number))
+                whole = _TunedLinear(item.method, params | item.common, whole, self._key(number))
             return whole(x)
 
-        each_params = [self._stacked[number][0] for number, _ in items]
+        each_params = [self._params[number][0] for number, _ in items]
         return _by_row(tuned, each_params, x, items[0][1].rows)
 
     def edit(self, name: str, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The output of a branch or block after the edits that are attached to it."""
         for number, item in self._tower.at(name):
-            h = _apply_edit(item, *self._stacked[number], h, self._key(number))
+            if isinstance(item, AttachedEdit):
+                h = item.apply(*self._params[number], h, self._key(number))
         return h
 
     def enter(self, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The input of the block: extra tokens that have content at this layer get it."""
         for number, _ in self._tower.at("in"):
-            h = self._tower.write(number, self._stacked[number][0], h)
+            h = self._tower.write(number, self._params[number][0], h)
         return h
 
     def extend(
@@ -133,20 +197,29 @@ class LayerHooks:
     ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
         """Keys (after rotation) and values, with the learned ones before them."""
         for number, _ in reversed(self._tower.at("kv")):
-            params, _ = self._stacked[number]
-            k, v = _before(params["k"], k), _before(params["v"], v)
+            params, _ = self._params[number]
+            k, v = _put_before(params["k"], k), _put_before(params["v"], v)
         return k, v
 
-    def read_attention(self, q, k, mask: Array | None, softcap: float) -> None:
+    def read_attention(
+        self,
+        q: Float[Array, "B N S H"],
+        k: Float[Array, "B K T H"],
+        mask: Bool[Array, "B S T"] | None,
+        softcap: float,
+    ) -> None:
         """Shows queries and keys to the probes, as `attn`.
 
         Args:
-          mask: what this layer's queries see, when that differs between layers; else None.
-          softcap: of the layer's attention logits.
+          q: The queries.
+          k: The keys.
+          mask: What this layer's queries see, when that differs between layers; else None.
+          softcap: The soft cap on the layer's attention logits.
         """
-        if not any(probe.site == "attn" for probe in self._tower.probes):
+        context = self._tower.context
+        if context is None or not any(probe.site == "attn" for probe in self._tower.probes):
             return
-        context = dataclasses.replace(self._tower.context, softcap=softcap)
+        context = dataclasses.replace(context, softcap=softcap)
         if mask is not None:
             if context.queries is not None:
                 mask = jnp.take_along_axis(mask, context.queries[:, :, None], axis=1)
@@ -154,6 +227,7 @@ class LayerHooks:
         self._read(context, "attn", q=q, k=k)
 
     def read(self, name: str, **tensors: Array) -> None:
+        """Shows tensors to the probes of a site."""
         self._read(self._tower.context, name, **tensors)
 
     def _read(self, context: ProbeContext | None, name: str, **tensors: Array) -> None:
@@ -171,17 +245,19 @@ class TowerHooks:
         key: PRNGKeyArray | None = None,
         probes: Sequence[Probe] = (),
         context: ProbeContext | None = None,
-    ):
+    ) -> None:
         self._items = list(items)
         self.key, self.probes, self.context = key, probes, context
-        self.stacked = [
-            ({}, None) if site == "embed" else (item.params, item.layer_mask)
-            for site, item in self._items
-        ]
-        self.num_extra_tokens, self._places = 0, {}
+        self.stacked: list[LayerParams] = []
+        self.num_extra_tokens = 0
+        self._first_column: dict[int, int] = {}  # of the extra tokens of an item
         for number, (site, item) in enumerate(self._items):
-            if site in TOKEN_SITES:
-                self._places[number] = self.num_extra_tokens
+            # What the first block reads is written before the blocks run.
+            params = {} if site == "embed" else item.params
+            layer_mask = item.layer_mask if isinstance(item, AttachedEdit) else None
+            self.stacked.append((params, layer_mask))
+            if site in TOKEN_SITES and isinstance(item, AttachedTokens):
+                self._first_column[number] = self.num_extra_tokens
                 self.num_extra_tokens += item.method.length
 
     def prepend(self, h: Float[Array, "B S D"]) -> Float[Array, "B PS D"]:
@@ -197,9 +273,10 @@ class TowerHooks:
         """Gives the extra tokens of one item their content."""
         content = params["embedding"].astype(h.dtype)
         content = jnp.broadcast_to(content, (h.shape[0], *content.shape))
-        return jax.lax.dynamic_update_slice_in_dim(h, content, self._places[number], axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(h, content, self._first_column[number], axis=1)
 
-    def at(self, name: str):
+    def at(self, name: str) -> list[tuple[int, Attached]]:
+        """What is attached at a site of the tower, with its number among all that is attached."""
         return [(n, item) for n, (site, item) in enumerate(self._items) if site == name]
 
     @property
@@ -213,8 +290,8 @@ class TowerHooks:
     def of(self, queries: Int[Array, "B Q"]) -> "TowerHooks":
         """The hooks of some tokens of every row, which are those that the probes read."""
 
-        def chosen(item):
-            if item.mask is None:
+        def chosen(item: Attached) -> Attached:
+            if not isinstance(item, AttachedEdit):
                 return item
             return dataclasses.replace(item, mask=pick(item.mask, queries))
 
@@ -222,8 +299,9 @@ class TowerHooks:
         context = self.context and dataclasses.replace(self.context, queries=None)
         return TowerHooks(items, self.key, self.probes, context)
 
-    def layer(self, stacked, layer) -> LayerHooks:
-        return LayerHooks(self, stacked, layer)
+    def layer(self, layer_params: Sequence[LayerParams], layer: int | Array) -> LayerHooks:
+        """The hooks of one layer, whose share of `stacked` is `layer_params`."""
+        return LayerHooks(self, layer_params, layer)
 
 
 class Hooks:
@@ -235,16 +313,16 @@ class Hooks:
         key: PRNGKeyArray | None = None,
         probes: Sequence[Probe] = (),
         context: ProbeContext | None = None,
-    ):
+    ) -> None:
         self._items, self._key, self._probes, self._context = items, key, probes, context
 
     def tower(self, name: str) -> TowerHooks:
         """The hooks of the blocks of `vision` or `llm`."""
         prefix = f"{name}.block."
         items = [
-            (s.removeprefix(prefix).removeprefix(f"{name}."), i)
-            for s, i in self._items
-            if s.startswith(prefix) or s == f"{name}.embed"
+            (site.removeprefix(prefix).removeprefix(f"{name}."), item)
+            for site, item in self._items
+            if site.startswith(prefix) or site == f"{name}.embed"
         ]
         key = None if self._key is None else jax.random.fold_in(self._key, TOWERS.index(name))
         if name == "llm":
@@ -254,9 +332,9 @@ class Hooks:
     def edit(self, site: str, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Edits at a site outside the blocks."""
         for number, (name, item) in enumerate(self._items):
-            if name == site:
+            if name == site and isinstance(item, AttachedEdit):
                 key = self._key
                 if key is not None:
                     key = jax.random.fold_in(jax.random.fold_in(key, len(TOWERS)), number)
-                h = _apply_edit(item, item.params, item.layer_mask, h, key)
+                h = item.apply(item.params, item.layer_mask, h, key)
         return h

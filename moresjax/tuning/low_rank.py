@@ -15,12 +15,12 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.linalg import inverse_cholesky
 from moresjax.core.ops import project
-from moresjax.tuning.base import Edit, Params
+from moresjax.tuning.base import Edit, ModelConfig, Params, Sites
 from moresjax.tuning.sites import edit_dim
 from moresjax.tuning.spec import check_choice, check_rank
 
@@ -63,15 +63,15 @@ class LowRankEdit(Edit, abc.ABC):
     subtracts: ClassVar[bool] = True
     has_weight: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self)
+        check_rank(self, self.rank)
         # h R cannot be cancelled without a W.
         constant = self.subtracts and not self.has_weight
         check_choice(self, "init", ("paper",) if constant else ("paper", "identity"))
 
-    def sites(self, config):
-        dim = edit_dim(self, config)
+    def sites(self, config: ModelConfig) -> Sites:
+        dim = edit_dim(self, self.site, config)
         if self.rank > dim:
             raise UserError(
                 f"{self.name}:rank={self.rank} exceeds the hidden size {dim} at {self.site}"
@@ -82,10 +82,10 @@ class LowRankEdit(Edit, abc.ABC):
         """`R` as the edit uses it."""
         return orthonormalize(raw) if self.orthogonal else raw
 
-    def initial(self, key, dim):
+    def initial(self, key: PRNGKeyArray, dim: int) -> Params:
         k_rotate, k_weight, k_bias = jax.random.split(key, 3)
 
-        def uniform(key, *shape):
+        def uniform(key: PRNGKeyArray, *shape: int) -> Array:
             return jax.random.uniform(key, shape, minval=-(dim**-0.5), maxval=dim**-0.5)
 
         if self.orthogonal:
@@ -111,7 +111,7 @@ class LowRankEdit(Edit, abc.ABC):
             return prepared | {"down": down - rotate if self.subtracts else down}
         return prepared | {"down": -rotate} if self.subtracts else prepared
 
-    def delta(self, params, h):
+    def delta(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         low = jnp.broadcast_to(params["bias"], (*h.shape[:-1], self.rank))
         if "down" in params:
             low = low + project(h.astype(jnp.float32), params["down"])

@@ -1,18 +1,29 @@
 """Folding weight deltas into the weights they act on."""
 
 import functools
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError
-from moresjax.tuning.attach import mask_layers
-from moresjax.tuning.base import Edit, Method, Params, VirtualTokens, WeightDelta
+from moresjax.tuning.attach import Tuning, mask_layers
+from moresjax.tuning.base import Edit, Params, VirtualTokens, WeightDelta
 
+
+@runtime_checkable
+class TunedModel(Protocol):
+    """A model with a tuning attached (`models.mllm.MLLM`)."""
+
+    tuning: Tuning
+
+
+Model = TypeVar("Model", bound=TunedModel)
 _IN_ATTENTION = ("q", "k", "v", "o")
 
 
-def merged(model: nnx.Module) -> nnx.Module:
+def merged(model: Model) -> Model:
     """A copy of the model in which every weight delta is folded into its linear.
 
     What acts on activations stays attached; `full` leaves nothing behind but its weights.
@@ -39,21 +50,25 @@ def linear_path(site: str) -> tuple[str, ...]:
     return tower, "blocks", "attn" if name in _IN_ATTENTION else "mlp", name
 
 
-def linear_at(model: nnx.Module, site: str) -> nnx.Module:
-    """The stacked linear that a site names."""
+def linear_at(model: TunedModel, site: str) -> Any:
+    """The stacked linear that a site names (`models.layers.Linear`)."""
     return functools.reduce(getattr, linear_path(site), model)
 
 
-def _merge_site(model, site: str, method: Method, params: Params, common: Params) -> None:
+def _merge_site(
+    model: TunedModel, site: str, method: WeightDelta, params: Params, common: Params
+) -> None:
     linear = linear_at(model, site)
     if linear.scale is not None:
         raise UserError(f"{method.name} cannot be merged into int8 weights; load them as they are")
     bias = None if linear.bias is None else linear.bias[...]
 
-    def merge(params, kernel, bias):
+    def merge(
+        params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         return method.merge(params | common, kernel, bias)
 
     kernel, bias = jax.jit(jax.vmap(merge))(params, linear.kernel[...], bias)
     linear.kernel[...] = kernel
-    if bias is not None:
+    if linear.bias is not None:
         linear.bias[...] = bias

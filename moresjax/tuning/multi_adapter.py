@@ -26,7 +26,8 @@ def stack_adapters(tunings: Mapping[str, Tuning]) -> Tuning:
     """One tuning from which `Batch.adapter` chooses for every row, by the order of `tunings`.
 
     Args:
-      tunings: by name; of the same spec, up to the layers they act on and what they were given.
+      tunings: Tunings by name. They have the same spec, up to the layers they act on and what they
+        were given.
 
     Raises:
       UserError: when the tunings differ in their methods, or a method cannot be chosen per row.
@@ -55,24 +56,26 @@ def stack_adapters(tunings: Mapping[str, Tuning]) -> Tuning:
                 # The base's parameters are never used; a copy of the first ones will do.
                 values = [t.params[key][site][leaf][...] for t in (*tunings.values(), first)]
                 stacked.params[key][site][leaf] = type(variable)(jnp.stack(values, axis))
-            layer_masks = [_layer_mask(tuning, key, site) for tuning in tunings.values()]
-            stacked.layer_masks[key][site] = LayerMask(
-                jnp.stack([*layer_masks, jnp.zeros_like(layer_masks[0])], axis)
-            )
+            masks = [tuning.layer_mask(key, site) for tuning in tunings.values()]
+            masks = [jnp.asarray(True) if mask is None else mask for mask in masks]
+            on = jnp.stack([*masks, jnp.zeros_like(masks[0])], axis)
+            stacked.layer_masks[key][site] = LayerMask(on)
     return stacked
-
-
-def _layer_mask(tuning: Tuning, key: str, site: str):
-    layer_masks = tuning.layer_masks[key]
-    return layer_masks[site][...] if site in layer_masks else jnp.asarray(True)
 
 
 def adapter_ids(
     tuning: Tuning, names: Sequence[str | None] | None, rows: int
 ) -> Int[np.ndarray, " B"] | None:
-    """What `Batch.adapter` needs to be for these names; None and `base` stand for the base model.
+    """The numbers that `Batch.adapter` takes, from the names of the rows' adapters.
 
-    Without names it is the base model for all rows, or None when the model has a single tuning.
+    Args:
+      tuning: What is attached to the model.
+      names: One name per row; None and `base` stand for the base model. Without names all rows get
+        the base model.
+      rows: The number of rows.
+
+    Returns:
+      A number per row, or None when the model has a single tuning.
 
     Raises:
       UserError: for an unknown name, another number of names than rows, or a single tuning.
@@ -84,7 +87,8 @@ def adapter_ids(
     names = [None] * rows if names is None else names
     if len(names) != rows:
         raise UserError(f"{rows} prompts but {len(names)} adapters")
-    numbers = {name: i for i, name in enumerate(tuning.adapters)} | {BASE: -1, None: -1}
+    numbers: dict[str | None, int] = {name: i for i, name in enumerate(tuning.adapters)}
+    numbers |= {BASE: -1, None: -1}
     for name in names:
         if name not in numbers:
             raise choice_error("adapter", name, (*tuning.adapters, BASE))

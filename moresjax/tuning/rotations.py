@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError
 from moresjax.core.linalg import inverse
+from moresjax.tuning.base import Method
 
 
 def skew_from_vector(vector: Float[Array, "n e"], size: int) -> Float[Array, "n b b"]:
@@ -19,6 +20,7 @@ def skew_from_vector(vector: Float[Array, "n e"], size: int) -> Float[Array, "n 
 
 
 def skew_part(matrix: Float[Array, "... b b"]) -> Float[Array, "... b b"]:
+    """The skew-symmetric part of matrices."""
     return 0.5 * (matrix - matrix.mT)
 
 
@@ -43,11 +45,11 @@ def rotate(x: Float[Array, "*B D"], blocks: Float[Array, "n b b"]) -> Float[Arra
     return jnp.einsum("...nb,nbc->...nc", parts, blocks.astype(x.dtype)).reshape(x.shape)
 
 
-def check_divides(method, key: str, value: int, features: int, site: str) -> None:
-    """The sizes of blocks and features must fit.
+def check_divides(method: Method, key: str, value: int, features: int, site: str) -> None:
+    """Checks that blocks of `value` features, or `value` blocks, make up all features of a site.
 
     Raises:
-      UserError: that names the method's key and the number of features.
+      UserError: when they do not.
     """
     if value < 1 or features % value:
         raise UserError(f"{method.name}:{key}={value} does not divide the {features} of {site}")

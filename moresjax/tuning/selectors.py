@@ -56,7 +56,7 @@ _NUMBER = r"(\d+(?:\.\d+)?)"
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
+class TokenSlice:
     """Which of n tokens of a run are meant; a pure function of a token's rank and of n."""
 
     kind: str  # all | ends | uniform | ratio | at
@@ -99,7 +99,7 @@ class Selector:
     """A parsed selector. Call it on a layout to get the mask `[B, S]`."""
 
     text: str
-    parts: tuple[tuple[str, Slice], ...]
+    parts: tuple[tuple[str, TokenSlice], ...]
 
     def __str__(self) -> str:
         return self.text
@@ -137,7 +137,14 @@ class Selector:
         return mask & valid_mask(layout) & (jnp.asarray(layout.document) != SHARED)
 
 
-def _region_mask(region, part, layout, tokens, roi, words):
+def _region_mask(
+    region: str,
+    part: TokenSlice,
+    layout: TokenLayout,
+    tokens: IntField | None,
+    roi: Bool[AnyArray, "B R"] | None,
+    words: Mapping[str, Sequence[int]] | None,
+) -> Bool[Array, "B S"]:
     if region == "last_prompt":
         return last_prompt_mask(layout)
     if region.startswith("token("):
@@ -164,6 +171,11 @@ def _region_mask(region, part, layout, tokens, roi, words):
 def parse_selector(text: str) -> Selector:
     """Parses a selector string.
 
+    >>> import numpy as np
+    >>> selector = parse_selector("question:f2")
+    >>> selector(TokenLayout.text(np.ones((1, 4), bool))).tolist()
+    [[True, True, False, False]]
+
     Raises:
       UserError: for an unknown region or slice; the message names the allowed ones.
     """
@@ -179,29 +191,32 @@ def parse_selector(text: str) -> Selector:
     return Selector(text, tuple(parts))
 
 
-def _parse_slice(sliced: str, text: str) -> Slice:
+def _parse_slice(sliced: str, text: str) -> TokenSlice:
     if not sliced:
-        return Slice("all")
+        return TokenSlice("all")
     if m := re.fullmatch(r"(?:f(\d+))?(?:(?<=\d)\+(?=l))?(?:l(\d+))?", sliced):
         first, last = int(m[1] or 0), int(m[2] or 0)
         if not first + last:
             raise UserError(f"selector {text!r}: {sliced!r} is out of range")
         # With both ends named, neither may reach past the middle: they never overlap.
-        return Slice("ends", first=first, last=last, halves="+" in sliced)
+        return TokenSlice("ends", first=first, last=last, halves="+" in sliced)
     if m := re.fullmatch(rf"(uniform\()?{_NUMBER}(%?)(\))?", sliced):
         uniform, closed, percent = bool(m[1]), bool(m[4]), bool(m[3])
         count = float(m[2])
         if uniform == closed and (uniform or percent) and (percent or count.is_integer()):
             if not count > 0 or (percent and count > 100):
                 raise UserError(f"selector {text!r}: {sliced!r} is out of range")
-            return Slice("uniform" if uniform else "ratio", count=count, percent=percent)
+            return TokenSlice("uniform" if uniform else "ratio", count=count, percent=percent)
     if m := re.fullmatch(r"at\((\d+(?:;\d+)*)\)", sliced):
-        return Slice("at", indices=tuple(int(i) for i in m[1].split(";")))
+        return TokenSlice("at", indices=tuple(int(i) for i in m[1].split(";")))
     raise choice_error(f"slice in selector {text!r}", sliced, SLICES)
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[bool, ...]:
     """Parses a layer choice into one flag per layer.
+
+    >>> parse_layers("0;2-", 4)
+    (True, False, True, True)
 
     `all`, `0;2;4`, `3-7` (inclusive), `3-` (to the last), `every:3`, and `shallow`, `middle`,
     `deep`: the first half, the middle half and the last half of the layers (0-15, 8-23, 16-31 of

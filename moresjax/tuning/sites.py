@@ -6,7 +6,7 @@ Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}
 """
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.tuning.base import Edit, Method
+from moresjax.tuning.base import Edit, Method, ModelConfig
 from moresjax.tuning.selectors import parse_selector
 
 _BLOCK_OUTPUTS = ("out", "attn.out", "mlp.out")
@@ -18,14 +18,13 @@ EDIT_SITES = (
 )
 
 
-def edit_dim(method: Method, config) -> int:
-    """Features of the activations at `method.site`.
+def edit_dim(method: Method, site: str, config: ModelConfig) -> int:
+    """Features of the activations at a site.
 
     Raises:
       UserError: for an unknown site, or one of a vision encoder that the model does not have or
         has two of.
     """
-    site = method.site
     if site not in EDIT_SITES:
         raise choice_error(f"site of {method.name}", site, EDIT_SITES)
     if not site.startswith("llm.") and config.vision is None:
@@ -41,7 +40,7 @@ def edit_dim(method: Method, config) -> int:
 _REGIONS = {"vision": ("image", "system", "all"), "connector": ("image", "roi", "all")}
 
 
-def check_selector(method: Edit, site: str, config) -> None:
+def check_selector(method: Edit, site: str, config: ModelConfig) -> None:
     """Checks the positions of an edit at a site.
 
     Raises:
@@ -60,7 +59,7 @@ def check_selector(method: Edit, site: str, config) -> None:
             )
 
 
-def linear_sites(method: Method, config, targets: str) -> dict[str, tuple[int, int]]:
+def linear_sites(method: Method, config: ModelConfig, targets: str) -> dict[str, tuple[int, int]]:
     """Sites and (in, out) features of the linears that `targets` names.
 
     `all` stands for every linear of the decoder's blocks, `q;v` for some of them, `vision.q` for
@@ -86,7 +85,7 @@ def linear_sites(method: Method, config, targets: str) -> dict[str, tuple[int, i
     return chosen
 
 
-def num_layers(site: str, config) -> int:
+def num_layers(site: str, config: ModelConfig) -> int:
     """Layers of the tower a layered site belongs to; 0 for a site outside the blocks."""
     if site.startswith("llm.block."):
         return config.llm.num_layers

@@ -29,6 +29,13 @@ def preset(name: str, spec: str) -> None:
 def parse_spec(spec: str) -> tuple[Method, ...]:
     """Parses a tuning spec.
 
+    >>> import moresjax.tuning  # registers the methods
+    >>> steering, lora = parse_spec("mores:rank=2,layers=0;2/lora:rank=8,targets=q;v")
+    >>> steering.rank, steering.layers, lora.targets
+    (2, '0;2', 'q;v')
+    >>> format_spec([steering, lora])
+    'mores:rank=2,layers=0;2/lora:targets=q;v'
+
     Raises:
       UserError: for an unknown method or key or a value of the wrong type.
     """
@@ -71,7 +78,7 @@ def _parse_method(piece: str) -> Method:
     return cls(**values)
 
 
-def _convert(method: str, key: str, value: str, kind: type):
+def _convert(method: str, key: str, value: str, kind: type) -> object:
     if kind is bool:
         if value not in ("true", "false"):
             raise choice_error(f"value of {method}:{key}", value, ("true", "false"))
@@ -90,7 +97,7 @@ def check_choice(method: Method, key: str, allowed: tuple[str, ...]) -> None:
         raise choice_error(f"value of {method.name}:{key}", getattr(method, key), allowed)
 
 
-def check_rank(method: Method) -> None:
-    """For `__post_init__`: a rank of at least 1."""
-    if method.rank < 1:
-        raise UserError(f"{method.name}:rank must be at least 1, got {method.rank}")
+def check_rank(method: Method, rank: int) -> None:
+    """For `__post_init__`: the rank must be at least 1."""
+    if rank < 1:
+        raise UserError(f"{method.name}:rank must be at least 1, got {rank}")

@@ -70,7 +70,7 @@ def test_of_attention_the_probabilities_alone_are_kept():
 def test_of_an_mlp_the_inputs_of_its_activation_alone_are_kept(gated):
     shape = {"hidden_size": 4, "intermediate_size": 12, "num_layers": 1, "num_heads": 1}
     mlp = initialize(MLP(BlockConfig(gated_mlp=gated, **shape)))
-    hooks = LayerHooks(TowerHooks(), {}, 0)
+    hooks = LayerHooks(TowerHooks(), [], 0)
     x = jax.random.normal(jax.random.key(1), (ROWS, LENGTH, 4))
     # Differentiated by the input only: no product needs what comes out of the activation.
     assert kept(lambda x: mlp(x, hooks), x).count((ROWS, LENGTH, 12)) == 1 + gated

@@ -21,7 +21,7 @@ from moresjax.models.vision import VisionConfig
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.attach import Tuning, extend_layout
-from moresjax.tuning.hooks import TowerHooks
+from moresjax.tuning.hooks import AttachedEdit, TowerHooks
 from moresjax.tuning.methods.lora import LoRA
 
 EVERY = "prompt:length=1/prefix:length=2/vpt:length=2/vpt:deep=false,length=1/ptum:length=2"
@@ -243,7 +243,8 @@ def test_edits_pass_over_the_virtual_tokens(batch):
     hooks = tiny_model(spec).tuning.hooks(batch)
     layout = np.asarray(batch.layout.kind)
     for tower, extra, tokens in (("vision", 2, np.ones((2, 9), bool)), ("llm", 3, layout != 0)):
-        (mask,) = (i.mask for s, i in hooks._items if i.mask is not None and s.startswith(tower))
+        edits = [i for s, i in hooks._items if isinstance(i, AttachedEdit) and s.startswith(tower)]
+        (mask,) = (edit.mask for edit in edits)
         np.testing.assert_array_equal(mask, np.pad(tokens, ((0, 0), (extra, 0))))
 
 

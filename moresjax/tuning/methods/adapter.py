@@ -13,10 +13,19 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.ops import project
-from moresjax.tuning.base import WeightDelta, dropped, register
+from moresjax.tuning.base import (
+    LinearLike,
+    ModelConfig,
+    Params,
+    Sites,
+    WeightDelta,
+    dropped,
+    register,
+)
 from moresjax.tuning.sites import linear_sites
 
 # Linears whose output, not input, has the hidden size.
@@ -32,29 +41,35 @@ class Adapter(WeightDelta):
     bottleneck: int = 256
     dropout: float = 0.05
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bottleneck < 1:
             raise UserError(f"adapter:bottleneck must be at least 1, got {self.bottleneck}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"adapter:dropout must be at least 0 and below 1, got {self.dropout}")
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         names = "gate;up;down" if config.llm.gated_mlp else "up;down"
         shapes = linear_sites(self, config, names)
         return {site: (*dims, site.split(".")[-1] in AFTER) for site, dims in shapes.items()}
 
-    def initial(self, key, d_in, d_out, after):
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int, after: bool) -> Params:
         dim, (k_in, k_out) = d_out if after else d_in, jax.random.split(key)
         into = 0.02 * jax.random.normal(k_in, (dim, self.bottleneck))
         out = 0.02 * jax.random.normal(k_out, (self.bottleneck, dim))
         side = "after" if after else "before"
         return {f"{side}_in": into, f"{side}_out": out}
 
-    def neutral(self, params):
+    def neutral(self, params: Params) -> Params:
         return {name: jnp.zeros_like(x) for name, x in params.items()}
 
-    def apply(self, params, linear, x, key=None):
-        def adapted(x, side):
+    def apply(
+        self,
+        params: Params,
+        linear: LinearLike,
+        x: Float[Array, "*B D"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B F"]:
+        def adapted(x: Float[Array, "*B D"], side: str) -> Float[Array, "*B D"]:
             low = dropped(x, self.dropout, key)
             low = jnp.tanh(project(low, params[f"{side}_in"].astype(x.dtype)))
             return x + project(low, params[f"{side}_out"].astype(x.dtype))

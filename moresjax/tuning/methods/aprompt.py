@@ -20,5 +20,5 @@ class APrompt(Method):
     length: int = 10
     kv_length: int = 10
 
-    def parts(self):
+    def parts(self) -> tuple[Method, ...]:
         return PTUM(length=self.length), Prefix(length=self.kv_length)

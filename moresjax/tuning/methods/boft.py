@@ -12,17 +12,19 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
-from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.rotations import cayley, check_divides, rotate, skew_part
 from moresjax.tuning.sites import linear_sites
 
 
 def butterfly_order(features: int, block: int, factor: int) -> Int[np.ndarray, "D"]:
-    """Order of features before factor number `factor` (from 0): in every run of 2^factor blocks,
-    first the even half blocks, then the odd ones."""
+    """Order of features before factor number `factor` (from 0).
+
+    In every run of 2^factor blocks the even half blocks come first, then the odd ones.
+    """
     halves = np.arange(features).reshape(-1, 2**factor, 2, block // 2)
     return halves.swapaxes(1, 2).reshape(-1)
 
@@ -38,7 +40,7 @@ class BOFT(WeightDelta):
     factors: int = 1
     targets: str = "q;v"
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         if self.block_size % 2 or self.factors < 1:
             raise UserError(
                 f"boft needs an even block_size and at least 1 of factors, got {self.block_size} "
@@ -50,14 +52,14 @@ class BOFT(WeightDelta):
             check_divides(self, "block_size * 2^(factors-1)", run, d_in, f"inputs of {site}")
         return shapes
 
-    def initial(self, key, d_in, d_out):
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
         b = self.block_size
         return {"matrix": jnp.zeros((self.factors, d_in // b, b, b)), "scale": jnp.ones(d_out)}
 
-    def neutral(self, params):
+    def neutral(self, params: Params) -> Params:
         return {"matrix": jnp.zeros_like(params["matrix"]), "scale": jnp.ones_like(params["scale"])}
 
-    def prepare(self, params):
+    def prepare(self, params: Params) -> Params:
         return {"rotation": cayley(skew_part(params["matrix"])), "scale": params["scale"]}
 
     def turned(
@@ -70,12 +72,20 @@ class BOFT(WeightDelta):
             x = rotate(x[..., np.argsort(order)], blocks)[..., order]
         return x
 
-    def apply(self, params, linear, x, key=None):
+    def apply(
+        self,
+        params: Params,
+        linear: LinearLike,
+        x: Float[Array, "*B D"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B F"]:
         bias = 0 if linear.bias is None else linear.bias[...].astype(x.dtype)
         y = linear(self.turned(x, params["rotation"])) - bias
         return y * params["scale"].astype(x.dtype) + bias
 
-    def merge(self, params, kernel, bias):
+    def merge(
+        self, params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         params = self.prepare(params)
         # R W = (W^T R^T)^T, and a rotation's transpose is its inverse.
         turned = self.turned(kernel.T, params["rotation"], inverse=True).T

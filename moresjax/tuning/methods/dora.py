@@ -12,10 +12,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
-from moresjax.tuning.base import dropped, register
+from moresjax.tuning.base import LinearLike, Params, dropped, register
 from moresjax.tuning.methods.lora import LoRA
 
 
@@ -32,20 +32,26 @@ class DoRA(LoRA):
     name = "dora"
     whole = True
 
-    def initial(self, key, d_in, d_out):
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
         return super().initial(key, d_in, d_out) | {"longer": jnp.zeros(d_out)}
 
-    def neutral(self, params):
+    def neutral(self, params: Params) -> Params:
         return super().neutral(params) | {"longer": jnp.zeros_like(params["longer"])}
 
-    def stretch(self, params, kernel):
+    def stretch(self, params: Params, kernel: Float[Array, "D F"]) -> Float[Array, "F"]:
         """`m / |V|`, one factor per output feature."""
         kernel = kernel.astype(jnp.float32)
         direction = kernel + self.scale * params["a"] @ params["b"]
         constant = jax.lax.stop_gradient(lengths(direction))
         return (jax.lax.stop_gradient(lengths(kernel)) + params["longer"]) / constant
 
-    def apply(self, params, linear, x, key=None):
+    def apply(
+        self,
+        params: Params,
+        linear: LinearLike,
+        x: Float[Array, "*B D"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B F"]:
         kernel = linear.dense()
         stretch = self.stretch(params, kernel).astype(x.dtype)
         low = dropped(x, self.dropout, key)
@@ -53,6 +59,8 @@ class DoRA(LoRA):
         product = project(low, kernel.astype(x.dtype))
         return linear(x) + (stretch - 1) * product + stretch * self.added(params, low)
 
-    def merge(self, params, kernel, bias):
+    def merge(
+        self, params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         merged, _ = super().merge(params, kernel, bias)
         return (merged * self.stretch(params, kernel)).astype(kernel.dtype), bias

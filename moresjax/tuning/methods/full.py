@@ -3,7 +3,7 @@
 import dataclasses
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.tuning.base import Method, register
+from moresjax.tuning.base import Method, ModelConfig, Sites, register
 
 PARTS = ("connector", "lm_head")
 
@@ -33,7 +33,7 @@ class Partial(Method):
     name = "partial"
     train: str = "connector;lm_head"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for part in self.trains:
             if part not in PARTS:
                 raise choice_error("part in partial:train", part, PARTS)
@@ -42,7 +42,7 @@ class Partial(Method):
     def trains(self) -> tuple[str, ...]:
         return tuple(self.train.split(";"))
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         has = {"connector": config.vision is not None, "lm_head": not config.llm.tie_embeddings}
         for part in self.trains:
             if not has[part]:

@@ -11,10 +11,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.ops import project
-from moresjax.tuning.base import Edit, register
+from moresjax.tuning.base import Edit, ModelConfig, Params, Sites, register
 
 SITES = ("llm.block.attn.out", "llm.block.mlp.out")
 
@@ -28,15 +29,15 @@ class Houlsby(Edit):
     positions: str = "all"
     bottleneck: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.bottleneck < 1:
             raise UserError(f"houlsby:bottleneck must be at least 1, got {self.bottleneck}")
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         return {site: (config.llm.hidden_size,) for site in SITES}
 
-    def initial(self, key, dim):
+    def initial(self, key: PRNGKeyArray, dim: int) -> Params:
         return {
             "down": 0.01 * jax.random.normal(key, (dim, self.bottleneck)),
             "down_bias": jnp.zeros(self.bottleneck),
@@ -44,7 +45,7 @@ class Houlsby(Edit):
             "up_bias": jnp.zeros(dim),
         }
 
-    def delta(self, params, h):
+    def delta(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         params = {name: x.astype(h.dtype) for name, x in params.items()}
         low = jax.nn.gelu(project(h, params["down"]) + params["down_bias"], approximate=False)
         return project(low, params["up"]) + params["up_bias"]

@@ -8,8 +8,9 @@ Axis legend: D features in, F features out.
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.sites import linear_sites
 
 # Linears rescaled on their input; every other one is rescaled on its output.
@@ -24,22 +25,30 @@ class IA3(WeightDelta):
     name = "ia3"
     targets: str = "k;v;down"
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         shapes = linear_sites(self, config, self.targets)
         return {site: (*dims, site.split(".")[-1] in ON_INPUT) for site, dims in shapes.items()}
 
-    def initial(self, key, d_in, d_out, on_input):
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int, on_input: bool) -> Params:
         return {"scale_in": jnp.ones(d_in)} if on_input else {"scale_out": jnp.ones(d_out)}
 
-    def neutral(self, params):
+    def neutral(self, params: Params) -> Params:
         return {name: jnp.ones_like(x) for name, x in params.items()}
 
-    def apply(self, params, linear, x, key=None):
+    def apply(
+        self,
+        params: Params,
+        linear: LinearLike,
+        x: Float[Array, "*B D"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B F"]:
         if "scale_in" in params:
             return linear(x * params["scale_in"].astype(x.dtype))
         return linear(x) * params["scale_out"].astype(x.dtype)
 
-    def merge(self, params, kernel, bias):
+    def merge(
+        self, params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         if "scale_in" in params:
             return (kernel * params["scale_in"][:, None]).astype(kernel.dtype), bias
         scale = params["scale_out"]

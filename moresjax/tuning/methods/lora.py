@@ -11,9 +11,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
-from moresjax.tuning.base import WeightDelta, dropped, register
+from moresjax.tuning.base import (
+    LinearLike,
+    ModelConfig,
+    Params,
+    Sites,
+    WeightDelta,
+    dropped,
+    register,
+)
 from moresjax.tuning.sites import linear_sites
 from moresjax.tuning.spec import check_rank
 
@@ -30,31 +39,39 @@ class LoRA(WeightDelta):
     rslora: bool = False
     targets: str = "all"
 
-    def __post_init__(self):
-        check_rank(self)
+    def __post_init__(self) -> None:
+        check_rank(self, self.rank)
 
     @property
     def scale(self) -> float:
         return (self.alpha or 2.0 * self.rank) / (self.rank**0.5 if self.rslora else self.rank)
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         return linear_sites(self, config, self.targets)
 
-    def initial(self, key, d_in, d_out):
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
         bound = d_in**-0.5
         a = jax.random.uniform(key, (d_in, self.rank), minval=-bound, maxval=bound)
         return {"a": a, "b": jnp.zeros((self.rank, d_out))}
 
-    def neutral(self, params):
+    def neutral(self, params: Params) -> Params:
         return params | {"b": jnp.zeros_like(params["b"])}
 
-    def added(self, params, x):
+    def added(self, params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         """`s x A B`."""
         low = project(x, params["a"].astype(x.dtype))
         return self.scale * project(low, params["b"].astype(x.dtype))
 
-    def apply(self, params, linear, x, key=None):
+    def apply(
+        self,
+        params: Params,
+        linear: LinearLike,
+        x: Float[Array, "*B D"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B F"]:
         return linear(x) + self.added(params, dropped(x, self.dropout, key))
 
-    def merge(self, params, kernel, bias):
+    def merge(
+        self, params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         return kernel + (self.scale * params["a"] @ params["b"]).astype(kernel.dtype), bias

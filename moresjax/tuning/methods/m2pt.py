@@ -30,6 +30,6 @@ class M2PT(Method):
     length: int = 10
     train: str = "connector;lm_head"
 
-    def parts(self):
+    def parts(self) -> tuple[Method, ...]:
         visual = VPT(length=self.visual_length, init="xavier")
         return visual, PTUM(length=self.length), Partial(train=self.train)

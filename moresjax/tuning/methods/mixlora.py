@@ -16,9 +16,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError
-from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.sites import linear_sites
 from moresjax.tuning.spec import check_rank
 
@@ -36,15 +37,15 @@ class MixLoRA(WeightDelta):
     scored: bool = False
     targets: str = "all"
 
-    def __post_init__(self):
-        check_rank(self)
+    def __post_init__(self) -> None:
+        check_rank(self, self.rank)
         if self.rank > self.factors:
             raise UserError(f"mixlora:rank={self.rank} exceeds its factors={self.factors}")
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         return linear_sites(self, config, self.targets)
 
-    def initial(self, key, d_in, d_out):
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
         pools = 3 + self.rank * self.conditional
         # In one draw: the pool of A, both routers, and one router for each chosen factor.
         shape, bound = (pools, d_in, self.factors), d_in**-0.5
@@ -53,10 +54,16 @@ class MixLoRA(WeightDelta):
         params |= {"router_a": drawn[1], "router_b": drawn[2]}
         return params | ({"router_ab": drawn[3:]} if self.conditional else {})
 
-    def neutral(self, params):
+    def neutral(self, params: Params) -> Params:
         return params | {"b": jnp.zeros_like(params["b"])}
 
-    def apply(self, params, linear, x, key=None):
+    def apply(
+        self,
+        params: Params,
+        linear: LinearLike,
+        x: Float[Array, "*B D"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B F"]:
         tokens = params["tokens"][..., None]
         mean = jnp.where(tokens, x, 0).astype(jnp.float32).sum(1) / jnp.maximum(tokens.sum(1), 1)
         score = mean @ params["router_a"]

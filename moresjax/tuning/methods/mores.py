@@ -10,12 +10,14 @@ nothing, so with visual positions its parameters get a gradient of exactly zero.
 """
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.ops import project
-from moresjax.tuning.base import Method, layer_field, register
+from moresjax.tuning.base import Method, Params, layer_field, register
 from moresjax.tuning.low_rank import LowRankEdit
 from moresjax.tuning.spec import check_choice, preset
 
@@ -38,27 +40,29 @@ class MoReS(LowRankEdit):
     rank: int = 1
     parity: str = "paper"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "parity", ("paper", "llava-steering"))
         if self.parity != "paper" and self.init != "paper":
             raise UserError(f"mores:parity={self.parity} has init=paper, got {self.init!r}")
 
-    def prepare(self, params):
+    def prepare(self, params: Params) -> Params:
         if self.parity == "paper":
             return super().prepare(params)
         rotate = self.rotation(params["rotate"])
         half = {name: params[name].astype(jnp.float16) for name in ("weight", "bias")}
         return half | {"rotate": rotate, "up": rotate.T}
 
-    def delta(self, params, h):
+    def delta(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         if self.parity == "paper":
             return super().delta(params, h)
         learned = project(h.astype(jnp.float16), params["weight"].T) + params["bias"]
         present = project(h.astype(jnp.float32), params["rotate"]).astype(jnp.float16)
         return project((learned - present).astype(jnp.float32), params["up"])
 
-    def drop(self, key, delta, h):
+    def drop(
+        self, key: PRNGKeyArray, delta: Float[Array, "B S D"], h: Float[Array, "B S D"]
+    ) -> Float[Array, "B S D"]:
         if self.parity == "paper":
             return super().drop(key, delta, h)
         return super().drop(key, h + delta, h) - h
@@ -78,11 +82,11 @@ class MoReS2(Method):
     dropout: float = 0.0
     init: str = "paper"
 
-    def parts(self):
-        common = {"layers": self.layers, "dropout": self.dropout, "init": self.init}
+    def parts(self) -> tuple[Method, ...]:
+        mores = functools.partial(MoReS, layers=self.layers, dropout=self.dropout, init=self.init)
         return (
-            MoReS(positions=self.positions, rank=self.rank, **common),
-            MoReS(positions=self.text_positions, rank=self.text_rank, **common),
+            mores(positions=self.positions, rank=self.rank),
+            mores(positions=self.text_positions, rank=self.text_rank),
         )
 
 

@@ -12,6 +12,7 @@ is every block but the last. Their released code differs from the paper: see `mr
 """
 
 import dataclasses
+import functools
 
 from moresjax.core.errors import UserError
 from moresjax.tuning.base import Method, layer_field, register
@@ -27,13 +28,15 @@ class MRT(Method):
     """All four groups of editors.
 
     Attributes:
-      rank: of the editors in the LLM.
-      visual_rank: of those in the vision encoder and after the connector.
+      rank: rank of the editors in the LLM.
+      visual_rank: rank of those in the vision encoder and after the connector.
       length: tokens in the prefix and in the suffix, each at most half of the text.
       scope: where the suffix ends: `prompt` (the question), or `sequence`: in training, where
         answers follow, the last answer.
-      layers: blocks of the LLM.
-      visual_layers: blocks of the vision encoder.
+      layers: the blocks of the LLM that are edited.
+      visual_layers: the blocks of the vision encoder that are edited.
+      dropout: the rate of dropout on every delta.
+      init: the start of every editor, `paper` or `identity`.
     """
 
     name = "mrt"
@@ -46,21 +49,21 @@ class MRT(Method):
     dropout: float = 0.0
     init: str = "paper"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice(self, "scope", tuple(SCOPES))
         if self.length < 1:
             raise UserError(f"mrt:length must be at least 1, got {self.length}")
 
-    def parts(self):
-        common = {"dropout": self.dropout, "init": self.init}
-        visual = common | {"rank": self.visual_rank}
-        text = common | {"rank": self.rank, "layers": self.layers}
+    def parts(self) -> tuple[Method, ...]:
+        edit = functools.partial(LoReFT, dropout=self.dropout, init=self.init)
+        visual = functools.partial(edit, rank=self.visual_rank)
+        text = functools.partial(edit, rank=self.rank, layers=self.layers)
         prefix, suffix = f"question:f{self.length}+l0", f"f0+l{self.length}"
         return (
-            LoReFT(site="vision.block.out", positions="all", layers=self.visual_layers, **visual),
-            LoReFT(site="connector.out", positions="image", **visual),
-            LoReFT(positions=prefix, **text),
-            LoReFT(positions=f"{SCOPES[self.scope]}:{suffix}", **text),
+            visual(site="vision.block.out", positions="all", layers=self.visual_layers),
+            visual(site="connector.out", positions="image"),
+            text(positions=prefix),
+            text(positions=f"{SCOPES[self.scope]}:{suffix}"),
         )
 
 

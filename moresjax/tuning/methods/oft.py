@@ -12,8 +12,9 @@ The two turn in opposite directions. A block is stored as the b(b-1)/2 numbers a
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.tuning.base import WeightDelta, register
+from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.rotations import (
     cayley,
     cayley_neumann,
@@ -36,30 +37,38 @@ class OFT(WeightDelta):
     cayley: str = "neumann"
     targets: str = "q;k;v"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice(self, "cayley", ("neumann", "exact"))
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         shapes = linear_sites(self, config, self.targets)
         for site, (d_in, _) in shapes.items():
             check_divides(self, "block_size", self.block_size, d_in, f"inputs of {site}")
         return shapes
 
-    def initial(self, key, d_in, d_out):
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
         b = self.block_size
         return {"skew": jnp.zeros((d_in // b, b * (b - 1) // 2))}
 
-    def neutral(self, params):
+    def neutral(self, params: Params) -> Params:
         return {"skew": jnp.zeros_like(params["skew"])}
 
-    def prepare(self, params):
+    def prepare(self, params: Params) -> Params:
         skew = skew_from_vector(params["skew"], self.block_size)
         return {"rotation": (cayley if self.cayley == "exact" else cayley_neumann)(skew)}
 
-    def apply(self, params, linear, x, key=None):
+    def apply(
+        self,
+        params: Params,
+        linear: LinearLike,
+        x: Float[Array, "*B D"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B F"]:
         return linear(rotate(x, params["rotation"]))
 
-    def merge(self, params, kernel, bias):
+    def merge(
+        self, params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         # R W, one column of W at a time: (W^T R^T)^T.
         turned = rotate(kernel.T, self.prepare(params)["rotation"].mT).T
         return turned.astype(kernel.dtype), bias

@@ -11,8 +11,9 @@ stands P positions further on, as behind a cache of P tokens. `peft` does the sa
 import dataclasses
 
 import jax
+from jaxtyping import PRNGKeyArray
 
-from moresjax.tuning.base import VirtualTokens, register
+from moresjax.tuning.base import ModelConfig, Params, Sites, VirtualTokens, register
 
 
 @register
@@ -22,10 +23,10 @@ class Prefix(VirtualTokens):
 
     name = "prefix"
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         return {"llm.block.kv": (config.llm.linears()["k"][1],)}
 
-    def initial(self, key, features):
+    def initial(self, key: PRNGKeyArray, features: int) -> Params:
         shape = self.length, features
         keys = zip("kv", jax.random.split(key), strict=True)
         return {name: 0.02 * jax.random.normal(own, shape) for name, own in keys}

@@ -3,8 +3,9 @@
 import dataclasses
 
 import jax
+from jaxtyping import PRNGKeyArray
 
-from moresjax.tuning.base import VirtualTokens, register
+from moresjax.tuning.base import ModelConfig, Params, Sites, VirtualTokens, register
 
 
 @register
@@ -14,8 +15,8 @@ class Prompt(VirtualTokens):
 
     name = "prompt"
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         return {"llm.embed": (config.llm.hidden_size,)}
 
-    def initial(self, key, dim):
+    def initial(self, key: PRNGKeyArray, dim: int) -> Params:
         return {"embedding": 0.02 * jax.random.normal(key, (self.length, dim))}

@@ -12,7 +12,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.tuning.base import VirtualTokens, register
+from moresjax.tuning.base import ModelConfig, Params, Sites, VirtualTokens, register
 
 
 def uniform_tokens(key: PRNGKeyArray, length: int, dim: int, fan_in: int) -> Float[Array, "P D"]:
@@ -35,8 +35,8 @@ class PTUM(VirtualTokens):
     length: int = 64
     deep: bool = True
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         return {"llm.block.in" if self.deep else "llm.embed": (config.llm.hidden_size,)}
 
-    def initial(self, key, dim):
+    def initial(self, key: PRNGKeyArray, dim: int) -> Params:
         return {"embedding": uniform_tokens(key, self.length, dim, self.length)}

@@ -3,7 +3,7 @@
 import dataclasses
 
 from moresjax.core.errors import UserError
-from moresjax.tuning.base import register
+from moresjax.tuning.base import Method, ModelConfig, register
 from moresjax.tuning.methods.lora import LoRA
 
 
@@ -14,7 +14,7 @@ class QLoRA(LoRA):
 
     name = "qlora"
 
-    def resolve(self, config):
+    def resolve(self, config: ModelConfig) -> Method:
         if not config.llm.int8:
             raise UserError("qlora needs an LLM in eight bits (quantize=int8); else use lora")
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -8,8 +8,9 @@ Axis legend: B batch, S tokens, D hidden size.
 import dataclasses
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.tuning.base import Edit, register
+from moresjax.tuning.base import Edit, ModelConfig, Params, Sites, register
 from moresjax.tuning.sites import edit_dim
 
 
@@ -22,11 +23,11 @@ class RED(Edit):
     positions: str = "all"
     site: str = "llm.block.mlp.out"
 
-    def sites(self, config):
-        return {self.site: (edit_dim(self, config),)}
+    def sites(self, config: ModelConfig) -> Sites:
+        return {self.site: (edit_dim(self, self.site, config),)}
 
-    def initial(self, key, dim):
+    def initial(self, key: PRNGKeyArray, dim: int) -> Params:
         return {"scale": jnp.ones(dim), "bias": jnp.zeros(dim)}
 
-    def delta(self, params, h):
+    def delta(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return h.astype(jnp.float32) * (params["scale"] - 1) + params["bias"]

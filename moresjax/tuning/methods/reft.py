@@ -16,7 +16,7 @@ free, as torch's linear. None of them is the identity then.
 import dataclasses
 
 from moresjax.core.errors import UserError
-from moresjax.tuning.base import METHODS, Method, layer_field, register
+from moresjax.tuning.base import Method, layer_field, register
 from moresjax.tuning.low_rank import LowRankEdit
 from moresjax.tuning.spec import check_choice
 
@@ -81,7 +81,9 @@ class NoDiReFT(ReFT):
     orthogonal, subtracts = False, False
 
 
-FAMILY = ("loreft", "noreft", "direft", "nodireft", "consreft", "lobireft")
+FAMILY: dict[str, type[ReFT]] = {
+    method.name: method for method in (LoReFT, NoReFT, DiReFT, NoDiReFT, ConsReFT, LobiReFT)
+}
 
 
 @register
@@ -105,14 +107,18 @@ class UnsharedReFT(Method):
     layers: str = layer_field()
     dropout: float = 0.0
 
-    def __post_init__(self):
-        check_choice(self, "kind", FAMILY)
+    def __post_init__(self) -> None:
+        check_choice(self, "kind", tuple(FAMILY))
         if min(self.first, self.last) < 1:
             raise UserError(
                 f"reft:first and reft:last must be at least 1, got {self.first} and {self.last}"
             )
 
-    def parts(self):
-        common = {"rank": self.rank, "layers": self.layers, "dropout": self.dropout}
+    def parts(self) -> tuple[Method, ...]:
         prefix, suffix = f"{self.region}:f{self.first}+l0", f"{self.region}:f0+l{self.last}"
-        return tuple(METHODS[self.kind](positions=p, **common) for p in (prefix, suffix))
+        return tuple(
+            FAMILY[self.kind](
+                positions=positions, rank=self.rank, layers=self.layers, dropout=self.dropout
+            )
+            for positions in (prefix, suffix)
+        )

@@ -12,17 +12,19 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.tuning.base import Edit, register
+from moresjax.tuning.base import Edit, ModelConfig, Params, Sites, register
 from moresjax.tuning.sites import edit_dim
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class Steer(Edit):
-    """Adds `alpha` times a vector, taken as it is: `positions=generated` steers what is generated
-    after the first new token, `all` the prompt too.
+    """Adds `alpha` times a vector, taken as it is.
+
+    `positions=generated` steers what is generated after the first new token, `all` the prompt too.
 
     Attributes:
       vector: `FILE.npz` with one array or `FILE.npz:KEY`, an array `[D]`; without it zeros, to be
@@ -37,19 +39,19 @@ class Steer(Edit):
     alpha: float = dataclasses.field(default=1.0, compare=False)
     site: str = "llm.block.out"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not math.isfinite(self.alpha):
             raise UserError(f"steer:alpha must be a finite number, got {self.alpha}")
 
-    def sites(self, config):
-        return {self.site: (edit_dim(self, config),)}
+    def sites(self, config: ModelConfig) -> Sites:
+        return {self.site: (edit_dim(self, self.site, config),)}
 
-    def initial(self, key, dim):
+    def initial(self, key: PRNGKeyArray, dim: int) -> Params:
         vector = read_vector(self.vector, dim) if self.vector else np.zeros(dim, np.float32)
         return {"vector": jnp.asarray(vector), "alpha": jnp.asarray(self.alpha, jnp.float32)}
 
-    def delta(self, params, h):
+    def delta(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         return jnp.broadcast_to(params["alpha"] * params["vector"], h.shape)
 
 

@@ -11,10 +11,20 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
-from moresjax.tuning.base import WeightDelta, dropped, register
+from moresjax.core.types import AnyArray
+from moresjax.tuning.base import (
+    LinearLike,
+    ModelConfig,
+    Params,
+    Sites,
+    WeightDelta,
+    dropped,
+    register,
+)
 from moresjax.tuning.sites import linear_sites
 from moresjax.tuning.spec import check_rank
 
@@ -41,34 +51,44 @@ class VeRA(WeightDelta):
     seed: int = 0
     targets: str = "q;v"
 
-    def __post_init__(self):
-        check_rank(self)
+    def __post_init__(self) -> None:
+        check_rank(self, self.rank)
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         return linear_sites(self, config, self.targets)
 
-    def shared(self, config):
+    def shared(self, config: ModelConfig) -> dict[str, AnyArray]:
         widest = np.max(list(self.sites(config).values()), axis=0)
         rng = np.random.RandomState(self.seed)
         a = torch_uniform(rng, (self.rank, int(widest[0])))
         b = torch_uniform(rng, (int(widest[1]), self.rank))
         return {"a": a.T, "b": b.T}
 
-    def initial(self, key, d_in, d_out):
+    def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
         return {"lambda_d": jnp.full(self.rank, 0.1), "lambda_b": jnp.zeros(d_out)}
 
-    def neutral(self, params):
+    def neutral(self, params: Params) -> Params:
         return params | {"lambda_b": jnp.zeros_like(params["lambda_b"])}
 
-    def factors(self, params, d_in, dtype):
+    def factors(
+        self, params: Params, d_in: int, dtype: DTypeLike
+    ) -> tuple[Float[Array, "D r"], Float[Array, "r F"]]:
         """The two low-rank factors of one linear."""
         b = params["b"][:, : len(params["lambda_b"])] * params["lambda_b"]
         return (params["a"][:d_in] * params["lambda_d"]).astype(dtype), b.astype(dtype)
 
-    def apply(self, params, linear, x, key=None):
+    def apply(
+        self,
+        params: Params,
+        linear: LinearLike,
+        x: Float[Array, "*B D"],
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*B F"]:
         a, b = self.factors(params, x.shape[-1], x.dtype)
         return linear(x) + project(project(dropped(x, self.dropout, key), a), b)
 
-    def merge(self, params, kernel, bias):
+    def merge(
+        self, params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         a, b = self.factors(params, len(kernel), jnp.float32)
         return kernel + (a @ b).astype(kernel.dtype), bias

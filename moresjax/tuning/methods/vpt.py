@@ -11,8 +11,10 @@ where among the encoder's other tokens they stand.
 
 import dataclasses
 
+from jaxtyping import PRNGKeyArray
+
 from moresjax.core.errors import UserError
-from moresjax.tuning.base import VirtualTokens, register
+from moresjax.tuning.base import ModelConfig, Params, Sites, VirtualTokens, register
 from moresjax.tuning.methods.ptum import uniform_tokens
 from moresjax.tuning.spec import check_choice
 
@@ -32,11 +34,11 @@ class VPT(VirtualTokens):
     deep: bool = True
     init: str = "patch"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "init", ("patch", "xavier"))
 
-    def sites(self, config):
+    def sites(self, config: ModelConfig) -> Sites:
         vision = config.vision
         if vision is None or vision.is_pair:
             has = "has none" if vision is None else "has two"
@@ -45,5 +47,5 @@ class VPT(VirtualTokens):
         site = "vision.block.in" if self.deep else "vision.embed"
         return {site: (vision.hidden_size, fan_in)}
 
-    def initial(self, key, dim, fan_in):
+    def initial(self, key: PRNGKeyArray, dim: int, fan_in: int) -> Params:
         return {"embedding": uniform_tokens(key, self.length, dim, fan_in)}
