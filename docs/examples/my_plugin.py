@@ -15,7 +15,7 @@ import optax
 
 from moresjax.core.layout import loss_mask, valid_mask
 from moresjax.data.samples import Sample, Turn
-from moresjax.data.sources import source
+from moresjax.data.sources import register_source
 from moresjax.data.templates import Template, register_template
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
@@ -48,7 +48,7 @@ class Shift(Edit):
         return jnp.broadcast_to(params["shift"], h.shape)
 
 
-@source("grey")
+@register_source("grey")
 @dataclasses.dataclass(frozen=True)
 class GreyImages:
     """A source, `config.data = {"name": "grey", "size": 100}`: is the image bright?

@@ -53,9 +53,9 @@ def run_check(args: argparse.Namespace) -> None:
     report = check_data(
         make_source(**config.data),
         functools.partial(build_processor, config),
-        length=config.max_seq_len,
-        images=config.images_per_row,
-        workers=args.workers,
+        max_seq_len=config.max_seq_len,
+        images_per_row=config.images_per_row,
+        num_workers=args.workers,
     )
     lines = [
         f"{report.samples:,d} samples, {report.text_only:,d} of them text only; "
