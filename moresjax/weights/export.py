@@ -51,7 +51,7 @@ def export_hf(
     folder = Path(folder)
     check_new(folder, "export")
     hf = hf_config(mllm.config)
-    tokenizer = None if processor is None else processor.tokenizer
+    tokenizer: Any = None if processor is None else processor.tokenizer
     if hf["model_type"] == Llava.model_type:
         tokenizer, hf["image_token_index"] = _with_image_token(tokenizer, mllm.config)
     hf["dtype"] = str(mllm.llm.embed.table[...].dtype)
@@ -127,7 +127,7 @@ def _with_image_token(
             )
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
-    return tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+    return tokenizer, tokenizer.get_vocab()[IMAGE_MARK]
 
 
 def _write_processor(
