@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,7 +95,7 @@ class ArrayRecordSource:
         _ = self._reader
 
     @functools.cached_property
-    def _reader(self) -> Sequence[bytes]:
+    def _reader(self) -> Any:  # the library declares no `__len__`
         from grain.sources import ArrayRecordDataSource
 
         root = Path(self.folder)

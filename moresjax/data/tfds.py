@@ -5,7 +5,7 @@ Questions and answers are texts with features in braces: `What is {object}?`, `{
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -69,7 +69,7 @@ class TfdsSource:
             raise UserError(f"data set {self.dataset!r} is not to be found: {reason}") from None
 
     @functools.cached_property
-    def _reader(self) -> Sequence[Mapping[str, Any]]:
+    def _reader(self) -> Any:
         try:
             return self._builder.as_data_source(split=self.split)
         except (NotImplementedError, OSError, ValueError, AssertionError) as error:
