@@ -1,6 +1,7 @@
 """Named sizes. A new one is one entry: name -> configuration."""
 
 import dataclasses
+from typing import Any
 
 from moresjax.core.errors import choice_error
 from moresjax.models.decoder import DecoderConfig
@@ -15,7 +16,7 @@ from moresjax.models.vision import (
 )
 
 
-def _llama(hidden: int, mlp: int, layers: int, heads: int, **changes) -> DecoderConfig:
+def _llama(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
     defaults = {"vocab_size": 32_000, "norm_eps": 1e-5, "max_positions": 4096}
     return DecoderConfig(
         hidden_size=hidden,
@@ -78,7 +79,7 @@ def _siglip(
     )
 
 
-def _dinov2(hidden: int, layers: int, image: int = 518, **changes) -> VisionConfig:
+def _dinov2(hidden: int, layers: int, image: int = 518, **changes: Any) -> VisionConfig:
     defaults = {"intermediate_size": 4 * hidden, "activation": "gelu"}
     return VisionConfig(
         image_size=image,
@@ -104,12 +105,12 @@ _LLAMA3_ROPE = {
 }
 
 
-def _qwen(hidden: int, mlp: int, layers: int, heads: int, **changes) -> DecoderConfig:
+def _qwen(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
     defaults = {"vocab_size": 151_936, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
     return _llama(hidden, mlp, layers, heads, **(defaults | changes))
 
 
-def _gemma(hidden: int, mlp: int, layers: int, heads: int, **changes) -> DecoderConfig:
+def _gemma(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
     defaults = {
         "vocab_size": 256_000,
         "head_dim": 256,
@@ -276,14 +277,22 @@ MODELS: dict[str, tuple[str, str]] = {
 
 
 def mllm_config(
-    llm: str, vision: str | None = None, connector: str = "mlp2x_gelu", **changes
+    llm: str, vision: str | None = None, connector: str = "mlp2x_gelu", **changes: Any
 ) -> MLLMConfig:
-    """Configuration of named parts; `changes` go to the LLM (`dtype`, `remat`, `unroll`).
+    """The configuration of parts that have names.
+
+    >>> config = mllm_config("vicuna-7b", "clip-l-14-336", dtype="bfloat16")
+    >>> config.llm.num_layers, config.visual_tokens
+    (32, 576)
+    >>> config == mllm_config("llava-1.5-7b", dtype="bfloat16")
+    True
 
     Args:
-      llm: the name of an LLM, or of a whole model (`MODELS`), which has its encoder.
-      vision: the name of an encoder; None for a plain LLM.
-      connector: between the two.
+      llm: The name of an LLM, or of a whole model (`MODELS`), which has its encoder.
+      vision: The name of an encoder; None for a plain LLM.
+      connector: The connector between the two.
+      **changes: Fields of the LLM with other values than the named ones, such as `dtype`, `remat`
+        and `unroll`.
 
     Raises:
       UserError: for an unknown name.

@@ -299,7 +299,9 @@ def test_decoding_needs_a_list_of_blocks():
 
 def test_config_round_trip():
     for config in (tiny_config(), MLLMConfig(llm=LLMS["phi-2"])):
-        assert MLLMConfig.from_dict(config.to_dict()) == config
+        fields = config.to_dict()
+        assert DecoderConfig(**fields["llm"]) == config.llm
+        assert config.vision is None or VisionConfig(**fields["vision"]) == config.vision
 
 
 # Named sizes
