@@ -46,7 +46,7 @@ def get_config(arg=None):
         size="3b",
         stage="finetune",
         tuning="mores-base",
-        task="scienceQA",
+        task="scienceqa",
         samples=10_000,
         seed=42,
     )

@@ -1,64 +1,26 @@
-"""Tiny models, layouts and batches, shared by the tests."""
+"""Tiny layouts and batches, shared by the tests; the models are in `moresjax.testing`."""
 
-import jax
 import numpy as np
-from flax import nnx
 
 from moresjax.core.layout import Batch, TokenKind, TokenLayout
-from moresjax.data.digits import build_tokenizer, vocabulary
-from moresjax.data.images import ImageProcessor
-from moresjax.data.processor import Processor
-from moresjax.data.templates import get_template
-from moresjax.inference.model import Model
-from moresjax.models.decoder import DecoderConfig
-from moresjax.models.initialize import initialize
-from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.models.vision import VisionConfig
+from moresjax.testing.models import (
+    TINY_LLM,
+    TINY_VISION,
+    talking_model,
+    tiny_config,
+    tiny_model,
+)
 
-TINY_LLM = {
-    "vocab_size": 29,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_layers": 3,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-}
-TINY_VISION = {
-    "image_size": 12,
-    "patch_size": 4,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_layers": 2,
-    "num_heads": 2,
-}
-
-
-def tiny_config(**llm) -> MLLMConfig:
-    """A LLaMA-type MLLM: 3 decoder layers, 16 features, 9 visual tokens per image."""
-    return MLLMConfig(
-        llm=DecoderConfig(**(TINY_LLM | llm)),
-        vision=VisionConfig(**TINY_VISION),
-        connector="mlp2x_gelu",
-    )
-
-
-def tiny_model(tuning: str = "none", seed: int = 0, **llm) -> MLLM:
-    """An initialised `tiny_config` model."""
-    return initialize(MLLM(tiny_config(**llm), tuning), seed)
-
-
-def talking_model(tuning: str, **llm) -> Model:
-    """A tiny model of two layers with the words of the digits. As they start, models say one word
-    only and some methods do nothing: here weights are larger, and those of the methods drawn."""
-    processor = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
-    mllm = tiny_model(tuning, vocab_size=len(vocabulary()), num_layers=2, **llm)
-    rng = np.random.default_rng(1)
-    state = jax.tree.map(lambda x: 12 * x, nnx.state(mllm, nnx.Param))
-    state["tuning"] = jax.tree.map(
-        lambda x: rng.standard_normal(x.shape).astype(np.float32), state.get("tuning", {})
-    )
-    nnx.update(mllm, state)
-    return Model(mllm, processor)
+__all__ = [
+    "TINY_LLM",
+    "TINY_VISION",
+    "row_layout",
+    "stack_layout",
+    "talking_model",
+    "tiny_batch",
+    "tiny_config",
+    "tiny_model",
+]
 
 
 def row_layout(*pieces: tuple[TokenKind, int], length: int = 0, left: bool = False):

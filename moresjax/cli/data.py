@@ -53,9 +53,9 @@ def run_check(args: argparse.Namespace) -> None:
     report = check_data(
         make_source(**config.data),
         functools.partial(build_processor, config),
-        length=config.max_seq_len,
-        images=config.images_per_row,
-        workers=args.workers,
+        max_seq_len=config.max_seq_len,
+        images_per_row=config.images_per_row,
+        num_workers=args.workers,
     )
     lines = [
         f"{report.samples:,d} samples, {report.text_only:,d} of them text only; "
@@ -81,8 +81,8 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_build(args: argparse.Namespace) -> None:
     """Builds a task file."""
-    from moresjax.data.generators import build_task
+    from moresjax.evaluation.training_files import build_training_file
 
-    counts = build_task(args.task, args.root, args.out, split=args.split, size=args.size)
+    counts = build_training_file(args.task, args.root, args.out, split=args.split, size=args.size)
     text = f"{args.out}: {counts['written']:,d} of {counts['available']:,d} samples"
     show(args, counts, text)

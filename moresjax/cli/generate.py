@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
         return
     options |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
     options["early_stopping"] = EARLY_STOPPING[args.early_stopping]
-    text = model.generate([args.prompt], [args.image], **options)[0]
+    text = model.generate(args.prompt, args.image, **options)
     show(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
 
 

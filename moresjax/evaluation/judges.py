@@ -65,6 +65,8 @@ class Judge(Protocol):
 class ModelJudge:
     """A moresjax model as judge: greedy, but a reply that could not be read is drawn anew.
 
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("none")
     >>> judge = ModelJudge(model, "tiny", max_new_tokens=2)
     >>> type(judge("is there a two ?", attempt=0))
     <class 'str'>
@@ -88,7 +90,7 @@ class ModelJudge:
         # One temperature for all further attempts: each would be compiled anew.
         sampling = Sampling(temperature=0.5 if attempt else 0.0, seed=attempt)
         options = {"max_new_tokens": self.settings["max_tokens"], "sampling": sampling}
-        return self._model.generate(prompt, **options)[0]
+        return self._model.generate(prompt, **options)
 
 
 class EndpointJudge:

@@ -22,8 +22,8 @@ from moresjax.inference.model import Model
 from moresjax.tuning.base import Probe
 
 MAX_NEW_TOKENS = 256  # where a task names no number, as with the library's own models
-# Batches whose scores are kept, and shown, at a time.
-_CHUNK = 8
+# Scores are kept, and the progress bar moves, after so many batches.
+_BATCHES_PER_CHUNK = 8
 
 
 def task_requests(task: BenchmarkTask, examples: Sequence[Example]) -> list[Instance]:
@@ -53,6 +53,8 @@ class MoresjaxLM(LM):
     template; others are raw text.
 
     >>> from lm_eval.api.instance import Instance
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("none")
     >>> request = Instance("loglikelihood", {}, ("is there a", " two ?"), 0)
     >>> ((log_probability, is_greedy),) = MoresjaxLM(model).loglikelihood([request])
     >>> log_probability < 0
@@ -101,9 +103,9 @@ class MoresjaxLM(LM):
         limits = [own["max_gen_toks"] for own in settings]
         known = {}
         rows = [
-            self.model.prompt(args[0], args[2]["visual"], f"request {number}", known)
+            self.model.prompts.row(args[0], args[2]["visual"], f"request {number}", known)
             if len(args) > 2
-            else Row.text(self._ids(args[0])[-max(self.model.max_length - limit, 1) :])
+            else Row.text(self._ids(args[0])[-max(self.model.service.max_length - limit, 1) :])
             for number, (args, limit) in enumerate(zip(arguments, limits, strict=True))
         ]
         texts = [""] * len(rows)
@@ -121,7 +123,7 @@ class MoresjaxLM(LM):
                     numbers: Sequence[int] = numbers,
                 ) -> None:
                     number = numbers[place]
-                    text = cut_at_stop(self.model.spell(completion.tokens), stops)
+                    text = cut_at_stop(self.model.prompts.spell(completion.tokens), stops)
                     # A turn of a conversation has no blanks around it, raw text may.
                     texts[number] = text = text.strip() if len(arguments[number]) > 2 else text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -129,7 +131,7 @@ class MoresjaxLM(LM):
                         self._on_done(requests[number], rows[number], completion, text)
                     bar.update()
 
-                self.model.generate_many(
+                self.model.service.generate_many(
                     [rows[i] for i in numbers],
                     [limits[i] for i in numbers],
                     batch_size=self.batch_size,
@@ -171,7 +173,7 @@ class MoresjaxLM(LM):
         disable_tqdm: bool,
     ) -> list:
         """Scores of the requests, kept and shown chunk by chunk."""
-        found, size = [], _CHUNK * self.batch_size
+        found, size = [], _BATCHES_PER_CHUNK * self.batch_size
         with tqdm(total=len(requests), desc=self.title, disable=disable_tqdm or None) as bar:
             for start in range(0, len(requests), size):
                 chunk = requests[start : start + size]
@@ -191,8 +193,12 @@ class MoresjaxLM(LM):
                 images = visual[0]["visual"]
                 key = context, *image_keys(images)
                 if key not in prompts:
-                    prompts[key] = self.model.prompt(context, images, f"request {number}", known)
-                answer = self.model.with_answer(prompts[key], context, images, continuation.strip())
+                    prompts[key] = self.model.prompts.row(
+                        context, images, f"request {number}", known
+                    )
+                answer = self.model.prompts.with_answer(
+                    prompts[key], context, images, continuation.strip()
+                )
                 pairs.append(answer)
                 continue
             if not context.strip():
@@ -205,7 +211,7 @@ class MoresjaxLM(LM):
         return pairs
 
     def _windows(self, text: str) -> list[tuple[Row, Ids]]:
-        ids, most = self._ids(text, False), self.model.max_length
+        ids, most = self._ids(text, False), self.model.service.max_length
         windows = get_rolling_token_windows(ids, self._start, most, 1)
         return [self._pair(*make_disjoint_window(window)) for window in windows]
 
@@ -222,11 +228,11 @@ class MoresjaxLM(LM):
     def _pair(self, context: Ids, continuation: Ids) -> tuple[Row, Ids]:
         # What is too long loses its beginning, as with the library's own models: the last token is
         # not read.
-        cut = len(context) + len(continuation) - 1 - self.model.max_length
+        cut = len(context) + len(continuation) - 1 - self.model.service.max_length
         return Row.text(context[max(0, min(cut, len(context) - 1)) :]), continuation
 
     def _score(self, pairs: Sequence[tuple[Row, Ids]]) -> list[tuple[float, bool]]:
-        found = self.model.score_rows(pairs, self.batch_size)
+        found = self.model.service.score_rows(pairs, self.batch_size)
         return [(score.logprob, score.is_greedy) for score in found]
 
 

@@ -41,10 +41,10 @@ class EvaluationResult:
     """
 
     scores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    predictions: list[dict] = dataclasses.field(default_factory=list)
+    predictions: list[dict] = dataclasses.field(default_factory=list, repr=False)
     attention: AttentionSummary | None = None
     seconds: float = 0.0
-    submissions: dict[str, str] = dataclasses.field(default_factory=dict)
+    submissions: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
     model: str = ""
     processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

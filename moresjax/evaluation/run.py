@@ -25,9 +25,9 @@ from moresjax.evaluation.tasks import BenchmarkTask, benchmark_names, choice_let
 from moresjax.generation.scheduler import Completion
 from moresjax.inference.model import Model
 
-# Batches whose questions are prepared at a time. Answers are kept one by one, and at the end of
-# every chunk the batch runs empty; ranked choices are kept chunk by chunk.
-_CHUNK, _RANKED = 64, 4
+# Questions are prepared in chunks of so many batches. Answers are logged one by one, but at the end
+# of every chunk the batch runs empty; ranked choices are logged chunk by chunk.
+_BATCHES_PER_CHUNK, _RANKED_BATCHES_PER_CHUNK = 64, 4
 
 
 def evaluate(
@@ -46,6 +46,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Scores a model on benchmarks.
 
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("none")
     >>> result = evaluate(model, ["digits"], limit=2, batch_size=4)
     >>> sorted(result.scores)[0], result.scores["digits_count"]["n"]
     ('digits_compare', 2)
@@ -151,7 +153,8 @@ class _Asker:
         known, errors = self._log.known(task), {}
         self._bar.update(len(known))
         pending = _in_order(example for example in task.examples if example.id not in known)
-        size = self._batch_size * (_RANKED if task.ranks_choices else _CHUNK)
+        batches = _RANKED_BATCHES_PER_CHUNK if task.ranks_choices else _BATCHES_PER_CHUNK
+        size = self._batch_size * batches
         for start in range(0, len(pending), size):
             chunk = pending[start : start + size]
             found, bad = self._answer_chunk(task, chunk)
@@ -206,10 +209,10 @@ class _Asker:
         try:
             row = model.prompt(example.prompt, example.images, example.id)
             if not task.ranks_choices:
-                model.check_context(row, task.max_new_tokens)
+                model.service.check_context(row, task.max_new_tokens)
             for choice in example.choices if task.ranks_choices else ():
-                pair = model.with_answer(row, example.prompt, example.images, choice)
-                model.check_answer(*pair)
+                pair = model.prompts.with_answer(row, example.prompt, example.images, choice)
+                model.service.check_answer(*pair)
         except UserError as error:
             return str(error)
         return ""

@@ -11,12 +11,13 @@ import numpy as np
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
-from moresjax.data.samples import IMAGE_MARK, Sample, Turn
+from moresjax.data.samples import Sample, Turn
 from moresjax.generation.lengths import bucket
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.state import DecodeState
 from moresjax.generation.text import TextStream, check_stops, has_stop
 from moresjax.inference.model import Model
+from moresjax.inference.prompts import check_images, mark_images
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.multi_adapter import adapter_ids
@@ -73,34 +74,35 @@ class Chat:
         self._state: DecodeState | None = None
         self._held: Row | None = None  # tokens and layout of what the cache holds
 
-    def ask(self, question: str, images: Sequence = ()) -> Iterator[str]:
+    def ask(self, question: str, images: object = ()) -> Iterator[str]:
         """Answers piece by piece; the turn counts once the answer has been read to its end.
 
         Args:
           question: what the user says; `<image>` marks where an image goes, else images go first.
-          images: paths, PIL images or uint8 arrays.
+          images: one image or a list of images: paths, PIL images or uint8 arrays `[Y, X, 3]`.
 
         Raises:
           UserError: for an empty question, marks without images, or a conversation that has become
             too long.
         """
+        images = check_images(images, "the question")
         if not question.strip() and not images:
             raise UserError("the question is empty")
-        if IMAGE_MARK not in question:
-            question = (IMAGE_MARK + "\n") * len(images) + question
-        model, processor = self._model, self._model.processor
+        question = mark_images(question, images)
+        prompts, service = self._model.prompts, self._model.service
+        processor = prompts.processor
         turns = (*self.turns, Turn(question))
         sample = Sample(f"turn {len(turns)}", turns, (*self._images, *images))
         row = processor.text_row(sample)
-        model.check_context(row, self._limit)
+        service.check_context(row, self._limit)
         pixels = [*self._pixels, *(processor.image(image) for image in images)]
         if pixels:
             row = row.replace(pixels=np.stack(pixels))
-        state, engine = self._read(row), model.engine()
-        self._state, stream = None, TextStream(model.spell, self._stops)
+        state, engine = self._read(row), service.engine()
+        self._state, stream = None, TextStream(prompts.spell, self._stops)
         while True:
             ids = np.asarray(state.tokens[0, : int(state.length[0])])
-            done = bool(state.done[0]) or has_stop(model.spell(ids), self._stops)
+            done = bool(state.done[0]) or has_stop(prompts.spell(ids), self._stops)
             if piece := stream.push(ids, final=done):
                 yield piece
             if done:
@@ -114,8 +116,8 @@ class Chat:
         """Prefill of the conversation, as far as the cache does not hold it."""
         tokens = len(row)
         length = bucket(tokens)
-        batch = self._model.batch([row], length, self._adapters)
-        engine = self._model.engine()
+        batch = self._model.service.batch([row], length, self._adapters)
+        engine = self._model.service.engine()
         cache_length = bucket(engine.num_virtual_tokens + length + self._limit)
         if self._state is not None:
             cache_length = max(cache_length, self._state.cache_layout.shape[1])

@@ -69,7 +69,7 @@ def generate_file(
                     errors += 1
             good = [line for line in lines if "error" not in line]
             seeds = [line.pop("seed", sampling.seed) for line in good]
-            done = model.generate_many(
+            done = model.service.generate_many(
                 rows,
                 max_new_tokens,
                 batch_size=batch_size,
@@ -78,7 +78,7 @@ def generate_file(
                 stop=stop,
             )
             for line, completion in zip(good, done, strict=True):
-                line["text"] = model.text(completion.tokens, stop)
+                line["text"] = model.prompts.text(completion.tokens, stop)
             for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 if on_answer is not None:
@@ -116,8 +116,8 @@ def _checked(record, number: int) -> dict:
 def _row(model: Model, line: dict, root: Path, max_new_tokens: int, known: dict) -> Row:
     name = str(line["id"])
     paths = [image_path(root, image, name) for image in line["images"]]
-    row = model.prompt(line["prompt"], paths, name, known)
-    model.check_context(row, max_new_tokens)
+    row = model.prompts.row(line["prompt"], paths, name, known)
+    model.service.check_context(row, max_new_tokens)
     if isinstance(row.pixels, LazyPixels):
         row.pixels.open()  # a broken image is this record's error
     return row

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenLayout
 from moresjax.data.pipeline import structure_for
-from moresjax.data.sources import SOURCES
+from moresjax.data.sources import source_class
 from moresjax.hardware.chips import TpuSlice, find_slice
 from moresjax.models.flops import train_flops
 from moresjax.models.mllm import MLLM
@@ -138,7 +138,7 @@ def abstract_step(config, mesh: Mesh):
     step_shape = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     leaves = [step_shape, *jax.tree.leaves((trainable, moments))]
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    structure = structure_for(SOURCES.get(config.data.name), config.batching)
+    structure = structure_for(source_class(config.data.name), config.batching)
     batch = abstract_batch(config, mesh, config.max_seq_len, structure)
     step = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
     return state, frozen, batch, step

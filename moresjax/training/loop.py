@@ -160,7 +160,7 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
                 writer.write(done, found)
             if saves:
                 checkpoints.save(state, iterator.get_state())
-                iterator.bad.save(workdir / SKIPPED.format(jax.process_index()))
+                iterator.skip_policy.save(workdir / SKIPPED.format(jax.process_index()))
         seconds = time.monotonic() - start
     finally:
         stop.close()

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from moresjax.analysis.attention import AttentionProbe, summarize
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenKind, loss_mask
-from moresjax.data.pipeline import epoch, structure_for, to_device_batch
+from moresjax.data.pipeline import one_epoch, structure_for, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source
 from moresjax.sharding.mesh import batch_sharding, batch_shards, replicated, use_mesh
@@ -51,24 +51,24 @@ class Evaluators:
         self._last = config.steps
         self._measures: list[tuple[int, Measure]] = []
         options = {
-            "length": config.max_seq_len,
-            "images": config.images_per_row,
+            "max_seq_len": config.max_seq_len,
+            "images_per_row": config.images_per_row,
             "seed": config.seed,
-            "threads": config.num_workers,
+            "num_workers": config.num_workers,
             "on_bad_sample": config.on_bad_sample,
         }
         if every := config.validation.every:
             rows = config.batch_size // config.microbatches
-            size = {"batch_size": rows, "batches": config.validation.batches}
-            dataset = epoch(held_out, processor, **options, **size)
+            size = {"batch_size": rows, "max_batches": config.validation.batches}
+            dataset = one_epoch(held_out, processor, **options, **size)
             structure = structure_for(held_out, "pad")
             self._measures.append((every, Validation(config, processor, mesh, dataset, structure)))
         if every := config.lmar_every:
             # A device holds one row at a time, which has room for a token of padding.
             rows = batch_shards(mesh)
-            size = {"batch_size": rows, "batches": -(-PROBED // rows)}
+            size = {"batch_size": rows, "max_batches": -(-PROBED // rows)}
             size["row_length"] = (config.max_seq_len // ALIGNED + 1) * ALIGNED
-            dataset = epoch(held_out or training, processor, **options, **size)
+            dataset = one_epoch(held_out or training, processor, **options, **size)
             self._measures.append((every, ImageAttention(processor, mesh, dataset)))
 
     def due(self, step: int) -> bool:

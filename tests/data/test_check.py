@@ -42,7 +42,12 @@ def checked(tmp_path_factory):
 
 def check(config, source, **options):
     """A report for rows of 100 tokens and four images."""
-    options = {"length": 100, "images": 4, "workers": 1, "progress": False} | options
+    options = {
+        "max_seq_len": 100,
+        "images_per_row": 4,
+        "num_workers": 1,
+        "progress": False,
+    } | options
     return check_data(source, functools.partial(build_processor, config), **options)
 
 
@@ -82,7 +87,7 @@ def test_bad_samples_are_listed_with_their_reason(checked):
 
 def test_workers_find_the_same(checked):
     config, source, report = checked
-    assert check(config, source, workers=2) == report
+    assert check(config, source, num_workers=2) == report
 
 
 def test_images_need_not_be_opened(checked):

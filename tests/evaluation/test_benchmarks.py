@@ -123,6 +123,14 @@ def test_scienceqa(tmp_path):
         f"<image>\nContext: Look.\nWhich?\nA. salt\nB. tea\n{LETTER}",
     ]
     assert task.examples[1].images == (tmp_path / "scienceqa/test/4/image.png",)
+    # Missing answers and letters beyond the choices are wrong.
+    for texts, hits in (
+        (("A", "B"), [1, 1]),
+        (("B", "A"), [0, 0]),
+        (("C", None), [0, 0]),
+        (("The answer is Z.", "C"), [0, 0]),
+    ):
+        assert list(task.scorer(task.examples, texts).per_example) == hits
     saved = lines([{"question_id": "4", "text": "B. tea"}, {"question_id": "6", "text": "B"}])
     entry = official("scienceqa", tmp_path, saved, "a.jsonl")["scienceqa"]
     assert entry["score"] == 0.5

@@ -19,6 +19,7 @@ from moresjax.evaluation.results import write_results
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.scoring import exact_match
 from moresjax.inference.model import Model
+from moresjax.inference.prompts import PromptEncoder
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +123,16 @@ def test_requests_are_drawn_where_they_say_so(model):
     found = lm.generate_until(requests("generate_until", ask), disable_tqdm=True)
     assert found == lm.generate_until(requests("generate_until", ask), disable_tqdm=True)
     assert len(set(found[:4])) > 1
-    tokens = lm.model.generate_many([lm._raw_row(lm._ids(prompt))], 5, batch_size=4)[0].tokens
-    assert found[4] == model.spell(tokens)
+    tokens = lm.model.service.generate_many([lm._raw_row(lm._ids(prompt))], 5, batch_size=4)[
+        0
+    ].tokens
+    assert found[4] == model.prompts.spell(tokens)
     with pytest.raises(UserError, match="a request wants a beam search"):
         lm.generate_until(requests("generate_until", [(prompt, {"num_beams": 2})]))
 
 
 def test_blanks_around_a_reply_belong_to_raw_text(model, monkeypatch):
-    monkeypatch.setattr(Model, "spell", lambda self, ids: "  two\n")
+    monkeypatch.setattr(PromptEncoder, "spell", lambda self, ids: "  two\n")
     image = np.zeros((12, 12, 3), np.uint8)
     ask = [("how", {"max_gen_toks": 1}), ("how", {"max_gen_toks": 1}, {"visual": [image]})]
     found = MoresjaxLM(model).generate_until(requests("generate_until", ask))

@@ -105,7 +105,7 @@ def test_a_killed_evaluation_continues(model, root, whole, tmp_path, monkeypatch
 
     options = {"data_root": root, "limit": 9, "batch_size": 1, "out": tmp_path}
     monkeypatch.setattr(MoresjaxLM, "generate_until", until_killed)
-    monkeypatch.setattr(run_module, "_CHUNK", 4)
+    monkeypatch.setattr(run_module, "_BATCHES_PER_CHUNK", 4)
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, ["gqa"], **options)
     saved = tmp_path / "predictions.jsonl"
@@ -279,10 +279,10 @@ def test_questions_with_images_run_in_lm_eval_itself(model, root):
 
 
 def test_a_fingerprint_does_not_end_the_engines(model):
-    name, engine = fingerprint(model.mllm), model.engine()
+    name, engine = fingerprint(model.mllm), model.service.engine()
     assert isinstance(model._mllm.llm.blocks, nnx.List)
     assert model.fingerprint == name
-    assert model.engine() is engine
+    assert model.service.engine() is engine
     kernel = model._mllm.llm.blocks[-1].attn.q.kernel
     kernel[...] = kernel[...] + 1
     assert model.fingerprint != name
@@ -306,7 +306,7 @@ def test_attention_statistics_and_continuing_do_not_go_together(model, tmp_path)
 
 def test_a_model_can_judge(model):
     judge = ModelJudge(model, "tiny", max_new_tokens=2)
-    assert judge("is there a two ?", 0) == model.generate("is there a two ?", max_new_tokens=2)[0]
+    assert judge("is there a two ?", 0) == model.generate("is there a two ?", max_new_tokens=2)
     settings = {"temperature": 0, "max_tokens": 2, "fingerprint": model.fingerprint}
     assert (judge.name, judge.settings) == ("tiny", settings)
     assert len({judge("is there a two ?", attempt) for attempt in range(4)}) > 1

@@ -180,7 +180,7 @@ def test_replies_are_kept_while_they_are_made(model, root, tmp_path, monkeypatch
         raise AssertionError("asked again")
 
     monkeypatch.setattr(MoresjaxLM, "_score", never)
-    monkeypatch.setattr(type(model), "generate_many", never)
+    monkeypatch.setattr(type(model.service), "generate_many", never)
     again = evaluate(model, tasks, data_root=root, out=tmp_path)
     assert (again.scores, again.predictions) == (first.scores, first.predictions)
 
@@ -206,6 +206,35 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(root):
     small = talking_model("none", max_positions=48)
     result = evaluate(small, ["mmlu_abstract_algebra"], data_root=root)
     assert result.scores["mmlu_abstract_algebra"]["n"] == 3
+
+
+def test_nothing_is_fetched_unless_the_environment_allows_it(monkeypatch):
+    import datasets.config
+    import huggingface_hub.constants
+    from lm_eval.tasks import TaskManager
+
+    seen = []
+
+    def load(self, names):
+        modules = datasets.config, huggingface_hub.constants
+        seen.append(tuple(module.HF_HUB_OFFLINE for module in modules))
+        raise ValueError("not at hand")
+
+    monkeypatch.setattr(TaskManager, "load", load)
+    # What both had read from the environment when they were imported.
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    for value, expected in ((None, (True, True)), ("0", (False, False))):
+        for variable in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+            if value is None:
+                monkeypatch.delenv(variable, raising=False)
+            else:
+                monkeypatch.setenv(variable, value)
+        with pytest.raises(UserError, match="the data of hellaswag are neither"):
+            load_text_task("hellaswag")
+        assert seen.pop() == expected
+        assert not datasets.config.HF_HUB_OFFLINE
+        assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_what_cannot_be_run_is_refused(model, root, tmp_path):

@@ -171,7 +171,7 @@ def test_a_model_that_generates_holds_its_llm_once():
     before, values = live_bytes(), jax.tree.map(np.array, nnx.state(model.mllm))
     texts = model.generate(["how many ?"], max_new_tokens=2)
     assert live_bytes() - before < blocks / 4
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(model.mllm), values)  # stacked again
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model.restack()), values)
     assert live_bytes() - before < blocks / 4
     assert model.generate(["how many ?"], max_new_tokens=2) == texts
 
@@ -180,7 +180,7 @@ def test_a_model_that_has_generated_can_be_merged_and_attached_to():
     used, fresh = talking_model("lora:rank=2"), talking_model("lora:rank=2")
     used.generate(["how many ?"], max_new_tokens=2)
     for change in (lambda model: model.merge(), lambda model: model.attach("dora:rank=2") or model):
-        states = [nnx.state(change(model).mllm) for model in (used, fresh)]
+        states = [nnx.state(change(model).restack()) for model in (used, fresh)]
         jax.tree.map(np.testing.assert_array_equal, *states)
 
 

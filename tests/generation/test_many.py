@@ -42,7 +42,7 @@ def model() -> Model:
 @pytest.fixture(scope="module")
 def rows(model) -> list:
     """Two buckets, with and without an image."""
-    return [model.prompt(p, [IMAGE] if i % 2 else []) for i, p in enumerate(PROMPTS)]
+    return [model.prompts.row(p, [IMAGE] if i % 2 else []) for i, p in enumerate(PROMPTS)]
 
 
 PROBES = (AttentionProbe(),)
@@ -51,14 +51,14 @@ PROBES = (AttentionProbe(),)
 @pytest.fixture(scope="module")
 def together(model, rows):
     """All rows as one ordinary batch."""
-    return jax.tree.map(np.asarray, model.generate_rows(rows, NEW, PROBES, logprobs=True))
+    return jax.tree.map(np.asarray, model.service.generate_rows(rows, NEW, PROBES, logprobs=True))
 
 
 @pytest.fixture(scope="module")
 def refilled(model, rows):
     """The same with two places, and limits that make the rows end at different times."""
     order = []
-    done = model.generate_many(
+    done = model.service.generate_many(
         rows,
         [NEW, 2, NEW, 4, NEW],
         batch_size=2,
@@ -100,11 +100,11 @@ def test_logprobs_are_those_of_the_whole_text(model, rows, together):
 @pytest.fixture(scope="module")
 def drawn(model, rows) -> list:
     options = {"batch_size": 2, "sampling": SAMPLING, "seeds": SEEDS}
-    return model.generate_many(rows[::2], NEW, **options)
+    return model.service.generate_many(rows[::2], NEW, **options)
 
 
 def test_a_draw_depends_on_its_own_seed_only(model, rows, drawn):
-    apart = model.generate_rows(rows[::2], NEW, sampling=SAMPLING, seeds=SEEDS)
+    apart = model.service.generate_rows(rows[::2], NEW, sampling=SAMPLING, seeds=SEEDS)
     for row, completion in enumerate(drawn):
         count = len(completion.tokens)
         assert count == apart.length[row]
@@ -113,13 +113,13 @@ def test_a_draw_depends_on_its_own_seed_only(model, rows, drawn):
 
 def test_other_seeds_draw_other_tokens(model, rows, drawn):
     options = {"batch_size": 2, "sampling": SAMPLING}
-    other = model.generate_many(rows[::2], NEW, seeds=[s + 10 for s in SEEDS], **options)
+    other = model.service.generate_many(rows[::2], NEW, seeds=[s + 10 for s in SEEDS], **options)
     assert any(a.tokens.tolist() != b.tokens.tolist() for a, b in zip(drawn, other, strict=True))
 
 
 def test_caches_grow_with_the_answers(model, rows, monkeypatch):
     limits, options = [40, 3, 40, 17, 40], {"batch_size": 4, "logprobs": True}
-    whole = model.generate_many(rows, limits, **options)
+    whole = model.service.generate_many(rows, limits, **options)
     grown, grow = [], Engine.grow
 
     def note(self, state, cache_length):
@@ -129,27 +129,47 @@ def test_caches_grow_with_the_answers(model, rows, monkeypatch):
     monkeypatch.setattr(Engine, "grow", note)
     config = EngineConfig(initial_new_tokens=5)
     small = Model(model.mllm, model.processor, engine_config=config)
-    found = small.generate_many(rows, limits, **options)
+    found = small.service.generate_many(rows, limits, **options)
     assert grown == [15, 20]  # from 5 new tokens to 20, and to the 40 that are asked for
     for one, other in zip(whole, found, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
+def test_knobs_of_the_engine_change_no_token(model, rows, refilled):
+    config = EngineConfig(prefills_per_batch=1, decode_chunk=3, initial_new_tokens=1)
+    other = Model(model.mllm, model.processor, engine_config=config)
+    limits = [NEW, 2, NEW, 4, NEW]
+    options = {"batch_size": 2, "probes": PROBES, "logprobs": True}
+    found = other.generate_many(rows, limits, **options)
+    assert [c.tokens.tolist() for c in found] == [c.tokens.tolist() for c in refilled[0]]
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "least"),
+    [("decode_chunk", 0, 1), ("cache_growth", 1, 2), ("min_prompts_per_image", 0.5, 1)],
+)
+def test_knobs_out_of_range_are_named(knob, value, least):
+    with pytest.raises(UserError, match=f"{knob} must be at least {least}, got {value}"):
+        EngineConfig(**{knob: value})
+
+
 def test_an_answer_ends_before_its_first_stop_string(model, rows, together):
-    words = model.text(together.tokens[0, : together.length[0]]).split()
+    words = model.prompts.text(together.tokens[0, : together.length[0]]).split()
     expected = " ".join(words[: words.index(words[1])])
-    done = model.generate_many(rows[:1], 64, batch_size=2, stop=words[1])
+    done = model.service.generate_many(rows[:1], 64, batch_size=2, stop=words[1])
     # Rows are looked at every 16 steps.
     assert len(done[0].tokens) <= 17
-    assert model.text(done[0].tokens, words[1]) == expected
+    assert model.prompts.text(done[0].tokens, words[1]) == expected
 
 
 def test_a_beam_search_gives_the_texts_of_its_rows(model, rows):
     prompts, images = PROMPTS[:2], [[], [IMAGE]]
     options = {"num_beams": 3, "length_penalty": 2.0}
     found = model.generate(prompts, images, max_new_tokens=NEW, **options)
-    assert found == model.decode(model.generate_rows(rows[:2], NEW, beams=Beams(**options)))
+    assert found == model.prompts.decode(
+        model.service.generate_rows(rows[:2], NEW, beams=Beams(**options))
+    )
 
 
 def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together, tmp_path):
@@ -175,7 +195,7 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert counts == {"records": 9, "errors": 7}
     assert [line["id"] for line in lines] == ["a", "b", 2, "c", "d", "e", "f", "g", "h"]
-    answers = model.decode(together)
+    answers = model.prompts.decode(together)
     assert (lines[0]["text"], lines[2]["text"]) == (answers[0], answers[3])
     for number, reason in {
         1: "missing.png does not exist",
@@ -193,8 +213,8 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
 def test_learned_positions_may_be_used_up():
     """Padding and room for new tokens take no positions."""
     model, text = talking_model("none", positions="learned", max_positions=56), "two three . " * 11
-    ids = [int(x) for x in model.prompt(text).tokens]
-    (answer,) = model.generate_many([model.prompt(text)], 56 - len(ids), batch_size=1)
+    ids = [int(x) for x in model.prompts.row(text).tokens]
+    (answer,) = model.service.generate_many([model.prompts.row(text)], 56 - len(ids), batch_size=1)
     expected = list(ids)
     while len(expected) < 56:
         logits = model.logits(input_ids=[expected + [0] * (56 - len(expected))])

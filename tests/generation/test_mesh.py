@@ -32,16 +32,18 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_heads": 4, "num_kv_hea
 
 def answers(model: Model) -> dict:
     """What a model gives in every way there is."""
-    rows = [model.prompt(*prompt) for prompt in PROMPTS]
+    rows = [model.prompts.row(*prompt) for prompt in PROMPTS]
     texts, images = zip(*PROMPTS, strict=True)
     probes = (AttentionProbe(),)
     # More rows than devices, fewer, and as many; groups that do not divide.
-    whole = model.generate_rows(rows + rows[:3], NEW, probes)
-    left = model.generate_many(rows, [NEW, 1, 2, NEW, NEW], batch_size=2)
+    whole = model.service.generate_rows(rows + rows[:3], NEW, probes)
+    left = model.service.generate_many(rows, [NEW, 1, 2, NEW, NEW], batch_size=2)
     # Questions about the same images, which are read before them.
     asked = ["is there a two ?", "what is the largest ?", "how many times three ?"] * 4
     about = [[image] for image in IMAGES[:2] for _ in range(6)]
-    drawn = model.generate_rows(rows, NEW, sampling=Sampling(temperature=1.0), seeds=range(5))
+    drawn = model.service.generate_rows(
+        rows, NEW, sampling=Sampling(temperature=1.0), seeds=range(5)
+    )
     chat = Chat(model, max_new_tokens=NEW)
     spoken = ["".join(chat.ask(*turn)) for turn in ((asked[0], [IMAGES[0]]), (asked[1],))]
     assert chat.tokens_read < 20  # the image is in the cache

@@ -35,13 +35,13 @@ TUNING = (
 
 def test_a_shared_prefix_changes_no_token_and_no_statistic():
     model, probes = talking_model(TUNING), (AttentionProbe(),)
-    rows = [model.prompt(*prompt) for prompt in PROMPTS]
-    apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
+    rows = [model.prompts.row(*prompt) for prompt in PROMPTS]
+    apart = jax.tree.map(np.asarray, model.service.generate_rows(rows, NEW, probes, logprobs=True))
     assert len({tuple(tokens) for tokens in apart.tokens.tolist()}) == len(rows)
-    model.engine_config = ALWAYS
+    model.service.config = ALWAYS
     read = programs.read_prefix._cache_size()
     options = {"batch_size": 16, "probes": probes, "logprobs": True}
-    done = model.generate_many(rows, NEW, **options)
+    done = model.service.generate_many(rows, NEW, **options)
     assert programs.read_prefix._cache_size() == read + 1
     for row, found in enumerate(done):
         count = len(found.tokens)
@@ -68,17 +68,19 @@ ABOUT = [
 def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
     """Each on its own, with statistics; the batch makes groups of four, of two prefixes."""
     model, probes, known, read = talking_model(TUNING), (AttentionProbe(),), {}, []
-    rows = [model.prompt(text + ("<image> " * (len(i) == 1)) + t, i, known=known) for t, i in ABOUT]
-    apart = jax.tree.map(np.asarray, model.generate_rows(rows, NEW, probes, logprobs=True))
+    rows = [
+        model.prompts.row(text + ("<image> " * (len(i) == 1)) + t, i, known=known) for t, i in ABOUT
+    ]
+    apart = jax.tree.map(np.asarray, model.service.generate_rows(rows, NEW, probes, logprobs=True))
     if text:
-        model.engine_config = ALWAYS
+        model.service.config = ALWAYS
     run = Engine.read_prefix
     monkeypatch.setattr(
         Engine, "read_prefix", lambda self, *a: read.append((a[0].pixels, a[1])) or run(self, *a)
     )
     options = {"batch_size": 16, "probes": probes, "logprobs": True}
     order = np.random.default_rng(0).permutation(len(rows))
-    done = model.generate_many([rows[i] for i in order], NEW, **options)
+    done = model.service.generate_many([rows[i] for i in order], NEW, **options)
     if text:
         assert read[0] == (None, None)
         read = read[1:]
@@ -100,7 +102,7 @@ def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
 @pytest.fixture(scope="module")
 def rows() -> list:
     model = talking_model("none")
-    return [model.prompt(*prompt) for prompt in PROMPTS]
+    return [model.prompts.row(*prompt) for prompt in PROMPTS]
 
 
 def shared(rows, tuning: str = "none", config: EngineConfig = DEFAULT_ENGINE_CONFIG) -> int:

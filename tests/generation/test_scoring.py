@@ -37,7 +37,7 @@ all_logits = jax.jit(lambda model, batch: model.llm.logits(model(batch).hidden))
 
 def alone(model: Model, images, ids) -> tuple[float, bool]:
     """One continuation in a row of its own, from all of its logits."""
-    row = model.prompt(PROMPT, images)
+    row = model.prompts.row(PROMPT, images)
     answer = {"tokens": ids, "kind": int(TokenKind.ANSWER), "image": -1, "document": 0}
     head = len(row)
     fields = {
@@ -46,7 +46,7 @@ def alone(model: Model, images, ids) -> tuple[float, bool]:
     }
     fields["position"] = np.arange(head + len(ids))
     whole = row.replace(**{name: x.astype(np.int32) for name, x in fields.items()})
-    batch = model.batch([whole], 40)
+    batch = model.service.batch([whole], 40)
     logits = all_logits(model.mllm, batch)[0, head - 1 : head + len(ids) - 1]
     scores = np.asarray(jax.nn.log_softmax(logits))
     greedy = bool((scores.argmax(-1) == ids).all())
@@ -54,7 +54,7 @@ def alone(model: Model, images, ids) -> tuple[float, bool]:
 
 
 def test_answers_that_share_a_prompt_score_as_they_do_alone(model):
-    first = model.generate_rows([model.prompt(PROMPT, IMAGES[:1])], 1).tokens[0, 0]
+    first = model.service.generate_rows([model.prompts.row(PROMPT, IMAGES[:1])], 1).tokens[0, 0]
     best = model.processor.tokenizer.decode([int(first)])
     prompts, images = [PROMPT, PROMPT], [IMAGES[:1], IMAGES[1:]]
     answers = [[*ANSWERS, best], ANSWERS]
@@ -105,9 +105,9 @@ def test_an_empty_answer_is_refused(model):
 
 
 def test_logits_of_long_answers_are_never_all_in_memory(model):
-    row = model.prompt(PROMPT)
+    row = model.prompts.row(PROMPT)
     whole = with_branches(row, [np.arange(40) % 7, np.arange(30) % 5])
-    batch = model.batch([whole.row] * 2, 96)
+    batch = model.service.batch([whole.row] * 2, 96)
     queries, targets = np.stack([whole.queries] * 2), np.stack([whole.targets] * 2)
     graphdef, params = nnx.split(model.mllm)
     static = programs.ScoreStatic(graphdef)
@@ -124,7 +124,7 @@ def test_logits_of_long_answers_are_never_all_in_memory(model):
 def test_an_answer_that_does_not_fit_is_refused(model):
     model = talking_model("prefix:length=2", max_positions=16)
     prompt = "how many times two ? " * 2
-    assert len(model.prompt(prompt)) == 11
+    assert len(model.prompts.row(prompt)) == 11
     model.score([prompt], [["two two two two"]])  # of which the last is not read
     with pytest.raises(
         UserError, match="13 tokens and an answer of 5 tokens do not fit the model's 16"

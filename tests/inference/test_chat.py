@@ -38,7 +38,7 @@ def anew(model: Model, chat: Chat, images) -> str:
     """The last answer of a conversation, read as a whole."""
     last = dataclasses.replace(chat.turns[-1], answer=None)
     row = model.processor.row(Sample("all", (*chat.turns[:-1], last), tuple(images)))
-    return model.decode(model.generate_rows([row], NEW))[0]
+    return model.prompts.decode(model.service.generate_rows([row], NEW))[0]
 
 
 def test_every_turn_answers_as_if_all_were_read_anew(model):

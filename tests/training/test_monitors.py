@@ -13,7 +13,7 @@ from moresjax.analysis.attention import AttentionProbe, summarize
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
 from moresjax.data.digits import DigitsSource
-from moresjax.data.pipeline import epoch, to_device_batch
+from moresjax.data.pipeline import one_epoch, to_device_batch
 from moresjax.data.subset import train_val_split
 from moresjax.generation.engine import Engine
 from moresjax.hardware.chips import CHIPS, GIB
@@ -134,12 +134,12 @@ def test_held_out_samples_never_train():
 def test_weights_of_files_hold_for_what_is_left_of_them():
     @dataclasses.dataclass(frozen=True)
     class Mixed(DigitsSource):
-        shares = ((slice(0, 20), 3.0), (slice(20, 50), 1.0))
+        mixture_weights = ((slice(0, 20), 3.0), (slice(20, 50), 1.0))
         sizes = np.arange(100).reshape(50, 2)
 
     training, validation = train_val_split(Mixed("instruct", size=50), 0.5, seed=0)
     for part in (training, validation):
-        (first, heavy), (second, light) = part.shares
+        (first, heavy), (second, light) = part.mixture_weights
         assert (heavy, light) == (3.0, 1.0)
         assert (part.indices[first] < 20).all()
         assert (part.indices[second] >= 20).all()
@@ -203,8 +203,8 @@ def test_a_source_of_its_own_is_validated_on_up_to_a_number_of_batches():
     processor = build_processor(config)
 
     def shown(batches):
-        options = {"batch_size": 8, "length": 64, "images": 1, "batches": batches}
-        return [batch["id"].tolist() for batch in epoch(validation, processor, **options)]
+        options = {"batch_size": 8, "max_seq_len": 64, "images_per_row": 1, "max_batches": batches}
+        return [batch["id"].tolist() for batch in one_epoch(validation, processor, **options)]
 
     assert shown(2) == shown(0)[:2]
     names = [name for batch in shown(0) for name in batch]

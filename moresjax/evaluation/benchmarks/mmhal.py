@@ -1,14 +1,13 @@
 """MMHal-Bench (Sun et al. 2023): open questions that invite hallucinations, rated by an LLM.
 
 Files in `mmhal/`, from https://huggingface.co/datasets/Shengcao1006/MMHal-Bench:
-`response_template.json` and `images/` (named as the end of `image_src`). The predictions are also
-written into the template, for the benchmark's own evaluator.
+`response_template.json`, and `images/` with each image under the last part of its `image_src`. The
+predictions are also written into the template, for the benchmark's own evaluator.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
@@ -16,6 +15,7 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.judged import MMHAL_MAX, mmhal_summary, parse_mmhal

@@ -13,7 +13,6 @@ the benchmark's leaderboard.
 import json
 from collections.abc import Mapping, Sequence
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     PICK_LETTER,
@@ -22,6 +21,7 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
     with_options,
 )
@@ -71,10 +71,8 @@ def _tasks(
         examples.append(
             Example(str(row["question_id"]), asked, row["answer"], (image,), choices, metadata)
         )
-    scorer, read = (
-        example_scorer(seed_correct, _details),
-        result_reader("question_id", "prediction"),
-    )
+    scorer = example_scorer(seed_correct, _details)
+    read = result_reader("question_id", "prediction")
     submissions = {f"{name}-submission.jsonl": _submission}
     return [BenchmarkTask(name, examples, scorer=scorer, read=read, submissions=submissions)]
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
@@ -21,6 +20,7 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.judged import rule_mrt
@@ -70,10 +70,8 @@ def load(
 ) -> list[BenchmarkTask]:
     """VQA accuracy of M4C's evaluator on `val`; `test` makes the file for the EvalAI server."""
     examples = _examples("textvqa", data_root, limit, split)
-    scorer, read = (
-        example_scorer(m4c_accuracy, name="VQA accuracy"),
-        result_reader("question_id", "answer"),
-    )
+    scorer = example_scorer(m4c_accuracy, name="VQA accuracy")
+    read = result_reader("question_id", "answer")
     submissions = {"textvqa-submission.json": _submission} if split == "test" else {}
     return [BenchmarkTask("textvqa", examples, scorer=scorer, read=read, submissions=submissions)]
 

@@ -1,5 +1,5 @@
 """Metrics of the benchmarks: pure functions of strings and numbers, one file per family.
 
-Scores of one item are fractions in 0..1. Summaries are dictionaries under the names the benchmarks'
-own tools print; their docstrings say when these are percentages.
+The score of one example is a fraction in 0..1. A summary is a dictionary under the names that the
+benchmark's own tool prints; its docstring says where the numbers are percentages.
 """

@@ -1,10 +1,10 @@
 """Captions against references: CIDEr-D, BLEU-1..4 and ROUGE-L of the COCO caption evaluation.
 
-Sources: Vedantam et al. 2015 (CIDEr-D), Papineni et al. 2002, Lin 2004, as computed by
-`tylin/coco-caption` (`pycocoevalcap`) after its tokeniser (`ptb.py`). Scores are fractions except
-CIDEr-D, which is ten times a cosine.
+Sources: Vedantam et al. 2015 (CIDEr-D), Papineni et al. 2002, Lin 2004, and their implementation
+in `tylin/coco-caption` (`pycocoevalcap`) behind its tokeniser (`ptb.py`). Scores are fractions
+except CIDEr-D, which is ten times a cosine.
 
-A *caption* below is a list of tokens; image i has one candidate and the references `references[i]`.
+A *caption* is a list of tokens here; image i has one candidate and the references `references[i]`.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.ptb import tokenize
 
 ORDERS = (1, 2, 3, 4)
-_SIGMA = 6.0  # of CIDEr-D's length penalty, in tokens
-_BETA = 1.2  # weight of recall in ROUGE-L
+_SIGMA = 6.0  # The width of CIDEr-D's length penalty, in tokens.
+_BETA = 1.2  # The weight of recall in ROUGE-L.
 # BLEU's guards against dividing by zero; kept because they show in very small corpora.
 _SMALL, _TINY = 1e-9, 1e-15
 
@@ -31,15 +31,15 @@ class DocumentFrequencies:
     """In how many images' references an n-gram occurs.
 
     Attributes:
-      images: number of images.
-      counts: n-gram -> number of images.
+      images: The number of images.
+      counts: N-gram -> the number of images.
     """
 
     images: int
     counts: Mapping[Ngram, int]
 
     def idf(self, ngram: Ngram) -> float:
-        """Inverse document frequency; an n-gram nobody used counts as used once."""
+        """The inverse document frequency; an n-gram nobody used counts as used once."""
         return math.log(self.images) - math.log(max(1, self.counts.get(ngram, 0)))
 
 
@@ -65,20 +65,24 @@ def cider_d(
 ) -> list[float]:
     """CIDEr-D of every image; the corpus score is their mean.
 
+    >>> captions = [["a", "red", "kite"], ["two", "dogs", "run", "home"]]
+    >>> [round(score, 2) for score in cider_d(captions, [[caption] for caption in captions])]
+    [7.5, 10.0]
+
     Args:
-      candidates: one per image.
-      references: at least one per image.
-      frequencies: of another corpus; by default of these references, for which a single image
-        scores 0 because every n-gram is in all images.
+      candidates: One caption per image.
+      references: At least one caption per image.
+      frequencies: The frequencies of another corpus; by default those of these references, for
+        which a single image scores 0 because every n-gram is in all images.
 
     Raises:
-      UserError: if an image has no references or no candidate.
+      UserError: An image has no references or no candidate.
     """
     _check(candidates, references)
     frequencies = frequencies or document_frequencies(references)
 
     def weights(caption: Caption) -> Weights:
-        """tf-idf per order, and the length, which is the number of bigrams."""
+        """The tf-idf vectors per order, and the length, which is the number of bigrams."""
         counts = [_ngrams(caption, order) for order in ORDERS]
         vectors = [{n: tf * frequencies.idf(n) for n, tf in c.items()} for c in counts]
         return vectors, counts[1].total()
@@ -105,8 +109,16 @@ def bleu(
 ) -> tuple[float, float, float, float]:
     """Corpus BLEU-1..4; the brevity penalty uses every image's reference of closest length.
 
+    >>> caption = ["two", "dogs", "run", "home"]
+    >>> [round(score, 3) for score in bleu([caption], [[caption]])]
+    [1.0, 1.0, 1.0, 1.0]
+
+    Args:
+      candidates: One caption per image.
+      references: At least one caption per image.
+
     Raises:
-      UserError: if an image has no references or no candidate.
+      UserError: An image has no references or no candidate.
     """
     _check(candidates, references)
     matched, guessed = [0] * len(ORDERS), [0] * len(ORDERS)
@@ -132,7 +144,11 @@ def bleu(
 
 
 def rouge_l(candidate: Caption, references: Sequence[Caption]) -> float:
-    """ROUGE-L of one image: F of the best precision and the best recall over its references."""
+    """ROUGE-L of one image: F of the best precision and the best recall over its references.
+
+    >>> rouge_l(["a", "red", "kite"], [["a", "red", "kite"]])
+    1.0
+    """
     common = [_longest_common(candidate, reference) for reference in references]
     precision = max(common) / max(1, len(candidate))
     recall = max(n / max(1, len(r)) for n, r in zip(common, references, strict=True))
@@ -157,8 +173,16 @@ def caption_summary(
 ) -> dict[str, float]:
     """`CIDEr`, `Bleu_1` .. `Bleu_4` and `ROUGE_L` of raw captions.
 
+    >>> captions = ["A red kite.", "Two dogs run home."]
+    >>> caption_summary(captions, [[caption] for caption in captions])["ROUGE_L"]
+    1.0
+
+    Args:
+      candidates: One text per image.
+      references: At least one text per image.
+
     Raises:
-      UserError: if an image has no references or no candidate.
+      UserError: An image has no references or no candidate.
     """
     _check(candidates, references)
     ours = [tokenize(caption) for caption in candidates]

@@ -1,8 +1,8 @@
 """CHAIR: how many of the objects a caption mentions are not in the image.
 
-Source: Rohrbach et al. 2018 and `LisaAnne/Hallucination`; recall and length as in later tools
-(OPERA, LLaVA Steering). Objects are the 80 of COCO; the list of their synonyms is that repository's
-`data/synonyms.txt`, given by the caller.
+Source: Rohrbach et al. 2018 and `LisaAnne/Hallucination`; recall and length are those of later
+tools (OPERA, LLaVA Steering). Objects are the 80 of COCO; their synonyms come from that
+repository's `data/synonyms.txt`, whose text the caller gives.
 
 Plurals are where implementations differ (the original uses `pattern`, LLaVA Steering WordNet), by
 some percent of the captions: report the name of the lemmatiser with every score. The one here,
@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from moresjax.core.errors import UserError
 
-VOCABULARY = "vocabulary"  # the name to report for the lemmatiser of this file
+VOCABULARY = "vocabulary"  # The name to report for the lemmatiser of this file.
 
 # Two words that together mean something else than one of them: what to read instead.
 _COMPOUNDS = {
@@ -32,10 +32,13 @@ _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*|'\w+|[^\w\s]")
 
 
 def parse_synonyms(text: str) -> dict[str, str]:
-    """Synonym -> object, of lines `object, synonym, synonym, ...`.
+    """Synonym -> object, from lines `object, synonym, synonym, ...`.
+
+    >>> parse_synonyms("dog, puppy")
+    {'dog': 'dog', 'puppy': 'dog'}
 
     Raises:
-      UserError: if there are none.
+      UserError: There are no lines.
     """
     lines = [line.strip().split(", ") for line in text.splitlines() if line.strip()]
     if not lines:
@@ -52,7 +55,11 @@ def _compounds(synonyms: Mapping[str, str]) -> dict[str, str]:
 
 
 def vocabulary_lemmatizer(synonyms: Mapping[str, str]) -> Callable[[str], str]:
-    """The lemmatiser `VOCABULARY`: word -> singular."""
+    """The lemmatiser `VOCABULARY`: word -> singular.
+
+    >>> vocabulary_lemmatizer(parse_synonyms("dog, puppy"))("puppies")
+    'puppy'
+    """
     known = {
         word for names in (synonyms, _compounds(synonyms)) for n in names for word in n.split()
     }
@@ -75,9 +82,9 @@ def caption_words(
     """Singular lower-case words and punctuation, with two-word terms joined.
 
     Args:
-      caption: a caption.
-      synonyms: of `parse_synonyms`.
-      singular: the lemmatiser.
+      caption: The text of a caption.
+      synonyms: Synonym -> object, from `parse_synonyms`.
+      singular: The lemmatiser.
     """
     compounds = _compounds(synonyms)
     tokens = [singular(word) for word in _WORD.findall(caption.lower())]
@@ -102,17 +109,22 @@ def chair_summary(
 ) -> dict[str, float]:
     """CHAIR of a set of captions, as fractions.
 
+    >>> synonyms = parse_synonyms("dog, puppy")
+    >>> chair_summary([["a", "puppy"]], [["dog"]], synonyms)["CHAIRs"]
+    0.0
+
     Args:
       words: `caption_words` of every caption.
-      truths: objects in its image: those segmented and those its reference captions mention.
-      synonyms: of `parse_synonyms`.
+      truths: The objects in every caption's image: those that are segmented there and those that
+        its reference captions mention.
+      synonyms: Synonym -> object, from `parse_synonyms`.
 
     Returns:
       `CHAIRs`: share of captions with an object that is not there; `CHAIRi`: share of the mentions;
       `Recall`: share of the true objects that are mentioned; `Len`: words per caption.
 
     Raises:
-      UserError: without captions, or unless every caption has its objects.
+      UserError: There are no captions, or not as many sets of objects.
     """
     if not words or len(words) != len(truths):
         raise UserError(

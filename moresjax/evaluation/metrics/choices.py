@@ -3,7 +3,7 @@
 - ScienceQA: letters as LLaVA's `eval_science_qa.py` reads them; groups of the official tool
   (Lu et al. 2022, `lupantech/ScienceQA`).
 - SEED-Bench (Li et al. 2023): a generated letter (LLaVA), or the choice of lowest loss (official).
-- IconQA (Lu et al. 2021): equality with the answer's text, as in LLaVA Steering.
+- IconQA (Lu et al. 2021): equality with the answer's text (LLaVA Steering).
 """
 
 import re
@@ -12,51 +12,40 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from moresjax.core.errors import UserError
 
-SCIENCEQA_LETTERS = "ABCDE"
+_LETTERS = "ABCDE"
 # One more character must follow the letter: the period of the original pattern is not escaped.
 _SCIENCEQA_SENTENCE = re.compile(r"The answer is ([A-Z]).")
-_LEADING_LETTER = re.compile(r"\(?([A-Z])(?![\w'])")
 _SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
 _LAST_LOWER_GRADE = 6
 
 
 def scienceqa_letter(text: str) -> str | None:
-    """The letter of an answer `B`, `B. text` or `The answer is B.`; None for anything else."""
-    if text and text in tuple(SCIENCEQA_LETTERS):
+    """The letter of an answer `B`, `B. text` or `The answer is B.`; None for anything else.
+
+    >>> scienceqa_letter("B. a magnet"), scienceqa_letter("It is B")
+    ('B', None)
+    """
+    if text and text in tuple(_LETTERS):
         return text
-    if len(text) >= 3 and text[0] in SCIENCEQA_LETTERS and text[1:3] == ". ":
+    if len(text) >= 3 and text[0] in _LETTERS and text[1:3] == ". ":
         return text[0]
     found = _SCIENCEQA_SENTENCE.findall(text)
     return found[0] if len(found) == 1 else None
-
-
-def scienceqa_correct(text: str | None, answer: int, choices: int) -> bool:
-    """Whether an answer names the right one of the choices; a missing answer does not.
-
-    Args:
-      text: generated text, or None.
-      answer: index of the right choice.
-      choices: their number; a letter beyond them is wrong.
-    """
-    letter = scienceqa_letter(text) if text is not None else None
-    return letter in tuple(SCIENCEQA_LETTERS[:choices]) and (
-        SCIENCEQA_LETTERS.index(letter) == answer
-    )
 
 
 def scienceqa_summary(problems: Sequence[Mapping], hits: Sequence[bool]) -> dict[str, float]:
     """Percentages of the official table, for the groups that have problems.
 
     Args:
-      problems: entries of `problems.json` (`subject`, `hint`, `image`, `grade`).
-      hits: whether each was answered rightly.
+      problems: Entries of `problems.json` (`subject`, `hint`, `image`, `grade`).
+      hits: For every problem whether its answer was right.
 
     Returns:
       `Average`; by subject `NAT`, `SOC`, `LAN`; by context `TXT`, `IMG` (ScienceQA-IMG), `NO`; by
       grade `G1-6`, `G7-12`.
 
     Raises:
-      UserError: without problems, or unless each has one hit.
+      UserError: There are no problems, or not as many hits.
     """
     if not problems or len(problems) != len(hits):
         raise UserError(f"ScienceQA needs a hit per problem, got {len(hits)} for {len(problems)}")
@@ -79,15 +68,22 @@ def scienceqa_summary(problems: Sequence[Mapping], hits: Sequence[bool]) -> dict
 
 
 def seed_correct(text: str, answer: str) -> bool:
-    """Whether the generated text is the letter of the answer and nothing else."""
+    """Whether the generated text is the letter of the answer and nothing else.
+
+    >>> seed_correct("C ", "C"), seed_correct("C.", "C")
+    (True, False)
+    """
     return text.strip() == answer
 
 
 def lowest_loss(losses: Sequence[float]) -> int:
-    """The choice with the lowest loss (SEED-Bench's ranking); the first of equal ones.
+    """The index of the choice with the lowest loss (SEED-Bench's ranking); the first of equal ones.
+
+    >>> lowest_loss([1.5, 0.25, 0.25])
+    1
 
     Raises:
-      UserError: without choices.
+      UserError: There are no choices.
     """
     if not losses:
         raise UserError("ranking needs at least one choice, got none")
@@ -98,7 +94,7 @@ def seed_summary(items: Iterable[tuple[str, str, bool]]) -> dict[str, float]:
     """Percentages per question type, `image`, `video` and `total`.
 
     Args:
-      items: (question type, `image` or `video`, hit) of every question.
+      items: For every question its type, `image` or `video`, and whether its answer was right.
     """
     groups = defaultdict(list)
     for question_type, data_type, hit in items:
@@ -108,21 +104,21 @@ def seed_summary(items: Iterable[tuple[str, str, bool]]) -> dict[str, float]:
 
 
 def iconqa_correct(text: str, answer: str | int) -> bool:
-    """Whether the text is the answer's, up to surrounding blanks."""
+    """Whether the text is the answer's, up to surrounding blanks.
+
+    >>> iconqa_correct(" 12", 12)
+    True
+    """
     return text.strip() == str(answer)
-
-
-def leading_letter(text: str, choices: int) -> str | None:
-    """The option letter a text begins with (`B`, `(B)`, `B.`, `B: text`), if it is one of them."""
-    match = _LEADING_LETTER.match(text.strip())
-    letter = match[1] if match else None
-    return letter if letter and ord(letter) - ord("A") < choices else None
 
 
 def mentioned_label(text: str, labels: Sequence[str]) -> str | None:
     """The one label a text mentions as whole words, whatever its case; None for none or several.
 
-    The rule that stands in for a judge on VSR, SNLI-VE, CIFAR and MNIST.
+    This rule stands in for a judge on VSR, SNLI-VE, CIFAR and MNIST.
+
+    >>> mentioned_label("It is a Cat.", ["cat", "dog"])
+    'cat'
     """
     found = {
         label

@@ -1,6 +1,6 @@
 """HallusionBench: accuracy per question, per figure and per question pair.
 
-Source: Guan et al. 2024 and the evaluation of `tianyi-lab/HallusionBench`. Every item is a yes/no
+Source: Guan et al. 2024 and the evaluation of `tianyi-lab/HallusionBench`. Every row is a yes/no
 question about a figure, or about none; a judge says whether the answer is correct, incorrect or
 unclear. Groups count as correct only as a whole. What the paper's table calls Hard is such a group
 accuracy too.
@@ -12,13 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from moresjax.core.errors import UserError
 
 INCORRECT, CORRECT, UNCLEAR = 0, 1, 2
-_EDITED = "2"  # `visual_input` of a figure that was altered to contradict common knowledge
+# The `visual_input` of a figure that was altered to contradict common knowledge.
+_EDITED = "2"
 
 Row = Mapping[str, object]
 
 
 def parse_verdict(text: str) -> int:
-    """The judge's verdict; what says neither correct nor incorrect is unclear."""
+    """The judge's verdict; what says neither correct nor incorrect is unclear.
+
+    >>> parse_verdict("Incorrect.") == INCORRECT
+    True
+    """
     text = text.lower()
     if "incorrect" in text:
         return INCORRECT
@@ -28,15 +33,18 @@ def parse_verdict(text: str) -> int:
 def rule_verdict(prediction: str, answer: str) -> int:
     """A verdict without a judge: a prediction with `yes` anywhere answers 1, any other answers 0.
 
+    >>> rule_verdict("Yes, they are.", "1") == CORRECT
+    True
+
     Args:
-      prediction: generated text.
-      answer: `gt_answer` of the item, `0` or `1`.
+      prediction: The generated text.
+      answer: The true answer, `0` or `1` (`gt_answer`).
     """
     return CORRECT if str(int("yes" in prediction.lower())) == answer else INCORRECT
 
 
 def is_correct(row: Row, verdict: int) -> bool:
-    """Without the figure a visual supplement would give, not knowing is right as well."""
+    """Whether a verdict is right; where a visual supplement lacks its figure, unclear is too."""
     return verdict == CORRECT or (verdict == UNCLEAR and _lacks_figure(row))
 
 
@@ -44,17 +52,17 @@ def hallusionbench_summary(rows: Sequence[Row], verdicts: Sequence[int]) -> dict
     """Percentages of the official table.
 
     Args:
-      rows: items as in `HallusionBench.json` (`category`, `subcategory`, `set_id`, `figure_id`,
+      rows: The rows of `HallusionBench.json` (`category`, `subcategory`, `set_id`, `figure_id`,
         `question_id`, `visual_input`, `gt_answer`).
-      verdicts: `CORRECT`, `INCORRECT` or `UNCLEAR` per item.
+      verdicts: `CORRECT`, `INCORRECT` or `UNCLEAR` for every row.
 
     Returns:
-      `aAcc` per item; `fAcc` per figure; `qAcc` per question over its figures; `easy aAcc` and
+      `aAcc` per row; `fAcc` per figure; `qAcc` per question over its figures; `easy aAcc` and
       `hard aAcc`: `qAcc` of unaltered and of altered figures; `yes_pct_diff`: predicted minus true
       share of yes; `yes_fp_ratio`: share of false yes among the errors. The last two are fractions.
 
     Raises:
-      UserError: without items, or unless every item has one verdict.
+      UserError: There are no rows, or not as many verdicts.
     """
     if not rows or len(rows) != len(verdicts):
         raise UserError(

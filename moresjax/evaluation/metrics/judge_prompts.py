@@ -65,7 +65,8 @@ PROMPTS = {
     "mmhal": _MMHAL,
     "mrt": _MRT,
 }
-# Added to MM-Vet's prompt when a reply could not be read; five attempts, then the score is 0.
+# Text that is added to MM-Vet's prompt when a reply could not be read; after five attempts the
+# grade is 0.
 MM_VET_RETRY = "\nThe number for the correctness is: "
 MM_VET_ATTEMPTS = 5
 
@@ -73,8 +74,15 @@ MM_VET_ATTEMPTS = 5
 def fill(template: str, **fields: str) -> str:
     """A prompt with `{question}`, `{answer}`, `{prediction}`, `{image_content}` filled in.
 
+    >>> fill("Is {prediction} right?", prediction="4")
+    'Is 4 right?'
+
+    Args:
+      template: The text of a prompt.
+      fields: The texts to fill in, by field.
+
     Raises:
-      UserError: if a field of the template is not given.
+      UserError: A field of the template is not given.
     """
 
     def value(match: re.Match) -> str:

@@ -35,8 +35,8 @@ DOMAINS = {
     ),
 }
 
-_EDGE_MARKS = ",.!?;:'"  # stripped one after the other, in this order
-_LONG_RESPONSE = 5  # words; only longer ones are searched for the text of an option
+_EDGE_MARKS = ",.!?;:'"  # They are stripped one after the other, in this order.
+_LONG_RESPONSE = 5  # Only responses of more words are searched for the text of an option.
 _INDICATORS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _TRIVIAL = {":", ",", ".", "!", "?", ";", "'"}
 _NUMBERS = (
@@ -49,12 +49,15 @@ _NUMBERS = (
 def find_option(response: str, options: Mapping[str, str]) -> str | None:
     """The option a response chooses, or None.
 
-    Looked for are `(B)`, then a lone `B`, then, in more than five words, the text of an option; the
-    option mentioned last wins.
+    It may say `(B)`, a lone `B`, or, in more than five words, the text of an option; the option
+    that is mentioned last wins.
+
+    >>> find_option("The answer is (B).", {"A": "salt", "B": "tea"})
+    'B'
 
     Args:
-      response: generated text.
-      options: letter -> text.
+      response: The generated text.
+      options: Letter -> text.
     """
     for mark in _EDGE_MARKS:
         response = response.strip(mark)
@@ -73,15 +76,19 @@ def parse_multi_choice(response: str, options: Mapping[str, str], rng: random.Ra
     """The option a response chooses, or a random one.
 
     Args:
-      response: generated text.
-      options: letter -> text.
-      rng: draws once for every response without an option; `random.Random(SEED)` for a whole run.
+      response: The generated text.
+      options: Letter -> text.
+      rng: Draws once for every response without an option; `random.Random(SEED)` for a whole run.
     """
     return find_option(response, options) or rng.choice(list(options))
 
 
 def normalize(text: str) -> list[str | float]:
-    """A number rounded to two digits, or lower-case text; a single character twice, padded."""
+    """A number rounded to two digits, or lower-case text; a single character twice, padded.
+
+    >>> normalize("1,234.567"), normalize("B")
+    ([1234.57], [' b', 'b '])
+    """
     text = text.strip()
     try:
         return [round(float(text.replace(",", "")), 2)]
@@ -109,14 +116,22 @@ def _key_phrases(response: str) -> list[str]:
 
 
 def parse_open(response: str) -> set[str | float]:
-    """Candidate answers in an open response: key phrases and the numbers in them, normalised."""
+    """Candidate answers in an open response: key phrases and the numbers in them, normalised.
+
+    >>> 7.0 in parse_open("So the answer is 7.")
+    True
+    """
     phrases = _key_phrases(response)
     numbers = [n for phrase in phrases for pattern in _NUMBERS for n in pattern.findall(phrase)]
     return {value for text in phrases + numbers for value in normalize(text)}
 
 
 def is_open_correct(candidates: set[str | float], answer: str | Sequence[str]) -> bool:
-    """Whether a true answer is contained in a candidate text or equals a candidate number."""
+    """Whether a true answer is contained in a candidate text or equals a candidate number.
+
+    >>> is_open_correct(parse_open("It is 7."), ["7", "seven"])
+    True
+    """
     answers = [answer] if isinstance(answer, str) else answer
     truths = [value for text in answers for value in normalize(text)]
     return any(
@@ -133,13 +148,16 @@ def subject_of(item_id: str) -> str:
 
 
 def mmmu_summary(hits: Mapping[str, Sequence[bool]]) -> dict[str, float]:
-    """Accuracies as fractions, over items: of every subject, every domain, and `Overall`.
+    """Accuracies as fractions over questions: for every subject, every domain, and `Overall`.
+
+    >>> mmmu_summary({"Math": [True, False]})["Science"]
+    0.5
 
     Args:
-      hits: subject -> whether each of its items is right.
+      hits: Subject -> for every question whether its answer is right.
 
     Raises:
-      UserError: for an unknown subject, or one without items.
+      UserError: A subject is unknown or has no questions.
     """
     known = [subject for subjects in DOMAINS.values() for subject in subjects]
     for subject, values in hits.items():

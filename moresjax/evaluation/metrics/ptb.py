@@ -1,4 +1,4 @@
-"""Tokenising captions as the COCO caption evaluation does, without Java.
+"""The tokeniser of the COCO caption evaluation, without Java.
 
 That evaluation (Chen et al. 2015, `tylin/coco-caption`) runs Stanford's PTB tokeniser in lower case
 and drops a list of punctuation tokens. The rules here cover what occurs in captions. One of them
@@ -81,7 +81,10 @@ _TOKEN = re.compile(
 def tokenize(caption: str) -> list[str]:
     """Lower-case tokens without punctuation.
 
-    A mixed fraction ("22 3/4") is one token with a no-break space inside, as in the original.
+    A mixed fraction ("22 3/4") is one token with a no-break space inside, like the original's.
+
+    >>> tokenize("A red kite, isn't it?")
+    ['a', 'red', 'kite', 'is', "n't", 'it']
     """
     text = _FINAL_INITIAL.sub(r"\1 ", caption.translate(_TYPOGRAPHIC))
     tokens = []

@@ -10,12 +10,11 @@ Ten people answered every question; a prediction scores by how many of them it a
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 
 from moresjax.core.errors import UserError
 
-ANNOTATORS = 10
+_ANNOTATORS = 10
 
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _DIGITS = {word: str(n) for n, word in enumerate(_NUMBER_WORDS.split())} | {"none": "0"}
@@ -68,21 +67,29 @@ def _strip_punctuation(text: str) -> str:
     return _PERIOD.sub("", result, count=_MAX_PERIODS)
 
 
-def plain_words(text: str) -> str:
+def _plain_words(text: str) -> str:
     """Lower case, number words to ten as digits, no articles, apostrophes put back."""
     words = (_DIGITS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def normalize_vqa(text: str) -> str:
-    """An answer as the VQA tool compares it where people disagree."""
-    return plain_words(_strip_punctuation(_trim(text)))
+    """An answer as the VQA tool compares it where people disagree.
+
+    >>> normalize_vqa("The two dogs, left")
+    '2 dogs left'
+    """
+    return _plain_words(_strip_punctuation(_trim(text)))
 
 
 def normalize_m4c(text: str) -> str:
-    """An answer as the M4C evaluator compares it; also what goes into VQA submission files."""
+    """An answer as the M4C evaluator compares it; also what goes into VQA submission files.
+
+    >>> normalize_m4c("The two dogs.")
+    '2 dogs'
+    """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
-    return plain_words(_strip_punctuation(_trim(text)))
+    return _plain_words(_strip_punctuation(_trim(text)))
 
 
 def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
@@ -93,19 +100,24 @@ def _leave_one_out(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _check_answers(answers: Sequence[str]) -> None:
-    if len(answers) != ANNOTATORS:
-        raise UserError(f"VQA accuracy needs {ANNOTATORS} answers per question, got {len(answers)}")
+    if len(answers) != _ANNOTATORS:
+        raise UserError(
+            f"VQA accuracy needs {_ANNOTATORS} answers per question, got {len(answers)}"
+        )
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Official VQA accuracy of one question: 0, 0.3, 0.6, 0.9 or 1.
 
+    >>> round(vqa_accuracy("blue", ["red"] * 8 + ["blue"] * 2), 2)
+    0.6
+
     Args:
-      prediction: the model's answer.
-      answers: of the ten annotators.
+      prediction: The model's answer.
+      answers: The answers of the ten annotators.
 
     Raises:
-      UserError: unless there are ten answers.
+      UserError: There are not ten answers.
     """
     _check_answers(answers)
     prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
@@ -115,55 +127,31 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def m4c_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """TextVQA accuracy of one question: as `vqa_accuracy`, but everything is always normalised.
+    """TextVQA accuracy of one question, in which all answers are always normalised.
+
+    >>> m4c_accuracy("Stop.", ["stop"] * 9 + ["halt"])
+    1.0
+
+    Args:
+      prediction: The model's answer.
+      answers: The answers of the ten annotators.
 
     Raises:
-      UserError: unless there are ten answers.
+      UserError: There are not ten answers.
     """
     _check_answers(answers)
     return _leave_one_out(normalize_m4c(prediction), [normalize_m4c(a) for a in answers])
 
 
-def vqa_summary(
-    scores: Sequence[float],
-    question_types: Sequence[str] = (),
-    answer_types: Sequence[str] = (),
-) -> dict[str, float | dict[str, float]]:
-    """Percentages with two digits: `overall`, `perQuestionType`, `perAnswerType`.
-
-    Args:
-      scores: of the questions, in 0..1.
-      question_types: of the questions, or nothing.
-      answer_types: likewise (`yes/no`, `number`, `other`).
-
-    Raises:
-      UserError: without scores.
-    """
-    if not scores:
-        raise UserError("VQA accuracy needs at least one question, got none")
-
-    def by(kinds: Sequence[str]) -> dict[str, float]:
-        groups = defaultdict(list)
-        for score, kind in zip(scores, kinds, strict=bool(kinds)):
-            groups[kind].append(score)
-        return {kind: _percent(values) for kind, values in groups.items()}
-
-    return {
-        "overall": _percent(scores),
-        "perQuestionType": by(question_types),
-        "perAnswerType": by(answer_types),
-    }
-
-
-def _percent(values: Sequence[float]) -> float:
-    return round(100 * sum(values) / len(values), 2)
-
-
 def normalize_gqa(text: str) -> str:
-    """LLaVA's clean-up of a GQA prediction: no final period, lower case."""
+    """LLaVA's clean-up of a GQA prediction: no final period, lower case.
+
+    >>> normalize_gqa(" Left.")
+    'left'
+    """
     return text.strip().rstrip(".").lower()
 
 
 def gqa_accuracy(prediction: str, answer: str) -> float:
-    """1 if the cleaned prediction is the answer."""
+    """1 if the cleaned prediction is the answer, else 0."""
     return float(normalize_gqa(prediction) == answer)

@@ -1,14 +1,12 @@
-"""Yes/no benchmarks: POPE, MME, and the share of a judge's yes.
+"""Yes/no benchmarks: POPE and MME.
 
 - POPE: Li et al. 2023, "Evaluating Object Hallucination in Large Vision-Language Models" and its
   evaluation script (`RUCAIBox/POPE`, the same in LLaVA).
 - MME: Fu et al. 2023 and its `eval_tool/calculation.py`.
-- Yes rate and its average: the perception tasks of MRT (and MixLoRA), where an LLM judge says yes
-  or no to every answer.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from moresjax.core.errors import UserError, choice_error
 
@@ -30,12 +28,16 @@ COGNITION = (
     "text_translation",
     "code_reasoning",
 )
-_QUESTIONS_PER_IMAGE = 2  # of MME
-_MME_PREFIX = 4  # characters in which MME looks for the answer
+_QUESTIONS_PER_IMAGE = 2  # MME counts them together.
+_MME_PREFIX = 4  # MME looks for the answer in so many characters.
 
 
 def pope_answer(text: str) -> str:
-    """`no` if the first sentence has the word No, no or not; `yes` for everything else."""
+    """`no` if the first sentence has the word No, no or not; `yes` for everything else.
+
+    >>> pope_answer("There is no dog."), pope_answer("A dog. It is not large.")
+    ('no', 'yes')
+    """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
@@ -43,16 +45,20 @@ def pope_answer(text: str) -> str:
 def pope_summary(texts: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """Scores of one split, as fractions; `yes` is the positive class.
 
+    >>> scores = pope_summary(["Yes", "Yes", "No"], ["yes", "no", "no"])
+    >>> scores["precision"], scores["recall"]
+    (0.5, 1.0)
+
     Args:
-      texts: generated answers.
-      labels: `yes` or `no`, in the same order.
+      texts: Generated answers.
+      labels: For every answer the true one, `yes` or `no`.
 
     Returns:
-      `accuracy`, `precision`, `recall`, `f1`, `yes_ratio` (of the predictions); a ratio without
-      cases is 0.
+      `accuracy`, `precision`, `recall`, `f1`, and `yes_ratio`, the share of predicted yes; a ratio
+      without cases is 0.
 
     Raises:
-      UserError: for another label, no items, or different numbers of both.
+      UserError: A label is neither, there are none, or not as many answers.
     """
     if len(texts) != len(labels) or not texts:
         raise UserError(f"POPE needs an answer per label, got {len(texts)} for {len(labels)}")
@@ -79,7 +85,11 @@ def _ratio(part: int | float, whole: int | float) -> float:
 
 
 def mme_answer(text: str) -> str:
-    """`yes`, `no` or `other`, from the first four characters."""
+    """`yes`, `no` or `other`, from the first four characters.
+
+    >>> mme_answer("Yes, it is."), mme_answer("I think so")
+    ('yes', 'other')
+    """
     text = text.lower().strip().replace(".", "")
     if text in ("y", "n"):
         return {"y": "yes", "n": "no"}[text]
@@ -91,15 +101,15 @@ def mme_summary(items: Iterable[tuple[str, str, str, str]]) -> dict:
     """MME scores.
 
     Args:
-      items: (subtask, image, generated text, label) of every question; every image of a subtask has
-        two questions.
+      items: For every question its subtask, image, generated text and label; every image of a
+        subtask has two questions.
 
     Returns:
       `subtasks`: by name `acc` and `acc_plus` in percent and their sum `score` (at most 200);
       `perception` and `cognition`: sums of the scores of their subtasks (at most 2000 and 800).
 
     Raises:
-      UserError: for an unknown subtask, or an image that does not have two questions.
+      UserError: A subtask is unknown, or an image does not have two questions.
     """
     correct: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for subtask, image, text, label in items:
@@ -127,29 +137,3 @@ def mme_summary(items: Iterable[tuple[str, str, str, str]]) -> dict:
         "perception": total_of(PERCEPTION),
         "cognition": total_of(COGNITION),
     }
-
-
-def yes_rate(verdicts: Sequence[str]) -> float:
-    """Percentage of a judge's verdicts that begin with yes, whatever their case.
-
-    Raises:
-      UserError: without verdicts.
-    """
-    if not verdicts:
-        raise UserError("the yes rate needs at least one verdict, got none")
-    return 100 * sum(text.strip().lower().startswith("yes") for text in verdicts) / len(verdicts)
-
-
-def mm_average(rates: Mapping[str, float]) -> float:
-    """MRT's MMAvg: the mean over tasks, where the splits of POPE (`pope_*`) count as one task.
-
-    Raises:
-      UserError: without tasks.
-    """
-    if not rates:
-        raise UserError("the average over tasks needs at least one task, got none")
-    pope = [rate for task, rate in rates.items() if task.startswith("pope_")]
-    tasks = [rate for task, rate in rates.items() if not task.startswith("pope_")]
-    if pope:
-        tasks.append(sum(pope) / len(pope))
-    return sum(tasks) / len(tasks)

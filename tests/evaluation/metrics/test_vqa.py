@@ -12,7 +12,6 @@ from moresjax.evaluation.metrics.vqa import (
     normalize_m4c,
     normalize_vqa,
     vqa_accuracy,
-    vqa_summary,
 )
 
 
@@ -114,18 +113,6 @@ def test_ten_answers_are_needed():
     for accuracy in (vqa_accuracy, m4c_accuracy):
         with pytest.raises(UserError, match="needs 10 answers per question, got 3"):
             accuracy("yes", ["yes"] * 3)
-
-
-def test_the_summary_has_percentages_per_type():
-    summary = vqa_summary([1.0, 0.3, 0.3], ["is the", "what", "what"], ["yes/no", "other", "other"])
-    assert summary == {
-        "overall": 53.33,
-        "perQuestionType": {"is the": 100.0, "what": 30.0},
-        "perAnswerType": {"yes/no": 100.0, "other": 30.0},
-    }
-    assert vqa_summary([0.9])["perAnswerType"] == {}
-    with pytest.raises(UserError, match="at least one question"):
-        vqa_summary([])
 
 
 def test_gqa_ignores_case_and_a_final_period_but_no_other_punctuation():

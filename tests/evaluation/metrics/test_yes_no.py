@@ -9,12 +9,10 @@ from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.yes_no import (
     COGNITION,
     PERCEPTION,
-    mm_average,
     mme_answer,
     mme_summary,
     pope_answer,
     pope_summary,
-    yes_rate,
 )
 
 
@@ -124,12 +122,3 @@ def test_mme_names_bad_input():
         UserError, match=r"image 1.jpg of MME subtask color needs 2 questions, got 1"
     ):
         mme_summary([("color", "1.jpg", "yes", "Yes")])
-
-
-def test_the_average_over_tasks_counts_pope_once():
-    assert yes_rate(["Yes", "yes.", "No", " YES it is"]) == 75
-    rates = {"text_vqa": 50.0, "mnist": 90.0, "pope_rand": 80.0, "pope_pop": 70.0, "pope_adv": 60.0}
-    assert mm_average(rates) == pytest.approx((50 + 90 + 70) / 3)
-    for function, nothing in ((yes_rate, []), (mm_average, {})):
-        with pytest.raises(UserError, match="at least one"):
-            function(nothing)

@@ -1,7 +1,0 @@
-"""One file per task. Every file in this folder is imported, and registers its generator."""
-
-import importlib
-import pkgutil
-
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")

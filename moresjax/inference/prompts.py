@@ -1,0 +1,237 @@
+"""Prompts and images to rows of tokens, and generated tokens back to text.
+
+Axis legend: B rows, S tokens, G new tokens, Y, X pixels.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from PIL import Image
+
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, TokenKind
+from moresjax.core.row import Row
+from moresjax.core.types import AnyArray, Ids
+from moresjax.data.images import LazyPixels
+from moresjax.data.processor import Processor
+from moresjax.data.samples import IMAGE_MARK, Sample, Turn
+from moresjax.generation.state import Generation
+from moresjax.generation.text import check_stops, cut_at_stop, has_stop
+
+# One image as a user may give it: a path, the bytes of a file, a PIL image, or an array [Y, X, 3].
+ImageLike = str | Path | bytes | Image.Image | np.ndarray | jax.Array
+StopReason = Literal["eos", "stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a prompt was answered with, in full.
+
+    Attributes:
+      text: the answer as `Model.generate` returns it, without special tokens and stop string.
+      tokens: the new token ids `[G]`, up to the end token or the last token of the stop string.
+      logprobs: natural log-probabilities of these tokens under the model `[G]`, before any
+        sampling setting; None unless they were asked for.
+      stop_reason: `eos` after an end token, `stop` after a stop string, `length` when
+        `max_new_tokens` were used up.
+    """
+
+    text: str
+    tokens: np.ndarray
+    logprobs: np.ndarray | None
+    stop_reason: StopReason
+
+
+def check_images(images: object, of: str = "the prompt") -> tuple:
+    """The images of one prompt: none, one image, or a list of images.
+
+    Args:
+      images: as the user gave them.
+      of: what they belong to, for error messages.
+
+    Raises:
+      UserError: for anything that is not clearly one image or a flat list of images.
+    """
+    if images is None:
+        return ()
+    if isinstance(images, list | tuple):
+        return tuple(_check_image(image, of) for image in images)
+    return (_check_image(images, of),)
+
+
+def _check_image(image: object, of: str) -> object:
+    if isinstance(image, jax.Array):
+        image = np.asarray(image)
+    if isinstance(image, np.ndarray):
+        channels = image.shape[2] if image.ndim == 3 else 3
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or channels not in (3, 4):
+            raise UserError(
+                f"an image of {of} is an array {image.dtype}{list(image.shape)}; an image is a "
+                "uint8 array [Y, X, 3], and several images are a list of them"
+            )
+    elif isinstance(image, list | tuple):
+        raise UserError(f"the images of {of} are nested too deeply; give one image or a flat list")
+    elif not isinstance(image, str | Path | bytes | Image.Image):
+        raise UserError(
+            f"an image of {of} is a {type(image).__name__}; give a path, a PIL image or a uint8 "
+            "array [Y, X, 3]"
+        )
+    return image
+
+
+def pair_images(prompts: str | Sequence[str], images: object) -> tuple[list[str], list[tuple]]:
+    """Prompts as a list, and the images of each.
+
+    A single prompt takes an image or a list of images; a list of prompts takes a list with an
+    image, a list of images or None for each of them.
+
+    Raises:
+      UserError: when images cannot be assigned to prompts in one way only.
+    """
+    if isinstance(prompts, str):
+        return [prompts], [check_images(images)]
+    prompts = list(prompts)
+    if wrong := next((p for p in prompts if not isinstance(p, str)), None):
+        raise UserError(f"a prompt must be a text, got a {type(wrong).__name__}")
+    if images is None:
+        return prompts, [()] * len(prompts)
+    if not isinstance(images, list | tuple):
+        raise UserError(
+            f"{len(prompts)} prompts need a list with the images of each, got a "
+            f"{type(images).__name__}"
+        )
+    if len(images) != len(prompts):
+        raise UserError(f"{len(prompts)} prompts but {len(images)} entries of images")
+    return prompts, [check_images(own, f"prompt {n}") for n, own in enumerate(images)]
+
+
+def mark_images(text: str, images: Sequence) -> str:
+    """The text with a mark for every image: at its start, unless it has marks of its own."""
+    return text if IMAGE_MARK in text else (IMAGE_MARK + "\n") * len(images) + text
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptEncoder:
+    """Turns what users say into rows of tokens, and new tokens into text.
+
+    Attributes:
+      saved_processor: tokenizer, template and image processor; None for a model without tokenizer,
+        with which only token ids can be used.
+    """
+
+    saved_processor: Processor | None
+
+    @property
+    def processor(self) -> Processor:
+        """Tokenizer, template and image processor.
+
+        Raises:
+          UserError: when the model was loaded without a tokenizer.
+        """
+        if self.saved_processor is None:
+            raise UserError("this model was loaded without a tokenizer; text cannot be used")
+        return self.saved_processor
+
+    def row(
+        self,
+        text: str,
+        images: object = (),
+        name: str = "prompt",
+        known: dict[tuple, LazyPixels] | None = None,
+    ) -> Row:
+        """The unpadded row of a one-turn prompt. Images without an `<image>` mark go first.
+
+        Args:
+          text: what the user says.
+          images: one image or a list of images.
+          name: what error messages call the prompt.
+          known: pixels of earlier prompts, see `Processor.row`. An image that several prompts are
+            about is then read by the model once.
+
+        Raises:
+          UserError: when marks and images do not agree, or an image is missing or broken.
+        """
+        own = check_images(images, name)
+        if not text.strip() and not own:
+            raise UserError("the prompt is empty")
+        sample = Sample(name, (Turn(mark_images(text, own)),), own)
+        return self.processor.row(sample, known)
+
+    def rows(self, prompts: Sequence[str], images: Sequence[tuple]) -> list[Row]:
+        """A row for every prompt; equal images are opened once."""
+        known: dict[tuple, LazyPixels] = {}
+        pairs = zip(prompts, images, strict=True)
+        return [self.row(text, own, f"prompt {n}", known) for n, (text, own) in enumerate(pairs)]
+
+    def with_answer(
+        self, row: Row, text: str, images: object, answer: str
+    ) -> tuple[Row, np.ndarray]:
+        """A prompt's row and the token ids of an answer to it, tokenised together.
+
+        Args:
+          row: the row that `row` made of the prompt; its pixels are used again.
+          text: the prompt.
+          images: one image or a list of images.
+          answer: the answer, without the token that ends it.
+
+        Raises:
+          UserError: for an empty answer.
+        """
+        if not answer.strip():
+            raise UserError(f"an answer to score is empty: {text!r}")
+        own = check_images(images)
+        sample = Sample("answer", (Turn(mark_images(text, own), answer),), own)
+        whole = self.processor.without_end.text_row(sample)
+        head = int(np.argmax(whole.kind == TokenKind.ANSWER))
+        return whole[:head].replace(pixels=row.pixels), whole.tokens[head:]
+
+    def batch(self, rows: Sequence[Row], length: int) -> Batch:
+        """Rows as one batch, right-padded to `length` tokens."""
+        processor = self.processor
+        images = max(row.num_images for row in rows)
+        padded = {}  # a row that fills places of the batch occurs several times
+        for row in rows:
+            if id(row) not in padded:
+                padded[id(row)] = processor.pad(row, length, images)
+        return processor.batch([padded[id(row)] for row in rows])
+
+    def decode(self, generation: Generation) -> list[str]:
+        """Texts of all rows of a generation, without special tokens."""
+        tokens, lengths = np.asarray(generation.tokens), np.asarray(generation.length)
+        return [self.text(row[:n]) for row, n in zip(tokens, lengths, strict=True)]
+
+    def text(self, ids: Ids, stop: str | Sequence[str] = ()) -> str:
+        """New tokens as text, before the first stop string and without special tokens."""
+        return cut_at_stop(self.spell(ids), check_stops(stop)).strip()
+
+    def spell(self, ids: Ids) -> str:
+        """New tokens as text, without special tokens."""
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def answer(
+        self, ids: Ids, logprobs: AnyArray | None = None, stop: str | Sequence[str] = ()
+    ) -> Answer:
+        """New tokens as an `Answer`.
+
+        Args:
+          ids: the new tokens, the end token included.
+          logprobs: their log-probabilities, if there are any.
+          stop: stop strings; tokens after the first of them are left out.
+        """
+        stops, tokens = check_stops(stop), np.asarray(ids, np.int32)
+        text, reason = self.text(tokens, stops), "length"
+        if has_stop(self.spell(tokens), stops):
+            reason, sizes = "stop", range(1, len(tokens) + 1)
+            ended = bisect.bisect_left(
+                sizes, True, key=lambda size: has_stop(self.spell(tokens[:size]), stops)
+            )
+            tokens = tokens[: sizes[ended]]
+        elif len(tokens) and int(tokens[-1]) in self.processor.eos_ids:
+            reason = "eos"
+        chosen = None if logprobs is None else np.asarray(logprobs)[: len(tokens)]
+        return Answer(text, tokens, chosen, reason)

@@ -1,0 +1,366 @@
+"""Generation and scores for rows of tokens: engines, the schedule of prompts and shared prefixes.
+
+Axis legend: B rows, S tokens.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch
+from moresjax.core.row import Row
+from moresjax.core.types import Ids
+from moresjax.generation.beam import Beams
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
+from moresjax.generation.engine import Engine
+from moresjax.generation.lengths import bucket, rounded
+from moresjax.generation.programs import ScoreData, ScoreStatic
+from moresjax.generation.programs import score as score_program
+from moresjax.generation.sampling import GREEDY, Sampling
+from moresjax.generation.scheduler import Completion, PrefillScheduler, generate_continuously
+from moresjax.generation.scoring import (
+    ContinuationScore,
+    group_by_prompt,
+    score_continuations,
+    with_branches,
+)
+from moresjax.generation.shared_prefix import SharedPrefixes, find_shared_prefixes
+from moresjax.generation.state import Generation, PrefixCache
+from moresjax.generation.text import check_stops, has_stop
+from moresjax.inference.prompts import PromptEncoder
+from moresjax.models.fused_attention import kernel_for
+from moresjax.models.mllm import MLLM
+from moresjax.sharding.mesh import use_mesh
+from moresjax.tuning.base import Probe
+from moresjax.tuning.multi_adapter import adapter_ids
+
+
+class GenerationService:
+    """Continues and scores rows of tokens with one model.
+
+    Engines are compiled when they are first needed and kept, one for every set of probes. The first
+    of them turns the LLM's stacked blocks into a list, as decoding needs them; the service then
+    uses the list for everything, so that the LLM is in memory once.
+
+    Args:
+      mllm: the model, which the service shares with its owner. Whoever changes it calls `reset`.
+      prompts: pads rows to batches and knows the tokens that end an answer.
+      mesh: the devices that the parameters are on; None for a single device.
+      config: the knobs of the engines.
+    """
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        prompts: PromptEncoder,
+        mesh: Mesh | None = None,
+        config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+    ) -> None:
+        self._mllm, self._prompts, self.mesh, self.config = mllm, prompts, mesh, config
+        self._engines: dict[tuple[Probe, ...], Engine] = {}
+
+    @property
+    def max_length(self) -> int:
+        """How many tokens a row may have, new ones included."""
+        return self._mllm.config.llm.max_positions - self._mllm.tuning.num_virtual_tokens
+
+    def engine(self, probes: Sequence[Probe] = ()) -> Engine:
+        """The engine that reads these probes; kept until `reset`."""
+        key = tuple(probes)
+        if key not in self._engines:
+            processor = self._prompts.processor
+            eos, pad = processor.eos_ids, processor.tokenizer.pad_token_id
+            self._mllm.llm.unstack()
+            self._engines[key] = Engine(
+                self._mllm,
+                eos_ids=eos,
+                pad_id=eos[0] if pad is None else pad,
+                probes=key,
+                mesh=self.mesh,
+                config=self.config,
+            )
+        return self._engines[key]
+
+    def reset(self) -> None:
+        """Drops all engines; the next call makes one of the model as it is then."""
+        self._engines.clear()
+
+    def batch(
+        self, rows: Sequence[Row], length: int, adapters: Sequence[str | None] | None = None
+    ) -> Batch:
+        """Rows as one batch, right-padded to `length` tokens.
+
+        Raises:
+          UserError: for an unknown adapter, or another number of adapters than rows.
+        """
+        return self.choose_adapters(self._prompts.batch(rows, length), adapters)
+
+    def choose_adapters(self, batch: Batch, adapters: Sequence[str | None] | None) -> Batch:
+        """The batch with the number of each row's adapter.
+
+        Raises:
+          UserError: for an unknown adapter, or another number of adapters than rows.
+        """
+        numbers = adapter_ids(self._mllm.tuning, adapters, len(batch.tokens))
+        return dataclasses.replace(batch, adapter=numbers)
+
+    def logits(self, batch: Batch) -> Float[Array, "B S V"]:
+        """Next-token logits of every token, in fp32."""
+        graphdef, state = nnx.split(self._mllm)
+        with use_mesh(self.mesh):
+            return _logits(graphdef, state, batch)
+
+    def generate_rows(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        probes: Sequence[Probe] = (),
+        adapters: Sequence[str | None] | None = None,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
+        beams: Beams | None = None,
+    ) -> Generation:
+        """Continues rows as one batch, padded to a bucket length.
+
+        Args:
+          rows: the prompts, unpadded.
+          max_new_tokens: each row gets at most this many new tokens.
+          probes: statistics to read on the way.
+          adapters: for every row the name of a loaded adapter, or None for the base model.
+          sampling: how tokens are chosen.
+          seeds: the seed of every row's draws; default: `sampling.seed` for all.
+          logprobs: whether to return the log-probabilities of the new tokens.
+          beams: settings of a beam search, which replaces the choice token by token.
+
+        Raises:
+          UserError: for a row that leaves no room for the new tokens, or a beam search with
+            sampling, log-probabilities or probes.
+        """
+        for row in rows:
+            self.check_context(row, max_new_tokens)
+        _check_seeds(seeds, rows)
+        batch = self.batch(rows, bucket(max(map(len, rows))), adapters)
+        options = {"sampling": sampling, "seeds": seeds, "logprobs": logprobs, "beams": beams}
+        return self.engine(probes).generate(batch, max_new_tokens, **options)
+
+    def generate_many(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int | Sequence[int],
+        *,
+        batch_size: int,
+        probes: Sequence[Probe] = (),
+        adapters: Sequence[str | None] | None = None,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
+        stop: str | Sequence[str] = (),
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Continues any number of rows, `batch_size` at a time, and refills the batch.
+
+        Args:
+          rows: the prompts, unpadded.
+          max_new_tokens: one limit for all rows, or a limit for each.
+          batch_size: how many rows are decoded at a time.
+          probes: statistics to read on the way.
+          adapters: for every row the name of a loaded adapter, or None for the base model.
+          sampling: how tokens are chosen.
+          seeds: the seed of every row's draws; default: `sampling.seed` for all.
+          logprobs: whether to return the log-probabilities of the new tokens.
+          stop: a row ends soon after one of these strings; its tokens are not cut there.
+          on_done: called with number and completion of every row as soon as it has ended.
+
+        Raises:
+          UserError: for a row that leaves no room for the new tokens, or a batch size below 1.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        limits = (
+            [max_new_tokens] * len(rows)
+            if isinstance(max_new_tokens, int)
+            else list(max_new_tokens)
+        )
+        for row, limit in zip(rows, limits, strict=True):
+            self.check_context(row, limit)
+        _check_seeds(seeds, rows)
+        stops = check_stops(stop)
+        shared = self._shared_prefixes(rows, adapters)
+        spell, size = self._prompts.spell, -(-batch_size // self.config.prefills_per_batch)
+        results: dict[int, Completion] = {}
+        for number, completion in generate_continuously(
+            self.engine(probes),
+            self._scheduler(rows, size, adapters, shared, probes),
+            limits,
+            batch_size=batch_size,
+            sampling=sampling,
+            seeds=seeds,
+            logprobs=logprobs,
+            ended=(lambda ids: has_stop(spell(ids), stops)) if stops else None,
+        ):
+            results[number] = completion
+            if on_done is not None:
+                on_done(number, completion)
+        return [results[number] for number in range(len(rows))]
+
+    def complete(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        *,
+        batch_size: int | None = None,
+        adapters: Sequence[str | None] | None = None,
+        sampling: Sampling = GREEDY,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
+        stop: str | Sequence[str] = (),
+        beams: Beams | None = None,
+    ) -> list[Completion]:
+        """Continues rows as one batch, or by `generate_many` where a batch size or stop is given.
+
+        The arguments are those of `generate_rows` and `generate_many`; no rows have no completions.
+        """
+        if not rows:
+            return []
+        options = {"adapters": adapters, "sampling": sampling, "seeds": seeds}
+        options["logprobs"] = logprobs
+        if stop or batch_size is not None:
+            size = len(rows) if batch_size is None else batch_size
+            return self.generate_many(rows, max_new_tokens, batch_size=size, stop=stop, **options)
+        done = self.generate_rows(rows, max_new_tokens, beams=beams, **options)
+        tokens, length = np.asarray(done.tokens), np.asarray(done.length)
+        chosen = None if done.logprobs is None else np.asarray(done.logprobs)
+        return [
+            Completion(tokens[row, :count], None if chosen is None else chosen[row, :count], {})
+            for row, count in enumerate(length)
+        ]
+
+    def score_rows(
+        self,
+        pairs: Sequence[tuple[Row, Ids]],
+        batch_size: int = 8,
+        adapters: Sequence[str | None] | None = None,
+    ) -> list[ContinuationScore]:
+        """Log-likelihoods of continuations; equal prompts to one adapter share a row.
+
+        Args:
+          pairs: prompt row and token ids of every continuation.
+          batch_size: how many prompts are read at a time.
+          adapters: for every pair the name of a loaded adapter, or None for the base model.
+
+        Raises:
+          UserError: for a pair that does not fit the model.
+        """
+        for pair in pairs:
+            self.check_answer(*pair)
+        groups = group_by_prompt(pairs, adapters)
+        prompts = [pairs[own[0]][0] for own in groups]
+        names = None if adapters is None else [adapters[own[0]] for own in groups]
+        shared = self._shared_prefixes(prompts, names)
+        whole = [
+            with_branches(prompt, [pairs[i][1] for i in own])
+            for prompt, own in zip(prompts, groups, strict=True)
+        ]
+        scheduler = self._scheduler([b.row for b in whole], batch_size, names, shared)
+        if shared.rows:
+            score = self.engine().score
+        else:  # a model that has not generated yet has stacked blocks, which compile faster
+            graphdef, params = nnx.split(self._mllm)
+            static = ScoreStatic(graphdef, logits_chunk=self.config.logits_chunk)
+
+            def score(batch: Batch, queries: np.ndarray, targets: np.ndarray, *_: object) -> tuple:
+                return score_program(static, ScoreData(params, batch, queries, targets))
+
+        results: dict[int, ContinuationScore] = {}
+        with use_mesh(self.mesh):
+            found = score_continuations(whole, scheduler, score)
+        for own, scores in zip(groups, found, strict=True):
+            results |= dict(zip(own, scores, strict=True))
+        return [results[number] for number in range(len(pairs))]
+
+    def check_context(self, row: Row, max_new_tokens: int) -> None:
+        """Raises a `UserError` when a prompt and its continuation do not fit the model."""
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self._check_room(row, max_new_tokens, f"max_new_tokens={max_new_tokens}")
+
+    def check_answer(self, row: Row, answer: Ids) -> None:
+        """Raises a `UserError` when an answer to score is empty or does not fit with its prompt."""
+        if not len(answer):
+            raise UserError("an answer to score has no tokens")
+        # The last token is not read.
+        self._check_room(row, len(answer) - 1, f"an answer of {len(answer)} tokens")
+
+    def _check_room(self, row: Row, more: int, what: str) -> None:
+        tokens = len(row)
+        if tokens + more > self.max_length:
+            ahead = self._mllm.tuning.num_virtual_tokens
+            raise UserError(
+                f"a prompt of {tokens + ahead} tokens and {what} do not fit the model's "
+                f"{self.max_length + ahead} positions"
+            )
+
+    def _shared_prefixes(
+        self, rows: Sequence[Row], adapters: Sequence[str | None] | None
+    ) -> SharedPrefixes:
+        """What rows begin with alike, where reading it once pays."""
+        text = kernel_for(self._mllm.config.llm) == "xla"  # kernels read whole prompts only
+        return find_shared_prefixes(rows, self._mllm.tuning, adapters, text, self.config)
+
+    def _reader(
+        self,
+        shared: SharedPrefixes,
+        adapters: Sequence[str | None] | None,
+        probes: Sequence[Probe],
+    ) -> Callable[[Sequence[int]], PrefixCache]:
+        """A function that reads shared prefixes, given their numbers; text that all of them begin
+        with is read once."""
+        engine, names = self.engine(probes), shared.adapters(adapters)
+        common = self._shared_prefixes(shared.rows, names)
+        begin = None
+        if common.rows:
+            begin = self._reader(common, names, probes)([0] * engine.num_shards)
+        before = 0 if begin is None else begin.length
+
+        def read(numbers: Sequence[int]) -> PrefixCache:
+            heads = [shared.rows[n] for n in numbers]
+            length = rounded(len(heads[0]) - before) + rounded(before)
+            batch = self.batch(heads, length, names and [names[n] for n in numbers])
+            return engine.read_prefix(batch, begin)
+
+        return read
+
+    def _scheduler(
+        self,
+        rows: Sequence[Row],
+        size: int,
+        adapters: Sequence[str | None] | None,
+        shared: SharedPrefixes,
+        probes: Sequence[Probe] = (),
+    ) -> PrefillScheduler:
+        """Rows in batches of one size, with the reader of their shared prefixes."""
+        options = {"adapters": adapters, "shared": shared}
+        if shared.rows:
+            options["read_prefixes"] = self._reader(shared, adapters, probes)
+            options["num_shards"] = self.engine(probes).num_shards
+        return PrefillScheduler(rows, self.batch, size, **options)
+
+
+def _check_seeds(seeds: Sequence[int] | None, rows: Sequence[Row]) -> None:
+    if seeds is not None and len(seeds) != len(rows):
+        raise UserError(f"{len(rows)} prompts but {len(seeds)} seeds")
+
+
+def _forward(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> Float[Array, "B S V"]:
+    model = nnx.merge(graphdef, state)
+    return model.llm.logits(model(batch).hidden)
+
+
+_logits = jax.jit(_forward, static_argnums=0)

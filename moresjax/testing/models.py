@@ -1,0 +1,92 @@
+"""Models of a few thousand parameters."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from moresjax.data.digits import build_tokenizer, vocabulary
+from moresjax.data.images import ImageProcessor
+from moresjax.data.processor import Processor
+from moresjax.data.templates import get_template
+from moresjax.inference.model import Model
+from moresjax.models.decoder import DecoderConfig
+from moresjax.models.initialize import initialize
+from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.models.vision import VisionConfig
+
+TINY_LLM: dict[str, Any] = {
+    "vocab_size": 29,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+}
+TINY_VISION: dict[str, Any] = {
+    "image_size": 12,
+    "patch_size": 4,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+}
+
+
+def tiny_config(**llm: Any) -> MLLMConfig:
+    """A LLaMA-type MLLM: 3 decoder layers, 16 features, 9 visual tokens per image.
+
+    Args:
+      llm: fields of `DecoderConfig` that are to be different.
+    """
+    return MLLMConfig(
+        llm=DecoderConfig(**(TINY_LLM | llm)),
+        vision=VisionConfig(**TINY_VISION),
+        connector="mlp2x_gelu",
+    )
+
+
+def tiny_model(tuning: str = "none", seed: int = 0, **llm: Any) -> MLLM:
+    """A `tiny_config` module with initial weights.
+
+    Args:
+      tuning: spec string of the attached tuning.
+      seed: seeds the weights.
+      llm: fields of `DecoderConfig` that are to be different.
+
+    >>> from moresjax.testing import tiny_model
+    >>> tiny_model("mores:rank=1").config.visual_tokens
+    9
+    """
+    return initialize(MLLM(tiny_config(**llm), tuning), seed)
+
+
+def digits_processor() -> Processor:
+    """The digits world's tokenizer with the image processor that `tiny_config` needs."""
+    return Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
+
+
+def talking_model(tuning: str = "none", **llm: Any) -> Model:
+    """A model of two layers that says several words of the digits world.
+
+    As they start, tiny models say one word only and some methods do nothing. Here the weights are
+    larger, and the parameters of the tuning are drawn.
+
+    Args:
+      tuning: spec string of the attached tuning.
+      llm: fields of `DecoderConfig` that are to be different.
+
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("mores:rank=1")
+    >>> isinstance(model.generate("how many ?", max_new_tokens=2), str)
+    True
+    """
+    mllm = tiny_model(tuning, vocab_size=len(vocabulary()), num_layers=2, **llm)
+    rng = np.random.default_rng(1)
+    state = jax.tree.map(lambda x: 12 * x, nnx.state(mllm, nnx.Param))
+    state["tuning"] = jax.tree.map(
+        lambda x: rng.standard_normal(x.shape).astype(np.float32), state.get("tuning", {})
+    )
+    nnx.update(mllm, state)
+    return Model(mllm, digits_processor())
