@@ -49,7 +49,9 @@ def setting() -> tuple[ConfigDict, Batch]:
     processor = build_processor(config)
     rows = next(build_iterator(config, processor))
     rows.pop("id")
-    return config, to_device_batch(rows, processor)
+    batch = to_device_batch(rows, processor)
+    assert isinstance(batch, Batch)
+    return config, batch
 
 
 def train_steps(
@@ -61,7 +63,7 @@ def train_steps(
         with config.unlocked():
             config.update({"model": {"llm": llm}})
         model = initialize(MLLM(model_config(config), spec))
-        graphdef, trainable, frozen = split_model(model, config.also_train)
+        graphdef, trainable, frozen = split_model(model, config.to_dict()["also_train"])
         optimizer, schedule = make_optimizer(config.optimizer, 100, trainable)
         state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
         step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)

@@ -9,7 +9,7 @@ mean over its visible keys. Source: LLaVA Steering, figures 1 and 2, equation 2.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
@@ -182,8 +182,8 @@ class GeneratingModel(Protocol):
         ...
 
     @property
-    def generate_rows(self) -> Callable[..., Any]:
-        """Generates answers to rows (`moresjax.Model.generate_rows`)."""
+    def service(self) -> Any:
+        """The generation service (`moresjax.inference.service.GenerationService`)."""
         ...
 
 
