@@ -56,7 +56,7 @@ def set_params(
     nnx.update(model, nnx.from_flat_state(new))
 
 
-def abstract(model: nnx.Module, part: str = "") -> list[str]:
+def abstract_params(model: nnx.Module, part: str = "") -> list[str]:
     """Names of the parameters below `part` that have no value yet."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
     names = [path_name(path) for path, variable in flat if is_abstract(variable)]
@@ -81,7 +81,7 @@ def initialize(model: Module, seed: int = 0) -> Module:
         "start",
     )
     tuning = getattr(model, "tuning", None)
-    if isinstance(tuning, Tuning) and abstract(model, "tuning"):
+    if isinstance(tuning, Tuning) and abstract_params(model, "tuning"):
         tuning.initialize(seed)
     return model
 

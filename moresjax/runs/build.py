@@ -20,7 +20,7 @@ from moresjax.data.templates import get_template
 from moresjax.models.connector import connector_tokens
 from moresjax.models.decoder import DecoderConfig, quantized
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
-from moresjax.models.initialize import abstract, initialize, set_params
+from moresjax.models.initialize import abstract_params, initialize, set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import PatchClassifier, VisionConfig
 from moresjax.models.zoo import ENCODERS, LLMS
@@ -273,7 +273,7 @@ def load_part(model: nnx.Module, part: str, source: Path, **options) -> None:
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
     set_params(model, split_trainable_blocks(model, part, found), str(source), part)
-    if missing := abstract(model, part):
+    if missing := abstract_params(model, part):
         raise UserError(f"{source} holds no weights for {missing[0]}")
 
 
@@ -359,7 +359,7 @@ def load_workdir(
         model = chosen
         trained = {name: x for name, x in trained.items() if not name.startswith("tuning.")}
     set_params(model, trained, str(workdir))
-    rest = {part: config.init[part] if abstract(model, part) else RANDOM for part in PARTS}
+    rest = {part: config.init[part] if abstract_params(model, part) else RANDOM for part in PARTS}
     load_parts(model, rest, workdir, allow_pickle=allow_pickle)
     set_params(model, trained, str(workdir))  # what trained wins over the part it was started from
     # A model that was imported without a tokenizer has no processor.
