@@ -142,9 +142,8 @@ class VisionEncoder(nnx.Module):
         # Attention without mask or rotation does not know where in the row extra tokens stand.
         h = hooks.prepend(self.embed(pixels))
         used = dataclasses.replace(config, num_layers=config.used_layers, num_trainable_blocks=0)
-        h = run_blocks(self.used_blocks(), h, None, None, hooks, used).hidden[
-            :, hooks.num_extra_tokens :
-        ]
+        out = run_blocks(self.used_blocks(), h, None, None, hooks, used)
+        h = out.hidden[:, hooks.num_extra_tokens :]
         if config.registers:
             first = int(config.class_token)
             h = jnp.concatenate([h[:, :first], h[:, config.prefix_tokens :]], axis=1)
