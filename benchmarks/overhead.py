@@ -6,13 +6,13 @@ The model is the demo's, larger: 6 layers, 256 features, batches of 32 rows.
 """
 
 import argparse
+import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 from rounds import Run, measure, median_ratio
 
 from moresjax.analysis.attention import AttentionProbe
@@ -23,7 +23,10 @@ from moresjax.generation.engine import Engine
 from moresjax.hardware.host import use_huge_pages
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
-from moresjax.runs.build import build_iterator, build_processor, model_config
+from moresjax.runs.architecture import model_config
+from moresjax.runs.data import build_iterator
+from moresjax.runs.processor import build_processor
+from moresjax.runs.run_config import RunConfig, resolve
 from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
@@ -41,11 +44,12 @@ METHODS = (
 )
 
 
-def setting() -> tuple[ConfigDict, Batch]:
+def setting() -> tuple[RunConfig, Batch]:
     """Configuration and one batch on the device."""
     config = recipe.get_config("stage=finetune")
     llm = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 6, "num_heads": 8}
     config.update({"model": {"llm": llm}})
+    config = resolve(config)
     processor = build_processor(config)
     rows = next(build_iterator(config, processor))
     rows.pop("id")
@@ -55,15 +59,17 @@ def setting() -> tuple[ConfigDict, Batch]:
 
 
 def train_steps(
-    config: ConfigDict, batch: Batch, methods: Sequence[str] = METHODS, **llm: bool
+    config: RunConfig, batch: Batch, methods: Sequence[str] = METHODS, **llm: bool
 ) -> dict[str, Run]:
     """One train step of every spec, to be measured."""
     steps = {}
     for spec in methods:
-        with config.unlocked():
-            config.update({"model": {"llm": llm}})
+        fields = config.model.llm
+        assert not isinstance(fields, str)
+        parts = dataclasses.replace(config.model, llm={**fields, **llm})
+        config = dataclasses.replace(config, model=parts)
         model = initialize(MLLM(model_config(config), spec))
-        graphdef, trainable, frozen = split_model(model, config.to_dict()["also_train"])
+        graphdef, trainable, frozen = split_model(model, config.also_train)
         optimizer, schedule = make_optimizer(config.optimizer, 100, trainable)
         state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
         step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)
@@ -80,7 +86,7 @@ def train_steps(
     return steps
 
 
-def forwards(config: ConfigDict, batch: Batch) -> dict[str, Run]:
+def forwards(config: RunConfig, batch: Batch) -> dict[str, Run]:
     """Generation of 32 tokens, with and without steering and statistics."""
     runs = {}
     for name, spec, probes in (

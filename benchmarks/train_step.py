@@ -31,7 +31,7 @@ from moresjax.core.layout import TokenKind
 from moresjax.core.row import Row
 from moresjax.data.packing import first_fit
 from moresjax.data.processor import Processor
-from moresjax.runs.config import base_config
+from moresjax.runs.run_config import OptimizerConfig
 from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
@@ -103,8 +103,7 @@ def ours(folder: str, rows: Sequence[Row], method: str) -> Run:
     joined = [processor.pad(processor.join(members), LENGTH, CAPACITY) for members in packed]
     batch = processor.batch(joined)
     graphdef, trainable, frozen = split_model(model, ("connector",))
-    settings = base_config().optimizer
-    settings.lr, settings.schedule, settings.warmup = LR, "constant", 0.0
+    settings = OptimizerConfig(lr=LR, schedule="constant", warmup=0.0)
     optimizer, schedule = make_optimizer(settings, 100, trainable)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)

@@ -12,9 +12,12 @@ from moresjax.data.images import saved_processor
 from moresjax.inference.load import has_tokenizer, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.build import PARTS, build_model, build_processor, is_workdir, load_tokenizer
+from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints
-from moresjax.runs.config import RANDOM, base_config, read_config, save_config
+from moresjax.runs.config import read_config, save_config
+from moresjax.runs.paths import is_workdir
+from moresjax.runs.processor import build_processor, load_tokenizer
+from moresjax.runs.run_config import PARTS, RANDOM, InitConfig, PartsConfig, RunConfig
 from moresjax.runs.state import TrainState
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf
@@ -65,24 +68,27 @@ def import_model(
     check_new(out, "import")
     folders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
     architecture = _architecture(source, folders, fusion, connector, allow_pickle)
-    config = base_config()
-    with config.unlocked(), config.ignore_type():
-        config.name = source.name
-        config.model.llm = dataclasses.asdict(architecture.llm)
-        if architecture.vision is not None:
-            config.model.vision = dataclasses.asdict(architecture.vision)
-            config.model.connector = architecture.connector
-        config.template, config.quantize = template, quantize
-        config.image_aspect = _image_aspect(source)
-        config.init.update(dict.fromkeys(PARTS, str(source)))
-        if folders:
-            config.init.update({"vision": ";".join(folders), "connector": RANDOM})
+    parts = PartsConfig(llm=dataclasses.asdict(architecture.llm))
+    if architecture.vision is not None:
+        fields = dataclasses.asdict(architecture.vision)
+        parts = dataclasses.replace(parts, vision=fields, connector=architecture.connector)
+    sources = dict.fromkeys(PARTS, str(source))
+    if folders:
+        sources |= {"vision": ";".join(folders), "connector": RANDOM}
+    config = RunConfig(
+        name=source.name,
+        model=parts,
+        template=template,
+        quantize=quantize,
+        image_aspect=_image_aspect(source),
+        init=InitConfig(**sources),
+    )
     model = build_model(config, allow_pickle=allow_pickle)
 
     out.mkdir(parents=True, exist_ok=True)
     images = Path(image_processor or (folders[0] if folders else source))
-    _save_processor(source, images, out / PROCESSOR, config)
-    config.init.update(dict.fromkeys(PARTS, RANDOM))  # all is in the checkpoint now
+    saved = _save_processor(source, images, out / PROCESSOR, has_images=bool(parts.vision))
+    config = dataclasses.replace(config, init=InitConfig(), **saved)  # all is in the checkpoint now
     save_config(config, out / "config.json")
     if config.tokenizer:
         build_processor(config, root=out)  # whatever is wrong with it shows now
@@ -113,14 +119,17 @@ def _image_aspect(source: Path) -> str:
     return json.loads((source / "config.json").read_text()).get("image_aspect_ratio", "square")
 
 
-def _save_processor(source: Path, images: Path, out: Path, config) -> None:
-    """Saves the tokenizer and image processor there are to `out`; the configuration names them."""
+def _save_processor(source: Path, images: Path, out: Path, *, has_images: bool) -> dict[str, str]:
+    """Saves the tokenizer and image processor there are to `out`; the keys of the configuration
+    that name them."""
+    found = {}
     if has_tokenizer(source):
         load_tokenizer(str(source)).save_pretrained(out)
-        config.tokenizer = f"./{out.name}"
-    if config.model.vision and (reference := saved_processor(images)):
+        found["tokenizer"] = f"./{out.name}"
+    if has_images and (reference := saved_processor(images)):
         reference.save_pretrained(out)
-        config.image_processor = f"./{out.name}"
+        found["image_processor"] = f"./{out.name}"
+    return found
 
 
 def export_model(

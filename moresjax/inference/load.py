@@ -12,7 +12,9 @@ from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.templates import get_template
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLMConfig
-from moresjax.runs.build import is_workdir, load_tokenizer, load_workdir
+from moresjax.runs.paths import is_workdir
+from moresjax.runs.processor import load_tokenizer
+from moresjax.runs.workdir import load_workdir
 from moresjax.weights.hf import is_llava, load_pretrained
 
 

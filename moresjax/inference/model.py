@@ -28,7 +28,7 @@ from moresjax.generation.scoring import ContinuationScore
 from moresjax.inference.prompts import Answer, PromptEncoder, pair_images
 from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.build import name_words
+from moresjax.runs.processor import name_words
 from moresjax.sharding.mesh import shard_params
 from moresjax.tuning.merge import merged
 from moresjax.tuning.multi_adapter import adapter_ids
