@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterable
 
+from flax import nnx
+
 
 def path_name(path: Iterable[object]) -> str:
     """Dotted name of a parameter.
@@ -11,6 +13,12 @@ def path_name(path: Iterable[object]) -> str:
     'llm.blocks.attn.q.kernel'
     """
     return ".".join(str(part) for part in path)
+
+
+def named_parameters(model: nnx.Module | nnx.State) -> dict[str, nnx.Variable]:
+    """The parameters of a model by name; of a state, all its variables."""
+    state = model if isinstance(model, nnx.State) else nnx.state(model, nnx.Param)
+    return {path_name(path): variable for path, variable in nnx.to_flat_state(state)}
 
 
 # Other names of some parameters in patterns.
