@@ -18,7 +18,6 @@ from moresjax.generation.state import DecodeState
 from moresjax.generation.text import TextStream, check_stops, has_stop
 from moresjax.inference.model import Model
 from moresjax.inference.prompts import check_images, mark_images
-from moresjax.inference.prompts import check_images, mark_images
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.multi_adapter import adapter_ids
