@@ -8,8 +8,10 @@ import jax
 from flax import nnx
 
 from moresjax.core.errors import UserError
+from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.initialize import abstract, set_params
 from moresjax.models.mllm import MLLM
+from moresjax.models.vision import VisionConfig
 from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.paths import is_workdir, locate
 from moresjax.runs.run_config import PARTS, RANDOM
@@ -94,14 +96,14 @@ def _vision_parameters(
     model: MLLM, part: str, source: Path, options: Mapping[str, Any]
 ) -> Mapping[str, jax.Array]:
     """Parameters of a vision encoder's folder, by their names in the model."""
-    encoder = model.vision
-    if part != "vision":
-        encoder = encoder.encoders[int(part.rpartition(".")[2])]
-    if encoder.config.is_pair:
+    config = model.config.vision
+    if isinstance(config, FusedVisionConfig) and part != "vision":
+        config = config.encoders[int(part.rpartition(".")[2])]
+    if not isinstance(config, VisionConfig):
         raise UserError(f"init.vision: {source} is one vision encoder; name two as FOLDER;FOLDER")
-    same = {"feature_layer": encoder.config.feature_layer, "image_size": encoder.config.image_size}
-    theirs, parameters = load_vision(source, part=part, **same, **options)
-    check_same_encoder(encoder.config, theirs, str(source))
+    same = {"feature_layer": config.feature_layer, "image_size": config.image_size}
+    found, parameters = load_vision(source, part=part, **same, **options)
+    check_same_encoder(config, found, str(source))
     return parameters
 
 
