@@ -13,6 +13,7 @@ from moresjax.runs.architecture import model_config, vision_config
 from moresjax.runs.init_weights import load_parts
 from moresjax.runs.processor import load_tokenizer, name_words
 from moresjax.runs.run_config import PARTS, RunConfig
+from moresjax.weights.hf import HFFolders
 
 
 def build_model(
@@ -20,7 +21,7 @@ def build_model(
     *,
     root: str | Path = ".",
     mesh: Mesh | None = None,
-    allow_pickle: bool = False,
+    folders: HFFolders | None = None,
 ) -> nnx.Module:
     """The model of a configuration with its initial weights and fresh tuning parameters.
 
@@ -28,7 +29,7 @@ def build_model(
       config: The run's configuration.
       root: The run's directory, from which paths with a leading dot start.
       mesh: Devices over which weights of Hugging Face folders are split as they are read.
-      allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+      folders: Hugging Face folders that are open already; default: none.
 
     Returns:
       An `MLLM`; for objective `patch_classes` a `PatchClassifier`.
@@ -46,5 +47,5 @@ def build_model(
     if model.tuning.selected_words:
         name_words(model.tuning, load_tokenizer(config.tokenizer, root))
     sources = {part: config.init.source(part) for part in PARTS}
-    load_parts(model, sources, Path(root), mesh=mesh, allow_pickle=allow_pickle)
+    load_parts(model, sources, Path(root), mesh=mesh, folders=folders)
     return initialize(model, config.seed)

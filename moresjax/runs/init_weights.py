@@ -2,67 +2,86 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
-from moresjax.models.fusion import FusedVisionConfig
+from moresjax.models.fusion import FusedVisionEncoder
 from moresjax.models.initialize import abstract, set_params
 from moresjax.models.mllm import MLLM
-from moresjax.models.vision import VisionConfig
+from moresjax.models.vision import VisionEncoder
 from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.paths import is_workdir, locate
 from moresjax.runs.run_config import PARTS, RANDOM
-from moresjax.weights.hf import read_pretrained
-from moresjax.weights.parts import check_same_encoder, is_vision_folder, load_vision
+from moresjax.weights.hf import HFFolder, HFFolders
+from moresjax.weights.vision_folder import check_same_encoder, load_vision
 
 
-def load_parts(model: MLLM, sources: Mapping[str, str], root: Path, **options: Any) -> None:
+def load_parts(
+    model: MLLM,
+    sources: Mapping[str, str],
+    root: Path,
+    *,
+    mesh: Mesh | None = None,
+    folders: HFFolders | None = None,
+) -> None:
     """Sets the parameters of every part whose source is not `random`.
 
     Args:
       model: The model, changed in place.
       sources: Source of each of `PARTS`.
       root: The run's directory, from which paths with a leading dot start.
-      options: `mesh` and `allow_pickle` of `moresjax.weights.hf.read_pretrained`.
+      mesh: The devices over which weights of Hugging Face folders are split as they are read.
+      folders: Hugging Face folders that are open already; default: none.
 
     Raises:
       UserError: when a source does not exist, or lacks or does not fit its part.
     """
+    folders = HFFolders() if folders is None else folders
     for part in PARTS:
         if sources[part] == RANDOM or getattr(model, part) is None:
             continue
-        folders = sources[part].split(";")
-        if len(folders) == 1:
-            load_part(model, part, locate(folders[0], root), **options)
+        names = sources[part].split(";")
+        if len(names) == 1:
+            load_part(model, part, locate(names[0], root), mesh=mesh, folders=folders)
             continue
         count = len(getattr(model.vision, "encoders", ())) if part == "vision" else 1
-        if len(folders) != count:
-            raise UserError(f"init.{part} names {len(folders)} folders; the model needs {count}")
-        for number, folder in enumerate(folders):
-            load_part(model, f"{part}.encoders.{number}", locate(folder, root), **options)
+        if len(names) != count:
+            raise UserError(f"init.{part} names {len(names)} folders; the model needs {count}")
+        for number, name in enumerate(names):
+            place = f"{part}.encoders.{number}"
+            load_part(model, place, locate(name, root), mesh=mesh, folders=folders)
 
 
-def load_part(model: MLLM, part: str, source: Path, **options: Any) -> None:
+def load_part(
+    model: MLLM,
+    part: str,
+    source: Path,
+    *,
+    mesh: Mesh | None = None,
+    folders: HFFolders | None = None,
+) -> None:
     """Sets the parameters of one part from a run's directory or a Hugging Face folder.
 
     Args:
       model: The model, changed in place.
       part: `llm`, `vision`, `connector`, or one of two vision encoders: `vision.encoders.0`.
       source: A run's directory, or the folder of a LLaVA or of the LLM or vision encoder alone.
-      options: `mesh` and `allow_pickle` of `moresjax.weights.hf.read_pretrained`.
+      mesh: The devices over which weights of a Hugging Face folder are split as they are read.
+      folders: Hugging Face folders that are open already; default: none.
 
     Raises:
       UserError: when the source does not exist, or lacks or does not fit the part.
     """
+    folder = (HFFolders() if folders is None else folders)[source]
     if (source / "checkpoints").is_dir():
         found = trained_parameters(source)
-    elif part.startswith("vision") and is_vision_folder(source):
-        found = _vision_parameters(model, part, source, options)
+    elif part.startswith("vision") and folder.is_vision:
+        found = _vision_parameters(model, part, folder, mesh)
     elif (source / "config.json").is_file():
-        found = read_pretrained(source, part=part.split(".")[0], **options)[1]
+        found = folder.parameters(part.split(".")[0], mesh)
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
     set_params(model, split_trainable_blocks(model, part, found), str(source), part)
@@ -93,17 +112,23 @@ def split_trainable_blocks(
 
 
 def _vision_parameters(
-    model: MLLM, part: str, source: Path, options: Mapping[str, Any]
+    model: MLLM, part: str, folder: HFFolder, mesh: Mesh | None
 ) -> Mapping[str, jax.Array]:
     """Parameters of a vision encoder's folder, by their names in the model."""
-    config = model.config.vision
-    if isinstance(config, FusedVisionConfig) and part != "vision":
-        config = config.encoders[int(part.rpartition(".")[2])]
-    if not isinstance(config, VisionConfig):
+    encoder, source = model.vision, str(folder.path)
+    if isinstance(encoder, FusedVisionEncoder) and part != "vision":
+        encoder = encoder.encoders[int(part.rpartition(".")[2])]
+    if not isinstance(encoder, VisionEncoder):
         raise UserError(f"init.vision: {source} is one vision encoder; name two as FOLDER;FOLDER")
-    same = {"feature_layer": config.feature_layer, "image_size": config.image_size}
-    found, parameters = load_vision(source, part=part, **same, **options)
-    check_same_encoder(config, found, str(source))
+    config = encoder.config
+    found, parameters = load_vision(
+        folder,
+        part=part,
+        mesh=mesh,
+        feature_layer=config.feature_layer,
+        image_size=config.image_size,
+    )
+    check_same_encoder(config, found, source)
     return parameters
 
 

@@ -13,7 +13,7 @@ from moresjax.runs.init_weights import load_parts, trained_parameters
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import PARTS, RANDOM
-from moresjax.weights.hf import pretrained_config
+from moresjax.weights.hf import HFFolders, pretrained_config
 
 
 def load_workdir(
@@ -56,7 +56,7 @@ def load_workdir(
         trained = {name: x for name, x in trained.items() if not name.startswith("tuning.")}
     set_params(model, trained, str(workdir))
     sources = {p: config.init.source(p) if abstract(model, p) else RANDOM for p in PARTS}
-    load_parts(model, sources, workdir, allow_pickle=allow_pickle)
+    load_parts(model, sources, workdir, folders=HFFolders(allow_pickle=allow_pickle))
     set_params(model, trained, str(workdir))  # what trained wins over the part it was started from
     # A model that was imported without a tokenizer has no processor.
     processor = build_processor(config, root=workdir) if config.tokenizer else None

@@ -44,7 +44,7 @@ from moresjax.runs.config import base_config
 from moresjax.runs.init_weights import load_part, load_parts
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import resolve
-from moresjax.weights.parts import load_vision
+from moresjax.weights.vision_folder import load_vision
 
 # Folders: the encoder alone or beside a text encoder, names with and without a prefix
 
