@@ -171,7 +171,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _numbered(tree) -> Arrays:
+def _numbered(tree: Any) -> Arrays:
     return {f"optimizer.{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
@@ -200,6 +200,5 @@ def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
         name: x for name, x in arrays.items() if x.is_fully_addressable or x.is_fully_replicated
     }
     return {
-        name: zlib.crc32(memoryview(np.ascontiguousarray(x).view(np.uint8)))
-        for name, x in whole.items()
+        name: zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data) for name, x in whole.items()
     }
