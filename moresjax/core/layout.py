@@ -53,12 +53,12 @@ class TokenLayout:
     """Per-token integers of a batch, all `[B, S]`.
 
     Attributes:
-      kind: a `TokenKind` value.
-      image: for a visual token, its row in the batch row's flattened visual features,
+      kind: A `TokenKind` value.
+      image: For a visual token its place among the row's visual tokens,
         `image_number * visual_tokens + token_number`; -1 for every other token.
-      position: the rotary position; counts from 0 in every document, padding excluded.
-      document: number of the packed document; tokens of different documents never see each other,
-        except that all of them see `SHARED` tokens.
+      position: The rotary position; counts from 0 in every document, padding excluded.
+      document: The number of the packed document; tokens of different documents never see each
+        other, except that all of them see `SHARED` tokens.
       branch: 0 for the trunk of a document, which all of its later tokens see; k > 0 for the k-th
         of several continuations that share the trunk but not each other (many questions on one
         image).

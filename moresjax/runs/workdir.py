@@ -23,11 +23,12 @@ def load_workdir(
     quantize: str | None = None,
     allow_pickle: bool = False,
 ) -> tuple[MLLM, Processor | None]:
-    """Model and processor of a run: the base parts from their sources, what trained from the newest
-    checkpoint.
+    """Model and processor of a run.
+
+    The base parts come from their sources, what trained from the newest checkpoint.
 
     Args:
-      workdir: the run's directory.
+      workdir: The run's directory.
       tuning: Spec that is attached, freshly initialised, instead of the run's own; `none` gives the
         base with what trained beside the tuning, such as the connector. Default: the run's own
         with its trained parameters, and the same for the same spec.
