@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.models.mllm import MLLM
+from moresjax.testing.models import tiny_config, tiny_model
 from moresjax.weights.adapter import attach_adapter, save_adapter
 from moresjax.weights.pyreft import export_pyreft, import_pyreft
 
