@@ -46,8 +46,8 @@ def run_check(args: argparse.Namespace) -> None:
 
     from moresjax.data.check import check_data
     from moresjax.data.sources import make_source
-    from moresjax.runs.build import build_processor
     from moresjax.runs.config import load_config
+    from moresjax.runs.processor import build_processor
 
     config = load_config(args.config, args.overrides)
     report = check_data(

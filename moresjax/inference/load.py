@@ -12,8 +12,10 @@ from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.templates import get_template
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLMConfig
-from moresjax.runs.build import is_workdir, load_tokenizer, load_workdir
-from moresjax.weights.hf import is_llava, load_pretrained
+from moresjax.runs.paths import is_workdir
+from moresjax.runs.processor import load_tokenizer
+from moresjax.runs.workdir import load_workdir
+from moresjax.weights.hf import HFFolder, load_pretrained
 
 
 def load(
@@ -51,9 +53,9 @@ def load(
                 processor, template=get_template(template, processor.tokenizer)
             )
     else:
-        options = {"quantize": quantize or "", "allow_pickle": allow_pickle, "mesh": mesh}
-        mllm = load_pretrained(path, tuning, **options)
-        processor = _saved_processor(path, mllm.config, template or "vicuna_v1")
+        folder = HFFolder(path, allow_pickle=allow_pickle)
+        mllm = load_pretrained(folder, tuning, quantize=quantize or "", mesh=mesh)
+        processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
     if image_aspect is not None:
         if processor is None or processor.image is None:
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
@@ -65,13 +67,14 @@ def load(
     return model
 
 
-def _saved_processor(path: Path, config: MLLMConfig, template: str) -> Processor | None:
+def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Processor | None:
     """The processor of a Hugging Face folder; None where no tokenizer was saved."""
+    path = folder.path
     if not has_tokenizer(path):
         return None
     vision = config.vision
     tokenizer = load_tokenizer(str(path))
-    if is_llava(path) and IMAGE_MARK not in tokenizer.get_vocab():
+    if folder.is_llava and IMAGE_MARK not in tokenizer.get_vocab():
         raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
     return Processor(
         tokenizer,

@@ -28,11 +28,12 @@ from moresjax.generation.scoring import ContinuationScore
 from moresjax.inference.prompts import Answer, PromptEncoder, pair_images
 from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.build import name_words
+from moresjax.runs.processor import name_words
 from moresjax.sharding.mesh import shard_params
 from moresjax.tuning.merge import merged
 from moresjax.tuning.multi_adapter import adapter_ids
-from moresjax.weights.adapter import attach_adapter, fingerprint, load_adapters
+from moresjax.weights.adapter import attach_adapter, load_adapters
+from moresjax.weights.fingerprint import fingerprint
 
 Adapters = str | Sequence[str | None] | None
 

@@ -13,8 +13,8 @@ from moresjax.core.layout import TokenKind
 from moresjax.data.check import check_data
 from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
-from moresjax.runs.build import build_processor
-from moresjax.runs.config import base_config
+from moresjax.runs.processor import build_processor
+from moresjax.runs.run_config import PartsConfig, RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,8 @@ def checked(tmp_path_factory):
     bad["long"] = ({}, conversation("one " * 200, "two"))
     for name, (fields, rounds) in bad.items():
         records.append({"id": name, "conversations": rounds} | fields)
-    config = base_config()
-    with config.unlocked(), config.ignore_type():
-        config.tokenizer, config.template = "digits", "bare"
-        config.model.llm, config.model.vision = TINY_LLM, TINY_VISION
+    parts = PartsConfig(llm=TINY_LLM, vision=TINY_VISION)
+    config = RunConfig(tokenizer="digits", template="bare", model=parts)
     source = LlavaSource(write_list(folder / "mix.json", records), str(folder / "images"))
     return config, source, check(config, source)
 
