@@ -146,29 +146,6 @@ def summarize(
     )
 
 
-def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.ndarray, "L G V"]]:
-    """Generates an answer and returns the attention of its tokens on the visual tokens.
-
-    Args:
-      model: a `moresjax.Model`.
-      row: a prompt with one image (`Model.prompt`).
-      max_new_tokens: G at most.
-
-    Returns:
-      The tokens as text and their head-averaged attention per layer on the V visual tokens.
-    """
-    generation = model.service.generate_rows([row], max_new_tokens)
-    count = int(generation.length[0])
-    tokens = np.asarray(generation.tokens)[0, :count]
-    whole = row.append(tokens)
-    batch = model.processor.batch([whole])
-    queries = jnp.arange(len(row) - 1, len(row) - 1 + count)[None]
-    maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
-    visual = np.flatnonzero(whole.image >= 0) + model.mllm.tuning.num_virtual_tokens
-    texts = [model.processor.tokenizer.decode([token]) for token in tokens]
-    return texts, np.asarray(maps)[:, 0][:, :, visual]
-
-
 def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.ndarray, "*L Y X"]:
     """Values of one image's visual tokens on the patch grid; nan where a patch has no token.
 

@@ -20,7 +20,7 @@ def load(
     path: str | Path,
     *,
     template: str | None = None,
-    tuning: str = "none",
+    tuning: str | None = None,
     quantize: str | None = None,
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
@@ -45,14 +45,16 @@ def load(
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
-        mllm, processor = load_workdir(path, quantize=quantize)
-        if template is not None:
+        mllm, processor = load_workdir(
+            path, tuning=tuning, quantize=quantize, allow_pickle=allow_pickle
+        )
+        if template is not None and processor is not None:
             processor = dataclasses.replace(
                 processor, template=get_template(template, processor.tokenizer)
             )
     else:
         options = {"quantize": quantize or "", "allow_pickle": allow_pickle, "mesh": mesh}
-        mllm = load_pretrained(path, tuning, **options)
+        mllm = load_pretrained(path, tuning or "none", **options)
         processor = _saved_processor(path, mllm.config, template or "vicuna_v1")
     if image_aspect is not None:
         if processor is None or processor.image is None:
