@@ -65,7 +65,7 @@ setup(
             "torch==2.13.0",
             "peft>=0.21",
             "ruff",
-            "pyright",
+            "pyright[nodejs]",
             # Plans are compiled for TPUs on any machine.
             f"jax[tpu]{JAX}",
         ],

@@ -25,7 +25,8 @@ from moresjax.generation.engine import Engine
 from moresjax.generation.hf_inputs import hf_batch
 from moresjax.hardware.host import use_huge_pages
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.weights.hf import build_model, decoder_config, import_state
+from moresjax.weights.families.base import decoder_config
+from moresjax.weights.hf import build_mllm, import_params
 
 ROWS = (1, 8)
 STATISTICS = "with attention statistics"
@@ -44,7 +45,7 @@ def imported(oracle: LlamaForCausalLM) -> MLLM:
     hf = oracle.config.to_dict()
     tensors = {name: x.detach().numpy() for name, x in oracle.state_dict().items()}
     config = MLLMConfig(llm=decoder_config(hf))
-    return build_model(config, import_state(config, hf, tensors))
+    return build_mllm(config, import_params(config, hf, tensors))
 
 
 def bytes_per_step(model: MLLM, rows: int, length: int) -> int:

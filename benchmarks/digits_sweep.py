@@ -33,11 +33,10 @@ def score(base: Path, out: Path, spec: str, seed: int, lr: float, connector: flo
     if done.is_file():
         return json.loads(done.read_text())
     config = recipe.get_config(f"stage=finetune,tuning={spec},seed={seed}")
-    with config.unlocked():
-        parts = {"llm": "llm", "vision": "vit", "connector": "pretrain"}
-        config.init = {part: str((base / stage).resolve()) for part, stage in parts.items()}
-        config.optimizer.lr = lr
-        config.optimizer.lr_by_component = f"connector={connector}"
+    parts = {"llm": "llm", "vision": "vit", "connector": "pretrain"}
+    config.init = {part: str((base / stage).resolve()) for part, stage in parts.items()}
+    config.optimizer.lr = lr
+    config.optimizer.lr_by_component = f"connector={connector}"
     train(config, out)
     result = evaluate(load(out).merge(), ["digits"], split="val", title=out.name)
     done.write_text(json.dumps(result.mean_accuracy))

@@ -20,8 +20,8 @@ from safetensors.numpy import save_file
 from transformers import LlamaConfig, PhiConfig
 
 from moresjax.models.mllm import MLLMConfig
-from moresjax.weights.configs import decoder_config
-from moresjax.weights.hf import model_sources
+from moresjax.weights.families.base import decoder_config
+from moresjax.weights.hf import model_mappings
 
 GIB = 2**30
 SHAPES = {
@@ -60,7 +60,7 @@ REPORT = "; import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_m
 def write_checkpoint(config, folder: Path, shard: int = 2 * GIB) -> int:
     """Random bfloat16 weights in files of about `shard` bytes; returns the bytes of all."""
     hf = config.to_dict()
-    sources = model_sources(MLLMConfig(llm=decoder_config(hf)), hf)
+    sources = model_mappings(MLLMConfig(llm=decoder_config(hf)), hf)
     rng = np.random.default_rng(0)
     noise = (0.02 * rng.standard_normal(1 << 20)).astype(ml_dtypes.bfloat16)
     tensors, held, total, files = {}, 0, 0, 0

@@ -19,7 +19,10 @@ from moresjax.generation.engine import Engine
 from moresjax.hardware.host import use_huge_pages
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
-from moresjax.runs.build import build_iterator, build_processor, model_config
+from moresjax.runs.architecture import model_config
+from moresjax.runs.data import build_iterator
+from moresjax.runs.processor import build_processor
+from moresjax.runs.run_config import resolve
 from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
@@ -43,6 +46,7 @@ def setting():
     config.model.llm.update(
         {"hidden_size": 256, "intermediate_size": 512, "num_layers": 6, "num_heads": 8}
     )
+    config = resolve(config)
     processor = build_processor(config)
     rows = next(build_iterator(config, processor))
     rows.pop("id")
@@ -53,8 +57,8 @@ def train_steps(config, batch, methods=METHODS, **llm):
     """Spec -> one train step, to be measured."""
     steps = {}
     for spec in methods:
-        with config.unlocked():
-            config.model.llm.update(llm)
+        parts = dataclasses.replace(config.model, llm={**config.model.llm, **llm})
+        config = dataclasses.replace(config, model=parts)
         model = initialize(MLLM(model_config(config), spec))
         graphdef, trainable, frozen = split_model(model, config.also_train)
         optimizer, schedule = make_optimizer(config.optimizer, 100, trainable)

@@ -14,12 +14,12 @@ import time
 import numpy as np
 
 from moresjax.core.row import Row
-from moresjax.data.bad import BadSamples
 from moresjax.data.buckets import bucket_lengths, plan_batches
 from moresjax.data.packing import PackWindow, first_fit
-from moresjax.data.pipeline import BUCKET_WINDOW, PACK_WINDOW
+from moresjax.data.pipeline import PACK_WINDOW, SORTED_BATCHES
 from moresjax.data.processor import Processor
-from moresjax.data.rows import PADDING_SAMPLE, Collate, Rows
+from moresjax.data.rows import PADDING_SAMPLE, Collate, RowReader
+from moresjax.data.skipping import SkipPolicy
 
 # Source: thousands of conversations, assumed mean and relative spread of text tokens, images.
 MIX = {
@@ -70,7 +70,7 @@ def rows_per_second(tokens, length, window) -> float:
     processor = Processor(NoTokenizer(), None)
     pack = PackWindow(processor.count_images, length, 0)
     collate = Collate(
-        Rows((), processor, length, 0, BadSamples("raise", 0)), (length,), slice(None)
+        RowReader((), processor, length, 0, SkipPolicy("raise", 0)), (length,), slice(None)
     )
     start, made = time.perf_counter(), 0
     while time.perf_counter() - start < 2:
@@ -97,7 +97,7 @@ def main() -> None:
         lengths = np.asarray(bucket_lengths(args.length, buckets))
         # Words stand for tokens here; in a run, batches are sorted by words as well.
         sizes = np.stack([tokens, images], 1)
-        plan = plan_batches(sizes, BATCH, BUCKET_WINDOW * BATCH, np.random.default_rng(0))
+        plan = plan_batches(sizes, BATCH, SORTED_BATCHES * BATCH, np.random.default_rng(0))
         longest = np.where(plan == PADDING_SAMPLE, 0, tokens[plan]).max(1)
         capacity = lengths[np.searchsorted(lengths, longest)].sum() * BATCH
         slots = (images[plan[:, 0]] > 0).sum() * BATCH

@@ -40,10 +40,13 @@ COLUMNS += ("traffic GiB", "bound by", "ms", "tokens/s", "compiled")
 
 
 def row(size: str, tuning: str, preset: str, args, target: str) -> str:
-    config = load_config(f"{ROOT / 'configs' / 'llava_steering.py'}:size={size},tuning={tuning}")
-    config.max_seq_len, config.images_per_row, config.remat = 1024, 1, True
-    config.batch_size, config.quantize = args.batch, args.quantize
-    config.mesh.update(mesh_preset(preset, find_slice(target).size))
+    settings = {
+        **{"max_seq_len": 1024, "images_per_row": 1, "remat": True},
+        **{"batch_size": args.batch, "quantize": args.quantize},
+        **{f"mesh.{k}": n for k, n in mesh_preset(preset, find_slice(target).size).items()},
+    }
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    config = load_config(f"llava_steering:size={size},tuning={tuning}", overrides)
     return cells(size, tuning, target, preset, plan(config, target, args.quick))
 
 

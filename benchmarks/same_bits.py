@@ -46,7 +46,7 @@ COUNTED = [
 ]
 # Settings of a plan by the names that version 0.1 gave them.
 SETTINGS = {"max_seq_len": "length", "images_per_row": "images"}
-SECONDS = ("seconds", "second", "memory", "per_s", "rate", "elapsed", "time")
+SECONDS = ("stages", "seconds", "second", "memory", "per_s", "rate", "elapsed", "time")
 
 
 def run(*arguments: str) -> dict:
@@ -156,6 +156,10 @@ def counts(out: Path) -> dict:
             arguments = ("--llm", llm, "--vision", vision, "--tuning", tuning)
             found[f"{llm} {vision} {tuning}"] = run("params", *arguments)
     return found
+
+
+# Keys of a plan's JSON that got another name in version 0.2.
+RENAMED = {"length": "max_seq_len", "images": "images_per_row"}
 
 
 def plan(out: Path) -> dict:

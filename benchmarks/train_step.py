@@ -31,12 +31,12 @@ from moresjax.core.layout import TokenKind
 from moresjax.core.row import Row
 from moresjax.data.packing import first_fit
 from moresjax.data.processor import Processor
-from moresjax.runs.config import base_config
+from moresjax.runs.run_config import OptimizerConfig
 from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
 from moresjax.training.step import make_train_step, split_model
-from moresjax.weights.hf import build_model, read_pretrained
+from moresjax.weights.hf import HFFolder, build_mllm
 
 RANK = {"lora": 8, "mores": 1}
 SPECS = {"lora": "lora:rank=8,alpha=16", "mores": "mores:rank=1,init=identity"}
@@ -93,18 +93,18 @@ class Square:
 
 
 def ours(folder: str, rows: Sequence[Row], method: str) -> Run:
-    config, parameters = read_pretrained(folder)
+    source = HFFolder(folder)
+    config, parameters = source.config, source.parameters()
     parts = {part: getattr(config, part) for part in ("llm", "vision")}
     unrolled = {part: dataclasses.replace(x, unroll=True) for part, x in parts.items()}
-    model = build_model(dataclasses.replace(config, **unrolled), parameters, SPECS[method])
+    model = build_mllm(dataclasses.replace(config, **unrolled), parameters, SPECS[method])
     processor = Processor(NoTokenizer(), None, Square(), PATCHES)
     sizes = [len(row) for row in rows], [processor.count_images(row) for row in rows]
     packed = [[rows[i] for i in members] for members in first_fit(*sizes, LENGTH, CAPACITY)]
     joined = [processor.pad(processor.join(members), LENGTH, CAPACITY) for members in packed]
     batch = processor.batch(joined)
     graphdef, trainable, frozen = split_model(model, ("connector",))
-    settings = base_config().optimizer
-    settings.lr, settings.schedule, settings.warmup = LR, "constant", 0.0
+    settings = OptimizerConfig(lr=LR, schedule="constant", warmup=0.0)
     optimizer, schedule = make_optimizer(settings, 100, trainable)
     state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
     step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)

@@ -26,7 +26,7 @@ from moresjax.models.decoder import DecoderConfig
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
-from moresjax.runs.config import base_config
+from moresjax.runs.run_config import OptimizerConfig
 from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
@@ -95,7 +95,7 @@ def training(base: MLLM, batch: Batch, methods: Sequence[str]) -> dict[str, Run]
         model.attach(spec)
         graphdef, trainable, frozen = split_model(model, ("connector",))
         trainable = jax.tree.map(jnp.copy, trainable)  # a step consumes what it trains
-        optimizer, schedule = make_optimizer(base_config().optimizer, 100, trainable)
+        optimizer, schedule = make_optimizer(OptimizerConfig(), 100, trainable)
         state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
         step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)
 

@@ -1,7 +1,7 @@
 """The paper's three stages in miniature, on real handwritten digits (CPU, minutes).
 
     moresjax demo                                       all of it, with a report
-    moresjax train --config configs/digits.py:stage=llm --workdir runs/llm
+    moresjax train --config digits:stage=llm --workdir runs/llm
 
 Stages: `llm` (text only), `vit` (vision encoder), `pretrain` (connector), `finetune` (visual
 instruction tuning with `tuning=...`).
@@ -63,11 +63,10 @@ def get_config(arg=None):
     config.optimizer.warmup = 0.05
     config.optimizer.end = 0.05
     config.checkpoint.every = 1_000_000
-    with config.unlocked(), config.ignore_type():
-        config.model.llm = LLM
-        config.model.vision = VISION
-        config.data = {"name": "digits", "seed": args.seed}
-        stages[args.stage](config, args)
+    config.model.llm = LLM
+    config.model.vision = VISION
+    config.data = {"name": "digits", "seed": args.seed}
+    stages[args.stage](config, args)
     return config
 
 

@@ -10,7 +10,7 @@ def get_config(arg=None):
     # Arguments after the colon, with their defaults and types.
     args = parse_arg(arg, tuning="mores:rank=1", lr=2e-4, seed=0)
 
-    # Every key there is, with its default; a misspelt key is an error.
+    # Every key there is, with its default (`RunConfig` explains them); a misspelt key is an error.
     config = base_config()
     config.name = "mine"
     config.seed = args.seed
@@ -23,7 +23,11 @@ def get_config(arg=None):
 
     # The same architecture by name; `moresjax zoo` lists them.
     config.model.llm = "vicuna-7b"
+    config.model.vision = "clip-l-14-336"
     config.dtype, config.remat = "bfloat16", True
+
+    # The samples: a source by name, with its options.
+    config.data = {"name": "llava", "files": "data/mine.json", "image_root": "data"}
 
     # What trains: a tuning spec, and base parameters beside it.
     config.tuning = args.tuning
@@ -36,7 +40,4 @@ def get_config(arg=None):
     # Over which devices: data x fsdp x tensor, -1 for all that are left.
     config.mesh.data, config.mesh.fsdp = 1, -1
 
-    with config.unlocked(), config.ignore_type():
-        config.model.vision = "clip-l-14-336"
-        config.data = {"name": "llava", "files": "data/mine.json", "image_root": "data"}
     return config

@@ -1,6 +1,6 @@
 """The runs of LLaVA Steering: MoReS and its baselines on Phi-2 and Vicuna.
 
-    config=configs/llava_steering.py
+    config=llava_steering
     moresjax train --config $config:size=3b,stage=pretrain --workdir runs/pretrain-3b
     moresjax train --config $config:size=3b,tuning=mores-base --workdir runs/mores-3b
     moresjax train --config $config:stage=task,task=vizwiz,samples=5000 --workdir runs/vizwiz
@@ -46,7 +46,7 @@ def get_config(arg=None):
         size="3b",
         stage="finetune",
         tuning="mores-base",
-        task="scienceQA",
+        task="scienceqa",
         samples=10_000,
         seed=42,
     )
@@ -68,12 +68,11 @@ def get_config(arg=None):
     config.image_processor = config.init.vision
     config.template = TEMPLATES[args.size]
     config.mesh.data, config.mesh.fsdp = 1, -1
-    with config.unlocked(), config.ignore_type():
-        # The authors drop the first token of SigLIP, which has no class token: 728 remain.
-        encoder = ENCODERS[vision]
-        fields = dataclasses.asdict(encoder) | {"drop_first_token": not encoder.class_token}
-        config.model.vision = fields
-        stages[args.stage](config, args)
+    # The authors drop the first token of SigLIP, which has no class token: 728 remain.
+    encoder = ENCODERS[vision]
+    fields = dataclasses.asdict(encoder) | {"drop_first_token": not encoder.class_token}
+    config.model.vision = fields
+    stages[args.stage](config, args)
     return config
 
 

@@ -1,6 +1,6 @@
 """MRT on LLaVA v1 (Vicuna-7B v1.3, CLIP-L/14-224, linear connector), trained on Vision-Flan.
 
-    moresjax train --config configs/mrt.py:tuning=mrt-paper --workdir runs/mrt
+    moresjax train --config mrt:tuning=mrt-paper --workdir runs/mrt
 
 Everything is frozen but the editors. `configs/README.md` lists the rows of the paper's tables.
 """
@@ -32,14 +32,13 @@ def get_config(arg=None):
     config.optimizer.lr = {"lora": 4e-5, "full": 2e-5}.get(args.tuning, 6e-4)
     config.optimizer.schedule = "cosine" if args.tuning in ("lora", "full") else "linear"
     config.mesh.data, config.mesh.fsdp = 1, -1
-    with config.unlocked(), config.ignore_type():
-        config.model.vision = "clip-l-14-224"
-        start = "checkpoints/llava-v1-7b"
-        config.init.update({"llm": start, "vision": start, "connector": start})
-        config.tokenizer = config.image_processor = start + "/processor"
-        config.data = {
-            "name": "llava",
-            "files": "data/vision-flan/annotation_191-task_1k.json",
-            "image_root": "data/vision-flan/images_191task_1k",
-        }
+    config.model.vision = "clip-l-14-224"
+    start = "checkpoints/llava-v1-7b"
+    config.init.update({"llm": start, "vision": start, "connector": start})
+    config.tokenizer = config.image_processor = start + "/processor"
+    config.data = {
+        "name": "llava",
+        "files": "data/vision-flan/annotation_191-task_1k.json",
+        "image_root": "data/vision-flan/images_191task_1k",
+    }
     return config

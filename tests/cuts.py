@@ -1,6 +1,7 @@
 """A run with a small model, for plans."""
 
 from moresjax.runs.config import base_config
+from moresjax.runs.run_config import RunConfig, resolve
 from moresjax.sharding.mesh import mesh_preset
 
 # Two layers, wide enough that every kernel is split.
@@ -21,13 +22,12 @@ CUT_VISION = {
 }
 
 
-def cut(tuning: str, **changes):
+def cut(tuning: str, preset: str = "fsdp", **changes) -> RunConfig:
     """A run of the small model, split over the eight chips of a v5e-8."""
     config = base_config()
     config.dtype, config.remat, config.tuning = "bfloat16", True, tuning
     config.batch_size, config.max_seq_len, config.images_per_row = 16, 128, 1
-    config.mesh.update(mesh_preset("fsdp", 8))
-    with config.unlocked(), config.ignore_type():
-        config.model.llm, config.model.vision = CUT_LLM, CUT_VISION
+    config.mesh.update(mesh_preset(preset, 8))
+    config.model.llm, config.model.vision = CUT_LLM, CUT_VISION
     config.update(changes)
-    return config
+    return resolve(config)

@@ -16,7 +16,7 @@ from transformers import (
 
 from moresjax.generation.hf_inputs import hf_batch
 from moresjax.models.mllm import MLLM
-from moresjax.weights.hf import build_model, import_state, llava_config
+from moresjax.weights.hf import build_mllm, config_from_hf, import_params
 
 VOCAB, IMAGE_ID, PAD, NEW = 61, 60, 5, 8
 TEXT = {
@@ -110,9 +110,9 @@ class Case:
 def case_of(family: str) -> Case:
     oracle = oracle_of(family)
     hf = oracle.config.to_dict()
-    config = llava_config(hf)
+    config = config_from_hf(hf)
     tensors = {name: x.detach().numpy() for name, x in oracle.state_dict().items()}
-    model = build_model(config, import_state(config, hf, tensors))
+    model = build_mllm(config, import_params(config, hf, tensors))
     rng = np.random.default_rng(1)
     rows, pixels = [], []
     for number, images in enumerate(IMAGES):

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from conftest import clean_environment
 
-from moresjax.runs.build import trained_parameters
 from moresjax.runs.config import load_config
+from moresjax.runs.init_weights import trained_parameters
 
 DIGITS = Path(__file__).parents[1] / "configs" / "digits.py"
 TINY = {

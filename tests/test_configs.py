@@ -10,7 +10,7 @@ from moresjax.core.errors import UserError
 from moresjax.data.templates import get_template
 from moresjax.models.count import count_parameters
 from moresjax.models.zoo import ENCODERS
-from moresjax.runs.build import model_config
+from moresjax.runs.architecture import model_config
 from moresjax.runs.config import differences, load_config, read_config, save_config
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def test_ten_passes_over_a_task(samples, steps):
     arguments = f"size=3b,stage=task,task=vizwiz,samples={samples},tuning=mores-large"
     config = load_config(f"{STEERING}:{arguments}")
     assert config.steps == steps
-    assert config.data.files == f"data/tasks/vizwiz_{samples}.json"
+    assert config.data["files"] == f"data/tasks/vizwiz_{samples}.json"
 
 
 def test_mrt_and_its_baselines():

@@ -15,7 +15,7 @@ from transformers import (
 
 from moresjax.models.initialize import abstract, set_params
 from moresjax.models.vision import VisionEncoder
-from moresjax.weights.parts import load_vision
+from moresjax.weights.vision_folder import load_vision
 
 TOLERANCE = 1e-4
 SIZES = {

@@ -15,11 +15,11 @@ import optax
 
 from moresjax.core.layout import loss_mask, valid_mask
 from moresjax.data.samples import Sample, Turn
-from moresjax.data.sources import source
+from moresjax.data.sources import register_source
 from moresjax.data.templates import Template, register_template
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
-from moresjax.training.objectives import Loss, objective
+from moresjax.training.objectives import Loss, register_objective
 from moresjax.tuning.base import Edit, register
 from moresjax.tuning.sites import edit_dim
 
@@ -48,7 +48,7 @@ class Shift(Edit):
         return jnp.broadcast_to(params["shift"], h.shape)
 
 
-@source("grey")
+@register_source("grey")
 @dataclasses.dataclass(frozen=True)
 class GreyImages:
     """A source, `config.data = {"name": "grey", "size": 100}`: is the image bright?
@@ -87,7 +87,7 @@ def load(data_root=None, limit=None, split="test"):
     return [BenchmarkTask("grey_images", examples, max_new_tokens=1)]
 
 
-@objective("smoothed")
+@register_objective("smoothed")
 def smoothed(model, batch, key=None) -> Loss:
     """An objective, `config.objective = "smoothed"`: cross-entropy with smoothed labels."""
     logits = model.llm.logits(model(batch, key=key).hidden)  # [B, S, V]

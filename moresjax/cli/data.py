@@ -46,16 +46,16 @@ def run_check(args: argparse.Namespace) -> None:
 
     from moresjax.data.check import check_data
     from moresjax.data.sources import make_source
-    from moresjax.runs.build import build_processor
     from moresjax.runs.config import load_config
+    from moresjax.runs.processor import build_processor
 
     config = load_config(args.config, args.overrides)
     report = check_data(
         make_source(**config.data),
         functools.partial(build_processor, config),
-        length=config.max_seq_len,
-        images=config.images_per_row,
-        workers=args.workers,
+        max_seq_len=config.max_seq_len,
+        images_per_row=config.images_per_row,
+        num_workers=args.workers,
     )
     lines = [
         f"{report.samples:,d} samples, {report.text_only:,d} of them text only; "
@@ -81,8 +81,8 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def run_build(args: argparse.Namespace) -> None:
     """Builds a task file."""
-    from moresjax.data.generators import build_task
+    from moresjax.evaluation.training_files import build_training_file
 
-    counts = build_task(args.task, args.root, args.out, split=args.split, size=args.size)
+    counts = build_training_file(args.task, args.root, args.out, split=args.split, size=args.size)
     text = f"{args.out}: {counts['written']:,d} of {counts['available']:,d} samples"
     show(args, counts, text)

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     if bool(args.model) == bool(args.llm):
         raise UserError("params needs either --model DIR or --llm NAME")
     if args.model:
-        from moresjax.runs.build import saved_config
+        from moresjax.runs.workdir import saved_config
 
         config, saved_tuning = saved_config(args.model)
         tuning = tuning or saved_tuning

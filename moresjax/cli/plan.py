@@ -1,6 +1,7 @@
 """`moresjax plan`: compiles a run for a TPU slice without having one."""
 
 import argparse
+import dataclasses
 
 from moresjax.cli.options import Commands, add_command, add_config, show
 from moresjax.core.errors import UserError
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if args.search:
         plans = search(config, args.topology, batches=batches, quick=args.quick)
     elif len(batches) == 1:
-        config.batch_size = batches[0]
+        config = dataclasses.replace(config, batch_size=batches[0])
         if args.generate is None:
             plans = [plan(config, args.topology, args.quick)]
         else:

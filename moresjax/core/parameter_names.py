@@ -2,10 +2,18 @@
 
 import re
 
+from flax import nnx
+
 
 def path_name(path) -> str:
     """Dotted name of a parameter."""
     return ".".join(str(part) for part in path)
+
+
+def named_parameters(model: nnx.Module | nnx.State) -> dict[str, nnx.Variable]:
+    """The parameters of a model by name; of a state, all its variables."""
+    state = model if isinstance(model, nnx.State) else nnx.state(model, nnx.Param)
+    return {path_name(path): variable for path, variable in nnx.to_flat_state(state)}
 
 
 # What the field calls some parameters.

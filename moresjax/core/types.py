@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import numpy as np
@@ -10,6 +10,8 @@ from jaxtyping import Int
 
 AnyArray = jax.Array | np.ndarray
 Ids = Sequence[int] | Int[AnyArray, "_"]  # token ids of one text
+# A fast tokenizer of `transformers`, whose import takes seconds; its classes differ in their types.
+Tokenizer = Any
 T = TypeVar("T")
 
 

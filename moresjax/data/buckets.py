@@ -2,9 +2,9 @@
 
 Axis legend: n samples, B rows of the global batch.
 
-As LLaVA's grouping by modality and length: each kind is shuffled, cut into windows, sorted inside
-of them and cut into batches; then the batches are shuffled. A batch is padded to the shortest of a
-few fixed lengths that holds it, so a train step is compiled once for each.
+LLaVA groups by modality and length in the same way: each kind is shuffled, cut into runs, sorted
+inside of them and cut into batches; then the batches are shuffled. A batch is padded to the
+shortest of a few fixed lengths that holds it, so a train step is compiled once for each.
 """
 
 import dataclasses
@@ -19,66 +19,74 @@ from moresjax.data.rows import PADDING_SAMPLE
 
 
 def plan_batches(
-    sizes: Int[np.ndarray, "n 2"], batch_size: int, window: int, rng: np.random.Generator
+    sizes: Int[np.ndarray, "n 2"], batch_size: int, sorted_together: int, rng: np.random.Generator
 ) -> Int[np.ndarray, "batches B"]:
-    """Sample numbers of every batch of an epoch; each sample is in exactly one.
+    """The sample numbers of every batch of an epoch; each sample is in exactly one.
 
     Args:
-      sizes: words and images of every sample.
+      sizes: The words and images of every sample.
       batch_size: B; the last batch of each kind is filled up with `PADDING_SAMPLE`.
-      window: samples that are sorted together, rounded up to whole batches.
-      rng: of the shuffling.
+      sorted_together: How many samples are sorted together, rounded up to whole batches.
+      rng: Shuffles samples and batches.
     """
-    window = -(-window // batch_size) * batch_size
+    run = -(-sorted_together // batch_size) * batch_size
     batches = []
-    for chosen in (sizes[:, 1] > 0, sizes[:, 1] == 0):
-        order = rng.permutation(np.flatnonzero(chosen))
-        for start in range(0, len(order), window):
-            part = order[start : start + window]
-            part = part[np.argsort(-sizes[part, 0], kind="stable")]
-            fill = np.full(-len(part) % batch_size, PADDING_SAMPLE)
-            batches.append(np.concatenate([part, fill]).reshape(-1, batch_size))
+    for kind in (sizes[:, 1] > 0, sizes[:, 1] == 0):
+        order = rng.permutation(np.flatnonzero(kind))
+        for start in range(0, len(order), run):
+            samples = order[start : start + run]
+            samples = samples[np.argsort(-sizes[samples, 0], kind="stable")]
+            padding = np.full(-len(samples) % batch_size, PADDING_SAMPLE)
+            batches.append(np.concatenate([samples, padding]).reshape(-1, batch_size))
     return rng.permutation(np.concatenate(batches)).astype(np.int64)
 
 
-def bucket_lengths(length: int, buckets: Sequence[int]) -> tuple[int, ...]:
-    """Row lengths in rising order, the last of them `length`; by default its quarters.
+def bucket_lengths(max_seq_len: int, buckets: Sequence[int]) -> tuple[int, ...]:
+    """Row lengths in rising order, the last of them `max_seq_len`.
+
+    >>> bucket_lengths(2048, ())
+    (512, 1024, 1536, 2048)
+
+    Args:
+      max_seq_len: The number of tokens that a row may have.
+      buckets: The other lengths; empty for the quarters of `max_seq_len`.
 
     Raises:
-      UserError: for a length below 1 or above `length`.
+      UserError: A length is below 1 or above `max_seq_len`.
     """
-    if any(not 1 <= bucket <= length for bucket in buckets):
-        raise UserError(f"buckets {tuple(buckets)} must be between 1 and the length {length}")
-    chosen = buckets or [-(-length * part // 4) for part in (1, 2, 3)]
-    return tuple(sorted({*chosen, length}))
+    if any(not 1 <= bucket <= max_seq_len for bucket in buckets):
+        raise UserError(f"buckets {tuple(buckets)} must be between 1 and max_seq_len {max_seq_len}")
+    chosen = buckets or [-(-max_seq_len * quarters // 4) for quarters in (1, 2, 3)]
+    return tuple(sorted({*chosen, max_seq_len}))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Buckets:
-    """Random access to the samples of all epochs' batches; item i is a function of (seed, i).
+class BatchPlan:
+    """The samples of all batches of all epochs; batch i is a function of (seed, i).
 
     Attributes:
-      sizes: words and images of every sample `[n, 2]`.
-      batch_size: B.
-      window: samples that are sorted together.
-      seed: of the shuffling.
+      sizes: The words and images of every sample `[n, 2]`.
+      batch_size: B, the number of rows of the global batch.
+      sorted_together: How many samples are sorted together by their length.
+      seed: Seeds the shuffling.
     """
 
     sizes: np.ndarray
     batch_size: int
-    window: int
+    sorted_together: int
     seed: int
 
     @functools.cached_property
-    def per_epoch(self) -> int:
-        return len(self._plan(0))
+    def batches_per_epoch(self) -> int:
+        """How many batches show every sample once."""
+        return len(self._epoch(0))
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (lives as long as the run)
-    def _plan(self, epoch: int) -> np.ndarray:
+    def _epoch(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, epoch))
-        return plan_batches(self.sizes, self.batch_size, self.window, rng)
+        return plan_batches(self.sizes, self.batch_size, self.sorted_together, rng)
 
     def __call__(self, number: int) -> list[int]:
-        """Numbers of the samples of batch `number`, or `PADDING_SAMPLE`."""
-        epoch, place = divmod(number, self.per_epoch)
-        return self._plan(epoch)[place].tolist()
+        """The numbers of the samples of a batch; `PADDING_SAMPLE` stands for none."""
+        epoch, place = divmod(number, self.batches_per_epoch)
+        return self._epoch(epoch)[place].tolist()

@@ -67,9 +67,9 @@ def check_data(
     source: Source,
     make_processor: Callable[[], Processor],
     *,
-    length: int,
-    images: int,
-    workers: int = 0,
+    max_seq_len: int,
+    images_per_row: int,
+    num_workers: int = 0,
     decode: bool = True,
     progress: bool = True,
 ) -> DataReport:
@@ -84,19 +84,19 @@ def check_data(
       decode: whether images are decoded, which takes most of the time; else they are not opened.
       progress: whether to show a progress bar.
     """
-    workers = workers or os.cpu_count() or 1
+    num_workers = num_workers or os.cpu_count() or 1
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
     processor = make_processor()  # here as well: a mistake is told before workers start
-    if workers == 1:
+    if num_workers == 1:
         results = (_measure(source, processor, chunk, decode) for chunk in chunks)
     else:
-        results = _in_parallel(source, make_processor, chunks, workers, decode)
+        results = _in_parallel(source, make_processor, chunks, num_workers, decode)
     found = []
     with tqdm(total=len(source), unit="sample", disable=not progress) as bar:
         for part in results:
             found += part
             bar.update(len(part))
-    return _report(found, length, images)
+    return _report(found, max_seq_len, images_per_row)
 
 
 def _measure(source: Source, processor: Processor, chunk: range, decode: bool) -> list[_Measured]:
@@ -147,14 +147,14 @@ def _in_parallel(
         yield from pool.map(_work, chunks, [decode] * len(chunks))
 
 
-def _report(found: Sequence[_Measured], length: int, capacity: int) -> DataReport:
+def _report(found: Sequence[_Measured], max_seq_len: int, images_per_row: int) -> DataReport:
     good = [m for m in found if not m.error]
-    fits = [m for m in good if m.tokens <= length and m.images <= capacity]
-    sizes = f"rows hold {length} tokens and {capacity} images"
+    fits = [m for m in good if m.tokens <= max_seq_len and m.images <= images_per_row]
+    sizes = f"rows hold {max_seq_len} tokens and {images_per_row} images"
     too_long = {
         m.index: f"sample {m.name}: {m.tokens} tokens and {m.images} images, but {sizes}"
         for m in good
-        if m.tokens > length or m.images > capacity
+        if m.tokens > max_seq_len or m.images > images_per_row
     }
     tokens = np.asarray([m.tokens for m in good], int)
     longest = int(tokens.max(initial=0))
@@ -168,19 +168,19 @@ def _report(found: Sequence[_Measured], length: int, capacity: int) -> DataRepor
         answer_tokens=sum(m.answer_tokens for m in good),
         longest=longest,
         histogram=tuple((i * width, int(n)) for i, n in enumerate(counts)),
-        useful=_useful(fits, length, capacity),
+        useful=_useful(fits, max_seq_len, images_per_row),
         too_long=too_long,
         bad={m.index: m.error for m in found if m.error},
     )
 
 
-def _useful(fits: Sequence[_Measured], length: int, capacity: int) -> dict[str, float]:
+def _useful(fits: Sequence[_Measured], max_seq_len: int, images_per_row: int) -> dict[str, float]:
     """Shares of tokens that are no padding, were the samples read in their order."""
     if not fits:
         return {}
     tokens, images = [m.tokens for m in fits], [m.images for m in fits]
     starts = range(0, len(fits), PACK_WINDOW)
     windows = [slice(start, start + PACK_WINDOW) for start in starts]
-    packed = sum(len(first_fit(tokens[w], images[w], length, capacity)) for w in windows)
+    packed = sum(len(first_fit(tokens[w], images[w], max_seq_len, images_per_row)) for w in windows)
     rows = {"pad": len(fits), "pack": packed}
-    return {name: sum(tokens) / (count * length) for name, count in rows.items()}
+    return {name: sum(tokens) / (count * max_seq_len) for name, count in rows.items()}

@@ -24,6 +24,10 @@ ASPECTS = ("square", "pad")
 SAVED = ("preprocessor", "processor")
 
 
+# What images are given as: a path, the bytes of a file, a PIL image or a uint8 array `[Y, X, 3]`.
+ImageInput = str | Path | bytes | Image.Image | np.ndarray
+
+
 def image_keys(images: Sequence) -> tuple:
     """What tells images apart, as long as they exist, without opening them."""
     return tuple(x if isinstance(x, (str, Path, bytes)) else id(x) for x in images)

@@ -144,11 +144,11 @@ class LlavaSource:
         return np.cumsum([len(records) for records in self.records])
 
     @property
-    def shares(self) -> tuple[tuple[slice, float], ...]:
-        """Which indices have which weight; empty without weights."""
+    def mixture_weights(self) -> tuple[tuple[slice, float], ...]:
+        """The indices and the weight of every file; empty without weights."""
         starts = [0, *self._borders[:-1]]
-        parts = [slice(int(a), int(b)) for a, b in zip(starts, self._borders, strict=True)]
-        return tuple(zip(parts, self._weights, strict=True)) if self._weights else ()
+        files = [slice(int(a), int(b)) for a, b in zip(starts, self._borders, strict=True)]
+        return tuple(zip(files, self._weights, strict=True)) if self._weights else ()
 
     @property
     def sizes(self) -> Int[np.ndarray, "n 2"]:
@@ -163,10 +163,10 @@ class LlavaSource:
 
         Ids of the mix are not unique, so the name also says which record of which file it is.
         """
-        part = int(np.searchsorted(self._borders, index, side="right"))
-        number = int(index - (self._borders[part - 1] if part else 0))
-        record = self.records[part][number]
-        name = f"{self.records[part].path.name}[{number}]"
+        file = int(np.searchsorted(self._borders, index, side="right"))
+        number = int(index - (self._borders[file - 1] if file else 0))
+        record = self.records[file][number]
+        name = f"{self.records[file].path.name}[{number}]"
         own = record.get("id") if isinstance(record, Mapping) else None
         return record, name if own is None else f"{name} {own}"
 

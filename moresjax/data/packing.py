@@ -16,49 +16,53 @@ from moresjax.data.rows import Documents
 
 
 def first_fit(
-    lengths: Sequence[int], images: Sequence[int], length: int, capacity: int
+    tokens: Sequence[int], images: Sequence[int], max_seq_len: int, images_per_row: int
 ) -> list[list[int]]:
     """Puts samples, in their order, each into the first row that still has room for it.
 
+    >>> first_fit([5, 4, 3], [0, 0, 0], max_seq_len=8, images_per_row=0)
+    [[0, 2], [1]]
+
     Args:
-      lengths: tokens of every sample, each at most `length`.
-      images: images of every sample, each at most `capacity`.
-      length: tokens that a row holds.
-      capacity: images that a row holds.
+      tokens: The number of tokens of every sample, each at most `max_seq_len`.
+      images: The number of images of every sample, each at most `images_per_row`.
+      max_seq_len: The number of tokens that a row holds.
+      images_per_row: The number of images that a row holds.
 
     Returns:
       The samples of every row, by number.
     """
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []
-    for sample, (tokens, pictures) in enumerate(zip(lengths, images, strict=True)):
-        fits = (i for i, (t, p) in enumerate(room) if tokens <= t and pictures <= p)
+    for sample, (needed, pictures) in enumerate(zip(tokens, images, strict=True)):
+        fits = (i for i, (t, p) in enumerate(room) if needed <= t and pictures <= p)
         place = next(fits, len(rows))
         if place == len(rows):
             rows.append([])
-            room.append((length, capacity))
+            room.append((max_seq_len, images_per_row))
         rows[place].append(sample)
-        room[place] = room[place][0] - tokens, room[place][1] - pictures
+        room[place] = room[place][0] - needed, room[place][1] - pictures
     return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class PackWindow(grain.experimental.FlatMapTransform):
-    """A window of samples to the rows that they share.
+    """Turns a window of samples into the rows that they share.
 
     Attributes:
-      images_of: how many images a sample has.
-      length: S, tokens per row.
-      images: N, images per row; 0 for text.
+      count_images: Says how many images a sample has.
+      max_seq_len: S, the number of tokens per row.
+      images_per_row: N, the number of images per row; 0 for text.
     """
 
-    images_of: Callable[[Row], int]
-    length: int
-    images: int
+    count_images: Callable[[Row], int]
+    max_seq_len: int
+    images_per_row: int
 
     def flat_map(self, element: Sequence[Documents]) -> list[Documents]:
+        """The documents of every row, from those of a window."""
         documents = list(itertools.chain.from_iterable(element))
         tokens = [len(row) for _, row in documents]
-        images = [self.images_of(row) for _, row in documents]
-        packed = first_fit(tokens, images, self.length, self.images)
+        images = [self.count_images(row) for _, row in documents]
+        packed = first_fit(tokens, images, self.max_seq_len, self.images_per_row)
         return [[documents[i] for i in members] for members in packed]

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenKind, TokenLayout, infer_structure
 from moresjax.core.row import Row, stack
-from moresjax.data.images import ImageProcessor, LazyPixels, image_keys
+from moresjax.data.images import ImageInput, ImageProcessor, LazyPixels, image_keys
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.data.templates import Piece, Template
 
@@ -107,9 +107,19 @@ class Processor:
           UserError: for an image that cannot be read.
         """
         try:
-            return np.stack([self.image(image) for image in sample.images])
+            return np.stack([self.normalise(image) for image in sample.images])
         except UserError as error:
             raise UserError(f"sample {sample.id}: {error}") from None
+
+    def normalise(self, image: ImageInput) -> Float[np.ndarray, "Y X 3"]:
+        """The pixels of one image.
+
+        Raises:
+          UserError: The image cannot be read, or the model takes no images.
+        """
+        if self.image is None:
+            raise UserError("this model takes no images")
+        return self.image(image)
 
     def text_row(self, sample: Sample) -> Row:
         """The row of a sample without its pixels; images are not opened.

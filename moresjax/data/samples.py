@@ -1,4 +1,4 @@
-"""What a dataset yields: a conversation with images, before any tokenisation."""
+"""What a source yields: a conversation with images, before any tokenisation."""
 
 import dataclasses
 from typing import Any
@@ -10,8 +10,10 @@ IMAGE_MARK = "<image>"
 class Turn:
     """One question and its answer.
 
-    The answer of a prompt, to be generated, is None. A question of None stands for text that goes
-    on from the context without role markers: captions and plain text.
+    Attributes:
+      question: What the user says. None stands for text that goes on from the context without role
+        markers: captions and plain text.
+      answer: What the model says; None for a prompt, whose answer is to be generated.
     """
 
     question: str | None
@@ -22,13 +24,19 @@ class Turn:
 class Sample:
     """A conversation.
 
+    >>> turn = Turn("<image>\nWhat is in the picture?", "A cat on a sofa.")
+    >>> sample = Sample("photo-1", (turn,), images=("photo.jpg",))
+    >>> sample.turns[0].answer
+    'A cat on a sofa.'
+
     Attributes:
-      id: name used in error messages and predictions.
-      turns: the rounds of the conversation.
-      images: one entry per `<image>` in the text: a path, a PIL image or a `[Y, X, 3]` uint8 array.
-      context: text before the first question, shared by all turns; may contain `<image>`.
-      independent: the turns are separate questions about one context, none of which sees another
-        (they become branches of the layout), instead of rounds of one conversation.
+      id: The name used in error messages and predictions.
+      turns: The rounds of the conversation.
+      images: One entry per `<image>` in the text: a path, the bytes of a file, a PIL image or a
+        uint8 array `[Y, X, 3]`.
+      context: The text before the first question, shared by all turns; may contain `<image>`.
+      independent: Whether the turns are separate questions about one context, none of which sees
+        another (they become branches of the layout), instead of rounds of one conversation.
     """
 
     id: str

@@ -39,14 +39,15 @@ class Subset:
         return getattr(self.source, "branches", True)
 
     @property
-    def shares(self) -> tuple[tuple[slice, float], ...]:
-        """The source's index ranges and weights, in numbers of the subset."""
+    def mixture_weights(self) -> tuple[tuple[slice, float], ...]:
+        """The source's index ranges and their weights, in numbers of the subset."""
 
-        def inside(part: slice) -> slice:
-            start, stop = np.searchsorted(self.indices, [part.start, part.stop])
+        def inside(indices: slice) -> slice:
+            start, stop = np.searchsorted(self.indices, [indices.start, indices.stop])
             return slice(int(start), int(stop))
 
-        return tuple((inside(part), weight) for part, weight in getattr(self.source, "shares", ()))
+        weights = getattr(self.source, "mixture_weights", ())
+        return tuple((inside(indices), weight) for indices, weight in weights)
 
 
 def train_val_split(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
@@ -62,8 +63,8 @@ def train_val_split(source: Source, share: float, seed: int) -> tuple[Subset, Su
     held = np.zeros(total, bool)
     held[np.random.default_rng((seed, total)).permutation(total)[:count]] = True
     training, validation = (Subset(source, np.flatnonzero(x)) for x in (~held, held))
-    parts = [slice(0, len(training)), *(part for part, _ in training.shares)]
-    if not count or any(part.start == part.stop for part in parts):
+    ranges = [slice(0, len(training)), *(indices for indices, _ in training.mixture_weights)]
+    if not count or any(indices.start == indices.stop for indices in ranges):
         raise UserError(
             f"validation.share {share} of {total} samples is {count}: samples must be left to "
             "validate on, and of every file to train on"

@@ -5,11 +5,21 @@ import dataclasses
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import TokenKind
 from moresjax.core.plugins import load_plugins
+from moresjax.core.registry import add_entry
+from moresjax.core.types import Tokenizer
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
+    """A text of a conversation.
+
+    Attributes:
+      text: The text; `<image>` in it stands for an image.
+      kind: What its tokens are for.
+      branch: 0 for the trunk of the conversation, k for its k-th independent question.
+    """
+
     text: str
     kind: TokenKind
     branch: int = 0
@@ -19,13 +29,18 @@ class Piece:
 class Template:
     """How a conversation is written.
 
+    >>> template = Template(system="Be brief. ", user="Q: ", assistant=" A:")
+    >>> sample = Sample("cat", (Turn("who ?", "me"),))
+    >>> "".join(piece.text for piece in template.render(sample, eos="</s>"))
+    'Be brief. Q: who ? A: me</s>'
+
     Attributes:
-      system: text before the first turn.
-      user: role marker before a question.
-      assistant: role marker after a question.
-      gap: what stands between the marker and the answer.
-      end: what closes an answer and is trained with it; None stands for the tokenizer's end token.
-      next_user: the marker of later questions where it differs from the first.
+      system: The text before the first turn.
+      user: The role marker before a question.
+      assistant: The role marker after a question.
+      gap: What stands between the marker and the answer.
+      end: What closes an answer and is trained with it; None stands for the tokenizer's end token.
+      next_user: The marker of later questions where it differs from the first.
       keep_question: False writes images and answers only, without markers (connector pretraining).
     """
 
@@ -81,7 +96,7 @@ def _header(role: str) -> str:
 
 # The first group is that of LLaVA and its factories; they differ in the tokenizer's end token only.
 # The second is that of the LLMs' own chat versions.
-TEMPLATES = {
+TEMPLATES: dict[str, Template] = {
     "vicuna_v1": _LLAVA,
     "phi": _LLAVA,
     "gemma": _LLAVA,
@@ -113,20 +128,34 @@ TEMPLATES = {
 }
 
 
-def register_template(name: str, template: Template) -> None:
-    """Makes a template available under a name."""
-    TEMPLATES[name] = template
-
-
 # Names a tokenizer's own chat template.
 OWN = "tokenizer"
 
 
-def get_template(name: str, tokenizer=None) -> Template:
-    """The template of that name; `tokenizer` stands for the tokenizer's own chat template.
+def register_template(name: str, template: Template) -> None:
+    """Makes a template available to `config.template` under a name.
+
+    >>> register_template("brief", Template(system="Be brief. "))
+    >>> get_template("brief").system
+    'Be brief. '
 
     Raises:
-      UserError: for an unknown name, or a tokenizer whose chat template cannot be used.
+      UserError: The name belongs to another template.
+    """
+    if name == OWN:
+        raise UserError(f"the template name {OWN!r} stands for the tokenizer's own template")
+    add_entry(TEMPLATES, "template", name, template)
+
+
+def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
+    """The template of that name, which may be a plug-in's.
+
+    Args:
+      name: A name in `TEMPLATES`, or `tokenizer` for the tokenizer's own chat template.
+      tokenizer: The tokenizer, for its own chat template.
+
+    Raises:
+      UserError: The name is unknown, or the tokenizer's chat template cannot be used.
     """
     if name == OWN and tokenizer is not None:
         return chat_template(tokenizer)
@@ -136,14 +165,14 @@ def get_template(name: str, tokenizer=None) -> Template:
     return TEMPLATES[name]
 
 
-def chat_template(tokenizer) -> Template:
+def chat_template(tokenizer: Tokenizer) -> Template:
     """What a tokenizer's own chat template writes around questions and answers.
 
     It is found by writing conversations with known words in their places.
 
     Raises:
-      UserError: when the tokenizer has none, or one that writes earlier rounds differently once
-        there are later ones.
+      UserError: The tokenizer has none, or one that writes earlier rounds differently once there
+        are later ones.
     """
     if not tokenizer.chat_template:
         raise UserError(f"template {OWN!r}: the tokenizer has no chat template of its own")

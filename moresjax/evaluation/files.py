@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.data.generators import SHORT, read_json
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
 
 LETTERS = "ABCDEFGH"
+SHORT = "Answer the question using a single word or phrase."
 PICK_LETTER = "Answer with the option's letter from the given choices directly."
 CAPTION = "Provide a one-sentence caption for the provided image."
 
@@ -58,6 +58,19 @@ def require_file(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path} does not exist; it belongs to the task's official download")
     return path
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+      UserError: The file does not exist or is not JSON.
+    """
+    path = require_file(folder / name)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
 
 
 def read_jsonl(folder: Path, name: str) -> list[Any]:

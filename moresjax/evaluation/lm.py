@@ -21,7 +21,7 @@ from moresjax.generation.text import cut_at_stop
 from moresjax.inference.model import Model
 from moresjax.tuning.base import Probe
 
-MAX_NEW_TOKENS = 256  # where a task names no number, as with the library's own models
+MAX_NEW_TOKENS = 256  # The default of the library's own models, where a task names no number.
 # Scores are kept, and the progress bar moves, after so many batches.
 _BATCHES_PER_CHUNK = 8
 
@@ -86,7 +86,7 @@ class MoresjaxLM(LM):
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer's class, by which `lm_eval` names its cache of requests."""
-        return type(self.model.processor.tokenizer).__name__
+        return type(self.model.prompts.processor.tokenizer).__name__
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut at the first stop string.
@@ -218,16 +218,16 @@ class MoresjaxLM(LM):
     @property
     def _start(self) -> int:
         """What stands before a text that has nothing before it."""
-        tokenizer = self.model.processor.tokenizer
+        tokenizer = self.model.prompts.processor.tokenizer
         bos = tokenizer.bos_token_id
         return tokenizer.eos_token_id if bos is None else bos
 
     def _ids(self, text: str, special: bool = True) -> list[int]:
-        return self.model.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return self.model.prompts.processor.tokenizer(text, add_special_tokens=special)["input_ids"]
 
     def _pair(self, context: Ids, continuation: Ids) -> tuple[Row, Ids]:
-        # What is too long loses its beginning, as with the library's own models: the last token is
-        # not read.
+        # A text that is too long loses its beginning, like in the library's own models. The last
+        # token is not read.
         cut = len(context) + len(continuation) - 1 - self.model.service.max_length
         return Row.text(context[max(0, min(cut, len(context) - 1)) :]), continuation
 

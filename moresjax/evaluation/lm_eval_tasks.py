@@ -52,7 +52,7 @@ def _offline() -> Iterator[None]:
         yield
 
 
-def load_text_task(name: str, data_root: str | Path | None = None) -> list[Task | Group]:
+def load_lm_eval_tasks(name: str, data_root: str | Path | None = None) -> list[Task | Group]:
     """The task, the group, or the tasks of a tag, with their data.
 
     Args:
@@ -78,7 +78,7 @@ def load_text_task(name: str, data_root: str | Path | None = None) -> list[Task 
     return [groups[name]] if name in groups else list(loaded["tasks"].values())
 
 
-def run_text_task(
+def run_lm_eval_tasks(
     lm: MoresjaxLM,
     name: str,
     tasks: Sequence[Task | Group],
@@ -92,7 +92,7 @@ def run_text_task(
     Args:
       lm: The model.
       name: The name in `lm_eval`.
-      tasks: What `load_text_task` returned for the name.
+      tasks: What `load_lm_eval_tasks` returned for the name.
       limit: The most documents per task.
       num_fewshot: The examples before each question; by default those of the task, five for `mmlu`.
       cache: The file, without its ending, that keeps replies to texts while they are made.

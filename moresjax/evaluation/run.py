@@ -17,7 +17,7 @@ from moresjax.data.images import image_keys
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.lm import MoresjaxLM, task_requests
-from moresjax.evaluation.lm_eval_tasks import failed_task, load_text_task, run_text_task
+from moresjax.evaluation.lm_eval_tasks import failed_task, load_lm_eval_tasks, run_lm_eval_tasks
 from moresjax.evaluation.predictions import PredictionLog, processor_facts
 from moresjax.evaluation.presets import expand_presets
 from moresjax.evaluation.results import EvaluationResult, score_task, write_results
@@ -76,7 +76,7 @@ def evaluate(
     if attention and out is not None:
         raise UserError("attention statistics cannot be continued; evaluate without out")
     names = expand_presets(tasks)
-    texts = {n: load_text_task(n, data_root) for n in names if n not in benchmark_names()}
+    texts = {n: load_lm_eval_tasks(n, data_root) for n in names if n not in benchmark_names()}
     if texts and (attention or split):
         name = next(iter(texts))
         raise UserError(f"{name} is a task of lm_eval: it has its own splits, and no images")
@@ -105,7 +105,7 @@ def evaluate(
     cache = None if out is None else Path(out) / f"replies-{'-'.join(log.provenance.values())}"
     for name, chosen in texts.items():
         try:
-            scores, rows = run_text_task(
+            scores, rows = run_lm_eval_tasks(
                 lm, name, chosen, limit=limit, num_fewshot=num_fewshot, cache=cache
             )
         except Exception as error:  # of the library: what was scored before stays

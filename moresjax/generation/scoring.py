@@ -22,6 +22,10 @@ from moresjax.generation.scheduler import PrefillScheduler
 class ContinuationScore:
     """How likely a continuation is.
 
+    >>> score = ContinuationScore(logprob=-1.5, is_greedy=True, num_tokens=3)
+    >>> score.logprob / score.num_tokens
+    -0.5
+
     Attributes:
       logprob: The natural log-probability of all of its tokens.
       is_greedy: Whether greedy decoding would give these tokens.

@@ -117,8 +117,8 @@ class DecodeState:
       seen: Tokens that a row holds, for the repetition penalty; None without one.
       logprobs: Log-probabilities of the new tokens; None when not asked for.
       budgets: The budgets of continuously batched rows; None for a plain batch.
-      steps_left: How many steps continuously batched rows still make before they are looked at ..
-      stop_after_done: .. unless this many of them are done earlier.
+      steps_left: The steps that continuously batched rows still make before the loop stops.
+      stop_after_done: The loop stops earlier as soon as this many of them are done.
     """
 
     step: Int[AnyArray, "..."]

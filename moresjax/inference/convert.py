@@ -1,7 +1,7 @@
 """Models from and to the formats of other tools: `moresjax import` and `moresjax export`."""
 
 import dataclasses
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,17 +12,20 @@ from moresjax.data.images import saved_processor
 from moresjax.inference.load import has_tokenizer, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.build import PARTS, build_model, build_processor, is_workdir, load_tokenizer
+from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints
-from moresjax.runs.config import RANDOM, base_config, read_config, save_config
+from moresjax.runs.config import read_config, save_config
+from moresjax.runs.paths import is_workdir
+from moresjax.runs.processor import build_processor, load_tokenizer
+from moresjax.runs.run_config import PARTS, RANDOM, InitConfig, PartsConfig, RunConfig
 from moresjax.runs.state import TrainState
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf
 from moresjax.weights.files import check_new
-from moresjax.weights.hf import pretrained_config
-from moresjax.weights.parts import load_vision
+from moresjax.weights.hf import HFFolders
 from moresjax.weights.peft import export_peft
 from moresjax.weights.pyreft import export_pyreft
+from moresjax.weights.vision_folder import load_vision_config
 
 ADAPTER_FORMATS = ("adapter", "peft", "pyreft")
 FORMATS = ("hf", "merged", *ADAPTER_FORMATS)
@@ -45,15 +48,16 @@ def import_model(
     """Writes a Hugging Face folder as a run's directory, from which everything here starts.
 
     Args:
-      source: a LLaVA (also TinyLLaVA Factory's) or an LLM.
-      out: new or empty.
-      vision: the folder of an encoder to put before an LLM, or two as `DIR;DIR`; the connector is
+      source: The folder of a LLaVA (also TinyLLaVA Factory's) or an LLM.
+      out: A new or empty folder.
+      vision: The folder of an encoder to put before an LLM, or two as `DIR;DIR`; the connector is
         then a fresh one.
-      fusion, connector: of that encoder or those two.
-      image_processor: folder with the image processor; default: that of `vision` or of `source`.
-      template: how conversations are written.
+      fusion: How the features of two encoders are put together.
+      connector: The kind of the fresh connector.
+      image_processor: A folder with the image processor; default: that of `vision` or of `source`.
+      template: The name of the conversation template.
       quantize: `int8` stores the LLM's blocks in eight bits.
-      allow_pickle: whether `*.bin` files may be read where there are no safetensors.
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
 
     Returns:
       The model that was written.
@@ -63,26 +67,32 @@ def import_model(
     """
     source, out = Path(source).resolve(), Path(out)
     check_new(out, "import")
-    folders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
-    architecture = _architecture(source, folders, fusion, connector, allow_pickle)
-    config = base_config()
-    with config.unlocked(), config.ignore_type():
-        config.name = source.name
-        config.model.llm = dataclasses.asdict(architecture.llm)
-        if architecture.vision is not None:
-            config.model.vision = dataclasses.asdict(architecture.vision)
-            config.model.connector = architecture.connector
-        config.template, config.quantize = template, quantize
-        config.image_aspect = _image_aspect(source)
-        config.init.update(dict.fromkeys(PARTS, str(source)))
-        if folders:
-            config.init.update({"vision": ";".join(folders), "connector": RANDOM})
-    model = build_model(config, allow_pickle=allow_pickle)
+    encoders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
+    folders = HFFolders(allow_pickle=allow_pickle)
+    architecture = _architecture(folders, source, encoders, fusion, connector)
+    parts = PartsConfig(llm=dataclasses.asdict(architecture.llm))
+    if architecture.vision is not None:
+        fields = dataclasses.asdict(architecture.vision)
+        parts = dataclasses.replace(parts, vision=fields, connector=architecture.connector)
+    sources = dict.fromkeys(PARTS, str(source))
+    if encoders:
+        sources |= {"vision": ";".join(encoders), "connector": RANDOM}
+    config = RunConfig(
+        name=source.name,
+        model=parts,
+        template=template,
+        quantize=quantize,
+        # TinyLLaVA Factory notes how images are made square; other formats do not.
+        image_aspect=folders[source].raw.get("image_aspect_ratio", "square"),
+        init=InitConfig(**sources),
+    )
+    model = build_model(config, folders=folders)
+    assert isinstance(model, MLLM)
 
     out.mkdir(parents=True, exist_ok=True)
-    images = Path(image_processor or (folders[0] if folders else source))
-    _save_processor(source, images, out / PROCESSOR, config)
-    config.init.update(dict.fromkeys(PARTS, RANDOM))  # all is in the checkpoint now
+    images = Path(image_processor or (encoders[0] if encoders else source))
+    saved = _save_processor(source, images, out / PROCESSOR, has_images=bool(parts.vision))
+    config = dataclasses.replace(config, init=InitConfig(), **saved)  # all is in the checkpoint now
     save_config(config, out / "config.json")
     if config.tokenizer:
         build_processor(config, root=out)  # whatever is wrong with it shows now
@@ -92,35 +102,39 @@ def import_model(
     return model
 
 
-def _architecture(source, folders, fusion, connector, allow_pickle) -> MLLMConfig:
-    config = pretrained_config(source)
-    if not folders:
+def _architecture(
+    folders: HFFolders, source: Path, encoders: Sequence[str], fusion: str, connector: str
+) -> MLLMConfig:
+    """The model of a folder, or of an LLM's folder with encoders put before it."""
+    config = folders[source].config
+    if not encoders:
         return config
     if config.vision is not None:
         raise UserError(f"{source} has a vision encoder already; --vision is for an LLM")
-    encoders = [load_vision(folder, allow_pickle=allow_pickle)[0] for folder in folders]
-    vision: AnyVisionConfig = encoders[0]
-    if len(encoders) > 1:
+    configs = [load_vision_config(folders[encoder]) for encoder in encoders]
+    vision: AnyVisionConfig = configs[0]
+    if len(configs) > 1:
         # A pair looks at one image: the second encoder takes the first one's size.
-        size = encoders[0].image_size
-        encoders[1:] = [dataclasses.replace(e, image_size=size) for e in encoders[1:]]
-        vision = FusedVisionConfig(encoders=tuple(encoders), fusion=fusion)
+        size = configs[0].image_size
+        configs[1:] = [dataclasses.replace(other, image_size=size) for other in configs[1:]]
+        vision = FusedVisionConfig(encoders=tuple(configs), fusion=fusion)
     return MLLMConfig(llm=config.llm, vision=vision, connector=connector)
 
 
-def _image_aspect(source: Path) -> str:
-    """What TinyLLaVA Factory noted; others have it in nobody's configuration."""
-    return json.loads((source / "config.json").read_text()).get("image_aspect_ratio", "square")
+def _save_processor(source: Path, images: Path, out: Path, *, has_images: bool) -> dict[str, str]:
+    """Saves the tokenizer and image processor that there are.
 
-
-def _save_processor(source: Path, images: Path, out: Path, config) -> None:
-    """Saves the tokenizer and image processor there are to `out`; the configuration names them."""
+    Returns:
+      The keys of the run's configuration that name them.
+    """
+    found = {}
     if has_tokenizer(source):
         load_tokenizer(str(source)).save_pretrained(out)
-        config.tokenizer = f"./{out.name}"
-    if config.model.vision and (reference := saved_processor(images)):
+        found["tokenizer"] = f"./{out.name}"
+    if has_images and (reference := saved_processor(images)):
         reference.save_pretrained(out)
-        config.image_processor = f"./{out.name}"
+        found["image_processor"] = f"./{out.name}"
+    return found
 
 
 def export_model(

@@ -12,8 +12,10 @@ from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.templates import get_template
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLMConfig
-from moresjax.runs.build import is_workdir, load_tokenizer, load_workdir
-from moresjax.weights.hf import is_llava, load_pretrained
+from moresjax.runs.paths import is_workdir
+from moresjax.runs.processor import load_tokenizer
+from moresjax.runs.workdir import load_workdir
+from moresjax.weights.hf import HFFolder, load_pretrained
 
 
 def load(
@@ -28,18 +30,29 @@ def load(
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
+    >>> import tempfile
+    >>> from moresjax.testing import tiny_model
+    >>> from moresjax.weights.export import export_hf
+    >>> folder = export_hf(tiny_model(), tempfile.mkdtemp())  # stands for a downloaded LLaVA
+    >>> load(folder, tuning="mores:rank=1").tuning
+    'mores:rank=1'
+
     Args:
-      path: the folder.
-      template: conversation template; a run has its own, a Hugging Face folder `vicuna_v1`.
-      tuning: attached to a Hugging Face folder's model.
+      path: The folder.
+      template: The conversation template; default: a run's own, and `vicuna_v1` for a Hugging Face
+        folder.
+      tuning: The spec of a tuning to attach, freshly initialised; `none` gives the model without
+        tuning. Default: a run's own with its trained parameters, nothing for a Hugging Face folder.
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
-      allow_pickle: whether a Hugging Face folder's `*.bin` files may be read.
-      mesh: see `Model.shard`; weights of a Hugging Face folder are split as they are read.
+      allow_pickle: Whether `*.bin` files may be read where a Hugging Face folder, or a folder that
+        a run started from, has no safetensors.
+      mesh: The devices to put the model on, see `Model.shard`; weights of a Hugging Face folder are
+        split as they are read.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
 
     Raises:
-      UserError: when the folder is neither, or is damaged, or the model takes no images.
+      UserError: The folder is neither, or is damaged, or does not fit an argument.
     """
     path = Path(path)
     if not path.is_dir():
@@ -48,14 +61,16 @@ def load(
         mllm, processor = load_workdir(
             path, tuning=tuning, quantize=quantize, allow_pickle=allow_pickle
         )
-        if template is not None and processor is not None:
+        if template is not None:
+            if processor is None:
+                raise UserError(f"{path} has no tokenizer; template cannot be used")
             processor = dataclasses.replace(
                 processor, template=get_template(template, processor.tokenizer)
             )
     else:
-        options = {"quantize": quantize or "", "allow_pickle": allow_pickle, "mesh": mesh}
-        mllm = load_pretrained(path, tuning or "none", **options)
-        processor = _saved_processor(path, mllm.config, template or "vicuna_v1")
+        folder = HFFolder(path, allow_pickle=allow_pickle)
+        mllm = load_pretrained(folder, tuning or "none", quantize=quantize or "", mesh=mesh)
+        processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
     if image_aspect is not None:
         if processor is None or processor.image is None:
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
@@ -67,13 +82,14 @@ def load(
     return model
 
 
-def _saved_processor(path: Path, config: MLLMConfig, template: str) -> Processor | None:
+def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Processor | None:
     """The processor of a Hugging Face folder; None where no tokenizer was saved."""
+    path = folder.path
     if not has_tokenizer(path):
         return None
     vision = config.vision
     tokenizer = load_tokenizer(str(path))
-    if is_llava(path) and IMAGE_MARK not in tokenizer.get_vocab():
+    if folder.is_llava and IMAGE_MARK not in tokenizer.get_vocab():
         raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
     return Processor(
         tokenizer,

@@ -12,10 +12,11 @@ from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.prompts import PromptEncoder
 from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.build import name_words
+from moresjax.runs.processor import name_words
 from moresjax.sharding.mesh import shard_params
 from moresjax.tuning.merge import merged
-from moresjax.weights.adapter import attach_adapter, fingerprint, load_adapters
+from moresjax.weights.adapter import attach_adapter, load_adapters
+from moresjax.weights.fingerprint import fingerprint
 
 
 class TunedModel:

@@ -56,6 +56,8 @@ class BlockConfig:
     remat: bool = False
     unroll: bool = False  # unroll the scan over layers
     int8: bool = False  # kernels of whole numbers, with a factor per output feature
+    # The family in `transformers`, which is no part of the architecture; empty: not known.
+    model_type: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self):
         if not self.num_kv_heads:

@@ -1,6 +1,6 @@
 """Collectives of a compiled program and the bytes they move, read from its HLO text.
 
-A collective inside a loop counts once per turn. Bytes are those that a chip sends or receives
+A collective inside a loop counts once per iteration. Bytes are those that a chip sends or receives
 around a ring of g chips: (g-1)/g of the gathered or scattered array, twice that for all-reduce.
 """
 
@@ -46,16 +46,16 @@ class Collective:
     bytes: float
 
 
-def collectives(hlo: str, devices: int, turns: int | None = None) -> list[Collective]:
+def collectives(hlo: str, devices: int, trip_count: int | None = None) -> list[Collective]:
     """Every collective of a compiled program.
 
     Args:
-      hlo: text of the optimised program (`compiled.as_text()`).
-      devices: chips that run it, the group of collectives that name none.
-      turns: of loops that stop when something has happened, not after so many turns.
+      hlo: Text of the optimised program (`compiled.as_text()`).
+      devices: Number of chips that run it, the group of collectives that name none.
+      trip_count: Assumed for data-dependent loops, whose number of iterations HLO does not tell.
 
     Raises:
-      ValueError: for a loop with collectives whose number of turns is unknown.
+      ValueError: for a loop with collectives whose number of iterations is unknown.
     """
     bodies, entry = _computations(hlo)
 
@@ -74,8 +74,8 @@ def collectives(hlo: str, devices: int, turns: int | None = None) -> list[Collec
                 names += [called.strip().lstrip("%") for called in group.split(",")]
             called = {key: c for n in names for key, c in inside(n).items()}
             if called and " while(" in line:
-                number = _turns(line, bodies)
-                number = turns if number is None else number
+                number = _trip_count(line, bodies)
+                number = trip_count if number is None else number
                 if number is None:
                     loop = line.strip()
                     raise ValueError(f"a loop with collectives hides how often it runs: {loop}")
@@ -137,7 +137,7 @@ def _collective(line: str, computation: str, devices: int) -> Collective | None:
     return Collective(kind, shape, 1, moved)
 
 
-def _turns(line: str, bodies: dict[str, list[str]]) -> int | None:
+def _trip_count(line: str, bodies: dict[str, list[str]]) -> int | None:
     """How often a loop runs: what the compiler notes, or the limit of its counter over its step;
     None where that is not all that it depends on."""
     if noted := _TRIPS.search(line):
@@ -151,8 +151,8 @@ def _turns(line: str, bodies: dict[str, list[str]]) -> int | None:
 
 
 def _step(body: list[str], counter: int) -> int:
-    """What a loop adds to its counter: TPU programs do two turns in one and count by 2. A sum that
-    is hidden in a fusion is one of 1."""
+    """What a loop adds to its counter: TPU programs do two iterations in one and count by 2. A sum
+    that is hidden in a fusion is one of 1."""
     constants = {name: int(value) for line in body for name, value in _CONSTANT.findall(line)}
     root = _ROOT.search("\n".join(body))
     if not root:

@@ -124,23 +124,24 @@ class Program:
         *,
         flops: StepFlops,
         hbm: float,
-        turns: int | None = None,
+        trip_count: int | None = None,
         **about,
     ) -> Plan:
         """The plan of a program.
 
         Args:
-          name: what it is called.
-          target, mesh: what it is compiled for.
-          flops: its operations.
-          hbm: bytes that a chip reads and writes at least.
-          turns: as in `collectives`.
-          about: other fields of the plan.
+          name: What it is called.
+          target: The slice that it is compiled for.
+          mesh: The mesh over that slice.
+          flops: Its operations on all chips.
+          hbm: Bytes that a chip reads and writes at least.
+          trip_count: Assumed for loops that end when something has happened.
+          about: Other fields of the plan.
         """
         memory, found = None, {}
         if self.compiled is not None:
             memory = _memory(self.compiled)
-            found = totals(collectives(self.compiled.as_text(), target.size, turns))
+            found = totals(collectives(self.compiled.as_text(), target.size, trip_count))
         moved = sum(each["bytes"] for each in found.values())
         return Plan(
             program=name,

@@ -13,8 +13,10 @@ compiler's; FLOPs are analytic (`moresjax.models.flops`); times are bounds:
 The largest is the least time that a step can take; a real step takes longer.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +27,13 @@ from jax.sharding import Mesh
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenLayout
 from moresjax.data.pipeline import structure_for
-from moresjax.data.sources import SOURCES
+from moresjax.data.sources import source_class
 from moresjax.hardware.chips import TpuSlice, find_slice
 from moresjax.models.flops import train_flops
 from moresjax.models.mllm import MLLM
 from moresjax.plans.program import Plan, Program, bytes_per_chip, shaped, weight_bytes
-from moresjax.runs.build import model_config
+from moresjax.runs.architecture import model_config
+from moresjax.runs.run_config import AnyConfig, MeshConfig, RunConfig, resolve
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import (
     PRESETS,
@@ -41,9 +44,9 @@ from moresjax.sharding.mesh import (
     parameter_shardings,
     replicated,
 )
-from moresjax.training.loop import check_numbers, jitted_step
+from moresjax.training.checks import check_numbers
 from moresjax.training.optimizer import make_optimizer
-from moresjax.training.step import split_model
+from moresjax.training.step import jitted_step, split_model
 
 SETTING = (
     "batch_size",
@@ -57,17 +60,24 @@ SETTING = (
 SETTING += ("tuning",)
 
 
-def plan(config, topology: str, quick: bool = False) -> Plan:
+def plan(config: AnyConfig, topology: str, quick: bool = False) -> Plan:
     """Compiles the train step of a configuration for a slice.
 
+    Example:
+      >>> from moresjax.runs.config import load_config
+      >>> init = [f"init.{part}=random" for part in ("llm", "vision", "connector")]
+      >>> plan(load_config("digits:stage=finetune", init), "v5e:2x2", quick=True).fits
+      True
+
     Args:
-      config: a run's configuration; its folders are not read.
+      config: A run's configuration; its folders are not read.
       topology: `v5e-8` or `v5e:2x4`, see `find_slice`.
-      quick: whether to compile with the least effort (see `program.QUICK`).
+      quick: Whether to compile with the least effort (see `program.QUICK`).
 
     Raises:
       UserError: for a configuration that cannot run, or without libtpu.
     """
+    config = resolve(config)
     target, mesh = find_mesh(config, topology)
     check_numbers(config, batch_shards(mesh))
     state, frozen, batch, step = abstract_step(config, mesh)
@@ -86,20 +96,20 @@ def plan(config, topology: str, quick: bool = False) -> Plan:
         "train step",
         target,
         mesh,
-        setting={k: config[k] for k in SETTING} | {"quick": quick},
+        setting={key: getattr(config, key) for key in SETTING} | {"quick": quick},
         tokens=config.batch_size * config.max_seq_len,
         flops=flops,
         hbm=config.microbatches * weights + 2 * bytes_per_chip(state),
     )
 
 
-def find_mesh(config, topology: str) -> tuple[TpuSlice, Mesh]:
+def find_mesh(config: RunConfig, topology: str) -> tuple[TpuSlice, Mesh]:
     """A slice by name, and the mesh of a configuration over its chips."""
     target = find_slice(topology)
-    return target, make_mesh(**config.mesh, devices=target.devices())
+    return target, make_mesh(**dataclasses.asdict(config.mesh), devices=target.devices())
 
 
-def abstract_model(config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+def abstract_model(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """The model of a configuration, what trains in it and what does not, as shapes with their
     shardings.
 
@@ -115,7 +125,9 @@ def abstract_model(config, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.Sta
     return graphdef, _placed(trainable, mesh), _placed(frozen, mesh)
 
 
-def abstract_step(config, mesh: Mesh):
+def abstract_step(
+    config: RunConfig, mesh: Mesh
+) -> tuple[TrainState, nnx.State, Batch, Callable[..., Any]]:
     """State, frozen part and batch as shapes with their shardings, and the jitted train step.
 
     Raises:
@@ -138,18 +150,18 @@ def abstract_step(config, mesh: Mesh):
     step_shape = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     leaves = [step_shape, *jax.tree.leaves((trainable, moments))]
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-    structure = structure_for(SOURCES.get(config.data.name), config.batching)
+    structure = structure_for(source_class(config.data["name"]), config.batching)
     batch = abstract_batch(config, mesh, config.max_seq_len, structure)
     step = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
     return state, frozen, batch, step
 
 
-def abstract_batch(config, mesh: Mesh, length: int, structure: RowStructure) -> Batch:
+def abstract_batch(config: RunConfig, mesh: Mesh, length: int, structure: RowStructure) -> Batch:
     """Shapes of a batch of rows of `length` tokens, every row with its images."""
     architecture = model_config(config)
     vision, rows = architecture.vision, batch_sharding(mesh)
 
-    def build():
+    def build() -> Batch:
         field = jnp.zeros((config.batch_size, length), jnp.int32)
         layout = TokenLayout(*[field] * 5, visual_tokens=architecture.visual_tokens)
         if vision is None or not config.images_per_row:
@@ -178,7 +190,7 @@ def _stored(frozen: nnx.State, dtype: str) -> nnx.State:
 
 
 def search(
-    config,
+    config: AnyConfig,
     topology: str,
     *,
     batches: Sequence[int],
@@ -190,19 +202,21 @@ def search(
     A setting is left out when a smaller batch did not fit already, or its batch does not divide.
 
     Args:
-      config: a run's configuration.
-      topology: as in `plan`.
-      batches: global batch sizes.
-      presets: names of meshes, see `mesh_preset`.
-      quick: as in `plan`.
+      config: A run's configuration; its folders are not read.
+      topology: `v5e-8` or `v5e:2x4`, see `find_slice`.
+      batches: Global batch sizes.
+      presets: Names of meshes, see `mesh_preset`.
+      quick: Whether to compile with the least effort (see `program.QUICK`).
+
+    Raises:
+      UserError: for a configuration that cannot run, without libtpu, or when no batch size divides.
     """
-    size = find_slice(topology).size
+    config, size = resolve(config), find_slice(topology).size
     found: list[Plan] = []
     for preset, remat in itertools.product(presets, (False, True)):
         for batch in sorted(batches):
-            tried = config.copy_and_resolve_references()
-            tried.mesh.update(mesh_preset(preset, size))
-            tried.remat, tried.batch_size = remat, batch
+            mesh = MeshConfig(**mesh_preset(preset, size))
+            tried = dataclasses.replace(config, mesh=mesh, remat=remat, batch_size=batch)
             shards = tried.mesh.data * tried.mesh.fsdp * tried.microbatches
             if batch % shards:
                 continue

@@ -1,9 +1,11 @@
-"""The configuration of a run: every key, its default, and how config files are read.
+"""How configurations are written: config files, `key=value` overrides, and `config.json` of a run.
 
-A config file defines `get_config(arg=None)`, starts from `base_config()` and changes values. It is
+A config file defines `get_config(arg=None)`, starts from `base_config()` and assigns values. It is
 named with arguments after a colon, and single values are overridden on the command line:
 
-    moresjax train --config configs/digits.py:stage=finetune,tuning=mores --config.steps=100
+    moresjax train --config digits:stage=finetune,tuning=mores --config.steps=100
+
+`moresjax.runs.run_config` lists every key.
 """
 
 import ast
@@ -11,118 +13,99 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.runs.run_config import RENAMED_KEYS, RunConfig, check_spelling, resolve
 
-RANDOM = "random"
 # Dicts whose keys are checked where they are used: options of a source, fields of a part.
-# Keys that version 0.1 had, and what they are called now.
-RENAMED = {
-    "length": "max_seq_len",
-    "images": "images_per_row",
-    "window": "pack_window",
-    "reading_threads": "num_workers",
-    "probe_every": "lmar_every",
-}
 OPEN = ("data", "validation.data", "model.llm", "model.vision")
+# Fields of parts that version 0.1 wrote under another name.
+RENAMED_FIELDS = {"last_layers": "num_trainable_blocks"}
+# Config files that come with the package.
+PACKAGED = Path(__file__).parents[1] / "configs"
 
 
 def base_config() -> ml_collections.ConfigDict:
-    """Every key with its default. Keys not listed here are refused."""
-    config = ml_collections.ConfigDict(
-        {
-            "name": "run",
-            "seed": 0,
-            # Parts by zoo name, or a dict of configuration fields; vision "" for a plain LLM.
-            "model": {"llm": "", "vision": "", "connector": "mlp2x_gelu", "classes": ()},
-            "dtype": "",  # of activations, in all parts; "": as each part says
-            "remat": False,  # compute activations again in the backward pass, in all parts
-            "attention": "auto",  # of the LLM: "xla", or a kernel: "splash" (TPU), "cudnn" (GPU)
-            "quantize": "",  # "int8": the LLM's blocks, frozen, in eight bits
-            # Where each part's weights come from: "random", a workdir of an earlier run, or a
-            # Hugging Face folder. Paths with a leading dot start from the run's own workdir.
-            "init": {"llm": RANDOM, "vision": RANDOM, "connector": RANDOM},
-            "objective": "next_token",
-            "tuning": "none",
-            "also_train": ("connector",),
-            "tokenizer": "",  # "digits" or a folder that transformers can load
-            # A folder with an image processor of transformers; "": images are scaled to the square.
-            "image_processor": "",
-            "image_aspect": "square",  # "pad": first made square with the mean colour
-            "template": "vicuna_v1",
-            "data": {"name": "digits"},
-            "max_seq_len": 2048,  # tokens per row
-            "images_per_row": 1,
-            "batching": "pad",  # "pack": several samples per row; "bucket": rows of like length
-            "pack_window": 0,  # samples that are packed, or sorted, together; 0: a usual number
-            "buckets": (),  # lengths of rows in buckets; (): quarters of `max_seq_len`
-            "on_bad_sample": "raise",  # "skip": go on, count and list them
-            "num_workers": 1,
-            "batch_size": 128,
-            "microbatches": 1,
-            "steps": 1000,
-            "optimizer": {
-                "lr": 1e-3,
-                "lr_by_component": "",  # PATTERN=LR;... by parameter path
-                "schedule": "cosine",
-                "warmup": 0.03,
-                "end": 0.0,
-                "b1": 0.9,
-                "b2": 0.999,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "clip": 1.0,
-            },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            "checkpoint": {"every": 500, "keep": 2},
-            "log_every": 20,
-            # Every so many steps and at the end, loss and accuracy on a source of its own (`data`)
-            # or on a share of the training samples, which then never train. 0 steps: never.
-            # `batches` of batch_size / microbatches rows; 0: as many as there are.
-            "validation": {"data": {}, "share": 0.0, "every": 0, "batches": 0},
-            "lmar_every": 0,  # steps between attention statistics (LMAR); 0: never
-            "tensorboard": True,
-        }
-    )
-    return config.lock()
+    """Every key with its default, to be changed by assignment.
+
+    Example:
+      >>> config = base_config()
+      >>> config.model.vision = "clip-l-14-336"
+      >>> config.data = {"name": "llava", "files": "mine.json", "image_root": "images"}
+      >>> config.max_seq_len
+      2048
+
+    Keys that are not listed in `RunConfig` are refused when the configuration is used.
+    """
+    return ml_collections.ConfigDict(RunConfig().to_dict(), type_safe=False)
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
-    """Reads `FILE[:args]` and applies `key=value` overrides.
+def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a config file and applies overrides.
+
+    Example:
+      >>> load_config("digits:stage=finetune,tuning=mores:rank=2", ["steps=5"]).steps
+      5
+
+    Args:
+      name: `FILE[:args]`, or `NAME[:args]` of a packaged config.
+      overrides: Texts `key=value`.
 
     Raises:
       UserError: for a missing file, an unknown key, or a value of another type.
     """
-    path, _, argument = name.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"config file {path} does not exist")
+    place, _, argument = name.partition(":")
+    path = find_config(place)
     spec = importlib.util.spec_from_file_location("moresjax_config", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {path} defines no get_config(arg)")
-    try:
-        config = module.get_config(argument or None)
-    except (AttributeError, KeyError) as error:
-        for old, new in RENAMED.items():
-            if f'Key "{old}" does not exist' in str(error):
-                raise UserError(f"{path}: config key {old} is now {new}") from None
-        raise
+    config = module.get_config(argument or None)
+    if not isinstance(config, RunConfig | ml_collections.ConfigDict | Mapping):
+        raise UserError(f"get_config of {path} returned {config!r}, which is no configuration")
+    if not isinstance(config, ml_collections.ConfigDict):
+        config = ml_collections.ConfigDict(resolve(config).to_dict(), type_safe=False)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"override {override!r} is not of the form key=value")
         set_value(config, key, value)
-    return config
+    return resolve(config)
 
 
-def parse_arg(arg: str | None, **defaults) -> ml_collections.ConfigDict:
+def find_config(place: str) -> Path:
+    """The config file at a path, or the packaged one of that name: `digits`, `configs/digits.py`.
+
+    Raises:
+      UserError: when there is neither; names the packaged ones.
+    """
+    path = Path(place)
+    if path.is_file():
+        return path
+    packaged = {file.stem: file for file in sorted(PACKAGED.glob("[!_]*.py"))}
+    folder = str(path.parent)
+    if path.stem in packaged and path.suffix in ("", ".py") and folder in (".", "configs"):
+        return packaged[path.stem]
+    raise UserError(
+        f"config file {place} does not exist; the packaged configs are {', '.join(packaged)}"
+    )
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     """Arguments of a config file, `a=1,b=text`, over their defaults; types follow the defaults.
 
     A tuning spec may itself contain `,` and `=`: a piece that names no argument belongs to the
     value before it.
+
+    Example:
+      >>> parse_arg("tuning=mores:rank=1,positions=image,seed=3", tuning="none", seed=0).seed
+      3
 
     Raises:
       UserError: for an unknown argument.
@@ -146,32 +129,30 @@ def set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     Raises:
       UserError: for an unknown key or a value of another type.
     """
-    if key in RENAMED:
-        raise UserError(f"config key {key} is now {RENAMED[key]}")
+    check_spelling(key)
     *parents, last = key.split(".")
-    node = config
+    node, default = config, base_config()
     for name in (*parents, last):
         opened = name is last and ".".join(parents) in OPEN
         if not isinstance(node, ml_collections.ConfigDict) or not (name in node or opened):
             allowed = sorted(node) if isinstance(node, ml_collections.ConfigDict) else ()
             raise choice_error("config key", key, allowed)
+        known = isinstance(default, ml_collections.ConfigDict) and name in default
+        default = default[name] if known else node.get(name)
         if name is not last:
             node = node[name]
-    if last in node:
-        node[last] = _convert(key, text, node[last])
-    else:
-        with node.unlocked():
-            node[last] = _literal(text)
+    node[last] = _literal(text) if default is None else _convert(key, text, default)
 
 
-def _literal(text: str):
+def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
 
-def _convert(key: str, text: str, like):
+def _convert(key: str, text: str, like: Any) -> Any:
+    """Text as a value of the type of `like`."""
     if isinstance(like, str):
         return text
     if isinstance(like, bool):
@@ -190,36 +171,48 @@ def _convert(key: str, text: str, like):
     return value
 
 
-def save_config(config: ml_collections.ConfigDict, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Writes a configuration as JSON."""
+    Path(path).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
-def read_config(path: str | Path) -> ml_collections.ConfigDict:
-    """A config written by `save_config`; keys that it lacks have their defaults.
+def read_config(path: str | Path) -> RunConfig:
+    """A configuration written by `save_config`; keys that it lacks have their defaults.
 
     Raises:
       UserError: when the file is not one.
     """
-    config = base_config().unlock()
     try:
-        with config.ignore_type():
-            values = json.loads(Path(path).read_text())
-            config.update({RENAMED.get(key, key): value for key, value in values.items()})
-        # JSON has no tuples.
-        config.also_train = tuple(config.also_train)
-        config.buckets = tuple(config.buckets)
-        config.model.classes = tuple(config.model.classes)
-    except (ValueError, TypeError, AttributeError) as error:
+        values = json.loads(Path(path).read_text())
+        if not isinstance(values, dict):
+            raise TypeError("it holds no keys")
+        return resolve(_with_present_names(values))
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a run's configuration: {error}") from None
-    return config.lock()
 
 
-def differences(a: Mapping, b: Mapping, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two configs."""
+def _with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What version 0.1 or this one saved, with this one's names."""
+
+    def renamed(part: Any) -> Any:
+        if isinstance(part, list):
+            return [renamed(item) for item in part]
+        if not isinstance(part, Mapping):
+            return part
+        return {RENAMED_FIELDS.get(key, key): renamed(item) for key, item in part.items()}
+
+    named = {RENAMED_KEYS.get(key, key): value for key, value in values.items()}
+    if "model" in named:
+        named["model"] = renamed(named["model"])
+    return named
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two configurations."""
     found = []
-    for key in sorted({*a, *b}):
+    for key in sorted({*one, *other}):
         # JSON has no tuples: a list is the same.
-        x, y = (list(v) if isinstance(v, tuple) else v for v in (a.get(key), b.get(key)))
+        x, y = (list(v) if isinstance(v, tuple) else v for v in (one.get(key), other.get(key)))
         if isinstance(x, Mapping) and isinstance(y, Mapping):
             found += differences(x, y, f"{prefix}{key}.")
         elif x != y:

@@ -107,8 +107,7 @@ def _train(workdir: Path, fast: bool, **arguments) -> TrainResult:
     config.name = workdir.name
     if arguments["stage"] == "finetune":
         # Folders of stage 2 are one level deeper.
-        with config.unlocked():
-            config.init = {part: f"../{source}" for part, source in config.init.items()}
+        config.init = {part: f"../{source}" for part, source in config.init.items()}
     if fast:
         config.update(FAST)
     return train(config, workdir)

@@ -1,40 +1,43 @@
 """Training: `train(config, workdir)` reads top to bottom."""
 
+import contextlib
 import dataclasses
 import json
 import logging
-import re
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array
 
-from moresjax.core.errors import UserError, choice_error
-from moresjax.core.parameter_names import matches
-from moresjax.data.pipeline import to_device_batch
-from moresjax.runs.build import (
-    build_iterator,
-    build_model,
-    build_processor,
-    build_sources,
-    located,
-)
+from moresjax.core.errors import UserError
+from moresjax.data.pipeline import Batches, to_device_batch
+from moresjax.data.processor import Processor
+from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints
-from moresjax.runs.config import differences, read_config, save_config
+from moresjax.runs.config import save_config
+from moresjax.runs.data import build_iterator, build_sources
+from moresjax.runs.paths import with_absolute_paths
+from moresjax.runs.processor import build_processor
+from moresjax.runs.run_config import AnyConfig, RunConfig, resolve
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import batch_sharding, batch_shards, make_mesh, replicated, shard_params
 from moresjax.sharding.processes import PreemptionHandler
+from moresjax.training.checks import check_numbers, check_workdir
+from moresjax.training.evaluators import Evaluators
 from moresjax.training.metrics import MetricWriter, ProgressBar
-from moresjax.training.monitors import Evaluators, check_monitors
 from moresjax.training.objectives import get_objective
 from moresjax.training.optimizer import make_optimizer
-from moresjax.training.speed import ThroughputMeter
-from moresjax.training.step import make_train_step, split_model
+from moresjax.training.step import jitted_step, split_model
+from moresjax.training.throughput import ThroughputMeter
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +54,10 @@ class TrainResult:
     """Where a run ended.
 
     Attributes:
-      step: steps done.
-      metrics: those of the last step, and the last of every monitor.
-      seconds: time of this process in the loop, without compilation.
-      compile_seconds: time of the first step, which compiles.
+      step: Steps done.
+      metrics: The metrics of the last step, and the last ones of every evaluator.
+      seconds: Time of this process in the loop, without compilation.
+      compile_seconds: Time of the first step, which compiles.
     """
 
     step: int
@@ -63,34 +66,88 @@ class TrainResult:
     compile_seconds: float
 
 
-def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
-    """Runs the training that `config` describes and leaves its checkpoints in `workdir`.
+def train(config: AnyConfig, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
+    """Runs the training that a configuration describes and leaves its checkpoints in `workdir`.
+
+    Example:
+      >>> import tempfile
+      >>> from moresjax.runs.config import load_config
+      >>> config = load_config("digits:stage=llm", ["steps=1", "batch_size=2", "tensorboard=False"])
+      >>> train(config, tempfile.mkdtemp()).step
+      1
 
     Args:
-      config: see `moresjax.runs.config.base_config`.
-      workdir: the run's directory; relative `init` paths start there.
+      config: A `RunConfig`, or the `ConfigDict` that `base_config` and config files make.
+      workdir: The run's directory; paths of `config.init` with a leading dot start there.
       resume: `auto` goes on from the newest intact checkpoint; `never` wants an empty directory.
 
     Raises:
       UserError: for a configuration that cannot run, or a directory of another run.
     """
-    workdir, config = Path(workdir), located(config)
-    if resume not in ("auto", "never"):
-        raise choice_error("resume", resume, ("auto", "never"))
+    workdir, config = Path(workdir), with_absolute_paths(resolve(config))
     get_objective(config.objective)  # an unknown name is told before anything is built
-    _check_workdir(config, workdir, resume)
+    check_workdir(config, workdir, resume)
     if finished := _finished(config, workdir):
         return finished
+    run = _prepare(config, workdir)
+    if run.first:
+        logger.info("resuming %s at step %d", config.name, run.first)
+    result, stopped = _loop(run)
+    if stopped:
+        logger.warning("stopped at step %d, which is saved; the same command goes on", result.step)
+    elif run.speaks:
+        (workdir / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    return result
 
-    mesh = make_mesh(**config.mesh)
+
+@dataclasses.dataclass
+class _Run:
+    """Everything that the loop needs, built and restored.
+
+    Attributes:
+      config: The run's configuration.
+      workdir: The run's directory.
+      processor: The processor of the model.
+      iterator: Batches of training samples.
+      evaluators: What is measured now and then.
+      graphdef: Definition of the model.
+      frozen: Parameters that do not train.
+      state: The state to start from.
+      first: Steps that were done before.
+      step_fn: `(state, frozen, batch) -> (state, metrics)`.
+      mesh: The devices.
+      checkpoints: Where the state is saved.
+    """
+
+    config: RunConfig
+    workdir: Path
+    processor: Processor
+    iterator: Batches
+    evaluators: Evaluators
+    graphdef: nnx.GraphDef
+    frozen: nnx.State
+    state: TrainState
+    first: int
+    step_fn: Callable[..., Any]
+    mesh: Mesh
+    checkpoints: Checkpoints
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process writes for all."""
+        return jax.process_index() == 0
+
+
+def _prepare(config: RunConfig, workdir: Path) -> _Run:
+    """Builds the data, the model and the train step, and restores the newest checkpoint."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_numbers(config, batch_shards(mesh))
 
     # Data: before the model, whose reading takes longer than finding a mistake here.
     processor = build_processor(config, root=workdir)
     training, held_out = build_sources(config)
     iterator = build_iterator(config, processor, training)
-    monitors = Evaluators(config, processor, mesh, training, held_out)
-    rows = batch_sharding(mesh)
+    evaluators = Evaluators(config, processor, mesh, training, held_out)
 
     # Model, split into what trains and what does not, each on the mesh.
     model = build_model(config, root=workdir, mesh=mesh)
@@ -102,97 +159,120 @@ def train(config, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     step_fn = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
 
     # Resume.
-    speaks = jax.process_index() == 0  # one process writes for all
     workdir.mkdir(parents=True, exist_ok=True)
-    if speaks:
+    if jax.process_index() == 0:  # one process writes for all
         save_config(config, workdir / "config.json")
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
     if restored := checkpoints.restore(state):
         state, position = restored
         iterator.set_state(position)
-    done = int(state.step)
-    if done:
-        logger.info("resuming %s at step %d", config.name, done)
+    return _Run(
+        config=config,
+        workdir=workdir,
+        processor=processor,
+        iterator=iterator,
+        evaluators=evaluators,
+        graphdef=graphdef,
+        frozen=frozen,
+        state=state,
+        first=int(state.step),
+        step_fn=step_fn,
+        mesh=mesh,
+        checkpoints=checkpoints,
+    )
 
-    writer = MetricWriter(workdir, done=done, tensorboard=config.tensorboard, active=speaks)
-    line_every = max(config.steps // 4, 1) if speaks else 0
-    progress = ProgressBar(config.steps, done, config.name, line_every=line_every)
-    speed = ThroughputMeter(config, trainable, frozen, jax.devices()[0].device_kind)
-    pending = deque()
-    metrics, compile_seconds, start = {}, 0.0, time.monotonic()
-    first = done
 
-    def settle() -> dict[str, float]:
-        """Waits for the oldest step under way and reports it under its own number."""
-        step, measured, ids, flops = pending.popleft()
-        values = _finite(step, measured, ids, workdir)
-        speed.add(values["tokens"], values["labels"], flops)
-        logged = step % config.log_every == 0 or step == config.steps
-        if logged:
-            values |= speed.read()
-            writer.write(step, values)
-        progress.update(step, {k: values[k] for k in ("loss", "accuracy")} if logged else None)
-        return values
-
-    stop = PreemptionHandler()
-    stopped = False
-    try:
+def _loop(run: _Run) -> tuple[TrainResult, bool]:
+    """Takes the steps that are left; the result, and whether the process was asked to stop."""
+    config, workdir, checkpoints = run.config, run.workdir, run.checkpoints
+    rows, state, first = batch_sharding(run.mesh), run.state, run.first
+    done, stopped, metrics = first, False, {}
+    compile_seconds, start = 0.0, time.monotonic()
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpoints.close)
+        reports = stack.enter_context(contextlib.closing(_StepReports(run)))
+        preemption = stack.enter_context(contextlib.closing(PreemptionHandler()))
+        meter = reports.meter
         while done < config.steps and not stopped:
-            stacked = next(iterator)
+            stacked = next(run.iterator)
             ids = stacked.pop("id")
-            batch = to_device_batch(stacked, processor, rows, iterator.structure)
-            state, measured = step_fn(state, frozen, batch)
+            batch = to_device_batch(stacked, run.processor, rows, run.iterator.structure)
+            state, measured = run.step_fn(state, run.frozen, batch)
             done += 1
-            pending.append((done, measured, ids, speed.flops(batch)))
-            stopped, compiled = stop.at(done), done == first + 1
+            reports.add(done, measured, ids, meter.flops(batch))
+            stopped, compiled = preemption.at(done), done == first + 1
             saves = stopped or done % config.checkpoint.every == 0 or done == config.steps
-            watched = monitors.due(done) and not stopped
+            evaluates = run.evaluators.due(done) and not stopped
             # Only a state whose steps are known to be finite is saved.
-            while len(pending) > (0 if saves or watched or compiled else IN_FLIGHT):
-                metrics |= settle()
+            metrics |= reports.settle(0 if saves or evaluates or compiled else IN_FLIGHT)
             if compiled:
                 compile_seconds, start = time.monotonic() - start, time.monotonic()
-                speed.start()
-            if watched:
-                with speed.paused():
-                    found = monitors.measure(done, graphdef, state.trainable, frozen)
+                meter.start()
+            if evaluates:
+                with meter.paused():
+                    found = run.evaluators.measure(done, run.graphdef, state.trainable, run.frozen)
                 metrics |= found
-                writer.write(done, found)
+                reports.writer.write(done, found)
             if saves:
-                checkpoints.save(state, iterator.get_state())
-                iterator.bad.save(workdir / SKIPPED.format(jax.process_index()))
+                checkpoints.save(state, run.iterator.get_state())
+                run.iterator.skip_policy.save(workdir / SKIPPED.format(jax.process_index()))
         seconds = time.monotonic() - start
-    finally:
-        stop.close()
-        progress.close()
-        writer.close()
-        checkpoints.close()
-    result = TrainResult(done, metrics, seconds, compile_seconds)
-    if stopped:
-        logger.warning("stopped at step %d, which is saved; the same command goes on", done)
-        return result
-    if speaks:
-        (workdir / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    return result
+    return TrainResult(done, metrics, seconds, compile_seconds), stopped
 
 
-def jitted_step(config, graphdef, optimizer, schedule, state: TrainState, mesh: Mesh):
-    """The train step of a configuration, `(state, frozen, batch) -> (state, metrics)`, which takes
-    over the state's memory and leaves the new one where `state` is; arrays or their shapes."""
-    step = make_train_step(
-        graphdef,
-        get_objective(config.objective),
-        optimizer,
-        schedule,
-        mesh=mesh,
-        seed=config.seed,
-        microbatches=config.microbatches,
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+class _StepReports:
+    """Waits for steps under way and reports each under its own number.
+
+    Attributes:
+      writer: Where metrics are written.
+      meter: What measures throughput.
+    """
+
+    def __init__(self, run: _Run):
+        config, first = run.config, run.first
+        tensorboard, speaks = run.config.tensorboard, run.speaks
+        self._config, self._workdir = config, run.workdir
+        self.writer = MetricWriter(run.workdir, done=first, tensorboard=tensorboard, active=speaks)
+        line_every = max(config.steps // 4, 1) if speaks else 0
+        self._progress = ProgressBar(config.steps, first, config.name, line_every=line_every)
+        kind = jax.devices()[0].device_kind
+        self.meter = ThroughputMeter(config, run.state.trainable, run.frozen, kind)
+        self._pending: deque[tuple[int, Mapping[str, Array], Any, float]] = deque()
+
+    def add(self, step: int, measured: Mapping[str, Array], ids: Any, flops: float) -> None:
+        """A step has been started.
+
+        Args:
+          step: The step's number.
+          measured: The step's metrics, which need not be computed yet.
+          ids: Ids of its samples.
+          flops: Its model FLOPs.
+        """
+        self._pending.append((step, measured, ids, flops))
+
+    def settle(self, in_flight: int) -> dict[str, float]:
+        """Waits until no more than `in_flight` steps are under way; the newest metrics."""
+        values: dict[str, float] = {}
+        while len(self._pending) > in_flight:
+            step, measured, ids, flops = self._pending.popleft()
+            own = _finite(step, measured, ids, self._workdir)
+            self.meter.add(own["tokens"], own["labels"], flops)
+            logged = step % self._config.log_every == 0 or step == self._config.steps
+            if logged:
+                own |= self.meter.read()
+                self.writer.write(step, own)
+            shown = {k: own[k] for k in ("loss", "accuracy")} if logged else None
+            self._progress.update(step, shown)
+            values |= own
+        return values
+
+    def close(self) -> None:
+        """Ends the progress bar and the files."""
+        self._progress.close()
+        self.writer.close()
 
 
-def _finished(config, workdir: Path) -> TrainResult | None:
+def _finished(config: RunConfig, workdir: Path) -> TrainResult | None:
     """The result of a run that has nothing left to do."""
     if not (workdir / RESULT).is_file():
         return None
@@ -200,49 +280,7 @@ def _finished(config, workdir: Path) -> TrainResult | None:
     return result if result.step >= config.steps else None
 
 
-def check_numbers(config, shards: int) -> None:
-    """Refuses sizes that cannot work before anything is built or written."""
-    keys = ("steps", "batch_size", "microbatches", "log_every", "num_workers")
-    sizes = {key: config[key] for key in keys}
-    for key, value in {**sizes, "checkpoint.every": config.checkpoint.every}.items():
-        if value < 1:
-            raise UserError(f"config key {key} must be at least 1, got {value}")
-    if config.pack_window < 0:
-        raise UserError(f"config key pack_window must be at least 0, got {config.pack_window}")
-    check_monitors(config)
-    if config.batch_size % (shards * config.microbatches):
-        raise UserError(
-            f"batch_size {config.batch_size} does not divide into {shards} parts of the mesh times "
-            f"{config.microbatches} microbatches"
-        )
-
-
-def _check_workdir(config, workdir: Path, resume: str) -> None:
-    """Refuses to mix two runs in one directory, and what is no directory."""
-    if re.match(r"\w+:/", str(workdir)):  # would become a folder of that name
-        raise UserError(f"workdir {workdir} is in an object store; give a folder or a mounted one")
-    if not workdir.exists() or not any(workdir.iterdir()):
-        return
-    if resume == "never":
-        raise UserError(f"workdir {workdir} is not empty and --resume is never")
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"workdir {workdir} is not empty and holds no run to resume")
-    saved = workdir / "checkpoints"
-    if saved.is_dir() and not any(saved.glob("[0-9]*")):
-        return  # a run that ended before its first checkpoint has nothing to mix with
-    earlier = read_config(workdir / "config.json").to_dict()
-    harmless = ("name", "log_every", "tensorboard", "checkpoint", "mesh", "num_workers")
-    harmless += ("lmar_every", *(f"validation.{key}" for key in ("data", "every", "batches")))
-    found = differences(earlier, config.to_dict())
-    changed = [key for key in found if not any(matches(key, h) for h in harmless)]
-    if changed:
-        raise UserError(
-            f"workdir {workdir} holds a run with other settings ({', '.join(changed)}); "
-            "give another --workdir or the same settings"
-        )
-
-
-def _finite(step: int, measured: dict, ids, workdir: Path) -> dict[str, float]:
+def _finite(step: int, measured: Mapping[str, Array], ids: Any, workdir: Path) -> dict[str, float]:
     """A step's metrics; a loss or gradient that is not finite ends the run."""
     metrics = {name: float(value) for name, value in measured.items()}
     if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
@@ -257,7 +295,9 @@ def _finite(step: int, measured: dict, ids, workdir: Path) -> dict[str, float]:
     return metrics
 
 
-def _place_optimizer(optimizer, trainable, mesh):
+def _place_optimizer(
+    optimizer: optax.GradientTransformation, trainable: nnx.State, mesh: Mesh
+) -> optax.OptState:
     """Optimizer state on the mesh: moments like their parameters, the rest replicated."""
     opt_state = jax.jit(optimizer.init)(trainable)
     return optax.tree_utils.tree_map_params(

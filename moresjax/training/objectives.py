@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moresjax.core.errors import choice_error
 from moresjax.core.layout import loss_mask, valid_mask
 from moresjax.core.plugins import load_plugins
+from moresjax.core.registry import registrar
 from moresjax.core.types import pytree_dataclass
 from moresjax.sharding.mesh import constrain_batch_sharding
 
@@ -24,14 +25,15 @@ OBJECTIVES: dict[str, Objective] = {}
 PIECE = 128
 
 
-def objective(name: str) -> Callable[[Objective], Objective]:
-    """Registers a function `(model, batch, key) -> Loss` for `config.objective`."""
+def register_objective(name: str) -> Callable[[Objective], Objective]:
+    """A decorator that makes a function available to `config.objective` under a name.
 
-    def register(function: Objective) -> Objective:
-        OBJECTIVES[name] = function
-        return function
+    The function takes `(model, batch, key)` and returns a `Loss`.
 
-    return register
+    Raises:
+      UserError: The name belongs to another objective.
+    """
+    return registrar(OBJECTIVES, "objective", name)
 
 
 def get_objective(name: str) -> Objective:
@@ -56,7 +58,7 @@ class Loss:
     tokens: Float[Array, ""]  # tokens that are not padding, or patches
 
 
-@objective("next_token")
+@register_objective("next_token")
 def next_token(model, batch, key=None) -> Loss:
     """Cross-entropy of the answer tokens given everything before them."""
     hidden = model(batch, key=key).hidden
@@ -66,7 +68,7 @@ def next_token(model, batch, key=None) -> Loss:
     return Loss(*sums, valid_mask(batch.layout).sum(dtype=jnp.float32))
 
 
-@objective("patch_classes")
+@register_objective("patch_classes")
 def patch_classes(model, batch, key=None) -> Loss:
     """Cross-entropy of every label set of every patch (vision pretraining)."""
     labels = jnp.asarray(batch["classes"])

@@ -6,6 +6,7 @@ from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.parameter_names import matches, path_name
+from moresjax.runs.run_config import OptimizerConfig
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -57,15 +58,15 @@ def learning_rate_ratios(trainable: nnx.State, lr: float, overrides: str) -> dic
     return ratios
 
 
-def make_optimizer(config, steps: int, trainable: nnx.State) -> tuple:
+def make_optimizer(
+    config: OptimizerConfig, steps: int, trainable: nnx.State
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optax transformation and the schedule of the default learning rate.
 
     Args:
-      config: `lr`, `lr_by_component` (`PATTERN=LR;...`), `schedule`, `warmup`,
-        `end`, `b1`, `b2`, `eps`, `weight_decay` (kernels and tables only), `clip` (global norm; 0:
-        none).
-      steps: steps of the whole run.
-      trainable: the parameters, for their names.
+      config: The optimizer's settings.
+      steps: Steps of the whole run.
+      trainable: The parameters, for their names.
     """
     schedule = make_schedule(config.schedule, config.lr, steps, config.warmup, config.end)
     ratios = learning_rate_ratios(trainable, config.lr, config.lr_by_component)

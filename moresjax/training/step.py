@@ -5,6 +5,7 @@ The model is split structurally: `trainable` (fp32) is differentiated, updated, 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.core.parameter_names import matches, path_name
+from moresjax.runs.run_config import RunConfig
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import use_mesh
-from moresjax.training.objectives import Loss
+from moresjax.training.objectives import Loss, get_objective
 
 
 def split_model(
@@ -115,3 +117,36 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step
+
+
+def jitted_step(
+    config: RunConfig,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    state: TrainState,
+    mesh: Mesh,
+) -> Callable[..., Any]:
+    """The compiled train step of a configuration, `(state, frozen, batch) -> (state, metrics)`.
+
+    It takes over the memory of its first argument and leaves the new state where `state` is.
+
+    Args:
+      config: The run's configuration.
+      graphdef: Definition of the model.
+      optimizer: The optax transformation.
+      schedule: The default learning rate, for the metrics.
+      state: Arrays or their shapes, for their shardings.
+      mesh: The devices.
+    """
+    step = make_train_step(
+        graphdef,
+        get_objective(config.objective),
+        optimizer,
+        schedule,
+        mesh=mesh,
+        seed=config.seed,
+        microbatches=config.microbatches,
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
+from moresjax.core.registry import add_entry
 from moresjax.core.types import AnyArray, pytree_dataclass
 
 Params = dict[str, Array]
@@ -30,8 +31,12 @@ M = TypeVar("M", bound="Method")
 
 
 def register(cls: type[M]) -> type[M]:
-    """Makes a method available to spec strings under its `name`."""
-    METHODS[cls.name] = cls
+    """Makes a method available to spec strings under its `name`.
+
+    Raises:
+      UserError: The name belongs to another method.
+    """
+    add_entry(METHODS, "tuning method", cls.name, cls)
     return cls
 
 

@@ -3,24 +3,27 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save_file
 
 from moresjax.core.errors import UserError
+from moresjax.core.parameter_names import named_parameters, path_name
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.weights import tables
-from moresjax.weights.configs import decoder_config, hf_candidates
+from moresjax.models.vision import VisionConfig
+from moresjax.weights.families.base import hf_decoder_config
+from moresjax.weights.families.llava import WRITTEN_PREFIXES, Llava
 from moresjax.weights.files import check_new, renamed
-from moresjax.weights.hf import LLAVA, llava_config, model_sources
-from moresjax.weights.sources import Source
-from moresjax.weights.vision import hf_vision_candidates, vision_config
+from moresjax.weights.hf import model_mappings
+from moresjax.weights.tensor_mapping import TensorMapping
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SHARD_SIZE = "5GB"
 
@@ -34,10 +37,10 @@ def export_hf(
     folder elsewhere pads before the image processor.
 
     Args:
-      mllm: its tuning is left out.
-      folder: new or empty.
-      processor: its tokenizer and image processor are saved too.
-      shard_size: of the largest file, such as `5GB`; more weights go into several.
+      mllm: The model; its tuning is left out.
+      folder: A new or empty folder.
+      processor: Its tokenizer and image processor are saved too.
+      shard_size: The size of the largest file, such as `5GB`; more weights go into several.
 
     Returns:
       The folder.
@@ -48,88 +51,44 @@ def export_hf(
     folder = Path(folder)
     check_new(folder, "export")
     hf = hf_config(mllm.config)
-    tokenizer = None if processor is None else processor.tokenizer
-    if hf["model_type"] == LLAVA:
+    tokenizer: Any = None if processor is None else processor.tokenizer
+    if hf["model_type"] == Llava.model_type:
         tokenizer, hf["image_token_index"] = _with_image_token(tokenizer, mllm.config)
     hf["dtype"] = str(mllm.llm.embed.table[...].dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(mllm, model_sources(mllm.config, hf), folder, shard_size)
+    _write_tensors(mllm, model_mappings(mllm.config, hf), folder, shard_size)
     (folder / "config.json").write_text(json.dumps(hf, indent=2, default=str) + "\n")
-    if processor is not None:
+    if processor is not None and tokenizer is not None:
         _write_processor(processor, tokenizer, mllm.config, hf, folder)
     return folder
 
 
-def hf_config(config: MLLMConfig) -> dict:
+def hf_config(config: MLLMConfig) -> dict[str, Any]:
     """The whole `config.json` of the model of `transformers` that computes the same.
 
     Raises:
       UserError: when there is none.
     """
-    run = {"dtype": "float32", "remat": False, "unroll": False, "attention": "auto"}
-    llm = dataclasses.replace(config.llm, **run)
-    if config.vision is None:
-        return _meaning(hf_candidates(llm), decoder_config, llm, "LLM")
-    if config.connector != "mlp2x_gelu" or config.vision.is_pair or config.vision.registers:
-        raise UserError(
-            "a Hugging Face LLaVA has one vision encoder without registers and connector "
-            f"mlp2x_gelu; this model has connector {config.connector}"
-        )
-    keeps_all = config.vision.first_feature == 0
-    vision = dataclasses.replace(
-        config.vision,
-        dtype="float32",
-        remat=False,
-        unroll=False,
-        select="cls_patch" if keeps_all else "patch",
-        num_trainable_blocks=0,
-    )
-    # Normalisation is the image processor's, the choice of features the wrapper's.
-    used = ("feature_layer", "select", "drop_first_token", "pixel_mean", "pixel_std")
-    kept = {name: getattr(vision, name) for name in used}
-    whole = {
-        "model_type": LLAVA,
-        "vision_config": _meaning(
-            hf_vision_candidates(vision), lambda hf: vision_config(hf, **kept), vision, "encoder"
-        ),
-        "vision_feature_layer": config.vision.feature_layer,
-        "vision_feature_select_strategy": "full" if keeps_all else "default",
-        "tie_word_embeddings": llm.tie_embeddings,
-        "image_seq_length": config.visual_tokens,
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-    }
-
-    def as_llava(text: Mapping):
-        return llava_config(whole | {"text_config": text}).llm
-
-    return whole | {"text_config": _meaning(hf_candidates(llm), as_llava, llm, "LLM")}
+    run = {"dtype": "float32", "remat": False, "unroll": False}
+    llm, vision = dataclasses.replace(config.llm, **run, attention="auto"), config.vision
+    if vision is None:
+        return hf_decoder_config(llm)
+    if isinstance(vision, VisionConfig):
+        vision = dataclasses.replace(vision, **run)
+    return Llava().to_hf(dataclasses.replace(config, llm=llm, vision=vision))
 
 
-def _meaning(candidates: Iterator[dict], ours: Callable, wanted, what: str) -> dict:
-    """The candidate, completed by its family's defaults, that means the wanted configuration."""
-    from transformers import AutoConfig
-
-    for candidate in candidates:
-        try:
-            whole = AutoConfig.for_model(**candidate).to_dict()
-            if ours(whole) == wanted:
-                return whole
-        except (UserError, ValueError, TypeError):  # not a family for such a configuration
-            continue
-    raise UserError(f"no architecture of transformers is this {what}: {wanted}")
-
-
-def _write_tensors(mllm: MLLM, sources: list[Source], folder: Path, shard_size: str) -> None:
+def _write_tensors(
+    mllm: MLLM, mappings: list[TensorMapping], folder: Path, shard_size: str
+) -> None:
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    flat = nnx.to_flat_state(nnx.state(mllm, nnx.Param))
-    values = {tuple(str(part) for part in path): x.get_value() for path, x in flat}
-    prefixes = tables.WRITTEN_PREFIXES if mllm.config.vision else {}
-    owners = {renamed(name, prefixes): source for source in sources for name in source.names}
+    values = {name: x.get_value() for name, x in named_parameters(mllm).items()}
+    prefixes = WRITTEN_PREFIXES if mllm.config.vision else {}
+    owners = {renamed(name, prefixes): mapping for mapping in mappings for name in mapping.names}
     sizes = {
-        name: jax.ShapeDtypeStruct(source.tensor_shape, values[source.path].dtype)
-        for name, source in owners.items()
+        name: jax.ShapeDtypeStruct(mapping.tensor_shape, values[path_name(mapping.path)].dtype)
+        for name, mapping in owners.items()
     }
     shards = split_state_dict_into_shards_factory(
         sizes,
@@ -138,10 +97,10 @@ def _write_tensors(mllm: MLLM, sources: list[Source], folder: Path, shard_size: 
         max_shard_size=shard_size,
     )
     for file, names in shards.filename_to_tensors.items():
-        needed = {owners[name].path: owners[name] for name in names}
+        needed = {path_name(owners[name].path): owners[name] for name in names}
         tensors = {}
-        for path, source in needed.items():
-            made = source.to_tensors(np.asarray(values[path]))
+        for path, mapping in needed.items():
+            made = mapping.to_hf(np.asarray(values[path]))
             tensors |= {renamed(name, prefixes): tensor for name, tensor in made.items()}
         tensors = {name: np.ascontiguousarray(tensors[name]) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -150,7 +109,9 @@ def _write_tensors(mllm: MLLM, sources: list[Source], folder: Path, shard_size: 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _with_image_token(tokenizer, config: MLLMConfig):
+def _with_image_token(
+    tokenizer: "PreTrainedTokenizerBase | None", config: MLLMConfig
+) -> "tuple[PreTrainedTokenizerBase | None, int]":
     """The tokenizer, with a token that stands for a visual token, and that token's id.
 
     Without a tokenizer it is the last id.
@@ -166,10 +127,16 @@ def _with_image_token(tokenizer, config: MLLMConfig):
             )
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
-    return tokenizer, tokenizer.convert_tokens_to_ids(IMAGE_MARK)
+    return tokenizer, tokenizer.get_vocab()[IMAGE_MARK]
 
 
-def _write_processor(processor: Processor, tokenizer, config: MLLMConfig, hf, folder: Path):
+def _write_processor(
+    processor: Processor,
+    tokenizer: "PreTrainedTokenizerBase",
+    config: MLLMConfig,
+    hf: dict[str, Any],
+    folder: Path,
+) -> None:
     from transformers import GenerationConfig, LlavaProcessor, SiglipImageProcessor
 
     GenerationConfig(
@@ -177,7 +144,8 @@ def _write_processor(processor: Processor, tokenizer, config: MLLMConfig, hf, fo
         eos_token_id=list(processor.eos_ids),
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(folder)
-    if processor.image is None:
+    vision = config.vision
+    if processor.image is None or not isinstance(vision, VisionConfig):
         tokenizer.save_pretrained(folder)
         return
     image = processor.image.reference or SiglipImageProcessor(
@@ -188,8 +156,8 @@ def _write_processor(processor: Processor, tokenizer, config: MLLMConfig, hf, fo
     LlavaProcessor(
         image_processor=image,
         tokenizer=tokenizer,
-        patch_size=config.vision.patch_size,
+        patch_size=vision.patch_size,
         vision_feature_select_strategy=hf["vision_feature_select_strategy"],
-        num_additional_image_tokens=int(config.vision.class_token),
+        num_additional_image_tokens=int(vision.class_token),
         image_token=IMAGE_MARK,
     ).save_pretrained(folder)

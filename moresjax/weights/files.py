@@ -8,8 +8,9 @@ import numpy as np
 from safetensors import safe_open
 
 from moresjax.core.errors import UserError
-from moresjax.weights import tables
-from moresjax.weights.sources import Tensor, stored_dtype
+from moresjax.weights.families.base import MLLM_FAMILIES, VISION_FAMILIES
+from moresjax.weights.families.tinyllava import STAGE_FOLDERS
+from moresjax.weights.tensor_mapping import Tensor, stored_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class StoredTensor:
     dtype: np.dtype
     first_row: int = 0
 
-    def __getitem__(self, index) -> np.ndarray:
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
         rows, *others = index if isinstance(index, tuple) else (index,)
         start, stop, _ = rows.indices(self.shape[0])
         # Opened anew every time: pages of an open file would count as resident memory.
@@ -35,28 +36,20 @@ def open_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tenso
     """The tensors of a folder by their names in the state dict of `transformers`, unread.
 
     Args:
-      folder: with `*.safetensors`, in it or in folders of TinyLLaVA Factory's stages below it.
-      allow_pickle: whether `*.bin` may be read (by torch, weights only) when there is nothing else.
+      folder: A folder with `*.safetensors`, or with TinyLLaVA Factory's folders that have them.
+      allow_pickle: Whether torch may read `*.bin` (weights only) when there is nothing else.
 
     Raises:
       UserError: when there is no file that may be read, or one cannot be.
     """
-    found = {}
-    for prefix, place in _places(folder).items():
+    stages = {prefix: folder / name for name, prefix in STAGE_FOLDERS.items()}
+    whole = not all(stage.is_dir() for stage in stages.values())
+    found: dict[str, Tensor] = {}
+    for prefix, place in ({"": folder} if whole else stages).items():
         for name, tensor in _stored(place, allow_pickle).items():
-            name = _state_dict_name(prefix + name)
+            name = state_dict_name(prefix + name)
             found |= _halves(name, tensor) or {name: tensor}
     return found
-
-
-def _places(folder: Path) -> dict[str, Path]:
-    """Folders with tensors, by what their names have to be completed with."""
-    stages = {
-        "language_model.": folder / "language_model",
-        "vision_tower._vision_tower.": folder / "vision_tower",
-        "connector.": folder / "connector",
-    }
-    return stages if all(place.is_dir() for place in stages.values()) else {"": folder}
 
 
 def _stored(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -101,7 +94,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises many kinds
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
 
-    def array(tensor):
+    def array(tensor: "torch.Tensor") -> np.ndarray:
         if tensor.dtype == torch.bfloat16:  # numpy has none of its own
             return tensor.view(torch.int16).numpy().view(stored_dtype("BF16"))
         return tensor.numpy()
@@ -109,18 +102,25 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     return {name: array(tensor) for name, tensor in tensors.items()}
 
 
-def _state_dict_name(name: str) -> str:
-    """Name in the model's state dict of a tensor in a file, which may have an older layout."""
-    for old, new in tables.FILE_MODULES.items():
-        name = name.replace(old, new)
-    return renamed(name, tables.FILE_PREFIXES)
+def state_dict_name(name: str) -> str:
+    """Name in the state dict of transformers 5 of a tensor in a file, whatever release wrote it."""
+    for family in VISION_FAMILIES.values():
+        for old, new in family.old_modules.items():
+            name = name.replace(old, new)
+    return renamed(name, file_prefixes())
+
+
+def file_prefixes() -> dict[str, str]:
+    """Beginnings of the names of multimodal LLMs' tensors in files -> in the state dict."""
+    families = MLLM_FAMILIES.values()
+    return {old: new for family in families for old, new in family.prefixes.items()}
 
 
 def renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """The name with the first of the prefixes that it starts with replaced."""
-    for old, new in prefixes.items():
+    """The name with the longest of the prefixes that it starts with replaced."""
+    for old in sorted(prefixes, key=len, reverse=True):
         if name.startswith(old):
-            return new + name.removeprefix(old)
+            return prefixes[old] + name.removeprefix(old)
     return name
 
 
@@ -136,12 +136,13 @@ def check_new(folder: Path, what: str) -> None:
 
 def _halves(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The two tensors that one is made of, by name; nothing for most."""
-    for whole, parts in tables.FILE_HALVES.items():
+    halves = {k: v for family in VISION_FAMILIES.values() for k, v in family.halves.items()}
+    for whole, modules in halves.items():
         if whole in name:
-            rows = tensor.shape[0] // len(parts)
+            rows = tensor.shape[0] // len(modules)
             return {
-                name.replace(whole, part): _rows(tensor, number * rows, rows)
-                for number, part in enumerate(parts)
+                name.replace(whole, module): _rows(tensor, number * rows, rows)
+                for number, module in enumerate(modules)
             }
     return {}
 

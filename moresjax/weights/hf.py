@@ -1,4 +1,4 @@
-"""Hugging Face folders to models, by the tables of `tables.py`.
+"""Hugging Face folders to models.
 
 Source of the layouts: transformers 5 (`LlamaForCausalLM`, `PhiForCausalLM`, `CLIPVisionModel`,
 `SiglipVisionModel`, `LlavaForConditionalGeneration`), and TinyLLaVA Factory's
@@ -6,119 +6,202 @@ Source of the layouts: transformers 5 (`LlamaForCausalLM`, `PhiForCausalLM`, `CL
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
-from moresjax.models.connector import linear_widths
+from moresjax.core.types import AnyArray
 from moresjax.models.decoder import quantized
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.weights import tables
-from moresjax.weights.configs import LLM_TABLES, decoder_config
-from moresjax.weights.files import open_tensors
-from moresjax.weights.sources import (
-    ParameterReader,
-    Source,
-    Tensor,
-    check_tensors,
-    module_sources,
+from moresjax.models.vision import VisionConfig, VisionEncoder
+from moresjax.weights.families.base import (
+    LLM_FAMILIES,
+    MLLM_FAMILIES,
+    VISION_FAMILIES,
+    HFConfig,
+    decoder_config,
+    llm_family,
+    vision_family,
 )
-from moresjax.weights.vision import vision_config, vision_table
+from moresjax.weights.families.llava import Llava
+from moresjax.weights.files import open_tensors
+from moresjax.weights.tensor_mapping import (
+    ParameterReader,
+    Tensor,
+    TensorMapping,
+    check_tensors,
+    module_mappings,
+)
 
-LLAVA, TINYLLAVA = "llava", "tinyllava"
+
+class HFFolder:
+    """A Hugging Face folder, whose `config.json` is parsed once and whose tensors are opened once.
+
+    Args:
+      path: A folder with `config.json` and safetensors: a LLaVA (also TinyLLaVA Factory's), an LLM
+        or a vision encoder.
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+    """
+
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
+        self.path, self.allow_pickle = Path(path), allow_pickle
+
+    @functools.cached_property
+    def raw(self) -> dict[str, Any]:
+        """The content of `config.json`.
+
+        Raises:
+          UserError: when there is none, or it is damaged.
+        """
+        file = self.path / "config.json"
+        if not file.is_file():
+            raise UserError(f"{self.path} is not a Hugging Face checkpoint: it has no config.json")
+        try:
+            return json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(f"{file} cannot be used: {error}") from None
+
+    @functools.cached_property
+    def hf(self) -> dict[str, Any]:
+        """`config.json` with its family's defaults for what it leaves out.
+
+        Raises:
+          UserError: when `transformers` does not know the architecture.
+        """
+        from transformers import AutoConfig
+
+        raw = self.raw
+        family = MLLM_FAMILIES.get(raw.get("model_type", ""))
+        try:
+            if family is None or family.in_transformers:
+                return AutoConfig.from_pretrained(self.path, local_files_only=True).to_dict()
+            towers = ("text_config", "vision_config")
+            return raw | {name: AutoConfig.for_model(**raw[name]).to_dict() for name in towers}
+        except Exception as error:  # transformers raises many kinds
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{self.path / 'config.json'} cannot be used: {reason}") from None
+
+    @functools.cached_property
+    def config(self) -> MLLMConfig:
+        """The architecture of a LLaVA or an LLM.
+
+        Raises:
+          UserError: when it is not supported.
+        """
+        return config_from_hf(self.hf)
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their names in the state dict of `transformers`, unread.
+
+        Raises:
+          UserError: when there is no file that may be read, or one cannot be.
+        """
+        return open_tensors(self.path, allow_pickle=self.allow_pickle)
+
+    @property
+    def is_llava(self) -> bool:
+        """Whether it is a `LlavaForConditionalGeneration`, whose tokenizer knows images."""
+        return self.raw.get("model_type") == Llava.model_type
+
+    @property
+    def is_vision(self) -> bool:
+        """Whether it is a vision encoder, alone or beside a text encoder."""
+        if not (self.path / "config.json").is_file():
+            return False
+        towers = {family.two_towers for family in VISION_FAMILIES.values()} - {""}
+        return self.raw.get("model_type") in {*VISION_FAMILIES, *towers}
+
+    def parameters(self, part: str = "", mesh: Mesh | None = None) -> ParameterReader:
+        """The base parameters of a LLaVA or an LLM; see `import_params`."""
+        where = str(self.path)
+        return import_params(self.config, self.hf, self.tensors, part=part, mesh=mesh, where=where)
 
 
-def mllm_config(hf: Mapping) -> MLLMConfig:
-    """Our configuration of a LLaVA's or an LLM's whole `config.json`.
+class HFFolders:
+    """Hugging Face folders by path, each opened once.
+
+    Args:
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+    """
+
+    def __init__(self, *, allow_pickle: bool = False) -> None:
+        self._allow_pickle = allow_pickle
+        self._opened: dict[Path, HFFolder] = {}
+
+    def __getitem__(self, path: str | Path) -> HFFolder:
+        path = Path(path).resolve()
+        if path not in self._opened:
+            self._opened[path] = HFFolder(path, allow_pickle=self._allow_pickle)
+        return self._opened[path]
+
+
+def config_from_hf(hf: HFConfig) -> MLLMConfig:
+    """The architecture of a LLaVA's or an LLM's whole `config.json`.
 
     Raises:
-      UserError: for an architecture that is not supported.
+      UserError: when it is not supported.
     """
-    if hf["model_type"] == LLAVA:
-        return llava_config(hf)
-    if hf["model_type"] == TINYLLAVA:
-        return tinyllava_config(hf)
+    if family := MLLM_FAMILIES.get(hf["model_type"]):
+        return family.from_hf(hf)
     return MLLMConfig(llm=decoder_config(hf))
 
 
-def llava_config(hf: Mapping) -> MLLMConfig:
-    """Our configuration of a `LlavaForConditionalGeneration` `config.json`."""
-    keeps_all = hf["vision_feature_select_strategy"] == "full"
-    llm = decoder_config(hf["text_config"])
-    # The wrapper's own head is bare: no bias over Phi, no soft cap over Gemma 2.
-    llm = dataclasses.replace(
-        llm,
-        head_bias=False,
-        logit_softcap=0.0,
-        tie_embeddings=llm.tie_embeddings or hf.get("tie_word_embeddings", False),
-    )
-    return MLLMConfig(llm=llm, vision=_tower(hf, keeps_all), connector="mlp2x_gelu")
+def model_mappings(
+    config: MLLMConfig, hf: HFConfig, mesh: Mesh | None = None
+) -> list[TensorMapping]:
+    """Where every base parameter is in a model with this whole `config.json`.
 
-
-def tinyllava_config(hf: Mapping) -> MLLMConfig:
-    """Our configuration of a TinyLLaVA Factory `config.json`, its two parts completed.
-
-    Raises:
-      UserError: for a connector that is not a chain of linears.
+    Args:
+      config: The architecture.
+      hf: The content of `config.json`.
+      mesh: The devices to split the parameters over.
     """
-    connector = hf["connector_type"]
-    if linear_widths(connector, 1, 1) is None:
-        raise UserError(
-            f"a TinyLLaVA Factory folder with connector {connector!r} is not supported; "
-            "identity, linear and mlp{n}x_gelu are"
-        )
-    keeps_all = hf["vision_feature_select_strategy"] == "cls_patch"
-    llm = decoder_config(hf["text_config"])
-    return MLLMConfig(llm=llm, vision=_tower(hf, keeps_all), connector=connector)
-
-
-def _tower(hf: Mapping, keeps_all: bool):
-    vision = vision_config(
-        hf["vision_config"],
-        feature_layer=hf["vision_feature_layer"],
-        select="cls_patch" if keeps_all else "patch",
-    )
-    if vision.registers:  # the references hand them to the LLM
-        raise UserError("a LLaVA folder whose vision encoder has register tokens is not supported")
-    # "default" drops the first token whether or not it is a class token.
-    return dataclasses.replace(vision, drop_first_token=not keeps_all and not vision.class_token)
-
-
-def _connector_table(config: MLLMConfig, hf: Mapping) -> dict[str, str]:
-    if hf["model_type"] == LLAVA:
-        return tables.LLAVA_CONNECTOR
-    if config.connector == "linear":
-        return {"layers.0": "connector"}
-    count = len(linear_widths(config.connector, 1, 1)) - 1
-    return {f"layers.{i}": f"connector.{2 * i}" for i in range(count)}  # activations between
-
-
-def model_sources(config: MLLMConfig, hf: Mapping, mesh: Mesh | None = None) -> list[Source]:
-    """Where every base parameter is in a model with this whole `config.json`."""
     stored = dataclasses.replace(config, llm=dataclasses.replace(config.llm, int8=False))
     model = MLLM(stored)
-    table = LLM_TABLES[hf.get("text_config", hf)["model_type"]]
-    llm = module_sources(model.llm, table, mesh=mesh)
-    if config.vision is None:
-        return [source.under("llm") for source in llm]
-    table = vision_table(hf["vision_config"])
-    vision = module_sources(model.vision, table, first=config.vision.first_blocks, mesh=mesh)
-    connector = module_sources(model.connector, _connector_table(config, hf), mesh=mesh)
+    name_map = llm_family(hf.get("text_config", hf)).name_map
+    llm = module_mappings(model.llm, name_map, mesh=mesh)
+    if not isinstance(config.vision, VisionConfig) or model.connector is None:
+        return [mapping.within("llm") for mapping in llm]
+    connector_map = MLLM_FAMILIES[hf["model_type"]].connector_map(config.connector)
+    vision = vision_mappings(config.vision, hf["vision_config"], mesh)
+    connector = module_mappings(model.connector, connector_map, mesh=mesh)
     return [
-        *(source.under("vision", "", "model.vision_tower.") for source in vision),
-        *(source.under("connector", "", "model.") for source in connector),
-        *(source.under("llm", "model.", "model.language_model.") for source in llm),
+        *(mapping.within("vision", "", "model.vision_tower.") for mapping in vision),
+        *(mapping.within("connector", "", "model.") for mapping in connector),
+        *(mapping.within("llm", "model.", "model.language_model.") for mapping in llm),
     ]
 
 
-def import_state(
+def vision_mappings(
+    config: VisionConfig, hf: HFConfig, mesh: Mesh | None = None
+) -> list[TensorMapping]:
+    """Where every parameter of a vision encoder is in one with this `config.json`."""
+    family = vision_family(hf)
+    return module_mappings(
+        VisionEncoder(config),
+        family.names(hf),
+        leading_ones=family.leading_ones,
+        first=config.first_blocks,
+        mesh=mesh,
+    )
+
+
+def unused_tensors() -> tuple[str, ...]:
+    """Parts of the names of tensors that no parameter is made of, in any family: buffers, masks."""
+    families = (*LLM_FAMILIES.values(), *VISION_FAMILIES.values())
+    return tuple({part for family in families for part in family.unused})
+
+
+def import_params(
     config: MLLMConfig,
-    hf: Mapping,
+    hf: HFConfig,
     tensors: Mapping[str, Tensor],
     *,
     part: str = "",
@@ -128,105 +211,63 @@ def import_state(
     """Base parameters by name, each read straight to where it belongs.
 
     Args:
-      config, hf: our configuration, and the whole `config.json` it was made from.
-      tensors: by their names in the state dict of `transformers`.
-      part: of the model to read, such as `llm`; default: all.
-      mesh: devices to split the parameters over.
-      where: name of the tensors' origin, for messages.
+      config: The architecture that `hf` describes.
+      hf: The content of the whole `config.json`.
+      tensors: Tensors by their names in the state dict of `transformers`.
+      part: The part of the model to read, such as `llm`; default: all.
+      mesh: The devices to split the parameters over.
+      where: The tensors' origin, for messages.
 
     Raises:
       UserError: that lists the tensors which are missing, unknown or of another shape.
     """
-    sources = model_sources(config, hf, mesh)
-    unused = (*tables.UNUSED, *(("lm_head.",) if config.llm.tie_embeddings else ()))
-    check_tensors(sources, tensors, unused, where)
-    chosen = [source for source in sources if part in ("", source.path[0])]
+    mappings = model_mappings(config, hf, mesh)
+    unused = (*unused_tensors(), *(("lm_head.",) if config.llm.tie_embeddings else ()))
+    check_tensors(mappings, tensors, unused, where)
+    chosen = [mapping for mapping in mappings if part in ("", mapping.path[0])]
     return ParameterReader(chosen, tensors)
 
 
-def build_model(config: MLLMConfig, state: Mapping[str, jax.Array], tuning: str = "none") -> MLLM:
+def build_mllm(config: MLLMConfig, params: Mapping[str, AnyArray], tuning: str = "none") -> MLLM:
     """A model with the given base parameters and freshly initialised tuning parameters."""
     model = MLLM(config, tuning)
-    set_params(model, state, "checkpoint")
+    set_params(model, params, "checkpoint")
     model.tuning.initialize()
     return model
 
 
-def read_hf_config(folder: Path) -> dict:
-    """The whole configuration of a folder; what its file leaves out has its family's defaults.
-
-    Raises:
-      UserError: when there is none, or `transformers` does not know the architecture.
-    """
-    from transformers import AutoConfig
-
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a Hugging Face checkpoint: it has no config.json")
-    try:
-        raw = json.loads(file.read_text())
-        if raw.get("model_type") != TINYLLAVA:  # of which transformers knows the parts only
-            return AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-        whole = {key: AutoConfig.for_model(**raw[key]) for key in ("text_config", "vision_config")}
-        return raw | {key: config.to_dict() for key, config in whole.items()}
-    except Exception as error:  # transformers raises many kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} cannot be used: {reason}") from None
-
-
-def is_llava(folder: Path) -> bool:
-    """Whether a folder is a `LlavaForConditionalGeneration`'s, whose tokenizer knows images."""
-    return json.loads((folder / "config.json").read_text()).get("model_type") == LLAVA
-
-
 def pretrained_config(folder: str | Path) -> MLLMConfig:
-    """Architecture of a folder with a `config.json`.
+    """The architecture of a folder with a `config.json`.
 
     Raises:
       UserError: when there is none or the architecture is not supported.
     """
-    return mllm_config(read_hf_config(Path(folder)))
-
-
-def read_pretrained(
-    folder: str | Path,
-    *,
-    part: str = "",
-    allow_pickle: bool = False,
-    mesh: Mesh | None = None,
-) -> tuple[MLLMConfig, ParameterReader]:
-    """Configuration and base parameters of a folder; see `import_state`.
-
-    Args:
-      folder: with `config.json` and safetensors, of a LLaVA or of an LLM.
-      part: of the model to read; default: all.
-      allow_pickle: whether `*.bin` files may be read where there are no safetensors.
-      mesh: devices to split the parameters over.
-
-    Raises:
-      UserError: when the folder is not a checkpoint or its architecture is not supported.
-    """
-    folder = Path(folder)
-    hf = read_hf_config(folder)
-    config = mllm_config(hf)
-    tensors = open_tensors(folder, allow_pickle=allow_pickle)
-    return config, import_state(config, hf, tensors, part=part, mesh=mesh, where=str(folder))
+    return HFFolder(folder).config
 
 
 def load_pretrained(
-    folder: str | Path, tuning: str = "none", *, quantize: str = "", **options
+    folder: str | Path | HFFolder,
+    tuning: str = "none",
+    *,
+    quantize: str = "",
+    allow_pickle: bool = False,
+    mesh: Mesh | None = None,
 ) -> MLLM:
     """The model of a folder.
 
     Args:
-      folder: see `read_pretrained`.
-      tuning: freshly attached.
-      quantize: `int8` for the LLM's blocks in eight bits.
-      options: those of `read_pretrained`.
+      folder: The folder of a LLaVA or an LLM, with `config.json` and safetensors.
+      tuning: The spec of a tuning to attach, freshly initialised.
+      quantize: `int8` holds the LLM's blocks in eight bits.
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+      mesh: The devices to split the parameters over.
 
     Raises:
       UserError: when the folder is not a checkpoint or its architecture is not supported.
     """
-    config, parameters = read_pretrained(folder, **options)
+    if not isinstance(folder, HFFolder):
+        folder = HFFolder(folder, allow_pickle=allow_pickle)
+    config = folder.config
+    parameters = folder.parameters(mesh=mesh)
     config = dataclasses.replace(config, llm=quantized(config.llm, quantize))
-    return build_model(config, parameters, tuning)
+    return build_mllm(config, parameters, tuning)

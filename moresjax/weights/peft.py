@@ -1,34 +1,34 @@
-"""Adapter folders of Hugging Face `peft`, in and out: `adapter_config.json` and
-`adapter_model.safetensors`.
+"""Adapter folders of Hugging Face `peft`, in and out.
 
-A tensor's name is `base_model.model.`, the module's path in the `transformers` model, and the
-parameter. Target modules are written as a regex over whole paths, which no vision tower matches.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. A tensor's name is
+`base_model.model.`, the module's path in the `transformers` model, and the parameter. Target
+modules are written as a regex over whole paths, which no vision tower matches.
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.parameter_names import matches, path_name
+from moresjax.core.parameter_names import matches, named_parameters, path_name
 from moresjax.models.decoder import Decoder, DecoderConfig
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
-from moresjax.tuning.base import METHODS
+from moresjax.tuning.base import METHODS, VirtualTokens
 from moresjax.tuning.merge import linear_at, linear_path
 from moresjax.tuning.methods.ln import NormTuning
 from moresjax.tuning.spec import format_spec
-from moresjax.weights import tables
-from moresjax.weights.configs import LLM_TABLES
-from moresjax.weights.files import renamed
+from moresjax.weights.families.base import LLM_FAMILIES
+from moresjax.weights.families.llava import Llava
+from moresjax.weights.files import file_prefixes, renamed
 from moresjax.weights.peft_formats import (
     NORMS,
     PEFT_TYPES,
@@ -37,8 +37,14 @@ from moresjax.weights.peft_formats import (
     format_of,
     read_format,
 )
-from moresjax.weights.peft_slots import SLOT_METHODS, SLOT_TYPES, TENSOR, slots_in, slots_out
-from moresjax.weights.sources import Source, module_sources
+from moresjax.weights.peft_virtual_tokens import (
+    TENSOR,
+    VIRTUAL_TOKEN_METHODS,
+    VIRTUAL_TOKEN_TYPES,
+    virtual_tokens_from_peft,
+    virtual_tokens_to_peft,
+)
+from moresjax.weights.tensor_mapping import TensorMapping, module_mappings
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 CONNECTOR = "multi_modal_projector"
@@ -49,9 +55,9 @@ def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> P
     """Writes the attached method as an adapter folder of `peft`; returns the folder.
 
     Args:
-      mllm: a model with one attached method.
-      folder: where to.
-      connector: also write the connector of a LLaVA, as one of `modules_to_save`.
+      mllm: A model with one attached method.
+      folder: The folder to write.
+      connector: Whether to write the connector of a LLaVA too, as one of `modules_to_save`.
 
     Raises:
       UserError: when `peft` has no such method, or cannot hold the combination.
@@ -61,17 +67,17 @@ def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> P
         raise UserError(f"peft holds one method, the model's tuning is {mllm.tuning.spec!r}")
     method, folder = mllm.tuning.methods[0][1], Path(folder)
     if isinstance(method, NormTuning):
-        arrays, config = _norms_out(mllm)
-    elif method.name in SLOT_METHODS:
+        arrays, config = _norms_to_peft(mllm)
+    elif isinstance(method, VirtualTokens) and method.name in VIRTUAL_TOKEN_METHODS:
         if connector:
             raise UserError(f"an adapter of peft with {method.name} cannot hold a connector")
-        arrays, config = slots_out(mllm)
+        arrays, config = virtual_tokens_to_peft(mllm, method)
     else:
-        arrays, config = _linears_out(mllm, format_of(method))
+        arrays, config = _linears_to_peft(mllm, format_of(method))
     if connector:
         parameters = _parameters(mllm)
-        for source in _connector_sources(mllm):
-            arrays |= source.to_tensors(np.asarray(parameters[path_name(source.path)]))
+        for mapping in _connector_mappings(mllm):
+            arrays |= mapping.to_hf(np.asarray(parameters[path_name(mapping.path)]))
         config["modules_to_save"] = [CONNECTOR]
     config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "peft_version": PEFT_VERSION}
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +87,7 @@ def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> P
     return folder
 
 
-def _linears_out(mllm: MLLM, form: Format) -> tuple[Arrays, dict]:
+def _linears_to_peft(mllm: MLLM, form: Format) -> tuple[Arrays, dict[str, Any]]:
     key, method = mllm.tuning.methods[0]
     arrays, patterns, on_input = {}, [], []
     for site, variables in mllm.tuning.params[key].items():
@@ -99,14 +105,14 @@ def _linears_out(mllm: MLLM, form: Format) -> tuple[Arrays, dict]:
             on_input.append(patterns[-1])
     for leaf, x in mllm.tuning.common(key).items():
         arrays[form.shared[leaf].name] = form.shared[leaf].to_peft(np.asarray(x), None)
-    config = {"peft_type": form.peft_type, **form.config(method), **form.neutral}
-    config["target_modules"] = "|".join(patterns)
+    config: dict[str, Any] = {"peft_type": form.peft_type}
+    config |= {**form.config(method), **form.neutral, "target_modules": "|".join(patterns)}
     if form.peft_type == "IA3":
         config["feedforward_modules"] = "|".join(on_input) or []
     return arrays, config
 
 
-def _norms_out(mllm: MLLM) -> tuple[Arrays, dict]:
+def _norms_to_peft(mllm: MLLM) -> tuple[Arrays, dict[str, Any]]:
     arrays, parameters = {}, _parameters(mllm)
     for ours, names in _norm_names(mllm).items():
         stacked = np.asarray(parameters[ours]).reshape(len(names), -1)
@@ -132,37 +138,38 @@ def import_peft(folder: str | Path, mllm: MLLM) -> str:
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not an adapter of peft: it has no {file}")
     config = json.loads((folder / CONFIG).read_text())
-    types = (*PEFT_TYPES, *SLOT_TYPES)
+    types = (*PEFT_TYPES, *VIRTUAL_TOKEN_TYPES)
     if config.get("peft_type") not in types:
         raise choice_error("peft_type", config.get("peft_type"), types)
-    source = {
-        _relative(n): np.asarray(x, np.float32) for n, x in load_file(folder / TENSORS).items()
-    }
-    tensors = _Tensors(source, str(folder))
+    stored = load_file(folder / TENSORS)
+    arrays = {_relative(name): np.asarray(x, np.float32) for name, x in stored.items()}
+    tensors = _Tensors(arrays, str(folder))
     base: Arrays = {}
     if CONNECTOR in (config.get("modules_to_save") or ()):
-        for source in _connector_sources(mllm):
-            tensor = tensors.take(source.names[0], source.tensor_shape)
-            base[path_name(source.path)] = source.to_ours(tensor, (slice(None),) * tensor.ndim)
+        for mapping in _connector_mappings(mllm):
+            tensor = tensors.take(mapping.names[0], mapping.tensor_shape)
+            base[path_name(mapping.path)] = mapping.from_hf(tensor, (slice(None),) * tensor.ndim)
     if config["peft_type"] == NORMS:
         tuning = Tuning(NormTuning.name, mllm.config)
         shapes = {n: x.shape for n, x in _parameters(mllm).items()}
         for ours, names in _norm_names(mllm).items():
             rows = [tensors.take(name, shapes[ours][-1:]) for name in names]
             base[ours] = np.stack(rows).reshape(shapes[ours])
-    elif config["peft_type"] in SLOT_TYPES:
+    elif config["peft_type"] in VIRTUAL_TOKEN_TYPES:
         tensor = tensors.take(TENSOR)
         tensors.finish()
-        tuning = slots_in(mllm.config, config["peft_type"], tensor, str(folder))
+        tuning = virtual_tokens_from_peft(mllm.config, config["peft_type"], tensor, str(folder))
     else:
-        tuning = _linears_in(mllm, read_format(config), config, tensors)
+        tuning = _linears_from_peft(mllm, read_format(config), config, tensors)
     tensors.finish()
     set_params(mllm, {name: jnp.asarray(x) for name, x in base.items()}, str(folder))
     mllm.tuning = tuning
     return tuning.spec
 
 
-def _linears_in(mllm: MLLM, form: Format, config: Mapping, tensors: "_Tensors") -> Tuning:
+def _linears_from_peft(
+    mllm: MLLM, form: Format, config: Mapping[str, Any], tensors: "_Tensors"
+) -> Tuning:
     linears = [f"llm.block.{name}" for name in mllm.config.llm.linears()]
     names = {site: _relative(_linear_name(mllm, site)) for site in linears}
     layers = range(mllm.config.llm.num_layers)
@@ -186,11 +193,11 @@ def _linears_in(mllm: MLLM, form: Format, config: Mapping, tensors: "_Tensors") 
     examples = {
         end: x for name, x in tensors.left.items() for end in ends if name.endswith(f".{end}")
     }
-    method = METHODS[form.method](
-        **form.keys(config, examples),
-        targets="all" if list(found) == linears else ";".join(s.split(".")[-1] for s in found),
-        layers="all" if chosen == [*layers] else ";".join(map(str, chosen)),
-    )
+    keys = form.keys(config, examples)
+    every = list(found) == linears
+    keys["targets"] = "all" if every else ";".join(site.split(".")[-1] for site in found)
+    keys["layers"] = "all" if chosen == [*layers] else ";".join(map(str, chosen))
+    method = METHODS[form.method](**keys)
     tuning = Tuning(format_spec([method]), mllm.config)
     tuning.initialize()
     for site in found:
@@ -200,23 +207,29 @@ def _linears_in(mllm: MLLM, form: Format, config: Mapping, tensors: "_Tensors") 
             for i in chosen:
                 shape = form.leaves[leaf].to_peft(values[i], kernel[i]).shape
                 x = tensors.take(f"{names[site].format(i)}.{form.leaves[leaf].name}", shape)
-                values[i] = form.leaves[leaf].to_ours(x, kernel[i])
+                values[i] = form.leaves[leaf].from_peft(x, kernel[i])
             variable[...] = jnp.asarray(values)
     for leaf, x in tuning.common(form.method).items():
         # Without them in the file, the seed has made the ones that peft would make.
         if form.shared[leaf].name in tensors.left:
             stored = tensors.take(form.shared[leaf].name, x.shape[::-1])
-            tuning.shared[form.method][leaf][...] = form.shared[leaf].to_ours(stored, None)
+            tuning.shared[form.method][leaf][...] = form.shared[leaf].from_peft(stored, None)
     return tuning
 
 
 class _Tensors:
     """The tensors of a file that nothing has asked for yet, and the names of those it lacks."""
 
-    def __init__(self, arrays: Arrays, source: str):
-        self.left, self.source, self.missing = dict(arrays), source, []
+    def __init__(self, arrays: Arrays, source: str) -> None:
+        self.left, self.source = dict(arrays), source
+        self.missing: list[str] = []
 
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """A tensor; zeros in place of one that the file lacks, which `finish` reports.
+
+        Raises:
+          UserError: for a tensor of another shape.
+        """
         x = self.left.pop(name, None)
         if x is None:
             self.missing.append(name)
@@ -226,6 +239,7 @@ class _Tensors:
         return x
 
     def finish(self) -> None:
+        """Raises a `UserError` when tensors were missing, or some are left that nobody took."""
         for what, names in (("lacks", self.missing), ("holds unknown", [*self.left])):
             if names:
                 listed = ", ".join(names[:8])
@@ -235,39 +249,42 @@ class _Tensors:
 # Names
 
 
-def _llm_table(config: DecoderConfig) -> dict[str, str]:
-    """The name table of the family with exactly this decoder's modules."""
-    paths = [path_name(p) for p, _ in nnx.to_flat_state(nnx.state(Decoder(config), nnx.Param))]
+def _llm_map(config: DecoderConfig) -> dict[str, str]:
+    """The LLM's name map: its family's, or the one with exactly this decoder's modules."""
+    if config.model_type in LLM_FAMILIES:
+        return LLM_FAMILIES[config.model_type].name_map
+    paths = named_parameters(Decoder(config))
 
-    def covers(table):
-        return all(path in table or path.rpartition(".")[0] in table for path in paths)
+    def covers(name_map: dict[str, str]) -> bool:
+        return all(path in name_map or path.rpartition(".")[0] in name_map for path in paths)
 
-    return min((t for t in LLM_TABLES.values() if covers(t)), key=len)
+    maps = [family.name_map for family in LLM_FAMILIES.values()]
+    return min((name_map for name_map in maps if covers(name_map)), key=len)
 
 
 def _linear_name(mllm: MLLM, site: str) -> str:
     """Path of a linear in the `transformers` model, `{}` for the layer."""
-    name = _llm_table(mllm.config.llm)[".".join(linear_path(site)[1:])]
+    name = _llm_map(mllm.config.llm)[".".join(linear_path(site)[1:])]
     return _in_model(mllm, name)
 
 
 def _norm_names(mllm: MLLM) -> dict[str, list[str]]:
     """For each of our norm parameters the names of its layers, as for an LLM alone."""
-    table, names = _llm_table(mllm.config.llm), {}
-    for source in module_sources(mllm.llm, table):
-        ours = f"llm.{path_name(source.path)}"
+    names = {}
+    for mapping in module_mappings(mllm.llm, _llm_map(mllm.config.llm)):
+        ours = f"llm.{path_name(mapping.path)}"
         if any(matches(ours, pattern) for pattern in NormTuning.trains):
-            split = (name.rpartition(".") for name in source.names)
+            split = (name.rpartition(".") for name in mapping.names)
             names[ours] = [f"{module}.ln_tuning_layers.{leaf}" for module, _, leaf in split]
     return names
 
 
-def _connector_sources(mllm: MLLM) -> list[Source]:
+def _connector_mappings(mllm: MLLM) -> list[TensorMapping]:
     """Where every parameter of a LLaVA's connector is."""
     if mllm.connector is None or mllm.config.connector != "mlp2x_gelu":
         raise UserError("an adapter of peft holds a connector of kind mlp2x_gelu only")
-    sources = module_sources(mllm.connector, tables.LLAVA_CONNECTOR)
-    return [source.under("connector", "", "model.") for source in sources]
+    mappings = module_mappings(mllm.connector, Llava.connector)
+    return [mapping.within("connector", "", "model.") for mapping in mappings]
 
 
 def _in_model(mllm: MLLM, name: str) -> str:
@@ -283,7 +300,7 @@ def _file_name(name: str) -> str:
 def _relative(name: str) -> str:
     """A tensor's name as in the LLM alone, whatever layout of LLaVA its file has."""
     name = name.removeprefix("base_model.model.")
-    name = renamed(name, tables.FILE_PREFIXES)
+    name = renamed(name, file_prefixes())
     return name.replace("model.language_model.", "model.", 1)
 
 
@@ -294,5 +311,4 @@ def _pattern(name: str, layers: Iterable[int] | None = None) -> str:
 
 
 def _parameters(mllm: MLLM) -> dict[str, jax.Array]:
-    flat = nnx.to_flat_state(nnx.state(mllm, nnx.Param))
-    return {path_name(path): variable.get_value() for path, variable in flat}
+    return {name: variable.get_value() for name, variable in named_parameters(mllm).items()}

@@ -12,24 +12,35 @@ import numpy as np
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.base import Method
+from moresjax.tuning.methods.boft import BOFT
 from moresjax.tuning.methods.dora import lengths
-from moresjax.weights.peft_slots import SLOT_METHODS
+from moresjax.tuning.methods.lora import LoRA
+from moresjax.tuning.methods.oft import OFT
+from moresjax.tuning.methods.vera import VeRA
+from moresjax.weights.peft_virtual_tokens import VIRTUAL_TOKEN_METHODS
 
 # The version whose conventions we write; older readers and writers of OFT differ.
 PEFT_VERSION = "0.21.2"
 FIRST_OFT = (0, 18)
+
+# An array and the linear's kernel to an array.
+Convert = Callable[[np.ndarray, Any], np.ndarray]
+# Settings of `adapter_config.json`, or keys of one of our methods.
+Settings = dict[str, Any]
+Arrays = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One of our arrays in a file: the end of its name, and the conversion both ways.
 
-    Conversions also take the kernel `[D, F]` of the linear.
+    Conversions also take the kernel `[D, F]` of the linear; arrays that all linears share have
+    none.
     """
 
     name: str
-    to_peft: Callable = lambda x, kernel: x
-    to_ours: Callable = lambda x, kernel: x
+    to_peft: Convert = lambda x, kernel: x
+    from_peft: Convert = lambda x, kernel: x
 
 
 def _transposed(name: str) -> Leaf:
@@ -50,28 +61,28 @@ _MAGNITUDE = Leaf(
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A method's files.
+    """How `peft` writes one of our methods.
 
     Attributes:
-      method: our name of the method.
-      peft_type: theirs.
-      leaves: our parameters of one linear.
-      config: the settings of `adapter_config.json` that follow from the method.
-      keys: the method's keys from those settings and from one array per name in `leaves`.
-      neutral: settings that change what the adapter computes, with the value that does not.
-      shared: arrays that all linears use, by our name.
+      method: The name of the method here.
+      peft_type: The name of the method in `peft`.
+      leaves: The conversion of each parameter of a linear.
+      config: Makes the settings of `adapter_config.json` from the method.
+      keys: Makes the method's keys from those settings and from one array per name in `leaves`.
+      neutral: Settings that change what the adapter computes, with the value that does not.
+      shared: The conversion of arrays that all linears use.
     """
 
     method: str
     peft_type: str
     leaves: Mapping[str, Leaf]
-    config: Callable[[Any], dict]
-    keys: Callable[[Mapping, Mapping[str, np.ndarray]], dict]
+    config: Callable[[Any], Settings]
+    keys: Callable[[Mapping[str, Any], Arrays], Settings]
     neutral: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shared: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)
 
 
-def _lora_config(method) -> dict:
+def _lora_config(method: LoRA) -> Settings:
     return {
         "r": method.rank,
         "lora_alpha": method.alpha or 2 * method.rank,
@@ -81,7 +92,7 @@ def _lora_config(method) -> dict:
     }
 
 
-def _lora_keys(config, arrays) -> dict:
+def _lora_keys(config: Mapping[str, Any], arrays: Arrays) -> Settings:
     return {
         "rank": config["r"],
         "alpha": float(config["lora_alpha"]),
@@ -102,7 +113,7 @@ _LORA_NEUTRAL = {
 }
 
 
-def _oft_config(method) -> dict:
+def _oft_config(method: OFT) -> Settings:
     return {
         "r": 0,
         "oft_block_size": method.block_size,
@@ -111,7 +122,7 @@ def _oft_config(method) -> dict:
     }
 
 
-def _oft_keys(config, arrays) -> dict:
+def _oft_keys(config: Mapping[str, Any], arrays: Arrays) -> Settings:
     neumann = config.get("use_cayley_neumann", True)
     version = config.get("peft_version") or "0"
     found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
@@ -126,7 +137,7 @@ def _oft_keys(config, arrays) -> dict:
     return {"block_size": size, "cayley": "neumann" if neumann else "exact"}
 
 
-def _boft_config(method) -> dict:
+def _boft_config(method: BOFT) -> Settings:
     return {
         "boft_block_size": method.block_size,
         "boft_block_num": 0,
@@ -135,12 +146,12 @@ def _boft_config(method) -> dict:
     }
 
 
-def _boft_keys(config, arrays) -> dict:
+def _boft_keys(config: Mapping[str, Any], arrays: Arrays) -> Settings:
     factors, _, size, _ = arrays["boft_R"].shape
     return {"block_size": size, "factors": factors}
 
 
-def _vera_config(method) -> dict:
+def _vera_config(method: VeRA) -> Settings:
     return {
         "r": method.rank,
         "vera_dropout": method.dropout,
@@ -149,7 +160,7 @@ def _vera_config(method) -> dict:
     }
 
 
-def _vera_keys(config, arrays) -> dict:
+def _vera_keys(config: Mapping[str, Any], arrays: Arrays) -> Settings:
     return {
         "rank": config["r"],
         "dropout": float(config.get("vera_dropout", 0)),
@@ -222,11 +233,11 @@ def format_of(method: Method) -> Format:
     for form in FORMATS:
         if form.method == method.name:
             return form
-    known = [*(form.method for form in FORMATS), "ln", *SLOT_METHODS]
+    known = [*(form.method for form in FORMATS), "ln", *VIRTUAL_TOKEN_METHODS]
     raise choice_error("method for peft", method.name, known)
 
 
-def read_format(config: Mapping) -> Format:
+def read_format(config: Mapping[str, Any]) -> Format:
     """The format of a folder with this `adapter_config.json`.
 
     Raises:

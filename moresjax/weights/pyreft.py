@@ -25,6 +25,8 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import METHODS
+from moresjax.tuning.methods.mores import MoReS
+from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import format_spec
 from moresjax.weights.files import read_pickle
 
@@ -51,8 +53,11 @@ def export_pyreft(mllm: MLLM, folder: str | Path) -> Path:
     tuning.check_single("a folder of pyreft")
     if not tuning.methods:
         raise UserError(f"tuning {tuning.spec!r} has no edits to write for pyreft")
-    for _, method in tuning.methods:
-        if method.name not in METHOD_NAMES or method.site != SITE:
+    methods: dict[str, LoReFT | MoReS] = {}
+    for name, method in tuning.methods:
+        if isinstance(method, LoReFT | MoReS) and method.site == SITE:
+            methods[name] = method
+        else:
             raise UserError(
                 f"pyreft's layout holds {' and '.join(METHOD_NAMES)} at {SITE} here, the model's "
                 f"tuning is {tuning.spec!r}"
@@ -62,7 +67,7 @@ def export_pyreft(mllm: MLLM, folder: str | Path) -> Path:
     except ImportError:
         raise UserError("writing a folder of pyreft needs torch, which is not installed") from None
     entries, keys, files = [], [], {}
-    for name, method in tuning.methods:
+    for name, method in methods.items():
         params = {leaf: np.asarray(x[...]) for leaf, x in tuning.params[name][SITE].items()}
         for layer in np.flatnonzero(tuning.layer_masks[name][SITE][...]).tolist():
             first = [layer, COMPONENT, "pos", 1, method.rank]
@@ -127,9 +132,9 @@ def import_pyreft(
         if len(ranks) != 1:
             raise UserError(f"{folder}: the layers of an edit must have one rank, got {ranks}")
         every = sorted(edits) == [*range(llm.num_layers)]
-        keys = {} if positions is None else {"positions": positions[number]}
-        layers = "all" if every else ";".join(map(str, sorted(edits)))
-        methods.append(METHODS[method](rank=ranks.pop(), layers=layers, **keys))
+        keys: dict[str, Any] = {} if positions is None else {"positions": positions[number]}
+        keys["layers"] = "all" if every else ";".join(map(str, sorted(edits)))
+        methods.append(METHODS[method](rank=ranks.pop(), **keys))
     tuning = Tuning(format_spec(methods), mllm.config)
     for (name, _), edits in zip(tuning.methods, groups, strict=True):
         acting = sorted(edits)

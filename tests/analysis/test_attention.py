@@ -24,7 +24,8 @@ from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.tuning.base import ProbeContext
-from moresjax.weights.hf import build_model, decoder_config, import_state
+from moresjax.weights.families.base import decoder_config
+from moresjax.weights.hf import build_mllm, import_params
 
 NEW = 5
 
@@ -165,8 +166,8 @@ def test_masses_and_maps_are_those_of_transformers():
     theirs = LlamaForCausalLM(config).eval()
     tensors = {name: x.numpy() for name, x in theirs.state_dict().items()}
     ours = dataclasses.replace(tiny_config(), llm=decoder_config(config.to_dict()), vision=None)
-    state = import_state(ours, config.to_dict(), tensors)
-    model = build_model(ours, state)
+    state = import_params(ours, config.to_dict(), tensors)
+    model = build_mllm(ours, state)
     pieces = [
         (TokenKind.SYSTEM, 2),
         (TokenKind.IMAGE, 4),

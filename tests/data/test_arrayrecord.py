@@ -56,7 +56,7 @@ def test_shards_hold_the_same_samples(files, converted):
 
 @pytest.mark.parametrize("batching", ["pad", "pack", "bucket"])
 def test_batches_are_those_of_the_files(files, converted, batching):
-    options = {"batch_size": 2, "length": 100, "images": 2, "batching": batching}
+    options = {"batch_size": 2, "max_seq_len": 100, "images_per_row": 2, "batching": batching}
     ours = make_iterator(ArrayRecordSource(str(converted[0])), PROCESSOR, **options)
     theirs = make_iterator(files, PROCESSOR, **options)
     for _ in range(3):
@@ -168,7 +168,7 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 processor = Processor(build_tokenizer(), get_template("bare"), ImageProcessor(12), 9)
-options = {"batch_size": 3, "length": 60, "images": 1}
+options = {"batch_size": 3, "max_seq_len": 60, "images_per_row": 1}
 batch = next(make_iterator(found, processor, **options))
 assert batch["pixels"].shape == (3, 1, 12, 12, 3)
 

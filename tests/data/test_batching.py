@@ -33,7 +33,7 @@ from moresjax.training.step import make_train_step, split_model
 
 COUNT, LENGTH, IMAGES = 60, 96, 4
 SMALL = {"num_layers": 1, "unroll": True}
-OPTIONS = {"batch_size": 4, "length": LENGTH, "images": IMAGES, "seed": 5}
+OPTIONS = {"batch_size": 4, "max_seq_len": LENGTH, "images_per_row": IMAGES, "seed": 5}
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +154,12 @@ def test_packed_rows_hold_whole_samples(source, alone):
 @pytest.mark.parametrize("batching", ["pack", "bucket"])
 @pytest.mark.parametrize("before", [0, 1, 9])
 def test_a_saved_state_goes_on_exactly(source, batching, before):
-    options = OPTIONS | {"batching": batching, "window": 13}
+    options = OPTIONS | {"batching": batching, "pack_window": 13}
     running = make_iterator(source, PROCESSOR, **options)
     take(running, before)
     state = json.loads(json.dumps(running.get_state()))
     expected = take(running, 8)
-    resumed = make_iterator(source, PROCESSOR, **options, threads=2)
+    resumed = make_iterator(source, PROCESSOR, **options, num_workers=2)
     take(resumed, 2)  # where it stood does not matter
     resumed.set_state(state)
     assert_same(take(resumed, 8), expected)
@@ -226,7 +226,7 @@ def test_lengths_of_buckets():
     assert bucket_lengths(2048, ()) == (512, 1024, 1536, 2048)
     assert bucket_lengths(100, (40, 20)) == (20, 40, 100)
     with pytest.raises(
-        UserError, match=r"buckets \(40, 200\) must be between 1 and the length 100"
+        UserError, match=r"buckets \(40, 200\) must be between 1 and max_seq_len 100"
     ):
         bucket_lengths(100, (40, 200))
 
@@ -321,7 +321,7 @@ def test_processes_make_the_batches_of_one_and_go_on_in_another_number(
     source, weighted, monkeypatch, batching
 ):
     chosen, batching = (weighted, "pack") if batching == "weighted" else (source, batching)
-    options = OPTIONS | {"batching": batching, "window": 13}
+    options = OPTIONS | {"batching": batching, "pack_window": 13}
     running = make_iterator(chosen, PROCESSOR, **options)
     whole = take(running, 6)
     halves, states = in_processes(monkeypatch, 2, chosen, 6, **options)
@@ -340,7 +340,9 @@ def test_processes_make_the_batches_of_one_and_go_on_in_another_number(
 
 
 def test_weights_are_the_shares_of_packed_documents(weighted):
-    batches = take(make_iterator(weighted, PROCESSOR, batching="pack", window=13, **OPTIONS), 30)
+    batches = take(
+        make_iterator(weighted, PROCESSOR, batching="pack", pack_window=13, **OPTIONS), 30
+    )
     names = [name for batch in batches for ids in batch["id"] for name in str(ids).split(";")]
     assert len(names) > 300
     share = sum(name.startswith("first") for name in names) / len(names)
@@ -371,7 +373,7 @@ def test_a_bad_image_leaves_padding_and_moves_no_other_document(
     # The same name, so that the ids are the same.
     bad = LlavaSource(write_list(tmp_path / "mix.json", changed), source.image_root)
     names = {bad[i].id for i in spoilt}
-    options = OPTIONS | {"batching": "pack", "window": 13, "on_bad_sample": "skip"}
+    options = OPTIONS | {"batching": "pack", "pack_window": 13, "on_bad_sample": "skip"}
     wanted, _ = in_processes(monkeypatch, processes, source, 8, **options)
     found, states = in_processes(monkeypatch, processes, bad, 8, **options)
     assert states == [states[0]] * processes

@@ -13,8 +13,8 @@ from moresjax.core.layout import TokenKind
 from moresjax.data.check import check_data
 from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
-from moresjax.runs.build import build_processor
-from moresjax.runs.config import base_config
+from moresjax.runs.processor import build_processor
+from moresjax.runs.run_config import PartsConfig, RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -32,17 +32,20 @@ def checked(tmp_path_factory):
     bad["long"] = ({}, conversation("one " * 200, "two"))
     for name, (fields, rounds) in bad.items():
         records.append({"id": name, "conversations": rounds} | fields)
-    config = base_config()
-    with config.unlocked(), config.ignore_type():
-        config.tokenizer, config.template = "digits", "bare"
-        config.model.llm, config.model.vision = TINY_LLM, TINY_VISION
+    parts = PartsConfig(llm=TINY_LLM, vision=TINY_VISION)
+    config = RunConfig(tokenizer="digits", template="bare", model=parts)
     source = LlavaSource(write_list(folder / "mix.json", records), str(folder / "images"))
     return config, source, check(config, source)
 
 
 def check(config, source, **options):
     """A report for rows of 100 tokens and four images."""
-    options = {"length": 100, "images": 4, "workers": 1, "progress": False} | options
+    options = {
+        "max_seq_len": 100,
+        "images_per_row": 4,
+        "num_workers": 1,
+        "progress": False,
+    } | options
     return check_data(source, functools.partial(build_processor, config), **options)
 
 
@@ -82,7 +85,7 @@ def test_bad_samples_are_listed_with_their_reason(checked):
 
 def test_workers_find_the_same(checked):
     config, source, report = checked
-    assert check(config, source, workers=2) == report
+    assert check(config, source, num_workers=2) == report
 
 
 def test_images_need_not_be_opened(checked):

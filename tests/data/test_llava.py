@@ -181,14 +181,20 @@ def test_a_record_that_is_no_object_is_named(tmp_path):
 
 @pytest.mark.parametrize("batching", ["pad", "pack", "bucket"])
 def test_bad_samples_are_skipped_counted_and_listed(bad_corpus, tmp_path, batching):
-    options = {"batch_size": 1, "length": 40, "images": 1, "batching": batching, "window": 2}
+    options = {
+        "batch_size": 1,
+        "max_seq_len": 40,
+        "images_per_row": 1,
+        "batching": batching,
+        "pack_window": 2,
+    }
     batches = make_iterator(bad_corpus, PROCESSOR, on_bad_sample="skip", **options)
     ids = {str(next(batches)["id"][0]) for _ in range(20)}
     good = "bad.jsonl[0] good"
     assert ids - {""} <= {good, f"{good};{good}"}
     assert ids != {""}
-    assert sorted(batches.bad.found) == list(range(1, len(BAD) + 1))
-    batches.bad.save(tmp_path / "skipped.json")
+    assert sorted(batches.skip_policy.skipped) == list(range(1, len(BAD) + 1))
+    batches.skip_policy.save(tmp_path / "skipped.json")
     report = json.loads((tmp_path / "skipped.json").read_text())
     assert report["skipped"] == len(BAD)
     assert "none.png does not exist" in report["samples"]["1"]
@@ -200,10 +206,12 @@ def test_bad_samples_are_skipped_counted_and_listed(bad_corpus, tmp_path, batchi
 def test_a_source_without_a_good_sample_ends(tmp_path):
     source = LlavaSource(write_list(tmp_path / "odd.json", ["a", "b", "c"]), str(tmp_path))
     with pytest.raises(UserError, match="all 3 samples are bad"):
-        for _ in make_iterator(source, PROCESSOR, batch_size=1, length=9, on_bad_sample="skip"):
+        for _ in make_iterator(
+            source, PROCESSOR, batch_size=1, max_seq_len=9, on_bad_sample="skip"
+        ):
             pass
     with pytest.raises(UserError, match=r"on_bad_sample 'ignore'; choose from: raise, skip"):
-        make_iterator(source, PROCESSOR, batch_size=1, length=9, on_bad_sample="ignore")
+        make_iterator(source, PROCESSOR, batch_size=1, max_seq_len=9, on_bad_sample="ignore")
 
 
 # ---- Several files.
@@ -220,7 +228,7 @@ def test_several_files_are_one_source(corpus, tmp_path):
     assert both[4].id == "a.json[4] 0004"
     assert both[5].id == "b.jsonl[0] 0005"
     assert both.sizes.tolist() == corpus[2].sizes.tolist()
-    assert both.shares == ()
+    assert both.mixture_weights == ()
     again = pickle.loads(pickle.dumps(both))
     assert again[7] == both[7]
 
@@ -232,7 +240,7 @@ def test_weights_are_the_shares_of_what_is_read(corpus, tmp_path):
         write_list(tmp_path / "b.json", records[5:]),
     )
     source = LlavaSource(";".join(paths), str(folder / "images"), weights="3;1")
-    batches = make_iterator(source, PROCESSOR, batch_size=4, length=120, images=2)
+    batches = make_iterator(source, PROCESSOR, batch_size=4, max_seq_len=120, images_per_row=2)
     ids = [str(i) for _ in range(35) for i in next(batches)["id"]]
     assert sum(i.startswith("a.json") for i in ids) == pytest.approx(0.75 * len(ids), abs=1)
     # Every sample of the smaller share has its turn before one comes again.
@@ -240,7 +248,7 @@ def test_weights_are_the_shares_of_what_is_read(corpus, tmp_path):
     assert len(rest) == len(set(rest)) == 35
     state = batches.get_state()
     expected = [next(batches)["id"].tolist() for _ in range(3)]
-    again = make_iterator(source, PROCESSOR, batch_size=4, length=120, images=2)
+    again = make_iterator(source, PROCESSOR, batch_size=4, max_seq_len=120, images_per_row=2)
     again.set_state(json.loads(json.dumps(state)))
     assert [next(again)["id"].tolist() for _ in range(3)] == expected
 

@@ -10,12 +10,12 @@ import pytest
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind
 from moresjax.core.row import FIELDS
-from moresjax.data.bad import BadSamples
 from moresjax.data.digits import DigitsSource, build_tokenizer
 from moresjax.data.images import ImageProcessor
 from moresjax.data.pipeline import make_iterator, to_device_batch
 from moresjax.data.processor import Processor
-from moresjax.data.rows import Rows
+from moresjax.data.rows import RowReader
+from moresjax.data.skipping import SkipPolicy
 from moresjax.data.sources import make_source
 from moresjax.data.templates import get_template
 
@@ -26,7 +26,7 @@ LENGTH = 84
 def iterator(task="instruct", **options):
     source = options.pop("source", None) or DigitsSource(task, size=40)
     images = 0 if task == "text" else 1
-    options = {"batch_size": 4, "length": LENGTH, "images": images} | options
+    options = {"batch_size": 4, "max_seq_len": LENGTH, "images_per_row": images} | options
     return make_iterator(source, PROCESSOR, **options)
 
 
@@ -84,18 +84,18 @@ def test_the_seed_decides_the_order():
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("before", [0, 3, 11])
 def test_a_saved_state_goes_on_exactly(before, threads):
-    running = iterator(threads=threads)
+    running = iterator(num_workers=threads)
     take(running, before)
     state = running.get_state()
     expected = take(running, 6)
-    resumed = iterator(threads=threads)
+    resumed = iterator(num_workers=threads)
     take(resumed, 2)  # where it stood does not matter
     resumed.set_state(json.loads(json.dumps(state)))
     assert_same(take(resumed, 6), expected)
 
 
 def test_threads_do_not_change_the_order():
-    assert_same(take(iterator(threads=1), 6), take(iterator(threads=3), 6))
+    assert_same(take(iterator(num_workers=1), 6), take(iterator(num_workers=3), 6))
 
 
 def test_patches_are_passed_on():
@@ -105,7 +105,7 @@ def test_patches_are_passed_on():
     assert batch["pixels"].min() >= -1
     assert batch["pixels"].max() <= 1
     source = DigitsSource("patches", "test")
-    (row,) = Rows(source, PROCESSOR, LENGTH, 1, BadSamples("raise", 1)).padded([0])
+    (row,) = RowReader(source, PROCESSOR, LENGTH, 1, SkipPolicy("raise", 1)).padded([0])
     np.testing.assert_array_equal(row["pixels"], PROCESSOR.image(source[0]["pixels"]))
     np.testing.assert_array_equal(row["classes"], source[0]["classes"])
 
@@ -113,9 +113,9 @@ def test_patches_are_passed_on():
 def test_a_bad_sample_is_named():
     source = DigitsSource("instruct")
     with pytest.raises(UserError, match=rf"sample {source[5].id}: \d+ tokens do not fit into 20"):
-        Rows(source, PROCESSOR, 20, 1, BadSamples("raise", 1)).padded([5])
+        RowReader(source, PROCESSOR, 20, 1, SkipPolicy("raise", 1)).padded([5])
     with pytest.raises(UserError, match=r"sample digits-instruct-0-\d+: \d+ tokens do not fit"):
-        next(iterator(length=20))
+        next(iterator(max_seq_len=20))
 
 
 def test_a_batch_on_the_devices():

@@ -13,7 +13,7 @@ from corpus import PROCESSOR, make_images, make_records, write_list
 from moresjax.data.llava import LlavaSource
 from moresjax.data.pipeline import make_iterator
 
-OPTIONS = {"batch_size": 4, "length": 96, "images": 4, "window": 11}
+OPTIONS = {"batch_size": 4, "max_seq_len": 96, "images_per_row": 4, "pack_window": 11}
 BATCHES = 5
 
 WORK = """

@@ -9,6 +9,7 @@ from lm_eval.api.instance import Instance
 from tiny import tiny_model
 
 from moresjax.core.errors import UserError
+from moresjax.core.row import Row
 from moresjax.data.digits import FAMILIES, build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
@@ -123,9 +124,8 @@ def test_requests_are_drawn_where_they_say_so(model):
     found = lm.generate_until(requests("generate_until", ask), disable_tqdm=True)
     assert found == lm.generate_until(requests("generate_until", ask), disable_tqdm=True)
     assert len(set(found[:4])) > 1
-    tokens = lm.model.service.generate_many([lm._raw_row(lm._ids(prompt))], 5, batch_size=4)[
-        0
-    ].tokens
+    row = Row.text(lm._ids(prompt))
+    tokens = lm.model.service.generate_many([row], 5, batch_size=4)[0].tokens
     assert found[4] == model.prompts.spell(tokens)
     with pytest.raises(UserError, match="a request wants a beam search"):
         lm.generate_until(requests("generate_until", [(prompt, {"num_beams": 2})]))

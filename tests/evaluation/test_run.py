@@ -26,7 +26,7 @@ from moresjax.evaluation.results import EvaluationResult, write_results
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import benchmark_names, load_benchmark
 from moresjax.inference.model import Model
-from moresjax.weights.adapter import fingerprint
+from moresjax.weights.fingerprint import fingerprint
 
 
 def make_model(seed: int = 0) -> Model:

@@ -136,6 +136,24 @@ def test_caches_grow_with_the_answers(model, rows, monkeypatch):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
 
 
+def test_knobs_of_the_engine_change_no_token(model, rows, refilled):
+    config = EngineConfig(prefills_per_batch=1, decode_chunk=3, initial_new_tokens=1)
+    other = Model(model.mllm, model.processor, engine_config=config)
+    limits = [NEW, 2, NEW, 4, NEW]
+    options = {"batch_size": 2, "probes": PROBES, "logprobs": True}
+    found = other.generate_many(rows, limits, **options)
+    assert [c.tokens.tolist() for c in found] == [c.tokens.tolist() for c in refilled[0]]
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "least"),
+    [("decode_chunk", 0, 1), ("cache_growth", 1, 2), ("min_prompts_per_image", 0.5, 1)],
+)
+def test_knobs_out_of_range_are_named(knob, value, least):
+    with pytest.raises(UserError, match=f"{knob} must be at least {least}, got {value}"):
+        EngineConfig(**{knob: value})
+
+
 def test_an_answer_ends_before_its_first_stop_string(model, rows, together):
     words = model.prompts.text(together.tokens[0, : together.length[0]]).split()
     expected = " ".join(words[: words.index(words[1])])

@@ -13,7 +13,7 @@ from moresjax.generation.sampling import Sampling
 from moresjax.inference.chat import Chat
 from moresjax.inference.model import Model
 from moresjax.sharding.mesh import make_mesh, mesh_preset
-from moresjax.weights.adapter import fingerprint
+from moresjax.weights.fingerprint import fingerprint
 
 NEW = 4
 TUNING = "lora:rank=2/mores:rank=1,positions=image:f4+l5"

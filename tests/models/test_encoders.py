@@ -32,9 +32,9 @@ from moresjax.models.initialize import abstract, initialize, set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 from moresjax.models.zoo import ENCODERS, VISION, mllm_config
-from moresjax.runs.build import split_trainable_blocks
+from moresjax.runs.init_weights import split_trainable_blocks
 from moresjax.training.step import split_model
-from moresjax.weights.parts import load_vision
+from moresjax.weights.vision_folder import load_vision
 
 # Features
 

@@ -28,6 +28,7 @@ from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs, visible_runs
 from moresjax.plans.train_plan import abstract_step
 from moresjax.runs.config import base_config
+from moresjax.runs.run_config import resolve
 from moresjax.sharding.mesh import batch_sharding, make_mesh, mesh_preset, shard_params, use_mesh
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
@@ -233,15 +234,15 @@ def lowered_for_tpus(preset: str):
     config.batch_size, config.max_seq_len, config.data = 16, 128, {"name": "llava"}
     config.also_train = ()
     config.mesh.update(mesh_preset(preset, 4))
-    with config.unlocked(), config.ignore_type():
-        config.model.llm = {
-            "vocab_size": 256,
-            "hidden_size": 320,
-            "intermediate_size": 256,
-            "num_layers": 2,
-            "num_heads": 4,
-        }
-    mesh = make_mesh(**config.mesh, devices=find_slice("v5e-4").devices())
+    config.model.llm = {
+        "vocab_size": 256,
+        "hidden_size": 320,
+        "intermediate_size": 256,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
+    config = resolve(config)
+    mesh = make_mesh(**mesh_preset(preset, 4), devices=find_slice("v5e-4").devices())
     state, frozen, batch, step = abstract_step(config, mesh)
     return step.lower(state, frozen, batch)
 

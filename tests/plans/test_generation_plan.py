@@ -24,8 +24,7 @@ CACHE = 2 * LAYERS * (ROWS // 8) * (PROMPT + NEW) * WIDTH * 2
 
 
 def generation(tuning: str, preset: str, **changes) -> list[Plan]:
-    config = cut(tuning, batch_size=ROWS, **changes)
-    config.mesh.update(mesh_preset(preset, 8))
+    config = cut(tuning, preset, batch_size=ROWS, **changes)
     return plan_generation(config, "v5e-8", NEW, PROMPT)
 
 
@@ -79,7 +78,7 @@ def test_a_prefill_reads_the_prompts_and_leaves_the_cache(split):
 def test_visual_steering_leaves_the_decode_program_as_it_is():
     def program(tuning):
         config = cut(tuning, batch_size=ROWS)
-        mesh = make_mesh(**config.mesh, devices=find_slice("v5e-8").devices())
+        mesh = make_mesh(**mesh_preset("fsdp", 8), devices=find_slice("v5e-8").devices())
         batch = abstract_batch(config, mesh, PROMPT, RowStructure.SINGLE)
         with use_mesh(mesh):
             return abstract_engine(config, mesh).lower_decode(batch, NEW).as_text()

@@ -14,7 +14,7 @@ from moresjax.models.count import count_parameters
 from moresjax.plans.program import Plan, _needed, describe
 from moresjax.plans.train_plan import abstract_step, plan
 from moresjax.plans.train_plan import search as search_plans
-from moresjax.runs.build import model_config
+from moresjax.runs.architecture import model_config
 from moresjax.runs.config import load_config
 from moresjax.sharding.mesh import make_mesh, mesh_preset
 
@@ -36,8 +36,8 @@ def steered() -> Plan:
 @pytest.mark.parametrize("tuning", ["mores-base", "lora", "full"])
 @pytest.mark.parametrize("size", ["3b", "7b", "13b"])
 def test_the_steps_of_the_papers_models_lower_for_tpus(size, tuning):
-    config = load_config(f"{RUNS}:size={size},tuning={tuning}")
-    config.max_seq_len, config.images_per_row, config.batch_size = 1024, 1, 64
+    sizes = ["max_seq_len=1024", "images_per_row=1", "batch_size=64"]
+    config = load_config(f"{RUNS}:size={size},tuning={tuning}", sizes)
     mesh = make_mesh(**mesh_preset("fsdp", 8), devices=find_slice("v5e-8").devices())
     state, frozen, batch, step = abstract_step(config, mesh)
     text = step.lower(state, frozen, batch).as_text()

@@ -1,5 +1,6 @@
 """Config files, overrides, and what is written into a run's directory."""
 
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from moresjax.runs.config import (
     save_config,
     set_value,
 )
+from moresjax.runs.run_config import RunConfig, resolve
 
 DEFAULTS = {"stage": "llm", "tuning": "none", "seed": 0, "lr": 1.0, "fast": False}
 KEYS = ("rank", "positions", "layers", "dropout", "init", "targets")
@@ -190,6 +192,8 @@ def test_files_that_are_no_config(tmp_path):
         load_config(str(tmp_path / "missing.py"))
     with pytest.raises(UserError, match="get_config"):
         load_config(config_file(tmp_path, "config = 1\n"))
+    with pytest.raises(UserError, match="returned None, which is no configuration"):
+        load_config(config_file(tmp_path, "def get_config(arg=None):\n    pass\n"))
 
 
 @settings(max_examples=15)
@@ -204,19 +208,21 @@ def test_saved_configs_read_back_the_same(tmp_path_factory, steps, lr, tuning, a
     config = base_config()
     config.steps, config.optimizer.lr, config.tuning = steps, lr, tuning
     config.also_train = also
-    with config.unlocked():
-        config.data.update(data)
+    config.data.update(data)
     path = tmp_path_factory.mktemp("config") / "config.json"
+    config = resolve(config)
     save_config(config, path)
     again = read_config(path)
+    assert again == config
     assert again.to_dict() == config.to_dict()
     assert type(again.also_train) is tuple
+    path.write_text(json.dumps(again.to_dict() | {"stepz": 1}))
     with pytest.raises(UserError, match="unknown config key"):
-        set_value(again, "stepz", "1")
+        read_config(path)
 
 
 def test_saved_configs_are_json_a_person_can_read(tmp_path):
-    save_config(base_config(), tmp_path / "config.json")
+    save_config(RunConfig(), tmp_path / "config.json")
     text = (tmp_path / "config.json").read_text()
     assert json.loads(text)["optimizer"]["lr"] == 1e-3
     assert len(text.splitlines()) > 20
@@ -227,8 +233,7 @@ def test_differences_name_the_changed_leaves():
     assert differences(a.to_dict(), b.to_dict()) == []
     b.steps = 7
     b.optimizer.lr = 0.5
-    with b.unlocked():
-        b.data.size = 3
+    b.data.size = 3
     found = differences(a.to_dict(), b.to_dict())
     assert found == ["data.size", "optimizer.lr", "steps"]
     assert differences(b.to_dict(), a.to_dict()) == found
@@ -263,7 +268,7 @@ def test_a_file_with_the_keys_of_version_0_1_reads_back(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(OLD))
     found = read_config(path)
-    assert {key: found[key] for key in NEW} == NEW
+    assert {key: found.to_dict()[key] for key in NEW} == NEW
 
 
 @pytest.mark.parametrize(("old", "new"), zip(OLD, NEW, strict=True))
@@ -271,6 +276,107 @@ def test_a_key_of_version_0_1_names_its_new_spelling(tmp_path, old, new):
     with pytest.raises(UserError, match=f"^config key {old} is now {new}$"):
         set_value(base_config(), old, "1")
     text = "from moresjax.runs.config import base_config\ndef get_config(arg=None):\n"
-    name = config_file(tmp_path, f"{text}    config = base_config()\n    config.{old} = 1\n")
+    name = config_file(
+        tmp_path, f"{text}    config = base_config()\n    config.{old} = 1\n    return config\n"
+    )
     with pytest.raises(UserError, match=f"config key {old} is now {new}$"):
+        load_config(name)
+    with pytest.raises(UserError, match=f"config key {old} is now {new}$"):
+        resolve({old: 1})
+
+
+def test_fields_of_parts_of_version_0_1_read_back(tmp_path):
+    path = tmp_path / "config.json"
+    fields = {"hidden_size": 8, "last_layers": 2}
+    pair = {"encoders": [fields, fields], "fusion": "interleave"}
+    for vision in (fields, pair):
+        path.write_text(json.dumps({"model": {"vision": vision}}))
+        found = read_config(path).model.vision
+        for each in found.get("encoders", [found]):
+            assert each == {"hidden_size": 8, "num_trainable_blocks": 2}
+
+
+# ---- Plain assignments, and what becomes of them.
+
+
+def test_a_part_is_assigned_by_name_or_by_fields():
+    config = base_config()
+    config.model.vision = "clip-l-14-336"
+    assert resolve(config).model.vision == "clip-l-14-336"
+    config.model.vision = {"hidden_size": 8, "encoders": [{"num_layers": 1}]}
+    assert resolve(config).model.vision == {"hidden_size": 8, "encoders": ({"num_layers": 1},)}
+    config.model.vision = ""
+    config.data = {"name": "llava", "files": "a.json"}
+    config.data.image_root = "images"
+    config.validation.data = {"name": "digits"}
+    config.validation.data.size = 3
+    config.optimizer.lr = 1
+    config.also_train = ["llm", "connector"]
+    found = resolve(config)
+    assert found.data == {"name": "llava", "files": "a.json", "image_root": "images"}
+    assert found.validation.data == {"name": "digits", "size": 3}
+    assert type(found.optimizer.lr) is float
+    assert found.also_train == ("llm", "connector")
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [("stepz", "steps"), ("optimizer.lrr", "weight_decay"), ("mesh.model", "tensor")],
+)
+def test_an_unknown_key_in_a_config_is_found_with_the_allowed_ones(tmp_path, key, allowed):
+    text = "from moresjax.runs.config import base_config\ndef get_config(arg=None):\n"
+    name = config_file(tmp_path, f"{text}    c = base_config()\n    c.{key} = 1\n    return c\n")
+    with pytest.raises(UserError, match=f"unknown config key '{key}'.*{allowed}"):
+        load_config(name)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"steps": "many"}, "steps"),
+        ({"steps": 1.5}, "steps"),
+        ({"steps": True}, "steps"),
+        ({"optimizer": {"lr": "fast"}}, "optimizer.lr"),
+        ({"optimizer": 3}, "optimizer"),
+        ({"data": "digits"}, "data"),
+        ({"model": {"classes": (1, "a")}}, "model.classes"),
+        ({"model": {"llm": 3}}, "model.llm"),
+        ({"also_train": 3}, "also_train"),
+        ({"tensorboard": 1}, "tensorboard"),
+    ],
+)
+def test_a_value_of_another_type_in_a_config_names_its_key(values, key):
+    with pytest.raises(UserError, match=f"config key {key} takes"):
+        resolve(values)
+
+
+def test_a_resolved_configuration_stays_as_it_is():
+    config = RunConfig(steps=3)
+    assert resolve(config) is config
+    assert resolve(config.to_dict()) == config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.steps = 4
+
+
+# ---- Packaged configs.
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.py", "configs/digits.py"])
+def test_a_packaged_config_is_found_by_its_name_anywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(f"{name}:stage=llm,seed=3", ["steps=7"])
+    assert (config.name, config.seed, config.steps) == ("llm", 3, 7)
+
+
+def test_a_file_wins_over_the_packaged_config_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.py").write_text("def get_config(arg=None):\n    return {'name': 'mine'}\n")
+    assert load_config("digits.py").name == "mine"
+    assert load_config("digits:stage=llm").name == "llm"
+
+
+@pytest.mark.parametrize("name", ["digitz", "elsewhere/digits.py", "configs/none.py", "__init__"])
+def test_an_unknown_config_names_the_packaged_ones(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"{name} does not exist.* digits, forkme, llava_steering"):
         load_config(name)

@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 
 from moresjax.core.errors import UserError
-from moresjax.runs import build
-from moresjax.runs.build import load_workdir, trained_parameters
+from moresjax.runs import workdir as workdir_module
 from moresjax.runs.checkpoint import named
+from moresjax.runs.init_weights import trained_parameters
+from moresjax.runs.workdir import load_workdir
 
 RUNS = Path(__file__).parents[1] / "fixtures" / "v0_1"
 WORKDIR = RUNS / "mores"
@@ -65,6 +66,6 @@ def test_a_spec_that_does_not_fit_is_refused(spec):
 def test_pickled_base_parts_are_read_on_request_only(tmp_path, monkeypatch, allow_pickle):
     workdir = shutil.copytree(WORKDIR, tmp_path / "run")
     asked = []
-    monkeypatch.setattr(build, "load_parts", lambda *_, **options: asked.append(options))
+    monkeypatch.setattr(workdir_module, "load_parts", lambda *_, **options: asked.append(options))
     load_workdir(workdir, allow_pickle=allow_pickle)
     assert [options["allow_pickle"] for options in asked] == [allow_pickle]

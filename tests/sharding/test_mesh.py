@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 from tiny import tiny_batch, tiny_model
 
 from moresjax.core.errors import UserError
-from moresjax.runs.build import trained_parameters
 from moresjax.runs.checkpoint import named
-from moresjax.runs.config import base_config, load_config
+from moresjax.runs.config import load_config
+from moresjax.runs.init_weights import trained_parameters
+from moresjax.runs.run_config import OptimizerConfig
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import (
     SPLIT_FROM,
@@ -55,9 +56,8 @@ def parts(case: str):
 
 def start(case: str, mesh):
     graphdef, trainable, frozen = parts(case)
-    config = base_config().optimizer
     # A large epsilon keeps Adam smooth where a gradient is zero but for rounding.
-    config.schedule, config.warmup, config.lr, config.eps = "constant", 0.0, 1e-2, 1e-3
+    config = OptimizerConfig(schedule="constant", warmup=0.0, lr=1e-2, eps=1e-3)
     optimizer, schedule = make_optimizer(config, STEPS, trainable)
     trainable, frozen = shard_params(trainable, mesh), shard_params(frozen, mesh)
     zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))

@@ -9,8 +9,8 @@ from corpus import make_images, make_records, write_list
 from tiny import TINY_LLM, TINY_VISION
 
 from moresjax.core.errors import UserError
-from moresjax.runs.build import trained_parameters
 from moresjax.runs.config import base_config
+from moresjax.runs.init_weights import trained_parameters
 from moresjax.training.loop import train
 
 
@@ -20,18 +20,17 @@ def config(tmp_path_factory):
     records = make_records(make_images(folder / "images", 6), 30)
     records[8]["image"] = "none.png"
     config = base_config()
-    with config.unlocked(), config.ignore_type():
-        config.tokenizer, config.template = "digits", "bare"
-        small = {"num_layers": 1, "unroll": True}
-        config.model.llm = TINY_LLM | small | {"vocab_size": 37}
-        config.model.vision = TINY_VISION | small
-        files = write_list(folder / "mix.json", records)
-        config.data = {"name": "llava", "files": files, "image_root": str(folder / "images")}
-        config.update(
-            {"max_seq_len": 96, "images_per_row": 4, "batch_size": 8, "steps": 4, "log_every": 4}
-        )
-        config.update({"pack_window": 13, "tensorboard": False, "on_bad_sample": "skip"})
-        config.checkpoint.every = 2
+    config.tokenizer, config.template = "digits", "bare"
+    small = {"num_layers": 1, "unroll": True}
+    config.model.llm = TINY_LLM | small | {"vocab_size": 37}
+    config.model.vision = TINY_VISION | small
+    files = write_list(folder / "mix.json", records)
+    config.data = {"name": "llava", "files": files, "image_root": str(folder / "images")}
+    config.update(
+        {"max_seq_len": 96, "images_per_row": 4, "batch_size": 8, "steps": 4, "log_every": 4}
+    )
+    config.update({"pack_window": 13, "tensorboard": False, "on_bad_sample": "skip"})
+    config.checkpoint.every = 2
     return config
 
 

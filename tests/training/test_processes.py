@@ -10,7 +10,7 @@ import pytest
 from run_helpers import TINY, cli_arguments, curve, free_address, rewind, start, wait_for
 
 from moresjax.cli import main
-from moresjax.runs.build import trained_parameters
+from moresjax.runs.init_weights import trained_parameters
 from moresjax.sharding.processes import use_compile_cache
 
 # With images, packed rows, validation, attention statistics, and parameters split over processes.

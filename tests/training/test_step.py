@@ -14,7 +14,7 @@ from tiny import tiny_batch, tiny_model
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
 from moresjax.runs.checkpoint import named
-from moresjax.runs.config import base_config
+from moresjax.runs.run_config import OptimizerConfig
 from moresjax.runs.state import TrainState
 from moresjax.training import objectives
 from moresjax.training.objectives import next_token
@@ -28,9 +28,8 @@ TUNED = {f"tuning.params.mores.llm.block.out.{leaf}" for leaf in ("rotate", "wei
 
 def optimizer_config(**changes):
     """Settings without warm-up, decay or clipping, changed by `changes`."""
-    config = base_config().optimizer.to_dict()
-    config |= {"warmup": 0.0, "schedule": "constant", "clip": 0.0} | changes
-    return dataclasses.make_dataclass("Optimizer", config)(**config)
+    plain = {"warmup": 0.0, "schedule": "constant", "clip": 0.0}
+    return OptimizerConfig(**plain | changes)
 
 
 def uneven_batch(rows: int):
@@ -328,11 +327,10 @@ def test_the_last_matching_override_wins(trainable, flip):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_overrides_keep_the_order_of_the_config(trainable, flip):
-    config = base_config()
     rates = ["llm=2e-3", "[cl].*=5e-3"]
-    config.optimizer.lr_by_component = ";".join(rates[::-1] if flip else rates)
-    config.optimizer.clip, config.optimizer.warmup, config.optimizer.lr = 0.0, 0.0, 1e-3
-    optimizer, _ = make_optimizer(config.optimizer, 10, trainable)
+    by_component = ";".join(rates[::-1] if flip else rates)
+    config = OptimizerConfig(lr_by_component=by_component, clip=0.0, warmup=0.0, lr=1e-3)
+    optimizer, _ = make_optimizer(config, 10, trainable)
     grads = random_like(trainable)
     updates = named(optimizer.update(grads, optimizer.init(trainable), trainable)[0])
     wanted = 2e-3 if flip else 5e-3
@@ -340,10 +338,9 @@ def test_overrides_keep_the_order_of_the_config(trainable, flip):
 
 
 def test_a_config_can_name_a_parameter_inside_a_component(trainable):
-    config = base_config()
-    config.optimizer.lr_by_component = "connector.layers.0=5e-3"
-    config.optimizer.clip, config.optimizer.warmup, config.optimizer.lr = 0.0, 0.0, 1e-3
-    optimizer, _ = make_optimizer(config.optimizer, 10, trainable)
+    by_component = "connector.layers.0=5e-3"
+    config = OptimizerConfig(lr_by_component=by_component, clip=0.0, warmup=0.0, lr=1e-3)
+    optimizer, _ = make_optimizer(config, 10, trainable)
     grads = random_like(trainable)
     updates = named(optimizer.update(grads, optimizer.init(trainable), trainable)[0])
     np.testing.assert_allclose(np.abs(updates["connector.layers.0.bias"]), 5e-3, rtol=1e-3)

@@ -10,7 +10,7 @@ import numpy as np
 from run_helpers import TEXT_ONLY, cli_arguments, curve, free_address, start, wait_for
 
 from moresjax.cli import main
-from moresjax.runs.build import trained_parameters
+from moresjax.runs.init_weights import trained_parameters
 
 RUN = [sys.executable, "-m", "moresjax.cli"]
 

@@ -34,9 +34,11 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.sources import SOURCES
 from moresjax.models.count import count_parameters
 from moresjax.models.initialize import set_params
-from moresjax.runs.build import build_model, load_workdir, trained_parameters
+from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints, named
 from moresjax.runs.config import read_config
+from moresjax.runs.init_weights import trained_parameters
+from moresjax.runs.workdir import load_workdir
 from moresjax.training import loop
 from moresjax.training.loop import train
 from moresjax.training.metrics import MetricWriter
@@ -313,9 +315,8 @@ def poisoned(model, batch, key=None):
 def broken(tmp_path_factory):
     """The directory and the error of a run that meets a poisoned sample."""
     workdir = tmp_path_factory.mktemp("runs") / "broken"
-    config = head_config(**{"steps": 8, "checkpoint.every": 1, "max_seq_len": 64})
-    with config.unlocked():
-        config.data.size = 24
+    changes = {"steps": 8, "checkpoint.every": 1, "max_seq_len": 64, "data.size": 24}
+    config = head_config(**changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SOURCES, "digits", PoisonedSource)
         patch.setitem(OBJECTIVES, "next_token", poisoned)

@@ -24,7 +24,7 @@ from moresjax.sharding.mesh import (
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.base import METHODS
-from moresjax.weights.configs import decoder_config
+from moresjax.weights.families.base import decoder_config
 
 # Each family once, as one configuration of the decoder or another.
 CONFIGS = {name: FAMILIES[name] for name in ("mistral", "qwen 3", "gemma 2", "gemma 3", "opt")}

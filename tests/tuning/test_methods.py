@@ -15,7 +15,7 @@ from moresjax.models.mllm import MLLM
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.merge import merged
-from moresjax.weights.hf import build_model, import_state, pretrained_config
+from moresjax.weights.hf import build_mllm, import_params, pretrained_config
 
 PEFT_NAMES = {"attn": "self_attn", "mlp": "mlp"}
 MODULES = {"q": "attn", "k": "attn", "v": "attn", "o": "attn", "gate": "mlp", "up": "mlp"}
@@ -61,7 +61,7 @@ def ours_and_peft(llama, tmp_path, spec: str, peft_config):
     llama.save_pretrained(tmp_path)
     tensors = {name: x.numpy() for name, x in llama.state_dict().items()}
     config, hf = pretrained_config(tmp_path), llama.config.to_dict()
-    model = build_model(config, import_state(config, hf, tensors), spec)
+    model = build_mllm(config, import_params(config, hf, tensors), spec)
     randomize(model)
     theirs = get_peft_model(copy.deepcopy(llama), peft_config).eval()
     state = dict(theirs.named_parameters())

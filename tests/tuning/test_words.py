@@ -62,9 +62,9 @@ def test_an_attached_selector_finds_the_words_of_the_batch():
 
 def test_a_run_knows_the_words_and_a_model_without_tokenizer_says_so():
     sizes = [f"model.llm.{key}_size=8" for key in ("hidden", "intermediate")]
-    config = load_config(str(DIGITS), [*sizes, "model.llm.num_heads=2", "init.llm=random"])
-    with config.unlocked():
-        config.tuning, config.init.vision, config.init.connector = SPEC, "random", "random"
+    init = [f"init.{part}=random" for part in ("llm", "vision", "connector")]
+    settings = [*sizes, "model.llm.num_heads=2", f"tuning={SPEC}", *init]
+    config = load_config(str(DIGITS), settings)
     words = dict(build_model(config).tuning.words)
     assert words == {w: (build_tokenizer().get_vocab()[w],) for w in ("seven", "how")}
     with pytest.raises(UserError, match="needs the batch's tokens and a tokenizer"):

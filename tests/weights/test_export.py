@@ -21,8 +21,8 @@ from moresjax.core.errors import UserError
 from moresjax.models.connector import CONNECTORS
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.weights.configs import decoder_config
 from moresjax.weights.export import export_hf, hf_config
+from moresjax.weights.families.base import decoder_config
 from moresjax.weights.hf import load_pretrained
 
 LLMS = FAMILIES | {

@@ -22,14 +22,13 @@ from moresjax.core.errors import UserError
 from moresjax.inference.load import load
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLMConfig
+from moresjax.weights.families.base import decoder_config, vision_config
 from moresjax.weights.hf import (
-    build_model,
-    decoder_config,
-    import_state,
-    llava_config,
+    build_mllm,
+    config_from_hf,
+    import_params,
     load_pretrained,
-    model_sources,
-    vision_config,
+    model_mappings,
 )
 
 TOLERANCE = 1e-4
@@ -101,9 +100,9 @@ def imported(oracle) -> Model:
     """Our model with the oracle's weights, without a file between them."""
     hf = oracle.config.to_dict()
     is_llava = hf["model_type"] == "llava"
-    config = llava_config(hf) if is_llava else MLLMConfig(llm=decoder_config(hf))
+    config = config_from_hf(hf) if is_llava else MLLMConfig(llm=decoder_config(hf))
     tensors = {name: x.detach().numpy() for name, x in oracle.state_dict().items()}
-    return Model(build_model(config, import_state(config, hf, tensors)), None)
+    return Model(build_mllm(config, import_params(config, hf, tensors)), None)
 
 
 # Inputs
@@ -346,7 +345,7 @@ UNUSED = ("model.vision_tower.head.",)
 def test_every_tensor_is_imported(name):
     oracle = built(*LLMS[name]) if name in LLMS else llava(*LLAVAS[name])
     config = imported(oracle).config
-    sources = model_sources(config, oracle.config.to_dict())
+    sources = model_mappings(config, oracle.config.to_dict())
     used = [tensor for source in sources for tensor in source.names]
     assert len(used) == len(set(used)), "one tensor fills two parameters"
     tensors = set(oracle.state_dict())
@@ -456,7 +455,7 @@ def test_tensor_of_another_shape(folder):
 
 def test_unsupported_llm(folder):
     edit_config(folder, model_type="gpt2")
-    with pytest.raises(UserError, match=r"LLM family 'gpt2'.*llama, phi"):
+    with pytest.raises(UserError, match=r"LLM family 'gpt2'.*llama, mistral, opt, phi"):
         load(folder)
 
 
@@ -464,7 +463,7 @@ def test_unsupported_vision_encoder():
     hf = LlavaConfig(text_config=llama(), vision_config=clip()).to_dict()
     hf["vision_config"]["model_type"] = "vit"
     with pytest.raises(UserError, match=r"vision encoder family 'vit'.*clip_vision_model"):
-        llava_config(hf)
+        config_from_hf(hf)
     with pytest.raises(UserError, match="'vit'"):
         vision_config(hf["vision_config"])
 

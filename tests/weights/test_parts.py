@@ -39,9 +39,12 @@ from moresjax.inference.load import load
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.initialize import abstract
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.build import build_processor, load_part, load_parts, model_config
+from moresjax.runs.architecture import model_config
 from moresjax.runs.config import base_config
-from moresjax.weights.parts import load_vision
+from moresjax.runs.init_weights import load_part, load_parts
+from moresjax.runs.processor import build_processor
+from moresjax.runs.run_config import resolve
+from moresjax.weights.vision_folder import load_vision
 
 # Folders: the encoder alone or beside a text encoder, names with and without a prefix
 
@@ -162,10 +165,10 @@ def test_a_pair_from_a_run_configuration_and_two_folders(tmp_path):
         saved(randomised(model), tmp_path / name)
     encoders = [dataclasses.asdict(load_vision(tmp_path / name)[0]) for name in "ab"]
     run = base_config()
-    with run.unlocked(), run.ignore_type():
-        run.model.llm, run.model.connector = dict(TINY_LLM), "mof_mlp"
-        run.model.vision = {"encoders": encoders, "fusion": "interleave"}
+    run.model.llm, run.model.connector = dict(TINY_LLM), "mof_mlp"
+    run.model.vision = {"encoders": encoders, "fusion": "interleave"}
     run.tokenizer = "digits"
+    run = resolve(run)
     config = model_config(run)
     assert MLLMConfig.from_dict(config.to_dict()) == config
     processor = build_processor(run)

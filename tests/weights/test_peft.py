@@ -25,7 +25,8 @@ from moresjax.generation.hf_inputs import hf_batch
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLMConfig
 from moresjax.tuning.methods.vera import VeRA
-from moresjax.weights.hf import build_model, decoder_config, import_state, llava_config
+from moresjax.weights.families.base import decoder_config
+from moresjax.weights.hf import build_mllm, config_from_hf, import_params
 from moresjax.weights.peft import export_peft, import_peft
 
 VOCAB, IMAGE_ID = 31, 30
@@ -83,9 +84,9 @@ class Base:
             parameter.data += 0.1 * torch.randn_like(parameter)
         hf = config.to_dict()
         is_llava = hf["model_type"] == "llava"
-        self.config = llava_config(hf) if is_llava else MLLMConfig(llm=decoder_config(hf))
+        self.config = config_from_hf(hf) if is_llava else MLLMConfig(llm=decoder_config(hf))
         tensors = {name: x.numpy().copy() for name, x in self.oracle.state_dict().items()}
-        self.state = import_state(self.config, hf, tensors)
+        self.state = import_params(self.config, hf, tensors)
         rng = np.random.default_rng(0)
         self.inputs = {"input_ids": rng.integers(1, IMAGE_ID, (2, 7))}
         if is_llava:
@@ -93,7 +94,7 @@ class Base:
             self.inputs["pixel_values"] = rng.standard_normal((2, 3, 8, 8)).astype(np.float32)
 
     def ours(self):
-        return build_model(self.config, self.state)
+        return build_mllm(self.config, self.state)
 
     def adapted(self, config, scale=0.2):
         """A model of `peft` with noise on all that trains."""

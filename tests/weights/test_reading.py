@@ -21,8 +21,8 @@ from moresjax.sharding.mesh import make_mesh, parameter_shardings
 from moresjax.training.step import split_model
 from moresjax.tuning.merge import merged
 from moresjax.weights import files
-from moresjax.weights.hf import load_pretrained, read_pretrained
-from moresjax.weights.positions import resize_positions
+from moresjax.weights.hf import HFFolder, load_pretrained
+from moresjax.weights.resize_pos_embed import resize_pos_embed
 
 LLAMA = LlamaConfig(**(TEXT | {"vocab_size": 64}))
 
@@ -72,9 +72,9 @@ def test_only_the_part_that_is_asked_for_is_read(folder, monkeypatch):
     monkeypatch.setattr(
         files.StoredTensor, "__getitem__", lambda self, index: read.append(self.name)
     )
-    _, parameters = read_pretrained(folder, part="vision")
+    parameters = HFFolder(folder).parameters("vision")
     assert list(parameters) == []
-    _, parameters = read_pretrained(folder)
+    parameters = HFFolder(folder).parameters()
     assert "llm.embed.table" in parameters
     assert read == []
 
@@ -207,10 +207,10 @@ def test_dinov2_at_another_image_size(size, tmp_path):
 
 def test_positions_keep_their_dtype_and_first_rows():
     table = np.random.default_rng(0).standard_normal((26, 3)).astype(np.float16)
-    resized = resize_positions(table, 4, 1)
+    resized = resize_pos_embed(table, 4, 1)
     assert (resized.shape, resized.dtype) == ((17, 3), np.float16)
     np.testing.assert_array_equal(resized[0], table[0])
-    np.testing.assert_array_equal(resize_positions(table, 5, 1), table)
+    np.testing.assert_array_equal(resize_pos_embed(table, 5, 1), table)
 
 
 def test_other_encoders_have_one_image_size(tmp_path):

@@ -10,7 +10,6 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
@@ -19,6 +18,7 @@ from moresjax.evaluation.files import (
     coco_image,
     limit_rows,
     llava_prompt,
+    read_json,
     require_file,
     result_reader,
 )

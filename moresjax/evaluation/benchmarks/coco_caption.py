@@ -5,7 +5,6 @@ https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip). Pho
 `coco/val2014/`. Prompt and length limit are those of xl-vlms.
 """
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     CAPTION,
@@ -14,6 +13,7 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.scoring import caption_scorer

@@ -8,7 +8,6 @@ Files in `gqa/`, from https://cs.stanford.edu/people/dorarad/gqa/download.html:
 import json
 from collections.abc import Mapping
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
@@ -16,6 +15,7 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.vqa import gqa_accuracy, normalize_gqa

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
@@ -17,6 +16,7 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.hallusionbench import (

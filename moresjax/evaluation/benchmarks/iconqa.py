@@ -6,23 +6,60 @@ the data that LLaVA Steering fine-tunes on.
 """
 
 import random
+from collections.abc import Iterator
+from pathlib import Path
 
 from moresjax.core.errors import UserError
-from moresjax.data.tasks.iconqa import blanks, choices
 from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
     example_from_record,
     limit_rows,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.choices import iconqa_correct
 from moresjax.evaluation.scoring import example_scorer
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
+from moresjax.evaluation.training_files import Record, llava_record, training_records
 
 SIZES = {"iconqa_txt": {"test": 6_316, "val": 6_316}, "iconqa_blank": {"test": 3_638, "val": 3_638}}
-KINDS = {"iconqa_txt": ("choose_txt", choices), "iconqa_blank": ("fill_in_blank", blanks)}
+
+
+@training_records("iconqa_txt")
+def text_records(root: Path, split: str, rng: random.Random) -> Iterator[Record]:
+    """Questions whose answer is one of several texts."""
+    for number, folder, item in _items(root, split, "choose_txt"):
+        listed = ", ".join(item["choices"])
+        ending = "Choose an option from the choices to answer the question."
+        question = f"{item['question']} Choices: {listed}. {ending}"
+        answer = item["answer"]  # the choice itself, or its number
+        answer = item["choices"][answer] if isinstance(answer, int) else answer
+        yield llava_record(number, f"{folder}/image.png", question, answer)
+
+
+@training_records("iconqa_blank")
+def blank_records(root: Path, split: str, rng: random.Random) -> Iterator[Record]:
+    """Questions with a blank to fill in."""
+    for number, folder, item in _items(root, split, "fill_in_blank"):
+        question = f"{item['question']} Fill in the blanks in (_) or answer this question"
+        yield llava_record(number, f"{folder}/image.png", question, item["answer"])
+
+
+def _items(root: Path, split: str, kind: str) -> Iterator[tuple[str, str, dict]]:
+    """Number, folder and description of every question, in the order of the numbers."""
+    folder = root / split / kind
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    for number in sorted(names, key=lambda name: (len(name), name)):
+        place = f"{split}/{kind}/{number}"
+        yield number, place, read_json(root, f"{place}/data.json")
+
+
+KINDS = {
+    "iconqa_txt": ("choose_txt", text_records),
+    "iconqa_blank": ("fill_in_blank", blank_records),
+}
 
 
 def _tasks(name: str, data_root: DataRoot, limit: int | None, split: str) -> list[BenchmarkTask]:

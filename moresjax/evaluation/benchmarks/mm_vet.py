@@ -7,7 +7,6 @@ Files in `mm_vet/`, from https://github.com/yuweihao/MM-Vet (`mm-vet.zip`): `mm-
 import json
 from collections.abc import Sequence
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
@@ -15,6 +14,7 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.judge_prompts import MM_VET_ATTEMPTS, MM_VET_RETRY

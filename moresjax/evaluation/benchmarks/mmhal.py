@@ -8,7 +8,6 @@ predictions are also written into the template, for the benchmark's own evaluato
 import json
 from collections.abc import Mapping, Sequence
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
@@ -16,6 +15,7 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.judged import MMHAL_MAX, mmhal_summary, parse_mmhal

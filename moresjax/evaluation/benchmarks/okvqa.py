@@ -5,9 +5,11 @@ Files in `okvqa/`, from https://okvqa.allenai.org/download.html:
 Photos in `coco/val2014/`.
 """
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
-from moresjax.data.generators import coco_questions
+from moresjax.core.errors import UserError
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
@@ -16,13 +18,45 @@ from moresjax.evaluation.files import (
     coco_image,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.vqa import vqa_accuracy
 from moresjax.evaluation.scoring import example_scorer, percent_by
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
+from moresjax.evaluation.training_files import Record, llava_record, training_records
 
 SIZE = 5_046
+
+
+def coco_questions(folder: Path, split: str, prefix: str) -> Iterator[tuple[dict, dict, str]]:
+    """Question, annotation and image of VQA files over COCO.
+
+    Args:
+      folder: The folder of the files.
+      split: `train` or `val`.
+      prefix: The prefix of the files' version, such as `v2_`.
+
+    Raises:
+      UserError: A file is missing or broken, or a question has no annotation.
+    """
+    asked = read_json(folder, f"{prefix}OpenEnded_mscoco_{split}2014_questions.json")["questions"]
+    file = f"{prefix}mscoco_{split}2014_annotations.json"
+    answered = {a["question_id"]: a for a in read_json(folder, file)["annotations"]}
+    for question in asked:
+        number = question["question_id"]
+        if number not in answered:
+            raise UserError(f"question {number} has no annotation in {folder / file}")
+        image = f"{split}2014/COCO_{split}2014_{question['image_id']:012d}.jpg"
+        yield question, answered[number], image
+
+
+@training_records("okvqa")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[Record]:
+    """The question alone, with a random one of its ten answers."""
+    for question, annotation, image in coco_questions(root, split, ""):
+        answer = rng.choice(annotation["answers"])["answer"]
+        yield llava_record(question["question_id"], image, question["question"], answer)
 
 
 def vqa_examples(prefix: str, folder: Path, data_root: DataRoot) -> list[Example]:

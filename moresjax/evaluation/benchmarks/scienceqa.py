@@ -8,10 +8,9 @@ images as `test/ID/image.png` and `val/ID/image.png`.
 """
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
-from moresjax.data.generators import read_json
-from moresjax.data.tasks.scienceqa import records
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     LETTERS,
@@ -22,16 +21,33 @@ from moresjax.evaluation.files import (
     example_from_record,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
     with_options,
 )
 from moresjax.evaluation.metrics.choices import scienceqa_letter, scienceqa_summary
 from moresjax.evaluation.scoring import example_scorer
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
+from moresjax.evaluation.training_files import Record, llava_record, training_records
 
 SIZES = {"test": 4_241, "val": 4_241, "minitest": 424, "minival": 424}
 WITH_IMAGE = 2_017  # of test
 MAX_NEW_TOKENS = 1024
+
+
+@training_records("scienceqa")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[Record]:
+    """Questions with an image, answered by the letter of an option."""
+    problems = read_json(root, "problems.json")
+    for number in read_json(root, "pid_splits.json").get(split, ()):
+        problem = problems[number]
+        if not problem["image"]:  # half of the questions are text alone
+            continue
+        pairs = zip(LETTERS, problem["choices"], strict=False)
+        options = ", ".join(f"{letter}.{choice}" for letter, choice in pairs)
+        image = f"{problem['split']}/{number}/{problem['image']}"
+        question = f"{problem['question']} {options}"
+        yield llava_record(number, image, question, LETTERS[problem["answer"]])
 
 
 def _task(name: str, examples: list[Example]) -> list[BenchmarkTask]:

@@ -13,7 +13,6 @@ the benchmark's leaderboard.
 import json
 from collections.abc import Mapping, Sequence
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     PICK_LETTER,
@@ -22,6 +21,7 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
     with_options,
 )

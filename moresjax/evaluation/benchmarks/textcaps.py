@@ -6,9 +6,10 @@ the server the two files of `test` and `test_images/`.
 """
 
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-from moresjax.data.generators import read_json
 from moresjax.evaluation.benchmarks.textvqa import ocr_lines
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
@@ -18,12 +19,28 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.scoring import caption_scorer
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
+from moresjax.evaluation.training_files import Record, llava_record, training_records
 
 SPLITS = ("val", "test")
+
+
+@training_records("textcaps")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[Record]:
+    """One sample per photo, with one of its captions."""
+    found = read_json(root, f"TextVQA_Rosetta_OCR_v0.2_{split}.json")["data"]
+    words = {item["image_id"]: item["ocr_tokens"] for item in found}
+    photos = {}
+    for item in read_json(root, f"TextCaps_0.1_{split}.json")["data"]:
+        photos.setdefault(item["image_id"], item["reference_strs"])
+    folder = "test_images" if split == "test" else "train_images"
+    for photo, captions in photos.items():
+        request = f"{CAPTION}\nReference OCR token: {', '.join(words.get(photo, ()))}"
+        yield llava_record(photo, f"{folder}/{photo}.jpg", request, rng.choice(captions))
 
 
 def _submission(predictions: Mapping[str, str]) -> str:

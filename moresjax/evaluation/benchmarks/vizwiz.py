@@ -8,25 +8,52 @@ fine-tunes on.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-from moresjax.data.generators import SHORT, read_json
-from moresjax.data.tasks.vizwiz import HINT
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
+    SHORT,
     DataRoot,
     benchmark_folder,
     check_split,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.vqa import normalize_m4c, vqa_accuracy
 from moresjax.evaluation.scoring import example_scorer, percent_by
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
+from moresjax.evaluation.training_files import Record, llava_record, training_records
 
 SIZES = {"val": 4_319, "test": 8_000}
+NO_ANSWER = "Unanswerable"
+HINT = f'When the information is insufficient, respond with "{NO_ANSWER}".'
+WEIGHTS = {"yes": 3, "maybe": 1}  # of an answer, by the annotator's confidence
 HINT_LLAVA = "When the provided information is insufficient, respond with 'Unanswerable'."
+
+
+@training_records("vizwiz")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[Record]:
+    """Questions with a random answer, surer ones more often; some cannot be answered."""
+    for item in read_json(root, f"Annotations/{split}.json"):
+        question = f"{item['question']} {HINT} {SHORT}"
+        image = f"{split}/{item['image']}"
+        yield llava_record(item["image"], image, question, _draw_answer(item, rng))
+
+
+def _draw_answer(item: Mapping, rng: random.Random) -> str:
+    usable = [
+        answer
+        for answer in item["answers"]
+        if answer["answer_confidence"] in WEIGHTS and answer["answer"].lower() != "unanswerable"
+    ]
+    if not item["answerable"] or not usable:
+        return NO_ANSWER
+    weights = [WEIGHTS[answer["answer_confidence"]] for answer in usable]
+    return rng.choices(usable, weights)[0]["answer"]
 
 
 def _accuracy(prediction: str, answers: Sequence[str]) -> float:

@@ -7,26 +7,39 @@ server `v2_OpenEnded_mscoco_test2015_questions.json` and, for test-dev, the file
 """
 
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-from moresjax.data.generators import read_json
-from moresjax.evaluation.benchmarks.okvqa import vqa_examples
+from moresjax.evaluation.benchmarks.okvqa import coco_questions, vqa_examples
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
+    SHORT,
     DataRoot,
     benchmark_folder,
     check_split,
     coco_image,
     limit_rows,
     llava_prompt,
+    read_json,
     result_reader,
 )
 from moresjax.evaluation.metrics.vqa import normalize_m4c, vqa_accuracy
 from moresjax.evaluation.scoring import example_scorer, percent_by
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
+from moresjax.evaluation.training_files import Record, llava_record, training_records
 
 SIZES = {"val": 214_354, "test": 447_793, "test-dev": 107_394}
 ALL = "v2_OpenEnded_mscoco_test2015_questions.json"
+
+
+@training_records("vqav2")
+def records(root: Path, split: str, rng: random.Random) -> Iterator[Record]:
+    """Short answers; the target is the most frequent of ten."""
+    for question, annotation, image in coco_questions(root, split, "v2_"):
+        text = f"{question['question']} {SHORT}"
+        answer = annotation["multiple_choice_answer"]
+        yield llava_record(question["question_id"], image, text, answer)
 
 
 @benchmark("vqav2")

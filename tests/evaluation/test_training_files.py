@@ -8,9 +8,14 @@ import random
 import pytest
 
 from moresjax.core.errors import UserError
-from moresjax.data.generators import SIZES, TASKS, build_task, subset
 from moresjax.data.llava import LlavaSource
-from moresjax.data.tasks import flickr30k
+from moresjax.evaluation.benchmarks import flickr30k
+from moresjax.evaluation.training_files import (
+    SIZES,
+    build_training_file,
+    subset,
+    trainable_names,
+)
 
 SHORT = "Answer the question using a single word or phrase."
 
@@ -25,7 +30,7 @@ def write(root, files: dict):
 def build(root, name, **options) -> list[dict]:
     """The records of a task, read back from its file."""
     out = root / "out" / f"{name}.json"
-    counts = build_task(name, root, out, **options)
+    counts = build_training_file(name, root, out, **options)
     records = json.loads(out.read_text())
     assert counts["written"] == len(records) <= counts["available"]
     # The file can be read as it is, except that these downloads have no pictures.
@@ -55,13 +60,13 @@ def test_scienceqa(tmp_path):
     splits = {"train": ["8", "5", "3"], "val": ["2"], "minitrain": ["3"], "trainval": ["3", "2"]}
     write(tmp_path, {"problems.json": problems, "pid_splits.json": splits})
     question = "Which one? A.salt, B.a rock, C.tea"
-    assert [parts(r) for r in build(tmp_path, "scienceQA")] == [
+    assert [parts(r) for r in build(tmp_path, "scienceqa")] == [
         ("8", "train/8/image.png", question, "C"),
         ("3", "train/3/image.png", question, "B"),
     ]
 
     def images(split):
-        return [parts(r)[1] for r in build(tmp_path, "scienceQA", split=split)]
+        return [parts(r)[1] for r in build(tmp_path, "scienceqa", split=split)]
 
     assert images("val") == ["val/2/image.png"]
     assert images("minitrain") == ["train/3/image.png"]
@@ -109,11 +114,11 @@ def test_iconqa(tmp_path):
         "What shape is this? Choices: oval, cone. "
         "Choose an option from the choices to answer the question."
     )
-    assert [parts(r) for r in build(tmp_path, "iconQA-txt")] == [
+    assert [parts(r) for r in build(tmp_path, "iconqa_txt")] == [
         ("9", "train/choose_txt/9/image.png", question, "oval"),
         ("10", "train/choose_txt/10/image.png", question, "cone"),
     ]
-    assert parts(build(tmp_path, "iconQA-blank")[0]) == (
+    assert parts(build(tmp_path, "iconqa_blank")[0]) == (
         "7",
         "train/fill_in_blank/7/image.png",
         "There are (_) dots. Fill in the blanks in (_) or answer this question",
@@ -218,7 +223,7 @@ def test_sizes_of_a_file(tmp_path, size, written):
         (
             "coco",
             {},
-            "unknown task 'coco'; choose from: flickr30k, iconQA-blank, iconQA-txt, okvqa",
+            "unknown task 'coco'; choose from: flickr30k, iconqa_blank, iconqa_txt, okvqa",
         ),
         ("vqav2", {"size": "2K"}, "unknown size '2K'; choose from: 1K, 5K, 10K, a number"),
         ("vqav2", {"size": "0"}, "unknown size '0'"),
@@ -228,29 +233,39 @@ def test_sizes_of_a_file(tmp_path, size, written):
             r"v2_OpenEnded_mscoco_train2014_questions\.json does not exist; it belongs to",
         ),
         ("flickr30k", {}, r"flickr_annotations_30k\.csv does not exist"),
-        ("iconQA-txt", {}, "has no samples of split 'train'"),
+        ("iconqa_txt", {}, "has no samples of split 'train'"),
     ],
 )
 def test_mistakes_are_told(tmp_path, name, options, message):
     with pytest.raises(UserError, match=message):
-        build_task(name, tmp_path, tmp_path / "out.json", **options)
+        build_training_file(name, tmp_path, tmp_path / "out.json", **options)
     assert not (tmp_path / "out.json").exists()
 
 
 def test_a_download_that_is_broken_is_told(tmp_path):
     write(tmp_path, {"Annotations/train.json": "[{"})
     with pytest.raises(UserError, match=r"train\.json is not JSON"):
-        build_task("vizwiz", tmp_path, tmp_path / "out.json")
+        build_training_file("vizwiz", tmp_path, tmp_path / "out.json")
     write_coco(tmp_path, "v2_", multiple_choice_answer="a cat")
     write(tmp_path, {"v2_mscoco_train2014_annotations.json": {"annotations": []}})
     with pytest.raises(UserError, match="question 420 has no annotation in"):
-        build_task("vqav2", tmp_path, tmp_path / "out.json")
+        build_training_file("vqav2", tmp_path, tmp_path / "out.json")
     with pytest.raises(UserError, match=r"data root .*nowhere is not a folder"):
-        build_task("vqav2", tmp_path / "nowhere", tmp_path / "out.json")
+        build_training_file("vqav2", tmp_path / "nowhere", tmp_path / "out.json")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("iconQA-txt", "iconqa_txt"), ("iconQA-blank", "iconqa_blank"), ("scienceQA", "scienceqa")],
+)
+def test_names_of_version_0_1_are_accepted(tmp_path, old, new):
+    for name in (old, new):
+        with pytest.raises(UserError, match=f"task {new}: .* no samples|problems.json does not"):
+            build_training_file(name, tmp_path, tmp_path / "out.json")
 
 
 def test_the_papers_tasks_are_there():
     assert {
-        *("scienceQA", "vizwiz", "iconQA-txt", "iconQA-blank"),
+        *("scienceqa", "vizwiz", "iconqa_txt", "iconqa_blank"),
         *("vqav2", "okvqa", "flickr30k", "textcaps"),
-    } == set(TASKS)
+    } == set(trainable_names())

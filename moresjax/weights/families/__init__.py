@@ -1,4 +1,4 @@
-"""One file per task. Every file in this folder is imported, and registers its generator."""
+"""One file per family of models. Every file in this folder is imported and registers its own."""
 
 import importlib
 import pkgutil

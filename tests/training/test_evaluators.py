@@ -13,26 +13,23 @@ from moresjax.analysis.attention import AttentionProbe, summarize
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
 from moresjax.data.digits import DigitsSource
-from moresjax.data.pipeline import epoch, to_device_batch
+from moresjax.data.pipeline import one_epoch, to_device_batch
 from moresjax.data.subset import train_val_split
 from moresjax.generation.engine import Engine
 from moresjax.hardware.chips import CHIPS, GIB
 from moresjax.models.flops import train_flops
 from moresjax.models.mllm import MLLM
-from moresjax.runs.build import (
-    build_iterator,
-    build_processor,
-    build_sources,
-    load_workdir,
-    model_config,
-)
+from moresjax.runs.architecture import model_config
+from moresjax.runs.data import build_iterator, build_sources
+from moresjax.runs.processor import build_processor
+from moresjax.runs.workdir import load_workdir
 from moresjax.sharding.mesh import make_mesh
-from moresjax.training import speed as speed_module
+from moresjax.training import throughput
+from moresjax.training.evaluators import Evaluators
 from moresjax.training.loop import train
-from moresjax.training.monitors import Evaluators
 from moresjax.training.objectives import next_token
-from moresjax.training.speed import ThroughputMeter
 from moresjax.training.step import split_model
+from moresjax.training.throughput import ThroughputMeter
 
 TUNED = "stage=finetune,tuning=mores:rank=1,positions=image"
 
@@ -81,29 +78,29 @@ def parts():
 def test_mfu_is_model_flops_over_seconds_and_the_peak_of_all_chips(parts, monkeypatch):
     config, trainable, frozen = parts
     clock = types.SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(speed_module, "time", clock)
-    speed = ThroughputMeter(config, trainable, frozen, "TPU v5 lite")
-    assert not RATES & set(speed.read())
+    monkeypatch.setattr(throughput, "time", clock)
+    meter = ThroughputMeter(config, trainable, frozen, "TPU v5 lite")
+    assert not RATES & set(meter.read())
     batch = next_batch(config)
-    flops = speed.flops(batch)
+    flops = meter.flops(batch)
     sizes = {"rows": 8, "length": 64, "images": 1}
     assert flops == train_flops(model_config(config), trainable, frozen, **sizes).model
-    text = speed.flops(dataclasses.replace(batch, pixels=None))
+    text = meter.flops(dataclasses.replace(batch, pixels=None))
     assert 0 < text < flops
 
-    speed.start()
+    meter.start()
     for _ in range(4):
         clock.now += 0.25
-        speed.add(100.0, 10.0, flops)
-    with speed.paused():
+        meter.add(100.0, 10.0, flops)
+    with meter.paused():
         clock.now += 1000.0
-    found = speed.read()
+    found = meter.read()
     assert found["step_seconds"] == 0.25
     assert found["tokens_per_second"] == 400
     assert found["label_tokens_per_second"] == 40
     assert found["flops_per_second"] == 4 * flops
     assert found["mfu_4n6n"] == pytest.approx(4 * flops / (8 * CHIPS["v5e"].flops))
-    assert not RATES & set(speed.read())  # a new interval, without a step
+    assert not RATES & set(meter.read())  # a new interval, without a step
 
 
 def test_memory_is_that_of_the_fullest_device_where_it_is_counted(monkeypatch):
@@ -111,7 +108,7 @@ def test_memory_is_that_of_the_fullest_device_where_it_is_counted(monkeypatch):
         return types.SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": peak})
 
     monkeypatch.setattr(jax, "local_devices", lambda: [device(GIB), device(3 * GIB)])
-    assert speed_module.peak_memory() == {"memory_gib": 3.0}
+    assert throughput.peak_memory() == {"memory_gib": 3.0}
 
 
 # ---- Held-out samples.
@@ -134,12 +131,12 @@ def test_held_out_samples_never_train():
 def test_weights_of_files_hold_for_what_is_left_of_them():
     @dataclasses.dataclass(frozen=True)
     class Mixed(DigitsSource):
-        shares = ((slice(0, 20), 3.0), (slice(20, 50), 1.0))
+        mixture_weights = ((slice(0, 20), 3.0), (slice(20, 50), 1.0))
         sizes = np.arange(100).reshape(50, 2)
 
     training, validation = train_val_split(Mixed("instruct", size=50), 0.5, seed=0)
     for part in (training, validation):
-        (first, heavy), (second, light) = part.shares
+        (first, heavy), (second, light) = part.mixture_weights
         assert (heavy, light) == (3.0, 1.0)
         assert (part.indices[first] < 20).all()
         assert (part.indices[second] >= 20).all()
@@ -196,15 +193,16 @@ def test_watching_does_not_change_a_run(watched, tmp_path):
 
 def test_a_source_of_its_own_is_validated_on_up_to_a_number_of_batches():
     config = monitored(**{"validation.share": 0.0})
-    with config.unlocked():
-        config.validation.data = {"name": "digits", "task": "instruct", "split": "val", "size": 30}
+    data = {"name": "digits", "task": "instruct", "split": "val", "size": 30}
+    validation = dataclasses.replace(config.validation, data=data)
+    config = dataclasses.replace(config, validation=validation)
     training, validation = build_sources(config)
     assert (training.split, validation.split) == ("train", "val")
     processor = build_processor(config)
 
     def shown(batches):
-        options = {"batch_size": 8, "length": 64, "images": 1, "batches": batches}
-        return [batch["id"].tolist() for batch in epoch(validation, processor, **options)]
+        options = {"batch_size": 8, "max_seq_len": 64, "images_per_row": 1, "max_batches": batches}
+        return [batch["id"].tolist() for batch in one_epoch(validation, processor, **options)]
 
     assert shown(2) == shown(0)[:2]
     names = [name for batch in shown(0) for name in batch]
@@ -252,8 +250,8 @@ def test_lmar_is_what_the_analysis_of_generated_answers_says(watched):
 
     graphdef, trainable, frozen = split_model(mllm, config.also_train)
     silent = processor.without_end  # the generated answers have no end
-    monitors = Evaluators(config, silent, make_mesh(), held_out, Answered())
-    found = monitors.measure(6, graphdef, trainable, frozen)
+    evaluators = Evaluators(config, silent, make_mesh(), held_out, Answered())
+    found = evaluators.measure(6, graphdef, trainable, frozen)
     layers = [found[f"lmar/{layer:02d}"] for layer in range(len(wanted))]
     np.testing.assert_allclose(layers, wanted, rtol=1e-4)
     assert found["lmar"] == pytest.approx(np.mean(wanted), rel=1e-4)
@@ -281,7 +279,7 @@ def test_lmar_is_logged_per_layer(watched):
         ("stage=vit", {"validation.share": 0.1, "validation.every": 2}, "objective next_token"),
     ],
 )
-def test_monitors_that_cannot_work_are_refused(arg, settings, message, tmp_path):
+def test_evaluators_that_cannot_work_are_refused(arg, settings, message, tmp_path):
     with pytest.raises(UserError, match=message):
         train(config_of(arg, TINY | settings if "vit" in arg else settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,19 +8,19 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-# Of the cubic kernel, as in torch's bicubic interpolation.
+# The constant of the cubic kernel in torch's bicubic interpolation.
 SHARPNESS = -0.75
 
 
-def resize_positions(
+def resize_pos_embed(
     table: Float[np.ndarray, "P D"], side: int, prefix: int
 ) -> Float[np.ndarray, "Q D"]:
     """The table for `side` x `side` patches, interpolated as DINOv2 does it at every call.
 
     Args:
-      table: embeddings of `prefix` tokens and of a square of patches.
-      side: patches per side of the new square.
-      prefix: rows before the patches, which stay as they are.
+      table: Embeddings of `prefix` tokens and of a square of patches.
+      side: Patches per side of the new square.
+      prefix: How many rows come before the patches; they stay as they are.
     """
     kept, grid = table[:prefix], table[prefix:].astype(np.float32)
     old = math.isqrt(len(grid))

@@ -12,7 +12,7 @@ from tiny import talking_model
 
 from moresjax.core.errors import UserError
 from moresjax.evaluation.lm import MoresjaxLM
-from moresjax.evaluation.lm_eval_tasks import load_text_task, run_text_task
+from moresjax.evaluation.lm_eval_tasks import load_lm_eval_tasks, run_lm_eval_tasks
 from moresjax.evaluation.results import write_results
 from moresjax.evaluation.run import evaluate
 
@@ -161,9 +161,9 @@ def test_a_task_that_names_its_examples_keeps_their_number(model, root):
 
 def test_members_of_a_group_without_a_score_have_theirs(model, root):
     group = Group.from_config(GroupConfig(group="pair", task=["hellaswag"]))
-    for task in load_text_task("hellaswag", root):
+    for task in load_lm_eval_tasks("hellaswag", root):
         group.add(task)
-    scores, rows = run_text_task(MoresjaxLM(model), "pair", [group], limit=2)
+    scores, rows = run_lm_eval_tasks(MoresjaxLM(model), "pair", [group], limit=2)
     assert {(title, entry["benchmark"]) for title, entry in scores.items()} == {
         ("hellaswag", "pair")
     }
@@ -231,7 +231,7 @@ def test_nothing_is_fetched_unless_the_environment_allows_it(monkeypatch):
             else:
                 monkeypatch.setenv(variable, value)
         with pytest.raises(UserError, match="the data of hellaswag are neither"):
-            load_text_task("hellaswag")
+            load_lm_eval_tasks("hellaswag")
         assert seen.pop() == expected
         assert not datasets.config.HF_HUB_OFFLINE
         assert not huggingface_hub.constants.HF_HUB_OFFLINE

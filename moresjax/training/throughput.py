@@ -2,7 +2,7 @@
 
 The clock runs from the moment the host sees one logged step end to the moment it sees the next one
 end; nothing waits for the devices that would not have waited anyway. Reading data and saving count;
-the first step, which compiles, and the monitors do not.
+the first step, which compiles, and the evaluators do not.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import functools
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 from flax import nnx
@@ -18,22 +18,26 @@ from flax import nnx
 from moresjax.core.layout import Batch
 from moresjax.hardware.chips import GIB, chip_of
 from moresjax.models.flops import train_flops
-from moresjax.runs.build import model_config
+from moresjax.runs.architecture import model_config
+from moresjax.runs.run_config import RunConfig
 
 
 class ThroughputMeter:
     """Adds up what the steps of an interval did.
 
     Args:
-      config: the run's configuration.
-      trainable, frozen: the model's parts, for their shapes.
-      device_kind: of all devices; MFU needs a chip whose peak is known.
+      config: The run's configuration.
+      trainable: Parameters that train, for their shapes.
+      frozen: Parameters that do not train, for their shapes.
+      device_kind: Kind of all devices; MFU needs a chip whose peak is known.
     """
 
-    def __init__(self, config, trainable: nnx.State, frozen: nnx.State, device_kind: str):
+    def __init__(
+        self, config: RunConfig, trainable: nnx.State, frozen: nnx.State, device_kind: str
+    ):
         chip = chip_of(device_kind)
         self._peak = chip.flops * jax.device_count() if chip else 0.0
-        self._start = None
+        self._start: float | None = None
         self._steps = self._tokens = self._labels = self._flops = 0.0
         shapes = jax.eval_shape(lambda *parts: parts, trainable, frozen)
 
@@ -44,7 +48,7 @@ class ThroughputMeter:
 
         self._step_flops = flops
 
-    def flops(self, batch) -> float:
+    def flops(self, batch: Batch | Mapping[str, jax.Array]) -> float:
         """Model FLOPs of a step over this batch, padding included; 0 for a vision encoder alone."""
         if not isinstance(batch, Batch):
             return 0.0

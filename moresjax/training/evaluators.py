@@ -3,7 +3,7 @@
 Axis legend: B rows, S tokens, Q queries, L layers.
 
 Evaluators have fixed data of their own. They read the parameters and change nothing, so a run with
-monitors trains to the same weights as one without.
+evaluators trains to the same weights as one without.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from moresjax.analysis.attention import AttentionProbe, summarize
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenKind, loss_mask
-from moresjax.data.pipeline import epoch, structure_for, to_device_batch
+from moresjax.data.pipeline import one_epoch, structure_for, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source
+from moresjax.runs.run_config import RunConfig
 from moresjax.sharding.mesh import batch_sharding, batch_shards, replicated, use_mesh
 from moresjax.training.objectives import get_objective
 
@@ -33,42 +34,48 @@ Measure = Callable[[nnx.GraphDef, nnx.State, nnx.State], dict[str, float]]
 
 
 class Evaluators:
-    """The monitors of a configuration.
+    """The evaluators of a configuration.
 
     Args:
-      config: the run's configuration.
-      processor: of its model.
-      mesh: where the model is.
-      training, held_out: the samples; nothing is measured on the former when the latter is there.
+      config: The run's configuration.
+      processor: The processor of its model.
+      mesh: The devices that the model is on.
+      training: The training samples, on which attention is measured where none are held out.
+      held_out: Samples that never train, if there are any.
 
     Raises:
       UserError: when there is nothing to measure on.
     """
 
     def __init__(
-        self, config, processor: Processor, mesh: Mesh, training: Source, held_out: Source | None
+        self,
+        config: RunConfig,
+        processor: Processor,
+        mesh: Mesh,
+        training: Source,
+        held_out: Source | None,
     ):
         self._last = config.steps
         self._measures: list[tuple[int, Measure]] = []
         options = {
-            "length": config.max_seq_len,
-            "images": config.images_per_row,
+            "max_seq_len": config.max_seq_len,
+            "images_per_row": config.images_per_row,
             "seed": config.seed,
-            "threads": config.num_workers,
+            "num_workers": config.num_workers,
             "on_bad_sample": config.on_bad_sample,
         }
         if every := config.validation.every:
             rows = config.batch_size // config.microbatches
-            size = {"batch_size": rows, "batches": config.validation.batches}
-            dataset = epoch(held_out, processor, **options, **size)
+            size = {"batch_size": rows, "max_batches": config.validation.batches}
+            dataset = one_epoch(held_out, processor, **options, **size)
             structure = structure_for(held_out, "pad")
             self._measures.append((every, Validation(config, processor, mesh, dataset, structure)))
         if every := config.lmar_every:
             # A device holds one row at a time, which has room for a token of padding.
             rows = batch_shards(mesh)
-            size = {"batch_size": rows, "batches": -(-PROBED // rows)}
+            size = {"batch_size": rows, "max_batches": -(-PROBED // rows)}
             size["row_length"] = (config.max_seq_len // ALIGNED + 1) * ALIGNED
-            dataset = epoch(held_out or training, processor, **options, **size)
+            dataset = one_epoch(held_out or training, processor, **options, **size)
             self._measures.append((every, ImageAttention(processor, mesh, dataset)))
 
     def due(self, step: int) -> bool:
@@ -94,7 +101,7 @@ class Validation:
 
     def __init__(
         self,
-        config,
+        config: RunConfig,
         processor: Processor,
         mesh: Mesh,
         dataset: grain.IterDataset,
@@ -171,31 +178,3 @@ class ImageAttention:
         lmar = summarize(mass, score, self._tokens, self._has_image).lmar_of_means["text"]
         layers = {f"lmar/{layer:02d}": float(x) for layer, x in enumerate(lmar)}
         return {"lmar": float(lmar.mean()), **layers}
-
-
-def check_monitors(config) -> None:
-    """Refuses settings of monitors that cannot work.
-
-    Raises:
-      UserError: names the key and its value.
-    """
-    wanted = config.validation
-    counts = {"validation.every": wanted.every, "validation.batches": wanted.batches}
-    for key, value in (counts | {"lmar_every": config.lmar_every}).items():
-        if value < 0:
-            raise UserError(f"config key {key} must be at least 0, got {value}")
-    if not 0 <= wanted.share < 1:
-        raise UserError(f"validation.share must be at least 0 and below 1, got {wanted.share}")
-    if wanted.share and wanted.data:
-        raise UserError("validation has both data and a share of the training samples; give one")
-    if wanted.every and not (wanted.share or wanted.data):
-        raise UserError(
-            f"validation.every is {wanted.every}, but there is nothing to validate on; give "
-            "validation.data or validation.share"
-        )
-    if (wanted.every or config.lmar_every) and config.objective != "next_token":
-        raise UserError(
-            f"validation.every and lmar_every need objective next_token, not {config.objective}"
-        )
-    if config.lmar_every and not (config.model.vision and config.images_per_row):
-        raise UserError("lmar_every measures attention to images; this run has none")

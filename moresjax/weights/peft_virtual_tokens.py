@@ -7,6 +7,7 @@ Axis legend: P virtual tokens, D hidden size, L layers, F features of all key he
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,21 +17,24 @@ from moresjax.core.errors import UserError
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.tuning.attach import Tuning
+from moresjax.tuning.base import VirtualTokens
 
 TENSOR = "prompt_embeddings"
-# Our method and its site, by their type.
-_SLOTS = {
+# The `peft_type` of each of our methods, and the method's site.
+_METHODS = {
     "PROMPT_TUNING": ("prompt", "llm.embed"),
     "PREFIX_TUNING": ("prefix", "llm.block.kv"),
 }
-SLOT_TYPES = tuple(_SLOTS)
-SLOT_METHODS = tuple(method for method, _ in _SLOTS.values())
+VIRTUAL_TOKEN_TYPES = tuple(_METHODS)
+VIRTUAL_TOKEN_METHODS = tuple(method for method, _ in _METHODS.values())
 
 
-def slots_out(mllm: MLLM) -> tuple[dict[str, np.ndarray], dict]:
+def virtual_tokens_to_peft(
+    mllm: MLLM, method: VirtualTokens
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensor and the settings of the attached prompt or prefix tuning."""
-    key, method = mllm.tuning.methods[0]
-    kind = next(kind for kind, (name, _) in _SLOTS.items() if name == method.name)
+    key, _ = mllm.tuning.methods[0]
+    kind = next(kind for kind, (name, _) in _METHODS.items() if name == method.name)
     (variables,) = mllm.tuning.params[key].values()
     params = {name: np.asarray(x[...]) for name, x in variables.items()}
     llm = mllm.config.llm
@@ -49,19 +53,21 @@ def slots_out(mllm: MLLM) -> tuple[dict[str, np.ndarray], dict]:
     }
 
 
-def slots_in(config: MLLMConfig, kind: str, tensor: np.ndarray, source: str) -> Tuning:
+def virtual_tokens_from_peft(
+    config: MLLMConfig, kind: str, tensor: np.ndarray, source: str
+) -> Tuning:
     """The tuning with the content of a folder's tensor.
 
     Args:
-      config: of the model.
-      kind: one of `SLOT_TYPES`.
-      tensor: `prompt_embeddings`.
-      source: what the message of an error calls the folder.
+      config: The model's configuration.
+      kind: The `peft_type`, one of `VIRTUAL_TOKEN_TYPES`.
+      tensor: The folder's `prompt_embeddings`.
+      source: The folder's name, for messages.
 
     Raises:
       UserError: for a tensor of another width than this model's.
     """
-    name, site = _SLOTS[kind]
+    name, site = _METHODS[kind]
     width = _width(kind, config.llm)
     if tensor.ndim != 2 or tensor.shape[1] != width:
         raise UserError(

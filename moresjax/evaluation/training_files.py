@@ -1,0 +1,106 @@
+"""Training files of benchmarks: official downloads turned into LLaVA's conversation format.
+
+A benchmark's file registers a function with `@training_records(name)`. It reads the annotations
+below `root`, which are the files in the benchmark's docstring with `train` in the place of the
+evaluation's split, and yields LLaVA records whose image paths start from `root`. Prompts are those
+of LLaVA-Steering's training files, which differ from those of the benchmarks themselves.
+"""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.plugins import load_plugins
+from moresjax.data.samples import IMAGE_MARK
+
+SEED = 42
+# Sizes of the multi-scale experiments, by name.
+SIZES = {"1K": 1_000, "5K": 5_000, "10K": 10_000}
+# What commands of version 0.1 call these benchmarks.
+_NAMES_0_1 = {"iconQA-txt": "iconqa_txt", "iconQA-blank": "iconqa_blank", "scienceQA": "scienceqa"}
+
+Record = dict[str, Any]
+# (root, split, random generator) -> records
+RecordReader = Callable[[Path, str, random.Random], Iterator[Record]]
+_READERS: dict[str, RecordReader] = {}
+
+
+def training_records(name: str) -> Callable[[RecordReader], RecordReader]:
+    """A decorator that registers the function which yields a benchmark's training records.
+
+    Raises:
+      UserError: The name belongs to a function of another file.
+    """
+
+    def register(read: RecordReader) -> RecordReader:
+        known = _READERS.get(name)
+        if known is not None and known.__module__ != read.__module__:
+            raise UserError(f"training records {name!r} are taken by {known.__module__}")
+        _READERS[name] = read
+        return read
+
+    return register
+
+
+def trainable_names() -> list[str]:
+    """The names of all benchmarks with training records, sorted."""
+    # The built-in benchmarks register themselves on import.
+    from moresjax.evaluation import benchmarks  # noqa: F401
+
+    load_plugins()
+    return sorted(_READERS)
+
+
+def build_training_file(
+    name: str, root: str | Path, out: str | Path, *, split: str = "train", size: str = ""
+) -> dict[str, int]:
+    """Writes a benchmark's training file.
+
+    Args:
+      name: The benchmark's name.
+      root: The folder of the official download; the image root of the written file.
+      out: The JSON file to write.
+      split: The split, under its name in the download.
+      size: `1K`, `5K`, `10K` or a number of samples to draw; a smaller benchmark is taken whole.
+        Empty takes all.
+
+    Returns:
+      `available`, how many samples there are, and `written`.
+
+    Raises:
+      UserError: The name or the size is unknown, or the download lacks a file.
+    """
+    names = trainable_names()
+    name = _NAMES_0_1.get(name, name)
+    if name not in names:
+        raise choice_error("task", name, names)
+    if size and size not in SIZES and not (size.isdecimal() and int(size)):
+        raise choice_error("size", size, (*SIZES, "a number of samples"))
+    if not Path(root).is_dir():
+        raise UserError(f"data root {root} is not a folder")
+    records = list(_READERS[name](Path(root), split, random.Random(SEED)))
+    if not records:
+        raise UserError(f"task {name}: {root} has no samples of split {split!r}")
+    chosen = subset(records, SIZES.get(size) or int(size)) if size else records
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).write_text(json.dumps(chosen, indent=1) + "\n")
+    return {"available": len(records), "written": len(chosen)}
+
+
+def subset(records: Sequence[Record], size: int) -> list[Record]:
+    """`min(size, len(records))` different records, drawn with the fixed seed."""
+    return random.Random(SEED).sample(list(records), min(size, len(records)))
+
+
+def llava_record(name: object, image: str, question: str, answer: object) -> Record:
+    r"""One question about one image, in LLaVA's format.
+
+    >>> llava_record(7, "a.jpg", "Is it red?", "yes")["conversations"][0]["value"]
+    '<image>\nIs it red?'
+    """
+    rounds = [("human", f"{IMAGE_MARK}\n{question}"), ("gpt", str(answer))]
+    conversations = [{"from": role, "value": value} for role, value in rounds]
+    return {"id": str(name), "image": image, "conversations": conversations}

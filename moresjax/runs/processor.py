@@ -1,0 +1,78 @@
+"""The tokenizer, the conversation template and the image processor of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from moresjax.core.errors import UserError
+from moresjax.data.images import ImageProcessor
+from moresjax.data.processor import Processor, word_ids
+from moresjax.data.templates import get_template
+from moresjax.models.connector import connector_tokens
+from moresjax.models.fusion import AnyVisionConfig
+from moresjax.runs.architecture import vision_config
+from moresjax.runs.paths import locate
+from moresjax.runs.run_config import RunConfig
+from moresjax.tuning.attach import Tuning
+
+
+def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
+    """Tokenizer, template and image processor of a configuration.
+
+    Args:
+      config: The run's configuration.
+      root: The run's directory, from which paths with a leading dot start.
+
+    Raises:
+      UserError: for an unknown template, or a folder without tokenizer or image processor.
+    """
+    vision = vision_config(config.model.vision)
+    tokens = connector_tokens(config.model.connector, vision.num_tokens) if vision else 0
+    tokenizer = load_tokenizer(config.tokenizer, root)
+    return Processor(
+        tokenizer=tokenizer,
+        template=get_template(config.template, tokenizer),
+        image=_image_processor(config, vision, Path(root)) if vision else None,
+        visual_tokens=tokens,
+    )
+
+
+def _image_processor(config: RunConfig, vision: AnyVisionConfig, root: Path) -> ImageProcessor:
+    size, aspect = vision.image_size, config.image_aspect
+    if not config.image_processor:
+        return ImageProcessor(size, vision.pixel_mean, vision.pixel_std, aspect)
+    return ImageProcessor.from_pretrained(locate(config.image_processor, root), size, aspect)
+
+
+def load_tokenizer(name: str, root: str | Path = ".") -> Any:
+    """A fast tokenizer of `transformers`.
+
+    Args:
+      name: `digits`, the words of the built-in world, or the folder of a tokenizer.
+      root: The run's directory, from which a path with a leading dot starts.
+
+    Raises:
+      UserError: when the folder has no tokenizer.
+    """
+    if name == "digits":
+        from moresjax.data.digits import build_tokenizer
+
+        return build_tokenizer()
+    from transformers import AutoTokenizer
+
+    folder = locate(name, root)
+    if not name or not folder.is_dir():
+        raise UserError(f"tokenizer {name!r} is neither 'digits' nor a folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} has no tokenizer that can be used: {reason}") from None
+
+
+def name_words(tuning: Tuning, tokenizer: Any) -> None:
+    """Tells a tuning the token ids of the words that its selectors name.
+
+    Raises:
+      UserError: for a word that is no token.
+    """
+    tuning.words = tuple((word, word_ids(tokenizer, word)) for word in tuning.selected_words)

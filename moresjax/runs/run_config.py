@@ -1,0 +1,294 @@
+"""The configuration of a run as a typed, frozen value: every key, its type and its default.
+
+`resolve` makes it of what a user wrote. Everything behind the border, from `train` to `load`, takes
+a `RunConfig` or only the part that it uses.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+
+from moresjax.core.errors import UserError, choice_error
+
+# A part's weights are freshly initialised.
+RANDOM = "random"
+# The parts of a model that have a source of weights, in the order in which they are loaded.
+PARTS = ("llm", "vision", "connector")
+# A part by its name in the zoo, or by the fields of its configuration.
+PartChoice = str | Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class PartsConfig:
+    """The parts that a model is put together from; `moresjax zoo` lists their names.
+
+    Attributes:
+      llm: Name of a decoder LLM, or fields of `DecoderConfig`.
+      vision: Name of a vision encoder, or fields of `VisionConfig` or `FusedVisionConfig`; empty
+        for a plain LLM.
+      connector: Name of the connector, such as `linear`, `mlp2x_gelu` or `qformer`.
+      classes: Number of classes of every label of a patch, for objective `patch_classes`.
+    """
+
+    llm: PartChoice = ""
+    vision: PartChoice = ""
+    connector: str = "mlp2x_gelu"
+    classes: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where the weights of each part come from.
+
+    `random`, the workdir of an earlier run, or a Hugging Face folder. A path with a leading dot
+    starts from the run's own workdir. Two vision encoders are `FOLDER;FOLDER`.
+    """
+
+    llm: str = RANDOM
+    vision: str = RANDOM
+    connector: str = RANDOM
+
+    def source(self, part: str) -> str:
+        """The source of `llm`, `vision` or `connector`."""
+        return {"llm": self.llm, "vision": self.vision, "connector": self.connector}[part]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    Attributes:
+      lr: The highest learning rate.
+      lr_by_component: Learning rates of single components, `PATTERN=LR;...` by parameter path.
+      schedule: `cosine`, `linear` or `constant`.
+      warmup: Share of the steps in which the learning rate rises from 0.
+      end: The last learning rate as a share of the highest.
+      b1: Decay of Adam's first moment.
+      b2: Decay of Adam's second moment.
+      eps: Adam's term in the denominator.
+      weight_decay: Decoupled weight decay of kernels and tables.
+      clip: Largest global norm of the gradient; 0: none.
+    """
+
+    lr: float = 1e-3
+    lr_by_component: str = ""
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    end: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1 takes all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Steps between checkpoints, and how many of them are kept."""
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """Loss and accuracy on samples that never train.
+
+    Attributes:
+      data: A source of its own, with the options of `RunConfig.data`; empty: none.
+      share: Share of the training samples that is held out instead.
+      every: Steps between two measurements; one comes at the end, too. 0: never.
+      batches: Batches of `batch_size / microbatches` rows; 0: as many as there are.
+    """
+
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    share: float = 0.0
+    every: int = 0
+    batches: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run trains, and how.
+
+    Example:
+      >>> config = RunConfig(tokenizer="digits", steps=10)
+      >>> config.optimizer.schedule
+      'cosine'
+
+    Attributes:
+      name: Title of the run in logs.
+      seed: Seeds the initial weights, dropout and the order of the data.
+      model: The parts of the model.
+      dtype: Dtype of activations in all parts; empty: as each part says.
+      remat: Whether activations are computed again in the backward pass.
+      attention: The LLM's attention: `auto`, `xla`, or a kernel: `splash` (TPU), `cudnn` (GPU).
+      quantize: `int8` holds the LLM's frozen blocks in eight bits.
+      init: Where the weights of each part come from.
+      objective: `next_token`, `patch_classes`, or one that a plug-in registered.
+      tuning: Spec of the tuning, such as `mores:rank=1,positions=image`.
+      also_train: Base parameters that train beside it: path prefixes or regular expressions.
+      tokenizer: `digits`, or a folder that `transformers` can load.
+      image_processor: Folder with an image processor of `transformers`; empty: images are scaled
+        to the encoder's square.
+      image_aspect: `square`, or `pad`: first made square with the mean colour.
+      template: Name of the conversation template.
+      data: The source of samples: its `name` and options.
+      max_seq_len: S, tokens per row.
+      images_per_row: N, images per row; 0 for text.
+      batching: `pad` (a sample per row), `pack` (several), or `bucket` (rows of like length).
+      pack_window: Samples that are packed, or sorted by length, together; 0: a usual number.
+      buckets: Lengths of rows in buckets; empty: quarters of `max_seq_len`.
+      on_bad_sample: `raise`, or `skip`: go on, count and list them.
+      num_workers: Threads of each process that read samples.
+      batch_size: B, rows per step over all devices.
+      microbatches: Slices of a batch whose gradients are added up one after another.
+      steps: Optimizer steps of the run.
+      optimizer: The optimizer and its schedule.
+      mesh: The devices along each axis.
+      checkpoint: When the run is saved.
+      log_every: Steps between two logged lines.
+      validation: What is measured on samples that never train.
+      lmar_every: Steps between two measurements of attention to the image (LMAR); 0: never.
+      tensorboard: Whether TensorBoard events are written beside `metrics.jsonl`.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    model: PartsConfig = PartsConfig()
+    dtype: str = ""
+    remat: bool = False
+    attention: str = "auto"
+    quantize: str = ""
+    init: InitConfig = InitConfig()
+    objective: str = "next_token"
+    tuning: str = "none"
+    also_train: tuple[str, ...] = ("connector",)
+    tokenizer: str = ""
+    image_processor: str = ""
+    image_aspect: str = "square"
+    template: str = "vicuna_v1"
+    data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "digits"})
+    max_seq_len: int = 2048
+    images_per_row: int = 1
+    batching: str = "pad"
+    pack_window: int = 0
+    buckets: tuple[int, ...] = ()
+    on_bad_sample: str = "raise"
+    num_workers: int = 1
+    batch_size: int = 128
+    microbatches: int = 1
+    steps: int = 1000
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = 20
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    lmar_every: int = 0
+    tensorboard: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as nested dicts, as it is written into the run's directory."""
+        return dataclasses.asdict(self)
+
+
+# Keys that version 0.1 had, and what they are called now.
+RENAMED_KEYS = {
+    "length": "max_seq_len",
+    "images": "images_per_row",
+    "window": "pack_window",
+    "reading_threads": "num_workers",
+    "probe_every": "lmar_every",
+}
+
+
+# What a user hands over: see `resolve`.
+AnyConfig = RunConfig | ml_collections.ConfigDict | Mapping[str, Any]
+
+
+def resolve(config: AnyConfig) -> RunConfig:
+    """The typed configuration of what a user wrote.
+
+    Args:
+      config: A `ConfigDict` or a dict, whose missing keys have their defaults, or a `RunConfig`,
+        which is returned as it is.
+
+    Raises:
+      UserError: for an unknown key, which names the allowed ones, a key of version 0.1, which names
+        its present spelling, or a value of another type.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    return _build(RunConfig, values, "")
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """A dataclass of configuration from its fields, whose dotted keys begin with `prefix`."""
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            check_spelling(f"{prefix}{key}")
+            raise choice_error("config key", f"{prefix}{key}", hints)
+    return kind(**{key: _typed(f"{prefix}{key}", x, hints[key]) for key, x in values.items()})
+
+
+def check_spelling(key: str) -> None:
+    """Refuses a key of version 0.1 in one sentence that names the new one.
+
+    Raises:
+      UserError: for such a key.
+    """
+    if key in RENAMED_KEYS:
+        raise UserError(f"config key {key} is now {RENAMED_KEYS[key]}")
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """A value of the type that a field is declared with."""
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping):
+            return _build(typing.cast(type, hint), value, f"{key}.")
+        raise _type_error(key, value, "with keys of its own")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # text or fields
+        return value if isinstance(value, str) else _typed(key, value, arguments[1])
+    if origin is tuple:
+        items = (value,) if isinstance(value, str) else value
+        if not isinstance(items, Sequence):
+            raise _type_error(key, value, "tuple")
+        return tuple(_typed(key, item, arguments[0]) for item in items)
+    if origin is not None:  # a mapping
+        if not isinstance(value, Mapping):
+            raise _type_error(key, value, "dict")
+        return plain(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise _type_error(key, value, hint.__name__)
+    return value
+
+
+def _type_error(key: str, value: Any, wanted: str) -> UserError:
+    return UserError(f"config key {key} takes a value of type {wanted}, got {value!r}")
+
+
+def plain(value: Any) -> Any:
+    """Nested dicts and tuples in place of other mappings and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return tuple(map(plain, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,76 @@
+"""A run's directory as a model."""
+
+import dataclasses
+from pathlib import Path
+
+from moresjax.core.errors import UserError
+from moresjax.data.processor import Processor
+from moresjax.models.initialize import abstract, initialize, set_params
+from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.runs.architecture import model_config
+from moresjax.runs.config import read_config
+from moresjax.runs.init_weights import load_parts, trained_parameters
+from moresjax.runs.paths import is_workdir
+from moresjax.runs.processor import build_processor
+from moresjax.runs.run_config import PARTS, RANDOM
+from moresjax.weights.hf import pretrained_config
+
+
+def load_workdir(
+    workdir: str | Path,
+    *,
+    tuning: str | None = None,
+    quantize: str | None = None,
+    allow_pickle: bool = False,
+) -> tuple[MLLM, Processor | None]:
+    """Model and processor of a run: the base parts from their sources, what trained from the newest
+    checkpoint.
+
+    Args:
+      workdir: the run's directory.
+      tuning: Spec that is attached, freshly initialised, instead of the run's own; `none` gives the
+        base with what trained beside the tuning, such as the connector. Default: the run's own
+        with its trained parameters, and the same for the same spec.
+      quantize: `int8`, or empty for weights as they are stored; default: as the run had it.
+      allow_pickle: Whether `*.bin` files of the base parts may be read where there are no
+        safetensors.
+
+    Raises:
+      UserError: when the folder is not a run's directory, or the tuning does not fit its model.
+    """
+    workdir = Path(workdir)
+    trained = trained_parameters(workdir)
+    config = read_config(workdir / "config.json")
+    if config.objective != "next_token":
+        raise UserError(f"{workdir} trained {config.objective}; it is not a language model")
+    if quantize is not None:
+        config = dataclasses.replace(config, quantize=quantize)
+    architecture = model_config(config)
+    model = MLLM(architecture, config.tuning)
+    if (
+        tuning is not None
+        and (chosen := MLLM(architecture, tuning)).tuning.spec != model.tuning.spec
+    ):
+        model = chosen
+        trained = {name: x for name, x in trained.items() if not name.startswith("tuning.")}
+    set_params(model, trained, str(workdir))
+    sources = {p: config.init.source(p) if abstract(model, p) else RANDOM for p in PARTS}
+    load_parts(model, sources, workdir, allow_pickle=allow_pickle)
+    set_params(model, trained, str(workdir))  # what trained wins over the part it was started from
+    # A model that was imported without a tokenizer has no processor.
+    processor = build_processor(config, root=workdir) if config.tokenizer else None
+    initialize(model, config.seed)
+    return model, processor
+
+
+def saved_config(folder: str | Path) -> tuple[MLLMConfig, str]:
+    """Architecture and tuning spec of a run's directory or a Hugging Face folder, without weights.
+
+    Raises:
+      UserError: when the folder is neither.
+    """
+    folder = Path(folder)
+    if is_workdir(folder):
+        config = read_config(folder / "config.json")
+        return model_config(config), config.tuning
+    return pretrained_config(folder), "none"

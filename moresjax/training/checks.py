@@ -1,0 +1,108 @@
+"""What is refused before a run builds or writes anything."""
+
+import re
+from pathlib import Path
+
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.parameter_names import matches
+from moresjax.runs.config import differences, read_config
+from moresjax.runs.run_config import RunConfig
+
+# Keys that change between two starts of a run without changing what it trains.
+HARMLESS = (
+    *("name", "log_every", "tensorboard", "checkpoint", "mesh", "num_workers", "lmar_every"),
+    *("validation.data", "validation.every", "validation.batches"),
+)
+
+
+def check_numbers(config: RunConfig, shards: int) -> None:
+    """Refuses sizes that cannot work before anything is built or written.
+
+    Args:
+      config: The run's configuration.
+      shards: Number of devices that the rows of a batch are split over.
+
+    Raises:
+      UserError: names the key and its value.
+    """
+    sizes = {
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "microbatches": config.microbatches,
+        "log_every": config.log_every,
+        "num_workers": config.num_workers,
+        "checkpoint.every": config.checkpoint.every,
+    }
+    for key, value in sizes.items():
+        if value < 1:
+            raise UserError(f"config key {key} must be at least 1, got {value}")
+    if config.pack_window < 0:
+        raise UserError(f"config key pack_window must be at least 0, got {config.pack_window}")
+    check_evaluators(config)
+    if config.batch_size % (shards * config.microbatches):
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide into {shards} parts of the mesh times "
+            f"{config.microbatches} microbatches"
+        )
+
+
+def check_evaluators(config: RunConfig) -> None:
+    """Refuses settings of validation and attention statistics that cannot work.
+
+    Raises:
+      UserError: names the key and its value.
+    """
+    wanted = config.validation
+    counts = {"validation.every": wanted.every, "validation.batches": wanted.batches}
+    for key, value in (counts | {"lmar_every": config.lmar_every}).items():
+        if value < 0:
+            raise UserError(f"config key {key} must be at least 0, got {value}")
+    if not 0 <= wanted.share < 1:
+        raise UserError(f"validation.share must be at least 0 and below 1, got {wanted.share}")
+    if wanted.share and wanted.data:
+        raise UserError("validation has both data and a share of the training samples; give one")
+    if wanted.every and not (wanted.share or wanted.data):
+        raise UserError(
+            f"validation.every is {wanted.every}, but there is nothing to validate on; give "
+            "validation.data or validation.share"
+        )
+    if (wanted.every or config.lmar_every) and config.objective != "next_token":
+        raise UserError(
+            f"validation.every and lmar_every need objective next_token, not {config.objective}"
+        )
+    if config.lmar_every and not (config.model.vision and config.images_per_row):
+        raise UserError("lmar_every measures attention to images; this run has none")
+
+
+def check_workdir(config: RunConfig, workdir: Path, resume: str) -> None:
+    """Refuses to mix two runs in one directory, and what is no directory.
+
+    Args:
+      config: The run's configuration.
+      workdir: The run's directory, which need not exist.
+      resume: `auto` or `never`.
+
+    Raises:
+      UserError: says what is in the way.
+    """
+    if resume not in ("auto", "never"):
+        raise choice_error("resume", resume, ("auto", "never"))
+    if re.match(r"\w+:/", str(workdir)):  # would become a folder of that name
+        raise UserError(f"workdir {workdir} is in an object store; give a folder or a mounted one")
+    if not workdir.exists() or not any(workdir.iterdir()):
+        return
+    if resume == "never":
+        raise UserError(f"workdir {workdir} is not empty and --resume is never")
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"workdir {workdir} is not empty and holds no run to resume")
+    saved = workdir / "checkpoints"
+    if saved.is_dir() and not any(saved.glob("[0-9]*")):
+        return  # a run that ended before its first checkpoint has nothing to mix with
+    earlier = read_config(workdir / "config.json")
+    found = differences(earlier.to_dict(), config.to_dict())
+    changed = [key for key in found if not any(matches(key, h) for h in HARMLESS)]
+    if changed:
+        raise UserError(
+            f"workdir {workdir} holds a run with other settings ({', '.join(changed)}); "
+            "give another --workdir or the same settings"
+        )

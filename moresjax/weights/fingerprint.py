@@ -1,0 +1,116 @@
+"""What tells models apart: their configuration, and checksums of a few values of parameters."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moresjax.core.parameter_names import first_name, named_parameters
+from moresjax.core.types import AnyArray
+from moresjax.models.mllm import MLLM
+
+# Fields that say how a model is run, or where it came from, but not what it is.
+FREE_FIELDS = ("dtype", "remat", "unroll", "int8", "attention", "model_type")
+# Fields of a configuration in version 0.1, and their present names.
+RENAMED_FIELDS = {"last_layers": "num_trainable_blocks"}
+# Fields that version 0.1 had not; fingerprints leave them out.
+NEW_FIELDS = ("model_type",)
+# A checksum is of this many values, and there is one for this many parameters.
+_VALUES, _CHECKSUMS = 64, 8
+
+
+def fingerprint(mllm: MLLM) -> str:
+    """Twelve hexadecimal digits that tell models apart.
+
+    They depend on the configuration, the tuning, and a few values of every parameter. They are the
+    same whether blocks are stacked or not, and in every version.
+    """
+    layers: dict[str, dict[int, AnyArray]] = {}
+    for name, variable in named_parameters(mllm).items():
+        number, stem = 0, "llm.blocks."
+        layer, _, rest = name.removeprefix(stem).partition(".")
+        if name.startswith(stem) and layer.isdigit():
+            number, name = int(layer), stem + rest
+        layers.setdefault(name, {})[number] = variable.get_value()
+    sums = {
+        first_name(name): checksum(*(own[i] for i in sorted(own))) for name, own in layers.items()
+    }
+    names = {now: then for then, now in RENAMED_FIELDS.items()}
+    config = _renamed(mllm.config.to_dict(), names)
+    text = json.dumps([config, mllm.tuning.spec, sums], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def checksum(*layers: AnyArray) -> int:
+    """A checksum of values spread over an array, or over the equal parts of one.
+
+    They are taken as bf16: the result is the same for a base loaded in bf16 or fp32.
+    """
+    each = layers[0].size
+    chosen = np.linspace(0, each * len(layers) - 1, _VALUES).astype(int)
+    values = []
+    for number, x in enumerate(layers):
+        own = chosen[chosen // each == number] - number * each
+        values.append(np.asarray(_on_host(x)[np.unravel_index(own, x.shape)]))
+    return zlib.crc32(np.concatenate(values).astype(jnp.bfloat16).tobytes())
+
+
+def checksums(base: Mapping[str, AnyArray]) -> dict[str, int]:
+    """Checksums of a few parameters, spread over the model.
+
+    The linears of blocks are left out: another run may hold them quantised.
+    """
+    names = sorted(n for n in base if not ("blocks" in n and n.endswith(".kernel")))
+    return {name: checksum(base[name]) for name in names[:: -(-len(names) // _CHECKSUMS) or 1]}
+
+
+def config_difference(stored: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The first field in which two configurations differ, in words, or nothing.
+
+    Args:
+      stored: The configuration that a file of any version holds.
+      config: The model's.
+    """
+    return _difference(_renamed(stored, RENAMED_FIELDS), config)
+
+
+def _difference(stored: Mapping[str, Any], config: Mapping[str, Any], place: str = "") -> str:
+    for name, value in stored.items():
+        at = f"{place}.{name}".lstrip(".")
+        other = config.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            if found := _difference(value, other, at):
+                return found
+        elif name not in FREE_FIELDS and json.dumps(_plain(value)) != json.dumps(_plain(other)):
+            return f"its {at} is {value}, here it is {other}"
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    """A value inside a configuration without the fields that make no difference."""
+    if isinstance(value, Mapping):
+        return {key: _plain(x) for key, x in value.items() if key not in FREE_FIELDS}
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+def _renamed(config: Any, names: Mapping[str, str]) -> Any:
+    """A configuration, or a value inside of one, with other names for some of its fields."""
+    if isinstance(config, Mapping):
+        kept = {key: value for key, value in config.items() if key not in NEW_FIELDS}
+        return {names.get(key, key): _renamed(value, names) for key, value in kept.items()}
+    if isinstance(config, list | tuple):
+        return [_renamed(value, names) for value in config]
+    return config
+
+
+def _on_host(x: AnyArray) -> AnyArray:
+    """The array as one of NumPy's where that takes no copy."""
+    if not isinstance(x, jax.Array):
+        return x
+    here = {device.platform for device in x.devices()} == {"cpu"} and len(x.devices()) == 1
+    return np.asarray(x) if here else x

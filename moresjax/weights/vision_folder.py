@@ -1,0 +1,109 @@
+"""Vision encoders from folders of their own."""
+
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from moresjax.core.errors import UserError
+from moresjax.models.vision import VisionConfig
+from moresjax.weights.families.base import VISION_FAMILIES, vision_config, vision_family
+from moresjax.weights.hf import HFFolder, unused_tensors, vision_mappings
+from moresjax.weights.resize_pos_embed import resize_pos_embed
+from moresjax.weights.tensor_mapping import ParameterReader, check_tensors
+
+# Fields that say how an encoder is run and how its features are used, not which encoder it is.
+_FREE_FIELDS = {
+    "model_type",
+    "feature_layer",
+    "select",
+    "drop_first_token",
+    "pixel_mean",
+    "pixel_std",
+    "num_trainable_blocks",
+    "dtype",
+    "remat",
+    "unroll",
+}
+
+
+def load_vision(
+    folder: str | Path | HFFolder,
+    *,
+    part: str = "",
+    allow_pickle: bool = False,
+    mesh: Mesh | None = None,
+    **changes: Any,
+) -> tuple[VisionConfig, ParameterReader]:
+    """Configuration and parameters of a folder of CLIP, SigLIP or DINOv2.
+
+    Args:
+      folder: A folder with `config.json` and safetensors, of the vision model alone or of the two
+        towers.
+      part: Where the encoder is in a model, such as `vision`: parameters' names start with it.
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+      mesh: The devices to split the parameters over.
+      changes: Fields of the configuration; `feature_layer` decides which blocks are the `tail`, and
+        DINOv2's positions are interpolated to another `image_size`.
+
+    Raises:
+      UserError: when the folder is not a checkpoint, or its family or variant is not supported.
+    """
+    if not isinstance(folder, HFFolder):
+        folder = HFFolder(folder, allow_pickle=allow_pickle)
+    config, hf = _vision_config(folder, changes)
+    family = vision_family(hf)
+    tensors = {_encoder_name(name): tensor for name, tensor in folder.tensors.items()}
+    mappings = vision_mappings(config, hf, mesh)
+    if (name := family.position_embedding) and config.image_size != hf["image_size"]:
+        table = tensors[name][:]
+        side, prefix = config.image_size // config.patch_size, int(config.class_token)
+        tensors[name] = resize_pos_embed(table[0], side, prefix)[None]
+    beside = (part for family in VISION_FAMILIES.values() for part in family.beside)
+    check_tensors(mappings, tensors, (*unused_tensors(), *beside), str(folder.path))
+    if part:
+        mappings = [mapping.within(part) for mapping in mappings]
+    return config, ParameterReader(mappings, tensors)
+
+
+def load_vision_config(folder: HFFolder, **changes: Any) -> VisionConfig:
+    """The configuration of a vision encoder's folder; see `load_vision`."""
+    return _vision_config(folder, changes)[0]
+
+
+def _vision_config(
+    folder: HFFolder, changes: dict[str, Any]
+) -> tuple[VisionConfig, dict[str, Any]]:
+    """The encoder of a folder, and its part of `config.json`."""
+    hf, towers = folder.hf, {family.two_towers for family in VISION_FAMILIES.values()} - {""}
+    if hf["model_type"] in towers:
+        hf = hf["vision_config"]
+    return vision_config(hf, **changes), hf
+
+
+def _encoder_name(name: str) -> str:
+    """A tensor's name in the encoder alone, whatever stands around it in the file."""
+    for family in VISION_FAMILIES.values():
+        for prefix in family.prefixes:
+            if name.startswith(prefix):
+                return name.removeprefix(prefix)
+    return name
+
+
+def check_same_encoder(config: VisionConfig, found: VisionConfig, source: str) -> None:
+    """Refuses weights made for another architecture, which the shapes alone may not show.
+
+    Args:
+      config: The model's encoder.
+      found: The encoder of the weights.
+      source: Their origin, for the message.
+
+    Raises:
+      UserError: that names the first field that differs.
+    """
+    for name, value in vars(found).items():
+        if name not in _FREE_FIELDS and getattr(config, name) != value:
+            raise UserError(
+                f"{source} has {name}={value}, the model's vision encoder has "
+                f"{name}={getattr(config, name)}"
+            )
