@@ -120,5 +120,5 @@ def attention_map(
     queries = jnp.arange(len(row) - 1, len(row) - 1 + count)[None]
     maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
     visual = np.flatnonzero(whole.image >= 0) + model.mllm.tuning.num_virtual_tokens
-    texts = [model.prompts.processor.tokenizer.decode([token]) for token in tokens]
+    texts = [model.prompts.tokenizer.decode([token]) for token in tokens]
     return AttentionMap(texts, to_grid(np.asarray(maps)[:, 0][:, :, visual], model.config))

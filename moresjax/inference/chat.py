@@ -159,8 +159,11 @@ class Chat:
 
 
 def keeps_cache(tuning: Tuning) -> bool:
-    """Whether the methods do to a token what they would still do to it later in the conversation,
-    and do it to further text even in the decode model."""
+    """Whether the cache of a conversation may be used again in its next turn.
+
+    The methods must do to a token what they would still do to it later in the conversation, and do
+    it to further text even in the decode model.
+    """
     for _, method in tuning.methods:
         if isinstance(method, WeightDelta) and method.sees_tokens:
             return False

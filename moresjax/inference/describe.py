@@ -1,5 +1,6 @@
 """A model told in a few lines: its parts, what trains in it, and where it is."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from moresjax.models.count import count_parameters
@@ -38,7 +39,8 @@ def describe_model(model: "Model") -> str:
 
 def _vision(config: AnyVisionConfig) -> str:
     if isinstance(config, FusedVisionConfig):
-        return f"{' and '.join(map(_vision, config.encoders))} ({config.fusion})"
+        each = [_vision(encoder) for encoder in config.encoders if not isinstance(encoder, Mapping)]
+        return f"{' and '.join(each)} ({config.fusion})"
     return (
         f"{config.num_layers} layers, {config.hidden_size} features, "
         f"{config.image_size} x {config.image_size} pixels"

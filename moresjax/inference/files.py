@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
@@ -29,21 +30,32 @@ def generate_file(
 ) -> dict[str, int]:
     """Answers every prompt of a JSON or JSON Lines file.
 
+    >>> import pathlib, tempfile
+    >>> from moresjax.testing import talking_model
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "in.jsonl").write_text('{"prompt": "how many ?"}')
+    >>> generate_file(talking_model(), folder / "in.jsonl", folder / "out.jsonl", max_new_tokens=2)
+    {'records': 1, 'errors': 0}
+
     Args:
-      model: what answers.
-      source: records `{"id", "prompt", "images"}`; `images` is a list of paths and may be missing,
-        as may `id`, which then is the record's number; `seed` is that of the record's draws.
+      model: The model that answers.
+      source: Records `{"id", "prompt", "images", "seed"}`. `images` is a list of paths and `seed`
+        seeds the record's draws; both may be missing, as may `id`, which then is the record's
+        number.
       out: JSON Lines in the same order, `{"id", "prompt", "images", "text"}`; a record that cannot
         be answered has the reason as `error` instead of `text`.
-      image_root: the folder that paths of images start from; default: that of `source`.
-      max_new_tokens, batch_size, sampling, stop: as in `Model.generate`.
-      on_answer: called with every line.
+      image_root: The folder that paths of images start from; default: that of `source`.
+      max_new_tokens: An answer has at most this many tokens.
+      batch_size: How many prompts are answered at a time.
+      sampling: How tokens are chosen; greedy by default.
+      stop: An answer ends before the first of these strings.
+      on_answer: Called with every line.
 
     Returns:
       How many records there were (`records`) and how many of them failed (`errors`).
 
     Raises:
-      UserError: when `source` cannot be read or `out` not be written, or for a bad option.
+      UserError: `source` cannot be read, `out` cannot be written, or an option is bad.
     """
     source, out = Path(source), Path(out)
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
@@ -86,7 +98,7 @@ def generate_file(
     return {"records": len(records), "errors": errors}
 
 
-def _create(path: Path):
+def _create(path: Path) -> TextIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("w", encoding="utf-8")
@@ -94,7 +106,7 @@ def _create(path: Path):
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _checked(record, number: int) -> dict:
+def _checked(record: Any, number: int) -> dict:
     """The known fields of a record.
 
     Raises:

@@ -34,8 +34,8 @@ def load(
     >>> from moresjax.testing import tiny_model
     >>> from moresjax.weights.export import export_hf
     >>> folder = export_hf(tiny_model(), tempfile.mkdtemp())  # stands for a downloaded LLaVA
-    >>> load(folder, tuning="mores:rank=1").tuning
-    'mores:rank=1'
+    >>> load(folder, tuning="mores:rank=2").tuning
+    'mores:rank=2'
 
     Args:
       path: The folder.

@@ -20,6 +20,7 @@ from moresjax.generation.hf_inputs import hf_batch
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scoring import ContinuationScore
 from moresjax.inference.describe import describe_model
+from moresjax.inference.loaded_model import LoadedModel
 from moresjax.inference.prompts import (
     Answer,
     Images,
@@ -27,7 +28,7 @@ from moresjax.inference.prompts import (
     pair_continuations,
     pair_images,
 )
-from moresjax.inference.tuned_model import TunedModel
+from moresjax.tuning.merge import merged
 from moresjax.tuning.multi_adapter import adapter_ids
 
 Adapters = str | Sequence[str | None] | None
@@ -48,13 +49,16 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: bool
 
 
-class Model(TunedModel):
+class Model(LoadedModel):
     """A multimodal LLM with its processor.
 
     >>> from moresjax.testing import talking_model
-    >>> talking_model("mores:rank=1")  # `mj.load(folder)` gives a model of your own
+    >>> talking_model("mores:rank=2")  # `mj.load(folder)` gives a model of your own
     Model
-      llm: 2 layers, 16 features, 4 heads, 37 tokens, 4,656 parameters
+      llm: 2 layers, 16 features, 4 heads, 37 tokens, 5,104 parameters
+      vision: 2 layers, 8 features, 12 x 12 pixels, 1,680 parameters
+      connector: mlp2x_gelu, 9 visual tokens per image, 416 parameters
+      tuning: mores:rank=2, 132 trainable parameters
 
     Args:
       mllm: The Flax module, which belongs to this object from now on.
@@ -76,6 +80,18 @@ class Model(TunedModel):
 
         parts = {"description": str(self), "mllm": self.mllm, "processor": self.processor}
         return repr_lib.render_object_constructor(Model, parts, path, subtree_renderer)
+
+    def merge(self) -> "Model":
+        """The same model with LoRA, IA3 and the like folded into the weights; edits stay attached.
+
+        >>> from moresjax.testing import talking_model
+        >>> talking_model("lora:rank=2/mores:rank=2").merge().tuning
+        'mores:rank=2'
+
+        Raises:
+          UserError: A weight delta cannot be merged, or several adapters are loaded.
+        """
+        return Model(merged(self.restack()), self.processor, self.mesh, self.service.config)
 
     def prompt(self, text: str, images: PromptImages = (), name: str = "prompt") -> Row:
         """The row of tokens that a prompt becomes, for `service`.

@@ -7,7 +7,7 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -173,6 +173,15 @@ class PromptEncoder:
             raise UserError("this model was loaded without a tokenizer; text cannot be used")
         return self.saved_processor
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of `transformers`.
+
+        Raises:
+          UserError: The model was loaded without one.
+        """
+        return self.processor.tokenizer
+
     def row(
         self,
         text: str,
@@ -247,7 +256,7 @@ class PromptEncoder:
 
     def spell(self, ids: Ids) -> str:
         """New tokens as text, without special tokens."""
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def answer(
         self, ids: Ids, logprobs: AnyArray | None = None, stop: str | Sequence[str] = ()

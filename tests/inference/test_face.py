@@ -19,7 +19,7 @@ DOCUMENTED = (
     "model",
     "prompts",
     "service",
-    "tuned_model",
+    "loaded_model",
 )
 
 

@@ -80,7 +80,6 @@ def test_scores_logits_rows_and_chats_take_images_alike(model):
         (ASKED[0], PHOTOS[0].astype(np.float32), r"an array float32\[12, 12, 3\]"),
         (ASKED[0], 7, "an image of the prompt is of type int"),
         (ASKED[0], "photo.png", "photo.png does not exist"),
-        ([7], None, "a prompt must be a text, got a int"),
     ],
 )
 def test_images_that_could_mean_several_things_are_refused(model, prompts, images, message):
@@ -139,7 +138,7 @@ def test_a_stop_string_and_an_end_token_are_told_apart(model):
     assert words[1] not in stopped.text.split()
     assert model.prompts.spell(stopped.tokens).split()[-1] == words[1]
     end = model.processor.eos_ids[0]
-    answer = model.prompts.answer([*whole.tokens[:3], end])
+    answer = model.prompts.answer([*map(int, whole.tokens[:3]), end])
     assert (answer.stop_reason, len(answer.tokens)) == ("eos", 4)
 
 
@@ -159,9 +158,9 @@ def test_reading_a_model_costs_no_engine(model, answers, tmp_path):
     options = {"max_new_tokens": NEW}
     engine, before = model.service.engine(), compiled()
     assert model.mllm is model.mllm
-    assert (model.tuning, model.config, model.adapters) == ("mores:rank=1", model.mllm.config, ())
+    assert (model.tuning, model.config, model.adapters) == ("mores", model.mllm.config, ())
     assert len(model.fingerprint) == 12
-    assert "mores:rank=1" in repr(model)
+    assert "tuning: mores" in repr(model)
     mj.Chat(model)
     model.logits(ASKED[0])
     save_adapter(model.mllm, tmp_path, also_train=("connector",))
@@ -218,7 +217,7 @@ def test_a_model_tells_its_parts_its_tuning_and_its_mesh(model):
         "connector",
         "tuning",
     ]
-    assert lines[-1] == "  tuning: mores:rank=1, 66 trainable parameters"
+    assert lines[-1] == "  tuning: mores, 66 trainable parameters"
     sharded = talking_model()
     sharded.shard(make_mesh())
     assert repr(sharded).splitlines()[-1] == "  mesh: data=8 x fsdp=1 x tensor=1, cpu"

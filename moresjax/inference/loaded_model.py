@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -14,12 +13,11 @@ from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.processor import name_words
 from moresjax.sharding.mesh import shard_params
-from moresjax.tuning.merge import merged
 from moresjax.weights.adapter import attach_adapter, load_adapters
 from moresjax.weights.fingerprint import fingerprint
 
 
-class TunedModel:
+class LoadedModel:
     """What a `Model` is made of and how its tuning is changed.
 
     Reading costs nothing: no property ends an engine or copies weights. Whatever changes the tuning
@@ -50,8 +48,11 @@ class TunedModel:
 
     @property
     def mllm(self) -> MLLM:
-        """The Flax module. Its LLM's blocks are stacked until something is generated and a list
-        afterwards, which is what decoding needs; see `restack`."""
+        """The Flax module.
+
+        Its LLM's blocks are stacked until something is generated and a list afterwards, which is
+        what decoding needs; see `restack`.
+        """
         return self._mllm
 
     @property
@@ -154,8 +155,9 @@ class TunedModel:
         self._name_words()
 
     def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
-        """Replaces the attached tuning by several adapter folders, of which `generate`, `score` and
-        `logits` use one for each prompt.
+        """Replaces the attached tuning by several adapter folders.
+
+        `generate`, `score` and `logits` then use one of them for each prompt.
 
         >>> import tempfile
         >>> from moresjax.testing import talking_model
@@ -176,15 +178,3 @@ class TunedModel:
         """
         load_adapters(self.restack(), folders)
         self._name_words()
-
-    def merge(self) -> Self:
-        """The same model with LoRA, IA3 and the like folded into the weights; edits stay attached.
-
-        >>> from moresjax.testing import talking_model
-        >>> talking_model("lora:rank=2/mores:rank=1").merge().tuning
-        'mores:rank=1'
-
-        Raises:
-          UserError: A weight delta cannot be merged, or several adapters are loaded.
-        """
-        return type(self)(merged(self.restack()), self.processor, self.mesh, self.service.config)
