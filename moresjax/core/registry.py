@@ -1,7 +1,7 @@
 """Registries: what can be chosen by name in a config, from the package itself and from plug-ins."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from moresjax.core.errors import UserError
 
@@ -26,10 +26,19 @@ def add_entry(registry: dict[str, T], kind: str, name: str, entry: T) -> None:
     registry[name] = entry
 
 
-def registrar(registry: dict[str, T], kind: str, name: str) -> Callable[[T], T]:
-    """A decorator that puts what it decorates under a name; see `add_entry`."""
+def registrar(registry: dict[str, T], kind: str, name: str) -> Callable[[Any], Any]:
+    """A decorator that puts what it decorates under a name and leaves it as it is.
 
-    def register(entry: T) -> T:
+    Args:
+      registry: All entries by name.
+      kind: What the registry holds, for the error message.
+      name: The name of the entry.
+
+    Raises:
+      UserError: The name belongs to something else.
+    """
+
+    def register(entry: Any) -> Any:
         add_entry(registry, kind, name, entry)
         return entry
 

@@ -9,7 +9,7 @@ import functools
 import itertools
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -29,17 +29,17 @@ def convert_llava(
     """Writes LLaVA files and their images as ArrayRecord shards.
 
     Args:
-      source: what to write, in its order.
-      out: a folder that is new or empty.
-      shards: number of files.
-      progress: whether to show a progress bar.
+      source: The samples to write, in their order.
+      out: A folder that is new or empty.
+      shards: The number of files.
+      progress: Whether to show a progress bar.
 
     Returns:
-      What the index says: number of records, and every shard with its number of records.
+      The content of the index: the number of records, and every shard with its number of records.
 
     Raises:
-      UserError: for a bad sample, an image that cannot be read, a folder with files, or a number of
-        shards below 1 or above the number of samples.
+      UserError: A sample is bad, an image cannot be read, the folder has files, or the number of
+        shards is below 1 or above the number of samples.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -85,17 +85,17 @@ class ArrayRecordSource:
     """Samples of a folder written by `convert_llava`.
 
     Attributes:
-      folder: with the shards and their index.
+      folder: The folder with the shards and their index.
     """
 
     folder: str
     branches: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _ = self._reader
 
     @functools.cached_property
-    def _reader(self):
+    def _reader(self) -> Any:  # the library declares no `__len__`
         from grain.sources import ArrayRecordDataSource
 
         root = Path(self.folder)
@@ -105,14 +105,14 @@ class ArrayRecordSource:
         for name in shards:
             if not (root / name).is_file():
                 raise UserError(f"{root} lacks the shard {name}")
-        reader = ArrayRecordDataSource([str(root / name) for name in shards])
+        reader: Any = ArrayRecordDataSource([str(root / name) for name in shards])
         if len(reader) != sum(shards.values()):
             raise UserError(f"{root}: the shards have {len(reader)} records, not as {INDEX} says")
         return reader
 
     @property
     def sizes(self) -> Int[np.ndarray, "n 2"]:
-        """Words and images of every sample."""
+        """The words and images of every sample."""
         return np.load(Path(self.folder) / SIZES)
 
     def __len__(self) -> int:

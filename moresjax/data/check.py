@@ -27,16 +27,17 @@ class DataReport:
     """What `check_data` found.
 
     Attributes:
-      samples: number of samples, bad ones included.
-      text_only: good samples without an image.
-      images: images of all good samples.
-      tokens: tokens of all good samples, visual ones included; `answer_tokens` of them are trained.
-      longest: tokens of the longest good sample.
-      histogram: (first token count of a bin, good samples in it), bins of equal width.
-      useful: share of tokens that are no padding, by batching `pad` and `pack`, of the samples that
-        fit.
-      too_long: samples that do not fit into a row, with their sizes.
-      bad: message by sample, for all others that cannot be used.
+      samples: The number of samples, bad ones included.
+      text_only: The number of good samples without an image.
+      images: The number of images of all good samples.
+      tokens: The number of tokens of all good samples, visual ones included.
+      answer_tokens: The number of those tokens that are trained.
+      longest: The number of tokens of the longest good sample.
+      histogram: For bins of equal width the first token count and the number of good samples.
+      useful: The fraction of tokens that are no padding, by batching `pad` and `pack`, for the
+        samples that fit.
+      too_long: The sizes of every sample that does not fit into a row, by its number.
+      bad: The error of every other sample that cannot be used, by its number.
     """
 
     samples: int
@@ -76,13 +77,16 @@ def check_data(
     """Reads and tokenises every sample, and looks at every image.
 
     Args:
-      source: the samples.
-      make_processor: builds what tokenises them, once in every worker (so it must be picklable).
-      length: tokens that a row holds.
-      images: images that a row holds.
-      workers: processes; 0: one per core. One worker is this process.
-      decode: whether images are decoded, which takes most of the time; else they are not opened.
-      progress: whether to show a progress bar.
+      source: The samples.
+      make_processor: Builds the processor, once in every worker process (so it must be picklable).
+      max_seq_len: The number of tokens that a row holds.
+      images_per_row: The number of images that a row holds.
+      num_workers: The number of processes; 0: one per core. One worker is this process.
+      decode: Whether images are decoded, which takes most of the time; else they are not opened.
+      progress: Whether to show a progress bar.
+
+    Raises:
+      UserError: The processor cannot be built.
     """
     num_workers = num_workers or os.cpu_count() or 1
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
@@ -93,9 +97,9 @@ def check_data(
         results = _in_parallel(source, make_processor, chunks, num_workers, decode)
     found = []
     with tqdm(total=len(source), unit="sample", disable=not progress) as bar:
-        for part in results:
-            found += part
-            bar.update(len(part))
+        for measured in results:
+            found += measured
+            bar.update(len(measured))
     return _report(found, max_seq_len, images_per_row)
 
 
@@ -109,7 +113,7 @@ def _measure(source: Source, processor: Processor, chunk: range, decode: bool) -
     return found
 
 
-def _measure_one(index: int, sample, processor: Processor, decode: bool) -> _Measured:
+def _measure_one(index: int, sample: object, processor: Processor, decode: bool) -> _Measured:
     if not isinstance(sample, Sample):
         raise UserError(f"sample {index} of this source is no conversation")
     row = processor.text_row(sample)
@@ -122,24 +126,29 @@ def _measure_one(index: int, sample, processor: Processor, decode: bool) -> _Mea
     return _Measured(index, sample.id, len(row), answers, len(sample.images))
 
 
-# Of a worker process: set once when it starts, since sending them with every chunk would cost more
-# than the work.
-_worker: list = []
+# The source and the processor of a worker process. They are set once when it starts, since sending
+# them with every chunk would cost more than the work.
+_worker: list[tuple[Source, Processor]] = []
 
 
 def _start_worker(source: Source, make_processor: Callable[[], Processor]) -> None:
-    _worker[:] = [source, make_processor()]
+    _worker[:] = [(source, make_processor())]
 
 
 def _work(chunk: range, decode: bool) -> list[_Measured]:
-    return _measure(*_worker, chunk, decode)
+    (source, processor), *_ = _worker
+    return _measure(source, processor, chunk, decode)
 
 
 def _in_parallel(
-    source: Source, make_processor, chunks: Sequence[range], workers: int, decode: bool
+    source: Source,
+    make_processor: Callable[[], Processor],
+    chunks: Sequence[range],
+    num_workers: int,
+    decode: bool,
 ) -> Iterator[list[_Measured]]:
     with concurrent.futures.ProcessPoolExecutor(
-        workers,
+        num_workers,
         mp_context=multiprocessing.get_context("spawn"),  # JAX's threads do not survive a fork
         initializer=_start_worker,
         initargs=(source, make_processor),
@@ -175,7 +184,7 @@ def _report(found: Sequence[_Measured], max_seq_len: int, images_per_row: int) -
 
 
 def _useful(fits: Sequence[_Measured], max_seq_len: int, images_per_row: int) -> dict[str, float]:
-    """Shares of tokens that are no padding, were the samples read in their order."""
+    """The fractions of tokens that are no padding, were the samples read in their order."""
     if not fits:
         return {}
     tokens, images = [m.tokens for m in fits], [m.images for m in fits]

@@ -9,12 +9,14 @@ into train, val and test, so a test scene shows handwriting that no stage has se
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from moresjax.core.errors import choice_error
+from moresjax.core.types import Tokenizer
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -32,7 +34,7 @@ def load_instances() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Enlarged digits `[n, 16, 16]` uint8 and their labels per split; classes are balanced."""
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
+    images, labels = (np.asarray(x) for x in load_digits(return_X_y=True))
     images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     resize = lambda x: Image.fromarray(x).resize((CELL, CELL), Image.Resampling.BILINEAR)  # noqa: E731
     images = np.stack([np.asarray(resize(x)) for x in images])
@@ -41,9 +43,9 @@ def load_instances() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for digit in range(10):
         order = rng.permutation(np.flatnonzero(labels == digit))
         edges = np.cumsum([round(share * len(order)) for share in SPLITS.values()])[:-1]
-        for split, part in zip(SPLITS, np.split(order, edges), strict=True):
-            chosen[split].append(part)
-    index = {split: np.concatenate(parts) for split, parts in chosen.items()}
+        for split, instances in zip(SPLITS, np.split(order, edges), strict=True):
+            chosen[split].append(instances)
+    index = {split: np.concatenate(instances) for split, instances in chosen.items()}
     return {split: (images[i], labels[i]) for split, i in index.items()}
 
 
@@ -62,8 +64,11 @@ class Scene:
 
 
 def random_digits(rng: np.random.Generator) -> tuple[int, ...]:
-    """Four digits. In half of the scenes one cell repeats another's digit (as another instance), so
-    that "same" and "count" questions have both answers."""
+    """Four digits.
+
+    In half of the scenes one cell repeats another's digit (as another instance), so that "same" and
+    "count" questions have both answers.
+    """
     digits = rng.integers(0, 10, 4)
     if rng.random() < 0.5:
         source, target = rng.permutation(4)[:2]
@@ -74,8 +79,11 @@ def random_digits(rng: np.random.Generator) -> tuple[int, ...]:
 def make_scene(rng: np.random.Generator, split: str, shift: int = 0) -> Scene:
     """A random scene of the split's handwriting; digits move by up to `shift` pixels.
 
+    >>> make_scene(np.random.default_rng(0), "test").image.shape
+    (32, 32, 3)
+
     Raises:
-      UserError: for an unknown split.
+      UserError: The split is unknown.
     """
     digits = random_digits(rng)
     glyphs = _glyphs(split, shift)
@@ -142,13 +150,20 @@ def ask(family: str, digits: tuple[int, ...], rng: np.random.Generator) -> Turn:
 class DigitsSource:
     """An endless-looking random-access source of samples; item i is a function of (seed, i).
 
+    >>> source = DigitsSource("instruct", split="test", questions=2)
+    >>> sample = source[0]
+    >>> len(sample.turns), sample.images[0].shape
+    (2, (32, 32, 3))
+
     Attributes:
       task: `text` (description, then questions; no image), `patches` (images with the digit and the
         cell of every patch), `caption` (image -> description), `instruct` (image, then questions).
-      split: instances the scenes are made of.
-      questions: questions per scene, each a branch of its own.
-      families: question families to draw from; empty: those of the task.
-      seed, size: which scenes, and how many before the source repeats.
+      split: The split of the handwriting that scenes are made of.
+      questions: The number of questions per scene, each a branch of its own.
+      families: The question families to draw from; empty: those of the task.
+      patch_size: The height and width of a patch in pixels, for `patches`.
+      seed: Seeds the scenes.
+      size: The number of scenes.
     """
 
     task: str
@@ -159,7 +174,7 @@ class DigitsSource:
     seed: int = 0
     size: int = 1_000_000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.task not in ("text", "patches", "caption", "instruct"):
             raise choice_error("digits task", self.task, ("text", "patches", "caption", "instruct"))
         _instances(self.split)
@@ -181,19 +196,21 @@ class DigitsSource:
         turns = self._turns(scene.digits, rng, self.families or FAMILIES)
         return Sample(name, turns, (scene.image,), context=IMAGE_MARK + "\n", independent=True)
 
-    def _turns(self, digits, rng, families) -> tuple[Turn, ...]:
+    def _turns(
+        self, digits: tuple[int, ...], rng: np.random.Generator, families: Sequence[str]
+    ) -> tuple[Turn, ...]:
         chosen = rng.permutation(len(families))[: self.questions]
-        return tuple(ask(families[f], digits, rng) for f in chosen)
+        return tuple(ask(families[int(f)], digits, rng) for f in chosen)
 
-    def _text(self, name, digits, rng) -> Sample:
+    def _text(self, name: str, digits: tuple[int, ...], rng: np.random.Generator) -> Sample:
         seen = [f for f in FAMILIES if f != UNSEEN]
         asked = self._turns(digits, rng, self.families or seen)
         turns = (Turn(None, describe(digits, rng)), *asked)
         context = describe(digits, rng) + "\n"
         return Sample(name, turns, context=context, independent=True)
 
-    def _patch_classes(self, digits) -> np.ndarray:
-        """(digit, cell) of every patch in raster order, `[P, 2]`."""
+    def _patch_classes(self, digits: tuple[int, ...]) -> np.ndarray:
+        """The digit and the cell of every patch in raster order, `[P, 2]`."""
         per_cell = CELL // self.patch_size
         cells = np.arange(4).reshape(2, 2).repeat(per_cell, 0).repeat(per_cell, 1).ravel()
         return np.stack([np.asarray(digits)[cells], cells], axis=-1).astype(np.int32)
@@ -207,8 +224,12 @@ def vocabulary() -> list[str]:
     return [*SPECIAL, *words.split(), *WORDS, *CELLS]
 
 
-def build_tokenizer():
-    """A word-level tokenizer of the world, as `transformers` would load it."""
+def build_tokenizer() -> Tokenizer:
+    """A word-level tokenizer of the world, of the class that `transformers` would load.
+
+    >>> build_tokenizer().decode([1, 7, 8, 9])
+    '<s> how many times'
+    """
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -7,8 +7,9 @@ import dataclasses
 import functools
 import io
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -29,7 +30,7 @@ ImageInput = str | Path | bytes | Image.Image | np.ndarray
 
 
 def image_keys(images: Sequence) -> tuple:
-    """What tells images apart, as long as they exist, without opening them."""
+    """Keys that tell images apart, as long as they exist, without opening them."""
     return tuple(x if isinstance(x, (str, Path, bytes)) else id(x) for x in images)
 
 
@@ -37,17 +38,18 @@ class LazyPixels:
     """Pixels of images that are opened when they are asked for, or a little before.
 
     Args:
-      images: as `open_image` takes them; files must exist.
-      read: makes an array `[N, Y, X, 3]` of them.
+      images: The images; files must exist.
+      read: Makes an array `[N, Y, X, 3]` of them.
 
     Raises:
-      UserError: when a file is missing. `np.asarray` and `open` raise what `read` raises.
+      UserError: A file is missing. `np.asarray` and `open` raise what `read` raises.
     """
 
-    def __init__(self, images: Sequence, read: Callable[[], np.ndarray]):
+    def __init__(self, images: Sequence[ImageInput], read: Callable[[], np.ndarray]) -> None:
         for image in images:
             _check_exists(image)
-        self._count, self._read, self._coming = len(images), read, None
+        self._count, self._read = len(images), read
+        self._coming: Future[np.ndarray] | None = None
         self._held: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -63,7 +65,7 @@ class LazyPixels:
         if self._held is None:
             self._held = np.asarray(self)
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         coming, self._coming = self._coming, None
         pixels = self._held
         if pixels is None:
@@ -76,18 +78,22 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, "images")
 
 
-def _check_exists(source) -> None:
+def _check_exists(source: ImageInput) -> None:
     if isinstance(source, (str, Path)) and not Path(source).is_file():
         raise UserError(f"image {source} does not exist")
 
 
-def open_image(source) -> Image.Image:
+def open_image(source: ImageInput) -> Image.Image:
     """An RGB image from a path, the bytes of a file, a PIL image or a uint8 array.
 
-    Transparency is dropped, as the reference implementations do; 16-bit greys are scaled to 8 bits.
+    >>> open_image(np.zeros((4, 6, 3), np.uint8)).size
+    (6, 4)
+
+    Transparency is dropped, which the reference implementations do too; 16-bit greys are scaled to
+    8 bits.
 
     Raises:
-      UserError: when a file is missing or is not an image, or is too long for its width.
+      UserError: A file is missing or is not an image, or the image is too long for its width.
     """
     if isinstance(source, np.ndarray):
         image, name = Image.fromarray(source), "array"
@@ -120,7 +126,7 @@ def _read(file: Path | io.BytesIO, name: str) -> Image.Image:
     return image
 
 
-def saved_processor(folder: Path):
+def saved_processor(folder: Path) -> Any:
     """The image processor that `transformers` saved in a folder; None when there is none."""
     if not any((folder / f"{name}_config.json").is_file() for name in SAVED):
         return None
@@ -141,11 +147,15 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
 class ImageProcessor:
     """Scales images to a square, to 0..1, and normalises.
 
+    >>> ImageProcessor(size=32)(np.zeros((10, 20, 3), np.uint8)).shape
+    (32, 32, 3)
+
     Attributes:
-      size: height and width of the result.
-      mean, std: of the normalisation.
+      size: The height and width of the result in pixels.
+      mean: The mean of every channel, which is subtracted.
+      std: The standard deviation of every channel, which the rest is divided by.
       aspect: `square` leaves the shape to the scaling; `pad` first pads with the mean colour.
-      reference: an image processor of `transformers` that does everything after `aspect`; without
+      reference: An image processor of `transformers` that does everything after `aspect`; without
         one, images are scaled to the square (bicubic).
     """
 
@@ -155,7 +165,7 @@ class ImageProcessor:
     aspect: str = "square"
     reference: Callable | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.aspect not in ASPECTS:
             raise choice_error("image aspect", self.aspect, ASPECTS)
 
@@ -164,7 +174,7 @@ class ImageProcessor:
         """The processor saved in a folder, or the default one when none was saved.
 
         Raises:
-          UserError: when it makes images of another size than the model takes.
+          UserError: It makes images of another size than the model takes.
         """
         reference = saved_processor(folder)
         if reference is None:
@@ -176,13 +186,19 @@ class ImageProcessor:
             raise UserError(f"{folder}: images become {made[0]} x {made[1]}, not {size} x {size}")
         return processor
 
-    def __call__(self, source) -> Float[np.ndarray, "Y X 3"]:
-        ready = isinstance(source, np.ndarray) and source.shape == (self.size, self.size, 3)
-        if ready and self.reference is None:
+    def __call__(self, source: ImageInput) -> Float[np.ndarray, "Y X 3"]:
+        """The pixels of an image.
+
+        Raises:
+          UserError: The image cannot be read.
+        """
+        shape = (self.size, self.size, 3)
+        if self.reference is None and isinstance(source, np.ndarray) and source.shape == shape:
             return self._normalise(source)
         image = open_image(source)
         if self.aspect == "pad":
-            image = pad_to_square(image, tuple(int(255 * x) for x in self.mean))
+            red, green, blue = (int(255 * x) for x in self.mean)
+            image = pad_to_square(image, (red, green, blue))
         if self.reference is not None:
             pixels = self.reference(images=image, return_tensors="np")["pixel_values"][0]
             return np.asarray(pixels, np.float32).transpose(1, 2, 0)

@@ -25,7 +25,7 @@ def image_names(record: Any, name: str) -> tuple[str, ...]:
     """The images of a record, as it names them.
 
     Raises:
-      UserError: when `image` is neither text nor a list of texts.
+      UserError: `image` is neither text nor a list of texts.
     """
     if not isinstance(record, Mapping):
         raise UserError(f"sample {name}: a record must be an object, not {type(record).__name__}")
@@ -37,10 +37,15 @@ def image_names(record: Any, name: str) -> tuple[str, ...]:
 
 
 def image_path(root: str | Path, image: str, name: str) -> Path:
-    """Where an image is.
+    """The path of an image.
+
+    Args:
+      root: The folder that image paths start from.
+      image: The path in the record.
+      name: The name of the sample, for the error message.
 
     Raises:
-      UserError: when the path leaves the image root.
+      UserError: The path leaves the image root.
     """
     path = os.path.normpath(image)
     if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
@@ -51,13 +56,18 @@ def image_path(root: str | Path, image: str, name: str) -> Path:
 def to_sample(record: Any, name: str, images: Sequence[Any]) -> Sample:
     """A record as a conversation about `images`.
 
-    As in LLaVA, a question's single image comes first wherever its mark stands, on a line of its
-    own, and answers before the first question are left out. Several images of one question stay
+    LLaVA's rules hold: a question's single image comes first wherever its mark stands, on a line of
+    its own, and answers before the first question are left out. Several images of one question stay
     where their marks are.
 
+    Args:
+      record: An object with `conversations`.
+      name: The name of the sample.
+      images: The images in the order of their marks.
+
     Raises:
-      UserError: when the conversation is empty, its roles do not take turns, a value is not text,
-        an answer has an image, or marks and images are not equally many.
+      UserError: The conversation is empty, its roles do not take turns, a value is not text, an
+        answer has an image, or marks and images are not equally many.
     """
     rounds = record.get("conversations")
     if not isinstance(rounds, Sequence) or isinstance(rounds, str) or not rounds:
@@ -91,7 +101,7 @@ def _image_first(question: str) -> str:
 
 
 def measure(record: Any) -> tuple[int, int]:
-    """Words and images of a record, without checking it: what rows are grouped by."""
+    """The words and images of a record, which is not checked; samples are grouped by them."""
     try:
         rounds, images = record["conversations"], record.get("image") or ()
         words = sum(len(item["value"].split()) for item in rounds)
@@ -105,10 +115,10 @@ class LlavaSource:
     """Samples of one or several files; only an index of them is held in memory.
 
     Attributes:
-      files: paths of JSON or JSON Lines files, joined by `;`.
-      image_root: folder that image paths start from.
-      weights: one number per file, joined by `;`: the files' shares of what is read. Empty: every
-        sample once per epoch.
+      files: The paths of JSON or JSON Lines files, joined by `;`.
+      image_root: The folder that image paths start from.
+      weights: One number per file, joined by `;`: how much is read from each. Empty: every sample
+        once per epoch.
     """
 
     files: str
@@ -116,7 +126,7 @@ class LlavaSource:
     weights: str = ""
     branches: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not Path(self.image_root).is_dir():
             raise UserError(f"image_root {self.image_root} is not a folder")
         if self.weights and len(self._weights) != len(self.files.split(";")):
@@ -152,7 +162,7 @@ class LlavaSource:
 
     @property
     def sizes(self) -> Int[np.ndarray, "n 2"]:
-        """Words and images of every sample."""
+        """The words and images of every sample."""
         return np.concatenate([records.sizes for records in self.records])
 
     def __len__(self) -> int:

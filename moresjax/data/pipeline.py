@@ -40,7 +40,7 @@ class Batches:
 
     def __init__(
         self, dataset: grain.IterDataset, skip_policy: SkipPolicy, structure: RowStructure
-    ):
+    ) -> None:
         self.skip_policy, self.structure = skip_policy, structure
         self._iterator = iter(dataset)
 

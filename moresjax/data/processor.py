@@ -9,7 +9,7 @@ disagree with the tokens.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,32 +18,48 @@ from jaxtyping import Float
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenKind, TokenLayout, infer_structure
 from moresjax.core.row import Row, stack
+from moresjax.core.types import Tokenizer
 from moresjax.data.images import ImageInput, ImageProcessor, LazyPixels, image_keys
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.data.templates import Piece, Template
+
+Texts = tuple[tuple[str, TokenKind], ...]  # consecutive texts, each with its kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
     """Turns samples into rows and rows into batches.
 
+    >>> from moresjax.data.digits import build_tokenizer
+    >>> from moresjax.data.samples import Turn
+    >>> from moresjax.data.templates import get_template
+    >>> processor = Processor(build_tokenizer(), get_template("bare"))
+    >>> row = processor.row(Sample("digit", (Turn("what is the largest ?", "nine"),)))
+    >>> row.kind.tolist()
+    [1, 3, 3, 3, 3, 3, 4, 4]
+    >>> processor.batch([processor.pad(row, max_seq_len=10, images_per_row=0)]).tokens.shape
+    (1, 10)
+
     Attributes:
-      tokenizer: a fast tokenizer of `transformers`.
-      template: how conversations are written.
-      image: how images become pixels; None for a model without vision.
-      visual_tokens: V, visual tokens per image.
+      tokenizer: A fast tokenizer of `transformers`.
+      template: How conversations are written.
+      image: How images become pixels; None for a model without vision.
+      visual_tokens: V, the number of visual tokens per image.
     """
 
-    tokenizer: object
+    tokenizer: Tokenizer
     template: Template
     image: ImageProcessor | None = None
     visual_tokens: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
             raise UserError("the tokenizer must be a fast one: offsets are needed for the labels")
+
+    @functools.cached_property
+    def _encode_chunk(self) -> Callable[[Texts], tuple[tuple[int, ...], tuple[int, ...]]]:
         # Prompts, questions and answers recur: most chunks are looked up, not tokenised.
-        object.__setattr__(self, "_chunk", functools.lru_cache(1 << 16)(self._tokenize))
+        return functools.lru_cache(1 << 16)(self._tokenize)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -59,16 +75,14 @@ class Processor:
         """The same, but answers go without the token that ends them."""
         return dataclasses.replace(self, template=dataclasses.replace(self.template, end=""))
 
-    def _tokenize(
-        self, chunk: tuple[tuple[str, TokenKind], ...]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _tokenize(self, texts: Texts) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Ids and kinds of consecutive texts, tokenised as one string."""
-        joined = "".join(text for text, _ in chunk)
+        joined = "".join(text for text, _ in texts)
         encoded = self.tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
-        borders = np.cumsum([len(text) for text, _ in chunk])
+        borders = np.cumsum([len(text) for text, _ in texts])
         last = [max(end - 1, start) for start, end in encoded.offsets]
         pieces = np.searchsorted(borders, last, side="right")
-        return tuple(encoded.ids), tuple(int(chunk[i][1]) for i in pieces)
+        return tuple(encoded.ids), tuple(int(texts[i][1]) for i in pieces)
 
     @functools.cached_property
     def _bos(self) -> tuple[int, ...]:
@@ -77,15 +91,16 @@ class Processor:
         return (bos,) if bos is not None and bos in ids else ()
 
     def row(self, sample: Sample, known: dict[tuple, LazyPixels] | None = None) -> Row:
-        """Unpadded token ids, layout fields and pixels of one sample.
+        """The unpadded row of one sample.
 
         Args:
-          sample: the sample.
-          known: pixels by `image_keys`, to which those of new images are added. With it images are
+          sample: The sample.
+          known: Pixels by `image_keys`, to which those of new images are added. With it images are
             opened later, when a batch is made, and broken ones raise then.
 
         Raises:
-          UserError: as `text_row`, and for an image that cannot be read.
+          UserError: The marks and the images differ in number, the text cannot be tokenised, the
+            model takes no images, or an image cannot be read.
         """
         row = self.text_row(sample)
         if not sample.images:
@@ -101,10 +116,10 @@ class Processor:
         return row.replace(pixels=known[key])
 
     def pixels(self, sample: Sample) -> Float[np.ndarray, "N Y X 3"]:
-        """The images of a sample that has some.
+        """The pixels of a sample that has images.
 
         Raises:
-          UserError: for an image that cannot be read.
+          UserError: An image cannot be read.
         """
         try:
             return np.stack([self.normalise(image) for image in sample.images])
@@ -125,8 +140,8 @@ class Processor:
         """The row of a sample without its pixels; images are not opened.
 
         Raises:
-          UserError: when the number of `<image>` marks and images differ, the text cannot be
-            tokenised, or the model takes no images.
+          UserError: The marks and the images differ in number, the text cannot be tokenised, or the
+            model takes no images.
         """
         pieces = self.template.render(sample, self.tokenizer.eos_token or "")
         try:
@@ -138,43 +153,22 @@ class Processor:
         return row
 
     def _encode(self, pieces: Sequence[Piece], sample: Sample) -> Row:
-        fields = {name: [] for name in ("tokens", "kind", "image", "position", "branch")}
-        trunk = current = position = 0  # end of the trunk, branch and position of the next token
-
-        def add(ids, kinds, images, branch):
-            nonlocal trunk, current, position
-            if branch != current:  # every branch goes on from the trunk's end
-                current, position = branch, trunk
-            fields["tokens"] += ids
-            fields["kind"] += kinds
-            fields["image"] += images
-            fields["branch"] += [branch] * len(ids)
-            fields["position"] += range(position, position + len(ids))
-            position += len(ids)
-            if branch == 0:
-                trunk = position
-
-        def none(ids):
-            return [-1] * len(ids)
-
-        add(self._bos, [int(TokenKind.SYSTEM)] * len(self._bos), none(self._bos), 0)
+        built = _RowBuilder()
+        built.add(self._bos, [int(TokenKind.SYSTEM)] * len(self._bos), branch=0)
         found = 0
         for chunk in _chunks(pieces):
             if chunk is None:
-                visual = range(found * self.visual_tokens, (found + 1) * self.visual_tokens)
+                built.add_image(found, self.visual_tokens)
                 found += 1
-                add([0] * len(visual), [int(TokenKind.IMAGE)] * len(visual), visual, 0)
             else:
-                branch, parts = chunk
-                ids, kinds = self._chunk(parts)
-                add(ids, kinds, none(ids), branch)
+                branch, texts = chunk
+                built.add(*self._encode_chunk(texts), branch=branch)
         if found != len(sample.images):
             raise UserError(
                 f"sample {sample.id}: the text has {found} {IMAGE_MARK} but "
                 f"{len(sample.images)} images are given"
             )
-        arrays = {name: np.asarray(values, np.int32) for name, values in fields.items()}
-        return Row(**arrays, document=np.zeros_like(arrays["tokens"]), id=sample.id)
+        return built.row(sample.id)
 
     def count_images(self, row: Row) -> int:
         """How many images an unpadded row has, whether or not its pixels are there."""
@@ -184,7 +178,7 @@ class Processor:
         """Refuses a row that is too large; nothing is cut silently.
 
         Raises:
-          UserError: when the row has more than `max_seq_len` tokens or `images_per_row` images.
+          UserError: The row has more than `max_seq_len` tokens or `images_per_row` images.
         """
         if len(row) > max_seq_len:
             raise UserError(f"sample {row.id}: {len(row)} tokens do not fit into {max_seq_len}")
@@ -197,11 +191,11 @@ class Processor:
         A row without its pixels, which were read before, may be about any number of images.
 
         Raises:
-          UserError: when it is longer.
+          UserError: The row is longer, or has pixels of more images.
         """
         self.check_fit(row, max_seq_len, len(row) if row.pixels is None else images_per_row)
         pixels = None
-        if images_per_row:
+        if images_per_row and self.image is not None:
             size = self.image.size
             pixels = np.zeros((images_per_row, size, size, 3), np.float32)
             if row.num_images:
@@ -213,7 +207,7 @@ class Processor:
         return Row.concat(rows, self.visual_tokens)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
-        """Stacks padded rows."""
+        """Stacks padded rows to a batch; finds out what all rows have in common."""
         batch = self.to_batch(stack([row.to_dict() for row in rows]))
         return dataclasses.replace(batch, structure=infer_structure(batch.layout))
 
@@ -225,11 +219,11 @@ class Processor:
         return Batch(stacked["tokens"], layout, stacked.get("pixels"), structure=structure)
 
 
-def word_ids(tokenizer, word: str) -> tuple[int, ...]:
-    """Ids of the tokens that are a word, at the start of a text and after a space.
+def word_ids(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
+    """The ids of the tokens that are a word, at the start of a text and after a space.
 
     Raises:
-      UserError: when the tokenizer has no token for it.
+      UserError: The tokenizer has no token for it.
     """
     spelled = [tokenizer.encode(text, add_special_tokens=False) for text in (word, f" {word}")]
     ids = {ids[0] for ids in spelled if len(ids) == 1} - {tokenizer.unk_token_id}
@@ -238,22 +232,63 @@ def word_ids(tokenizer, word: str) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _chunks(pieces: Sequence[Piece]):
-    """Runs of text without an image as (branch, parts), with None for every image between them.
+def _chunks(pieces: Sequence[Piece]) -> Iterator[tuple[int, Texts] | None]:
+    """Runs of text without an image as (branch, texts), with None for every image between them.
 
     A chunk also ends where the branch changes, so that a question is tokenised the same whether it
     is asked alone or beside others.
     """
-    branch, parts = 0, []
+    branch, texts = 0, []
     for piece in pieces:
         for number, text in enumerate(piece.text.split(IMAGE_MARK)):
-            if parts and (number or branch != piece.branch):
-                yield branch, tuple(parts)
-                parts = []
+            if texts and (number or branch != piece.branch):
+                yield branch, tuple(texts)
+                texts = []
             if number:
                 yield None
             branch = piece.branch
             if text:
-                parts.append((text, piece.kind))
-    if parts:
-        yield branch, tuple(parts)
+                texts.append((text, piece.kind))
+    if texts:
+        yield branch, tuple(texts)
+
+
+class _RowBuilder:
+    """Collects the tokens of a row; every branch goes on from the end of the trunk."""
+
+    def __init__(self) -> None:
+        self._fields = {name: [] for name in ("tokens", "kind", "image", "position", "branch")}
+        # The end of the trunk, and the branch and position of the next token.
+        self._trunk = self._branch = self._position = 0
+
+    def add(
+        self,
+        ids: Sequence[int],
+        kinds: Sequence[int],
+        *,
+        branch: int,
+        image: Sequence[int] | None = None,
+    ) -> None:
+        """Appends tokens of one branch; `image` has the places of visual tokens."""
+        if branch != self._branch:
+            self._branch, self._position = branch, self._trunk
+        end = self._position + len(ids)
+        self._fields["tokens"] += ids
+        self._fields["kind"] += kinds
+        self._fields["image"] += [-1] * len(ids) if image is None else image
+        self._fields["branch"] += [branch] * len(ids)
+        self._fields["position"] += range(self._position, end)
+        self._position = end
+        if branch == 0:
+            self._trunk = end
+
+    def add_image(self, number: int, visual_tokens: int) -> None:
+        """Appends the visual tokens of an image, which are always in the trunk."""
+        image = range(number * visual_tokens, (number + 1) * visual_tokens)
+        kinds = [int(TokenKind.IMAGE)] * visual_tokens
+        self.add([0] * visual_tokens, kinds, branch=0, image=image)
+
+    def row(self, name: str) -> Row:
+        """The row of all tokens, as one document."""
+        arrays = {name: np.asarray(values, np.int32) for name, values in self._fields.items()}
+        return Row(**arrays, document=np.zeros_like(arrays["tokens"]), id=name)

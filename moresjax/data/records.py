@@ -27,9 +27,10 @@ class JsonRecords:
     """Random access to the records of a file; 20 bytes are held for each.
 
     Attributes:
-      path: a JSON list, or JSON Lines.
-      offsets, lengths: bytes before and in each record.
-      sizes: two numbers that `measure` gave for each record.
+      path: A JSON list, or JSON Lines.
+      offsets: The number of bytes before each record.
+      lengths: The number of bytes of each record.
+      sizes: Two numbers that `measure` gave for each record.
     """
 
     path: Path
@@ -43,8 +44,12 @@ class JsonRecords:
     ) -> "JsonRecords":
         """Finds the records of a file.
 
+        Args:
+          path: A JSON list, or JSON Lines.
+          measure: Gives two numbers for a record, which are kept as `sizes`.
+
         Raises:
-          UserError: when the file does not exist, is not JSON, or ends early.
+          UserError: The file does not exist, is not JSON, or ends early.
         """
         path = Path(path)
         if not path.is_file():
@@ -76,7 +81,7 @@ def _check_whole(path: Path) -> None:
 
 
 def _records(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """First byte, number of bytes and value of every record."""
+    """The first byte, the number of bytes and the value of every record."""
     decode = json.JSONDecoder().raw_decode
     utf8 = codecs.getincrementaldecoder("utf-8")()
     text, place, offset, number, ended = "", 0, 0, 0, False
@@ -89,7 +94,8 @@ def _records(path: Path) -> Iterator[tuple[int, int, Any]]:
             except UnicodeDecodeError:
                 raise UserError(f"data file {path} is not UTF-8 text") from None
             while True:
-                end = _BETWEEN.match(text, place).end()
+                between = _BETWEEN.match(text, place)
+                end = place if between is None else between.end()
                 offset += len(text[place:end].encode())
                 place = end
                 if place == len(text):

@@ -133,6 +133,7 @@ class Collate:
     always_pixels: bool = False
 
     def __call__(self, planned: Sequence[Documents]) -> dict[str, np.ndarray]:
+        """The arrays `[b, ...]` of this process's rows; `planned` has those of all processes."""
         texts = [row for documents in planned for _, row in documents]
         pixels = self.always_pixels or any(map(self.reader.processor.count_images, texts))
         images = self.reader.images_per_row if pixels else 0

@@ -24,7 +24,7 @@ class Turn:
 class Sample:
     """A conversation.
 
-    >>> turn = Turn("<image>\nWhat is in the picture?", "A cat on a sofa.")
+    >>> turn = Turn("<image> What is in the picture?", "A cat on a sofa.")
     >>> sample = Sample("photo-1", (turn,), images=("photo.jpg",))
     >>> sample.turns[0].answer
     'A cat on a sofa.'

@@ -30,7 +30,7 @@ class SkipPolicy:
     num_samples: int
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.on_bad_sample not in CHOICES:
             raise choice_error("on_bad_sample", self.on_bad_sample, CHOICES)
 

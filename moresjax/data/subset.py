@@ -1,6 +1,7 @@
 """Part of a source: training samples, and those that are held out to validate on."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,8 @@ class Subset:
     """Some samples of a source, in its order.
 
     Attributes:
-      source: all samples.
-      indices: numbers of the chosen ones, rising.
+      source: All samples.
+      indices: The numbers of the chosen ones, rising.
     """
 
     source: Source
@@ -26,16 +27,17 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Sample | dict[str, Any]:
+    def __getitem__(self, index: int) -> Sample | Mapping[str, Any]:
         return self.source[int(self.indices[index])]
 
     @property
     def sizes(self) -> Int[np.ndarray, "n 2"]:
-        """Words and images of every sample; an attribute only where the source has it."""
-        return self.source.sizes[self.indices]
+        """The words and images of every sample; an attribute only where the source has it."""
+        return getattr(self.source, "sizes")[self.indices]  # noqa: B009 (an optional attribute)
 
     @property
     def branches(self) -> bool:
+        """Whether a sample may have independent turns."""
         return getattr(self.source, "branches", True)
 
     @property
@@ -53,10 +55,21 @@ class Subset:
 def train_val_split(source: Source, share: float, seed: int) -> tuple[Subset, Subset]:
     """Splits a source at random into training samples and a share that is held out.
 
-    The split is a function of the number of samples, the share and the seed.
+    >>> from moresjax.data.sources import make_source
+    >>> source = make_source("digits", task="text", size=100)
+    >>> [len(part) for part in train_val_split(source, share=0.1, seed=0)]
+    [90, 10]
+
+    Args:
+      source: All samples.
+      share: The fraction of the samples that is held out.
+      seed: Seeds the choice; with the same number of samples and share it is the same split.
+
+    Returns:
+      The training samples and the validation samples.
 
     Raises:
-      UserError: when nothing is held out, or nothing is left of (a file of) the training samples.
+      UserError: Nothing is held out, or nothing is left of (a file of) the training samples.
     """
     total = len(source)
     count = round(share * total)

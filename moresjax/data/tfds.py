@@ -19,14 +19,14 @@ class TfdsSource:
     """Samples of a prepared data set in a random-access format (ArrayRecord).
 
     Attributes:
-      dataset: its name, as `coco_captions` or `mnist:3.0.1`.
-      answer: text with features in braces; the name stands for a class label, and one element,
-        drawn by the sample's index, for a list.
-      question: the same.
-      split: as `train` or `train[:10%]`.
-      data_dir: where it was prepared; empty for the place that TFDS takes.
-      image: the feature with the image; empty for text alone.
-      seed: of the draws.
+      dataset: The name of the data set, such as `coco_captions` or `mnist:3.0.1`.
+      answer: A text with features in braces. A class label is written as its name; of a list one
+        element is drawn, by the sample's index.
+      question: A text with features in braces.
+      split: The name of a split or a slice of one, such as `train` or `train[:10%]`.
+      data_dir: The folder where the data set was prepared; empty for the default of TFDS.
+      image: The name of the feature with the image; empty for text alone.
+      seed: Seeds the draws from lists.
     """
 
     dataset: str
@@ -38,8 +38,8 @@ class TfdsSource:
     seed: int = 0
     branches: ClassVar[bool] = False
 
-    def __post_init__(self):
-        features = self._builder.info.features
+    def __post_init__(self) -> None:
+        features = self._features
         if self.image and self.image not in features:
             raise UserError(
                 f"data set {self.dataset} has no feature {self.image!r}; it has "
@@ -53,18 +53,23 @@ class TfdsSource:
         if len(self):
             _ = self[0]  # a feature that is not there is noticed before anything starts
 
+    @property
+    def _features(self) -> Mapping[str, Any]:
+        return self._builder.info.features
+
     @functools.cached_property
-    def _builder(self):
+    def _builder(self) -> Any:  # the library's types do not say what its objects have
         import tensorflow_datasets as tfds
+        from tensorflow_datasets.core.registered import DatasetNotFoundError
 
         try:
             return tfds.builder(self.dataset, data_dir=self.data_dir or None)
-        except (tfds.core.registered.DatasetNotFoundError, OSError, ValueError) as error:
+        except (DatasetNotFoundError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"data set {self.dataset!r} is not to be found: {reason}") from None
 
     @functools.cached_property
-    def _reader(self):
+    def _reader(self) -> Any:
         try:
             return self._builder.as_data_source(split=self.split)
         except (NotImplementedError, OSError, ValueError, AssertionError) as error:
@@ -81,7 +86,7 @@ class TfdsSource:
         features = self._reader[index]
         rng = np.random.default_rng((self.seed, index))
         described = {
-            key: _readable(value, self._builder.info.features[key], rng)
+            key: _readable(value, self._features[key], rng)
             for key, value in features.items()
             if key != self.image
         }
@@ -101,14 +106,14 @@ class TfdsSource:
 
 
 def _readable(value: Any, feature: Any, rng: np.random.Generator) -> Any:
-    """A feature's value as text can show it."""
+    """The value of a feature in a form that a text can show."""
     if isinstance(value, Mapping):
         # The texts of one element belong together, so all lists of a group are drawn from alike.
         inner, state = getattr(feature, "feature", feature), rng.bit_generator.state
         shown = {}
-        for key, part in value.items():
+        for key, member in value.items():
             rng.bit_generator.state = state
-            shown[key] = _readable(part, inner[key], rng)
+            shown[key] = _readable(member, inner[key], rng)
         return shown
     if isinstance(value, bytes):
         return value.decode()
@@ -116,4 +121,6 @@ def _readable(value: Any, feature: Any, rng: np.random.Generator) -> Any:
         if not len(value):
             return ""
         return _readable(value[rng.integers(len(value))], getattr(feature, "feature", feature), rng)
-    return feature.int2str(int(value)) if hasattr(feature, "int2str") else value
+    if hasattr(feature, "int2str"):
+        return feature.int2str(int(np.asarray(value)))
+    return value

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import load_plugins
+from moresjax.core.registry import add_entry
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import LETTERS, DataRoot, ResultReader, result_reader
 from moresjax.evaluation.metrics.choices import lowest_loss
@@ -89,13 +90,11 @@ def register_benchmark(name: str, load: Loader) -> None:
       load: Called with `data_root` and `limit`, and with `split` where the user names one.
 
     Raises:
-      UserError: The name belongs to a preset, or to a benchmark of another file.
+      UserError: The name belongs to a preset or to another benchmark.
     """
-    known = _BENCHMARKS.get(name)
-    if name in PRESETS or (known is not None and known.__module__ != load.__module__):
-        owner = "a preset" if known is None else known.__module__
-        raise UserError(f"the benchmark name {name!r} is taken by {owner}; choose another")
-    _BENCHMARKS[name] = load
+    if name in PRESETS:
+        raise UserError(f"the benchmark name {name!r} is taken by a preset; choose another")
+    add_entry(_BENCHMARKS, "benchmark", name, load)
 
 
 def benchmark(name: str) -> Callable[[Loader], Loader]:

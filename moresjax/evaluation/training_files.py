@@ -14,6 +14,7 @@ from typing import Any
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import load_plugins
+from moresjax.core.registry import registrar
 from moresjax.data.samples import IMAGE_MARK
 
 SEED = 42
@@ -32,17 +33,9 @@ def training_records(name: str) -> Callable[[RecordReader], RecordReader]:
     """A decorator that registers the function which yields a benchmark's training records.
 
     Raises:
-      UserError: The name belongs to a function of another file.
+      UserError: The name belongs to another function.
     """
-
-    def register(read: RecordReader) -> RecordReader:
-        known = _READERS.get(name)
-        if known is not None and known.__module__ != read.__module__:
-            raise UserError(f"training records {name!r} are taken by {known.__module__}")
-        _READERS[name] = read
-        return read
-
-    return register
+    return registrar(_READERS, "training records", name)
 
 
 def trainable_names() -> list[str]:

@@ -121,9 +121,9 @@ class LoadedModel:
 
         >>> from moresjax.testing import talking_model
         >>> model = talking_model()
-        >>> model.attach("mores:rank=1,positions=image:f4+l5")
+        >>> model.attach("mores:rank=2,positions=image")
         >>> model.tuning
-        'mores:rank=1,positions=image:f4+l5'
+        'mores:rank=2,positions=image'
 
         Args:
           tuning: The spec string; `none` removes the attached tuning.

@@ -138,21 +138,29 @@ def _collective(line: str, computation: str, devices: int) -> Collective | None:
 
 
 def _trip_count(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """How often a loop runs: what the compiler notes, or the limit of its counter over its step;
-    None where that is not all that it depends on."""
+    """How often a loop runs: what the compiler notes, or the limit of its counter over its step.
+
+    None where that is not all that it depends on.
+    """
     if noted := _TRIPS.search(line):
         return int(noted[1])
-    condition = "\n".join(bodies.get(_CONDITION.search(line)[1], ()))
+    named, body = _CONDITION.search(line), _BODY.search(line)
+    if not named or not body:
+        return None
+    condition = "\n".join(bodies.get(named[1], ()))
     limits, counter = _CONSTANT.findall(condition), _COUNTER.findall(condition)
     if len(limits) != 1 or len(counter) != 1 or not _LIMITED.search(condition):
         return None
-    step = _step(bodies[_BODY.search(line)[1]], int(counter[0]))
+    step = _step(bodies[body[1]], int(counter[0]))
     return math.ceil(int(limits[0][1]) / step)
 
 
 def _step(body: list[str], counter: int) -> int:
-    """What a loop adds to its counter: TPU programs do two iterations in one and count by 2. A sum
-    that is hidden in a fusion is one of 1."""
+    """What a loop adds to its counter.
+
+    TPU programs do two iterations in one and count by 2. A sum that is hidden in a fusion is one
+    of 1.
+    """
     constants = {name: int(value) for line in body for name, value in _CONSTANT.findall(line)}
     root = _ROOT.search("\n".join(body))
     if not root:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -15,7 +16,7 @@ from moresjax.plans.collectives import collectives, totals
 
 # Compiles several times as fast, to another schedule: peak memory of large models differs by up to
 # a tenth, traffic and bounds hardly (docs/plans.md).
-QUICK = {"exec_time_optimization_effort": -1.0}
+QUICK: Any = {"exec_time_optimization_effort": -1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +73,21 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether a chip's memory is enough."""
         return self.memory is not None and self.needed_bytes <= self.hbm_bytes
 
     @property
     def bound(self) -> str:
         """What takes longest."""
-        return max(self.seconds, key=self.seconds.get)
+        return max(self.seconds, key=lambda name: self.seconds[name])
 
     @property
     def tokens_per_second(self) -> float:
         """At the bound, padding included, all chips."""
         return self.tokens / self.seconds[self.bound]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and what follows from them."""
         derived = {n: getattr(self, n) for n in ("fits", "bound", "tokens_per_second")}
         return dataclasses.asdict(self) | derived
 
@@ -102,18 +105,25 @@ class Program:
       needed_bytes: peak, or what the compiler would have needed.
     """
 
-    def __init__(self, lowered: jax.stages.Lowered, arguments, quick: bool = False):
+    def __init__(self, lowered: jax.stages.Lowered, arguments: Any, quick: bool = False) -> None:
         self._lowered = lowered
+        self.compiled: jax.stages.Compiled | None = None
         try:
             self.compiled = lowered.compile(QUICK if quick else {})
         except jax.errors.JaxRuntimeError as error:
-            self.compiled, self.needed_bytes = None, _needed(error, bytes_per_chip(arguments))
+            self.needed_bytes = _needed(error, bytes_per_chip(arguments))
         else:
-            self.needed_bytes = self.compiled.memory_analysis().peak_memory_in_bytes
+            self.needed_bytes = _memory(self.compiled).peak
 
     @property
-    def results(self):
-        """What it returns, as shapes with their shardings."""
+    def results(self) -> Any:
+        """What it returns, as shapes with their shardings.
+
+        Raises:
+          ValueError: where the compiler found no way to fit.
+        """
+        if self.compiled is None:
+            raise ValueError("a program that does not fit has no compiled results")
         return jax.tree.map(shaped, self._lowered.out_info, self.compiled.output_shardings)
 
     def plan(
@@ -141,7 +151,7 @@ class Program:
         memory, found = None, {}
         if self.compiled is not None:
             memory = _memory(self.compiled)
-            found = totals(collectives(self.compiled.as_text(), target.size, trip_count))
+            found = totals(collectives(self.compiled.as_text() or "", target.size, trip_count))
         moved = sum(each["bytes"] for each in found.values())
         return Plan(
             program=name,
@@ -189,37 +199,39 @@ def describe(plan: Plan) -> str:
 
 
 def weight_bytes(parameters: nnx.State, mesh: Mesh, passes: Mapping[str, int]) -> float:
-    """Bytes of weights that a chip reads: what `fsdp` has split comes together first; of a table of
-    words that is no head as well, next to nothing.
+    """Bytes of weights that a chip reads.
+
+    What `fsdp` has split comes together first. Of an embedding table that is no head as well, next
+    to nothing is read.
 
     Args:
-      parameters: of a model.
-      mesh: that they are placed on.
-      passes: how often a part (`llm`, `vision`, ..) is read; those not named once.
+      parameters: The parameters of a model.
+      mesh: The mesh that they are placed on.
+      passes: How often a part (`llm`, `vision`, ..) is read; those not named are read once.
     """
     total, flat = 0.0, nnx.to_flat_state(parameters)
     has_head = any(path[:2] == ("llm", "head") for path, _ in flat)
     for path, x in flat:
         if has_head and path[:2] == ("llm", "embed"):
             continue
-        total += passes.get(path[0], 1) * math.prod(x.shape) * x.dtype.itemsize
+        total += passes.get(str(path[0]), 1) * math.prod(x.shape) * x.dtype.itemsize
     return total / mesh.shape["tensor"]
 
 
-def bytes_per_chip(tree) -> int:
-    """Of arrays that are split over chips."""
+def bytes_per_chip(tree: Any) -> int:
+    """Bytes that a chip holds of arrays, or shapes with shardings, that are split over chips."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
-def shaped(x, sharding) -> jax.ShapeDtypeStruct:
+def shaped(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     """An array's shape and dtype, with a sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-def _memory(compiled) -> Memory:
-    found = compiled.memory_analysis()
+def _memory(compiled: jax.stages.Compiled) -> Memory:
+    found: Any = compiled.memory_analysis()
     return Memory(
         arguments=found.argument_size_in_bytes,
         temporaries=found.temp_size_in_bytes,

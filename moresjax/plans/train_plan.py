@@ -110,8 +110,9 @@ def find_mesh(config: RunConfig, topology: str) -> tuple[TpuSlice, Mesh]:
 
 
 def abstract_model(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The model of a configuration, what trains in it and what does not, as shapes with their
-    shardings.
+    """The model of a configuration, what trains in it and what does not.
+
+    All arrays are shapes with their shardings.
 
     Raises:
       UserError: for a configuration without a language model.
@@ -178,10 +179,12 @@ def _placed(state: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def _stored(frozen: nnx.State, dtype: str) -> nnx.State:
-    """The frozen part as checkpoints hold it: in the dtype of the activations, but for whole
-    numbers and the factors of int8 kernels."""
+    """The frozen part as checkpoints hold it.
 
-    def as_stored(variable):
+    That is in the dtype of the activations, but for whole numbers and the factors of int8 kernels.
+    """
+
+    def as_stored(variable: nnx.Variable) -> nnx.Variable:
         x, how = variable.get_value(), variable.get_metadata()
         kept = x.dtype != jnp.float32 or "derived" in how
         return variable.replace(jax.ShapeDtypeStruct(x.shape, x.dtype if kept else dtype))

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.models.decoder import DecoderConfig, quantized
@@ -13,8 +13,6 @@ from moresjax.models.vision import VisionConfig
 from moresjax.models.zoo import ENCODERS, LLMS
 from moresjax.runs.run_config import PartChoice, RunConfig
 
-Part = TypeVar("Part", DecoderConfig, VisionConfig, FusedVisionConfig)
-
 
 def model_config(config: RunConfig) -> MLLMConfig:
     """The architecture that a run's configuration names.
@@ -22,12 +20,12 @@ def model_config(config: RunConfig) -> MLLMConfig:
     Raises:
       UserError: for an unknown name or field.
     """
-    llm = quantized(_part("LLM", config.model.llm, LLMS, DecoderConfig), config.quantize)
+    llm = quantized(_llm_config(config.model.llm), config.quantize)
     vision = vision_config(config.model.vision)
     changes: dict[str, Any] = {"dtype": config.dtype} if config.dtype else {}
     changes |= {"remat": True} if config.remat else {}
     llm = dataclasses.replace(llm, **changes, attention=config.attention)
-    vision = _with_changes(vision, changes)
+    vision = _with_changes(vision, changes) if vision else None
     if count := num_trainable_blocks(config.also_train):
         if not isinstance(vision, VisionConfig):
             raise UserError(f"also_train vision:last{count} needs one vision encoder")
@@ -52,32 +50,43 @@ def vision_config(choice: PartChoice) -> AnyVisionConfig | None:
     """
     if not choice:
         return None
-    if isinstance(choice, str) or "encoders" not in choice:
-        return _part("vision encoder", choice, ENCODERS, VisionConfig)
+    if isinstance(choice, str):
+        if choice not in ENCODERS:
+            raise choice_error("vision encoder", choice, ENCODERS)
+        return ENCODERS[choice]
+    if "encoders" not in choice:
+        check_fields("vision encoder", choice, VisionConfig)
+        return VisionConfig(**choice)
     fields = {**choice, "encoders": tuple(vision_config(each) for each in choice["encoders"])}
-    return _part("vision encoder", fields, {}, FusedVisionConfig)
+    check_fields("vision encoder", fields, FusedVisionConfig)
+    return FusedVisionConfig(**fields)
 
 
-def _with_changes(
-    vision: AnyVisionConfig | None, changes: Mapping[str, Any]
-) -> AnyVisionConfig | None:
+def _with_changes(vision: AnyVisionConfig, changes: Mapping[str, Any]) -> AnyVisionConfig:
     """The encoder, or both of a pair, with some fields changed."""
-    if vision is None:
-        return None
     if isinstance(vision, FusedVisionConfig):
-        encoders = tuple(dataclasses.replace(encoder, **changes) for encoder in vision.encoders)
+        encoders = tuple(dataclasses.replace(each, **changes) for each in vision.encoders)
         return dataclasses.replace(vision, encoders=encoders)
     return dataclasses.replace(vision, **changes)
 
 
-def _part(what: str, choice: PartChoice, named: Mapping[str, Part], kind: type[Part]) -> Part:
-    """The part of that name, or one of these fields."""
+def _llm_config(choice: PartChoice) -> DecoderConfig:
+    """The LLM of that name, or one of these fields."""
     if isinstance(choice, str):
-        if choice not in named:
-            raise choice_error(what, choice, named)
-        return named[choice]
+        if choice not in LLMS:
+            raise choice_error("LLM", choice, LLMS)
+        return LLMS[choice]
+    check_fields("LLM", choice, DecoderConfig)
+    return DecoderConfig(**choice)
+
+
+def check_fields(what: str, values: Mapping[str, Any], kind: type) -> None:
+    """Refuses names that are no fields of a part's configuration.
+
+    Raises:
+      UserError: names the field and those there are.
+    """
     fields = [field.name for field in dataclasses.fields(kind)]
-    for key in choice:
+    for key in values:
         if key not in fields:
             raise choice_error(f"field of {what}", key, fields)
-    return kind(**choice)

@@ -9,6 +9,7 @@ import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from moresjax.runs.state import TrainState
 
 logger = logging.getLogger(__name__)
 Arrays = dict[str, jax.Array]
+# A step, its arrays by item and name, and what was saved beside them.
+Restored = tuple[int, dict[str, Arrays], dict[str, Any]]
 
 
 def named(state: nnx.State) -> Arrays:
@@ -40,7 +43,7 @@ def renamed(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
 class Checkpoints:
     """The checkpoints of one run, `<directory>/<step>/`."""
 
-    def __init__(self, directory: str | Path, *, keep: int = 2):
+    def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         # Weights hardly compress, and Orbax would hold what it compresses beside the arrays.
@@ -55,6 +58,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
+        """Steps of the checkpoints there are, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, data: Mapping) -> None:
@@ -106,7 +110,8 @@ class Checkpoints:
             raise UserError(f"{self.directory} holds no checkpoint")
         return found[0], found[1]["params"]
 
-    def _newest(self, abstract: Mapping):
+    def _newest(self, abstract: Mapping[str, Any]) -> Restored | None:
+        """The newest checkpoint that is intact; None when there is none at all."""
         for step in reversed(self.steps):
             try:
                 return self._read(step, abstract)
@@ -117,7 +122,8 @@ class Checkpoints:
             raise UserError(f"every checkpoint in {self.directory} is damaged")
         return None
 
-    def _read(self, step: int, abstract: Mapping):
+    def _read(self, step: int, abstract: Mapping[str, Any]) -> Restored:
+        """One checkpoint; raises what Orbax raises, or ValueError, when it is damaged."""
         stored = {item: self._stored(step, item) for item in abstract}
         trees = {
             item: _everywhere(stored[item]) if tree is None else _as_stored(tree, stored[item])
@@ -130,10 +136,10 @@ class Checkpoints:
             for name, tree in trees.items()
         }
         args = ocp.args.Composite(meta=ocp.args.JsonRestore(), **restores)
-        found = self._manager.restore(step, args=args)
+        found: Mapping[str, Any] = dict(self._manager.restore(step, args=args).items())
         items = {name: dict(found[name]) for name in abstract}
         read = _checksums({k: v for item in items.values() for k, v in item.items()})
-        saved = found.meta["checksums"]
+        saved = found["meta"]["checksums"]
         # Parts of arrays that several processes held had none.
         if any(saved.get(name, checksum) != checksum for name, checksum in read.items()):
             raise ValueError("checksums differ")
@@ -141,7 +147,7 @@ class Checkpoints:
             item: {current_name(name): x for name, x in arrays.items()}
             for item, arrays in items.items()
         }
-        return step, items, found.meta
+        return step, items, found["meta"]
 
     def _stored(self, step: int, item: str) -> dict:
         """Shapes and dtypes of what a checkpoint has, by the names that it was saved under."""
@@ -165,7 +171,7 @@ class Checkpoints:
         self._manager.close()
 
 
-def _numbered(tree) -> Arrays:
+def _numbered(tree: Any) -> Arrays:
     return {f"optimizer.{i:05d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
@@ -184,7 +190,7 @@ def _as_stored(tree: Mapping, stored: Mapping) -> dict:
     return {names.get(name, name): x for name, x in tree.items()}
 
 
-def _abstract(tree):
+def _abstract(tree: Any) -> Any:
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
 
@@ -193,4 +199,6 @@ def _checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     whole = {
         name: x for name, x in arrays.items() if x.is_fully_addressable or x.is_fully_replicated
     }
-    return {name: zlib.crc32(np.ascontiguousarray(x).view(np.uint8)) for name, x in whole.items()}
+    return {
+        name: zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data) for name, x in whole.items()
+    }

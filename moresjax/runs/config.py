@@ -131,7 +131,8 @@ def set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     """
     check_spelling(key)
     *parents, last = key.split(".")
-    node, default = config, base_config()
+    node: Any = config
+    default: Any = base_config()
     for name in (*parents, last):
         opened = name is last and ".".join(parents) in OPEN
         if not isinstance(node, ml_collections.ConfigDict) or not (name in node or opened):

@@ -18,8 +18,10 @@ def locate(name: str, root: str | Path) -> Path:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """A configuration whose folders can be found from anywhere: paths that start from where the
-    command runs are made absolute."""
+    """A configuration whose folders can be found from anywhere.
+
+    Paths that start from where the command runs are made absolute.
+    """
 
     def absolute(name: str) -> str:
         kept = not name or name in (RANDOM, "digits") or name.startswith(".")

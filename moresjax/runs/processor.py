@@ -39,7 +39,8 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
 def _image_processor(config: RunConfig, vision: AnyVisionConfig, root: Path) -> ImageProcessor:
     size, aspect = vision.image_size, config.image_aspect
     if not config.image_processor:
-        return ImageProcessor(size, vision.pixel_mean, vision.pixel_std, aspect)
+        mean, std = ((r, g, b) for r, g, b in (vision.pixel_mean, vision.pixel_std))
+        return ImageProcessor(size, mean, std, aspect)
     return ImageProcessor.from_pretrained(locate(config.image_processor, root), size, aspect)
 
 

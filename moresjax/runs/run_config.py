@@ -258,11 +258,11 @@ def check_spelling(key: str) -> None:
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
     """A value of the type that a field is declared with."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
             return value
         if isinstance(value, Mapping):
-            return _build(typing.cast(type, hint), value, f"{key}.")
+            return _build(hint, value, f"{key}.")
         raise _type_error(key, value, "with keys of its own")
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # text or fields

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moresjax.core.errors import UserError
 from moresjax.data.processor import Processor
-from moresjax.models.initialize import abstract, initialize, set_params
+from moresjax.models.initialize import abstract_params, initialize, set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.architecture import model_config
 from moresjax.runs.config import read_config
@@ -13,7 +13,7 @@ from moresjax.runs.init_weights import load_parts, trained_parameters
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import PARTS, RANDOM
-from moresjax.weights.hf import pretrained_config
+from moresjax.weights.hf import HFFolders, pretrained_config
 
 
 def load_workdir(
@@ -23,11 +23,12 @@ def load_workdir(
     quantize: str | None = None,
     allow_pickle: bool = False,
 ) -> tuple[MLLM, Processor | None]:
-    """Model and processor of a run: the base parts from their sources, what trained from the newest
-    checkpoint.
+    """Model and processor of a run.
+
+    The base parts come from their sources, what trained from the newest checkpoint.
 
     Args:
-      workdir: the run's directory.
+      workdir: The run's directory.
       tuning: Spec that is attached, freshly initialised, instead of the run's own; `none` gives the
         base with what trained beside the tuning, such as the connector. Default: the run's own
         with its trained parameters, and the same for the same spec.
@@ -54,8 +55,8 @@ def load_workdir(
         model = chosen
         trained = {name: x for name, x in trained.items() if not name.startswith("tuning.")}
     set_params(model, trained, str(workdir))
-    sources = {p: config.init.source(p) if abstract(model, p) else RANDOM for p in PARTS}
-    load_parts(model, sources, workdir, allow_pickle=allow_pickle)
+    sources = {p: config.init.source(p) if abstract_params(model, p) else RANDOM for p in PARTS}
+    load_parts(model, sources, workdir, folders=HFFolders(allow_pickle=allow_pickle))
     set_params(model, trained, str(workdir))  # what trained wins over the part it was started from
     # A model that was imported without a tokenizer has no processor.
     processor = build_processor(config, root=workdir) if config.tokenizer else None

@@ -6,6 +6,7 @@ Evaluators have fixed data of their own. They read the parameters and change not
 evaluators trains to the same weights as one without.
 """
 
+import functools
 from collections.abc import Callable
 
 import grain
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 
 from moresjax.analysis.attention import AttentionProbe, summarize
 from moresjax.core.errors import UserError
-from moresjax.core.layout import Batch, RowStructure, TokenKind, loss_mask
+from moresjax.core.layout import Batch, RowStructure, TokenKind, TokenLayout, loss_mask
 from moresjax.data.pipeline import one_epoch, structure_for, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source
@@ -54,28 +55,30 @@ class Evaluators:
         mesh: Mesh,
         training: Source,
         held_out: Source | None,
-    ):
+    ) -> None:
         self._last = config.steps
         self._measures: list[tuple[int, Measure]] = []
-        options = {
-            "max_seq_len": config.max_seq_len,
-            "images_per_row": config.images_per_row,
-            "seed": config.seed,
-            "num_workers": config.num_workers,
-            "on_bad_sample": config.on_bad_sample,
-        }
-        if every := config.validation.every:
-            rows = config.batch_size // config.microbatches
-            size = {"batch_size": rows, "max_batches": config.validation.batches}
-            dataset = one_epoch(held_out, processor, **options, **size)
+        dataset_of = functools.partial(
+            one_epoch,
+            processor=processor,
+            max_seq_len=config.max_seq_len,
+            images_per_row=config.images_per_row,
+            seed=config.seed,
+            num_workers=config.num_workers,
+            on_bad_sample=config.on_bad_sample,
+        )
+        if (every := config.validation.every) and held_out is not None:
+            rows, most = config.batch_size // config.microbatches, config.validation.batches
+            dataset = dataset_of(held_out, batch_size=rows, max_batches=most)
             structure = structure_for(held_out, "pad")
             self._measures.append((every, Validation(config, processor, mesh, dataset, structure)))
         if every := config.lmar_every:
             # A device holds one row at a time, which has room for a token of padding.
             rows = batch_shards(mesh)
-            size = {"batch_size": rows, "max_batches": -(-PROBED // rows)}
-            size["row_length"] = (config.max_seq_len // ALIGNED + 1) * ALIGNED
-            dataset = one_epoch(held_out or training, processor, **options, **size)
+            length = (config.max_seq_len // ALIGNED + 1) * ALIGNED
+            most = -(-PROBED // rows)
+            source = held_out or training
+            dataset = dataset_of(source, batch_size=rows, max_batches=most, row_length=length)
             self._measures.append((every, ImageAttention(processor, mesh, dataset)))
 
     def due(self, step: int) -> bool:
@@ -106,10 +109,12 @@ class Validation:
         mesh: Mesh,
         dataset: grain.IterDataset,
         structure: RowStructure,
-    ):
+    ) -> None:
         objective = get_objective(config.objective)
 
-        def loss(graphdef, trainable, frozen, batch):
+        def loss(
+            graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State, batch: Batch
+        ) -> tuple[jax.Array, jax.Array, jax.Array]:
             with use_mesh(mesh):
                 found = objective(nnx.merge(graphdef, trainable, frozen), batch)
             return found.total, found.correct, found.weight
@@ -118,7 +123,10 @@ class Validation:
         self._dataset, self._processor, self._structure = dataset, processor, structure
         self._rows = batch_sharding(mesh)
 
-    def __call__(self, graphdef, trainable, frozen) -> dict[str, float]:
+    def __call__(
+        self, graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State
+    ) -> dict[str, float]:
+        """Means over all samples."""
         sums = np.zeros(3)
         for stacked in self._dataset:
             stacked.pop("id")
@@ -137,14 +145,16 @@ class ImageAttention:
       UserError: when no sample has an image.
     """
 
-    def __init__(self, processor: Processor, mesh: Mesh, dataset: grain.IterDataset):
+    def __init__(self, processor: Processor, mesh: Mesh, dataset: grain.IterDataset) -> None:
         rows, whole = batch_sharding(mesh), replicated(mesh)
         self._batches: list[Batch] = []
         for stacked in dataset:
             stacked.pop("id")
-            self._batches.append(to_device_batch(stacked, processor, rows))
+            batch = to_device_batch(stacked, processor, rows)
+            if isinstance(batch, Batch):  # always: a vision encoder alone has no attention to read
+                self._batches.append(batch)
 
-        def counts(layout):
+        def counts(layout: TokenLayout) -> tuple[jax.Array, jax.Array]:
             images = (jnp.asarray(layout.kind) == TokenKind.IMAGE).any(axis=1)
             return loss_mask(layout).sum(axis=1), images
 
@@ -157,7 +167,9 @@ class ImageAttention:
             )
         most, probe = int(self._tokens.max()), AttentionProbe()
 
-        def read(graphdef, trainable, frozen, batch):
+        def read(
+            graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State, batch: Batch
+        ) -> tuple[jax.Array, jax.Array]:
             labels = loss_mask(batch.layout)
             # The last token is padding, whose attention is none: rows with fewer labels ask for it.
             fill = labels.shape[1] - 1
@@ -170,7 +182,10 @@ class ImageAttention:
 
         self._read = jax.jit(read, static_argnums=0, out_shardings=whole)
 
-    def __call__(self, graphdef, trainable, frozen) -> dict[str, float]:
+    def __call__(
+        self, graphdef: nnx.GraphDef, trainable: nnx.State, frozen: nnx.State
+    ) -> dict[str, float]:
+        """LMAR, averaged over layers and of every layer."""
         stats = [self._read(graphdef, trainable, frozen, batch) for batch in self._batches]
         mass, score = (
             np.concatenate([np.asarray(x) for x in xs], axis=1) for xs in zip(*stats, strict=True)

@@ -229,7 +229,7 @@ class _StepReports:
       meter: What measures throughput.
     """
 
-    def __init__(self, run: _Run):
+    def __init__(self, run: _Run) -> None:
         config, first = run.config, run.first
         tensorboard, speaks = run.config.tensorboard, run.speaks
         self._config, self._workdir = config, run.workdir

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -26,8 +27,9 @@ class MetricWriter:
         done: int = 0,
         tensorboard: bool = True,
         active: bool = True,
-    ):
-        self._file = self._board = None
+    ) -> None:
+        self._file: TextIO | None = None
+        self._board: Any = None  # of tensorboardX, which is imported where it is used
         if not active:
             return
         path = Path(directory) / "metrics.jsonl"
@@ -43,6 +45,7 @@ class MetricWriter:
             self._board = SummaryWriter(board, purge_step=done + 1 if done else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of one step."""
         if not self._file:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -51,6 +54,7 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Closes the files."""
         if self._file:
             self._file.close()
         if self._board:
@@ -60,13 +64,14 @@ class MetricWriter:
 class ProgressBar:
     """A progress bar on a terminal, elsewhere a line every `line_every` steps (0: silence)."""
 
-    def __init__(self, total: int, done: int, title: str, *, line_every: int = 0):
+    def __init__(self, total: int, done: int, title: str, *, line_every: int = 0) -> None:
         self._terminal = sys.stderr.isatty() and line_every > 0
         self._title, self._total, self._every = title, total, line_every
         self._bar = tqdm(total=total, initial=done, desc=title, disable=not self._terminal)
         self._start, self._first = time.monotonic(), done
 
     def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
+        """Shows that a step has ended, with its values if it is a logged one."""
         self._bar.update(step - self._bar.n if self._terminal else 0)
         if not values:
             return
@@ -78,4 +83,5 @@ class ProgressBar:
             print(f"{self._title}: {step}/{self._total} {text} ({rate:.1f}/s)", file=sys.stderr)
 
     def close(self) -> None:
+        """Ends the bar."""
         self._bar.close()

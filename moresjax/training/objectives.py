@@ -3,21 +3,25 @@
 Axis legend: B rows, S tokens, D hidden size, V vocabulary, P patches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import choice_error
-from moresjax.core.layout import loss_mask, valid_mask
+from moresjax.core.layout import Batch, loss_mask, valid_mask
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import registrar
-from moresjax.core.types import pytree_dataclass
+from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.sharding.mesh import constrain_batch_sharding
 
 Objective = Callable[..., "Loss"]
+
+# Summed loss, number of labels, and how many of them are the argmax.
+Sums = tuple[Array, Array, Array]
 
 OBJECTIVES: dict[str, Objective] = {}
 
@@ -59,7 +63,7 @@ class Loss:
 
 
 @register_objective("next_token")
-def next_token(model, batch, key=None) -> Loss:
+def next_token(model: Any, batch: Batch, key: PRNGKeyArray | None = None) -> Loss:
     """Cross-entropy of the answer tokens given everything before them."""
     hidden = model(batch, key=key).hidden
     mask = loss_mask(batch.layout)
@@ -69,12 +73,16 @@ def next_token(model, batch, key=None) -> Loss:
 
 
 @register_objective("patch_classes")
-def patch_classes(model, batch, key=None) -> Loss:
+def patch_classes(
+    model: Any, batch: Mapping[str, AnyArray], key: PRNGKeyArray | None = None
+) -> Loss:
     """Cross-entropy of every label set of every patch (vision pretraining)."""
     labels = jnp.asarray(batch["classes"])
     logits = model(jnp.asarray(batch["pixels"]))
     sums = [_cross_entropy(x, labels[..., i], True) for i, x in enumerate(logits)]
-    return Loss(*map(sum, zip(*sums, strict=True)), jnp.float32(labels[..., 0].size))
+    totals: Any = map(sum, zip(*sums, strict=True))
+    total, weight, correct = totals
+    return Loss(total, weight, correct, jnp.float32(labels[..., 0].size))
 
 
 def _over_labels(
@@ -82,7 +90,7 @@ def _over_labels(
     hidden: Float[Array, "B S D"],
     labels: Int[Array, "B S"],
     mask: Bool[Array, "B S"],
-) -> tuple[Array, Array, Array]:
+) -> Sums:
     """`_cross_entropy` of the tokens that have a label.
 
     In every row they are moved to the front. Logits are made of `PIECE` tokens at a time, again in
@@ -93,30 +101,30 @@ def _over_labels(
         return _cross_entropy(head(hidden), labels, mask)
     order, pieces = jnp.argsort(~mask, axis=1, stable=True), -(-length // PIECE)
 
-    def cut(x):
+    def cut(x: Array) -> Array:
         x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
         x = jnp.pad(x, [(0, 0), (0, pieces * PIECE - length), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(x.reshape(len(x), pieces, PIECE, *x.shape[2:]), 1, 0)
 
-    def piece(hidden, labels, mask):
+    def piece(hidden: Array, labels: Array, mask: Array) -> Sums:
         return _cross_entropy(head(constrain_batch_sharding(hidden)), labels, mask)
 
-    def nothing(hidden, labels, mask):
-        return (jnp.zeros(()),) * 3
+    def nothing(hidden: Array, labels: Array, mask: Array) -> Sums:
+        return jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
 
     # Around the choice: else every piece keeps what one branch needs, the head's weights too.
     @jax.checkpoint
-    def sums_of(part):
+    def sums_of(part: tuple[Array, Array, Array]) -> Sums:
         return jax.lax.cond(part[2].any(), piece, nothing, *part)
 
-    def add(sums, part):
+    def add(sums: Sums, part: tuple[Array, Array, Array]) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, sums, sums_of(part)), None
 
-    zeros = (jnp.zeros(()),) * 3
+    zeros = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
     return jax.lax.scan(add, zeros, (cut(hidden), cut(labels), cut(mask)))[0]
 
 
-def _cross_entropy(logits, labels, mask) -> tuple[Array, Array, Array]:
+def _cross_entropy(logits: Array, labels: Array, mask: Array | bool) -> Sums:
     """Summed loss, number of labels, and how many of them are the argmax."""
     mask = jnp.broadcast_to(mask, labels.shape).astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

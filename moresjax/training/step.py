@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.parameter_names import matches, path_name
@@ -53,7 +54,7 @@ def split_model(
     return graphdef, jax.tree.map(_as_fp32, trainable), frozen
 
 
-def _as_fp32(x):
+def _as_fp32(x: Any) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):  # of a model that is only described
         return jax.ShapeDtypeStruct(x.shape, jnp.float32)
     return x.astype(jnp.float32)
@@ -76,29 +77,35 @@ def make_train_step(
     are split by rows.
     """
 
-    def loss_sum(trainable, frozen, batch, key):
+    def loss_sum(
+        trainable: nnx.State, frozen: nnx.State, batch: Any, key: PRNGKeyArray
+    ) -> tuple[Array, Loss]:
         with use_mesh(mesh):
             loss = objective(nnx.merge(graphdef, trainable, frozen), batch, key)
         return loss.total, loss
 
-    def gradients(trainable, frozen, batch, key):
+    def gradients(
+        trainable: nnx.State, frozen: nnx.State, batch: Any, key: PRNGKeyArray
+    ) -> tuple[nnx.State, Loss]:
         (_, loss), grads = jax.value_and_grad(loss_sum, has_aux=True)(trainable, frozen, batch, key)
         return grads, loss
 
-    def accumulated(trainable, frozen, batch, key):
-        def part(number):
+    def accumulated(
+        trainable: nnx.State, frozen: nnx.State, batch: Any, key: PRNGKeyArray
+    ) -> tuple[nnx.State, Loss]:
+        def slice_of(number: Array | int) -> tuple[nnx.State, Loss]:
             # Strided, so that every slice has rows of every device.
             rows = lambda x: x.reshape(-1, microbatches, *x.shape[1:])[:, number]  # noqa: E731
             own = jax.random.fold_in(key, number)
             return gradients(trainable, frozen, jax.tree.map(rows, batch), own)
 
-        def add(total, number):
-            return jax.tree.map(jnp.add, total, part(number)), None
+        def add(total: Any, number: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, slice_of(number)), None
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, 0))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(slice_of, 0))
         return jax.lax.scan(add, zeros, jnp.arange(microbatches))[0]
 
-    def step(state: TrainState, frozen: nnx.State, batch) -> tuple[TrainState, dict]:
+    def step(state: TrainState, frozen: nnx.State, batch: Any) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         compute = gradients if microbatches == 1 else accumulated
         grads, loss = compute(state.trainable, frozen, batch, key)
@@ -113,7 +120,7 @@ def make_train_step(
             "grad_norm": optax.global_norm(grads),
             "lr": schedule(state.step),
         }
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return step

@@ -34,7 +34,7 @@ class ThroughputMeter:
 
     def __init__(
         self, config: RunConfig, trainable: nnx.State, frozen: nnx.State, device_kind: str
-    ):
+    ) -> None:
         chip = chip_of(device_kind)
         self._peak = chip.flops * jax.device_count() if chip else 0.0
         self._start: float | None = None
@@ -100,8 +100,11 @@ class ThroughputMeter:
 
 
 def peak_memory() -> dict[str, float]:
-    """`memory_gib`, the most that a device of this process has held; where the backend does not
-    count it, `host_memory_gib`, the most that the process itself has held."""
+    """`memory_gib`, the most that a device of this process has held.
+
+    Where the backend does not count it, `host_memory_gib`, the most that the process itself has
+    held.
+    """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
     if peaks:

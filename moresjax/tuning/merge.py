@@ -4,6 +4,7 @@ import functools
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -37,7 +38,7 @@ def merged(model: Model) -> Model:
     for key, method in tuning.methods:
         if isinstance(method, WeightDelta):
             for site, variables in tuning.params[key].items():
-                params = {name: x[...] for name, x in variables.items()}
+                params = {name: jnp.asarray(x[...]) for name, x in variables.items()}
                 params = mask_layers(method, params, tuning.layer_masks[key][site][...])
                 _merge_site(model, site, method, params, tuning.common(key))
     model.tuning = tuning.subset(lambda method: isinstance(method, Edit | VirtualTokens))

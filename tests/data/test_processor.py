@@ -413,7 +413,7 @@ def test_prompts_of_a_model(digits_model):
         digits_model.prompt("  ")
     with pytest.raises(UserError, match="the text has 1 <image> but 2 images"):
         digits_model.prompt("<image> ?", [PHOTO, PHOTO])
-    with pytest.raises(UserError, match="2 prompts but 1 lists"):
+    with pytest.raises(UserError, match="2 prompts but 1 entries of images"):
         digits_model.generate(["a", "b"], [[]])
     with pytest.raises(UserError, match="at least 1, got 0"):
         digits_model.generate(["what ?"], max_new_tokens=0)

@@ -141,7 +141,7 @@ def test_knobs_of_the_engine_change_no_token(model, rows, refilled):
     other = Model(model.mllm, model.processor, engine_config=config)
     limits = [NEW, 2, NEW, 4, NEW]
     options = {"batch_size": 2, "probes": PROBES, "logprobs": True}
-    found = other.generate_many(rows, limits, **options)
+    found = other.service.generate_many(rows, limits, **options)
     assert [c.tokens.tolist() for c in found] == [c.tokens.tolist() for c in refilled[0]]
 
 

@@ -14,7 +14,7 @@ from moresjax.models.zoo import mllm_config
 LLMS = ("phi-2", "vicuna-7b", "vicuna-13b")
 
 
-DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "methods.md"
 
 
 def documented(columns: str) -> list[list[str]]:

@@ -118,10 +118,10 @@ def test_a_loop_that_does_not_say_how_often_it_runs_is_refused():
 
 
 def test_a_loop_that_may_stop_runs_as_often_as_one_says():
-    assert [c.times for c in collectives(LOOP_THAT_MAY_STOP, 8, turns=1)] == [1]
+    assert [c.times for c in collectives(LOOP_THAT_MAY_STOP, 8, trip_count=1)] == [1]
     with pytest.raises(ValueError, match="how often"):
         collectives(LOOP_THAT_MAY_STOP, 8)
-    assert [c.times for c in collectives(LOOP_BY_TWO, 8, turns=1)] == [3]
+    assert [c.times for c in collectives(LOOP_BY_TWO, 8, trip_count=1)] == [3]
 
 
 def test_a_loop_that_counts_by_two_runs_half_as_often():
