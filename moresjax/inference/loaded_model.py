@@ -123,7 +123,7 @@ class LoadedModel:
         >>> model = talking_model()
         >>> model.attach("mores:rank=2,positions=image")
         >>> model.tuning
-        'mores:rank=2,positions=image'
+        'mores:positions=image,rank=2'
 
         Args:
           tuning: The spec string; `none` removes the attached tuning.

@@ -1,7 +1,5 @@
 """`import moresjax as mj`: every name is there, none is loaded before it is used."""
 
-import doctest
-import importlib
 import subprocess
 import sys
 
@@ -9,18 +7,6 @@ import pytest
 from conftest import clean_environment
 
 import moresjax as mj
-
-DOCUMENTED = (
-    "analyze",
-    "chat",
-    "describe",
-    "files",
-    "load",
-    "model",
-    "prompts",
-    "service",
-    "loaded_model",
-)
 
 
 def test_every_name_of_the_face_is_there():
@@ -42,13 +28,3 @@ def test_the_face_is_quick():
         [sys.executable, "-c", code], env=clean_environment(), capture_output=True, text=True
     )
     assert done.stdout.strip() == "[]", done.stderr
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["moresjax.testing.models", *(f"moresjax.inference.{name}" for name in DOCUMENTED)],
-)
-def test_examples_in_docstrings_run(name):
-    module = importlib.import_module(name)
-    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
-    assert found.failed == 0
