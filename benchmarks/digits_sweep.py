@@ -34,17 +34,19 @@ def score(base: Path, out: Path, spec: str, seed: int, lr: float, connector: flo
         return json.loads(done.read_text())
     config = recipe.get_config(f"stage=finetune,tuning={spec},seed={seed}")
     parts = {"llm": "llm", "vision": "vit", "connector": "pretrain"}
-    config.init = {part: str((base / stage).resolve()) for part, stage in parts.items()}
-    config.optimizer.lr = lr
-    config.optimizer.lr_by_component = f"connector={connector}"
+    init = {part: str((base / stage).resolve()) for part, stage in parts.items()}
+    rates = {"lr": lr, "lr_by_component": f"connector={connector}"}
+    config.update({"init": init, "optimizer": rates})
     train(config, out)
     result = evaluate(load(out).merge(), ["digits"], split="val", title=out.name)
+    assert result.mean_accuracy is not None
     done.write_text(json.dumps(result.mean_accuracy))
     return result.mean_accuracy
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Searches and prints the table."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
@@ -52,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     use_huge_pages()
 
-    def mean(name, spec, lr, connector):
+    def mean(name: str, spec: str, lr: float, connector: float) -> float:
         scores = [
             score(args.base, args.out / f"{name}-{lr:g}-{connector:g}-{s}", spec, s, lr, connector)
             for s in range(args.seeds)
@@ -68,12 +70,12 @@ def main() -> None:
     connector = args.connector
     if connector is None:
         tried = {lr: mean("connector-only", "none", lr, lr) for lr in CONNECTOR}
-        connector = max(tried, key=tried.get)
+        connector = max(tried, key=lambda lr: tried[lr])
     for name, rates in OWN.items():
         tried = {
             lr: mean(name.replace(" ", "-"), recipe.METHODS[name], lr, connector) for lr in rates
         }
-        print(f"{name}: {max(tried, key=tried.get):g}", flush=True)
+        print(f"{name}: {max(tried, key=lambda lr: tried[lr]):g}", flush=True)
 
 
 if __name__ == "__main__":

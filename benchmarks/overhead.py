@@ -6,14 +6,18 @@ The model is the demo's, larger: 6 layers, 256 features, batches of 32 rows.
 """
 
 import argparse
+import dataclasses
 import statistics
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from rounds import measure, median_ratio
+from flax import nnx
+from rounds import Run, measure, median_ratio
 
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.configs import digits as recipe
+from moresjax.core.layout import Batch
 from moresjax.data.pipeline import to_device_batch
 from moresjax.generation.engine import Engine
 from moresjax.hardware.host import use_huge_pages
@@ -22,7 +26,7 @@ from moresjax.models.mllm import MLLM
 from moresjax.runs.architecture import model_config
 from moresjax.runs.data import build_iterator
 from moresjax.runs.processor import build_processor
-from moresjax.runs.run_config import resolve
+from moresjax.runs.run_config import RunConfig, resolve
 from moresjax.runs.state import TrainState
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
@@ -40,24 +44,29 @@ METHODS = (
 )
 
 
-def setting():
+def setting() -> tuple[RunConfig, Batch]:
     """Configuration and one batch on the device."""
     config = recipe.get_config("stage=finetune")
-    config.model.llm.update(
-        {"hidden_size": 256, "intermediate_size": 512, "num_layers": 6, "num_heads": 8}
-    )
+    llm = {"hidden_size": 256, "intermediate_size": 512, "num_layers": 6, "num_heads": 8}
+    config.update({"model": {"llm": llm}})
     config = resolve(config)
     processor = build_processor(config)
     rows = next(build_iterator(config, processor))
     rows.pop("id")
-    return config, to_device_batch(rows, processor)
+    batch = to_device_batch(rows, processor)
+    assert isinstance(batch, Batch)
+    return config, batch
 
 
-def train_steps(config, batch, methods=METHODS, **llm):
-    """Spec -> one train step, to be measured."""
+def train_steps(
+    config: RunConfig, batch: Batch, methods: Sequence[str] = METHODS, **llm: bool
+) -> dict[str, Run]:
+    """One train step of every spec, to be measured."""
     steps = {}
     for spec in methods:
-        parts = dataclasses.replace(config.model, llm={**config.model.llm, **llm})
+        fields = config.model.llm
+        assert not isinstance(fields, str)
+        parts = dataclasses.replace(config.model, llm={**fields, **llm})
         config = dataclasses.replace(config, model=parts)
         model = initialize(MLLM(model_config(config), spec))
         graphdef, trainable, frozen = split_model(model, config.also_train)
@@ -66,7 +75,9 @@ def train_steps(config, batch, methods=METHODS, **llm):
         step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)
         box = [state]
 
-        def run(step=step, box=box, frozen=frozen):
+        def run(
+            step: Callable = step, box: list = box, frozen: nnx.State = frozen
+        ) -> Iterator[str]:
             box[0], metrics = step(box[0], frozen, batch)
             jax.block_until_ready(metrics)
             yield "run"
@@ -75,7 +86,7 @@ def train_steps(config, batch, methods=METHODS, **llm):
     return steps
 
 
-def forwards(config, batch):
+def forwards(config: RunConfig, batch: Batch) -> dict[str, Run]:
     """Generation of 32 tokens, with and without steering and statistics."""
     runs = {}
     for name, spec, probes in (
@@ -87,7 +98,7 @@ def forwards(config, batch):
         model = initialize(MLLM(model_config(config), spec))
         engine = Engine(model, eos_ids=(-1,), probes=probes)
 
-        def run(engine=engine):
+        def run(engine: Engine = engine) -> Iterator[str]:
             jax.block_until_ready(engine.generate(batch, 32).tokens)
             yield "run"
 
@@ -105,7 +116,8 @@ def compare(title: str, runs: dict, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     use_huge_pages()

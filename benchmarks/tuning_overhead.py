@@ -10,7 +10,7 @@ generation, more than without tuning (there, on its hardware: MoReS 0.08, Adapte
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -47,15 +47,28 @@ METHODS = (
     "oft:block_size=32",
     "oft-legacy:blocks=16",
 )
-LLM = {"vocab_size": 16_384, "hidden_size": 768, "intermediate_size": 2048, "num_layers": 12}
-VISION = {"image_size": 80, "patch_size": 8, "hidden_size": 64, "intermediate_size": 128}
 ANSWER = 8  # tokens that training predicts
 
 
 def architecture() -> MLLMConfig:
+    """The model that is measured."""
     return MLLMConfig(
-        llm=DecoderConfig(**LLM, num_heads=12, unroll=True),
-        vision=VisionConfig(**VISION, num_layers=2, num_heads=2),
+        llm=DecoderConfig(
+            vocab_size=16_384,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_layers=12,
+            num_heads=12,
+            unroll=True,
+        ),
+        vision=VisionConfig(
+            image_size=80,
+            patch_size=8,
+            hidden_size=64,
+            intermediate_size=128,
+            num_layers=2,
+            num_heads=2,
+        ),
     )
 
 
@@ -69,7 +82,7 @@ def random_batch(config: MLLMConfig, rows: int, text: int, answer: int) -> Batch
     ]
     kind = np.concatenate([np.full(n, s, np.int32) for s, n in runs])
 
-    def every_row(x):
+    def every_row(x: np.ndarray | int) -> jax.Array:
         return jnp.asarray(np.broadcast_to(x, (rows, kind.size)).astype(np.int32))
 
     place = np.arange(kind.size)
@@ -82,6 +95,7 @@ def random_batch(config: MLLMConfig, rows: int, text: int, answer: int) -> Batch
         visual_tokens=visual,
     )
     tokens = rng.integers(0, config.llm.vocab_size, layout.shape).astype(np.int32)
+    assert config.vision is not None
     side = config.vision.image_size
     pixels = rng.standard_normal((rows, 1, side, side, 3)).astype(np.float32)
     return Batch(jnp.asarray(tokens), layout, jnp.asarray(pixels))
@@ -99,7 +113,11 @@ def training(base: MLLM, batch: Batch, methods: Sequence[str]) -> dict[str, Run]
         state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
         step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)
 
-        def run(step=step, box=[state], frozen=frozen):  # noqa: B006 - the state of the variant
+        box = [state]
+
+        def run(
+            step: Callable = step, box: list = box, frozen: nnx.State = frozen
+        ) -> Iterator[str]:
             box[0], metrics = step(box[0], frozen, batch)
             jax.block_until_ready(metrics)
             yield "train"
@@ -118,7 +136,7 @@ def generation(base: MLLM, batch: Batch, methods: Sequence[str], new_tokens: int
         model.attach(spec)
         engine = Engine(model, eos_ids=(-1,))
 
-        def run(engine=engine):
+        def run(engine: Engine = engine) -> Iterator[str]:
             state = jax.block_until_ready(engine.prefill(batch, new_tokens))
             yield "prefill"
             jax.block_until_ready(engine.decode(state))
@@ -129,6 +147,8 @@ def generation(base: MLLM, batch: Batch, methods: Sequence[str], new_tokens: int
 
 
 def print_table(config: MLLMConfig, seconds: Seconds, rows: int, new_tokens: int) -> None:
+    """Prints a row per method."""
+
     def per_sample(spec: str, *phases: str) -> float:
         return sum(statistics.median(seconds[spec][phase]) for phase in phases) / rows
 
@@ -151,7 +171,8 @@ def print_table(config: MLLMConfig, seconds: Seconds, rows: int, new_tokens: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--text", type=int, default=64, help="text tokens per row")

@@ -13,7 +13,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from moresjax.models.initialize import abstract, set_params
+from moresjax.models.initialize import abstract_params, set_params
 from moresjax.models.vision import VisionEncoder
 from moresjax.weights.vision_folder import load_vision
 
@@ -76,7 +76,7 @@ def loaded(folder, **changes) -> VisionEncoder:
     config, state = load_vision(folder, **changes)
     encoder = VisionEncoder(config)
     set_params(encoder, state, "here")
-    assert abstract(encoder) == []
+    assert abstract_params(encoder) == []
     return encoder
 
 

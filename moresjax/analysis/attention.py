@@ -10,6 +10,7 @@ mean over its visible keys. Source: LLaVA Steering, figures 1 and 2, equation 2.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +18,11 @@ from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
+from moresjax.core.row import Row
 from moresjax.models.attention import GROUPS, attention_probabilities, group_masses
 from moresjax.models.connector import parse_connector
-from moresjax.models.mllm import MLLMConfig
+from moresjax.models.fusion import FusedVisionConfig
+from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.tuning.base import ProbeContext
 
 IMAGE = GROUPS.index(TokenKind.IMAGE)
@@ -42,7 +45,10 @@ class AttentionProbe:
     name: str = "attention"
     site: str = "attn"
 
-    def read(self, context: ProbeContext, q, k) -> dict[str, Float[Array, "..."]]:
+    def read(
+        self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
+    ) -> dict[str, Float[Array, "..."]]:
+        """Statistics of one layer from its queries and keys."""
         if context.queries is not None:
             q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
         probabilities = attention_probabilities(q, k, context.mask, context.softcap)
@@ -50,7 +56,7 @@ class AttentionProbe:
         members = (context.kind[:, :, None] == jnp.asarray(GROUPS)).astype(jnp.float32)
         counts = jnp.einsum("bqs,bsc->bqc", context.mask.astype(jnp.float32), members)[:, None]
 
-        def mean(groups: Sequence[TokenKind]):
+        def mean(groups: Sequence[TokenKind]) -> Float[Array, "B N Q"]:
             chosen = np.asarray([group in groups for group in GROUPS], np.float32)
             return (masses * chosen).sum(-1) / jnp.maximum((counts * chosen).sum(-1), 1)
 
@@ -65,7 +71,10 @@ class AttentionMaps:
     name: str = "maps"
     site: str = "attn"
 
-    def read(self, context: ProbeContext, q, k) -> Float[Array, "B Q S"]:
+    def read(
+        self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
+    ) -> Float[Array, "B Q T"]:
+        """The map of one layer from its queries and keys."""
         if context.queries is not None:
             q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
         return attention_probabilities(q, k, context.mask, context.softcap).mean(axis=1)
@@ -99,6 +108,7 @@ class AttentionSummary:
         return float(self.share[:, IMAGE].mean())
 
     def to_dict(self) -> dict:
+        """The statistics as JSON takes them, without those of single heads."""
         names = [group.name.lower() for group in GROUPS]
         return {
             "samples": self.samples,
@@ -119,11 +129,22 @@ def summarize(
 ) -> AttentionSummary:
     """Share and LMAR from sums over each sample's tokens.
 
+    One layer, one sample with two generated tokens, one head: both tokens look at the image with
+    half of their attention, and at one of its tokens three times as long as at a text token.
+
+    >>> mass = np.array([0.2, 1.0, 0.6, 0.2]).reshape(1, 1, 1, 4)
+    >>> score = np.array([0.3, 0.1, 0.1, 0.1]).reshape(1, 1, 1, 4)
+    >>> summary = summarize(mass, score, tokens=np.array([2]), has_image=np.array([True]))
+    >>> summary.average_visual_share
+    0.5
+    >>> round(float(summary.lmar["text"][0]), 3)
+    3.0
+
     Args:
-      mass: `AttentionProbe`'s masses summed over each sample's queries.
-      score: its scores, summed likewise.
-      tokens: number of generated tokens per sample.
-      has_image: whether the sample has an image.
+      mass: The masses of `AttentionProbe`, summed over each sample's queries.
+      score: The scores of `AttentionProbe`, summed over each sample's queries.
+      tokens: The number of generated tokens of each sample.
+      has_image: Whether each sample has an image.
     """
     kept = np.asarray(has_image) & (np.asarray(tokens) > 0)
     count = np.asarray(tokens)[kept][None, :, None, None]
@@ -146,13 +167,35 @@ def summarize(
     )
 
 
-def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.ndarray, "L G V"]]:
+@runtime_checkable
+class GeneratingModel(Protocol):
+    """What generates the answers whose attention is looked at (`moresjax.Model`)."""
+
+    @property
+    def mllm(self) -> MLLM:
+        """The Flax module."""
+        ...
+
+    @property
+    def processor(self) -> Any:
+        """The processor (`moresjax.data.processor.Processor`)."""
+        ...
+
+    @property
+    def service(self) -> Any:
+        """The generation service (`moresjax.inference.service.GenerationService`)."""
+        ...
+
+
+def answer_maps(
+    model: GeneratingModel, row: Row, max_new_tokens: int
+) -> tuple[list[str], Float[np.ndarray, "L G V"]]:
     """Generates an answer and returns the attention of its tokens on the visual tokens.
 
     Args:
-      model: a `moresjax.Model`.
-      row: a prompt with one image (`Model.prompt`).
-      max_new_tokens: G at most.
+      model: The model that answers.
+      row: A prompt with one image (`Model.prompt`).
+      max_new_tokens: The most tokens to generate, G.
 
     Returns:
       The tokens as text and their head-averaged attention per layer on the V visual tokens.
@@ -172,18 +215,25 @@ def answer_maps(model, row, max_new_tokens: int) -> tuple[list[str], Float[np.nd
 def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.ndarray, "*L Y X"]:
     """Values of one image's visual tokens on the patch grid; nan where a patch has no token.
 
+    >>> from moresjax.models.zoo import mllm_config
+    >>> to_grid(np.arange(576.0), mllm_config("llava-1.5-7b")).shape
+    (24, 24)
+
     Interleaved encoders have two tokens per patch, whose values are added.
 
     Raises:
-      UserError: for a connector whose tokens have no place on the image.
+      UserError: for a connector whose tokens have no place on the image, and for a model that
+        reads no images.
     """
     vision = config.vision
+    if vision is None:
+        raise UserError("a model without a vision encoder has no visual tokens")
     if parse_connector(config.connector)[1] is not None:
         raise UserError(
             f"tokens of connector {config.connector} come from learned queries, not from places "
             "on the image"
         )
-    if vision.is_pair:
+    if isinstance(vision, FusedVisionConfig):
         if vision.fusion == "interleave":
             values = values.reshape(*values.shape[:-1], -1, 2).sum(-1)
         vision = vision.encoders[0]

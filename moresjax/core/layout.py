@@ -74,6 +74,7 @@ class TokenLayout:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Rows and tokens per row."""
         """Rows and tokens, `(B, S)`."""
         return self.kind.shape
 
@@ -162,7 +163,7 @@ def visible(
         queries = jnp.broadcast_to(index, (batch, length))
     queries = jnp.asarray(queries)
 
-    def at_queries(field):
+    def at_queries(field: AnyArray) -> Int[Array, "B Q 1"]:
         return jnp.take_along_axis(jnp.asarray(field), queries, axis=1)[:, :, None]
 
     kind, document, branch = (
@@ -182,7 +183,7 @@ def _next(layout: TokenLayout) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
     """TokenKind of the next token, and whether it continues the same document and branch."""
     kind, document, branch = (jnp.asarray(f) for f in (layout.kind, layout.document, layout.branch))
 
-    def shifted(field, fill):
+    def shifted(field: Array, fill: int) -> Int[Array, "B S"]:
         return jnp.pad(field[:, 1:], ((0, 0), (0, 1)), constant_values=fill)
 
     following = shifted(kind, int(TokenKind.PAD))
@@ -200,8 +201,11 @@ def loss_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
 
 
 def last_prompt_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
-    """Prompt tokens that predict the first token of an answer: the last one before each answer or,
-    where no answer follows (generation), the last one of its document and branch."""
+    """Prompt tokens that predict the first token of an answer.
+
+    These are the last one before each answer and, where no answer follows (generation), the last
+    one of its document and branch.
+    """
     kind = jnp.asarray(layout.kind)
     following, goes_on = _next(layout)
     prompt = (kind != TokenKind.PAD) & (kind != TokenKind.ANSWER)
@@ -219,7 +223,7 @@ def rank_in_run(
     changes = (document[:, 1:] != document[:, :-1]) | (branch[:, 1:] != branch[:, :-1])
     edge = jnp.ones((document.shape[0], 1), bool)
 
-    def count(region, first):
+    def count(region: Int[Array, "B S"], first: Bool[Array, "B S"]) -> Int[Array, "B S"]:
         before = jnp.cumsum(region, axis=1) - region
         # `before` never falls, so its running maximum over run starts is the count at the
         # own start.

@@ -26,7 +26,7 @@ def inverse(matrix: Float[Array, "*B n n"]) -> Float[Array, "*B n n"]:
     """
     size = matrix.shape[-1]
 
-    def eliminate(k, a):
+    def eliminate(k: Array, a: Array) -> Array:
         row, column = a[..., k, :], a[..., :, k]
         pivot = row[..., k, None]
         at = jnp.arange(size) == k
@@ -39,7 +39,7 @@ def inverse(matrix: Float[Array, "*B n n"]) -> Float[Array, "*B n n"]:
 
 
 @inverse.defjvp
-def _inverse_jvp(primals, tangents):
+def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     found = inverse(*primals)
     return found, -_product(found, _product(tangents[0], found))
 
@@ -49,7 +49,7 @@ def inverse_cholesky(gram: Float[Array, "*B n n"]) -> Float[Array, "*B n n"]:
     """`L^-1`, lower triangular, of positive definite matrices `L L^T`."""
     size = gram.shape[-1]
 
-    def eliminate(k, both):
+    def eliminate(k: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
         left, right = both
         below = jnp.arange(size) > k
         factor = jnp.where(below, left[..., :, k] / left[..., k, k, None], 0)[..., None]
@@ -62,7 +62,7 @@ def inverse_cholesky(gram: Float[Array, "*B n n"]) -> Float[Array, "*B n n"]:
 
 
 @inverse_cholesky.defjvp
-def _inverse_cholesky_jvp(primals, tangents):
+def _inverse_cholesky_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     found = inverse_cholesky(*primals)
     inner = _product(found, _product(tangents[0], found.mT))
     lower = jnp.tril(inner) - 0.5 * inner * jnp.eye(inner.shape[-1])

@@ -1,12 +1,17 @@
 """Names of parameters, and patterns over them."""
 
 import re
+from collections.abc import Iterable
 
 from flax import nnx
 
 
-def path_name(path) -> str:
-    """Dotted name of a parameter."""
+def path_name(path: Iterable[object]) -> str:
+    """Dotted name of a parameter.
+
+    >>> path_name(("llm", "blocks", "attn", "q", "kernel"))
+    'llm.blocks.attn.q.kernel'
+    """
     return ".".join(str(part) for part in path)
 
 
@@ -16,7 +21,7 @@ def named_parameters(model: nnx.Module | nnx.State) -> dict[str, nnx.Variable]:
     return {path_name(path): variable for path, variable in nnx.to_flat_state(state)}
 
 
-# What the field calls some parameters.
+# Other names of some parameters in patterns.
 ALIASES = {"lm_head": "llm.head"}
 
 
@@ -31,7 +36,17 @@ def first_name(name: str) -> str:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a parameter name is the pattern, lies below it, or matches it as a whole regex;
-    `lm_head` stands for `llm.head`, `vision:lastN` for the blocks that are kept apart."""
+    """Whether a pattern names a parameter.
+
+    >>> matches("llm.blocks.attn.q.kernel", "llm.blocks")
+    True
+    >>> matches("llm.blocks.attn.q.kernel", "llm[.].*[.]q[.].*")
+    True
+
+    Args:
+      name: The dotted name of the parameter.
+      pattern: The name itself, the beginning of a name up to a dot, or a regex for all of it.
+        `lm_head` stands for `llm.head`, `vision:lastN` for the last N blocks of the vision encoder.
+    """
     pattern = "vision.last" if pattern.startswith("vision:last") else ALIASES.get(pattern, pattern)
     return name == pattern or name.startswith(pattern + ".") or bool(re.fullmatch(pattern, name))

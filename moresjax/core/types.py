@@ -1,8 +1,8 @@
 """What all rooms share: the type of arrays in signatures, and dataclasses that are pytrees."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, TypeVar, dataclass_transform
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import jax
 import numpy as np
@@ -24,18 +24,19 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
     are for what people construct.
     """
     cls = dataclasses.dataclass(frozen=True)(cls)
-    static = [f.name for f in dataclasses.fields(cls) if f.metadata.get("static")]
-    leaves = [f.name for f in dataclasses.fields(cls) if f.name not in static]
+    fields = dataclasses.fields(cast(Any, cls))  # a type checker does not know that it has some
+    static = [f.name for f in fields if f.metadata.get("static")]
+    leaves = [f.name for f in fields if f.name not in static]
 
-    def flatten(tree):
+    def flatten(tree: T) -> tuple[list, tuple]:
         return [getattr(tree, n) for n in leaves], tuple(getattr(tree, n) for n in static)
 
-    def flatten_with_keys(tree):
+    def flatten_with_keys(tree: T) -> tuple[list, tuple]:
         children, aux = flatten(tree)
         keys = map(jax.tree_util.GetAttrKey, leaves)
         return list(zip(keys, children, strict=True)), aux
 
-    def unflatten(aux, children):
+    def unflatten(aux: tuple, children: Iterable) -> T:
         tree = object.__new__(cls)
         for name, value in [*zip(leaves, children, strict=True), *zip(static, aux, strict=True)]:
             object.__setattr__(tree, name, value)

@@ -20,8 +20,8 @@ class Chip:
     """A TPU chip.
 
     Attributes:
-      hbm_bytes: memory.
-      hbm_bandwidth: bytes per second to and from it.
+      hbm_bytes: bytes of memory.
+      hbm_bandwidth: bytes per second to and from the memory.
       flops: bf16 operations per second.
       ici_bandwidth: bytes per second of one link to a neighbour, both directions together.
       compiler_name: what libtpu calls it.
@@ -74,15 +74,17 @@ class TpuSlice:
 
     @property
     def chip(self) -> Chip:
+        """The kind of its chips."""
         return CHIPS[self.chip_name]
 
     @property
     def size(self) -> int:
-        """Chips."""
+        """The number of chips."""
         return math.prod(self.shape)
 
     @property
     def name(self) -> str:
+        """Its name, such as `v5e:4x4`."""
         return f"{self.chip_name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -90,7 +92,7 @@ class TpuSlice:
         """Bytes per second of a chip over one link in every direction that has neighbours."""
         return self.chip.ici_bandwidth * max(sum(n > 1 for n in self.shape), 1)
 
-    def devices(self) -> list[jax.Device]:
+    def devices(self) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
         """Devices to compile for, which need not exist.
 
         Raises:
@@ -123,6 +125,9 @@ def chip_of(device_kind: str) -> Chip | None:
 
 def find_slice(name: str) -> TpuSlice:
     """A slice by Google's name (`v5e-8`, `v5p-8`: four chips) or by its shape (`v5e:2x4`).
+
+    >>> find_slice("v5e-8").shape
+    (2, 4)
 
     Raises:
       UserError: for an unknown chip, size or shape.

@@ -6,7 +6,7 @@ S keys, H head features, C key groups.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.layout import TokenKind
 from moresjax.models.fused_attention import Runs, fused_attention
@@ -37,7 +37,9 @@ def attention_probabilities(
 
 
 @jax.custom_vjp
-def _softmax(logits, mask):
+def _softmax(
+    logits: Float[Array, "B N T S"], mask: Bool[Array, "B 1 T S"] | None
+) -> Float[Array, "B N T S"]:
     """Softmax over what `mask` leaves.
 
     For the backward pass it keeps the probabilities alone; differentiated step by step it would
@@ -48,12 +50,12 @@ def _softmax(logits, mask):
     return jax.nn.softmax(logits, axis=-1)
 
 
-def _softmax_forward(logits, mask):
+def _softmax_forward(logits: Array, mask: Array | None) -> tuple[Array, tuple]:
     probabilities = _softmax(logits, mask)
     return probabilities, (probabilities, mask)
 
 
-def _softmax_backward(kept, gradient):
+def _softmax_backward(kept: tuple, gradient: Array) -> tuple[Array, None]:
     probabilities, mask = kept
     weighted = probabilities * gradient
     gradient = weighted - probabilities * weighted.sum(-1, keepdims=True)
@@ -71,8 +73,16 @@ def attention(
     mask: Bool[Array, "B T S"] | Runs | None,
     softcap: float = 0.0,
 ) -> Float[Array, "B N T H"]:
-    """Attention with grouped key/value heads; `mask` is True where a key is visible, or names the
-    kernel to use."""
+    """Attention with grouped key/value heads.
+
+    Args:
+      q: The queries.
+      k: The keys.
+      v: The values.
+      mask: True where a query sees a key; or the runs of tokens that see each other, which a fused
+        kernel takes; or None when all see all.
+      softcap: The soft cap on the logits; 0: none.
+    """
     if isinstance(mask, Runs):
         return fused_attention(q, k, v, mask, softcap)
     probabilities = attention_probabilities(q, k, mask, softcap).astype(v.dtype)
@@ -80,7 +90,9 @@ def attention(
     return jnp.matmul(grouped, v).reshape(q.shape)
 
 
-def group_masses(probabilities: Float[Array, "B N T S"], kind) -> Float[Array, "B N T 4"]:
+def group_masses(
+    probabilities: Float[Array, "B N T S"], kind: Int[Array, "B S"]
+) -> Float[Array, "B N T 4"]:
     """Attention mass on each of `GROUPS`; the four add up to 1 for a token that is not padding."""
     members = (kind[:, :, None] == jnp.asarray(GROUPS)).astype(probabilities.dtype)
     return jnp.einsum("bnts,bsc->bntc", probabilities, members)

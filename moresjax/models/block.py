@@ -10,6 +10,8 @@ linears `q k v o gate up down`, and `attn.out`, `mlp.out`, `out`; virtual tokens
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +23,21 @@ from moresjax.core.ops import pick, write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs
-from moresjax.models.layers import ACTIVATIONS, Linear, Norm, apply_rope, param, unstack
+from moresjax.models.layers import ACTIVATIONS, Linear, Norm, Rope, apply_rope, param, unstack
 from moresjax.sharding.mesh import constrain_batch_sharding
-from moresjax.tuning.hooks import LayerHooks
+from moresjax.tuning.hooks import LayerHooks, TowerHooks
+
+# What every query sees: a mask that is True at its keys, or the runs of a fused kernel.
+Mask = Bool[Array, "B S T"] | Runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockConfig:
-    """Shape and wiring of a block."""
+    """Shape and wiring of a block.
+
+    Raises:
+      UserError: for a pattern of local and global layers that cannot be.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -41,7 +50,7 @@ class BlockConfig:
     norm_offset: float = 0.0  # added to the scale of every norm (Gemma: 1)
     qk_norm: bool = False  # RMSNorm over each head's queries and keys, before the rotation
     post_norms: bool = False  # also norms on the outputs of attention and MLP
-    query_scale: float = 0.0  # of the attention logits; 0: head_dim ** -0.5
+    query_scale: float = 0.0  # factor on the attention logits; 0: head_dim ** -0.5
     attention_softcap: float = 0.0  # 0: none
     window: int = 0  # keys a query of a local layer sees, itself included
     attention_pattern: str = "g"  # l(ocal) or g(lobal) layers, repeated
@@ -52,14 +61,14 @@ class BlockConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     layer_scale: bool = False  # a learned factor per feature after attention and after the MLP
-    dtype: str = "float32"  # of activations
+    dtype: str = "float32"  # dtype of the activations
     remat: bool = False
     unroll: bool = False  # unroll the scan over layers
     int8: bool = False  # kernels of whole numbers, with a factor per output feature
     # The family in `transformers`, which is no part of the architecture; empty: not known.
     model_type: str = dataclasses.field(default="", compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if not self.head_dim:
@@ -96,8 +105,10 @@ class LayerCache:
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: BlockConfig):
-        def linear(name, axes, bias):
+    """Self-attention with grouped key/value heads; its linears are called through the hooks."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        def linear(name: str, axes: tuple, bias: bool) -> Linear:
             return Linear(*config.linears()[name], axes=axes, bias=bias, int8=config.int8)
 
         self.config = config
@@ -106,16 +117,28 @@ class Attention(nnx.Module):
         self.v = linear("v", ("embed", "kv_heads"), config.qkv_bias)
         self.o = linear("o", ("heads", "embed"), config.out_bias)
 
-        def norm():
-            options = {"eps": config.norm_eps, "offset": config.norm_offset}
-            return Norm(config.head_dim, axes=(None,), **options) if config.qk_norm else None
+        def norm() -> Norm | None:
+            if not config.qk_norm:
+                return None
+            eps, offset = config.norm_eps, config.norm_offset
+            return Norm(config.head_dim, axes=(None,), eps=eps, offset=offset)
 
         self.q_norm, self.k_norm = norm(), norm()
 
-    def __call__(self, x, rope, mask, hooks: LayerHooks, cache, index, queries):
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        rope: Rope | None,
+        mask: Mask | None,
+        hooks: LayerHooks,
+        cache: LayerCache | None,
+        index: Int[AnyArray, "..."] | int | None,
+        queries: Int[Array, "B Q"] | None,
+    ) -> tuple[Float[Array, "B Q D"], LayerCache]:
+        """The output at the queries (default: all tokens), and the keys and values."""
         config = self.config
 
-        def heads(name, count):
+        def heads(name: str, count: int) -> Float[Array, "B N S H"]:
             y = hooks.linear(name, getattr(self, name), x)
             return y.reshape(*x.shape[:2], count, config.head_dim).swapaxes(1, 2)
 
@@ -123,21 +146,21 @@ class Attention(nnx.Module):
         v = heads("v", config.num_kv_heads)
         key_rope = rope
         if queries is not None:
-            x, mask, hooks = pick(x, queries), pick(mask, queries), hooks.at(queries)
-            rope = rope and tuple(pick(table, queries, 2) for table in rope)
+            x, mask, hooks = pick(x, queries), pick(dense(mask), queries), hooks.at(queries)
+            rope = rope and (pick(rope[0], queries, 2), pick(rope[1], queries, 2))
         q = heads("q", config.num_heads)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if config.query_scale:
             # Attention divides by the root of the head size; what it should do instead is put into
             # the queries, where probes see it too.
             q = q * (config.query_scale * config.head_dim**0.5)
-        if rope is not None:
+        if rope is not None and key_rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, key_rope)
         k, v = hooks.extend(k, v)
-        if cache is not None:
+        if cache is not None and index is not None:
             k, v = write_at(cache.k, k, index, 2), write_at(cache.v, v, index, 2)
-        if not isinstance(mask, Runs):  # which are for passes without probes
+        if not isinstance(mask, Runs):  # passes with probes have a dense mask
             hooks.read_attention(q, k, mask if config.window else None, config.attention_softcap)
         y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, config.attention_softcap)
         y = y.swapaxes(1, 2).reshape(*x.shape[:2], -1)
@@ -145,8 +168,10 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    def __init__(self, config: BlockConfig):
-        def linear(name, axes):
+    """The feed-forward part of a block; its linears are called through the hooks."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        def linear(name: str, axes: tuple) -> Linear:
             shape, bias = config.linears()[name], config.mlp_bias
             return Linear(*shape, axes=axes, bias=bias, int8=config.int8)
 
@@ -155,7 +180,8 @@ class MLP(nnx.Module):
         self.up = linear("up", ("embed", "mlp"))
         self.down = linear("down", ("mlp", "embed"))
 
-    def __call__(self, x, hooks: LayerHooks):
+    def __call__(self, x: Float[Array, "B S D"], hooks: LayerHooks) -> Float[Array, "B S D"]:
+        """`down(act(gate(x)) * up(x))`, or `down(act(up(x)))` without a gate."""
         act = ACTIVATIONS[self.activation]
         up = hooks.linear("up", self.up, x)
         # What is between the products is cheap: made again for the backward pass, and not kept.
@@ -165,6 +191,13 @@ class MLP(nnx.Module):
             gate = hooks.linear("gate", self.gate, x)
             y = jax.checkpoint(lambda gate, up: act(gate) * up)(gate, up)
         return hooks.linear("down", self.down, y)
+
+
+def dense(mask: Mask | None) -> Bool[Array, "B S T"]:
+    """The mask, which must be an array."""
+    assert mask is not None
+    assert not isinstance(mask, Runs)
+    return mask
 
 
 def normed(y: Float[Array, "B S D"], norm: Norm | None) -> Float[Array, "B S D"]:
@@ -178,16 +211,16 @@ def scaled(y: Float[Array, "B S D"], scale: nnx.Param | None) -> Float[Array, "B
 
 
 class Block(nnx.Module):
-    """Attention and MLP with residuals; returns the block output and its keys and values.
+    """Attention and MLP with residuals."""
 
-    With `queries`, places in the rows, only the output of these tokens is computed; the mask must
-    be dense.
-    """
-
-    def __init__(self, config: BlockConfig):
-        def norm():
-            options = {"kind": config.norm, "eps": config.norm_eps, "offset": config.norm_offset}
-            return Norm(config.hidden_size, **options)
+    def __init__(self, config: BlockConfig) -> None:
+        def norm() -> Norm:
+            return Norm(
+                config.hidden_size,
+                kind=config.norm,
+                eps=config.norm_eps,
+                offset=config.norm_offset,
+            )
 
         self.parallel = config.parallel
         self.attn_norm = norm()
@@ -196,20 +229,35 @@ class Block(nnx.Module):
         self.mlp_post_norm = norm() if config.post_norms else None
         self.attn = Attention(config)
         self.mlp = MLP(config)
-        scale = lambda: param((config.hidden_size,), ("embed",), fill=1.0)  # noqa: E731
-        self.attn_scale = scale() if config.layer_scale else None
-        self.mlp_scale = scale() if config.layer_scale else None
+
+        def scale() -> nnx.Param | None:
+            return (
+                param((config.hidden_size,), ("embed",), fill=1.0) if config.layer_scale else None
+            )
+
+        self.attn_scale, self.mlp_scale = scale(), scale()
 
     def __call__(
         self,
         h: Float[Array, "B S D"],
-        rope,
-        mask: Bool[Array, "B S T"] | Runs | None,
+        rope: Rope | None,
+        mask: Mask | None,
         hooks: LayerHooks,
         cache: LayerCache | None = None,
-        index: Int[Array, "..."] | int | None = None,
+        index: Int[AnyArray, "..."] | int | None = None,
         queries: Int[Array, "B Q"] | None = None,
     ) -> tuple[Float[Array, "B Q D"], LayerCache]:
+        """The output of the block, and its keys and values.
+
+        Args:
+          h: The output of the block before.
+          rope: The rotation of the tokens; None without rotary positions.
+          mask: What every token sees; None when all see all.
+          hooks: The methods and probes of this layer.
+          cache: Keys and values of earlier tokens, with room for these.
+          index: The column of the cache where these go; one for all rows, or `[B]`.
+          queries: The tokens whose output is computed; default: all. The mask must be dense.
+        """
         h = hooks.enter(h)
         x = self.attn_norm(h)
         attn, cache = self.attn(x, rope, mask, hooks, cache, index, queries)
@@ -222,7 +270,7 @@ class Block(nnx.Module):
             h = h + (attn + hooks.edit("mlp.out", mlp))
         else:
             h = h + attn
-            mlp = self.mlp(self.mlp_norm(h), hooks)
+            mlp = self.mlp(normed(h, self.mlp_norm), hooks)
             mlp = scaled(normed(mlp, self.mlp_post_norm), self.mlp_scale)
             h = h + hooks.edit("mlp.out", mlp)
         h = hooks.edit("out", h)
@@ -232,22 +280,36 @@ class Block(nnx.Module):
 
 @dataclasses.dataclass
 class BlocksOutput:
-    hidden: Float[Array, "B S D"]  # of all tokens, or of the queries
-    cache: list[LayerCache] | None  # one per layer
-    stats: dict  # probe name -> pytree with a leading layer axis
+    """What the blocks of a tower return.
+
+    Attributes:
+      hidden: hidden states of all tokens, or of the queries.
+      cache: keys and values, one per layer; None when nobody asked for them.
+      stats: probe name -> pytree with a leading layer axis.
+    """
+
+    hidden: Float[Array, "B S D"]
+    cache: list[LayerCache] | None
+    stats: dict[str, Any]
+
+
+# Rotation and mask of a layer.
+View = tuple[Rope | None, Mask | None]
+# What one layer returns: output, keys and values, statistics.
+LayerOutput = tuple[Float[Array, "B Q D"], LayerCache | None, dict[str, Any]]
 
 
 def run_blocks(
     blocks: nnx.Module | nnx.List,
     h: Float[Array, "B S D"],
-    rope,
-    mask,
-    hooks,
+    rope: Rope | None,
+    mask: Mask | None,
+    hooks: TowerHooks,
     config: BlockConfig,
     *,
-    local: tuple | None = None,
+    local: View | None = None,
     caches: list[LayerCache] | None = None,
-    index=None,
+    index: Int[AnyArray, "..."] | int | None = None,
     keep_cache: bool = False,
     queries: Int[Array, "B Q"] | None = None,
 ) -> BlocksOutput:
@@ -255,68 +317,115 @@ def run_blocks(
 
     The loop is what decoding uses: each layer's cache is then a buffer of its own, updated in
     place.
-    `hooks` are the `TowerHooks` of this tower; their stacked parameters are scanned beside the
-    blocks. `local` holds the rotation and the mask of local layers, when some layers are local.
-    With `queries` the output is that of these tokens, and a loop computes no others in the last
-    layer, unless a kernel, a probe or a method needs them all.
+
+    Args:
+      blocks: The blocks, stacked or in a list.
+      h: What the first block reads.
+      rope: The rotation of the tokens; None without rotary positions.
+      mask: What every token sees; None when all see all.
+      hooks: The methods and probes of this tower; their stacked parameters are scanned beside the
+        blocks.
+      config: The shape of the blocks.
+      local: Rotation and mask of local layers, where some layers are local.
+      caches: Keys and values of earlier tokens, one per layer; needs a list of blocks.
+      index: The column of the caches where the new keys and values go; one for all rows, or `[B]`.
+      keep_cache: Returns keys and values.
+      queries: The tokens whose output is returned; default: all. A loop computes no others in the
+        last layer, unless a kernel, a probe or a method needs them all.
+
+    Raises:
+      ValueError: for caches with stacked blocks.
     """
-    is_local = config.local_layers
 
-    def view(layer):
-        if local is None or not any(is_local):
-            return rope, mask
-        if all(is_local):
-            return local
-        if isinstance(layer, int):
-            return local if is_local[layer] else (rope, mask)
-        chosen = jnp.asarray(is_local)[layer]
-
-        def choose(a, b):
-            if isinstance(a, Runs):
-                return dataclasses.replace(a, local=chosen)
-            return a if a is b else jnp.where(chosen, a, b)
-
-        is_runs = lambda x: isinstance(x, Runs)  # noqa: E731
-        return jax.tree.map(choose, local, (rope, mask), is_leaf=is_runs)
-
-    def one_layer(h, block, params, layer, cache=None, queries=None):
-        at_layer = hooks.layer(params, layer)
+    def one_layer(
+        h: Float[Array, "B S D"],
+        block: Block,
+        params: Sequence,
+        layer: int | Int[Array, ""],
+        cache: LayerCache | None = None,
+        queries: Int[Array, "B Q"] | None = None,
+    ) -> LayerOutput:
+        layer_hooks = hooks.layer(params, layer)
         h = constrain_batch_sharding(h)
-        h, cache = block(h, *view(layer), at_layer, cache, index, queries)
-        return h, cache if keep_cache else None, at_layer.stats
+        layer_rope, layer_mask = _view(config.local_layers, layer, (rope, mask), local)
+        h, cache = block(h, layer_rope, layer_mask, layer_hooks, cache, index, queries)
+        return h, cache if keep_cache else None, layer_hooks.stats
 
+    last_queries = None
     if isinstance(blocks, nnx.List) or (config.unroll and caches is None):
-        step = jax.checkpoint(one_layer, static_argnums=3) if config.remat else one_layer
-        kept, stats = [], []
-        early = queries is not None and not isinstance(mask, Runs) and not hooks.needs_all_tokens
-        early &= isinstance(blocks, nnx.List)
-        each = blocks if isinstance(blocks, nnx.List) else unstack(blocks, config.num_layers)
-        for i, block in enumerate(each):
-            params = jax.tree.map(lambda x, i=i: x[i], hooks.stacked)
-            chosen = queries if early and i == config.num_layers - 1 else None
-            h, cache, stat = step(h, block, params, i, caches and caches[i], chosen)
-            kept.append(cache)
-            stats.append(stat)
-        stats = jax.tree.map(lambda *x: jnp.stack(x), *stats) if stats else {}
-        if queries is not None and not early:
-            h = pick(h, queries)
-        return BlocksOutput(h, kept if keep_cache else None, stats)
-
-    if caches is not None:
+        in_list = isinstance(blocks, nnx.List)
+        each = blocks if in_list else unstack(blocks, config.num_layers)
+        if in_list and not isinstance(mask, Runs) and not hooks.needs_all_tokens:
+            last_queries = queries
+        h, kept, stats = _loop(one_layer, h, each, hooks, config, caches, last_queries)
+    elif caches is not None:
         raise ValueError("decoding needs unstacked blocks: call `unstack` on the model first")
+    else:
+        h, kept, stats = _scan(one_layer, h, blocks, hooks, config)
+    if queries is not None and last_queries is None:
+        h = pick(h, queries)
+    return BlocksOutput(h, kept if keep_cache else None, stats)
 
-    def body(h, xs):
+
+def _view(
+    is_local: tuple[bool, ...], layer: int | Int[Array, ""], common: View, local: View | None
+) -> View:
+    """Rotation and mask of a layer, whose number inside a scan is data."""
+    if local is None or not any(is_local):
+        return common
+    if all(is_local):
+        return local
+    if isinstance(layer, int):
+        return local if is_local[layer] else common
+    chosen = jnp.asarray(is_local)[layer]
+
+    def choose(a: Any, b: Any) -> Any:
+        if isinstance(a, Runs):
+            return dataclasses.replace(a, local=chosen)
+        return a if a is b else jnp.where(chosen, a, b)
+
+    return jax.tree.map(choose, local, common, is_leaf=lambda x: isinstance(x, Runs))
+
+
+def _loop(
+    one_layer: Callable[..., LayerOutput],
+    h: Float[Array, "B S D"],
+    blocks: Sequence[Block] | nnx.List,
+    hooks: TowerHooks,
+    config: BlockConfig,
+    caches: list[LayerCache] | None,
+    last_queries: Int[Array, "B Q"] | None,
+) -> tuple[Float[Array, "B Q D"], list, dict[str, Any]]:
+    """The layers one after the other; the last one at `last_queries` only, if there are some."""
+    step = jax.checkpoint(one_layer, static_argnums=3) if config.remat else one_layer
+    kept, stats = [], []
+    for i, block in enumerate(blocks):
+        params = jax.tree.map(lambda x, i=i: x[i], hooks.stacked)
+        queries = last_queries if i == config.num_layers - 1 else None
+        h, cache, stat = step(h, block, params, i, caches and caches[i], queries)
+        kept.append(cache)
+        stats.append(stat)
+    return h, kept, jax.tree.map(lambda *x: jnp.stack(x), *stats) if stats else {}
+
+
+def _scan(
+    one_layer: Callable[..., LayerOutput],
+    h: Float[Array, "B S D"],
+    blocks: nnx.Module,
+    hooks: TowerHooks,
+    config: BlockConfig,
+) -> tuple[Float[Array, "B S D"], list | None, dict[str, Any]]:
+    """The layers as one compiled body that is repeated."""
+
+    def body(h: Array, xs: tuple) -> tuple[Array, tuple]:
         h, cache, stats = one_layer(h, *xs)
         return h, (cache, stats)
 
     if config.remat:
         body = jax.checkpoint(body, prevent_cse=config.unroll)
-    layers = jnp.arange(config.num_layers)
-    h, (cache, stats) = jax.lax.scan(
-        body, h, (blocks, hooks.stacked, layers), unroll=config.num_layers if config.unroll else 1
-    )
-    if keep_cache:
-        cache = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
-    if queries is not None:
-        h = pick(h, queries)
-    return BlocksOutput(h, cache, stats)
+    number, layers = config.num_layers, jnp.arange(config.num_layers)
+    xs = (blocks, hooks.stacked, layers)
+    h, (cache, stats) = jax.lax.scan(body, h, xs, unroll=number if config.unroll else 1)
+    if cache is not None:
+        cache = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(number)]
+    return h, cache, stats

@@ -3,10 +3,9 @@
 import dataclasses
 import math
 
-from flax import nnx
-
+from moresjax.core.parameter_names import named_parameters
 from moresjax.models.decoder import DecoderConfig
-from moresjax.models.mllm import MLLM
+from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.zoo import ENCODERS, LLMS, MODELS, mllm_config
 
 # Any LLM will do to count an encoder, and any encoder to count an LLM.
@@ -19,9 +18,9 @@ class Card:
 
     Attributes:
       kind: `llm`, `vision` or `model`.
-      name: in configs and on the command line.
-      parameters: exact count.
-      text: its shape in words.
+      name: the name in configs and on the command line.
+      parameters: the exact number of parameters.
+      text: the shape in words.
     """
 
     kind: str
@@ -49,7 +48,8 @@ def _llm_text(config: DecoderConfig) -> str:
     )
 
 
-def _count(config, part: str = "") -> int:
+def _count(config: MLLMConfig, part: str = "") -> int:
     """Parameters of a part, from shapes."""
-    flat = nnx.to_flat_state(nnx.state(MLLM(config), nnx.Param))
-    return sum(math.prod(v.shape) for path, v in flat if not part or path[0] == part)
+    shapes = {name: variable.shape for name, variable in named_parameters(MLLM(config)).items()}
+    prefix = f"{part}." if part else ""
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))

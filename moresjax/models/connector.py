@@ -28,24 +28,38 @@ CONNECTORS = (
     "resampler",
     "qformer",
 )
-# Those that read the features with learned queries: module and configuration.
-QUERYING = {"resampler": (Resampler, ResamplerConfig), "qformer": (QFormer, QFormerConfig)}
+# Those that read the features with learned queries.
+QUERYING: dict[str, type[ResamplerConfig] | type[QFormerConfig]] = {
+    "resampler": ResamplerConfig,
+    "qformer": QFormerConfig,
+}
 
 
-def build_connector(name: str, d_in: int, d_out: int, *, unroll: bool = False) -> nnx.Module:
+def build_connector(name: str, d_in: int, d_out: int, *, unroll: bool = False) -> "AnyConnector":
     """The module of a connector, `[B, V, C] -> [B, T, D]`.
 
     Raises:
       UserError: for an unknown name or option.
     """
     kind, options = parse_connector(name)
-    if kind in QUERYING:
-        return QUERYING[kind][0](options, d_in, d_out, unroll=unroll)
+    if isinstance(options, ResamplerConfig):
+        return Resampler(options, d_in, d_out, unroll=unroll)
+    if isinstance(options, QFormerConfig):
+        return QFormer(options, d_in, d_out, unroll=unroll)
     return MoFConnector(d_in, d_out) if kind == "mof_mlp" else Connector(name, d_in, d_out)
 
 
 def parse_connector(name: str) -> tuple[str, ResamplerConfig | QFormerConfig | None]:
-    """(name without options, configuration of a querying connector).
+    """The kind and the options of a connector.
+
+    >>> parse_connector("resampler:latents=64")
+    ('resampler', ResamplerConfig(latents=64, layers=3, heads=8, head_dim=64, expansion=4))
+    >>> parse_connector("mlp2x_gelu")
+    ('mlp2x_gelu', None)
+
+    Returns:
+      The name without options, and the configuration of one that reads the features with learned
+      queries.
 
     Raises:
       UserError: for an unknown name or option.
@@ -55,7 +69,7 @@ def parse_connector(name: str) -> tuple[str, ResamplerConfig | QFormerConfig | N
         if colon or (kind != "mof_mlp" and linear_widths(kind, 1, 1) is None):
             raise choice_error("connector", name, CONNECTORS)
         return kind, None
-    config, options = QUERYING[kind][1], {}
+    config, options = QUERYING[kind], {}
     fields = [field.name for field in dataclasses.fields(config)]
     for item in text.split(",") if colon else ():
         key, _, value = item.partition("=")
@@ -100,7 +114,7 @@ class Connector(nnx.Module):
       UserError: for another name.
     """
 
-    def __init__(self, name: str, d_in: int, d_out: int):
+    def __init__(self, name: str, d_in: int, d_out: int) -> None:
         widths = linear_widths(name, d_in, d_out)
         if widths is None:
             raise choice_error("connector", name, CONNECTORS)
@@ -109,6 +123,7 @@ class Connector(nnx.Module):
             self.layers.append(Linear(widths[i], width, axes=(None, "embed"), bias=True))
 
     def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B V D"]:
+        """Visual features to visual tokens."""
         for i, layer in enumerate(self.layers):
             x = layer(ACTIVATIONS["gelu"](x) if i else x)
         return x
@@ -117,9 +132,13 @@ class Connector(nnx.Module):
 class MoFConnector(nnx.Module):
     """`mof_mlp`: an `mlp2x_gelu` for each of two encoders whose features are interleaved."""
 
-    def __init__(self, d_in: int, d_out: int):
+    def __init__(self, d_in: int, d_out: int) -> None:
         self.branches = nnx.List([Connector("mlp2x_gelu", d_in, d_out) for _ in range(2)])
 
     def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B V D"]:
+        """Interleaved visual features to visual tokens."""
         y = jnp.stack([branch(x[:, i::2]) for i, branch in enumerate(self.branches)], axis=2)
         return y.reshape(*x.shape[:2], -1)
+
+
+AnyConnector = Connector | MoFConnector | Resampler | QFormer

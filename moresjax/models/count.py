@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from flax import nnx
 
 from moresjax.core.parameter_names import matches, path_name
 from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.tuning.attach import Tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,6 @@ class ParameterReport:
     Attributes:
       components: counts of each part of the model.
       trainable_in_llm: the "TP" of the papers: what trains in the LLM, tuning included.
-      checkpoint_bytes: size of the saved trainable parameters (fp32).
     """
 
     components: dict[str, Count]
@@ -32,17 +33,21 @@ class ParameterReport:
 
     @property
     def total(self) -> int:
+        """All parameters of the model."""
         return sum(count.total for count in self.components.values())
 
     @property
     def trainable(self) -> int:
+        """Parameters that train."""
         return sum(count.trainable for count in self.components.values())
 
     @property
     def checkpoint_bytes(self) -> int:
+        """Size of the saved trainable parameters (fp32)."""
         return 4 * self.trainable
 
     def to_dict(self) -> dict:
+        """The report as JSON takes it."""
         return {
             "components": {k: dataclasses.asdict(v) for k, v in self.components.items()},
             "total": self.total,
@@ -56,7 +61,17 @@ class ParameterReport:
 def count_parameters(
     config: MLLMConfig, tuning: str = "none", also_train: tuple[str, ...] = ("connector",)
 ) -> ParameterReport:
-    """Counts without allocating any weights. Layers that a method does not act on do not count.
+    """Counts without allocating any weights.
+
+    >>> from moresjax.models.zoo import mllm_config
+    >>> report = count_parameters(mllm_config("llava-1.5-7b"), "mores:rank=1")
+    >>> report.trainable_in_llm
+    262176
+
+    Args:
+      config: The architecture.
+      tuning: The tuning spec. Layers that a method does not act on do not count.
+      also_train: Paths of base parameters that train too.
 
     Raises:
       UserError: when the spec is malformed or does not fit the model.
@@ -81,10 +96,8 @@ def count_parameters(
     return ParameterReport({k: Count(*v) for k, v in totals.items()}, in_llm)
 
 
-def _in_acting_layers(size: int, tuning, path) -> int:
+def _in_acting_layers(size: int, tuning: Tuning, path: Sequence) -> int:
     """Parameters in layers that the method acts on; `path` is tuning.params.METHOD.SITE.LEAF."""
     _, _, key, site, _ = path
-    if site not in tuning.layer_masks[key]:
-        return size
-    layer_mask = tuning.layer_masks[key][site][...]
-    return size // len(layer_mask) * int(layer_mask.sum())
+    layer_mask = tuning.layer_mask(key, site)
+    return size if layer_mask is None else size // len(layer_mask) * int(layer_mask.sum())

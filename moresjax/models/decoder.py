@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.types import AnyArray
 from moresjax.models.attention import soft_cap
 from moresjax.models.block import (
     Block,
@@ -26,6 +27,7 @@ from moresjax.models.layers import (
     Embedding,
     Linear,
     Norm,
+    Rope,
     join_layers,
     param,
     rope_frequencies,
@@ -55,19 +57,19 @@ class DecoderConfig(BlockConfig):
     rope_theta: float = 10_000.0
     rope_scaling: str = "default"  # default | linear | llama3
     rope_factor: float = 1.0  # by which `rope_scaling` stretches the context
-    rope_low_turns: float = 1.0  # llama3: turns in the original context below which ..
-    rope_high_turns: float = 4.0  # .. and above which frequencies are divided and kept
+    rope_low_turns: float = 1.0  # llama3: frequencies with fewer turns in the old context shrink
+    rope_high_turns: float = 4.0  # llama3: frequencies with more turns stay
     rope_original_positions: int = 8192
-    local_rope_theta: float = 0.0  # of local layers, without scaling; 0: rotated like the others
+    local_rope_theta: float = 0.0  # theta of local layers, without scaling; 0: like the others
     rotary_fraction: float = 1.0  # share of each head's features that is rotated
-    scale_embeddings: bool = False  # by the root of the hidden size
+    scale_embeddings: bool = False  # multiply embeddings by the root of the hidden size
     tie_embeddings: bool = False
     head_bias: bool = False
     logit_softcap: float = 0.0  # 0: none
     max_positions: int = 2048
     attention: str = "auto"  # auto | xla | splash | cudnn, see `moresjax.models.fused_attention`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.positions not in POSITIONS:
             raise choice_error("kind of positions", self.positions, POSITIONS)
@@ -92,7 +94,7 @@ class DecoderConfig(BlockConfig):
 
 
 def quantized(llm: DecoderConfig, how: str) -> DecoderConfig:
-    """The LLM with its blocks' weights in eight bits (`int8`), or as it is (empty).
+    """The LLM with its blocks' weights in eight bits (`int8`), or unchanged (empty).
 
     Raises:
       UserError: for another value.
@@ -105,7 +107,7 @@ def quantized(llm: DecoderConfig, how: str) -> DecoderConfig:
 class Decoder(nnx.Module):
     """Embedding, blocks, final norm and vocabulary head."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig) -> None:
         d, vocab = config.hidden_size, config.vocab_size
         self.config = config
         self.embed = Embedding(vocab, d)
@@ -130,12 +132,12 @@ class Decoder(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "B S D"],
-        positions: Int[Array, "B S"],
+        positions: Int[AnyArray, "B S"],
         mask: Bool[Array, "B S T"] | Runs,
         hooks: TowerHooks | None = None,
         *,
         caches: list[LayerCache] | None = None,
-        index: Int[Array, "..."] | int | None = None,
+        index: Int[AnyArray, "..."] | int | None = None,
         keep_cache: bool = False,
         key_positions: Int[Array, "B T"] | None = None,
         queries: Int[Array, "B Q"] | None = None,
@@ -143,15 +145,16 @@ class Decoder(nnx.Module):
         """Runs the blocks and the final norm.
 
         Args:
-          h: input embeddings.
-          positions: of the tokens in their documents, below T.
-          mask: True where a query sees a key, or what says so to a kernel.
-          hooks: attached methods and probes.
-          caches: per layer keys and values of earlier tokens, with room for these; needs `unstack`.
-          index: where in the caches the new keys and values go; one for all rows, or `[B]`.
-          keep_cache: whether to return keys and values.
-          key_positions: of the tokens in the caches; default: `positions`.
-          queries: places in `h` whose hidden states are asked for; default: all.
+          h: The input embeddings.
+          positions: The positions of the tokens in their documents, below T.
+          mask: True where a query sees a key, or the runs that a fused kernel takes.
+          hooks: The attached methods and probes.
+          caches: Keys and values of earlier tokens per layer, with room for these; needs `unstack`.
+          index: The column of the caches where the new keys and values go; one for all rows, or
+            `[B]`.
+          keep_cache: Returns keys and values.
+          key_positions: The positions of the tokens in the caches; default: `positions`.
+          queries: The columns of `h` whose hidden states are returned; default: all.
 
         Raises:
           UserError: for more keys than there are learned positions, where none are kept.
@@ -165,10 +168,10 @@ class Decoder(nnx.Module):
                 )
             h = h + self.position[...][positions + config.position_offset].astype(h.dtype)
 
-        def rope(local):
+        def rope(local: bool) -> Rope | None:
             if config.positions == "learned":
                 return None
-            return rope_table(positions, config.rope_frequencies(local), length)
+            return rope_table(jnp.asarray(positions), config.rope_frequencies(local), length)
 
         common, local = rope(False), None
         if any(config.local_layers):
@@ -211,7 +214,7 @@ class Decoder(nnx.Module):
             self.blocks = split_layers(leaves, tree, self.config.num_layers)
 
     def restack(self) -> None:
-        """Turns them into a stack again, as training, attaching and the weight tables need them."""
+        """Turns a list of blocks into a stack again, as training and the weight tables need it."""
         if isinstance(self.blocks, nnx.List):
             each, trees = zip(*map(jax.tree.flatten, self.blocks), strict=True)
             del self.blocks

@@ -16,8 +16,13 @@ from collections.abc import Iterator
 
 from flax import nnx
 
-from moresjax.core.parameter_names import path_name
+from moresjax.core.parameter_names import named_parameters, path_name
+from moresjax.models.block import BlockConfig
+from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
+
+# By the start of a parameter's name: the shape of the blocks (None: no blocks), tokens per row.
+Towers = dict[str, tuple[BlockConfig | None, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +48,7 @@ def train_flops(
     images: int,
 ) -> StepFlops:
     """Operations of a train step over `rows` rows of `length` tokens with `images` images each."""
-    trained = {path_name(path) for path, _ in nnx.to_flat_state(trainable)}
+    trained = set(named_parameters(trainable))
     towers = _towers(config, images, length)
     model = again = 0.0
     for name, place, tower, work in _products(config, nnx.merge_state(trainable, frozen), towers):
@@ -60,13 +65,16 @@ def train_flops(
 def generation_flops(
     config: MLLMConfig, parameters: nnx.State, *, rows: int, length: int, keys: int, images: int
 ) -> StepFlops:
-    """Operations of a pass over `length` new tokens and `images` images per row, which attends to
-    `keys` tokens: all of the prompt in a prefill, one and the whole cache in a decode step.
+    """Operations of a forward pass with logits of one token per row.
 
     Args:
-      config: the model's.
-      parameters: of the program (`Engine.parameters`).
-      rows, length, keys, images: as above.
+      config: The architecture.
+      parameters: The parameters of the program (`Engine.parameters`).
+      rows: The number of rows.
+      length: New tokens per row: the whole prompt in a prefill, one in a decode step.
+      keys: Tokens that each new token attends to: `length` in a prefill, the whole cache in a
+        decode step.
+      images: Images per row.
     """
     towers = _towers(config, images, length)
     total = sum(work for _, work in _attention(towers, images, keys))
@@ -77,10 +85,14 @@ def generation_flops(
 
 
 def _products(
-    config: MLLMConfig, parameters: nnx.State, towers: dict
+    config: MLLMConfig, parameters: nnx.State, towers: Towers
 ) -> Iterator[tuple[str, str, str, float]]:
-    """Name, place and tower of everything that tokens are multiplied with, and the operations of a
-    forward pass over a row."""
+    """Every parameter that tokens are multiplied with.
+
+    Yields:
+      Its name, the site or name that says where it is, its tower, and the operations of a forward
+      pass over a row.
+    """
     for path, variable in nnx.to_flat_state(parameters):
         name = path_name(path)
         tuning = name.startswith("tuning.params.")
@@ -91,9 +103,11 @@ def _products(
         yield name, place, tower, 2.0 * math.prod(variable.shape) * towers[tower][1]
 
 
-def _attention(towers: dict, images: int, keys: int) -> Iterator[tuple[str, float]]:
-    """Towers and the operations of their attention over a row, in which a token of the LLM sees
-    `keys`."""
+def _attention(towers: Towers, images: int, keys: int) -> Iterator[tuple[str, float]]:
+    """Towers and the operations of their attention over a row.
+
+    A token of the LLM sees `keys` tokens.
+    """
     for tower, (blocks, tokens) in towers.items():
         if blocks is None:
             continue
@@ -101,12 +115,12 @@ def _attention(towers: dict, images: int, keys: int) -> Iterator[tuple[str, floa
         yield tower, 4.0 * tokens * seen * blocks.num_heads * blocks.head_dim * _layers(blocks)
 
 
-def _towers(config: MLLMConfig, images: int, length: int) -> dict:
-    """By the start of a parameter's name: the blocks' shape (None: no blocks), tokens per row."""
-    towers = {"llm": (config.llm, length)}
+def _towers(config: MLLMConfig, images: int, length: int) -> Towers:
+    """The towers of a model and their tokens per row."""
+    towers: Towers = {"llm": (config.llm, length)}
     if config.vision is None or not images:
         return towers
-    if config.vision.is_pair:
+    if isinstance(config.vision, FusedVisionConfig):
         encoders = {f"vision.encoders.{i}": e for i, e in enumerate(config.vision.encoders)}
     else:
         encoders = {"vision": config.vision}
@@ -115,7 +129,8 @@ def _towers(config: MLLMConfig, images: int, length: int) -> dict:
     return towers | {"connector": (None, images * config.visual_tokens)}
 
 
-def _layers(blocks) -> int:
+def _layers(blocks: BlockConfig) -> int:
+    """Blocks that run."""
     return getattr(blocks, "used_layers", blocks.num_layers)
 
 

@@ -13,6 +13,8 @@ Everything else (other batches, probes, learned keys, decoding, vision encoders,
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +31,34 @@ BLOCKS = (512, 384, 256, 128)
 CUDNN_HEAD = 128  # features; newer GPUs take more
 
 
+@runtime_checkable
+class FusedConfig(Protocol):
+    """What the choice of a kernel depends on (`models.decoder.DecoderConfig`)."""
+
+    @property
+    def attention(self) -> str:
+        """One of `KERNELS`."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the activations."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+        ...
+
+    @property
+    def attention_softcap(self) -> float:
+        """The soft cap on the logits; 0: none."""
+        ...
+
+
 @pytree_dataclass
 class Runs:
-    """What a dense mask says, where a kernel can be told in fewer words: a query sees the tokens of
-    its run up to itself.
+    """What a fused kernel takes instead of a dense mask: a query sees its run up to itself.
 
     Attributes:
       run: number of every token's run, -1 for padding.
@@ -48,15 +74,16 @@ class Runs:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Rows and tokens."""
         return self.run.shape
 
 
-def visible_runs(batch: Batch, config) -> Runs | None:
+def visible_runs(batch: Batch, config: FusedConfig) -> Runs | None:
     """What the tokens of a batch see, if there is a kernel for it.
 
     Args:
-      batch: without extra tokens or learned keys.
-      config: the `DecoderConfig`.
+      batch: A batch without virtual tokens before its rows.
+      config: The configuration of the LLM (`models.decoder.DecoderConfig`).
     """
     kernel = kernel_for(config)
     fits = {
@@ -73,14 +100,16 @@ def visible_runs(batch: Batch, config) -> Runs | None:
     return Runs(jnp.where(valid_mask(batch.layout), batch.layout.document, -1), kernel)
 
 
-def kernel_for(config) -> str:
+def kernel_for(config: FusedConfig) -> str:
     """The kernel that a `DecoderConfig` asks for, `xla` being none."""
     return _kernel_here() if config.attention == "auto" else config.attention
 
 
 def _kernel_here() -> str:
-    """The kernel of the devices that the program is traced for: those of the mesh in use, which
-    need not be there, else the default one."""
+    """The kernel of the devices that the program is traced for.
+
+    These are the devices of the mesh in use, which need not be there, else the default one.
+    """
     platform = _platform()
     if platform == "tpu":
         # Without a mesh nobody says how arrays are split over several devices.
@@ -106,7 +135,7 @@ def fused_attention(
 ) -> Float[Array, "B N S H"]:
     """Attention within runs; what comes out for padding means nothing."""
 
-    def attend(window):
+    def attend(window: int) -> Callable[..., Array]:
         if runs.kernel == "cudnn":
             return functools.partial(_cudnn, window)
         return functools.partial(_on_each_device, functools.partial(_splash, window, softcap))
@@ -117,7 +146,9 @@ def fused_attention(
     return jax.lax.cond(runs.local, attend(runs.window), attend(0), q, k, v, runs.run)
 
 
-def _on_each_device(function, q, k, v, run):
+def _on_each_device(
+    function: Callable[..., Array], q: Array, k: Array, v: Array, run: Array
+) -> Array:
     """The function of every device's rows and heads: XLA cannot split a TPU kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -129,14 +160,14 @@ def _on_each_device(function, q, k, v, run):
     return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, run)
 
 
-def _splash(window: int, softcap: float, q, k, v, run):
+def _splash(window: int, softcap: float, q: Array, k: Array, v: Array, run: Array) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     heads, length, dim = q.shape[1:]
     missing = -length % LANES
     size = length + missing
 
-    def lengthened(x):
+    def lengthened(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
 
     q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)  # the kernel does not scale
@@ -160,12 +191,15 @@ def _splash(window: int, softcap: float, q, k, v, run):
         interpret=_platform() == "cpu",  # emulated
     )
     y = jax.vmap(kernel)(*map(lengthened, (q, k, v)), splash.SegmentIds(run, run))
-    return y[:, :, :length]
+    return jnp.asarray(y)[:, :, :length]
 
 
-def _cudnn(window: int, q, k, v, run):
-    """Causal attention. With one document per row and padding on the right, no token sees what it
-    should not, but for padding."""
+def _cudnn(window: int, q: Array, k: Array, v: Array, run: Array) -> Array:
+    """Causal attention.
+
+    With one document per row and padding on the right, no token sees what it should not, but for
+    padding.
+    """
     del run
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     near = (window - 1, 0) if window else None

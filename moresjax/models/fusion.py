@@ -11,7 +11,7 @@ encoder the pixels are brought from there to that encoder's own.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.models.vision import VisionConfig, VisionEncoder
+from moresjax.tuning.hooks import TowerHooks
 
 FUSIONS = ("interleave", "channels")
 
@@ -32,39 +33,40 @@ class FusedVisionConfig:
       UserError: for an unknown `fusion`, or encoders that do not fit together.
     """
 
-    encoders: Sequence[VisionConfig | Mapping]  # two; kept as a tuple of configurations
+    encoders: Sequence[VisionConfig]  # two
     fusion: str = "interleave"  # interleave | channels
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.fusion not in FUSIONS:
             raise choice_error("fusion of vision encoders", self.fusion, FUSIONS)
-        # From JSON they come as a list of dicts.
-        encoders = [VisionConfig(**e) if isinstance(e, Mapping) else e for e in self.encoders]
-        object.__setattr__(self, "encoders", tuple(encoders))
-        if len(encoders) != 2:
-            raise UserError(f"fused vision encoders are two, got {len(encoders)}")
+        object.__setattr__(self, "encoders", tuple(self.encoders))
+        if len(self.encoders) != 2:
+            raise UserError(f"fused vision encoders are two, got {len(self.encoders)}")
         same = ["image_size", "num_patches", "num_tokens"]
         same += ["hidden_size"] if self.fusion == "interleave" else []
         for name in same:
-            first, second = (getattr(encoder, name) for encoder in encoders)
+            first, second = (getattr(encoder, name) for encoder in self.encoders)
             if first != second:
                 raise UserError(f"fused vision encoders differ in {name}: {first} and {second}")
 
     @property
     def is_pair(self) -> bool:
+        """Whether these are two encoders, whose blocks have no sites for tuning methods."""
         return True
 
     @property
     def image_size(self) -> int:
+        """Height and width of the images in pixels."""
         return self.encoders[0].image_size
 
     @property
-    def pixel_mean(self) -> tuple[float, float, float]:
-        """Of the pixels that the pair takes."""
+    def pixel_mean(self) -> Sequence[float]:
+        """The mean of each colour channel that the images are normalised with."""
         return self.encoders[0].pixel_mean
 
     @property
-    def pixel_std(self) -> tuple[float, float, float]:
+    def pixel_std(self) -> Sequence[float]:
+        """The standard deviation of each colour channel that the images are normalised with."""
         return self.encoders[0].pixel_std
 
     @property
@@ -82,32 +84,31 @@ class FusedVisionConfig:
 class FusedVisionEncoder(nnx.Module):
     """Images to the visual features of both encoders. Tuning methods have no sites in it."""
 
-    def __init__(self, config: FusedVisionConfig):
+    def __init__(self, config: FusedVisionConfig) -> None:
         self.config = config
         self.encoders = nnx.List([VisionEncoder(encoder) for encoder in config.encoders])
 
-    def __call__(self, pixels: Float[Array, "B Y X 3"], hooks=None) -> Float[Array, "B V C"]:
+    def __call__(
+        self, pixels: Float[Array, "B Y X 3"], hooks: TowerHooks | None = None
+    ) -> Float[Array, "B V C"]:
+        """Features of the visual tokens; there are no hooks in these encoders."""
         features = [encoder(self.renormalised(pixels, encoder.config)) for encoder in self.encoders]
         if self.config.fusion == "channels":
             return jnp.concatenate(features, axis=-1)
         both = jnp.stack(features, axis=2)
         return both.reshape(both.shape[0], -1, both.shape[-1])
 
-    def renormalised(self, pixels, encoder: VisionConfig) -> Float[Array, "B Y X 3"]:
+    def renormalised(
+        self, pixels: Float[Array, "B Y X 3"], encoder: VisionConfig
+    ) -> Float[Array, "B Y X 3"]:
         """Pixels with the normalisation of one encoder."""
-        if (encoder.pixel_mean, encoder.pixel_std) == (
-            self.config.pixel_mean,
-            self.config.pixel_std,
-        ):
+        given, wanted = self.config, encoder
+        if (given.pixel_mean, given.pixel_std) == (wanted.pixel_mean, wanted.pixel_std):
             return pixels
         mean, std, new_mean, new_std = (
             np.asarray(x, np.float32)
-            for x in (
-                self.config.pixel_mean,
-                self.config.pixel_std,
-                encoder.pixel_mean,
-                encoder.pixel_std,
-            )
+            for config in (given, wanted)
+            for x in (config.pixel_mean, config.pixel_std)
         )
         return pixels * (std / new_std) + (mean - new_mean) / new_std
 
@@ -115,11 +116,8 @@ class FusedVisionEncoder(nnx.Module):
 AnyVisionConfig = VisionConfig | FusedVisionConfig
 
 
-def vision_from_dict(data: Mapping) -> AnyVisionConfig:
-    """The configuration that `dataclasses.asdict` gave."""
-    return FusedVisionConfig(**data) if "encoders" in data else VisionConfig(**data)
-
-
 def vision_module(config: AnyVisionConfig) -> VisionEncoder | FusedVisionEncoder:
-    fused = isinstance(config, FusedVisionConfig)
-    return FusedVisionEncoder(config) if fused else VisionEncoder(config)
+    """The module of one vision encoder or of two."""
+    if isinstance(config, FusedVisionConfig):
+        return FusedVisionEncoder(config)
+    return VisionEncoder(config)

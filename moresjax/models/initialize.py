@@ -1,7 +1,7 @@
-"""Values for the parameters that a model only describes."""
+"""Materialises the parameters of an abstract model, which has shapes and no values."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int8
 
 from moresjax.core.errors import UserError
-from moresjax.core.parameter_names import path_name
+from moresjax.core.parameter_names import named_parameters, path_name
 from moresjax.core.types import AnyArray
+from moresjax.models.layers import Module
+from moresjax.tuning.attach import Tuning
 
 
-def is_described(variable: nnx.Variable) -> bool:
+def is_abstract(variable: nnx.Variable) -> bool:
     """Whether a parameter has a shape but no value yet."""
     return isinstance(variable.get_value(), jax.ShapeDtypeStruct)
 
@@ -22,7 +24,13 @@ def is_described(variable: nnx.Variable) -> bool:
 def set_params(
     model: nnx.Module, arrays: Mapping[str, AnyArray], source: str, part: str = ""
 ) -> None:
-    """Sets the parameters below `part` (default: all) that `arrays` names; others stay as they are.
+    """Sets the parameters that `arrays` names; others stay as they are.
+
+    Args:
+      model: The model; it is changed.
+      arrays: Values by parameter name.
+      source: What error messages say the values are from.
+      part: Sets only parameters below this name; default: all.
 
     Raises:
       UserError: when an array has another shape than its parameter, or eight bits where the
@@ -48,21 +56,20 @@ def set_params(
     nnx.update(model, nnx.from_flat_state(new))
 
 
-def abstract(model: nnx.Module, part: str = "") -> list[str]:
+def abstract_params(model: nnx.Module, part: str = "") -> list[str]:
     """Names of the parameters below `part` that have no value yet."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    names = [path_name(path) for path, variable in flat if is_described(variable)]
+    names = [name for name, variable in named_parameters(model).items() if is_abstract(variable)]
     return [name for name in names if not part or name.startswith(f"{part}.")]
 
 
-def initialize(model: nnx.Module, seed: int = 0) -> nnx.Module:
-    """Gives every parameter without a value its start value; returns the model.
+def initialize(model: Module, seed: int = 0) -> Module:
+    """Gives every parameter without a value its initial value; returns the model.
 
     Base parameters depend on the seed and their own name only, so a part starts the same whatever
     it is combined with.
     """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    missing = {p: x for p, x in flat if is_described(x) and p[0] != "tuning"}
+    missing = {p: x for p, x in flat if is_abstract(x) and p[0] != "tuning"}
     set_params(
         model,
         {
@@ -72,8 +79,9 @@ def initialize(model: nnx.Module, seed: int = 0) -> nnx.Module:
         },
         "start",
     )
-    if abstract(model, "tuning"):
-        model.tuning.initialize(seed)
+    tuning = getattr(model, "tuning", None)
+    if isinstance(tuning, Tuning) and abstract_params(model, "tuning"):
+        tuning.initialize(seed)
     return model
 
 
@@ -87,14 +95,14 @@ def quantize(kernel: Float[Array, "*L D F"]) -> tuple[Int8[Array, "*L D F"], Flo
 
 
 @jax.jit
-def _quantize(kernel):
+def _quantize(kernel: Float[Array, "D F"]) -> tuple[Int8[Array, "D F"], Float[Array, "F"]]:
     kernel = kernel.astype(jnp.float32)
     factor = jnp.abs(kernel).max(0) / 127
     factor = jnp.where(factor > 0, factor, 1.0)
     return jnp.round(kernel / factor).astype(jnp.int8), factor
 
 
-def _start(variable: nnx.Variable, path, seed: int) -> np.ndarray:
+def _start(variable: nnx.Variable, path: Sequence, seed: int) -> np.ndarray:
     how = variable.get_metadata()
     if "fill" in how:
         return np.full(variable.shape, how["fill"], np.float32)

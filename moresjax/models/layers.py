@@ -4,18 +4,20 @@ Axis legend: B batch, S tokens, D features in, F features out, H head features, 
 
 Constructors describe parameters, they do not allocate them: a new module holds shapes, and
 `moresjax.models.initialize` or a checkpoint fills in the values. A parameter's metadata says which
-logical axes it has (`axes`; `moresjax.parallel` maps names to mesh axes) and how it starts (`std`
+logical axes it has (`axes`; `moresjax.sharding` maps names to mesh axes) and how it starts (`std`
 of a normal distribution, or a constant `fill`). Compute happens in the dtype of the activations;
 parameters are cast to it where they are used.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moresjax.core.errors import choice_error
@@ -29,13 +31,24 @@ ACTIVATIONS: dict[str, Callable] = {
     "relu": jax.nn.relu,
 }
 
-
 ROPE_SCALINGS = ("default", "linear", "llama3")
+# Cosines and sines of the rotary embedding, one row per token.
+Rope = tuple[Float[Array, "B 1 S H2"], Float[Array, "B 1 S H2"]]
+Module = TypeVar("Module", bound=nnx.Module)
 
 
-def param(shape: tuple[int, ...], axes: tuple, *, dtype=jnp.float32, **start) -> nnx.Param:
-    """The description of a parameter; `start` is `std=`, `fill=`, or `derived=True` for one that is
-    computed from another."""
+def param(
+    shape: tuple[int, ...], axes: tuple, *, dtype: DTypeLike = jnp.float32, **start: Any
+) -> nnx.Param:
+    """The description of a parameter that has no value yet.
+
+    Args:
+      shape: Its shape.
+      axes: The names of its axes, by which it is split over devices; None for an axis that is not.
+      dtype: Its dtype.
+      start: Its initial value: `std=` of a normal distribution, `fill=` with a constant, or
+        `derived=True` when it is computed from another parameter.
+    """
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, **start)
 
 
@@ -45,13 +58,16 @@ class Linear(nnx.Module):
     With `int8` the kernel holds whole numbers, and `scale` one factor per output feature.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, axes: tuple, bias: bool = False, int8=False):
+    def __init__(
+        self, d_in: int, d_out: int, *, axes: tuple, bias: bool = False, int8: bool = False
+    ) -> None:
         dtype = jnp.int8 if int8 else jnp.float32
         self.kernel = param((d_in, d_out), axes, dtype=dtype, std=d_in**-0.5)
         self.scale = param((d_out,), axes[1:], derived=True) if int8 else None
         self.bias = param((d_out,), axes[1:], fill=0.0) if bias else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        """`x W + b`."""
         y = project(x, self.kernel[...].astype(x.dtype))
         if self.scale is not None:
             y = (y * self.scale[...]).astype(x.dtype)
@@ -69,7 +85,15 @@ class Norm(nnx.Module):
     The normalised features are multiplied by `offset + scale`.
     """
 
-    def __init__(self, dim, *, kind="rms", eps=1e-6, offset=0.0, axes=("embed",)):
+    def __init__(
+        self,
+        dim: int,
+        *,
+        kind: str = "rms",
+        eps: float = 1e-6,
+        offset: float = 0.0,
+        axes: tuple = ("embed",),
+    ) -> None:
         if kind not in ("rms", "layer"):
             raise ValueError(f"unknown norm {kind!r}")
         self.eps, self.offset = eps, offset
@@ -77,6 +101,7 @@ class Norm(nnx.Module):
         self.bias = param((dim,), axes, fill=0.0) if kind == "layer" else None
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """The normalised features, in the dtype of `x`."""
         y = x.astype(jnp.float32)
         if self.bias is not None:
             y = y - y.mean(-1, keepdims=True)
@@ -91,10 +116,11 @@ class Norm(nnx.Module):
 class Embedding(nnx.Module):
     """Token embedding table `[V, D]`."""
 
-    def __init__(self, vocab: int, dim: int):
+    def __init__(self, vocab: int, dim: int) -> None:
         self.table = param((vocab, dim), ("vocab", "embed"), std=0.1)
 
     def __call__(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
+        """The rows of the table at these token ids."""
         return self.table[...][tokens]
 
 
@@ -141,7 +167,7 @@ def rope_table(
     return cos[positions][:, None], sin[positions][:, None]
 
 
-def apply_rope(x: Float[Array, "B N S H"], rope) -> Float[Array, "B N S H"]:
+def apply_rope(x: Float[Array, "B N S H"], rope: Rope) -> Float[Array, "B N S H"]:
     """Rotates pairs (i, i + dim/2); features beyond the table's `dim` pass unchanged."""
     cos, sin = rope
     half = cos.shape[-1]
@@ -150,20 +176,23 @@ def apply_rope(x: Float[Array, "B N S H"], rope) -> Float[Array, "B N S H"]:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
-def stack(module: nnx.Module, layers: int) -> nnx.Module:
+def stack(module: Module, layers: int) -> Module:
     """A module whose parameters have a leading layer axis."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), module)
 
 
 def unstack(module: nnx.Module, layers: int) -> nnx.List:
-    """The modules of a stack as a list; of a stack that is only described, their descriptions."""
+    """The modules of a stack as a list; without values where the stack has none."""
     return split_layers(*jax.tree.flatten(module), layers)
 
 
-def split_layers(leaves: list, tree, layers: int) -> nnx.List:
-    """`unstack` of a flattened module. Empties `leaves` one by one: where nobody else owns them,
-    there is never more than one of them in memory twice."""
-    own = [[] for _ in range(layers)]
+def split_layers(leaves: list, tree: Any, layers: int) -> nnx.List:
+    """`unstack` of a flattened module.
+
+    Empties `leaves` one by one: where nobody else owns them, there is never more than one of them
+    in memory twice.
+    """
+    own: list[list] = [[] for _ in range(layers)]
     while leaves:
         x = leaves.pop(0)
         for number, mine in enumerate(own):
@@ -171,12 +200,12 @@ def split_layers(leaves: list, tree, layers: int) -> nnx.List:
     return nnx.List([tree.unflatten(mine) for mine in own])
 
 
-def join_layers(each: Sequence[list], tree) -> nnx.Module:
-    """The reverse: the stack of flattened modules, whose leaves are taken out one by one."""
+def join_layers(each: Sequence[list], tree: Any) -> nnx.Module:
+    """The stack of flattened modules, whose leaves are taken out one by one."""
     return tree.unflatten([jnp.stack([own.pop(0) for own in each]) for _ in range(len(each[0]))])
 
 
-def _layer(x, number: int):
+def _layer(x: Array | jax.ShapeDtypeStruct, number: int) -> Array | jax.ShapeDtypeStruct:
     if not isinstance(x, jax.ShapeDtypeStruct):
         return x[number]
     sharding = x.sharding and NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))

@@ -14,16 +14,17 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenLayout, visible
 from moresjax.core.types import AnyArray, pytree_dataclass
-from moresjax.models.block import BlocksOutput, LayerCache
-from moresjax.models.connector import build_connector, connector_tokens, parse_connector
+from moresjax.models.block import BlocksOutput, LayerCache, Mask, dense
+from moresjax.models.connector import (
+    AnyConnector,
+    build_connector,
+    connector_tokens,
+    parse_connector,
+)
 from moresjax.models.decoder import Decoder, DecoderConfig
 from moresjax.models.fused_attention import visible_runs
-from moresjax.models.fusion import (
-    AnyVisionConfig,
-    vision_from_dict,
-    vision_module,
-)
-from moresjax.models.vision import image_batch
+from moresjax.models.fusion import AnyVisionConfig, FusedVisionEncoder, vision_module
+from moresjax.models.vision import VisionEncoder, image_batch
 from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.attach import Tuning, extend_layout
 from moresjax.tuning.base import Probe, ProbeContext
@@ -42,7 +43,7 @@ class MLLMConfig:
     vision: AnyVisionConfig | None = None
     connector: str = "mlp2x_gelu"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kind, _ = parse_connector(self.connector)
         if self.vision is None:
             return
@@ -61,21 +62,8 @@ class MLLMConfig:
         return connector_tokens(self.connector, self.vision.num_tokens) if self.vision else 0
 
     def to_dict(self) -> dict:
+        """The fields as nested dicts."""
         return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict) -> "MLLMConfig":
-        vision = data.get("vision")
-        return cls(
-            llm=DecoderConfig(**data["llm"]),
-            vision=vision_from_dict(vision) if vision else None,
-            connector=data["connector"],
-        )
-
-
-def connector_module(config: MLLMConfig) -> nnx.Module:
-    widths = config.vision.num_features, config.llm.hidden_size
-    return build_connector(config.connector, *widths, unroll=config.llm.unroll)
 
 
 @pytree_dataclass
@@ -103,11 +91,15 @@ class MLLM(nnx.Module):
     A new model holds shapes only; `moresjax.models.initialize` or a checkpoint fills in the values.
     """
 
-    def __init__(self, config: MLLMConfig, tuning: str = "none"):
+    def __init__(self, config: MLLMConfig, tuning: str = "none") -> None:
         self.config = config
-        vision = config.vision
-        self.vision = vision_module(vision) if vision else None
-        self.connector = connector_module(config) if vision else None
+        vision: VisionEncoder | FusedVisionEncoder | None = None
+        connector: AnyConnector | None = None
+        if config.vision is not None:
+            vision = vision_module(config.vision)
+            widths = config.vision.num_features, config.llm.hidden_size
+            connector = build_connector(config.connector, *widths, unroll=config.llm.unroll)
+        self.vision, self.connector = vision, connector
         self.llm = Decoder(config.llm)
         self.tuning = Tuning(tuning, config)
 
@@ -115,6 +107,8 @@ class MLLM(nnx.Module):
         self, pixels: Float[Array, "B N Y X 3"], hooks: Hooks
     ) -> Float[Array, "B R D"]:
         """Connector outputs of all images of each row, flattened to R = N * V tokens."""
+        assert self.vision is not None
+        assert self.connector is not None
         features = constrain_batch_sharding(self.vision(image_batch(pixels), hooks.tower("vision")))
         features = constrain_batch_sharding(self.connector(features))
         features = features.reshape(pixels.shape[0], -1, features.shape[-1])
@@ -147,34 +141,35 @@ class MLLM(nnx.Module):
         """Runs a whole batch (training, scoring, prefill).
 
         Args:
-          batch: tokens, layout and images.
-          key: given in training; turns dropout on.
-          probes: statistics to read on the way, returned in `stats` by name.
-          queries: row indices of the tokens that are asked for, which are those whose attention the
-            probes read; default: all.
-          keep_cache: whether to return the keys and values of every layer.
-          chunk: the tokens to read, which the queries are among; default: all.
+          batch: Tokens, layout and images.
+          key: Turns dropout on, in training.
+          probes: Statistics to read on the way, returned in `stats` by name.
+          queries: Row indices of the tokens whose hidden states are returned and whose attention
+            the probes read; default: all.
+          keep_cache: Returns the keys and values of every layer.
+          chunk: The tokens to read, which the queries are among; default: all.
 
         Returns:
           Hidden states after the final norm for the queries. Caches and statistics include what
           attached `VirtualTokens` put before the tokens of the batch.
         """
         num_extra, num_virtual = self.tuning.num_extra_tokens, self.tuning.num_virtual_tokens
-        full, context = extend_layout(batch.layout, num_virtual), None
+        full = extend_layout(batch.layout, num_virtual)
         rows, length = full.shape
-        # Place of what the blocks read first; keys without a token have no query.
+        # The column that the blocks read first; learned keys come before it and have no query.
         start, count = num_virtual - num_extra, length - num_virtual + num_extra
         if chunk is not None:
             start, count, num_extra = num_virtual + chunk.first, chunk.count, 0
-        mask = None
+        mask: Mask | None = None
         if not (probes or num_virtual or chunk):
             mask = visible_runs(batch, self.config.llm)
         if mask is None:
             mask = visible(full, jnp.broadcast_to(start + jnp.arange(count), (rows, count)))
         if queries is not None:
             queries = jnp.asarray(queries) + num_virtual - start
+        context = None
         if probes:
-            seen = mask if queries is None else visible(full, queries + start)
+            seen = dense(mask) if queries is None else visible(full, queries + start)
             context = ProbeContext(jnp.asarray(full.kind), seen, queries)
         hooks = self.tuning.hooks(
             batch, key=key, probes=probes, context=context, cut=chunk and chunk.select
@@ -192,8 +187,8 @@ class MLLM(nnx.Module):
             query_positions,
             mask,
             tower,
-            caches=chunk and chunk.caches,
-            index=chunk and start,
+            caches=chunk.caches if chunk else None,
+            index=start if chunk else None,
             keep_cache=keep_cache,
             key_positions=positions,
             queries=queries,
@@ -215,13 +210,13 @@ class MLLM(nnx.Module):
         """One generated token per row, or some more text after what the caches hold.
 
         Args:
-          tokens: the tokens generated last.
-          step: their layout, `[B, Q]`.
-          caches: keys and values so far, with room at `index`.
-          keys: layout of the whole cache `[B, T]`, including these tokens at `index`.
-          index: place of the first of these tokens in the cache; one for all rows, or `[B]`.
-          probes: statistics to read.
-          adapter: of each row, as in `Batch`.
+          tokens: The tokens generated last.
+          step: Their layout, `[B, Q]`.
+          caches: Keys and values so far, with room at `index`.
+          keys: The layout of the whole cache `[B, T]`, including these tokens at `index`.
+          index: The column of the first of these tokens in the cache; one for all rows, or `[B]`.
+          probes: The statistics to read.
+          adapter: The number of each row's adapter (`Batch.adapter`).
         """
         queries = jnp.reshape(index, (-1, 1)) + jnp.arange(tokens.shape[1])
         queries = jnp.broadcast_to(queries, tokens.shape)

@@ -35,7 +35,7 @@ class QFormerConfig:
     mlp: int = 3072
     cross_every: int = 2
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for whole, part in (("layers", "cross_every"), ("width", "heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise UserError(
@@ -51,7 +51,7 @@ def _norm(width: int) -> Norm:
 class QFormerAttention(nnx.Module):
     """Attention to the queries themselves or to features of another width; norm after residual."""
 
-    def __init__(self, config: QFormerConfig, d_in: int):
+    def __init__(self, config: QFormerConfig, d_in: int) -> None:
         width = config.width
         self.heads = config.heads
         self.q = Linear(width, width, axes=("embed", "heads"), bias=True)
@@ -63,12 +63,15 @@ class QFormerAttention(nnx.Module):
     def __call__(
         self, h: Float[Array, "B Q W"], seen: Float[Array, "B S _"]
     ) -> Float[Array, "B Q W"]:
+        """The queries after they have read `seen`."""
         q, k, v = (split_heads(y, self.heads) for y in (self.q(h), self.k(seen), self.v(seen)))
         return self.norm(h + self.o(join_heads(attention(q, k, v, None))))
 
 
 class QFormerLayer(nnx.Module):
-    def __init__(self, config: QFormerConfig, d_in: int, cross: bool):
+    """Self-attention, attention to the features where `cross` says so, and an MLP."""
+
+    def __init__(self, config: QFormerConfig, d_in: int, cross: bool) -> None:
         self.attn = QFormerAttention(config, config.width)
         self.cross = QFormerAttention(config, d_in) if cross else None
         self.up = Linear(config.width, config.mlp, axes=("embed", "mlp"), bias=True)
@@ -78,6 +81,7 @@ class QFormerLayer(nnx.Module):
     def __call__(
         self, h: Float[Array, "B Q W"], features: Float[Array, "B V C"]
     ) -> Float[Array, "B Q W"]:
+        """The queries after this layer."""
         h = self.attn(h, h)
         h = h if self.cross is None else self.cross(h, features)
         return self.norm(h + self.down(ACTIVATIONS["gelu"](self.up(h))))
@@ -86,11 +90,14 @@ class QFormerLayer(nnx.Module):
 class QFormerGroup(nnx.Module):
     """`cross_every` layers, of which the first attends to the features: what the scan repeats."""
 
-    def __init__(self, config: QFormerConfig, d_in: int):
+    def __init__(self, config: QFormerConfig, d_in: int) -> None:
         layers = [QFormerLayer(config, d_in, cross=not i) for i in range(config.cross_every)]
         self.layers = nnx.List(layers)
 
-    def __call__(self, h, features):
+    def __call__(
+        self, h: Float[Array, "B Q W"], features: Float[Array, "B V C"]
+    ) -> Float[Array, "B Q W"]:
+        """The queries after these layers."""
         for layer in self.layers:
             h = layer(h, features)
         return h
@@ -99,7 +106,9 @@ class QFormerGroup(nnx.Module):
 class QFormer(nnx.Module):
     """Visual features of an image to a fixed number of visual tokens."""
 
-    def __init__(self, config: QFormerConfig, d_in: int, d_out: int, *, unroll: bool = False):
+    def __init__(
+        self, config: QFormerConfig, d_in: int, d_out: int, *, unroll: bool = False
+    ) -> None:
         groups = config.layers // config.cross_every
         self.unroll = groups if unroll else 1
         self.latents = param((config.latents, config.width), (None, "embed"), std=0.02)
@@ -108,9 +117,10 @@ class QFormer(nnx.Module):
         self.projection = Linear(config.width, d_out, axes=("embed", None), bias=True)
 
     def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B Q D"]:
+        """Visual features to visual tokens."""
         h = self.norm(broadcast_batch(self.latents[...], x))
 
-        def body(h, group):
+        def body(h: Array, group: QFormerGroup) -> tuple[Array, None]:
             return group(h, x), None
 
         return self.projection(jax.lax.scan(body, h, self.blocks, unroll=self.unroll)[0])

@@ -21,6 +21,8 @@ from moresjax.models.layers import ACTIVATIONS, Linear, Norm, param, stack
 
 @dataclasses.dataclass(frozen=True)
 class ResamplerConfig:
+    """Sizes of a resampler."""
+
     latents: int = 128  # visual tokens per image
     layers: int = 3
     heads: int = 8
@@ -31,7 +33,7 @@ class ResamplerConfig:
 class ResamplerLayer(nnx.Module):
     """Attention from latents to features and latents, then an MLP; both with residuals."""
 
-    def __init__(self, config: ResamplerConfig, d: int):
+    def __init__(self, config: ResamplerConfig, d: int) -> None:
         inner, wide = config.heads * config.head_dim, config.expansion * d
         norm = lambda: Norm(d, kind="layer", eps=1e-5)  # noqa: E731
         self.heads = config.heads
@@ -46,11 +48,11 @@ class ResamplerLayer(nnx.Module):
     def __call__(
         self, latents: Float[Array, "B Q D"], features: Float[Array, "B V D"]
     ) -> Float[Array, "B Q D"]:
+        """The latents after this layer."""
         x = self.latent_norm(latents)
         seen = jnp.concatenate([self.feature_norm(features), x], axis=1)
-        y = attention(
-            *(split_heads(y, self.heads) for y in (self.q(x), self.k(seen), self.v(seen))), None
-        )
+        q, k, v = (split_heads(y, self.heads) for y in (self.q(x), self.k(seen), self.v(seen)))
+        y = attention(q, k, v, None)
         latents = latents + self.o(join_heads(y))
         return latents + self.down(ACTIVATIONS["gelu"](self.up(self.mlp_norm(latents))))
 
@@ -58,7 +60,9 @@ class ResamplerLayer(nnx.Module):
 class Resampler(nnx.Module):
     """Visual features of an image to a fixed number of visual tokens."""
 
-    def __init__(self, config: ResamplerConfig, d_in: int, d_out: int, *, unroll: bool = False):
+    def __init__(
+        self, config: ResamplerConfig, d_in: int, d_out: int, *, unroll: bool = False
+    ) -> None:
         self.unroll = config.layers if unroll else 1
         self.projection = Linear(d_in, d_out, axes=(None, "embed"), bias=True)
         self.latents = param((config.latents, d_out), (None, "embed"), std=1.0)
@@ -66,10 +70,11 @@ class Resampler(nnx.Module):
         self.norm = Norm(d_out, kind="layer", eps=1e-5)
 
     def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B Q D"]:
+        """Visual features to visual tokens."""
         features = self.projection(x)
         latents = broadcast_batch(self.latents[...], features)
 
-        def body(latents, block):
+        def body(latents: Array, block: ResamplerLayer) -> tuple[Array, None]:
             return block(latents, features), None
 
         return self.norm(jax.lax.scan(body, latents, self.blocks, unroll=self.unroll)[0])
@@ -81,8 +86,10 @@ def broadcast_batch(x: Float[Array, "Q D"], like: Float[Array, "B V _"]) -> Floa
 
 
 def split_heads(x: Float[Array, "B S NH"], heads: int) -> Float[Array, "B N S H"]:
+    """Features split into heads, which get an axis of their own."""
     return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
 
 
 def join_heads(x: Float[Array, "B N S H"]) -> Float[Array, "B S NH"]:
+    """The features of all heads side by side: the inverse of `split_heads`."""
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)

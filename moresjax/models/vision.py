@@ -40,13 +40,11 @@ class VisionConfig(BlockConfig):
     pre_norm: bool = False  # norm before the first block (CLIP)
     patch_bias: bool = True  # all but CLIP
     feature_layer: int = -2  # index into [embeddings, output of block 1, ...]
-    num_trainable_blocks: int = (
-        0  # used blocks at the end that are kept apart, so that they may train alone
-    )
+    num_trainable_blocks: int = 0  # used blocks at the end with a stack of their own, to train them
     select: str = "patch"  # patch | cls_patch; registers are always dropped
     drop_first_token: bool = False  # drop one token even without a class token (728 of 729)
-    pixel_mean: Sequence[float] = HALF  # of the pixels it was trained on, 0..1
-    pixel_std: Sequence[float] = HALF
+    pixel_mean: Sequence[float] = HALF  # mean of the pixels (0..1) it was trained on, per colour
+    pixel_std: Sequence[float] = HALF  # and their standard deviation
     norm: str = "layer"
     norm_eps: float = 1e-5
     gated_mlp: bool = False
@@ -54,7 +52,7 @@ class VisionConfig(BlockConfig):
     out_bias: bool = True
     mlp_bias: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("pixel_mean", "pixel_std"):  # lists when read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -73,6 +71,7 @@ class VisionConfig(BlockConfig):
 
     @property
     def num_patches(self) -> int:
+        """Patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -110,9 +109,12 @@ class VisionConfig(BlockConfig):
 class VisionEncoder(nnx.Module):
     """Images to visual features."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig) -> None:
         d, patch = config.hidden_size, config.patch_size
-        norm = lambda: Norm(d, kind=config.norm, eps=config.norm_eps)  # noqa: E731
+
+        def norm() -> Norm:
+            return Norm(d, kind=config.norm, eps=config.norm_eps)
+
         self.config = config
         self.patch = Linear(patch * patch * 3, d, axes=(None, "embed"), bias=config.patch_bias)
         positions = config.num_patches + config.class_token
@@ -140,9 +142,8 @@ class VisionEncoder(nnx.Module):
         # Attention without mask or rotation does not know where in the row extra tokens stand.
         h = hooks.prepend(self.embed(pixels))
         used = dataclasses.replace(config, num_layers=config.used_layers, num_trainable_blocks=0)
-        h = run_blocks(self.used_blocks(), h, None, None, hooks, used).hidden[
-            :, hooks.num_extra_tokens :
-        ]
+        out = run_blocks(self.used_blocks(), h, None, None, hooks, used)
+        h = out.hidden[:, hooks.num_extra_tokens :]
         if config.registers:
             first = int(config.class_token)
             h = jnp.concatenate([h[:, :first], h[:, config.prefix_tokens :]], axis=1)
@@ -164,7 +165,7 @@ class VisionEncoder(nnx.Module):
             raise UserError(f"images have {y}x{x} pixels; the vision encoder takes {size}x{size}")
         h = self.patch(patchify(pixels, config.patch_size).astype(config.dtype))
 
-        def before(tokens, h):
+        def before(tokens: Float[Array, "T D"], h: Float[Array, "B S D"]) -> Float[Array, "B TS D"]:
             tokens = jnp.broadcast_to(tokens.astype(h.dtype), (h.shape[0], *tokens.shape))
             return jnp.concatenate([tokens, h], axis=1)
 
@@ -194,7 +195,7 @@ class PatchClassifier(nnx.Module):
     `classes` lists the sizes of the label sets; each patch gets one label from each set.
     """
 
-    def __init__(self, config: VisionConfig, classes: tuple[int, ...]):
+    def __init__(self, config: VisionConfig, classes: tuple[int, ...]) -> None:
         self.classes = tuple(classes)
         self.vision = VisionEncoder(config)
         self.head = Linear(config.hidden_size, sum(classes), axes=("embed", None), bias=True)

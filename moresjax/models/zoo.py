@@ -1,6 +1,7 @@
 """Named sizes. A new one is one entry: name -> configuration."""
 
 import dataclasses
+from typing import Any
 
 from moresjax.core.errors import choice_error
 from moresjax.models.decoder import DecoderConfig
@@ -15,7 +16,8 @@ from moresjax.models.vision import (
 )
 
 
-def _llama(hidden: int, mlp: int, layers: int, heads: int, **changes) -> DecoderConfig:
+def _llama(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
+    """LLaMA's wiring: RMSNorm, rotary positions, a gated MLP, no biases."""
     defaults = {"vocab_size": 32_000, "norm_eps": 1e-5, "max_positions": 4096}
     return DecoderConfig(
         hidden_size=hidden,
@@ -27,6 +29,7 @@ def _llama(hidden: int, mlp: int, layers: int, heads: int, **changes) -> Decoder
 
 
 def _phi(hidden: int, layers: int, heads: int, rotary: float) -> DecoderConfig:
+    """Phi's wiring: attention and MLP in parallel, LayerNorm, biases, partly rotated heads."""
     return DecoderConfig(
         vocab_size=51_200,
         hidden_size=hidden,
@@ -47,6 +50,7 @@ def _phi(hidden: int, layers: int, heads: int, rotary: float) -> DecoderConfig:
 
 
 def _clip(image: int, patch: int, hidden: int, layers: int) -> VisionConfig:
+    """CLIP's wiring: a class token, a norm before the first block, heads of 64 features."""
     return VisionConfig(
         image_size=image,
         patch_size=patch,
@@ -66,6 +70,7 @@ def _clip(image: int, patch: int, hidden: int, layers: int) -> VisionConfig:
 def _siglip(
     image: int, patch: int, hidden: int = 768, mlp: int = 3072, layers: int = 12, heads: int = 12
 ) -> VisionConfig:
+    """SigLIP's wiring: patches only."""
     return VisionConfig(
         image_size=image,
         patch_size=patch,
@@ -78,7 +83,8 @@ def _siglip(
     )
 
 
-def _dinov2(hidden: int, layers: int, image: int = 518, **changes) -> VisionConfig:
+def _dinov2(hidden: int, layers: int, image: int = 518, **changes: Any) -> VisionConfig:
+    """DINOv2's wiring: a class token and layer scale."""
     defaults = {"intermediate_size": 4 * hidden, "activation": "gelu"}
     return VisionConfig(
         image_size=image,
@@ -104,12 +110,14 @@ _LLAMA3_ROPE = {
 }
 
 
-def _qwen(hidden: int, mlp: int, layers: int, heads: int, **changes) -> DecoderConfig:
+def _qwen(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
+    """LLaMA's wiring with Qwen's vocabulary and slower rotations."""
     defaults = {"vocab_size": 151_936, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
     return _llama(hidden, mlp, layers, heads, **(defaults | changes))
 
 
-def _gemma(hidden: int, mlp: int, layers: int, heads: int, **changes) -> DecoderConfig:
+def _gemma(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
+    """Gemma's wiring: norms scaled by 1 + s, scaled and tied embeddings, heads of 256 features."""
     defaults = {
         "vocab_size": 256_000,
         "head_dim": 256,
@@ -124,6 +132,7 @@ def _gemma(hidden: int, mlp: int, layers: int, heads: int, **changes) -> Decoder
 
 
 def _opt(hidden: int, layers: int, heads: int) -> DecoderConfig:
+    """OPT's wiring: learned positions, LayerNorm, biases, an MLP without a gate."""
     return DecoderConfig(
         vocab_size=50_272,
         hidden_size=hidden,
@@ -143,6 +152,7 @@ def _opt(hidden: int, layers: int, heads: int) -> DecoderConfig:
     )
 
 
+# Positional arguments are the hidden size, the MLP size, the number of layers and of heads.
 LLMS: dict[str, DecoderConfig] = {
     "gemma-2b": _gemma(2048, 16_384, 18, 8, num_kv_heads=1),
     "gemma-2-2b": _gemma(
@@ -233,6 +243,7 @@ LLMS: dict[str, DecoderConfig] = {
     "vicuna-13b": _llama(5120, 13_824, 40, 40),
 }
 
+# CLIP and SigLIP: image size, patch size, hidden size, (SigLIP: MLP size,) layers, (heads).
 VISION: dict[str, VisionConfig] = {
     "clip-b-16-224": _clip(224, 16, 768, 12),
     "clip-l-14-224": _clip(224, 14, 1024, 24),
@@ -276,14 +287,22 @@ MODELS: dict[str, tuple[str, str]] = {
 
 
 def mllm_config(
-    llm: str, vision: str | None = None, connector: str = "mlp2x_gelu", **changes
+    llm: str, vision: str | None = None, connector: str = "mlp2x_gelu", **changes: Any
 ) -> MLLMConfig:
-    """Configuration of named parts; `changes` go to the LLM (`dtype`, `remat`, `unroll`).
+    """The configuration of parts that have names.
+
+    >>> config = mllm_config("vicuna-7b", "clip-l-14-336", dtype="bfloat16")
+    >>> config.llm.num_layers, config.visual_tokens
+    (32, 576)
+    >>> config == mllm_config("llava-1.5-7b", dtype="bfloat16")
+    True
 
     Args:
-      llm: the name of an LLM, or of a whole model (`MODELS`), which has its encoder.
-      vision: the name of an encoder; None for a plain LLM.
-      connector: between the two.
+      llm: The name of an LLM, or of a whole model (`MODELS`), which has its encoder.
+      vision: The name of an encoder; None for a plain LLM.
+      connector: The connector between the two.
+      **changes: Fields of the LLM with other values than the named ones, such as `dtype`, `remat`
+        and `unroll`.
 
     Raises:
       UserError: for an unknown name.

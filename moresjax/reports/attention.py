@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -13,8 +14,11 @@ def write_attention_plots(summaries: Mapping[str, Mapping], out: str | Path) -> 
     """Figures 1 (left) and 2 of the paper for several models.
 
     Args:
-      summaries: name -> `AttentionSummary.to_dict()`.
-      out: directory of the PNG files.
+      summaries: The statistics of every model by its name (`AttentionSummary.to_dict`).
+      out: The directory of the PNG files.
+
+    Returns:
+      The PNG files.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -41,16 +45,19 @@ def attention_report(
     tasks: Sequence[str],
     out: str | Path,
     mesh: Mesh | None = None,
-    **options,
+    **options: Any,
 ) -> dict[str, dict]:
     """Runs models on the same questions and writes `attention.json` and the plots.
 
     Args:
-      models: (name, folder) pairs.
-      tasks: benchmark names.
-      out: directory of the results.
-      mesh: that the models are loaded on.
-      options: of `moresjax.evaluation.run.evaluate`.
+      models: Pairs of a name and a folder.
+      tasks: Names of benchmarks.
+      out: The directory of the results.
+      mesh: The mesh that the models are placed on.
+      options: Further arguments of `moresjax.evaluation.run.evaluate`.
+
+    Returns:
+      The statistics and the accuracy of every model by its name.
     """
     from moresjax.evaluation.run import evaluate
     from moresjax.inference.load import load
@@ -58,6 +65,7 @@ def attention_report(
     summaries = {}
     for name, folder in models:
         result = evaluate(load(folder, mesh=mesh), tasks, attention=True, title=name, **options)
+        assert result.attention is not None
         summaries[name] = result.attention.to_dict() | {"accuracy": result.mean_accuracy}
     write_attention_plots(summaries, out)
     (Path(out) / "attention.json").write_text(json.dumps(summaries, indent=2) + "\n")

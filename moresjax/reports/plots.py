@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -126,6 +127,7 @@ def heat_map(image: np.ndarray, attention: np.ndarray, title: str) -> Figure:
     Args:
       image: `[Y, X, 3]` uint8.
       attention: `[L, rows, columns]`, attention on every patch; nan where a patch was dropped.
+      title: The title of the figure.
     """
     layers = len(attention)
     figure, axes = plt.subplots(1, layers + 1, figsize=(1.9 * (layers + 1), 2.4))
@@ -149,7 +151,7 @@ def heat_map(image: np.ndarray, attention: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, path) -> None:
+def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure as PNG and closes it."""
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -65,8 +65,7 @@ def vision_config(choice: PartChoice) -> AnyVisionConfig | None:
 def _with_changes(vision: AnyVisionConfig, changes: Mapping[str, Any]) -> AnyVisionConfig:
     """The encoder, or both of a pair, with some fields changed."""
     if isinstance(vision, FusedVisionConfig):
-        alone = [each for each in vision.encoders if isinstance(each, VisionConfig)]
-        encoders = tuple(dataclasses.replace(each, **changes) for each in alone)
+        encoders = tuple(dataclasses.replace(each, **changes) for each in vision.encoders)
         return dataclasses.replace(vision, encoders=encoders)
     return dataclasses.replace(vision, **changes)
 

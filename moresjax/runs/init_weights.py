@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.models.fusion import FusedVisionEncoder
-from moresjax.models.initialize import abstract, set_params
+from moresjax.models.initialize import abstract_params, set_params
 from moresjax.models.mllm import MLLM
 from moresjax.models.vision import VisionEncoder
 from moresjax.runs.checkpoint import Checkpoints
@@ -85,7 +85,7 @@ def load_part(
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
     set_params(model, split_trainable_blocks(model, part, found), str(source), part)
-    if missing := abstract(model, part):
+    if missing := abstract_params(model, part):
         raise UserError(f"{source} holds no weights for {missing[0]}")
 
 

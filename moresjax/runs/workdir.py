@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moresjax.core.errors import UserError
 from moresjax.data.processor import Processor
-from moresjax.models.initialize import abstract, initialize, set_params
+from moresjax.models.initialize import abstract_params, initialize, set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.architecture import model_config
 from moresjax.runs.config import read_config
@@ -55,7 +55,7 @@ def load_workdir(
         model = chosen
         trained = {name: x for name, x in trained.items() if not name.startswith("tuning.")}
     set_params(model, trained, str(workdir))
-    sources = {p: config.init.source(p) if abstract(model, p) else RANDOM for p in PARTS}
+    sources = {p: config.init.source(p) if abstract_params(model, p) else RANDOM for p in PARTS}
     load_parts(model, sources, workdir, folders=HFFolders(allow_pickle=allow_pickle))
     set_params(model, trained, str(workdir))  # what trained wins over the part it was started from
     # A model that was imported without a tokenizer has no processor.

@@ -8,7 +8,7 @@ model.
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -37,8 +37,23 @@ PRESETS: dict[str, Callable[[int, int], tuple[int, int, int]]] = {
 SPLIT_FROM = 1 << 20
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices; one axis may be -1: whatever is left.
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,  # pyright: ignore[reportInvalidTypeForm]
+) -> Mesh:
+    """A mesh over all devices.
+
+    >>> mesh = make_mesh(**mesh_preset("fsdp", jax.device_count()))
+    >>> mesh.axis_names
+    ('data', 'fsdp', 'tensor')
+
+    Args:
+      data: Replicas of the parameters; -1: as many as the devices allow.
+      fsdp: Replicas that also split the parameters among themselves; -1 likewise.
+      tensor: Devices that split the features of a layer; -1 likewise.
+      devices: The devices; default: all of them.
 
     Raises:
       UserError: when the sizes do not multiply to the number of devices.
@@ -57,12 +72,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
 
 
 def mesh_preset(name: str, devices: int) -> dict[str, int]:
-    """Sizes of the axes of a named mesh, as `config.mesh` takes them.
+    """Sizes of the axes of a named mesh, for `make_mesh` and for `config.mesh`.
+
+    >>> mesh_preset("fsdp+tensor", 8)
+    {'data': 1, 'fsdp': 4, 'tensor': 2}
 
     Args:
       name: `replicated` (every device holds all parameters), `fsdp` (parameters split over all
-        devices), or `fsdp+tensor` (features split over 2 neighbours too; 4 of 16 and more).
-      devices: how many.
+        devices), or `fsdp+tensor` (features split over 2 neighbours too; over 4 from 16 devices
+        on).
+      devices: The number of devices.
 
     Raises:
       UserError: for another name, or a number of devices that has no such mesh.
@@ -87,6 +106,7 @@ def batch_shards(mesh: Mesh | AbstractMesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -102,7 +122,7 @@ def constrain_batch_sharding(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
-def use_mesh(mesh: Mesh | None):
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """Context in which functions are traced for a mesh (None: for none)."""
     if mesh is None:
         return contextlib.nullcontext()
@@ -112,18 +132,18 @@ def use_mesh(mesh: Mesh | None):
 def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     """The sharding of every parameter, in a state of the same structure."""
 
-    def choose(variable: nnx.Variable):
+    def choose(variable: nnx.Variable) -> nnx.Variable:
         spec = _spec(np.shape(variable.get_value()), variable.get_metadata().get("axes"), mesh)
         return variable.replace(NamedSharding(mesh, spec))
 
     return jax.tree.map(choose, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def _spec(shape: tuple[int, ...], axes, mesh: Mesh) -> PartitionSpec:
+def _spec(shape: tuple[int, ...], axes: Sequence[str | None] | None, mesh: Mesh) -> PartitionSpec:
     if axes is None:
         return _split_largest(shape, mesh)
     names = (None,) * (len(shape) - len(axes)) + tuple(axes)  # stacked blocks lead with layers
-    spec = [RULES.get(name) for name in names]
+    spec = [None if name is None else RULES.get(name) for name in names]
     fits = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape, strict=True)]
     return PartitionSpec(*fits)
 
@@ -137,6 +157,6 @@ def _split_largest(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*("fsdp" if i == largest else None for i in range(len(shape))))
 
 
-def shard_params(state, mesh: Mesh):
+def shard_params(state: nnx.State, mesh: Mesh) -> nnx.State:
     """The state on the mesh, each parameter in its sharding."""
     return jax.device_put(state, parameter_shardings(state, mesh))

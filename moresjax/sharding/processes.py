@@ -12,9 +12,12 @@ from moresjax.core.errors import UserError
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs in `$XDG_CACHE_HOME/moresjax` (default `~/.cache/moresjax`), so that
-    the next process need not compile them again. `JAX_COMPILATION_CACHE_DIR` says otherwise."""
-    if jax.config.jax_compilation_cache_dir is None:
+    """Keeps compiled programs, so that the next process need not compile them again.
+
+    They are in `$XDG_CACHE_HOME/moresjax` (default `~/.cache/moresjax`), unless
+    `JAX_COMPILATION_CACHE_DIR` names another folder.
+    """
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "moresjax"))
 
@@ -23,7 +26,8 @@ def join_processes(where: str) -> None:
     """Makes this process one of several that run the same program.
 
     Args:
-      where: `auto` on TPU pods, Slurm and the like, or `HOST:PORT,PROCESSES,NUMBER`.
+      where: Says how the processes find each other: `auto` on TPU pods, Slurm and the like, or
+        `HOST:PORT,PROCESSES,NUMBER`.
 
     Raises:
       UserError: when the processes cannot find each other.
@@ -45,7 +49,7 @@ def join_processes(where: str) -> None:
 class PreemptionHandler:
     """Notices that the process was asked to end (SIGTERM), until it is closed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._asked = False
         # Of several processes perhaps only one is asked; JAX's own handler tells all of them, and
         # they agree on a step that none has passed.
@@ -53,7 +57,7 @@ class PreemptionHandler:
         in_main = threading.current_thread() is threading.main_thread()
         self._before = signal.signal(signal.SIGTERM, self._ask) if self._alone and in_main else None
 
-    def _ask(self, *_) -> None:
+    def _ask(self, *_: object) -> None:
         self._asked = True
 
     def at(self, step: int) -> bool:

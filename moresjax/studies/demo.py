@@ -38,10 +38,13 @@ def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool
     An interrupted demo goes on where it stopped.
 
     Args:
-      out: directory.
-      seeds: repetitions of stage 2.
-      split: handwriting that is scored; `val` is what the recipe was tuned on.
-      fast: a few steps of everything, to test the plumbing.
+      out: The directory of everything that the demo makes.
+      seeds: How often stage 2 is repeated.
+      split: The handwriting that is scored; `val` is what the recipe was tuned on.
+      fast: Runs a few steps of everything, to test the plumbing.
+
+    Returns:
+      What `results.json` has.
 
     Raises:
       UserError: for fewer than one seed, or a directory that holds something else.
@@ -102,12 +105,13 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def _train(workdir: Path, fast: bool, **arguments) -> TrainResult:
+def _train(workdir: Path, fast: bool, **arguments: object) -> TrainResult:
     config = recipe.get_config(",".join(f"{key}={value}" for key, value in arguments.items()))
     config.name = workdir.name
     if arguments["stage"] == "finetune":
         # Folders of stage 2 are one level deeper.
-        config.init = {part: f"../{source}" for part, source in config.init.items()}
+        init = config.to_dict()["init"]
+        config.update({"init": {part: f"../{source}" for part, source in init.items()}})
     if fast:
         config.update(FAST)
     return train(config, workdir)
@@ -127,9 +131,10 @@ def _summary(
     spec: str, base: Model, tuned: bool, runs: list[EvaluationResult], trained: list[TrainResult]
 ) -> dict:
     """Means over seeds of one method, with their standard deviations."""
+    attention = [run.attention for run in runs if run.attention is not None]
     count = count_parameters(base.config, spec)
     accuracy = {f: [run.scores[f"digits_{f}"]["score"] for run in runs] for f in FAMILIES}
-    means = [run.mean_accuracy for run in runs]
+    means = [run.mean_accuracy for run in runs if run.mean_accuracy is not None]
     return {
         "tuning": spec,
         "accuracy": {family: float(np.mean(values)) for family, values in accuracy.items()},
@@ -141,8 +146,8 @@ def _summary(
         "trainable": count.trainable if tuned else 0,
         "train_seconds": [_seconds(result) for result in trained],
         "evaluate_seconds": [round(run.seconds, 1) for run in runs],
-        "attention": runs[0].attention.to_dict(),
-        "visual_share_by_seed": [run.attention.average_visual_share for run in runs],
+        "attention": attention[0].to_dict(),
+        "visual_share_by_seed": [summary.average_visual_share for summary in attention],
     }
 
 
@@ -150,9 +155,9 @@ def finding(results: dict) -> str:
     """What the numbers say, in words that follow from them alone."""
     methods = {name: m for name, m in results["methods"].items() if name != ZERO_SHOT}
     mean = {name: m["mean"] for name, m in methods.items()}
-    ranking = sorted(mean, key=mean.get, reverse=True)
+    ranking = sorted(mean, key=lambda name: mean[name], reverse=True)
     share = {name: float(np.mean(m["visual_share_by_seed"])) for name, m in methods.items()}
-    mores = max((name for name in mean if name.startswith("mores")), key=mean.get)
+    mores = max((n for n in mean if n.startswith("mores")), key=lambda name: mean[name])
     plain = next(name for name in mean if methods[name]["tuning"] == "none")
     gain = 100 * (mean[mores] - mean[plain])
     better = [name for name in ranking if mean[name] > mean[mores]]
@@ -160,7 +165,8 @@ def finding(results: dict) -> str:
     unseen_gain = 100 * (methods[mores]["accuracy"][unseen] - methods[plain]["accuracy"][unseen])
     (zero,) = results["methods"][ZERO_SHOT]["visual_share_by_seed"]
     direction = "above" if share[mores] > share[plain] else "below"
-    most, least = max(share, key=share.get), min(share, key=share.get)
+    most = max(share, key=lambda name: share[name])
+    least = min(share, key=lambda name: share[name])
     ahead = f"{', '.join(better)} stay ahead of it" if better else "no method is ahead of it"
     return (
         f"With {methods[mores]['trainable_in_llm']:,} parameters in the LLM, {mores} changes the "

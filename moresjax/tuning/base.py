@@ -194,7 +194,9 @@ class LinearLike(Protocol):
         """The weights, whatever they are stored as."""
         ...
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]: ...
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        """The output of the linear."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,6 +74,7 @@ class TokenSlice:
         return max(self.first, self.last, count, *(i + 1 for i in self.indices))
 
     def __call__(self, rank: Int[Array, "..."], n: Int[Array, "..."]) -> Bool[Array, "..."]:
+        """Whether a token is meant, from its rank in its run and the length n of the run."""
         if self.kind == "all":
             return rank >= 0
         if self.kind == "at":

@@ -34,7 +34,7 @@ def parse_spec(spec: str) -> tuple[Method, ...]:
     >>> steering.rank, steering.layers, lora.targets
     (2, '0;2', 'q;v')
     >>> format_spec([steering, lora])
-    'mores:rank=2,layers=0;2/lora:targets=q;v'
+    'mores:layers=0;2,rank=2/lora:targets=q;v'
 
     Raises:
       UserError: for an unknown method or key or a value of the wrong type.

@@ -22,7 +22,7 @@ from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.multi_adapter import stack_adapters
-from moresjax.weights import peft
+from moresjax.weights import peft, pyreft
 from moresjax.weights.fingerprint import checksum, checksums, config_difference
 
 DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
@@ -32,6 +32,12 @@ ArrayOrShape = AnyArray | jax.ShapeDtypeStruct  # a shape where there is no valu
 
 def save_adapter(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = ()) -> Path:
     """Writes the attached tuning as an adapter folder; returns the folder.
+
+    >>> import tempfile
+    >>> from moresjax.testing import tiny_model
+    >>> folder = save_adapter(tiny_model("mores:rank=2"), tempfile.mkdtemp())
+    >>> sorted(path.name for path in folder.iterdir())
+    ['tuning.json', 'tuning.safetensors']
 
     Args:
       mllm: The tuned model.
@@ -64,7 +70,14 @@ def save_adapter(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = 
 
 
 def load_adapter(mllm: MLLM, folder: str | Path) -> None:
-    """Attaches an adapter folder, replacing the attached tuning.
+    """Attaches an adapter folder of moresjax, replacing the attached tuning.
+
+    >>> import tempfile
+    >>> from moresjax.testing import tiny_model
+    >>> model = tiny_model()
+    >>> load_adapter(model, save_adapter(tiny_model("mores:rank=2"), tempfile.mkdtemp()))
+    >>> model.tuning.spec
+    'mores:rank=2'
 
     Raises:
       UserError: when the folder is not an adapter, is damaged, or belongs to another base; the
@@ -75,13 +88,39 @@ def load_adapter(mllm: MLLM, folder: str | Path) -> None:
     set_params(mllm, base, str(folder))
 
 
-def attach_adapter(mllm: MLLM, folder: str | Path) -> None:
-    """Attaches an adapter folder, our own or one of `peft`, replacing the attached tuning.
+def attach_adapter(
+    mllm: MLLM, folder: str | Path, *, edits: str = "", allow_pickle: bool = False
+) -> None:
+    """Attaches an adapter folder, our own, one of `peft` or one of `pyreft`.
+
+    It replaces the attached tuning.
+
+    >>> import tempfile
+    >>> from moresjax.testing import tiny_model
+    >>> from moresjax.weights.peft import export_peft
+    >>> model = tiny_model()
+    >>> attach_adapter(model, export_peft(tiny_model("ia3"), tempfile.mkdtemp()))
+    >>> model.tuning.spec
+    'ia3'
+
+    Args:
+      mllm: The model.
+      folder: The adapter folder.
+      edits: What a folder of pyreft does not say: its methods and their tokens, such as
+        `mores:positions=image`; see `import_pyreft`.
+      allow_pickle: Whether the pickles of a pyreft folder may be read.
 
     Raises:
-      UserError: when the folder is neither, or does not belong to the model.
+      UserError: when the folder is none of these, does not belong to the model, or says itself
+        what `edits` says.
     """
-    if (Path(folder) / peft.CONFIG).is_file():
+    folder = Path(folder)
+    if pyreft.is_pyreft(folder):
+        pyreft.import_pyreft(folder, mllm, edits=edits, allow_pickle=allow_pickle)
+        return
+    if edits:
+        raise UserError(f"{folder} is not a folder of pyreft; it says itself which edits it holds")
+    if (folder / peft.CONFIG).is_file():
         peft.import_peft(folder, mllm)
     else:
         load_adapter(mllm, folder)
@@ -89,6 +128,14 @@ def attach_adapter(mllm: MLLM, folder: str | Path) -> None:
 
 def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:
     """Attaches several adapter folders by name, for every row of a batch to choose from.
+
+    >>> import tempfile
+    >>> from moresjax.testing import tiny_model
+    >>> folder = save_adapter(tiny_model("mores:rank=2"), tempfile.mkdtemp())
+    >>> model = tiny_model()
+    >>> load_adapters(model, {"counts": folder, "compares": folder})
+    >>> model.tuning.adapters
+    ('counts', 'compares')
 
     Raises:
       UserError: when a folder is not an adapter of this base, one changes parameters of the base

@@ -11,6 +11,7 @@ precision, rounded once; read back, an orthonormal matrix is its own Q. Neither 
 edited nor dropout are in the folder. pyreft takes `weight` and `bias` in bf16 whatever is written.
 """
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,18 +25,19 @@ from jaxtyping import Float
 from moresjax.core.errors import UserError, choice_error
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
-from moresjax.tuning.base import METHODS
 from moresjax.tuning.methods.mores import MoReS
 from moresjax.tuning.methods.reft import LoReFT
-from moresjax.tuning.spec import format_spec
+from moresjax.tuning.spec import format_spec, parse_spec
 from moresjax.weights.files import read_pickle
+from moresjax.weights.tensor_mapping import Tensor
 
 METHOD_NAMES = ("loreft", "mores")
 SITE, COMPONENT = "llm.block.out", "block_output"
 _LOREFT = "<class 'pyreft.interventions.LoreftIntervention'>"
-# Fields of an entry of `representations` after layer, component, unit, units and rank.
+# How many fields an entry of `representations` has after layer, component, unit, units and rank.
 _UNUSED_FIELDS = 9
-# Of R^T R from the identity: bf16 is coarser than fp32, a matrix that was never orthonormal is far.
+# The largest difference between R^T R and the identity. Rounding to bf16 stays below it; a matrix
+# that was never orthonormal is far above.
 _TOLERANCE = 0.05
 # The block's output by its path, as in `model.layers[3].output`.
 _PATH = re.compile(r"(?:\w+\.)*(?:layers|h)\[(\d+)\]\.output")
@@ -43,6 +45,12 @@ _PATH = re.compile(r"(?:\w+\.)*(?:layers|h)\[(\d+)\]\.output")
 
 def export_pyreft(mllm: MLLM, folder: str | Path) -> Path:
     """Writes the attached `loreft` or `mores` edits as a folder of pyreft; returns the folder.
+
+    >>> import tempfile
+    >>> from moresjax.testing import tiny_model
+    >>> folder = export_pyreft(tiny_model("mores:layers=0"), tempfile.mkdtemp())
+    >>> sorted(path.name for path in folder.iterdir())
+    ['config.json', 'intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin']
 
     Several methods become several edits of a layer, in order (`#0`, `#1`).
 
@@ -94,54 +102,70 @@ def export_pyreft(mllm: MLLM, folder: str | Path) -> Path:
     return folder
 
 
+def is_pyreft(folder: Path) -> bool:
+    """Whether a folder was saved by pyreft."""
+    file = folder / "config.json"
+    return file.is_file() and "representations" in json.loads(file.read_text())
+
+
 def import_pyreft(
     folder: str | Path,
     mllm: MLLM,
     *,
-    method: str = "loreft",
-    positions: Sequence[str] | None = None,
+    edits: str = "",
     allow_pickle: bool = False,
 ) -> str:
     """Attaches a folder of pyreft, replacing the attached tuning; returns its spec string.
 
+    >>> import tempfile
+    >>> from moresjax.testing import tiny_model
+    >>> folder = export_pyreft(tiny_model("mores:rank=2,positions=image:f4"), tempfile.mkdtemp())
+    >>> import_pyreft(folder, tiny_model(), edits="mores:positions=image:f4", allow_pickle=True)
+    'mores:positions=image:f4,rank=2'
+
     Args:
-      folder: of LoReFT edits of block outputs.
-      mllm: the model they were trained on.
-      method: `loreft` or `mores`, which differ in the tokens they edit by default.
-      positions: which tokens, one selector for each edit of a layer; the folder does not say.
-        Default: the method's own, and for two edits `prompt:f4+l0` and `prompt:f0+l4`.
-      allow_pickle: pyreft has pickles only; they are read by torch, weights only.
+      folder: The folder of LoReFT edits of block outputs.
+      mllm: The model that they were trained on.
+      edits: A spec of `loreft` or `mores` methods that says which tokens each edit of a layer
+        changes, because the folder does not: `mores:positions=image`, or for two edits
+        `loreft:positions=prompt:f2/loreft:positions=prompt:l2`. Ranks and layers are the folder's.
+        Default: `loreft` with its own positions, and for two edits the first four and the last four
+        tokens of the prompt.
+      allow_pickle: Whether pickles may be read (by torch, weights only); pyreft writes nothing
+        else.
 
     Raises:
       UserError: when pickles are not allowed, the folder is not one of LoReFT, or its tensors are
         not those of this model; the attached tuning is then as it was.
     """
     folder = Path(folder)
-    if method not in METHOD_NAMES:
-        raise choice_error("method for a folder of pyreft", method, METHOD_NAMES)
+    chosen = parse_spec(edits) if edits else ()
+    for method in chosen:
+        if not isinstance(method, LoReFT | MoReS):
+            raise choice_error("method for a folder of pyreft", method.name, METHOD_NAMES)
     groups = _read(folder, allow_pickle)
-    if positions is None and len(groups) == 2:
-        positions = ("prompt:f4+l0", "prompt:f0+l4")
-    if positions is not None and len(positions) != len(groups):
+    if not edits:
+        pair = ("prompt:f4+l0", "prompt:f0+l4") if len(groups) == 2 else ()
+        chosen = [LoReFT(positions=p) for p in pair] or [LoReFT()] * len(groups)
+    if len(chosen) != len(groups):
         raise UserError(
-            f"{folder} has {len(groups)} edits per layer, but there are {len(positions)} positions"
+            f"{folder} has {len(groups)} edits per layer, but {edits!r} says it of {len(chosen)}"
         )
     llm, methods = mllm.config.llm, []
-    for number, edits in enumerate(groups):
-        ranks = {len(tensors["bias"]) for tensors in edits.values()}
+    for method, layers in zip(chosen, groups, strict=True):
+        ranks = {len(tensors["bias"]) for tensors in layers.values()}
         if len(ranks) != 1:
             raise UserError(f"{folder}: the layers of an edit must have one rank, got {ranks}")
-        every = sorted(edits) == [*range(llm.num_layers)]
-        keys: dict[str, Any] = {} if positions is None else {"positions": positions[number]}
-        keys["layers"] = "all" if every else ";".join(map(str, sorted(edits)))
-        methods.append(METHODS[method](rank=ranks.pop(), **keys))
+        every = sorted(layers) == [*range(llm.num_layers)]
+        acting = "all" if every else ";".join(map(str, sorted(layers)))
+        methods.append(dataclasses.replace(method, rank=ranks.pop(), layers=acting))
     tuning = Tuning(format_spec(methods), mllm.config)
-    for (name, _), edits in zip(tuning.methods, groups, strict=True):
-        acting = sorted(edits)
+    for (name, _), layers in zip(tuning.methods, groups, strict=True):
+        acting = sorted(layers)
         # A layer that does not act gets what its neighbour has: parameters like any others.
         source = [max([i for i in acting if i <= j] or acting[:1]) for j in range(llm.num_layers)]
         for leaf, variable in tuning.params[name][SITE].items():
-            stacked = np.stack([edits[i][leaf] for i in source])
+            stacked = np.stack([layers[i][leaf] for i in source])
             if stacked.shape != variable.shape:
                 raise UserError(
                     f"{folder}: {leaf} of an edit has shape {stacked.shape[1:]}, the model needs "
@@ -210,7 +234,7 @@ def _plain(stem: str) -> str:
     return re.sub(r"_repr_", "_comp_", stem.replace(".", "_"))
 
 
-def _parameters(tensors: Mapping[str, np.ndarray], file: Path) -> dict[str, np.ndarray]:
+def _parameters(tensors: Mapping[str, Tensor], file: Path) -> dict[str, np.ndarray]:
     names = ("bias", "rotate_layer", "weight")
     if sorted(tensors) != [*names]:
         raise UserError(f"{file} must hold {', '.join(names)}, it holds {', '.join(tensors)}")

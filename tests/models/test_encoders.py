@@ -28,7 +28,7 @@ from moresjax.core.parameter_names import path_name
 from moresjax.models.count import count_parameters
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import FusedVisionConfig, FusedVisionEncoder
-from moresjax.models.initialize import abstract, initialize, set_params
+from moresjax.models.initialize import abstract_params, initialize, set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 from moresjax.models.zoo import ENCODERS, VISION, mllm_config
@@ -274,7 +274,7 @@ def test_a_run_with_all_blocks_in_one_stack_fills_a_model_that_keeps_some_apart(
     apart = dataclasses.replace(config, num_trainable_blocks=1)
     model = MLLM(MLLMConfig(llm=DecoderConfig(**TINY_LLM), vision=apart))
     set_params(model, split_trainable_blocks(model, "vision", parameters), "here")
-    assert abstract(model, "vision") == []
+    assert abstract_params(model, "vision") == []
     np.testing.assert_allclose(
         model.vision(jnp.asarray(images())), loaded(folder)(jnp.asarray(images())), atol=1e-6
     )

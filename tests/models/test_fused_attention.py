@@ -101,7 +101,7 @@ def long_batch(structure: RowStructure = RowStructure.SINGLE) -> Batch:
 
     layout = jax.tree.map(lengthened, batch.layout)
     layout = layout.replace(image=lengthened(batch.layout.image, -1))
-    return Batch(lengthened(batch.tokens), layout, structure=holds)
+    return Batch(lengthened(batch.tokens), layout, structure=structure)
 
 
 def test_a_scanned_decoder_learns_the_same_with_the_kernel():
@@ -156,7 +156,7 @@ def test_cudnn_is_used_for_one_document_of_sixteen_bits_only():
     llm = tiny_config(attention="cudnn", dtype="bfloat16", head_dim=8).llm
 
     def kernel(structure=RowStructure.SINGLE, **changes):
-        runs = visible_runs(long_batch(holds), dataclasses.replace(llm, **changes))
+        runs = visible_runs(long_batch(structure), dataclasses.replace(llm, **changes))
         return runs and runs.kernel
 
     assert kernel() == "cudnn"

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.models.mllm import MLLM
+from moresjax.weights.adapter import attach_adapter, save_adapter
 from moresjax.weights.pyreft import export_pyreft, import_pyreft
 
 DIM, LAYERS = 16, 3
@@ -126,8 +127,8 @@ def test_two_edits_of_a_layer_are_prefix_and_suffix_and_half_precision_is_read(t
         expected = module(features).detach().numpy()
         found = edit_of(model, n // LAYERS, layer, features)
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    chosen = ("question:f2", "question:l2")
-    spec = import_pyreft(folder, model, method="mores", positions=chosen, allow_pickle=True)
+    edits = "mores:positions=question:f2/mores:positions=question:l2"
+    spec = import_pyreft(folder, model, edits=edits, allow_pickle=True)
     assert spec == "mores:positions=question:f2/mores:positions=question:l2"
 
 
@@ -157,9 +158,9 @@ def test_a_written_folder_loads_as_pyreft_loads_it_and_comes_back_here(tmp_path,
         rotate = module.saved()["rotate_layer"].double()
         np.testing.assert_allclose(rotate.T @ rotate, np.eye(rank), atol=1e-6)
 
-    again, method = described(), model.tuning.methods[0][1].name
-    chosen = [m.positions for _, m in model.tuning.methods]
-    found = import_pyreft(folder, again, method=method, positions=chosen, allow_pickle=True)
+    again = described()
+    edits = "/".join(f"{m.name}:positions={m.positions}" for _, m in model.tuning.methods)
+    found = import_pyreft(folder, again, edits=edits, allow_pickle=True)
     assert found == model.tuning.spec
     for number, (name, _) in enumerate(model.tuning.methods):
         for layer in np.flatnonzero(model.tuning.layer_masks[name]["llm.block.out"][...]):
@@ -177,8 +178,8 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path, monkeypatch):
         assert model.tuning.spec == "red"
 
     refused("only pickled weights", allow_pickle=False)
-    refused("'red'; choose from: loreft, mores", method="red")
-    refused("1 edits per layer, but there are 2 positions", positions=["image", "question"])
+    refused("'red'; choose from: loreft, mores", edits="red")
+    refused("1 edits per layer, but 'loreft/mores' says it of 2", edits="loreft/mores")
     wide = MLLM(tiny_config(hidden_size=32), "none")
     with pytest.raises(UserError, match=r"rotate of an edit has shape \(16, 2\), .* \(32, 2\)"):
         import_pyreft(folder, wide, allow_pickle=True)
@@ -210,3 +211,19 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs torch, which is not installed"):
         export_pyreft(described("loreft"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_adapter_folders_of_all_kinds_are_attached(tmp_path):
+    names = [f"layer_{layer}_comp_block_output_unit_pos_nunit_1#0" for layer in (0, 2)]
+    edits = [(0, Loreft(2)), (2, Loreft(2))]
+    folder, model = write_folder(tmp_path / "reft", edits, names), described()
+    attach_adapter(model, folder, allow_pickle=True)
+    assert model.tuning.spec == "loreft:layers=0;2,rank=2"
+    attach_adapter(model, folder, edits="mores:positions=image:f2", allow_pickle=True)
+    assert model.tuning.spec == "mores:positions=image:f2,layers=0;2,rank=2"
+    with pytest.raises(UserError, match="--allow-pickle"):
+        attach_adapter(model, folder)
+    ours = save_adapter(tiny_model("red"), tmp_path / "ours")
+    with pytest.raises(UserError, match="is not a folder of pyreft"):
+        attach_adapter(model, ours, edits="mores")
+    assert model.tuning.spec == "mores:positions=image:f2,layers=0;2,rank=2"
