@@ -52,6 +52,11 @@ class Answer:
     logprobs: np.ndarray | None
     stop_reason: StopReason
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON; without `logprobs` when there are none."""
+        known = {"text": self.text, "tokens": self.tokens.tolist(), "stop_reason": self.stop_reason}
+        return known if self.logprobs is None else known | {"logprobs": self.logprobs.tolist()}
+
 
 def check_images(images: Images, of: str = "the prompt") -> tuple[ImageLike, ...]:
     """The images of one prompt: none, one image, or a list of images.
