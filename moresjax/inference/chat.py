@@ -11,6 +11,7 @@ import numpy as np
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
+from moresjax.data.images import ImageInput
 from moresjax.data.samples import Sample, Turn
 from moresjax.generation.engine import Engine
 from moresjax.generation.lengths import bucket
@@ -18,7 +19,7 @@ from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.state import DecodeState
 from moresjax.generation.text import TextStream, check_stops, has_stop
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import ImageLike, PromptImages, check_images, mark_images
+from moresjax.inference.prompts import PromptImages, check_images, mark_images
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.multi_adapter import adapter_ids
@@ -76,7 +77,7 @@ class Chat:
         """Forgets the conversation."""
         self.turns: list[Turn] = []
         self.tokens_read = 0
-        self._images: tuple[ImageLike, ...] = ()
+        self._images: tuple[ImageInput, ...] = ()
         self._pixels: list[np.ndarray] = []
         self._engine: Engine | None = None  # the engine that made the cache
         self._state: DecodeState | None = None

@@ -17,7 +17,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind
 from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
-from moresjax.data.images import LazyPixels
+from moresjax.data.images import ImageInput, LazyPixels
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.generation.state import Generation
@@ -25,7 +25,7 @@ from moresjax.generation.text import check_stops, cut_at_stop, has_stop
 
 if TYPE_CHECKING:
     # One image: a path, the bytes of a file, a PIL image, or a uint8 array [Y, X, 3].
-    ImageLike = str | Path | bytes | Image.Image | np.ndarray | jax.Array
+    ImageLike = ImageInput | jax.Array
     PromptImages = ImageLike | Sequence[ImageLike] | None  # of one prompt
     Images = PromptImages | Sequence[PromptImages]  # of one prompt or of a list of prompts
 else:  # wrong images are told by `check_images`, not by run-time checks of types
@@ -58,7 +58,7 @@ class Answer:
         return known if self.logprobs is None else known | {"logprobs": self.logprobs.tolist()}
 
 
-def check_images(images: Images, of: str = "the prompt") -> tuple[ImageLike, ...]:
+def check_images(images: Images, of: str = "the prompt") -> tuple[ImageInput, ...]:
     """The images of one prompt: none, one image, or a list of images.
 
     Args:
@@ -75,7 +75,7 @@ def check_images(images: Images, of: str = "the prompt") -> tuple[ImageLike, ...
     return (_check_image(images, of),)
 
 
-def _check_image(image: object, of: str) -> ImageLike:
+def _check_image(image: object, of: str) -> ImageInput:
     if isinstance(image, jax.Array):
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
@@ -97,7 +97,7 @@ def _check_image(image: object, of: str) -> ImageLike:
 
 def pair_images(
     prompts: str | Sequence[str], images: Images
-) -> tuple[list[str], list[tuple[ImageLike, ...]]]:
+) -> tuple[list[str], list[tuple[ImageInput, ...]]]:
     """Prompts as a list, and the images of each.
 
     A single prompt takes an image or a list of images; a list of prompts takes a list with an
@@ -212,7 +212,7 @@ class PromptEncoder:
         sample = Sample(name, (Turn(mark_images(text, own)),), own)
         return self.processor.row(sample, known)
 
-    def rows(self, prompts: Sequence[str], images: Sequence[tuple[ImageLike, ...]]) -> list[Row]:
+    def rows(self, prompts: Sequence[str], images: Sequence[tuple[ImageInput, ...]]) -> list[Row]:
         """A row for every prompt; equal images are opened once."""
         known: dict[tuple, LazyPixels] = {}
         pairs = zip(prompts, images, strict=True)

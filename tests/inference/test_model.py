@@ -1,5 +1,7 @@
 """The public face of a model: what calls take and give, what reading costs, what it tells."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -228,3 +230,10 @@ def test_treescope_shows_the_module(model):
     shown = treescope.render_to_text(model)
     assert shown.startswith("Model(")
     assert "mores" in shown
+
+
+def test_a_run_loads_with_another_tuning():
+    run = Path(__file__).parents[1] / "fixtures" / "v0_1" / "mores"
+    assert mj.load(run).tuning == "mores:positions=image"
+    assert mj.load(run, tuning="lora:rank=2").tuning == "lora:rank=2"
+    assert mj.load(run, tuning="none").tuning == "none"
