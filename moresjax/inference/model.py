@@ -149,13 +149,21 @@ class Model:
         self.service.reset()
         self._name_words()
 
-    def load_adapter(self, folder: str | Path) -> None:
-        """Replaces the attached tuning by an adapter folder, our own or one of `peft`.
+    def load_adapter(
+        self, folder: str | Path, *, edits: str = "", allow_pickle: bool = False
+    ) -> None:
+        """Replaces the attached tuning by an adapter folder of moresjax, `peft` or `pyreft`.
+
+        Args:
+          folder: The adapter folder.
+          edits: What a folder of pyreft does not say: its methods and their tokens, such as
+            `mores:positions=image`; see `moresjax.weights.pyreft.import_pyreft`.
+          allow_pickle: Whether the pickles of a pyreft folder may be read.
 
         Raises:
-          UserError: when the folder is neither, or does not belong to this model.
+          UserError: when the folder is none of these, or does not belong to this model.
         """
-        attach_adapter(self.restack(), folder)
+        attach_adapter(self.restack(), folder, edits=edits, allow_pickle=allow_pickle)
         self._name_words()
 
     def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
