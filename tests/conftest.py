@@ -1,8 +1,12 @@
-"""Shared by all tests: fake devices, run-time shape checks, the command line."""
+"""What all tests share: fake devices, kept programs, shape checks, the command line."""
 
+import hashlib
 import importlib.metadata
 import os
-import tempfile
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 # Before JAX starts: eight CPU devices, quick compilation (tiny models compile longer than they
 # run), no network.
@@ -11,30 +15,24 @@ os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+jaxlib = importlib.metadata.version("jaxlib")
+if jaxlib.startswith("0.10."):
     # Half of the time to compile, by measurement; later ones end the process over an unknown flag.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-# One cache of compiled programs for all processes of a run: they use the same tiny models.
-OWNS_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
-if OWNS_CACHE:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moresjax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+# Compiled programs are kept between runs, in a folder for each version of JAX and set of flags.
+FLAGS = hashlib.sha256(os.environ["XLA_FLAGS"].encode()).hexdigest()[:8]
+CACHE = Path.home() / ".cache" / "moresjax" / "tests" / f"{jaxlib}-{FLAGS}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
-from jaxtyping import install_import_hook
-
-install_import_hook("moresjax", "beartype.beartype")
-
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import pytest
 
+TESTS = Path(__file__).parent
+FAST = set((TESTS / "fast.txt").read_text().split())
 MAPS = 20_000
 
 
@@ -43,10 +41,22 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
-def pytest_unconfigure():
-    """Removes the cache when the process that made it ends."""
-    if OWNS_CACHE:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+def pytest_addoption(parser: pytest.Parser):
+    parser.addoption("--shape-checks", action="store_true", help="check array shapes at run time")
+
+
+def pytest_configure(config: pytest.Config):
+    if config.getoption("--shape-checks"):
+        from jaxtyping import install_import_hook
+
+        install_import_hook("moresjax", "beartype.beartype")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Marks the tests of the files that `fast.txt` names."""
+    for item in items:
+        if str(item.path.relative_to(TESTS)) in FAST:
+            item.add_marker("fast")
 
 
 @pytest.fixture(scope="module", autouse=True)

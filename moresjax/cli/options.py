@@ -84,7 +84,8 @@ def mesh_of(args: argparse.Namespace) -> "Mesh | None":
 
     from moresjax.sharding.mesh import make_mesh, mesh_preset
 
-    return make_mesh(**mesh_preset(args.mesh, jax.device_count()))
+    sizes = mesh_preset(args.mesh, jax.device_count())
+    return make_mesh(sizes["data"], sizes["fsdp"], sizes["tensor"])
 
 
 def show(args: argparse.Namespace, data: Mapping, text: str) -> None:

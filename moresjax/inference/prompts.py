@@ -7,7 +7,7 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -45,6 +45,11 @@ class Answer:
     tokens: np.ndarray
     logprobs: np.ndarray | None
     stop_reason: StopReason
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON; without `logprobs` when there are none."""
+        known = {"text": self.text, "tokens": self.tokens.tolist(), "stop_reason": self.stop_reason}
+        return known if self.logprobs is None else known | {"logprobs": self.logprobs.tolist()}
 
 
 def check_images(images: object, of: str = "the prompt") -> tuple:

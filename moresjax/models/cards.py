@@ -3,8 +3,7 @@
 import dataclasses
 import math
 
-from flax import nnx
-
+from moresjax.core.parameter_names import named_parameters
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.zoo import ENCODERS, LLMS, MODELS, mllm_config
@@ -51,5 +50,6 @@ def _llm_text(config: DecoderConfig) -> str:
 
 def _count(config: MLLMConfig, part: str = "") -> int:
     """Parameters of a part, from shapes."""
-    flat = nnx.to_flat_state(nnx.state(MLLM(config), nnx.Param))
-    return sum(math.prod(v.shape) for path, v in flat if not part or path[0] == part)
+    shapes = {name: variable.shape for name, variable in named_parameters(MLLM(config)).items()}
+    prefix = f"{part}." if part else ""
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(prefix))

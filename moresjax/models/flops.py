@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from flax import nnx
 
-from moresjax.core.parameter_names import path_name
+from moresjax.core.parameter_names import named_parameters, path_name
 from moresjax.models.block import BlockConfig
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
@@ -48,7 +48,7 @@ def train_flops(
     images: int,
 ) -> StepFlops:
     """Operations of a train step over `rows` rows of `length` tokens with `images` images each."""
-    trained = {path_name(path) for path, _ in nnx.to_flat_state(trainable)}
+    trained = set(named_parameters(trainable))
     towers = _towers(config, images, length)
     model = again = 0.0
     for name, place, tower, work in _products(config, nnx.merge_state(trainable, frozen), towers):

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int8
 
 from moresjax.core.errors import UserError
-from moresjax.core.parameter_names import path_name
+from moresjax.core.parameter_names import named_parameters, path_name
 from moresjax.core.types import AnyArray
 from moresjax.models.layers import Module
 from moresjax.tuning.attach import Tuning
@@ -58,8 +58,7 @@ def set_params(
 
 def abstract_params(model: nnx.Module, part: str = "") -> list[str]:
     """Names of the parameters below `part` that have no value yet."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    names = [path_name(path) for path, variable in flat if is_abstract(variable)]
+    names = [name for name, variable in named_parameters(model).items() if is_abstract(variable)]
     return [name for name in names if not part or name.startswith(f"{part}.")]
 
 

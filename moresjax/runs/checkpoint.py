@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moresjax.core.errors import UserError
-from moresjax.core.parameter_names import current_name, path_name
+from moresjax.core.parameter_names import current_name, named_parameters, path_name
 from moresjax.runs.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ Restored = tuple[int, dict[str, Arrays], dict[str, Any]]
 
 def named(state: nnx.State) -> Arrays:
     """Parameters by dotted name."""
-    return {path_name(p): v.get_value() for p, v in nnx.to_flat_state(state)}
+    return {name: variable.get_value() for name, variable in named_parameters(state).items()}
 
 
 def renamed(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from moresjax.core.errors import UserError
+from moresjax.core.plugins import active_plugins
 from moresjax.data.pipeline import Batches, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.runs.build import build_model
@@ -85,6 +86,7 @@ def train(config: AnyConfig, workdir: str | Path, *, resume: str = "auto") -> Tr
       UserError: for a configuration that cannot run, or a directory of another run.
     """
     workdir, config = Path(workdir), with_absolute_paths(resolve(config))
+    config = dataclasses.replace(config, plugins=tuple(active_plugins()))
     get_objective(config.objective)  # an unknown name is told before anything is built
     check_workdir(config, workdir, resume)
     if finished := _finished(config, workdir):

@@ -5,7 +5,7 @@ import optax
 from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.parameter_names import matches, path_name
+from moresjax.core.parameter_names import matches, named_parameters
 from moresjax.runs.run_config import OptimizerConfig
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -40,7 +40,7 @@ def learning_rate_ratios(trainable: nnx.State, lr: float, overrides: str) -> dic
     Raises:
       UserError: for a malformed override, or one that matches no trained parameter.
     """
-    names = [path_name(path) for path, _ in nnx.to_flat_state(trainable)]
+    names = list(named_parameters(trainable))
     ratios = dict.fromkeys(names, 1.0)
     for override in filter(None, overrides.split(";")):
         pattern, _, text = override.rpartition("=")
@@ -70,7 +70,7 @@ def make_optimizer(
     """
     schedule = make_schedule(config.schedule, config.lr, steps, config.warmup, config.end)
     ratios = learning_rate_ratios(trainable, config.lr, config.lr_by_component)
-    names = [path_name(path) for path, _ in nnx.to_flat_state(trainable)]
+    names = list(named_parameters(trainable))
     structure = jax.tree.structure(trainable)
     ratio_tree = jax.tree.unflatten(structure, [ratios[name] for name in names])
     decays = [name.endswith((".kernel", ".table")) for name in names]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from moresjax.core.errors import UserError
-from moresjax.core.parameter_names import matches, path_name
+from moresjax.core.parameter_names import matches, named_parameters, path_name
 from moresjax.runs.run_config import RunConfig
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import use_mesh
@@ -37,7 +37,8 @@ def split_model(
     patterns = list(also_train)
     if tuning is not None:
         patterns += tuning.trains
-    names = [path_name(path) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    parameters = named_parameters(model)
+    names = list(parameters)
     for pattern in also_train:
         if not any(matches(name, pattern) for name in names):
             parts = sorted({name.split(".")[0] for name in names})
@@ -47,9 +48,9 @@ def split_model(
     chosen = {name for name in names if any(matches(name, pattern) for pattern in patterns)}
     if not chosen:
         raise UserError("nothing to train: the tuning has no parameters and also_train is empty")
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if path_name(path) in chosen and variable.dtype == jnp.int8:
-            raise UserError(f"{path_name(path)} is int8 and cannot train; leave it frozen")
+    for name, variable in parameters.items():
+        if name in chosen and variable.dtype == jnp.int8:
+            raise UserError(f"{name} is int8 and cannot train; leave it frozen")
     graphdef, trainable, frozen = nnx.split(model, lambda path, _: path_name(path) in chosen, ...)
     return graphdef, jax.tree.map(_as_fp32, trainable), frozen
 
