@@ -58,8 +58,8 @@ def add_parser(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="an adapter folder of moresjax, peft or pyreft; with names, several may be given beside the "
-        "base model, and each record of --prompts chooses one",
+        help="an adapter folder of moresjax, peft or pyreft; with names, several may be given "
+        "beside the base model, and each record of --prompts chooses one",
     )
     add_pyreft(generate)
     generate.add_argument(
