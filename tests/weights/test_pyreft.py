@@ -6,10 +6,12 @@ import shutil
 import sys
 from collections import OrderedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from tiny import tiny_config, tiny_model
 
 from moresjax.cli import main
@@ -237,7 +239,9 @@ def test_adapter_folders_of_all_kinds_are_attached(tmp_path):
 
 def test_the_command_line_generates_with_an_adapter_and_converts_it(tmp_path, capsys):
     config = dataclasses.replace(tiny_config(vocab_size=len(vocabulary())), vision=None)
-    base = export_hf(initialize(MLLM(config)), tmp_path / "base")
+    mllm = initialize(MLLM(config))
+    nnx.update(mllm, jax.tree.map(lambda x: 12 * x, nnx.state(mllm, nnx.Param)))  # it talks
+    base = export_hf(mllm, tmp_path / "base")
     build_tokenizer().save_pretrained(base)
     edits = [(layer, Loreft(2)) for layer in range(LAYERS)]
     for _, module in edits:
@@ -245,7 +249,7 @@ def test_the_command_line_generates_with_an_adapter_and_converts_it(tmp_path, ca
     names = [f"layer_{layer}_comp_block_output_unit_pos_nunit_1#0" for layer, _ in edits]
     folder = write_folder(tmp_path / "reft", edits, names)
     prompt = ["--prompt", "two ?", "--max-new-tokens", "4", "--template", "bare", "--json"]
-    spec = ["--edits", "loreft:positions=prompt:f2", "--allow-pickle"]
+    spec = ["--edits", "loreft:positions=prompt:f4+l5", "--allow-pickle"]
 
     def answer(*adapter) -> str:
         assert main(["generate", "--model", str(base), *prompt, *map(str, adapter)]) == 0
@@ -254,7 +258,7 @@ def test_the_command_line_generates_with_an_adapter_and_converts_it(tmp_path, ca
     changed = answer("--adapter", folder, *spec)
     model = load(base, template="bare")
     bare = model.generate(["two ?"], max_new_tokens=4)[0]
-    model.load_adapter(folder, edits="loreft:positions=prompt:f2", allow_pickle=True)
+    model.load_adapter(folder, edits="loreft:positions=prompt:f4+l5", allow_pickle=True)
     assert model.generate(["two ?"], max_new_tokens=4)[0] == changed != bare
     ours = tmp_path / "ours"
     arguments = [str(base), str(ours), "--format", "adapter", "--adapter", str(folder), *spec]
