@@ -136,8 +136,10 @@ class LoadedModel:
         self.service.reset()
         self._name_words()
 
-    def load_adapter(self, folder: str | Path) -> None:
-        """Replaces the attached tuning by an adapter folder, our own or one of `peft`.
+    def load_adapter(
+        self, folder: str | Path, *, edits: str = "", allow_pickle: bool = False
+    ) -> None:
+        """Replaces the attached tuning by an adapter folder of moresjax, `peft` or `pyreft`.
 
         >>> import tempfile
         >>> from moresjax.testing import talking_model
@@ -148,10 +150,16 @@ class LoadedModel:
         >>> model.tuning
         'lora:rank=2'
 
+        Args:
+          folder: The adapter folder.
+          edits: What a folder of pyreft does not say: its methods and their tokens, such as
+            `mores:positions=image`; see `moresjax.weights.pyreft.import_pyreft`.
+          allow_pickle: Whether the pickles of a pyreft folder may be read.
+
         Raises:
-          UserError: The folder is neither, or does not belong to this model.
+          UserError: The folder is none of these, or does not belong to this model.
         """
-        attach_adapter(self.restack(), folder)
+        attach_adapter(self.restack(), folder, edits=edits, allow_pickle=allow_pickle)
         self._name_words()
 
     def load_adapters(self, folders: Mapping[str, str | Path]) -> None:

@@ -72,7 +72,7 @@ def train(config: AnyConfig | str, workdir: str | Path, *, resume: str = "auto")
 
     Example:
       >>> import tempfile
-      >>> config = load_config("digits:stage=llm", ["steps=1", "batch_size=2", "tensorboard=False"])
+      >>> config = load_config("digits:stage=llm", ["steps=1", "batch_size=8", "tensorboard=False"])
       >>> train(config, tempfile.mkdtemp()).step
       1
 
