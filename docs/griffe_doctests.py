@@ -1,4 +1,4 @@
-"""Shows the examples of docstrings as code: an extension of griffe, which reads them for the site."""
+"""An extension of griffe, which reads docstrings for the site: their examples become code."""
 
 import re
 
