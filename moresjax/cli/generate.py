@@ -10,6 +10,7 @@ from moresjax.cli.options import (
     add_command,
     add_mesh,
     add_prompting,
+    add_pyreft,
     load_model,
     show,
 )
@@ -57,9 +58,10 @@ def add_parser(commands: Commands) -> None:
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help="an adapter folder of moresjax or peft; with names, several may be given beside the "
-        "base model, and each record of --prompts chooses one",
+        help="an adapter folder of moresjax, peft or pyreft; with names, several may be given "
+        "beside the base model, and each record of --prompts chooses one",
     )
+    add_pyreft(generate)
     generate.add_argument(
         "--adapter-for",
         default="adapter",
@@ -128,12 +130,13 @@ def run(args: argparse.Namespace) -> None:
     if args.logprobs and not (args.prompts or (args.json and args.prompt is not None)):
         raise UserError("--logprobs goes with --prompts, or with --prompt and --json")
     adapters = _named_adapters(args)
+    pyreft = {"edits": args.edits, "allow_pickle": args.allow_pickle}
     model = load_model(args)
     if args.prompts:
         if adapters:
             model.load_adapters(adapters)
         elif args.adapter:
-            model.load_adapter(args.adapter[0])
+            model.load_adapter(args.adapter[0], **pyreft)
         options |= {"image_root": args.image_root, "batch_size": args.batch_size}
         options |= {"adapter_field": args.adapter_for, "logprobs": args.logprobs}
         details = args.json or args.logprobs
@@ -142,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
         show(args, counts, text)
         return
     for folder in adapters.values() or args.adapter:  # there is one at most
-        model.load_adapter(folder)
+        model.load_adapter(folder, **pyreft)
     if args.prompt is None:
         _chat(model, args.image, options)
         return

@@ -34,6 +34,13 @@ def generate_file(
 ) -> dict[str, int]:
     """Answers every prompt of a JSON or JSON Lines file.
 
+    >>> import pathlib, tempfile
+    >>> from moresjax.testing import talking_model
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "in.jsonl").write_text('{"prompt": "how many ?"}')
+    >>> generate_file(talking_model(), folder / "in.jsonl", folder / "out.jsonl", max_new_tokens=2)
+    {'records': 1, 'errors': 0}
+
     Args:
       model: The model.
       source: Records `{"id", "prompt", "images"}`. `images` is a list of paths and may be missing;
@@ -57,7 +64,7 @@ def generate_file(
       How many records there were (`records`) and how many of them failed (`errors`).
 
     Raises:
-      UserError: when `source` cannot be read or `out` not be written, or for a bad option.
+      UserError: `source` cannot be read, `out` cannot be written, or an option is bad.
     """
     if logprobs and not details:
         raise UserError("logprobs=True needs details=True: a text has no log-probabilities")
