@@ -53,10 +53,10 @@ QUESTIONS = (
 )
 
 
-def make_items(folder: Path, count: int, per_image: int) -> list[Example]:
+def make_examples(folder: Path, count: int, per_image: int) -> list[Example]:
     """Questions about photos of noise, of different lengths and sizes."""
     rng = np.random.default_rng(0)
-    items = []
+    examples = []
     for number in range(count):
         path = folder / f"{number // per_image}.jpg"
         if number % per_image == 0:
@@ -64,21 +64,21 @@ def make_items(folder: Path, count: int, per_image: int) -> list[Example]:
             size = (320, 240) if number // per_image % 2 else (240, 280)
             Image.fromarray(coarse).resize(size).save(path)
         question = llava_prompt(QUESTIONS[number % len(QUESTIONS)])
-        items.append(Example(str(number), question, "", (path,)))
-    return items
+        examples.append(Example(str(number), question, "", (path,)))
+    return examples
 
 
-def prompt_of(item: Example) -> str:
+def prompt_of(example: Example) -> str:
     """The text that the template makes of a question."""
-    sample = Sample(item.id, (Turn(item.prompt),), item.images)
+    sample = Sample(example.id, (Turn(example.prompt),), example.images)
     return "".join(piece.text for piece in get_template(TEMPLATE).render(sample, ""))
 
 
-def make_tokenizer(items: list[Example]) -> PreTrainedTokenizerFast:
+def make_tokenizer(examples: list[Example]) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words, those of the prompts and others."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    words = dict.fromkeys(word for item in items for word in prompt_of(item).split())
+    words = dict.fromkeys(word for example in examples for word in prompt_of(example).split())
     others = (f"word{i}" for i in range(VOCAB))
     vocabulary = list(dict.fromkeys((*SPECIAL, *words, *others)))[:VOCAB]
     vocab = {word: i for i, word in enumerate(vocabulary)}
@@ -99,9 +99,9 @@ def make_tokenizer(items: list[Example]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_folder(folder: Path, items: list[Example], small: bool) -> None:
+def make_folder(folder: Path, examples: list[Example], small: bool) -> None:
     """A LLaVA with its processor, as `transformers` saves it."""
-    tokenizer = make_tokenizer(items)
+    tokenizer = make_tokenizer(examples)
     depth = 2 if small else 1
     llm = LlamaConfig(vocab_size=VOCAB, num_hidden_layers=8 // depth**2, pad_token_id=0, **TEXT)
     tower = CLIPVisionConfig(
@@ -131,35 +131,35 @@ def make_folder(folder: Path, items: list[Example], small: bool) -> None:
     ).save_pretrained(folder)
 
 
-def theirs(folder: str, items: list[Example], new: int, batch_size: int) -> Run:
+def theirs(folder: str, examples: list[Example], new: int, batch_size: int) -> Run:
     """`transformers`, from files to texts."""
     model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     processor = LlavaProcessor.from_pretrained(folder)
 
     def run():
         answers = []
-        for start in range(0, len(items), batch_size):
-            chosen = items[start : start + batch_size]
-            images = [Image.open(item.images[0]).convert("RGB") for item in chosen]
-            texts = [prompt_of(item) for item in chosen]
+        for start in range(0, len(examples), batch_size):
+            chosen = examples[start : start + batch_size]
+            images = [Image.open(example.images[0]).convert("RGB") for example in chosen]
+            texts = [prompt_of(example) for example in chosen]
             inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
             with torch.inference_mode():
                 ids = model.generate(**inputs, max_new_tokens=new, do_sample=False)
             ids = ids[:, inputs["input_ids"].shape[1] :]
             answers += processor.batch_decode(ids, skip_special_tokens=True)
         yield "run"
-        return dict(zip((item.id for item in items), answers, strict=True))
+        return dict(zip((example.id for example in examples), answers, strict=True))
 
     return run
 
 
-def ours(folder: str, items: list[Example], new: int, batch_size: int) -> Run:
+def ours(folder: str, examples: list[Example], new: int, batch_size: int) -> Run:
     """A benchmark like those of `moresjax evaluate`."""
     model = mj.load(folder, template=TEMPLATE)
 
     @benchmark("questions")
     def load(data_root=None, limit=None) -> list[BenchmarkTask]:
-        return [BenchmarkTask("questions", items, max_new_tokens=new)]
+        return [BenchmarkTask("questions", examples, max_new_tokens=new)]
 
     def run():
         result = evaluate(model, ["questions"], batch_size=batch_size)
@@ -193,7 +193,7 @@ def print_table(seconds: Seconds, first: dict[str, float], sizes: list[int]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--items", type=int, default=64)
+    parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--per-image", type=int, nargs="+", default=[1, 4], help="questions")
     parser.add_argument("--new-tokens", type=int, default=16)
@@ -206,9 +206,9 @@ def main() -> None:
 def compare(args, per_image: int) -> None:
     """One table: as many questions about each image."""
     with tempfile.TemporaryDirectory() as path:
-        items = make_items(Path(path), args.items, per_image)
-        make_folder(Path(path), items, args.small)
-        data = path, items, args.new_tokens
+        examples = make_examples(Path(path), args.examples, per_image)
+        make_folder(Path(path), examples, args.small)
+        data = path, examples, args.new_tokens
         runs = {ALONE: Worker(theirs, *data, 1, huge_pages=False)}
         for size in args.batch_sizes:
             runs[f"moresjax {size}"] = Worker(ours, *data, size, huge_pages=True)
@@ -224,7 +224,7 @@ def compare(args, per_image: int) -> None:
         seconds = measure(runs, args.rounds, warm=1)
         for run in runs.values():
             run.stop()
-    about = f"{args.items} questions, {per_image} about each image"
+    about = f"{args.examples} questions, {per_image} about each image"
     print(f"{about}, {args.new_tokens} new tokens each, answers equal\n")
     print_table(seconds, first, args.batch_sizes)
     print()

@@ -7,6 +7,8 @@ Stages: `llm` (text only), `vit` (vision encoder), `pretrain` (connector), `fine
 instruction tuning with `tuning=...`).
 """
 
+from ml_collections import ConfigDict
+
 from moresjax.core.errors import choice_error
 from moresjax.runs.config import base_config, parse_arg
 
@@ -48,7 +50,8 @@ VISION = {
 }
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The run of one stage."""
     args = parse_arg(arg, stage="finetune", tuning="mores:rank=1,positions=image", seed=0)
     stages = {"llm": _llm, "vit": _vit, "pretrain": _pretrain, "finetune": _finetune}
     if args.stage not in stages:
@@ -70,7 +73,7 @@ def get_config(arg=None):
     return config
 
 
-def _llm(config, args):
+def _llm(config: ConfigDict, args: ConfigDict) -> None:
     config.model.vision = ""
     config.tuning = "full"
     config.also_train = ()
@@ -82,7 +85,7 @@ def _llm(config, args):
     config.optimizer.weight_decay = 0.1
 
 
-def _vit(config, args):
+def _vit(config: ConfigDict, args: ConfigDict) -> None:
     config.objective = "patch_classes"
     config.model.classes = (10, 4)
     config.also_train = ("vision", "head")
@@ -91,7 +94,7 @@ def _vit(config, args):
     config.optimizer.lr = 2e-3
 
 
-def _pretrain(config, args):
+def _pretrain(config: ConfigDict, args: ConfigDict) -> None:
     config.init.llm = "../llm"
     config.init.vision = "../vit"
     config.template = "plain"
@@ -101,7 +104,7 @@ def _pretrain(config, args):
     config.optimizer.lr = 2e-3
 
 
-def _finetune(config, args):
+def _finetune(config: ConfigDict, args: ConfigDict) -> None:
     config.init.llm = "../llm"
     config.init.vision = "../vit"
     config.init.connector = "../pretrain"

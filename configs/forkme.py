@@ -3,10 +3,13 @@
 moresjax train --config configs/forkme.py:tuning=mores:rank=2 --workdir runs/mine
 """
 
+from ml_collections import ConfigDict
+
 from moresjax.runs.config import base_config, parse_arg
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The run; `arg` is what stands after the colon."""
     # Arguments after the colon, with their defaults and types.
     args = parse_arg(arg, tuning="mores:rank=1", lr=2e-4, seed=0)
 

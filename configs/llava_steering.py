@@ -13,6 +13,8 @@ and of the encoder are `init.llm` and `init.vision`, data is `data.files` and `d
 
 import dataclasses
 
+from ml_collections import ConfigDict
+
 from moresjax.core.errors import choice_error
 from moresjax.models.zoo import ENCODERS, MODELS
 from moresjax.runs.config import base_config, parse_arg
@@ -40,7 +42,8 @@ METHODS = {
 LEARNING_RATES = {"pretrain": 1e-3, "full": 2e-5, "peft": 2e-4}
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The run of one stage of a size."""
     args = parse_arg(
         arg,
         size="3b",
@@ -76,12 +79,12 @@ def get_config(arg=None):
     return config
 
 
-def _steps(config, samples: int, rows: int, passes: int) -> None:
+def _steps(config: ConfigDict, samples: int, rows: int, passes: int) -> None:
     config.batch_size = rows
     config.steps = -(-samples * passes // rows)
 
 
-def _pretrain(config, args):
+def _pretrain(config: ConfigDict, args: ConfigDict) -> None:
     config.tuning = "none"
     config.template = "plain"
     config.max_seq_len = 1024
@@ -94,7 +97,7 @@ def _pretrain(config, args):
     _steps(config, *PRETRAIN)
 
 
-def _finetune(config, args):
+def _finetune(config: ConfigDict, args: ConfigDict) -> None:
     config.init.connector = f"../pretrain-{args.size}"
     _tune(config, args)
     config.data = {
@@ -105,7 +108,7 @@ def _finetune(config, args):
     _steps(config, *MIX)
 
 
-def _task(config, args):
+def _task(config: ConfigDict, args: ConfigDict) -> None:
     """Starts from a model that is tuned on the mix already, as the authors do."""
     start = f"checkpoints/llava-steering-{args.size}"
     config.init.update({"llm": start, "vision": start, "connector": start})
@@ -119,7 +122,7 @@ def _task(config, args):
     _steps(config, args.samples, rows, passes)
 
 
-def _tune(config, args):
+def _tune(config: ConfigDict, args: ConfigDict) -> None:
     config.tuning = METHODS.get(args.tuning, args.tuning)
     config.max_seq_len, config.images_per_row = 4096, 5
     config.batching, config.num_workers = "pack", 16

@@ -5,6 +5,8 @@
 Everything is frozen but the editors. `configs/README.md` lists the rows of the paper's tables.
 """
 
+from ml_collections import ConfigDict
+
 from moresjax.runs.config import base_config, parse_arg
 
 SAMPLES, ROWS, PASSES = 191_105, 128, 3
@@ -16,7 +18,8 @@ METHODS = {
 }
 
 
-def get_config(arg=None):
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The run of MRT or of a baseline."""
     args = parse_arg(arg, tuning="mrt-paper", seed=42)
     config = base_config()
     config.name = f"mrt-{args.tuning.partition(':')[0]}"

@@ -1,14 +1,73 @@
-"""moresjax: train, evaluate and explain multimodal LLMs by editing representations."""
+"""moresjax: train, evaluate and explain multimodal LLMs by editing representations.
 
-from moresjax._version import __version__ as __version__
+    import moresjax as mj
+    mj.train("digits:stage=finetune,tuning=mores", "runs/mores")
+    model = mj.load("runs/mores")
+    model.generate("what is the largest ?", "scene.png")
 
-__all__ = ["Model", "load"]
+Every name is loaded on first use: `import moresjax` is quick, and a command that only counts
+parameters does not wait for the data and generation stacks.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moresjax._version import __version__
+
+if TYPE_CHECKING:
+    from moresjax import configs
+    from moresjax.core.errors import UserError
+    from moresjax.evaluation.run import evaluate
+    from moresjax.generation.sampling import Sampling
+    from moresjax.generation.scoring import ContinuationScore
+    from moresjax.inference import analyze
+    from moresjax.inference.chat import Chat
+    from moresjax.inference.load import load
+    from moresjax.inference.model import Model
+    from moresjax.inference.prompts import Answer
+    from moresjax.runs.config import load_config
+    from moresjax.training.loop import train
+
+# The module of every public name; an empty name stands for the module itself.
+_PLACES = {
+    "Answer": ("moresjax.inference.prompts", "Answer"),
+    "Chat": ("moresjax.inference.chat", "Chat"),
+    "ContinuationScore": ("moresjax.generation.scoring", "ContinuationScore"),
+    "Model": ("moresjax.inference.model", "Model"),
+    "Sampling": ("moresjax.generation.sampling", "Sampling"),
+    "UserError": ("moresjax.core.errors", "UserError"),
+    "analyze": ("moresjax.inference.analyze", ""),
+    "configs": ("moresjax.configs", ""),
+    "evaluate": ("moresjax.evaluation.run", "evaluate"),
+    "load": ("moresjax.inference.load", "load"),
+    "load_config": ("moresjax.runs.config", "load_config"),
+    "train": ("moresjax.training.loop", "train"),
+}
+
+__all__ = [
+    "Answer",
+    "Chat",
+    "ContinuationScore",
+    "Model",
+    "Sampling",
+    "UserError",
+    "__version__",
+    "analyze",
+    "configs",
+    "evaluate",
+    "load",
+    "load_config",
+    "train",
+]
 
 
-def __getattr__(name):
-    # Loaded on first use: `moresjax params` should not wait for the data and generation stacks.
-    if name in __all__:
-        from moresjax.inference import load as loading
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'moresjax' has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
-        return getattr(loading, name)
-    raise AttributeError(f"module 'moresjax' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -4,6 +4,7 @@
 their runs, adapters or evaluations: mend the reader, never the fixtures.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -53,6 +54,23 @@ def test_an_adapter_loads_on_its_base(name):
     model = moresjax.load(WRITTEN / "base")
     model.load_adapter(WRITTEN / "adapters" / name)
     check(model, f"adapters/{name}")
+
+
+def test_the_configuration_of_an_imported_model_names_the_same_architecture():
+    from moresjax.models.zoo import ENCODERS, LLMS
+    from moresjax.runs.architecture import model_config
+    from moresjax.runs.config import read_config
+
+    def fields(part) -> dict:
+        found = dataclasses.asdict(part)
+        encoders = found.get("encoders", ())
+        for each in (found, *encoders):
+            each.pop("model_type", None)  # version 0.1 did not write it
+        return found
+
+    found = model_config(read_config(WRITTEN / "imported" / "config.json"))
+    assert fields(found.llm) == fields(LLMS["gemma-3-1b"])
+    assert fields(found.vision) == fields(ENCODERS["mof-l-14-336"])
 
 
 def test_several_adapters_load_together():

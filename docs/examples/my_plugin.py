@@ -37,7 +37,7 @@ class Shift(Edit):
 
     def sites(self, config):
         """Where it acts, and the number of features there."""
-        return {self.site: (edit_dim(self, config),)}
+        return {self.site: (edit_dim(self, self.site, config),)}
 
     def initial(self, key, dim):
         """Its parameters in one layer: at the start it changes nothing."""

@@ -10,7 +10,6 @@ mean over its visible keys. Source: LLaVA Steering, figures 1 and 2, equation 2.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,11 +17,10 @@ from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
-from moresjax.core.row import Row
 from moresjax.models.attention import GROUPS, attention_probabilities, group_masses
 from moresjax.models.connector import parse_connector
 from moresjax.models.fusion import FusedVisionConfig
-from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.models.mllm import MLLMConfig
 from moresjax.tuning.base import ProbeContext
 
 IMAGE = GROUPS.index(TokenKind.IMAGE)
@@ -165,51 +163,6 @@ def summarize(
         samples=int(kept.sum()),
         excluded=int((~kept).sum()),
     )
-
-
-@runtime_checkable
-class GeneratingModel(Protocol):
-    """What generates the answers whose attention is looked at (`moresjax.Model`)."""
-
-    @property
-    def mllm(self) -> MLLM:
-        """The Flax module."""
-        ...
-
-    @property
-    def processor(self) -> Any:
-        """The processor (`moresjax.data.processor.Processor`)."""
-        ...
-
-    @property
-    def service(self) -> Any:
-        """The generation service (`moresjax.inference.service.GenerationService`)."""
-        ...
-
-
-def answer_maps(
-    model: GeneratingModel, row: Row, max_new_tokens: int
-) -> tuple[list[str], Float[np.ndarray, "L G V"]]:
-    """Generates an answer and returns the attention of its tokens on the visual tokens.
-
-    Args:
-      model: The model that answers.
-      row: A prompt with one image (`Model.prompt`).
-      max_new_tokens: The most tokens to generate, G.
-
-    Returns:
-      The tokens as text and their head-averaged attention per layer on the V visual tokens.
-    """
-    generation = model.service.generate_rows([row], max_new_tokens)
-    count = int(generation.length[0])
-    tokens = np.asarray(generation.tokens)[0, :count]
-    whole = row.append(tokens)
-    batch = model.processor.batch([whole])
-    queries = jnp.arange(len(row) - 1, len(row) - 1 + count)[None]
-    maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
-    visual = np.flatnonzero(whole.image >= 0) + model.mllm.tuning.num_virtual_tokens
-    texts = [model.processor.tokenizer.decode([token]) for token in tokens]
-    return texts, np.asarray(maps)[:, 0][:, :, visual]
 
 
 def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.ndarray, "*L Y X"]:

@@ -31,12 +31,12 @@ def add_parser(commands: Commands) -> None:
         "--tasks", required=True, metavar="A,B", help="benchmarks, presets, tasks of lm_eval"
     )
     evaluate.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="first N items of each task only")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
     evaluate.add_argument(
         "--split", metavar="SPLIT | TASK=SPLIT,..", help="default: each benchmark's own"
     )
     evaluate.add_argument(
-        "--num-fewshot", type=int, metavar="N", help="solved examples before each lm_eval item"
+        "--num-fewshot", type=int, metavar="N", help="solved examples before each lm_eval question"
     )
     evaluate.add_argument(
         "--batch-size",

@@ -2,7 +2,7 @@
 
 import argparse
 
-from moresjax.cli.options import Commands, add_command, show
+from moresjax.cli.options import Commands, add_command, add_pyreft, show
 
 
 def add_parser(commands: Commands) -> None:
@@ -14,12 +14,20 @@ def add_parser(commands: Commands) -> None:
         "--format", required=True, metavar="hf|merged|adapter|peft|pyreft", help="what to write"
     )
     export.add_argument("--adapter", metavar="DIR", help="attach this adapter folder first")
+    add_pyreft(export)
 
 
 def run(args: argparse.Namespace) -> None:
     """Exports and names the files."""
     from moresjax.inference.convert import export_model
 
-    out = export_model(args.model, args.out, args.format, adapter=args.adapter)
+    out = export_model(
+        args.model,
+        args.out,
+        args.format,
+        adapter=args.adapter,
+        edits=args.edits,
+        allow_pickle=args.allow_pickle,
+    )
     files = sorted(path.name for path in out.iterdir())
     show(args, {"out": args.out, "files": files}, f"{args.out}: {', '.join(files)}")

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moresjax.cli.options import (
@@ -9,6 +10,7 @@ from moresjax.cli.options import (
     add_command,
     add_mesh,
     add_prompting,
+    add_pyreft,
     load_model,
     show,
 )
@@ -31,7 +33,12 @@ def add_parser(commands: Commands) -> None:
     )
     generate.add_argument("--prompt", help="default: a chat, or the prompts of --prompts")
     generate.add_argument("--prompts", metavar="JSONL", help="id, prompt and images per line")
-    generate.add_argument("--out", metavar="JSONL", help="file for the answers to --prompts")
+    generate.add_argument(
+        "--out",
+        metavar="JSONL",
+        help="file for the answers to --prompts; with --json or --logprobs they have their tokens "
+        "and stop reasons, too",
+    )
     generate.add_argument(
         "--image-root",
         metavar="DIR",
@@ -47,7 +54,25 @@ def add_parser(commands: Commands) -> None:
     add_mesh(generate)
     add_prompting(generate)
     generate.add_argument(
-        "--adapter", metavar="DIR", help="an adapter folder of moresjax or peft to use"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="an adapter folder of moresjax, peft or pyreft; with names, several may be given "
+        "beside the base model, and each record of --prompts chooses one",
+    )
+    add_pyreft(generate)
+    generate.add_argument(
+        "--adapter-for",
+        default="adapter",
+        metavar="FIELD",
+        help="field of --prompts that names a record's adapter (default: %(default)s); records "
+        "without it, or with the name base, are answered by the base model",
+    )
+    generate.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="with --json or --prompts: also the log-probabilities of the new tokens",
     )
     _add_decoding(generate)
 
@@ -102,22 +127,45 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("a file of prompts needs --prompts and --out, and no --prompt")
     if args.num_beams != 1 and args.prompt is None:
         raise UserError("--num-beams goes with a single --prompt")
+    if args.logprobs and not (args.prompts or (args.json and args.prompt is not None)):
+        raise UserError("--logprobs goes with --prompts, or with --prompt and --json")
+    adapters = _named_adapters(args)
+    pyreft = {"edits": args.edits, "allow_pickle": args.allow_pickle}
     model = load_model(args)
-    if args.adapter:
-        model.load_adapter(args.adapter)
     if args.prompts:
+        if adapters:
+            model.load_adapters(adapters)
+        elif args.adapter:
+            model.load_adapter(args.adapter[0], **pyreft)
         options |= {"image_root": args.image_root, "batch_size": args.batch_size}
-        counts = generate_file(model, args.prompts, args.out, **options)
+        options |= {"adapter_field": args.adapter_for, "logprobs": args.logprobs}
+        details = args.json or args.logprobs
+        counts = generate_file(model, args.prompts, args.out, details=details, **options)
         text = f"{args.out}: {counts['records']} prompts, {counts['errors']} errors"
         show(args, counts, text)
         return
+    for folder in adapters.values() or args.adapter:  # there is one at most
+        model.load_adapter(folder, **pyreft)
     if args.prompt is None:
         _chat(model, args.image, options)
         return
     options |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
-    options["early_stopping"] = EARLY_STOPPING[args.early_stopping]
-    text = model.generate(args.prompt, args.image, **options)
-    show(args, {"prompt": args.prompt, "images": args.image, "text": text}, text)
+    options |= {"early_stopping": EARLY_STOPPING[args.early_stopping], "logprobs": args.logprobs}
+    answer = model.generate(args.prompt, args.image, details=True, **options)
+    asked = {"prompt": args.prompt, "images": args.image}
+    show(args, asked | answer.to_dict(), answer.text)
+
+
+def _named_adapters(args: argparse.Namespace) -> dict[str, str]:
+    """The folders of `--adapter NAME=DIR` by name; empty for a single folder without a name."""
+    pairs = [value.partition("=") for value in args.adapter if not Path(value).is_dir()]
+    named = {name: folder for name, equals, folder in pairs if equals}
+    if len(args.adapter) > 1:
+        if len(named) != len(args.adapter):
+            raise UserError("several --adapter need names of their own: --adapter NAME=DIR")
+        if not args.prompts:
+            raise UserError("several --adapter go with --prompts, whose records choose one each")
+    return named
 
 
 def _chat(model: "Model", images: Sequence[str], options: dict) -> None:

@@ -68,6 +68,20 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pyreft(command: argparse.ArgumentParser) -> None:
+    """Adds what an `--adapter` of pyreft needs beside its folder."""
+    command.add_argument(
+        "--edits",
+        default="",
+        metavar="SPEC",
+        help="methods and tokens of an adapter of pyreft, whose folder does not name them, such as "
+        "mores:positions=image (default: loreft with its own positions)",
+    )
+    command.add_argument(
+        "--allow-pickle", action="store_true", help="read an adapter of pyreft: it is pickled"
+    )
+
+
 def load_model(args: argparse.Namespace) -> "Model":
     """The model of `--model`, on the mesh of `--mesh`."""
     from moresjax.inference.load import load
@@ -84,7 +98,8 @@ def mesh_of(args: argparse.Namespace) -> "Mesh | None":
 
     from moresjax.sharding.mesh import make_mesh, mesh_preset
 
-    return make_mesh(**mesh_preset(args.mesh, jax.device_count()))
+    sizes = mesh_preset(args.mesh, jax.device_count())
+    return make_mesh(sizes["data"], sizes["fsdp"], sizes["tensor"])
 
 
 def show(args: argparse.Namespace, data: Mapping, text: str) -> None:

@@ -21,6 +21,21 @@ def named_parameters(model: nnx.Module | nnx.State) -> dict[str, nnx.Variable]:
     return {path_name(path): variable for path, variable in nnx.to_flat_state(state)}
 
 
+def layered_parameters(model: nnx.Module) -> dict[str, list[nnx.Variable]]:
+    """The parameters of a model by the names they have while the LLM's blocks are stacked.
+
+    Blocks that are held one by one, as in a model that has generated, give a variable per layer;
+    all other names have a single one.
+    """
+    stem, layers = "llm.blocks.", {}
+    for name, variable in named_parameters(model).items():
+        layer, _, rest = name.removeprefix(stem).partition(".")
+        one_by_one = name.startswith(stem) and layer.isdigit()
+        own = layers.setdefault(stem + rest if one_by_one else name, {})
+        own[int(layer) if one_by_one else 0] = variable
+    return {name: [own[number] for number in sorted(own)] for name, own in layers.items()}
+
+
 # Other names of some parameters in patterns.
 ALIASES = {"lm_head": "llm.head"}
 

@@ -32,7 +32,7 @@ _BATCHES_PER_CHUNK, _RANKED_BATCHES_PER_CHUNK = 64, 4
 
 def evaluate(
     model: Model,
-    tasks: Sequence[str],
+    tasks: str | Sequence[str],
     *,
     data_root: str | Path | None = None,
     limit: int | None = None,
@@ -54,7 +54,8 @@ def evaluate(
 
     Args:
       model: The model.
-      tasks: Names of benchmarks and presets, and of tasks of `lm_eval` (`hellaswag`, `mmlu`).
+      tasks: Names of benchmarks and presets, and of tasks of `lm_eval` (`hellaswag`, `mmlu`): a
+        list, or one text with commas.
       data_root: The folder of the benchmarks' official files.
       limit: The most examples per task.
       split: The split of the data, for all tasks or as `TASK=SPLIT,TASK=SPLIT` for some; by default
@@ -75,7 +76,7 @@ def evaluate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if attention and out is not None:
         raise UserError("attention statistics cannot be continued; evaluate without out")
-    names = expand_presets(tasks)
+    names = expand_presets(tasks.split(",") if isinstance(tasks, str) else tasks)
     texts = {n: load_lm_eval_tasks(n, data_root) for n in names if n not in benchmark_names()}
     if texts and (attention or split):
         name = next(iter(texts))

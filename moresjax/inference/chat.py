@@ -11,13 +11,15 @@ import numpy as np
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
+from moresjax.data.images import ImageInput
 from moresjax.data.samples import Sample, Turn
+from moresjax.generation.engine import Engine
 from moresjax.generation.lengths import bucket
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.state import DecodeState
 from moresjax.generation.text import TextStream, check_stops, has_stop
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import check_images, mark_images
+from moresjax.inference.prompts import PromptImages, check_images, mark_images
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.multi_adapter import adapter_ids
@@ -31,20 +33,28 @@ _PLAIN = ("system", "answer", "generated", "all")
 class Chat:
     """A conversation about images with a model.
 
+    >>> import numpy as np
+    >>> from moresjax.testing import talking_model
+    >>> chat = Chat(talking_model(), max_new_tokens=2)
+    >>> answer = "".join(chat.ask("how many ?", np.zeros((12, 12, 3), np.uint8)))
+    >>> answer == chat.turns[-1].answer
+    True
+
     Args:
-      model: what answers.
-      max_new_tokens: at most this many tokens per answer.
-      sampling: how tokens are chosen; a turn's draws have the seed `sampling.seed` plus its number.
-      stop: an answer ends before the first of these strings.
-      chunk: tokens between two pieces of a streamed answer.
-      adapter: name of the loaded adapter that answers; None: the base model.
+      model: The model that answers.
+      max_new_tokens: An answer has at most this many tokens.
+      sampling: How tokens are chosen; the draws of a turn have the seed `sampling.seed` plus the
+        number of the turn.
+      stop: An answer ends before the first of these strings.
+      chunk: The number of tokens between two pieces of a streamed answer.
+      adapter: The name of the loaded adapter that answers; None for the base model.
 
     Attributes:
-      turns: questions and answers so far.
-      tokens_read: prompt tokens that the last turn had to read, padding excluded.
+      turns: The questions and answers so far.
+      tokens_read: How many prompt tokens the last turn had to read, padding excluded.
 
     Raises:
-      UserError: for an empty stop string or an unknown adapter.
+      UserError: A stop string is empty, or the adapter is unknown.
     """
 
     def __init__(
@@ -56,50 +66,54 @@ class Chat:
         stop: str | Sequence[str] = (),
         chunk: int = 4,
         adapter: str | None = None,
-    ):
+    ) -> None:
         self._model, self._limit, self._sampling = model, max_new_tokens, sampling
         self._stops, self._chunk = check_stops(stop), chunk
         self._adapters = None if adapter is None else [adapter]
-        tuning = model.mllm.tuning
-        adapter_ids(tuning, self._adapters, 1)
-        self._keeps = keeps_cache(tuning)
+        adapter_ids(model.mllm.tuning, self._adapters, 1)
         self.reset()
 
     def reset(self) -> None:
         """Forgets the conversation."""
         self.turns: list[Turn] = []
         self.tokens_read = 0
-        self._images: list = []
+        self._images: tuple[ImageInput, ...] = ()
         self._pixels: list[np.ndarray] = []
+        self._engine: Engine | None = None  # the engine that made the cache
         self._state: DecodeState | None = None
         self._held: Row | None = None  # tokens and layout of what the cache holds
 
-    def ask(self, question: str, images: object = ()) -> Iterator[str]:
+    def ask(self, question: str, images: PromptImages = ()) -> Iterator[str]:
         """Answers piece by piece; the turn counts once the answer has been read to its end.
 
         Args:
-          question: what the user says; `<image>` marks where an image goes, else images go first.
-          images: one image or a list of images: paths, PIL images or uint8 arrays `[Y, X, 3]`.
+          question: What the user says; `<image>` marks where an image goes, else images go first.
+          images: One image or a list of images: paths, PIL images or uint8 arrays `[Y, X, 3]`.
 
         Raises:
-          UserError: for an empty question, marks without images, or a conversation that has become
-            too long.
+          UserError: The question is empty, marks and images do not agree, or the conversation has
+            become too long.
         """
-        images = check_images(images, "the question")
-        if not question.strip() and not images:
+        new = check_images(images, "the question")
+        if not question.strip() and not new:
             raise UserError("the question is empty")
-        question = mark_images(question, images)
+        question = mark_images(question, new)
         prompts, service = self._model.prompts, self._model.service
         processor = prompts.processor
         turns = (*self.turns, Turn(question))
-        sample = Sample(f"turn {len(turns)}", turns, (*self._images, *images))
+        sample = Sample(f"turn {len(turns)}", turns, (*self._images, *new))
         row = processor.text_row(sample)
         service.check_context(row, self._limit)
-        pixels = [*self._pixels, *(processor.image(image) for image in images)]
+        pixels = [*self._pixels]
+        for image in new:
+            assert processor.image is not None  # a model without images was refused with the text
+            pixels.append(processor.image(image))
         if pixels:
             row = row.replace(pixels=np.stack(pixels))
-        state, engine = self._read(row), service.engine()
-        self._state, stream = None, TextStream(prompts.spell, self._stops)
+        engine = service.engine()
+        state = self._read(row, engine)
+        self._state, self._engine = None, engine
+        stream = TextStream(prompts.spell, self._stops)
         while True:
             ids = np.asarray(state.tokens[0, : int(state.length[0])])
             done = bool(state.done[0]) or has_stop(prompts.spell(ids), self._stops)
@@ -109,44 +123,48 @@ class Chat:
                 break
             state = engine.advance(state, self._chunk)
         self._state, self._held = state, row.append(ids[:-1]).replace(pixels=None)
-        self._images, self._pixels = list(sample.images), pixels
+        self._images, self._pixels = sample.images, pixels
         self.turns = [*self.turns, Turn(question, stream.text)]
 
-    def _read(self, row: Row) -> DecodeState:
+    def _read(self, row: Row, engine: Engine) -> DecodeState:
         """Prefill of the conversation, as far as the cache does not hold it."""
         tokens = len(row)
         length = bucket(tokens)
         batch = self._model.service.batch([row], length, self._adapters)
-        engine = self._model.service.engine()
         cache_length = bucket(engine.num_virtual_tokens + length + self._limit)
-        if self._state is not None:
-            cache_length = max(cache_length, self._state.cache_layout.shape[1])
+        # A cache that another engine made is that of another tuning.
+        state = self._state if self._engine is engine else None
+        if state is not None:
+            cache_length = max(cache_length, state.cache_layout.shape[1])
         options = {
             "cache_length": cache_length,
             "sampling": self._sampling,
             "seeds": [(self._sampling.seed + len(self.turns)) % 2**32],
             "limits": [self._limit],
         }
-        held = self._common(row) if self._state is not None else 0
+        held = 0 if state is None else self._common(row)
         # The last token is read in any case: it gives the first new one.
         count = bucket(tokens - min(held, tokens - 1), 8)
         first = min(tokens - 1, held, length - count)
-        if first <= 0 or (row.image[first:] >= 0).any():
+        if state is None or first <= 0 or (row.image[first:] >= 0).any():
             self.tokens_read = tokens
             return engine.prefill(batch, self._limit, **options)
         self.tokens_read = tokens - first
-        return engine.append_prompt(batch, self._state.caches, first, count, self._limit, **options)
+        return engine.append_prompt(batch, state.caches, first, count, self._limit, **options)
 
     def _common(self, row: Row) -> int:
         """How many tokens at the start of `row` the cache holds as they would be read anew."""
-        if not self._keeps or self._held is None:
+        if self._held is None or not keeps_cache(self._model.mllm.tuning):
             return 0
         return row.common_prefix(self._held)
 
 
 def keeps_cache(tuning: Tuning) -> bool:
-    """Whether the methods do to a token what they would still do to it later in the conversation,
-    and do it to further text even in the decode model."""
+    """Whether the cache of a conversation may be used again in its next turn.
+
+    The methods must do to a token what they would still do to it later in the conversation, and do
+    it to further text even in the decode model.
+    """
     for _, method in tuning.methods:
         if isinstance(method, WeightDelta) and method.sees_tokens:
             return False

@@ -47,6 +47,13 @@ def import_model(
 ) -> MLLM:
     """Writes a Hugging Face folder as a run's directory, from which everything here starts.
 
+    >>> import tempfile
+    >>> from moresjax.testing import talking_model
+    >>> from moresjax.weights.export import export_hf
+    >>> folder = export_hf(talking_model().mllm, tempfile.mkdtemp())
+    >>> import_model(folder, tempfile.mkdtemp()).config.visual_tokens
+    9
+
     Args:
       source: The folder of a LLaVA (also TinyLLaVA Factory's) or an LLM.
       out: A new or empty folder.
@@ -138,17 +145,32 @@ def _save_processor(source: Path, images: Path, out: Path, *, has_images: bool) 
 
 
 def export_model(
-    model: str | Path, out: str | Path, format: str, *, adapter: str | Path | None = None
+    model: str | Path,
+    out: str | Path,
+    format: str,
+    *,
+    adapter: str | Path | None = None,
+    edits: str = "",
+    allow_pickle: bool = False,
 ) -> Path:
     """Writes a model, or what was trained of it, in another tool's format.
 
+    >>> import tempfile
+    >>> from moresjax.testing import talking_model
+    >>> from moresjax.weights.export import export_hf
+    >>> base = export_hf(talking_model().mllm, tempfile.mkdtemp())
+    >>> sorted(path.name for path in export_model(base, tempfile.mkdtemp(), "hf").iterdir())
+    ['config.json', 'model.safetensors']
+
     Args:
-      model: a run's directory or a Hugging Face folder.
-      out: new or empty.
+      model: A run's directory or a Hugging Face folder.
+      out: A new or empty folder.
       format: `hf`, a folder of `transformers` with the base weights; `merged`, the same with the
         tuning folded into them; `adapter`, our own folder of what trained; `peft` and `pyreft`,
         folders of these libraries.
-      adapter: a folder of one of these three formats to attach first.
+      adapter: A folder of one of these three formats to attach first.
+      edits: What an `adapter` of pyreft does not say; see `Model.load_adapter`.
+      allow_pickle: Whether the pickles of an `adapter` of pyreft may be read.
 
     Raises:
       UserError: when the format cannot hold the model.
@@ -160,7 +182,7 @@ def export_model(
     # Whole weights go out; what was trained beside them goes out over any.
     loaded = load(model, quantize=None if format in ADAPTER_FORMATS else "")
     if adapter is not None:
-        loaded.load_adapter(adapter)
+        loaded.load_adapter(adapter, edits=edits, allow_pickle=allow_pickle)
     if format in ADAPTER_FORMATS:
         return _export_adapter(Path(model), loaded.mllm, out, format)
     if format == "merged":

@@ -3,14 +3,16 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.row import Row
 from moresjax.data.images import LazyPixels
 from moresjax.data.llava import image_path
 from moresjax.data.records import JsonRecords
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.inference.model import Model
+from moresjax.tuning.multi_adapter import BASE
 
 WINDOW = 32  # batches of records that are held at a time
 
@@ -25,26 +27,47 @@ def generate_file(
     batch_size: int = 8,
     sampling: Sampling = GREEDY,
     stop: str | Sequence[str] = (),
+    adapter_field: str = "adapter",
+    details: bool = False,
+    logprobs: bool = False,
     on_answer: Callable[[dict], None] | None = None,
 ) -> dict[str, int]:
     """Answers every prompt of a JSON or JSON Lines file.
 
+    >>> import pathlib, tempfile
+    >>> from moresjax.testing import talking_model
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "in.jsonl").write_text('{"prompt": "how many ?"}')
+    >>> generate_file(talking_model(), folder / "in.jsonl", folder / "out.jsonl", max_new_tokens=2)
+    {'records': 1, 'errors': 0}
+
     Args:
-      model: what answers.
-      source: records `{"id", "prompt", "images"}`; `images` is a list of paths and may be missing,
-        as may `id`, which then is the record's number; `seed` is that of the record's draws.
-      out: JSON Lines in the same order, `{"id", "prompt", "images", "text"}`; a record that cannot
-        be answered has the reason as `error` instead of `text`.
-      image_root: the folder that paths of images start from; default: that of `source`.
-      max_new_tokens, batch_size, sampling, stop: as in `Model.generate`.
-      on_answer: called with every line.
+      model: The model.
+      source: Records `{"id", "prompt", "images"}`. `images` is a list of paths and may be missing;
+        so may `id`, whose place the record's number takes. A record may have a `seed` for its draws
+        and, where the model has several adapters, the name of one (`adapter_field`).
+      out: JSON Lines in the same order, `{"id", "prompt", "images", "text"}`, and `adapter` where
+        the record names one; a record that cannot be answered has the reason as `error` instead of
+        `text`.
+      image_root: The folder that paths of images start from; default: the folder of `source`.
+      max_new_tokens: An answer has at most this many tokens.
+      batch_size: How many prompts are answered at a time.
+      sampling: How tokens are chosen; greedy by default.
+      stop: An answer ends before the first of these strings.
+      adapter_field: The field of a record that names its adapter; `base` or no name stands for the
+        base model.
+      details: Whether lines also have `tokens` and `stop_reason`.
+      logprobs: Whether these lines also have the `logprobs` of their tokens.
+      on_answer: Called with every line.
 
     Returns:
       How many records there were (`records`) and how many of them failed (`errors`).
 
     Raises:
-      UserError: when `source` cannot be read or `out` not be written, or for a bad option.
+      UserError: `source` cannot be read, `out` cannot be written, or an option is bad.
     """
+    if logprobs and not details:
+        raise UserError("logprobs=True needs details=True: a text has no log-probabilities")
     source, out = Path(source), Path(out)
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
@@ -53,6 +76,7 @@ def generate_file(
         raise UserError(f"{out} is the file of prompts; the answers need another one")
     root = source.parent if image_root is None else Path(image_root)
     records, errors = JsonRecords.scan(source), 0
+    names = (*model.adapters, BASE) if model.adapters else ()
     with _create(out) as file:
         for start in range(0, len(records), WINDOW * batch_size):
             window = range(start, min(start + WINDOW * batch_size, len(records)))
@@ -62,7 +86,7 @@ def generate_file(
                 named = isinstance(record, dict) and "id" in record
                 lines.append({"id": record["id"] if named else number})
                 try:
-                    lines[-1] |= _checked(record, number)
+                    lines[-1] |= _checked(record, number, adapter_field if names else "", names)
                     rows.append(_row(model, lines[-1], root, max_new_tokens, known))
                 except UserError as error:
                     lines[-1]["error"] = str(error)
@@ -73,12 +97,17 @@ def generate_file(
                 rows,
                 max_new_tokens,
                 batch_size=batch_size,
+                adapters=[line.get("adapter") for line in good] if names else None,
                 sampling=sampling,
                 seeds=seeds,
                 stop=stop,
+                logprobs=logprobs,
             )
-            for line, completion in zip(good, done, strict=True):
-                line["text"] = model.prompts.text(completion.tokens, stop)
+            for line, one in zip(good, done, strict=True):
+                if details:
+                    line |= model.prompts.answer(one.tokens, one.logprobs, stop).to_dict()
+                else:
+                    line["text"] = model.prompts.text(one.tokens, stop)
             for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 if on_answer is not None:
@@ -86,7 +115,7 @@ def generate_file(
     return {"records": len(records), "errors": errors}
 
 
-def _create(path: Path):
+def _create(path: Path) -> TextIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("w", encoding="utf-8")
@@ -94,8 +123,8 @@ def _create(path: Path):
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _checked(record, number: int) -> dict:
-    """The known fields of a record.
+def _checked(record: object, number: int, adapter_field: str, adapters: Sequence[str]) -> dict:
+    """The known fields of a record; `adapter` is there when the record names one.
 
     Raises:
       UserError: when one is missing or of another type.
@@ -106,6 +135,11 @@ def _checked(record, number: int) -> dict:
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise UserError(f"record {number}: 'images' must be a list of paths, got {images!r}")
     line = {"prompt": record["prompt"], "images": images}
+    adapter = record.get(adapter_field) if adapter_field else None
+    if adapter is not None:
+        if adapter not in adapters:
+            raise choice_error(f"adapter of record {number}", adapter, adapters)
+        line["adapter"] = adapter
     if seed is None:
         return line
     if not isinstance(seed, int) or not 0 <= seed < 2**32:

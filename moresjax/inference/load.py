@@ -22,7 +22,7 @@ def load(
     path: str | Path,
     *,
     template: str | None = None,
-    tuning: str = "none",
+    tuning: str | None = None,
     quantize: str | None = None,
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
@@ -30,31 +30,46 @@ def load(
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
+    >>> import tempfile
+    >>> from moresjax.testing import tiny_model
+    >>> from moresjax.weights.export import export_hf
+    >>> folder = export_hf(tiny_model(), tempfile.mkdtemp())  # stands for a downloaded LLaVA
+    >>> load(folder, tuning="mores:rank=2").tuning
+    'mores:rank=2'
+
     Args:
-      path: the folder.
-      template: conversation template; a run has its own, a Hugging Face folder `vicuna_v1`.
-      tuning: attached to a Hugging Face folder's model.
+      path: The folder.
+      template: The conversation template; default: a run's own, and `vicuna_v1` for a Hugging Face
+        folder.
+      tuning: The spec of a tuning to attach, freshly initialised; `none` gives the model without
+        tuning. Default: a run's own with its trained parameters, nothing for a Hugging Face folder.
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
-      allow_pickle: whether a Hugging Face folder's `*.bin` files may be read.
-      mesh: see `Model.shard`; weights of a Hugging Face folder are split as they are read.
+      allow_pickle: Whether `*.bin` files may be read where a Hugging Face folder, or a folder that
+        a run started from, has no safetensors.
+      mesh: The devices to put the model on, see `Model.shard`; weights of a Hugging Face folder are
+        split as they are read.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
 
     Raises:
-      UserError: when the folder is neither, or is damaged, or the model takes no images.
+      UserError: The folder is neither, or is damaged, or does not fit an argument.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
-        mllm, processor = load_workdir(path, quantize=quantize)
+        mllm, processor = load_workdir(
+            path, tuning=tuning, quantize=quantize, allow_pickle=allow_pickle
+        )
         if template is not None:
+            if processor is None:
+                raise UserError(f"{path} has no tokenizer; template cannot be used")
             processor = dataclasses.replace(
                 processor, template=get_template(template, processor.tokenizer)
             )
     else:
         folder = HFFolder(path, allow_pickle=allow_pickle)
-        mllm = load_pretrained(folder, tuning, quantize=quantize or "", mesh=mesh)
+        mllm = load_pretrained(folder, tuning or "none", quantize=quantize or "", mesh=mesh)
         processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
     if image_aspect is not None:
         if processor is None or processor.image is None:

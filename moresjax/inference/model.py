@@ -7,33 +7,29 @@
 Axis legend: B rows, S tokens, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Literal, TypedDict, overload
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
 
-from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
-from typing_extensions import Unpack
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
-from moresjax.data.processor import Processor
 from moresjax.generation.beam import Beams
-from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.hf_inputs import hf_batch
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scoring import ContinuationScore
-from moresjax.inference.prompts import Answer, PromptEncoder, pair_images
-from moresjax.inference.service import GenerationService
-from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.processor import name_words
-from moresjax.sharding.mesh import shard_params
+from moresjax.inference.describe import describe_model
+from moresjax.inference.loaded_model import LoadedModel
+from moresjax.inference.prompts import (
+    Answer,
+    Images,
+    PromptImages,
+    pair_continuations,
+    pair_images,
+)
 from moresjax.tuning.merge import merged
 from moresjax.tuning.multi_adapter import adapter_ids
-from moresjax.weights.adapter import attach_adapter, load_adapters
-from moresjax.weights.fingerprint import fingerprint
 
 Adapters = str | Sequence[str | None] | None
 
@@ -53,143 +49,60 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: bool
 
 
-class Model:
+class Model(LoadedModel):
     """A multimodal LLM with its processor.
 
+    >>> from moresjax.testing import talking_model
+    >>> talking_model("mores:rank=2")  # `mj.load(folder)` gives a model of your own
+    Model
+      llm: 2 layers, 16 features, 4 heads, 37 tokens, 5,104 parameters
+      vision: 2 layers, 8 features, 12 x 12 pixels, 1,680 parameters
+      connector: mlp2x_gelu, 9 visual tokens per image, 416 parameters
+      tuning: mores:rank=2, 132 trainable parameters
+
     Args:
-      mllm: the Flax module, which belongs to this object from now on.
-      processor: tokenizer, template and image processor; None when the folder had no tokenizer.
-      mesh: the devices that the parameters are on; None for a single device.
-      engine_config: the knobs of generation.
+      mllm: The Flax module, which belongs to this object from now on.
+      processor: Tokenizer, template and image processor; None when the folder had no tokenizer.
+      mesh: The devices that the parameters are on; None for a single device.
+      engine_config: The knobs of generation.
 
     Attributes:
-      prompts: turns texts and images into rows of tokens, and tokens into texts.
-      service: generates and scores for rows of tokens.
+      prompts: Turns texts and images into rows of tokens, and tokens into texts.
+      service: Generates and scores for rows of tokens.
     """
 
-    def __init__(
-        self,
-        mllm: MLLM,
-        processor: Processor | None,
-        mesh: Mesh | None = None,
-        engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
-    ) -> None:
-        self._mllm = mllm
-        self.prompts = PromptEncoder(processor)
-        self.service = GenerationService(mllm, self.prompts, mesh, engine_config)
-        self._name_words()
+    def __repr__(self) -> str:
+        return describe_model(self)
 
-    def _name_words(self) -> None:
-        if self.processor is not None:
-            name_words(self._mllm.tuning, self.processor.tokenizer)
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """The module as treescope shows it, with the description above; treescope calls this."""
+        from treescope import repr_lib
 
-    @property
-    def mllm(self) -> MLLM:
-        """The Flax module. Its LLM's blocks are stacked until something is generated and a list
-        afterwards, which is what decoding needs; see `restack`."""
-        return self._mllm
-
-    @property
-    def processor(self) -> Processor | None:
-        """Tokenizer, template and image processor; None when the folder had no tokenizer."""
-        return self.prompts.saved_processor
-
-    @property
-    def config(self) -> MLLMConfig:
-        """The architecture."""
-        return self._mllm.config
-
-    @property
-    def tuning(self) -> str:
-        """The spec string of the attached tuning."""
-        return self._mllm.tuning.spec
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that `load_adapters` has loaded."""
-        return self._mllm.tuning.adapters
-
-    @property
-    def mesh(self) -> Mesh | None:
-        """The devices that the parameters are on; None for a single device."""
-        return self.service.mesh
-
-    @property
-    def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that tell models with different weights apart."""
-        return fingerprint(self._mllm)
-
-    def restack(self) -> MLLM:
-        """Ends generation and returns the Flax module with stacked blocks, as training has them.
-
-        The compiled engines are dropped; the next `generate` makes new ones.
-        """
-        self.service.reset()
-        self._mllm.llm.restack()
-        if self.mesh is not None:
-            nnx.update(self._mllm, shard_params(nnx.state(self._mllm), self.mesh))
-        return self._mllm
-
-    def shard(self, mesh: Mesh) -> None:
-        """Splits the parameters over the devices of a mesh, by the rules of training.
-
-        Generation, scores and logits then run on all of these devices, with rows split over the
-        mesh axes `data` and `fsdp`.
-        """
-        self.service.mesh = mesh
-        self.restack()
-
-    def attach(self, tuning: str, *, seed: int = 0) -> None:
-        """Replaces the attached tuning by a freshly initialised one.
-
-        Raises:
-          UserError: when the spec is malformed or does not fit the model.
-        """
-        self._mllm.attach(tuning, seed=seed)
-        self.service.reset()
-        self._name_words()
-
-    def load_adapter(self, folder: str | Path) -> None:
-        """Replaces the attached tuning by an adapter folder, our own or one of `peft`.
-
-        Raises:
-          UserError: when the folder is neither, or does not belong to this model.
-        """
-        attach_adapter(self.restack(), folder)
-        self._name_words()
-
-    def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
-        """Replaces the attached tuning by several adapter folders, of which `generate`, `score` and
-        `logits` use one for each prompt.
-
-        Args:
-          folders: adapter folders by the names to choose them with. All have one spec, up to the
-            layers that they act on.
-
-        Raises:
-          UserError: when a folder is not an adapter of this model, or they do not go together.
-        """
-        load_adapters(self.restack(), folders)
-        self._name_words()
+        parts = {"description": str(self), "mllm": self.mllm, "processor": self.processor}
+        return repr_lib.render_object_constructor(Model, parts, path, subtree_renderer)
 
     def merge(self) -> "Model":
         """The same model with LoRA, IA3 and the like folded into the weights; edits stay attached.
 
+        >>> from moresjax.testing import talking_model
+        >>> talking_model("lora:rank=2/mores:rank=2").merge().tuning
+        'mores:rank=2'
+
         Raises:
-          UserError: when a weight delta cannot be merged.
+          UserError: A weight delta cannot be merged, or several adapters are loaded.
         """
         return Model(merged(self.restack()), self.processor, self.mesh, self.service.config)
 
-    def prompt(self, text: str, images: object = (), name: str = "prompt") -> Row:
+    def prompt(self, text: str, images: PromptImages = (), name: str = "prompt") -> Row:
         """The row of tokens that a prompt becomes, for `service`.
 
         Args:
-          text: what the user says.
-          images: one image or a list of images; without an `<image>` mark they go first.
-          name: what error messages call the prompt.
+          text: What the user says.
+          images: One image or a list of images; without an `<image>` mark they go first.
+          name: What error messages call the prompt.
 
         Raises:
-          UserError: when marks and images do not agree, or an image is missing or broken.
+          UserError: Marks and images do not agree, or an image is missing or broken.
         """
         return self.prompts.row(text, images, name)
 
@@ -197,7 +110,7 @@ class Model:
     def generate(
         self,
         prompts: str,
-        images: object = None,
+        images: Images = None,
         *,
         details: Literal[False] = False,
         **options: Unpack[GenerateOptions],
@@ -206,7 +119,7 @@ class Model:
     def generate(
         self,
         prompts: str,
-        images: object = None,
+        images: Images = None,
         *,
         details: Literal[True],
         **options: Unpack[GenerateOptions],
@@ -215,7 +128,7 @@ class Model:
     def generate(
         self,
         prompts: Sequence[str],
-        images: object = None,
+        images: Images = None,
         *,
         details: Literal[False] = False,
         **options: Unpack[GenerateOptions],
@@ -224,7 +137,7 @@ class Model:
     def generate(
         self,
         prompts: Sequence[str],
-        images: object = None,
+        images: Images = None,
         *,
         details: Literal[True],
         **options: Unpack[GenerateOptions],
@@ -232,7 +145,7 @@ class Model:
     def generate(
         self,
         prompts: str | Sequence[str],
-        images: object = None,
+        images: Images = None,
         *,
         max_new_tokens: int = 128,
         adapters: Adapters = None,
@@ -248,40 +161,49 @@ class Model:
     ) -> str | list[str] | Answer | list[Answer]:
         """Answers to prompts.
 
+        >>> import numpy as np
+        >>> from moresjax.testing import talking_model
+        >>> model, image = talking_model(), np.zeros((12, 12, 3), np.uint8)
+        >>> text = model.generate("what is the largest ?", image, max_new_tokens=2)
+        >>> len(model.generate(["how many ?", "two ?"], [image, None], max_new_tokens=2))
+        2
+        >>> answer = model.generate("how many ?", details=True, logprobs=True, max_new_tokens=2)
+        >>> answer.stop_reason, answer.tokens.shape == answer.logprobs.shape
+        ('length', True)
+
         Args:
-          prompts: what the user says, one text or a list of texts; `<image>` marks where an image
+          prompts: What the user says, one text or a list of texts; `<image>` marks where an image
             goes, without marks images go first.
-          images: for one text an image or a list of images; for a list of texts a list that has an
+          images: For one text an image or a list of images; for a list of texts a list that has an
             image, a list of images or None for each. An image is a path, a PIL image or a uint8
             array `[Y, X, 3]`.
-          max_new_tokens: an answer has at most this many tokens.
-          adapters: the name of the loaded adapter that answers, or for every prompt its name or
+          max_new_tokens: An answer has at most this many tokens.
+          adapters: The name of the loaded adapter that answers, or for every prompt its name or
             None for the base model.
-          sampling: how tokens are chosen; greedy by default.
-          seeds: the seed of every prompt's draws; default: `sampling.seed` for all.
-          stop: an answer ends before the first of these strings.
-          batch_size: how many prompts are answered at a time; default: all.
-          num_beams: how many hypotheses a beam search follows; 1 for no search. A beam search goes
+          sampling: How tokens are chosen; greedy by default.
+          seeds: The seed of every prompt's draws; default: `sampling.seed` for all.
+          stop: An answer ends before the first of these strings.
+          batch_size: How many prompts are answered at a time; default: all.
+          num_beams: How many hypotheses a beam search follows; 1 for no search. A beam search goes
             with greedy choice and a single batch only.
-          length_penalty: see `Beams`.
-          early_stopping: see `Beams`.
-          details: whether to return `Answer`s, with tokens and stop reason, instead of texts.
-          logprobs: whether these answers have the log-probabilities of their tokens.
+          length_penalty: Above 0 a beam search prefers longer answers, below 0 shorter ones.
+          early_stopping: When a beam search ends; see `Beams`.
+          details: Whether to return `Answer`s, with tokens and stop reason, instead of texts.
+          logprobs: Whether these answers have the log-probabilities of their tokens.
 
         Returns:
           One answer for one text, a list of answers for a list of texts.
 
         Raises:
-          UserError: for an empty prompt, an unreadable image, images that cannot be assigned to
-            prompts, an unknown adapter, a prompt that is too long, or options that do not go
-            together.
+          UserError: A prompt is empty or too long, an image cannot be read or assigned to a prompt,
+            an adapter is unknown, or options do not go together.
         """
         if logprobs and not details:
             raise UserError("logprobs=True needs details=True: a text has no log-probabilities")
         beams = Beams(num_beams, length_penalty, early_stopping)
         beams.check(sampling, stop=stop, batch_size=batch_size, logprobs=logprobs)
         texts, own = pair_images(prompts, images)
-        names = self._adapter_names(adapters, len(texts))
+        names = self.adapter_names(adapters, len(texts))
         rows = self.prompts.rows(texts, own)
         done = self.service.complete(
             rows,
@@ -305,7 +227,7 @@ class Model:
         self,
         prompts: str,
         continuations: Sequence[str],
-        images: object = None,
+        images: Images = None,
         *,
         adapters: Adapters = None,
         batch_size: int = 8,
@@ -315,7 +237,7 @@ class Model:
         self,
         prompts: Sequence[str],
         continuations: Sequence[Sequence[str]],
-        images: object = None,
+        images: Images = None,
         *,
         adapters: Adapters = None,
         batch_size: int = 8,
@@ -324,7 +246,7 @@ class Model:
         self,
         prompts: str | Sequence[str],
         continuations: Sequence[str] | Sequence[Sequence[str]],
-        images: object = None,
+        images: Images = None,
         *,
         adapters: Adapters = None,
         batch_size: int = 8,
@@ -334,25 +256,30 @@ class Model:
         Prompt and answer are tokenised together, as the template writes them; the token that ends
         an answer is not scored.
 
+        >>> from moresjax.testing import talking_model
+        >>> yes, no = talking_model().score("is there a two ?", ["yes .", "no ."])
+        >>> yes.num_tokens, yes.logprob < 0
+        (2, True)
+
         Args:
-          prompts: what the user says, one text or a list of texts.
-          continuations: for one text its answers, for a list of texts a list of answers for each.
-          images: for one text an image or a list of images; for a list of texts a list that has an
+          prompts: What the user says, one text or a list of texts.
+          continuations: For one text its answers, for a list of texts a list of answers for each.
+          images: For one text an image or a list of images; for a list of texts a list that has an
             image, a list of images or None for each.
-          adapters: the name of the loaded adapter that scores, or for every prompt its name or None
+          adapters: The name of the loaded adapter that scores, or for every prompt its name or None
             for the base model.
-          batch_size: how many prompts are read at a time.
+          batch_size: How many prompts are read at a time.
 
         Returns:
           The scores of one text's answers, or a list of these for a list of texts.
 
         Raises:
-          UserError: as `generate`, and for an empty answer or answers that do not belong to one
-            prompt each.
+          UserError: As `generate`, and for an empty answer or answers that cannot be assigned to
+            prompts.
         """
         texts, own = pair_images(prompts, images)
-        lists = _check_continuations(prompts, continuations, len(texts))
-        names = self._adapter_names(adapters, len(texts))
+        lists = pair_continuations(prompts, continuations, len(texts))
+        names = self.adapter_names(adapters, len(texts))
         rows = self.prompts.rows(texts, own)
         pairs = [
             self.prompts.with_answer(row, text, images, answer)
@@ -368,7 +295,7 @@ class Model:
     def logits(
         self,
         prompts: str | Sequence[str] | None = None,
-        images: object = None,
+        images: Images = None,
         *,
         input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
@@ -380,20 +307,27 @@ class Model:
 
         Takes either prompts and images, or tokens with the conventions of `transformers`.
 
+        >>> from moresjax.testing import talking_model
+        >>> model = talking_model()
+        >>> model.logits("is there a two ?").shape
+        (1, 6, 37)
+        >>> model.logits(input_ids=[[1, 5, 6]]).shape
+        (1, 3, 37)
+
         Args:
-          prompts: what the user says, one text (then B is 1) or a list of texts.
-          images: for one text an image or a list of images; for a list of texts a list that has an
+          prompts: What the user says, one text (then B is 1) or a list of texts.
+          images: For one text an image or a list of images; for a list of texts a list that has an
             image, a list of images or None for each.
-          input_ids: `[B, S]` with one `image_token_id` per visual token.
-          attention_mask: `[B, S]`, 0 for padding on either side; default all ones.
-          pixel_values: `[images, 3, height, width]`, the images of all rows in order.
-          image_token_id: the id that stands for a visual token.
-          adapters: the name of the loaded adapter to use, or for every row its name or None for the
+          input_ids: Token ids `[B, S]` with one `image_token_id` per visual token.
+          attention_mask: `[B, S]`, 0 for padding on either side; default: all ones.
+          pixel_values: The images of all rows in order, `[images, 3, height, width]`.
+          image_token_id: The id that stands for a visual token.
+          adapters: The name of the loaded adapter to use, or for every row its name or None for the
             base model.
 
         Raises:
-          UserError: as `generate`, without prompts and token ids, and for image tokens that do not
-            match the images.
+          UserError: As `generate`, without both prompts and token ids, and for image tokens that do
+            not match the images.
         """
         if prompts is not None:
             rows = self.prompts.rows(*pair_images(prompts, images))
@@ -406,11 +340,11 @@ class Model:
             batch = hf_batch(
                 input_ids, attention_mask, pixel_values, image_token_id, self.config.visual_tokens
             )
-        names = self._adapter_names(adapters, len(batch.tokens))
+        names = self.adapter_names(adapters, len(batch.tokens))
         return self.service.logits(self.service.choose_adapters(batch, names))
 
-    def _adapter_names(self, adapters: Adapters, rows: int) -> Sequence[str | None] | None:
-        """The adapter of every row, from one name or a list of names.
+    def adapter_names(self, adapters: Adapters, rows: int) -> Sequence[str | None] | None:
+        """The adapter of every row, from one name for all rows or a list of names.
 
         Raises:
           UserError: for an unknown adapter, or another number of adapters than rows.
@@ -418,28 +352,3 @@ class Model:
         names = [adapters] * rows if isinstance(adapters, str) else adapters
         adapter_ids(self._mllm.tuning, names, rows)
         return names
-
-
-def _check_continuations(
-    prompts: str | Sequence[str],
-    continuations: Sequence[str] | Sequence[Sequence[str]],
-    count: int,
-) -> list[list[str]]:
-    """The answers to score for every prompt.
-
-    Raises:
-      UserError: when answers cannot be assigned to prompts.
-    """
-    if isinstance(continuations, str):
-        raise UserError("the answers to score must be a list of texts, got a single text")
-    if isinstance(prompts, str):
-        lists = [[*continuations]]
-    elif any(isinstance(answers, str) for answers in continuations):
-        raise UserError(f"{count} prompts need a list of answers each, got a list of texts")
-    else:
-        lists = [[*answers] for answers in continuations]
-    if len(lists) != count:
-        raise UserError(f"{count} prompts but {len(lists)} lists of answers")
-    if any(not isinstance(answer, str) for answers in lists for answer in answers):
-        raise UserError("an answer to score must be a text")
-    return lists

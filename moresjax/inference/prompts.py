@@ -7,7 +7,7 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -17,14 +17,20 @@ from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind
 from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
-from moresjax.data.images import LazyPixels
+from moresjax.data.images import ImageInput, LazyPixels
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.generation.state import Generation
 from moresjax.generation.text import check_stops, cut_at_stop, has_stop
 
-# One image as a user may give it: a path, the bytes of a file, a PIL image, or an array [Y, X, 3].
-ImageLike = str | Path | bytes | Image.Image | np.ndarray | jax.Array
+if TYPE_CHECKING:
+    # One image: a path, the bytes of a file, a PIL image, or a uint8 array [Y, X, 3].
+    ImageLike = ImageInput | jax.Array
+    PromptImages = ImageLike | Sequence[ImageLike] | None  # of one prompt
+    Images = PromptImages | Sequence[PromptImages]  # of one prompt or of a list of prompts
+else:  # wrong images are told by `check_images`, not by run-time checks of types
+    ImageLike = PromptImages = Images = object
+
 StopReason = Literal["eos", "stop", "length"]
 
 
@@ -33,9 +39,9 @@ class Answer:
     """What a prompt was answered with, in full.
 
     Attributes:
-      text: the answer as `Model.generate` returns it, without special tokens and stop string.
-      tokens: the new token ids `[G]`, up to the end token or the last token of the stop string.
-      logprobs: natural log-probabilities of these tokens under the model `[G]`, before any
+      text: The answer as `Model.generate` returns it, without special tokens and stop string.
+      tokens: The new token ids `[G]`, up to the end token or the last token of the stop string.
+      logprobs: Natural log-probabilities of these tokens under the model `[G]`, before any
         sampling setting; None unless they were asked for.
       stop_reason: `eos` after an end token, `stop` after a stop string, `length` when
         `max_new_tokens` were used up.
@@ -46,13 +52,18 @@ class Answer:
     logprobs: np.ndarray | None
     stop_reason: StopReason
 
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON; without `logprobs` when there are none."""
+        known = {"text": self.text, "tokens": self.tokens.tolist(), "stop_reason": self.stop_reason}
+        return known if self.logprobs is None else known | {"logprobs": self.logprobs.tolist()}
 
-def check_images(images: object, of: str = "the prompt") -> tuple:
+
+def check_images(images: Images, of: str = "the prompt") -> tuple[ImageInput, ...]:
     """The images of one prompt: none, one image, or a list of images.
 
     Args:
-      images: as the user gave them.
-      of: what they belong to, for error messages.
+      images: The images as the user gave them.
+      of: What they belong to, for error messages.
 
     Raises:
       UserError: for anything that is not clearly one image or a flat list of images.
@@ -64,7 +75,7 @@ def check_images(images: object, of: str = "the prompt") -> tuple:
     return (_check_image(images, of),)
 
 
-def _check_image(image: object, of: str) -> object:
+def _check_image(image: object, of: str) -> ImageInput:
     if isinstance(image, jax.Array):
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
@@ -78,13 +89,15 @@ def _check_image(image: object, of: str) -> object:
         raise UserError(f"the images of {of} are nested too deeply; give one image or a flat list")
     elif not isinstance(image, str | Path | bytes | Image.Image):
         raise UserError(
-            f"an image of {of} is a {type(image).__name__}; give a path, a PIL image or a uint8 "
-            "array [Y, X, 3]"
+            f"an image of {of} is of type {type(image).__name__}; give a path, a PIL image or a "
+            "uint8 array [Y, X, 3]"
         )
     return image
 
 
-def pair_images(prompts: str | Sequence[str], images: object) -> tuple[list[str], list[tuple]]:
+def pair_images(
+    prompts: str | Sequence[str], images: Images
+) -> tuple[list[str], list[tuple[ImageInput, ...]]]:
     """Prompts as a list, and the images of each.
 
     A single prompt takes an image or a list of images; a list of prompts takes a list with an
@@ -110,6 +123,34 @@ def pair_images(prompts: str | Sequence[str], images: object) -> tuple[list[str]
     return prompts, [check_images(own, f"prompt {n}") for n, own in enumerate(images)]
 
 
+def pair_continuations(
+    prompts: str | Sequence[str],
+    continuations: Sequence[str] | Sequence[Sequence[str]],
+    count: int,
+) -> list[list[str]]:
+    """The answers to score for each of `count` prompts.
+
+    Raises:
+      UserError: Answers cannot be assigned to prompts in one way only.
+    """
+    if isinstance(continuations, str):
+        raise UserError("the answers to score must be a list of texts, got a single text")
+    if isinstance(prompts, str):
+        given = [continuations]
+    elif any(isinstance(answers, str) for answers in continuations):
+        raise UserError(f"{count} prompts need a list of answers each, got a list of texts")
+    else:
+        given = list(continuations)
+    if len(given) != count:
+        raise UserError(f"{count} prompts but {len(given)} lists of answers")
+    lists: list[list[str]] = []
+    for answers in given:
+        lists.append([answer for answer in answers if isinstance(answer, str)])
+        if len(lists[-1]) != len(answers):
+            raise UserError("an answer to score must be a text")
+    return lists
+
+
 def mark_images(text: str, images: Sequence) -> str:
     """The text with a mark for every image: at its start, unless it has marks of its own."""
     return text if IMAGE_MARK in text else (IMAGE_MARK + "\n") * len(images) + text
@@ -120,7 +161,7 @@ class PromptEncoder:
     """Turns what users say into rows of tokens, and new tokens into text.
 
     Attributes:
-      saved_processor: tokenizer, template and image processor; None for a model without tokenizer,
+      saved_processor: Tokenizer, template and image processor; None for a model without tokenizer,
         with which only token ids can be used.
     """
 
@@ -137,20 +178,29 @@ class PromptEncoder:
             raise UserError("this model was loaded without a tokenizer; text cannot be used")
         return self.saved_processor
 
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of `transformers`.
+
+        Raises:
+          UserError: The model was loaded without one.
+        """
+        return self.processor.tokenizer
+
     def row(
         self,
         text: str,
-        images: object = (),
+        images: PromptImages = (),
         name: str = "prompt",
         known: dict[tuple, LazyPixels] | None = None,
     ) -> Row:
         """The unpadded row of a one-turn prompt. Images without an `<image>` mark go first.
 
         Args:
-          text: what the user says.
-          images: one image or a list of images.
-          name: what error messages call the prompt.
-          known: pixels of earlier prompts, see `Processor.row`. An image that several prompts are
+          text: What the user says.
+          images: One image or a list of images.
+          name: What error messages call the prompt.
+          known: Pixels of earlier prompts, see `Processor.row`. An image that several prompts are
             about is then read by the model once.
 
         Raises:
@@ -162,22 +212,22 @@ class PromptEncoder:
         sample = Sample(name, (Turn(mark_images(text, own)),), own)
         return self.processor.row(sample, known)
 
-    def rows(self, prompts: Sequence[str], images: Sequence[tuple]) -> list[Row]:
+    def rows(self, prompts: Sequence[str], images: Sequence[tuple[ImageInput, ...]]) -> list[Row]:
         """A row for every prompt; equal images are opened once."""
         known: dict[tuple, LazyPixels] = {}
         pairs = zip(prompts, images, strict=True)
         return [self.row(text, own, f"prompt {n}", known) for n, (text, own) in enumerate(pairs)]
 
     def with_answer(
-        self, row: Row, text: str, images: object, answer: str
+        self, row: Row, text: str, images: PromptImages, answer: str
     ) -> tuple[Row, np.ndarray]:
         """A prompt's row and the token ids of an answer to it, tokenised together.
 
         Args:
-          row: the row that `row` made of the prompt; its pixels are used again.
-          text: the prompt.
-          images: one image or a list of images.
-          answer: the answer, without the token that ends it.
+          row: The row that `row` made of the prompt; its pixels are used again.
+          text: The prompt.
+          images: One image or a list of images.
+          answer: The answer, without the token that ends it.
 
         Raises:
           UserError: for an empty answer.
@@ -211,7 +261,7 @@ class PromptEncoder:
 
     def spell(self, ids: Ids) -> str:
         """New tokens as text, without special tokens."""
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def answer(
         self, ids: Ids, logprobs: AnyArray | None = None, stop: str | Sequence[str] = ()
@@ -219,12 +269,13 @@ class PromptEncoder:
         """New tokens as an `Answer`.
 
         Args:
-          ids: the new tokens, the end token included.
-          logprobs: their log-probabilities, if there are any.
-          stop: stop strings; tokens after the first of them are left out.
+          ids: The new tokens, the end token included.
+          logprobs: Their log-probabilities, if there are any.
+          stop: Stop strings; tokens after the first of them are left out.
         """
         stops, tokens = check_stops(stop), np.asarray(ids, np.int32)
-        text, reason = self.text(tokens, stops), "length"
+        text = self.text(tokens, stops)
+        reason: StopReason = "length"
         if has_stop(self.spell(tokens), stops):
             reason, sizes = "stop", range(1, len(tokens) + 1)
             ended = bisect.bisect_left(

@@ -74,8 +74,7 @@ class GenerationService:
         """The engine that reads these probes; kept until `reset`."""
         key = tuple(probes)
         if key not in self._engines:
-            processor = self._prompts.processor
-            eos, pad = processor.eos_ids, processor.tokenizer.pad_token_id
+            eos, pad = self._prompts.processor.eos_ids, self._prompts.tokenizer.pad_token_id
             self._mllm.llm.unstack()
             self._engines[key] = Engine(
                 self._mllm,
@@ -269,21 +268,24 @@ class GenerationService:
             for prompt, own in zip(prompts, groups, strict=True)
         ]
         scheduler = self._scheduler([b.row for b in whole], batch_size, names, shared)
-        if shared.rows:
-            score = self.engine().score
-        else:  # a model that has not generated yet has stacked blocks, which compile faster
-            graphdef, params = nnx.split(self._mllm)
-            static = ScoreStatic(graphdef, logits_chunk=self.config.logits_chunk)
-
-            def score(batch: Batch, queries: np.ndarray, targets: np.ndarray, *_: object) -> tuple:
-                return score_program(static, ScoreData(params, batch, queries, targets))
-
+        # A model that has not generated yet has stacked blocks, which compile faster.
+        score = self.engine().score if shared.rows else self._score_whole()
         results: dict[int, ContinuationScore] = {}
         with use_mesh(self.mesh):
             found = score_continuations(whole, scheduler, score)
         for own, scores in zip(groups, found, strict=True):
             results |= dict(zip(own, scores, strict=True))
         return [results[number] for number in range(len(pairs))]
+
+    def _score_whole(self) -> Callable[..., tuple]:
+        """Scores prompts that are read as a whole, as `Engine.score` does, without an engine."""
+        graphdef, params = nnx.split(self._mllm)
+        static = ScoreStatic(graphdef, logits_chunk=self.config.logits_chunk)
+
+        def score(batch: Batch, queries: np.ndarray, targets: np.ndarray, *_: object) -> tuple:
+            return score_program(static, ScoreData(params, batch, queries, targets))
+
+        return score
 
     def check_context(self, row: Row, max_new_tokens: int) -> None:
         """Raises a `UserError` when a prompt and its continuation do not fit the model."""
@@ -320,8 +322,10 @@ class GenerationService:
         adapters: Sequence[str | None] | None,
         probes: Sequence[Probe],
     ) -> Callable[[Sequence[int]], PrefixCache]:
-        """A function that reads shared prefixes, given their numbers; text that all of them begin
-        with is read once."""
+        """A function that reads shared prefixes, given their numbers.
+
+        Text that all of them begin with is read once.
+        """
         engine, names = self.engine(probes), shared.adapters(adapters)
         common = self._shared_prefixes(shared.rows, names)
         begin = None

@@ -18,7 +18,12 @@ from moresjax.models.vision import (
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
     """LLaMA's wiring: RMSNorm, rotary positions, a gated MLP, no biases."""
-    defaults = {"vocab_size": 32_000, "norm_eps": 1e-5, "max_positions": 4096}
+    defaults = {
+        "model_type": "llama",
+        "vocab_size": 32_000,
+        "norm_eps": 1e-5,
+        "max_positions": 4096,
+    }
     return DecoderConfig(
         hidden_size=hidden,
         intermediate_size=mlp,
@@ -31,6 +36,7 @@ def _llama(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> De
 def _phi(hidden: int, layers: int, heads: int, rotary: float) -> DecoderConfig:
     """Phi's wiring: attention and MLP in parallel, LayerNorm, biases, partly rotated heads."""
     return DecoderConfig(
+        model_type="phi",
         vocab_size=51_200,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
@@ -52,6 +58,7 @@ def _phi(hidden: int, layers: int, heads: int, rotary: float) -> DecoderConfig:
 def _clip(image: int, patch: int, hidden: int, layers: int) -> VisionConfig:
     """CLIP's wiring: a class token, a norm before the first block, heads of 64 features."""
     return VisionConfig(
+        model_type="clip_vision_model",
         image_size=image,
         patch_size=patch,
         hidden_size=hidden,
@@ -72,6 +79,7 @@ def _siglip(
 ) -> VisionConfig:
     """SigLIP's wiring: patches only."""
     return VisionConfig(
+        model_type="siglip_vision_model",
         image_size=image,
         patch_size=patch,
         hidden_size=hidden,
@@ -85,7 +93,11 @@ def _siglip(
 
 def _dinov2(hidden: int, layers: int, image: int = 518, **changes: Any) -> VisionConfig:
     """DINOv2's wiring: a class token and layer scale."""
-    defaults = {"intermediate_size": 4 * hidden, "activation": "gelu"}
+    defaults = {
+        "model_type": "dinov2",
+        "intermediate_size": 4 * hidden,
+        "activation": "gelu",
+    }
     return VisionConfig(
         image_size=image,
         patch_size=14,
@@ -112,13 +124,19 @@ _LLAMA3_ROPE = {
 
 def _qwen(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
     """LLaMA's wiring with Qwen's vocabulary and slower rotations."""
-    defaults = {"vocab_size": 151_936, "norm_eps": 1e-6, "rope_theta": 1_000_000.0}
+    defaults = {
+        "model_type": "qwen2",
+        "vocab_size": 151_936,
+        "norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+    }
     return _llama(hidden, mlp, layers, heads, **(defaults | changes))
 
 
 def _gemma(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
     """Gemma's wiring: norms scaled by 1 + s, scaled and tied embeddings, heads of 256 features."""
     defaults = {
+        "model_type": "gemma",
         "vocab_size": 256_000,
         "head_dim": 256,
         "norm_eps": 1e-6,
@@ -134,6 +152,7 @@ def _gemma(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> De
 def _opt(hidden: int, layers: int, heads: int) -> DecoderConfig:
     """OPT's wiring: learned positions, LayerNorm, biases, an MLP without a gate."""
     return DecoderConfig(
+        model_type="opt",
         vocab_size=50_272,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
@@ -167,6 +186,7 @@ LLMS: dict[str, DecoderConfig] = {
         logit_softcap=30.0,
         window=4096,
         attention_pattern="lg",
+        model_type="gemma2",
     ),
     "gemma-3-1b": _gemma(
         1152,
@@ -183,6 +203,7 @@ LLMS: dict[str, DecoderConfig] = {
         attention_pattern="lllllg",
         rope_theta=1_000_000.0,
         local_rope_theta=10_000.0,
+        model_type="gemma3_text",
     ),
     "llama-3.1-8b": _llama(4096, 14_336, 32, 32, num_kv_heads=8, rope_factor=8.0, **_LLAMA3_ROPE),
     "llama-3.2-1b": _llama(
@@ -197,6 +218,7 @@ LLMS: dict[str, DecoderConfig] = {
         max_positions=32_768,
         window=4096,
         attention_pattern="l",
+        model_type="mistral",
     ),
     "opt-125m": _opt(768, 12, 12),
     "phi-1.5": _phi(2048, 24, 32, 0.5),
@@ -224,9 +246,18 @@ LLMS: dict[str, DecoderConfig] = {
         qk_norm=True,
         tie_embeddings=True,
         max_positions=40_960,
+        model_type="qwen3",
     ),
     "qwen3-8b": _qwen(
-        4096, 12_288, 36, 32, num_kv_heads=8, head_dim=128, qk_norm=True, max_positions=40_960
+        4096,
+        12_288,
+        36,
+        32,
+        num_kv_heads=8,
+        head_dim=128,
+        qk_norm=True,
+        max_positions=40_960,
+        model_type="qwen3",
     ),
     "stablelm-2-1.6b": _llama(
         2048,
@@ -237,6 +268,7 @@ LLMS: dict[str, DecoderConfig] = {
         norm="layer",
         rotary_fraction=0.25,
         qkv_bias=True,
+        model_type="stablelm",
     ),
     "tinyllama-1.1b": _llama(2048, 5632, 22, 32, num_kv_heads=4, max_positions=2048),
     "vicuna-7b": _llama(4096, 11_008, 32, 32),
@@ -260,8 +292,8 @@ VISION: dict[str, VisionConfig] = {
     "dinov2-b-14": _dinov2(768, 12),
     "dinov2-l-14": _dinov2(1024, 24),
     "dinov2-g-14": _dinov2(1536, 40, intermediate_size=4096, activation="silu", gated_mlp=True),
-    "dinov2-reg4-b-14": _dinov2(768, 12, registers=4),
-    "dinov2-reg4-l-14": _dinov2(1024, 24, registers=4),
+    "dinov2-reg4-b-14": _dinov2(768, 12, registers=4, model_type="dinov2_with_registers"),
+    "dinov2-reg4-l-14": _dinov2(1024, 24, registers=4, model_type="dinov2_with_registers"),
 }
 
 # Two encoders at one image size. DINOv2 is published at 518 pixels only: its positions at these

@@ -18,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.plugins import use_plugins
 from moresjax.runs.run_config import RENAMED_KEYS, RunConfig, check_spelling, resolve
 
 # Dicts whose keys are checked where they are used: options of a source, fields of a part.
@@ -76,7 +77,9 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         if not equals:
             raise UserError(f"override {override!r} is not of the form key=value")
         set_value(config, key, value)
-    return resolve(config)
+    resolved = resolve(config)
+    use_plugins(resolved.plugins)
+    return resolved
 
 
 def find_config(place: str) -> Path:

@@ -164,6 +164,8 @@ class RunConfig:
       validation: What is measured on samples that never train.
       lmar_every: Steps between two measurements of attention to the image (LMAR); 0: never.
       tensorboard: Whether TensorBoard events are written beside `metrics.jsonl`.
+      plugins: Files of plug-ins that a config file wants. In a run's `config.json`: the files and
+        installed packages whose plug-ins it was made with.
     """
 
     name: str = "run"
@@ -199,6 +201,12 @@ class RunConfig:
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     lmar_every: int = 0
     tensorboard: bool = True
+    plugins: tuple[str, ...] = ()
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the run trains an LLM, and not the classifier of a vision encoder alone."""
+        return self.objective != "patch_classes"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as nested dicts, as it is written into the run's directory."""

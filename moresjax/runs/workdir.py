@@ -3,7 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+
 from moresjax.core.errors import UserError
+from moresjax.core.plugins import explain_missing
 from moresjax.data.processor import Processor
 from moresjax.models.initialize import abstract_params, initialize, set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -12,7 +15,8 @@ from moresjax.runs.config import read_config
 from moresjax.runs.init_weights import load_parts, trained_parameters
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import build_processor
-from moresjax.runs.run_config import PARTS, RANDOM
+from moresjax.runs.run_config import PARTS, RANDOM, RunConfig
+from moresjax.tuning.spec import parse_spec
 from moresjax.weights.hf import HFFolders, pretrained_config
 
 
@@ -42,10 +46,22 @@ def load_workdir(
     workdir = Path(workdir)
     trained = trained_parameters(workdir)
     config = read_config(workdir / "config.json")
-    if config.objective != "next_token":
+    if not config.is_language_model:
         raise UserError(f"{workdir} trained {config.objective}; it is not a language model")
     if quantize is not None:
         config = dataclasses.replace(config, quantize=quantize)
+    with explain_missing(config.plugins, str(workdir)):
+        return _build(config, workdir, trained, tuning, allow_pickle)
+
+
+def _build(
+    config: RunConfig,
+    workdir: Path,
+    trained: dict[str, jax.Array],
+    tuning: str | None,
+    allow_pickle: bool,
+) -> tuple[MLLM, Processor | None]:
+    """Model and processor of a run from its configuration and the parameters that it trained."""
     architecture = model_config(config)
     model = MLLM(architecture, config.tuning)
     if (
@@ -73,5 +89,7 @@ def saved_config(folder: str | Path) -> tuple[MLLMConfig, str]:
     folder = Path(folder)
     if is_workdir(folder):
         config = read_config(folder / "config.json")
+        with explain_missing(config.plugins, str(folder)):
+            parse_spec(config.tuning)
         return model_config(config), config.tuning
     return pretrained_config(folder), "none"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moresjax.analysis.attention import answer_maps, to_grid
 from moresjax.configs import digits as recipe
 from moresjax.core.errors import UserError
 from moresjax.data.digits import FAMILIES, UNSEEN
 from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT, majority_accuracy, make_examples
 from moresjax.evaluation.results import EvaluationResult, write_results
 from moresjax.evaluation.run import evaluate
+from moresjax.inference.analyze import attention_map
 from moresjax.inference.load import load
 from moresjax.inference.model import Model
 from moresjax.models.count import count_parameters
@@ -193,11 +193,10 @@ def _plots(out: Path, results: dict, models: dict[str, Model], questions: dict) 
 
     mores = next(name for name in models if name.startswith("mores"))
     model, item = models[mores], questions["position"][0]
-    row = model.prompt(item.prompt, item.images, item.id)
-    words, maps = answer_maps(model, row, max_new_tokens=1)
-    grid = to_grid(maps[:, 0], model.config)
+    found = attention_map(model, item.prompt, item.images, max_new_tokens=1)
+    grid, word = found.grid[:, 0], found.tokens[0]
     question = item.prompt.split("\n")[-1]
-    title = f"{question}  {words[0]}  ({mores}; right: {item.answer})"
+    title = f"{question}  {word}  ({mores}; right: {item.answer})"
     plots.save(plots.heat_map(item.images[0], grid, title), out / "heat_map.png")
     share = float(np.nansum(grid, axis=(1, 2)).mean())
-    return {"question": question, "answer": words[0], "right": item.answer, "visual_share": share}
+    return {"question": question, "answer": word, "right": item.answer, "visual_share": share}

@@ -59,7 +59,9 @@ def tiny_model(tuning: str = "none", seed: int = 0, **llm: Any) -> MLLM:
     >>> tiny_model("mores:rank=1").config.visual_tokens
     9
     """
-    return initialize(MLLM(tiny_config(**llm), tuning), seed)
+    model = MLLM(tiny_config(**llm), tuning)
+    initialize(model, seed)
+    return model
 
 
 def digits_processor() -> Processor:

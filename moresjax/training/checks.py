@@ -11,6 +11,7 @@ from moresjax.runs.run_config import RunConfig
 # Keys that change between two starts of a run without changing what it trains.
 HARMLESS = (
     *("name", "log_every", "tensorboard", "checkpoint", "mesh", "num_workers", "lmar_every"),
+    "plugins",
     *("validation.data", "validation.every", "validation.batches"),
 )
 
@@ -66,9 +67,10 @@ def check_evaluators(config: RunConfig) -> None:
             f"validation.every is {wanted.every}, but there is nothing to validate on; give "
             "validation.data or validation.share"
         )
-    if (wanted.every or config.lmar_every) and config.objective != "next_token":
+    if (wanted.every or config.lmar_every) and not config.is_language_model:
         raise UserError(
-            f"validation.every and lmar_every need objective next_token, not {config.objective}"
+            "validation.every and lmar_every need a language model, not objective "
+            f"{config.objective}"
         )
     if config.lmar_every and not (config.model.vision and config.images_per_row):
         raise UserError("lmar_every measures attention to images; this run has none")

@@ -19,11 +19,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from moresjax.core.errors import UserError
+from moresjax.core.plugins import active_plugins
 from moresjax.data.pipeline import Batches, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints
-from moresjax.runs.config import save_config
+from moresjax.runs.config import load_config, save_config
 from moresjax.runs.data import build_iterator, build_sources
 from moresjax.runs.paths import with_absolute_paths
 from moresjax.runs.processor import build_processor
@@ -66,25 +67,27 @@ class TrainResult:
     compile_seconds: float
 
 
-def train(config: AnyConfig, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
+def train(config: AnyConfig | str, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
     """Runs the training that a configuration describes and leaves its checkpoints in `workdir`.
 
     Example:
       >>> import tempfile
-      >>> from moresjax.runs.config import load_config
-      >>> config = load_config("digits:stage=llm", ["steps=1", "batch_size=2", "tensorboard=False"])
+      >>> config = load_config("digits:stage=llm", ["steps=1", "batch_size=8", "tensorboard=False"])
       >>> train(config, tempfile.mkdtemp()).step
       1
 
     Args:
-      config: A `RunConfig`, or the `ConfigDict` that `base_config` and config files make.
+      config: A `RunConfig`, the `ConfigDict` that `base_config` and config files make, or what
+        `load_config` reads: a config file or a packaged name with its arguments.
       workdir: The run's directory; paths of `config.init` with a leading dot start there.
       resume: `auto` goes on from the newest intact checkpoint; `never` wants an empty directory.
 
     Raises:
       UserError: for a configuration that cannot run, or a directory of another run.
     """
-    workdir, config = Path(workdir), with_absolute_paths(resolve(config))
+    config = load_config(config) if isinstance(config, str) else resolve(config)
+    workdir, config = Path(workdir), with_absolute_paths(config)
+    config = dataclasses.replace(config, plugins=tuple(active_plugins()))
     get_objective(config.objective)  # an unknown name is told before anything is built
     check_workdir(config, workdir, resume)
     if finished := _finished(config, workdir):

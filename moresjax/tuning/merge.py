@@ -45,6 +45,15 @@ def merged(model: Model) -> Model:
     return model
 
 
+def check_stacked(model: TunedModel) -> None:
+    """Raises a `UserError` when a model has generated and holds its blocks one by one since."""
+    if isinstance(functools.reduce(getattr, ("llm", "blocks"), model), nnx.List):
+        raise UserError(
+            "the model holds its blocks one by one since it has generated; `Model.restack()` "
+            "stacks them again"
+        )
+
+
 def linear_path(site: str) -> tuple[str, ...]:
     """Path in the model of the stacked linear that a site such as `llm.block.q` names."""
     tower, _, name = site.split(".")
@@ -52,7 +61,12 @@ def linear_path(site: str) -> tuple[str, ...]:
 
 
 def linear_at(model: TunedModel, site: str) -> Any:
-    """The stacked linear that a site names (`models.layers.Linear`)."""
+    """The stacked linear that a site names (`models.layers.Linear`).
+
+    Raises:
+      UserError: when the blocks are held one by one.
+    """
+    check_stacked(model)
     return functools.reduce(getattr, linear_path(site), model)
 
 

@@ -16,7 +16,12 @@ from safetensors.numpy import load_file, save_file
 
 from moresjax._version import __version__
 from moresjax.core.errors import UserError
-from moresjax.core.parameter_names import current_name, matches, named_parameters
+from moresjax.core.parameter_names import (
+    current_name,
+    layered_parameters,
+    matches,
+    named_parameters,
+)
 from moresjax.core.types import AnyArray
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
@@ -168,7 +173,7 @@ def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
     tuning = Tuning(description["spec"], mllm.config)
     base, trained = _split(mllm, description["also_train"], tuning)
     for name, expected in description["base"]["checksums"].items():
-        if name not in base or checksum(base[name]) != expected:
+        if name not in base or checksum(*base[name]) != expected:
             raise UserError(f"{folder} belongs to another base: its {name} has other values")
     for name in _shared(tuning):
         if name in arrays:
@@ -192,8 +197,11 @@ def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
 
 def _split(
     mllm: MLLM, also_train: Sequence[str], tuning: Tuning | None = None
-) -> tuple[dict[str, AnyArray], dict[str, ArrayOrShape]]:
+) -> tuple[dict[str, list[AnyArray]], dict[str, ArrayOrShape]]:
     """Parameters that stay and that train, with the attached tuning or with another one.
+
+    Those that stay have a list of one array, or of one per layer where the model holds its blocks
+    one by one; those that train are stacked.
 
     Args:
       mllm: The model.
@@ -201,13 +209,17 @@ def _split(
       tuning: The tuning, which may have shapes only; default: the attached one.
     """
     tuning = mllm.tuning if tuning is None else tuning
-    own = {name: x for name, x in named_parameters(mllm).items() if not name.startswith("tuning.")}
-    own |= {f"tuning.{name}": x for name, x in named_parameters(tuning).items()}
+    layered = layered_parameters(mllm).items()
+    own = {name: layers for name, layers in layered if not name.startswith("tuning.")}
+    own |= {f"tuning.{name}": [x] for name, x in named_parameters(tuning).items()}
     patterns = (*also_train, *tuning.trains)
     base, trained = {}, {}
-    for name, variable in own.items():
-        trains = any(matches(name, pattern) for pattern in patterns)
-        (trained if trains else base)[name] = variable.get_value()
+    for name, layers in own.items():
+        values = [variable.get_value() for variable in layers]
+        if any(matches(name, pattern) for pattern in patterns):
+            trained[name] = values[0] if len(values) == 1 else np.stack(values)
+        else:
+            base[name] = values
     return base, trained
 
 

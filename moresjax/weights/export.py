@@ -16,6 +16,7 @@ from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
+from moresjax.tuning.merge import check_stacked
 from moresjax.weights.families.base import hf_decoder_config
 from moresjax.weights.families.llava import WRITTEN_PREFIXES, Llava
 from moresjax.weights.files import check_new, renamed
@@ -83,6 +84,7 @@ def _write_tensors(
 ) -> None:
     from huggingface_hub import split_state_dict_into_shards_factory
 
+    check_stacked(mllm)
     values = {name: x.get_value() for name, x in named_parameters(mllm).items()}
     prefixes = WRITTEN_PREFIXES if mllm.config.vision else {}
     owners = {renamed(name, prefixes): mapping for mapping in mappings for name in mapping.names}

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moresjax.core.parameter_names import first_name, named_parameters
+from moresjax.core.parameter_names import first_name, layered_parameters
 from moresjax.core.types import AnyArray
 from moresjax.models.mllm import MLLM
 
@@ -30,15 +30,9 @@ def fingerprint(mllm: MLLM) -> str:
     They depend on the configuration, the tuning, and a few values of every parameter. They are the
     same whether blocks are stacked or not, and in every version.
     """
-    layers: dict[str, dict[int, AnyArray]] = {}
-    for name, variable in named_parameters(mllm).items():
-        number, stem = 0, "llm.blocks."
-        layer, _, rest = name.removeprefix(stem).partition(".")
-        if name.startswith(stem) and layer.isdigit():
-            number, name = int(layer), stem + rest
-        layers.setdefault(name, {})[number] = variable.get_value()
     sums = {
-        first_name(name): checksum(*(own[i] for i in sorted(own))) for name, own in layers.items()
+        first_name(name): checksum(*(variable.get_value() for variable in layers))
+        for name, layers in layered_parameters(mllm).items()
     }
     names = {now: then for then, now in RENAMED_FIELDS.items()}
     config = _renamed(mllm.config.to_dict(), names)
@@ -60,13 +54,16 @@ def checksum(*layers: AnyArray) -> int:
     return zlib.crc32(np.concatenate(values).astype(jnp.bfloat16).tobytes())
 
 
-def checksums(base: Mapping[str, AnyArray]) -> dict[str, int]:
+def checksums(base: Mapping[str, Sequence[AnyArray]]) -> dict[str, int]:
     """Checksums of a few parameters, spread over the model.
 
     The linears of blocks are left out: another run may hold them quantised.
+
+    Args:
+      base: The values of each parameter: a single array, or one per layer.
     """
     names = sorted(n for n in base if not ("blocks" in n and n.endswith(".kernel")))
-    return {name: checksum(base[name]) for name in names[:: -(-len(names) // _CHECKSUMS) or 1]}
+    return {name: checksum(*base[name]) for name in names[:: -(-len(names) // _CHECKSUMS) or 1]}
 
 
 def config_difference(stored: Mapping[str, Any], config: Mapping[str, Any]) -> str:

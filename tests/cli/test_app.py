@@ -1,5 +1,6 @@
 """What all subcommands have in common."""
 
+import json
 import subprocess
 import sys
 
@@ -70,3 +71,24 @@ def test_start_up_imports_no_arrays():
 def test_an_unknown_plug_in_is_told_at_once(capsys):
     assert main(["zoo", "--plugin", "nowhere.py"]) == 2
     assert "plug-in nowhere.py does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train --workdir run", "plan --topology v5e-8", "data check"],
+)
+def test_packaged_configs_are_found_by_name(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # away from the folder configs/
+    words = command.split()
+    assert main([*words, "--config", "digits:stage=sft"]) == 2
+    assert "'sft'; choose from: llm, vit, pretrain, finetune" in capsys.readouterr().err
+    assert main([*words, "--config", "digit"]) == 2
+    assert "digit does not exist; the packaged configs are digits" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_data_of_a_packaged_config_are_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--config.data.size=5", "--workers", "1", "--json"]
+    assert main(["data", "check", "--config", "digits:stage=llm", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 5

@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from moresjax import load
 from moresjax.cli import main
@@ -194,6 +196,59 @@ def test_an_adapter_is_put_on_its_base(demo, capsys):
     assert "is not an adapter folder" in refused(bad, capsys)
 
 
+def test_json_carries_tokens_stop_reason_and_log_probabilities(demo, capsys):
+    out, _ = demo
+    folder = str(out / "finetune" / "ia3-seed0")
+    command = ["generate", "--model", folder, "--prompt", "is there a two ?", "--json"]
+    assert main([*command, "--max-new-tokens", "3", "--logprobs"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    options = {"max_new_tokens": 3, "details": True, "logprobs": True}
+    answer = load(folder).generate("is there a two ?", **options)
+    assert printed.pop("images") == []
+    assert printed.pop("prompt") == "is there a two ?"
+    assert printed == answer.to_dict()
+    assert len(printed["logprobs"]) == len(printed["tokens"]) > 0
+    assert printed["stop_reason"] in ("eos", "length")
+    assert main([*command, "--max-new-tokens", "3"]) == 0
+    del printed["logprobs"]
+    assert json.loads(capsys.readouterr().out).items() >= printed.items()
+    assert "--logprobs goes with" in refused([*command[:-1], "--logprobs"], capsys)
+
+
+def test_one_file_of_prompts_mixes_adapters_and_the_base(demo, tmp_path, capsys):
+    out, _ = demo
+    (lora,) = out.glob("adapters/lora*")
+    other = shutil.copytree(lora, tmp_path / "other")
+    (weights,) = other.glob("*.safetensors")
+    saved = load_file(weights)  # the connector, which all rows of a batch share, stays
+    save_file({n: x if n.startswith("connector") else -3 * x for n, x in saved.items()}, weights)
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    names = ["one", "base", "two", None, "one", "three"]
+    records = [{"prompt": "what is the largest ?", "by": name} for name in names]
+    prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
+    # The run that the adapter came from: its connector is the adapters', too.
+    model = ["generate", "--model", out / "finetune" / f"{lora.name}-seed0"]
+    command = [*model, "--prompts", prompts, "--out", answers, "--adapter-for", "by", "--logprobs"]
+    both = ["--adapter", f"one={lora}", "--adapter", f"two={other}", "--max-new-tokens", "4"]
+    assert main([str(x) for x in (*command, *both)]) == 0
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line.get("adapter") for line in lines[:5]] == names[:5]
+    assert "unknown adapter of record 5 'three'; choose from: one, two, base" in lines[5]["error"]
+    capsys.readouterr()
+    for number, adapter in ((0, lora), (2, f"two={other}")):
+        alone = [*model, "--adapter", adapter, "--prompt", records[0]["prompt"]]
+        alone += ["--max-new-tokens", "4", "--json", "--logprobs"]
+        assert main([*map(str, alone)]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        assert lines[number]["tokens"] == answer["tokens"]
+        np.testing.assert_allclose(lines[number]["logprobs"], answer["logprobs"], atol=1e-4)
+    assert lines[3]["logprobs"] == lines[1]["logprobs"] != lines[2]["logprobs"]
+    assert lines[4]["logprobs"] == lines[0]["logprobs"] != lines[1]["logprobs"]
+    two = ["--adapter", lora, "--adapter", other]
+    assert "several --adapter need names" in refused([*command, *two], capsys)
+    assert "several --adapter go with --prompts" in refused([*model, *both], capsys)
+
+
 def test_params_of_a_run(demo, capsys):
     out, printed = demo
     assert main(["params", "--model", str(out / "finetune" / "ia3-seed0"), "--json"]) == 0
@@ -276,8 +331,6 @@ def test_prompts_and_images_that_do_not_agree(demo, tmp_path, capsys):
 
 
 def test_a_damaged_run_is_refused_and_left_as_it_is(demo, tmp_path, capsys):
-    import shutil
-
     out, _ = demo
     run = tmp_path / "llm"
     shutil.copytree(out / "llm", run)

@@ -35,7 +35,7 @@ def split() -> list[Plan]:
 
 @pytest.fixture(scope="module")
 def whole() -> list[Plan]:
-    return generation("none", "replicated", images=0)
+    return generation("none", "replicated", images_per_row=0)
 
 
 def moved(found: Plan) -> int:

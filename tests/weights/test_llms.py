@@ -395,7 +395,9 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_named_sizes_are_the_published_ones(name):
-    assert decoder_config(PUBLISHED[name].to_dict()) == LLMS[name]
+    found = decoder_config(PUBLISHED[name].to_dict())
+    assert found == LLMS[name]
+    assert found.model_type == LLMS[name].model_type == PUBLISHED[name].model_type
 
 
 # Wide heads, grouped keys and norms as published; two layers and a short vocabulary.

@@ -1,19 +1,27 @@
 """Folders of pyreft: what its way of saving writes is read, and its way of loading reads ours."""
 
+import dataclasses
 import json
 import shutil
 import sys
 from collections import OrderedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
+from moresjax.cli import main
 from moresjax.core.errors import UserError
+from moresjax.data.digits import build_tokenizer, vocabulary
+from moresjax.inference.load import load
+from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
 from moresjax.testing.models import tiny_config, tiny_model
 from moresjax.weights.adapter import attach_adapter, save_adapter
+from moresjax.weights.export import export_hf
 from moresjax.weights.pyreft import export_pyreft, import_pyreft
 
 DIM, LAYERS = 16, 3
@@ -227,3 +235,36 @@ def test_adapter_folders_of_all_kinds_are_attached(tmp_path):
     with pytest.raises(UserError, match="is not a folder of pyreft"):
         attach_adapter(model, ours, edits="mores")
     assert model.tuning.spec == "mores:positions=image:f2,layers=0;2,rank=2"
+
+
+def test_the_command_line_generates_with_an_adapter_and_converts_it(tmp_path, capsys):
+    config = dataclasses.replace(tiny_config(vocab_size=len(vocabulary())), vision=None)
+    mllm = initialize(MLLM(config))
+    nnx.update(mllm, jax.tree.map(lambda x: 12 * x, nnx.state(mllm, nnx.Param)))  # it talks
+    base = export_hf(mllm, tmp_path / "base")
+    build_tokenizer().save_pretrained(base)
+    edits = [(layer, Loreft(2)) for layer in range(LAYERS)]
+    for _, module in edits:
+        module.learned_source.weight.data *= 300  # enough to change what is said
+    names = [f"layer_{layer}_comp_block_output_unit_pos_nunit_1#0" for layer, _ in edits]
+    folder = write_folder(tmp_path / "reft", edits, names)
+    prompt = ["--prompt", "two ?", "--max-new-tokens", "4", "--template", "bare", "--json"]
+    spec = ["--edits", "loreft:positions=prompt:f4+l5", "--allow-pickle"]
+
+    def answer(*adapter) -> str:
+        assert main(["generate", "--model", str(base), *prompt, *map(str, adapter)]) == 0
+        return json.loads(capsys.readouterr().out)["text"]
+
+    changed = answer("--adapter", folder, *spec)
+    model = load(base, template="bare")
+    bare = model.generate(["two ?"], max_new_tokens=4)[0]
+    model.load_adapter(folder, edits="loreft:positions=prompt:f4+l5", allow_pickle=True)
+    assert model.generate(["two ?"], max_new_tokens=4)[0] == changed != bare
+    ours = tmp_path / "ours"
+    arguments = [str(base), str(ours), "--format", "adapter", "--adapter", str(folder), *spec]
+    assert main(["export", *arguments]) == 0
+    capsys.readouterr()
+    assert answer("--adapter", ours) == changed
+    command = ["generate", "--model", str(base), *prompt, "--adapter", str(folder)]
+    assert main(command) == 2
+    assert "--allow-pickle" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def hallusionbench_summary(rows: Sequence[Row], verdicts: Sequence[int]) -> dict
     """
     if not rows or len(rows) != len(verdicts):
         raise UserError(
-            f"HallusionBench needs a verdict per item, got {len(verdicts)} for {len(rows)}"
+            f"HallusionBench needs a verdict per question, got {len(verdicts)} for {len(rows)}"
         )
     hits = [is_correct(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
 

@@ -164,7 +164,7 @@ def mmmu_summary(hits: Mapping[str, Sequence[bool]]) -> dict[str, float]:
         if subject not in known:
             raise choice_error("MMMU subject", subject, known)
         if not values:
-            raise UserError(f"MMMU subject {subject} has no items")
+            raise UserError(f"MMMU subject {subject} has no questions")
     groups = {subject: list(values) for subject, values in hits.items()}
     for domain, subjects in DOMAINS.items():
         groups[domain] = [value for subject in subjects for value in hits.get(subject, ())]

@@ -104,5 +104,5 @@ def test_averages_weigh_items_not_subjects():
 def test_unknown_and_empty_subjects_are_errors():
     with pytest.raises(UserError, match="unknown MMMU subject 'Arts'"):
         mmmu_summary({"Arts": [True]})
-    with pytest.raises(UserError, match="MMMU subject Art has no items"):
+    with pytest.raises(UserError, match="MMMU subject Art has no questions"):
         mmmu_summary({"Art": []})

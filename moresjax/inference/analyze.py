@@ -1,0 +1,124 @@
+"""What a model looks at while it answers: the notebook's `mj.analyze`.
+
+Axis legend: L layers, G new tokens, V visual tokens, Y, X patches of the image.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from moresjax.analysis.attention import (
+    AttentionMaps,
+    AttentionProbe,
+    AttentionSummary,
+    summarize,
+    to_grid,
+)
+from moresjax.core.errors import UserError
+from moresjax.inference.model import Adapters, Model
+from moresjax.inference.prompts import Images, PromptImages, check_images, pair_images
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMap:
+    """Where on an image each token of an answer looks.
+
+    Attributes:
+      tokens: The new tokens as text, one entry per token.
+      grid: The attention of each layer and token on the patches of the image `[L, G, Y, X]`,
+        averaged over heads; nan where a patch has no token.
+    """
+
+    tokens: list[str]
+    grid: Float[np.ndarray, "L G Y X"]
+
+
+def attention(
+    model: Model,
+    prompts: str | Sequence[str],
+    images: Images,
+    *,
+    max_new_tokens: int = 16,
+    batch_size: int = 8,
+    adapters: Adapters = None,
+) -> AttentionSummary:
+    """How much attention answers pay to the image, the question and the rest, layer by layer.
+
+    >>> import numpy as np
+    >>> from moresjax.testing import talking_model
+    >>> image = np.zeros((12, 12, 3), np.uint8)
+    >>> summary = attention(talking_model(), ["how many ?"], [image], max_new_tokens=2)
+    >>> summary.share.shape  # layers, groups of tokens
+    (2, 4)
+
+    Args:
+      model: The model that answers.
+      prompts: What the user says, one text or a list of texts.
+      images: For one text an image or a list of images; for a list of texts a list that has an
+        image, a list of images or None for each. Prompts without images are not counted.
+      max_new_tokens: Answers have at most this many tokens, and statistics are over these tokens.
+      batch_size: How many prompts are answered at a time.
+      adapters: The name of the loaded adapter that answers, or for every prompt its name.
+
+    Raises:
+      UserError: As `Model.generate`, and when no prompt has an image.
+    """
+    texts, own = pair_images(prompts, images)
+    if not any(own):
+        raise UserError("attention statistics need at least one prompt with an image")
+    rows, probe = model.prompts.rows(texts, own), AttentionProbe()
+    done = model.service.generate_many(
+        rows,
+        max_new_tokens,
+        batch_size=batch_size,
+        probes=(probe,),
+        adapters=model.adapter_names(adapters, len(rows)),
+    )
+    stats = [completion.stats[probe.name] for completion in done]
+    return summarize(
+        np.stack([one["mass"] for one in stats], 1),
+        np.stack([one["score"] for one in stats], 1),
+        np.asarray([len(completion.tokens) for completion in done]),
+        np.asarray([row.num_images > 0 for row in rows]),
+    )
+
+
+def attention_map(
+    model: Model, prompt: str, image: PromptImages, *, max_new_tokens: int = 16
+) -> AttentionMap:
+    """Answers a question about one image and maps the attention of every token of the answer.
+
+    >>> import numpy as np
+    >>> from moresjax.testing import talking_model
+    >>> image = np.zeros((12, 12, 3), np.uint8)
+    >>> found = attention_map(talking_model(), "how many ?", image, max_new_tokens=1)
+    >>> len(found.tokens), found.grid.shape
+    (1, (2, 1, 3, 3))
+
+    Args:
+      model: The model that answers.
+      prompt: What the user says.
+      image: A path, a PIL image or a uint8 array `[Y, X, 3]`.
+      max_new_tokens: The answer has at most this many tokens.
+
+    Raises:
+      UserError: As `Model.generate`, without exactly one image, and for a connector whose tokens
+        have no place on the image.
+    """
+    own = check_images(image)
+    if len(own) != 1:
+        raise UserError(f"an attention map needs one image, got {len(own)}")
+    row = model.prompts.row(prompt, own)
+    generation = model.service.generate_rows([row], max_new_tokens)
+    count = int(generation.length[0])
+    tokens = np.asarray(generation.tokens)[0, :count]
+    whole = row.append(tokens)
+    batch = model.service.batch([whole], len(whole))
+    queries = jnp.arange(len(row) - 1, len(row) - 1 + count)[None]
+    maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
+    visual = np.flatnonzero(whole.image >= 0) + model.mllm.tuning.num_virtual_tokens
+    texts = [model.prompts.tokenizer.decode([token]) for token in tokens]
+    return AttentionMap(texts, to_grid(np.asarray(maps)[:, 0][:, :, visual], model.config))

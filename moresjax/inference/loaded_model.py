@@ -1,0 +1,188 @@
+"""A module with its tuning, its devices and what generates with it: the state of a `Model`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from moresjax.data.processor import Processor
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
+from moresjax.inference.prompts import PromptEncoder
+from moresjax.inference.service import GenerationService
+from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.runs.processor import name_words
+from moresjax.sharding.mesh import shard_params
+from moresjax.weights.adapter import attach_adapter, load_adapters
+from moresjax.weights.fingerprint import fingerprint
+
+
+class LoadedModel:
+    """What a `Model` is made of and how its tuning is changed.
+
+    Reading costs nothing: no property ends an engine or copies weights. Whatever changes the tuning
+    or the devices ends the engines, and the next generation compiles new ones.
+
+    Args:
+      mllm: The Flax module, which belongs to this object from now on.
+      processor: Tokenizer, template and image processor; None when the folder had no tokenizer.
+      mesh: The devices that the parameters are on; None for a single device.
+      engine_config: The knobs of generation.
+    """
+
+    def __init__(
+        self,
+        mllm: MLLM,
+        processor: Processor | None,
+        mesh: Mesh | None = None,
+        engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+    ) -> None:
+        self._mllm = mllm
+        self.prompts = PromptEncoder(processor)
+        self.service = GenerationService(mllm, self.prompts, mesh, engine_config)
+        self._name_words()
+
+    def _name_words(self) -> None:
+        if self.processor is not None:
+            name_words(self._mllm.tuning, self.processor.tokenizer)
+
+    @property
+    def mllm(self) -> MLLM:
+        """The Flax module.
+
+        Its LLM's blocks are stacked until something is generated and a list afterwards, which is
+        what decoding needs; see `restack`.
+        """
+        return self._mllm
+
+    @property
+    def processor(self) -> Processor | None:
+        """Tokenizer, template and image processor; None when the folder had no tokenizer."""
+        return self.prompts.saved_processor
+
+    @property
+    def config(self) -> MLLMConfig:
+        """The architecture."""
+        return self._mllm.config
+
+    @property
+    def tuning(self) -> str:
+        """The spec string of the attached tuning."""
+        return self._mllm.tuning.spec
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that `load_adapters` has loaded."""
+        return self._mllm.tuning.adapters
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that the parameters are on; None for a single device."""
+        return self.service.mesh
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits that tell models with different weights apart."""
+        return fingerprint(self._mllm)
+
+    def restack(self) -> MLLM:
+        """Ends generation and returns the Flax module with stacked blocks, as training has them.
+
+        The compiled engines are dropped; the next `generate` makes new ones.
+
+        >>> from moresjax.testing import talking_model
+        >>> talking_model().restack().llm.blocks.mlp.up.kernel.shape
+        (2, 16, 24)
+        """
+        self.service.reset()
+        self._mllm.llm.restack()
+        if self.mesh is not None:
+            nnx.update(self._mllm, shard_params(nnx.state(self._mllm), self.mesh))
+        return self._mllm
+
+    def shard(self, mesh: Mesh) -> None:
+        """Splits the parameters over the devices of a mesh, by the rules of training.
+
+        Generation, scores and logits then run on all of these devices, with rows split over the
+        mesh axes `data` and `fsdp`.
+
+        >>> from moresjax.sharding.mesh import make_mesh
+        >>> from moresjax.testing import talking_model
+        >>> model = talking_model()
+        >>> model.shard(make_mesh())
+        >>> model.mesh.axis_names
+        ('data', 'fsdp', 'tensor')
+        """
+        self.service.mesh = mesh
+        self.restack()
+
+    def attach(self, tuning: str, *, seed: int = 0) -> None:
+        """Replaces the attached tuning by a freshly initialised one.
+
+        >>> from moresjax.testing import talking_model
+        >>> model = talking_model()
+        >>> model.attach("mores:rank=2,positions=image")
+        >>> model.tuning
+        'mores:positions=image,rank=2'
+
+        Args:
+          tuning: The spec string; `none` removes the attached tuning.
+          seed: Seeds the initial parameters.
+
+        Raises:
+          UserError: The spec is malformed or does not fit the model.
+        """
+        self._mllm.attach(tuning, seed=seed)
+        self.service.reset()
+        self._name_words()
+
+    def load_adapter(
+        self, folder: str | Path, *, edits: str = "", allow_pickle: bool = False
+    ) -> None:
+        """Replaces the attached tuning by an adapter folder of moresjax, `peft` or `pyreft`.
+
+        >>> import tempfile
+        >>> from moresjax.testing import talking_model
+        >>> from moresjax.weights.adapter import save_adapter
+        >>> folder = save_adapter(talking_model("lora:rank=2").mllm, tempfile.mkdtemp())
+        >>> model = talking_model()
+        >>> model.load_adapter(folder)
+        >>> model.tuning
+        'lora:rank=2'
+
+        Args:
+          folder: The adapter folder.
+          edits: What a folder of pyreft does not say: its methods and their tokens, such as
+            `mores:positions=image`; see `moresjax.weights.pyreft.import_pyreft`.
+          allow_pickle: Whether the pickles of a pyreft folder may be read.
+
+        Raises:
+          UserError: The folder is none of these, or does not belong to this model.
+        """
+        attach_adapter(self.restack(), folder, edits=edits, allow_pickle=allow_pickle)
+        self._name_words()
+
+    def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        """Replaces the attached tuning by several adapter folders.
+
+        `generate`, `score` and `logits` then use one of them for each prompt.
+
+        >>> import tempfile
+        >>> from moresjax.testing import talking_model
+        >>> from moresjax.weights.adapter import save_adapter
+        >>> folder = save_adapter(talking_model("lora:rank=2").mllm, tempfile.mkdtemp())
+        >>> model = talking_model()
+        >>> model.load_adapters({"counts": folder, "compares": folder})
+        >>> answers = model.generate(["two ?"] * 2, adapters=["counts", None], max_new_tokens=2)
+        >>> len(answers)
+        2
+
+        Args:
+          folders: Adapter folders by the names to choose them with. All have one spec, up to the
+            layers that they act on.
+
+        Raises:
+          UserError: A folder is not an adapter of this model, or they do not go together.
+        """
+        load_adapters(self.restack(), folders)
+        self._name_words()

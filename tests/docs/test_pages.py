@@ -1,0 +1,46 @@
+"""The pages of the documentation: their Python runs, and the command line knows their commands."""
+
+import re
+import shlex
+
+import pytest
+from docs_pages import ROOT, blocks
+
+from moresjax.cli.app import make_parser
+from moresjax.core.errors import UserError
+
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "configs" / "README.md"]
+HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
+# A command in a fenced block, or indented by four blanks, with the lines that continue it.
+COMMAND = re.compile(r"^(?:\$ |    )(moresjax (?:.*\\\n)*.+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_known(page):
+    for text in COMMAND.findall(page.read_text()):
+        words = shlex.split(text.replace("\\\n", " ").rstrip("&"), comments=True)
+        try:
+            _, rest = make_parser().parse_known_args(words[1:])
+        except UserError as error:
+            pytest.fail(f"{text}: {error}")
+        assert all(word.startswith("--config.") for word in rest), text
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
+def test_python_of_how_to_pages_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": page.stem}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.text, str(page), "exec"), names)
+
+
+def test_how_to_pages_are_short():
+    long = {page.name: n for page in HOW_TO if (n := page.read_text().count("\n")) > 40}
+    assert not long
+
+
+def test_how_to_pages_are_listed():
+    index = (DOCS / "index.md").read_text()
+    assert all(f"(how-to/{page.name})" in index for page in HOW_TO)

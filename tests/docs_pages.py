@@ -1,0 +1,28 @@
+"""Code blocks of the documentation's pages."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r'^```(\w+)(?: title="(.+?)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, the file that it shows (or nothing), and its text."""
+
+    language: str
+    title: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    return [Block(*(part or "" for part in found)) for found in BLOCK.findall(page.read_text())]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command, `$ command ...`, of a console block."""
+    lines = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+    return [shlex.split(line.removesuffix("&"), comments=True) for line in lines]
