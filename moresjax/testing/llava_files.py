@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
