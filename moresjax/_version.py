@@ -1,3 +1,3 @@
 """The version, which every package may know."""
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
