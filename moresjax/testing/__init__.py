@@ -1,5 +1,11 @@
-"""Helpers for tests and examples: models that exist without files."""
+"""Helpers for tests, examples and plug-ins.
 
+`models` and `batches` make tiny models and batches without files. `benchmark_files` and
+`llava_files` write small datasets in the benchmarks' official formats. `hf_llms`, `hf_encoders` and
+`hf_llavas` make tiny random models of `transformers`; they need torch.
+"""
+
+from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
 from moresjax.testing.models import (
     TINY_LLM,
     TINY_VISION,
@@ -13,7 +19,10 @@ __all__ = [
     "TINY_LLM",
     "TINY_VISION",
     "digits_processor",
+    "row_layout",
+    "stack_layout",
     "talking_model",
+    "tiny_batch",
     "tiny_config",
     "tiny_model",
 ]

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import TINY_LLM, row_layout, stack_layout, tiny_batch, tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moresjax.analysis.attention import (
@@ -23,6 +22,8 @@ from moresjax.models.attention import GROUPS
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
 from moresjax.models.vision import VisionConfig
+from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
+from moresjax.testing.models import TINY_LLM, tiny_config, tiny_model
 from moresjax.tuning.base import ProbeContext
 from moresjax.weights.families.base import decoder_config
 from moresjax.weights.hf import build_mllm, import_params

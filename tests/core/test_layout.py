@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import row_layout, stack_layout
 
 from moresjax.core.layout import (
     SHARED,
@@ -17,6 +16,7 @@ from moresjax.core.layout import (
     valid_mask,
     visible,
 )
+from moresjax.testing.batches import row_layout, stack_layout
 from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.selectors import parse_selector
 

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from corpus import PROCESSOR, make_images, make_records, write_list
 from PIL import Image
 
 from moresjax.core.errors import UserError
@@ -17,6 +16,7 @@ from moresjax.data.images import open_image
 from moresjax.data.llava import LlavaSource
 from moresjax.data.pipeline import make_iterator
 from moresjax.data.sources import make_source
+from moresjax.testing.llava_files import PROCESSOR, make_images, make_records, write_list
 
 COUNT = 23
 

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from corpus import PROCESSOR, SIDE, VISUAL, make_images, make_records, write_list
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
@@ -28,6 +26,15 @@ from moresjax.data.rows import PADDING_SAMPLE
 from moresjax.models.vision import VisionEncoder
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import batch_sharding, make_mesh, replicated, shard_params
+from moresjax.testing.llava_files import (
+    PROCESSOR,
+    SIDE,
+    VISUAL,
+    make_images,
+    make_records,
+    write_list,
+)
+from moresjax.testing.models import tiny_model
 from moresjax.training.objectives import next_token
 from moresjax.training.step import make_train_step, split_model
 

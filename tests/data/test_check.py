@@ -6,8 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from corpus import conversation, make_images, make_records, write_list
-from tiny import TINY_LLM, TINY_VISION
 
 from moresjax.core.layout import TokenKind
 from moresjax.data.check import check_data
@@ -15,6 +13,8 @@ from moresjax.data.digits import DigitsSource
 from moresjax.data.llava import LlavaSource
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import PartsConfig, RunConfig
+from moresjax.testing.llava_files import conversation, make_images, make_records, write_list
+from moresjax.testing.models import TINY_LLM, TINY_VISION
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import pickle
 
 import numpy as np
 import pytest
-from corpus import PROCESSOR, conversation, make_images, make_records, write_lines, write_list
 from PIL import Image
 
 from moresjax.core.errors import UserError
@@ -15,6 +14,14 @@ from moresjax.data.pipeline import make_iterator
 from moresjax.data.records import JsonRecords
 from moresjax.data.samples import Sample, Turn
 from moresjax.data.sources import make_source
+from moresjax.testing.llava_files import (
+    PROCESSOR,
+    conversation,
+    make_images,
+    make_records,
+    write_lines,
+    write_list,
+)
 
 COUNT = 40
 

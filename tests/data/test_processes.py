@@ -8,10 +8,10 @@ import sys
 
 import pytest
 from conftest import clean_environment
-from corpus import PROCESSOR, make_images, make_records, write_list
 
 from moresjax.data.llava import LlavaSource
 from moresjax.data.pipeline import make_iterator
+from moresjax.testing.llava_files import PROCESSOR, make_images, make_records, write_list
 
 OPTIONS = {"batch_size": 4, "max_seq_len": 96, "images_per_row": 4, "pack_window": 11}
 BATCHES = 5
@@ -21,7 +21,7 @@ import json, sys
 import jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
-from corpus import PROCESSOR
+from moresjax.testing.llava_files import PROCESSOR
 from moresjax.data.llava import LlavaSource
 from moresjax.data.pipeline import make_iterator, to_device_batch
 from moresjax.sharding.mesh import batch_sharding, make_mesh

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -21,6 +20,7 @@ from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.data.templates import TEMPLATES, get_template
 from moresjax.inference.model import Model
+from moresjax.testing.models import tiny_model
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "

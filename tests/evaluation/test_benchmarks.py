@@ -5,10 +5,8 @@ import json
 import random
 import sys
 
-import downloads
 import numpy as np
 import pytest
-from downloads import FOUR, THREE, lines, photo, write
 
 from moresjax.core.errors import UserError
 from moresjax.data.samples import IMAGE_MARK
@@ -23,6 +21,8 @@ from moresjax.evaluation.tasks import (
     choice_letter,
     load_benchmark,
 )
+from moresjax.testing import benchmark_files as downloads
+from moresjax.testing.benchmark_files import FOUR, THREE, lines, photo, write
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

@@ -3,8 +3,6 @@
 import json
 
 import pytest
-from downloads import DOWNLOADS, write
-from tiny import talking_model
 
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import FILE
@@ -12,6 +10,8 @@ from moresjax.evaluation.rescore import rescore
 from moresjax.evaluation.results import write_results
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import benchmark_names, load_benchmark
+from moresjax.testing.benchmark_files import DOWNLOADS, write
+from moresjax.testing.models import talking_model
 
 LIMIT = 2
 SERVER = {

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
-from tiny import tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
@@ -21,6 +20,7 @@ from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.scoring import exact_match
 from moresjax.inference.model import Model
 from moresjax.inference.prompts import PromptEncoder
+from moresjax.testing.models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import pytest
 from lm_eval.api.group import Group
 from lm_eval.config.group import GroupConfig
 from scipy.special import log_softmax
-from tiny import talking_model
 
 from moresjax.core.errors import UserError
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.lm_eval_tasks import load_lm_eval_tasks, run_lm_eval_tasks
 from moresjax.evaluation.results import write_results
 from moresjax.evaluation.run import evaluate
+from moresjax.testing.models import talking_model
 
 ENDINGS = ["two", "three four", "no . yes", "the largest"]
 SCENES = [("is there", "a two ?", 0), ("how many", "times three ?", 2), ("what", "is at", 1)]

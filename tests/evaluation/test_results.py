@@ -5,7 +5,6 @@ import json
 
 import pytest
 from PIL import Image
-from tiny import tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
@@ -21,6 +20,7 @@ from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.scoring import caption_scorer
 from moresjax.evaluation.tasks import BenchmarkTask, load_benchmark
 from moresjax.inference.model import Model
+from moresjax.testing.models import tiny_model
 
 LIMIT = 4
 

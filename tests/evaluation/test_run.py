@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 from lm_eval.api.instance import Instance
 from PIL import Image
-from tiny import tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
@@ -26,6 +25,7 @@ from moresjax.evaluation.results import EvaluationResult, write_results
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import benchmark_names, load_benchmark
 from moresjax.inference.model import Model
+from moresjax.testing.models import tiny_model
 from moresjax.weights.fingerprint import fingerprint
 
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import tiny_config, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
@@ -14,6 +13,7 @@ from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
 from moresjax.inference.chat import Chat
 from moresjax.inference.model import Model
+from moresjax.testing.models import tiny_config, tiny_model
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.multi_adapter import stack_adapters
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from llavas import IMAGES, NEW, PAD, Case, case_of
 
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.core.errors import UserError
 from moresjax.generation.beam import Beams
 from moresjax.generation.engine import Engine
 from moresjax.generation.sampling import Sampling
+from moresjax.testing.hf_llavas import IMAGES, NEW, PAD, Case, case_of
 
 
 @pytest.fixture(scope="module")

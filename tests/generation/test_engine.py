@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llavas import IMAGES, NEW, PAD, VOCAB, Case, case_of
-from tiny import talking_model, tiny_batch, tiny_model
 
 from moresjax.core.layout import TokenKind, TokenLayout
 from moresjax.generation import programs
 from moresjax.generation.engine import Engine
 from moresjax.generation.lengths import bucket
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.hf_llavas import IMAGES, NEW, PAD, VOCAB, Case, case_of
+from moresjax.testing.models import talking_model, tiny_model
 
 NEVER = (VOCAB + 1,)  # an end token that no row can produce
 

@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import talking_model, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.core.errors import UserError
@@ -19,6 +18,7 @@ from moresjax.generation.engine import Engine
 from moresjax.generation.sampling import Sampling
 from moresjax.inference.files import generate_file
 from moresjax.inference.model import Model
+from moresjax.testing.models import talking_model, tiny_model
 
 NEW = 6
 IMAGE = np.random.default_rng(0).integers(0, 255, (12, 12, 3)).astype(np.uint8)

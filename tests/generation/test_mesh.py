@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from llavas import IMAGE_ID, case_of
-from tiny import talking_model
 
 from moresjax import load
 from moresjax.analysis.attention import AttentionProbe
@@ -13,6 +11,8 @@ from moresjax.generation.sampling import Sampling
 from moresjax.inference.chat import Chat
 from moresjax.inference.model import Model
 from moresjax.sharding.mesh import make_mesh, mesh_preset
+from moresjax.testing.hf_llavas import IMAGE_ID, case_of
+from moresjax.testing.models import talking_model
 from moresjax.weights.fingerprint import fingerprint
 
 NEW = 4

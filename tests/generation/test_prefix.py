@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from tiny import talking_model, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.core.layout import TokenKind
@@ -11,6 +10,8 @@ from moresjax.generation import programs
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.engine import Engine
 from moresjax.generation.shared_prefix import common_prefix
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import talking_model, tiny_config, tiny_model
 from moresjax.tuning.attach import Tuning
 
 NEW = 5

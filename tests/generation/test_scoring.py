@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import talking_model, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
@@ -19,6 +18,7 @@ from moresjax.generation.config import EngineConfig
 from moresjax.generation.engine import Engine
 from moresjax.generation.scoring import with_branches
 from moresjax.inference.model import Model
+from moresjax.testing.models import talking_model, tiny_model
 
 PROMPT = "is there a two ?"
 IMAGES = list(np.random.default_rng(0).integers(0, 255, (2, 12, 12, 3)).astype(np.uint8))

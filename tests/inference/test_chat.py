@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import tiny_config, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
@@ -16,6 +15,7 @@ from moresjax.data.samples import Sample
 from moresjax.data.templates import get_template
 from moresjax.inference.chat import Chat, keeps_cache
 from moresjax.inference.model import Model
+from moresjax.testing.models import tiny_config, tiny_model
 from moresjax.tuning.attach import Tuning
 
 NEW = 4

@@ -6,11 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from families import IMAGE_ID, TEXT, randomised
 from PIL import Image
 from safetensors.numpy import load_file
 from safetensors.torch import save_file as save_torch
-from towers import clip, dinov2, siglip
 from transformers import (
     CLIPImageProcessor,
     LlamaConfig,
@@ -27,6 +25,8 @@ from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer
 from moresjax.data.samples import Sample, Turn
 from moresjax.inference.convert import export_model, import_model
+from moresjax.testing.hf_encoders import clip, dinov2, siglip
+from moresjax.testing.hf_llms import IMAGE_ID, TEXT, randomised
 from moresjax.weights.hf import load_pretrained
 
 SQUARE = {"height": 12, "width": 12}

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import talking_model
 
 import moresjax as mj
 from moresjax.core.errors import UserError
 from moresjax.generation import programs
 from moresjax.inference.model import Model
 from moresjax.sharding.mesh import make_mesh
+from moresjax.testing.models import talking_model
 from moresjax.weights.adapter import save_adapter
 
 NEW = 3

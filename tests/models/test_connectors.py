@@ -9,7 +9,6 @@ import pytest
 import torch
 from flax import nnx
 from linkers import TINY_QFORMER, TINY_RESAMPLER, TOLERANCE, features, parameters, randomised
-from tiny import TINY_LLM, TINY_VISION, row_layout, stack_layout, tiny_config
 from torch.nn import functional as F
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
@@ -24,6 +23,8 @@ from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.models.zoo import mllm_config
+from moresjax.testing.batches import row_layout, stack_layout
+from moresjax.testing.models import TINY_LLM, TINY_VISION, tiny_config
 from moresjax.training.objectives import next_token
 
 # The maths

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import tiny_config
 
 from moresjax.cli import main
 from moresjax.models.count import count_parameters
 from moresjax.models.zoo import mllm_config
+from moresjax.testing.models import tiny_config
 
 LLMS = ("phi-2", "vicuna-7b", "vicuna-13b")
 

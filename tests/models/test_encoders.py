@@ -8,8 +8,19 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from tiny import TINY_LLM, TINY_VISION, tiny_batch
-from towers import (
+
+from moresjax.core.errors import UserError
+from moresjax.core.parameter_names import path_name
+from moresjax.models.count import count_parameters
+from moresjax.models.decoder import DecoderConfig
+from moresjax.models.fusion import FusedVisionConfig, FusedVisionEncoder
+from moresjax.models.initialize import abstract_params, initialize, set_params
+from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.models.vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
+from moresjax.models.zoo import ENCODERS, VISION, mllm_config
+from moresjax.runs.init_weights import split_trainable_blocks
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.hf_encoders import (
     ORACLES,
     TOLERANCE,
     clip,
@@ -22,17 +33,7 @@ from towers import (
     saved,
     siglip,
 )
-
-from moresjax.core.errors import UserError
-from moresjax.core.parameter_names import path_name
-from moresjax.models.count import count_parameters
-from moresjax.models.decoder import DecoderConfig
-from moresjax.models.fusion import FusedVisionConfig, FusedVisionEncoder
-from moresjax.models.initialize import abstract_params, initialize, set_params
-from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.models.vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
-from moresjax.models.zoo import ENCODERS, VISION, mllm_config
-from moresjax.runs.init_weights import split_trainable_blocks
+from moresjax.testing.models import TINY_LLM, TINY_VISION
 from moresjax.training.step import split_model
 from moresjax.weights.vision_folder import load_vision
 

@@ -5,12 +5,13 @@ import math
 import jax
 import pytest
 from flax import nnx
-from tiny import tiny_batch, tiny_config
 
 from moresjax.generation.engine import Engine
 from moresjax.models.flops import generation_flops, train_flops
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import tiny_config
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 

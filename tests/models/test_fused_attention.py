@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import row_layout, stack_layout, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.core.errors import UserError
@@ -30,6 +29,8 @@ from moresjax.plans.train_plan import abstract_step
 from moresjax.runs.config import base_config
 from moresjax.runs.run_config import resolve
 from moresjax.sharding.mesh import batch_sharding, make_mesh, mesh_preset, shard_params, use_mesh
+from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
+from moresjax.testing.models import tiny_config, tiny_model
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import TINY_LLM, TINY_VISION, tiny_batch, tiny_config, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenLayout, visible
@@ -20,6 +19,8 @@ from moresjax.models.layers import Norm, param
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import PatchClassifier, VisionConfig, VisionEncoder, patchify
 from moresjax.models.zoo import LLMS, VISION, mllm_config
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import TINY_LLM, TINY_VISION, tiny_config, tiny_model
 
 
 def model_with(llm: dict | None = None, vision: dict | None = None, seed: int = 0) -> MLLM:

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.runs.checkpoint import Checkpoints, named
 from moresjax.runs.state import TrainState
+from moresjax.testing.models import tiny_model
 from moresjax.training.step import split_model
 
 

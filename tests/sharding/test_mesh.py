@@ -11,7 +11,6 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from tiny import tiny_batch, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.runs.checkpoint import named
@@ -28,6 +27,8 @@ from moresjax.sharding.mesh import (
     replicated,
     shard_params,
 )
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import tiny_model
 from moresjax.training.loop import _place_optimizer, train
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer

@@ -5,12 +5,12 @@ import shutil
 
 import numpy as np
 import pytest
-from corpus import make_images, make_records, write_list
-from tiny import TINY_LLM, TINY_VISION
 
 from moresjax.core.errors import UserError
 from moresjax.runs.config import base_config
 from moresjax.runs.init_weights import trained_parameters
+from moresjax.testing.llava_files import make_images, make_records, write_list
+from moresjax.testing.models import TINY_LLM, TINY_VISION
 from moresjax.training.loop import train
 
 

@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import tiny_batch, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
 from moresjax.runs.checkpoint import named
 from moresjax.runs.run_config import OptimizerConfig
 from moresjax.runs.state import TrainState
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import tiny_model
 from moresjax.training import objectives
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import learning_rate_ratios, make_optimizer, make_schedule

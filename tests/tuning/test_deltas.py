@@ -9,11 +9,12 @@ import pytest
 import torch
 from flax import nnx
 from peft.tuners.boft.layer import BOFTLayer
-from tiny import tiny_batch, tiny_config, tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.models.count import count_parameters
 from moresjax.models.zoo import mllm_config
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import tiny_config, tiny_model
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.attach import Tuning

@@ -10,7 +10,6 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tiny import TINY_VISION, tiny_batch, tiny_config
 
 from moresjax.core.layout import TokenKind
 from moresjax.generation.engine import Engine
@@ -18,6 +17,8 @@ from moresjax.models.initialize import initialize
 from moresjax.models.layers import Linear
 from moresjax.models.mllm import MLLM
 from moresjax.models.vision import VisionConfig
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import TINY_VISION, tiny_config
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.attach import Tuning

@@ -6,9 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from families import FAMILIES
 from flax import nnx
-from tiny import TINY_VISION, tiny_batch
 from transformers import PhiConfig
 
 from moresjax.models.initialize import initialize
@@ -21,6 +19,9 @@ from moresjax.sharding.mesh import (
     shard_params,
     use_mesh,
 )
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.hf_llms import FAMILIES
+from moresjax.testing.models import TINY_VISION
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.base import METHODS

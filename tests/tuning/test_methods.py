@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from tiny import TINY_LLM, tiny_batch, tiny_config, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind, TokenLayout
 from moresjax.models.mllm import MLLM
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import TINY_LLM, tiny_config, tiny_model
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.merge import merged

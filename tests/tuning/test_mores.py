@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import tiny_batch, tiny_model
 
 from moresjax.core.layout import TokenKind
 from moresjax.generation.engine import Engine
 from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.state import TrainState
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import tiny_model
 from moresjax.training.objectives import next_token
 from moresjax.training.step import make_train_step, split_model
 from moresjax.tuning.low_rank import orthonormalize

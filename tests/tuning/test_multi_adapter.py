@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import tiny_batch, tiny_config
 
 from moresjax.core.errors import UserError
 from moresjax.generation.engine import Engine
 from moresjax.inference.model import Model
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import tiny_config
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.merge import merged
 from moresjax.tuning.multi_adapter import adapter_ids, stack_adapters

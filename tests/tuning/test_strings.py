@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_config
 
 from moresjax.core.errors import UserError
+from moresjax.testing.models import tiny_config
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import METHODS, Method
 from moresjax.tuning.selectors import parse_layers, parse_selector

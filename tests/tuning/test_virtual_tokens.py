@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tiny import TINY_VISION, row_layout, stack_layout, tiny_batch, tiny_config, tiny_model
 
 from moresjax.analysis.attention import AttentionMaps
 from moresjax.core.errors import UserError
@@ -18,6 +17,8 @@ from moresjax.models.initialize import initialize
 from moresjax.models.layers import rope_table
 from moresjax.models.mllm import MLLM
 from moresjax.models.vision import VisionConfig
+from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
+from moresjax.testing.models import TINY_VISION, tiny_config, tiny_model
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 from moresjax.tuning.attach import Tuning, extend_layout

@@ -5,7 +5,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_batch, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,6 +15,8 @@ from moresjax.data.templates import get_template
 from moresjax.inference.model import Model
 from moresjax.runs.build import build_model
 from moresjax.runs.config import load_config
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.models import tiny_model
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.py"
 SPEC = "loreft:rank=1,positions=token(seven)|token(how),layers=2"

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_model
 
 from moresjax.core.errors import UserError
 from moresjax.models.count import count_parameters
 from moresjax.models.zoo import mllm_config
+from moresjax.testing.models import tiny_model
 from moresjax.weights.adapter import load_adapter, save_adapter
 
 

@@ -5,10 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, IMAGE_ID, TEXT, oracle_of, padded, randomised, text_rows
 from safetensors.numpy import load_file
-from tiny import tiny_config, tiny_model
-from towers import ORACLES, clip, siglip
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -21,6 +18,17 @@ from moresjax.core.errors import UserError
 from moresjax.models.connector import CONNECTORS
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.testing.hf_encoders import ORACLES, clip, siglip
+from moresjax.testing.hf_llms import (
+    FAMILIES,
+    IMAGE_ID,
+    TEXT,
+    oracle_of,
+    padded,
+    randomised,
+    text_rows,
+)
+from moresjax.testing.models import tiny_config, tiny_model
 from moresjax.weights.export import export_hf, hf_config
 from moresjax.weights.families.base import decoder_config
 from moresjax.weights.hf import load_pretrained

@@ -8,27 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import (
-    FAMILIES,
-    IMAGE_ID,
-    LINEAR,
-    LLAMA3,
-    LOCAL,
-    PAD,
-    TEXT,
-    VOCAB,
-    WINDOW,
-    gemma2,
-    gemma3,
-    opt,
-    oracle_of,
-    padded,
-    qwen2,
-    randomised,
-    stablelm,
-    text_rows,
-)
-from tiny import row_layout, stack_layout, tiny_batch, tiny_model
 from transformers import (
     CLIPVisionConfig,
     Gemma2Config,
@@ -57,6 +36,28 @@ from moresjax.models.decoder import DecoderConfig
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.zoo import LLMS, mllm_config
+from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
+from moresjax.testing.hf_llms import (
+    FAMILIES,
+    IMAGE_ID,
+    LINEAR,
+    LLAMA3,
+    LOCAL,
+    PAD,
+    TEXT,
+    VOCAB,
+    WINDOW,
+    gemma2,
+    gemma3,
+    opt,
+    oracle_of,
+    padded,
+    qwen2,
+    randomised,
+    stablelm,
+    text_rows,
+)
+from moresjax.testing.models import tiny_model
 from moresjax.weights.families.base import decoder_config
 from moresjax.weights.hf import (
     build_mllm,

@@ -6,20 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import TINY_LLM
-from towers import (
-    MLP,
-    SIZES,
-    TOLERANCE,
-    clip,
-    dinov2,
-    dinov2_with_registers,
-    hidden_states,
-    images,
-    loaded,
-    randomised,
-    saved,
-)
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -45,6 +31,20 @@ from moresjax.runs.config import base_config
 from moresjax.runs.init_weights import load_part, load_parts
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import resolve
+from moresjax.testing.hf_encoders import (
+    MLP,
+    SIZES,
+    TOLERANCE,
+    clip,
+    dinov2,
+    dinov2_with_registers,
+    hidden_states,
+    images,
+    loaded,
+    randomised,
+    saved,
+)
+from moresjax.testing.models import TINY_LLM
 from moresjax.weights.vision_folder import load_vision
 
 # Folders: the encoder alone or beside a text encoder, names with and without a prefix

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from tiny import tiny_config, tiny_model
 
 from moresjax.cli import main
 from moresjax.core.errors import UserError
@@ -20,6 +19,7 @@ from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.inference.load import load
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
+from moresjax.testing.models import tiny_config, tiny_model
 from moresjax.weights.adapter import attach_adapter, save_adapter
 from moresjax.weights.export import export_hf
 from moresjax.weights.pyreft import export_pyreft, import_pyreft

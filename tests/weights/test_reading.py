@@ -5,11 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from families import TEXT, oracle_of
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_batch, tiny_model
-from towers import clip, dinov2, hidden_states, images, loaded, randomised, saved
 from transformers import LlamaConfig
 
 from moresjax.core.errors import UserError
@@ -18,6 +15,18 @@ from moresjax.models.count import count_parameters
 from moresjax.models.initialize import initialize, quantize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.sharding.mesh import make_mesh, parameter_shardings
+from moresjax.testing.batches import tiny_batch
+from moresjax.testing.hf_encoders import (
+    clip,
+    dinov2,
+    hidden_states,
+    images,
+    loaded,
+    randomised,
+    saved,
+)
+from moresjax.testing.hf_llms import TEXT, oracle_of
+from moresjax.testing.models import tiny_model
 from moresjax.training.step import split_model
 from moresjax.tuning.merge import merged
 from moresjax.weights import files

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,8 +42,8 @@ def make_records(images: list[str], count: int, seed: int = 0) -> list[dict]:
     rng = np.random.default_rng(seed)
     records = []
     for number in range(count):
-        rounds = [words(rng, rng.integers(1, 12)) for _ in range(2 * rng.integers(1, 3))]
-        record = {"id": f"{number:04d}"}
+        rounds = [words(rng, int(rng.integers(1, 12))) for _ in range(2 * rng.integers(1, 3))]
+        record: dict[str, Any] = {"id": f"{number:04d}"}
         if number % 7 == 0:
             record["image"] = [images[0], images[number % len(images)]]
             rounds[0] = f"<image> and <image> {rounds[0]}"

@@ -1,10 +1,14 @@
 """Tiny LLaVAs of `transformers`, our models with their weights, and prompts with 0 to 2 images."""
 
+# Configurations of transformers are made of dicts, whose values no type checker can tell apart.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false
+
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
-from families import gemma2
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -16,17 +20,18 @@ from transformers import (
 
 from moresjax.generation.hf_inputs import hf_batch
 from moresjax.models.mllm import MLLM
+from moresjax.testing.hf_llms import gemma2
 from moresjax.weights.hf import build_mllm, config_from_hf, import_params
 
 VOCAB, IMAGE_ID, PAD, NEW = 61, 60, 5, 8
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-TOWER = {
+TOWER: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_hidden_layers": 2,

@@ -1,5 +1,10 @@
 """Tiny LLMs of `transformers`, one per family and variant, with inputs for them."""
 
+# Configurations of transformers are made of dicts, whose values no type checker can tell apart.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import (
@@ -16,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 VOCAB, IMAGE_ID, PAD, WINDOW = 61, 60, 5, 4
-TEXT = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -26,7 +31,7 @@ TEXT = {
     "max_position_embeddings": 128,
     "pad_token_id": PAD,
 }
-LLAMA3 = {
+LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 100.0,
     "factor": 8.0,
@@ -37,37 +42,47 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}
 
 
-def opt(**changes) -> OPTConfig:
-    text = {k: x for k, x in TEXT.items() if k not in ("intermediate_size", "num_key_value_heads")}
+def opt(**changes: Any) -> OPTConfig:
+    text: dict[str, Any] = {
+        k: x for k, x in TEXT.items() if k not in ("intermediate_size", "num_key_value_heads")
+    }
     return OPTConfig(**(text | {"ffn_dim": 48, "word_embed_proj_dim": 32} | changes))
 
 
-def gemma3(**changes) -> Gemma3TextConfig:
-    rope = {
+def gemma3(**changes: Any) -> Gemma3TextConfig:
+    rope: dict[str, Any] = {
         "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
     }
-    own = {"num_hidden_layers": 4, "sliding_window_pattern": 3, "sliding_window": WINDOW}
+    own: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "sliding_window_pattern": 3,
+        "sliding_window": WINDOW,
+    }
     own |= {"head_dim": 12, "query_pre_attn_scalar": 20, "rope_parameters": rope}
     return Gemma3TextConfig(**(TEXT | own | changes))
 
 
-def gemma2(**changes) -> Gemma2Config:
-    own = {"sliding_window": WINDOW, "head_dim": 12, "query_pre_attn_scalar": 20}
+def gemma2(**changes: Any) -> Gemma2Config:
+    own: dict[str, Any] = {"sliding_window": WINDOW, "head_dim": 12, "query_pre_attn_scalar": 20}
     own |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
     return Gemma2Config(**(TEXT | own | changes))
 
 
-def stablelm(**changes) -> StableLmConfig:
-    rope = {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}
+def stablelm(**changes: Any) -> StableLmConfig:
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": 0.5,
+    }
     return StableLmConfig(**(TEXT | {"rope_parameters": rope} | changes))
 
 
-def qwen2(**changes) -> Qwen2Config:
+def qwen2(**changes: Any) -> Qwen2Config:
     return Qwen2Config(**(TEXT | changes))
 
 
-FAMILIES = {
+FAMILIES: dict[str, Any] = {
     "llama 3": LlamaConfig(**TEXT, head_dim=16, rope_parameters=LLAMA3),
     "llama, linear": LlamaConfig(**TEXT, rope_parameters=LINEAR, tie_word_embeddings=True),
     "mistral": MistralConfig(**TEXT, sliding_window=WINDOW),

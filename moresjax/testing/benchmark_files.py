@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -199,7 +200,7 @@ def mmmu() -> dict:
 
 
 def iconqa() -> dict:
-    text = {"question": "Which?", "choices": ["one", "two"], "answer": "two"}
+    text: dict[str, Any] = {"question": "Which?", "choices": ["one", "two"], "answer": "two"}
     blank = {"question": "There are (_) cats.", "answer": 3}
     return {
         "iconqa/test/choose_txt/5/data.json": text,

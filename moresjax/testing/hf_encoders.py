@@ -1,5 +1,7 @@
 """Tiny vision encoders of `transformers`, and ours with their weights."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers import (
@@ -18,35 +20,35 @@ from moresjax.models.vision import VisionEncoder
 from moresjax.weights.vision_folder import load_vision
 
 TOLERANCE = 1e-4
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "image_size": 12,
     "patch_size": 4,
 }
-MLP = {"intermediate_size": 24}
+MLP: dict[str, Any] = {"intermediate_size": 24}
 
 
-def clip(**changes) -> CLIPVisionModel:
-    return CLIPVisionModel(CLIPVisionConfig(**(SIZES | MLP | changes)))
+def clip(**changes: Any) -> CLIPVisionModel:
+    return CLIPVisionModel(CLIPVisionConfig(**{**SIZES, **MLP, **changes}))
 
 
-def siglip(**changes) -> SiglipVisionModel:
-    return SiglipVisionModel(SiglipVisionConfig(**(SIZES | MLP | changes)))
+def siglip(**changes: Any) -> SiglipVisionModel:
+    return SiglipVisionModel(SiglipVisionConfig(**{**SIZES, **MLP, **changes}))
 
 
-def dinov2(**changes) -> Dinov2Model:
-    return Dinov2Model(Dinov2Config(**(SIZES | {"mlp_ratio": 3} | changes)))
+def dinov2(**changes: Any) -> Dinov2Model:
+    return Dinov2Model(Dinov2Config(**{**SIZES, "mlp_ratio": 3, **changes}))
 
 
-def dinov2_with_registers(**changes) -> Dinov2WithRegistersModel:
+def dinov2_with_registers(**changes: Any) -> Dinov2WithRegistersModel:
     return Dinov2WithRegistersModel(
-        Dinov2WithRegistersConfig(**(SIZES | {"num_register_tokens": 5} | changes))
+        Dinov2WithRegistersConfig(**{**SIZES, "num_register_tokens": 5, **changes})
     )
 
 
-ORACLES = {
+ORACLES: dict[str, Any] = {
     "clip": clip,
     "siglip": siglip,
     "dinov2": dinov2,
@@ -72,7 +74,7 @@ def saved(model, folder):
     return folder
 
 
-def loaded(folder, **changes) -> VisionEncoder:
+def loaded(folder, **changes: Any) -> VisionEncoder:
     config, state = load_vision(folder, **changes)
     encoder = VisionEncoder(config)
     set_params(encoder, state, "here")

@@ -1,26 +1,9 @@
-"""Tiny layouts and batches, shared by the tests; the models are in `moresjax.testing`."""
+"""Tiny layouts and batches with random contents."""
 
 import numpy as np
 
 from moresjax.core.layout import Batch, TokenKind, TokenLayout
-from moresjax.testing.models import (
-    TINY_LLM,
-    TINY_VISION,
-    talking_model,
-    tiny_config,
-    tiny_model,
-)
-
-__all__ = [
-    "TINY_LLM",
-    "TINY_VISION",
-    "row_layout",
-    "stack_layout",
-    "talking_model",
-    "tiny_batch",
-    "tiny_config",
-    "tiny_model",
-]
+from moresjax.testing.models import TINY_LLM
 
 
 def row_layout(*pieces: tuple[TokenKind, int], length: int = 0, left: bool = False):
