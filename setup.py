@@ -66,9 +66,13 @@ setup(
             "peft>=0.21",
             "ruff",
             "pyright[nodejs]",
+            "nbclient",
+            "nbformat",
+            "ipykernel",
             # Plans are compiled for TPUs on any machine.
             f"jax[tpu]{JAX}",
         ],
+        "docs": ["mkdocs<2", "mkdocs-material", "mkdocstrings[python]", "mkdocs-jupyter"],
     },
     entry_points={"console_scripts": ["moresjax=moresjax.cli:main"]},
     classifiers=[

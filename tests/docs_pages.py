@@ -24,5 +24,6 @@ def blocks(page: Path) -> list[Block]:
 
 def commands(text: str) -> list[list[str]]:
     """The words of every command, `$ command ...`, of a console block."""
-    lines = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+    joined = re.sub(r"\\\n *", "", text)  # lines that go on
+    lines = [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
     return [shlex.split(line.removesuffix("&"), comments=True) for line in lines]

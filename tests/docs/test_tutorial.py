@@ -29,5 +29,5 @@ def test_tutorial(tmp_path, monkeypatch, capsys):
                 )
             ran.append(words[0])
     assert {"make_images.py", "train", "data", "generate", "analyze", "export"} <= {*ran}
-    printed = capsys.readouterr().out
-    assert "of 100 right" in printed
+    assert "of 100 right" in capsys.readouterr().out
+    assert (tmp_path / "map.png").is_file()
