@@ -25,8 +25,6 @@ from moresjax.runs.run_config import RENAMED_KEYS, RunConfig, check_spelling, re
 OPEN = ("data", "validation.data", "model.llm", "model.vision")
 # Fields of parts that version 0.1 wrote under another name.
 RENAMED_FIELDS = {"last_layers": "num_trainable_blocks"}
-# Config files that come with the package.
-PACKAGED = Path(__file__).parents[1] / "configs"
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -91,13 +89,23 @@ def find_config(place: str) -> Path:
     path = Path(place)
     if path.is_file():
         return path
-    packaged = {file.stem: file for file in sorted(PACKAGED.glob("[!_]*.py"))}
+    packaged = _packaged_configs()
     folder = str(path.parent)
     if path.stem in packaged and path.suffix in ("", ".py") and folder in (".", "configs"):
         return packaged[path.stem]
     raise UserError(
         f"config file {place} does not exist; the packaged configs are {', '.join(packaged)}"
     )
+
+
+def _packaged_configs() -> dict[str, Path]:
+    """The config files that come with the package, by name.
+
+    Their folder is asked of Python: an editable install leaves it outside of `moresjax/`.
+    """
+    spec = importlib.util.find_spec("moresjax.configs")
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    return {f.stem: f for folder in folders for f in sorted(Path(folder).glob("[!_]*.py"))}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:

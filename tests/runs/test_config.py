@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moresjax.configs import digits
 from moresjax.core.errors import UserError
 from moresjax.runs.config import (
     base_config,
     differences,
+    find_config,
     load_config,
     parse_arg,
     read_config,
@@ -366,6 +368,10 @@ def test_a_packaged_config_is_found_by_its_name_anywhere(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     config = load_config(f"{name}:stage=llm,seed=3", ["steps=7"])
     assert (config.name, config.seed, config.steps) == ("llm", 3, 7)
+
+
+def test_packaged_configs_are_where_python_imports_them_from():
+    assert find_config("digits").samefile(digits.__file__)
 
 
 def test_a_file_wins_over_the_packaged_config_of_its_name(tmp_path, monkeypatch):
