@@ -1,5 +1,6 @@
 """The pages of the documentation: their Python runs, and the command line knows their commands."""
 
+import importlib
 import re
 import shlex
 
@@ -10,10 +11,14 @@ from moresjax.cli.app import make_parser
 from moresjax.core.errors import UserError
 
 DOCS = ROOT / "docs"
-PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "configs" / "README.md"]
+PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("[RC]*.md")), *ROOT.glob("[cl]*/**/*.md")]
 HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
 # A command in a fenced block, or indented by four blanks, with the lines that continue it.
 COMMAND = re.compile(r"^(?:\$ |    )(moresjax (?:.*\\\n)*.+)$", re.MULTILINE)
+
+# Files of the checkout and dotted names of the package, in text and in code.
+FILE = re.compile(r"\b(?:moresjax|tests|benchmarks|configs|docs|launch)/[\w/.-]*\w")
+MODULE = re.compile(r"\b(?:from |::: |`)(moresjax(?:\.\w+)+)\b")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -25,6 +30,20 @@ def test_commands_are_known(page):
         except UserError as error:
             pytest.fail(f"{text}: {error}")
         assert all(word.startswith("--config.") for word in rest), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_modules_exist(page):
+    text = page.read_text()
+    for path in (path for path in FILE.findall(text) if "NAME" not in path):
+        places = ROOT / path, page.parent / path
+        assert any(place.exists() for place in places), path
+    for name in MODULE.findall(text):
+        module, _, attribute = name.rpartition(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            assert hasattr(importlib.import_module(module), attribute), name
 
 
 @pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
