@@ -132,13 +132,13 @@ class HFFolders:
     """
 
     def __init__(self, *, allow_pickle: bool = False) -> None:
-        self._allow_pickle = allow_pickle
+        self.allow_pickle = allow_pickle
         self._opened: dict[Path, HFFolder] = {}
 
     def __getitem__(self, path: str | Path) -> HFFolder:
         path = Path(path).resolve()
         if path not in self._opened:
-            self._opened[path] = HFFolder(path, allow_pickle=self._allow_pickle)
+            self._opened[path] = HFFolder(path, allow_pickle=self.allow_pickle)
         return self._opened[path]
 
 

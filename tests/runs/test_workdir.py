@@ -68,4 +68,4 @@ def test_pickled_base_parts_are_read_on_request_only(tmp_path, monkeypatch, allo
     asked = []
     monkeypatch.setattr(workdir_module, "load_parts", lambda *_, **options: asked.append(options))
     load_workdir(workdir, allow_pickle=allow_pickle)
-    assert [options["allow_pickle"] for options in asked] == [allow_pickle]
+    assert [options["folders"].allow_pickle for options in asked] == [allow_pickle]

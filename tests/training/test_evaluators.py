@@ -276,7 +276,11 @@ def test_lmar_is_logged_per_layer(watched):
         (TUNED, {"validation.share": 0.001, "data.size": 40}, "of 40 samples is 0"),
         (TUNED, {"validation.share": 0.1, "validation.data.name": "digits"}, "give one"),
         ("stage=llm", {"lmar_every": 2}, "attention to images; this run has none"),
-        ("stage=vit", {"validation.share": 0.1, "validation.every": 2}, "objective next_token"),
+        (
+            "stage=vit",
+            {"validation.share": 0.1, "validation.every": 2},
+            "a language model, not objective patch_classes",
+        ),
     ],
 )
 def test_evaluators_that_cannot_work_are_refused(arg, settings, message, tmp_path):

@@ -95,7 +95,8 @@ def loss_and_gradients(model: MLLM, mesh=None):
 
 
 def test_no_method_is_missing_here():
-    assert {piece.split(":")[0] for piece in PIECES} | MADE == set(METHODS)
+    own = {name for name, x in METHODS.items() if x.__module__.startswith("moresjax.")}
+    assert {piece.split(":")[0] for piece in PIECES} | MADE == own
 
 
 @pytest.mark.parametrize("family", SPECS)
