@@ -158,10 +158,6 @@ def counts(out: Path) -> dict:
     return found
 
 
-# Keys of a plan's JSON that got another name in version 0.2.
-RENAMED = {"length": "max_seq_len", "images": "images_per_row"}
-
-
 def plan(out: Path) -> dict:
     config = f"{config_file()}:stage=finetune,tuning=mores:rank=1"
     init = [f"--config.init.{part}=random" for part in ("llm", "vision", "connector")]
