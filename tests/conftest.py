@@ -53,10 +53,12 @@ def pytest_configure(config: pytest.Config):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]):
-    """Marks the tests of the files that `fast.txt` names."""
+    """Marks the tests of the files that `fast.txt` names and leaves them for the end, when workers
+    would wait for each other's long files."""
     for item in items:
         if str(item.path.relative_to(TESTS)) in FAST:
             item.add_marker("fast")
+    items.sort(key=lambda item: item.get_closest_marker("fast") is not None)
 
 
 @pytest.fixture(scope="module", autouse=True)
