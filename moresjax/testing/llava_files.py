@@ -54,7 +54,7 @@ def make_records(images: list[str], count: int, seed: int = 0) -> list[dict]:
     return records
 
 
-def write_list(path: Path, records: list[dict]) -> str:
+def write_list(path: Path, records: list) -> str:
     path.write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
     return str(path)
 
