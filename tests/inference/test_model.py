@@ -226,7 +226,8 @@ def test_a_model_tells_its_parts_its_tuning_and_its_mesh(model):
 
 
 def test_treescope_shows_the_module(model):
-    treescope = pytest.importorskip("treescope")
+    import treescope  # flax brings it
+
     shown = treescope.render_to_text(model)
     assert shown.startswith("Model(")
     assert "mores" in shown
