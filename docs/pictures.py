@@ -160,10 +160,9 @@ def draw_row() -> Picture:
     y = top + 62
     picture.text(left - 12, y, "kind", anchor="end", bold=True)
     keys = list(zip(documents.tolist(), row.kind.tolist(), row.branch.tolist(), strict=True))
-    short = {"SYSTEM": "SYS", "QUESTION": "QUESTION", "IMAGE": "IMAGE", "ANSWER": "ANSWER"}
     for start, stop in spans(keys):
         name = TokenKind(row.kind[start]).name
-        label = short.get(name, name) if stop - start > 1 else name[0]
+        label = name.replace("SYSTEM", "SYS") if stop - start > 1 else name[0]
         center = left + cell * (start + stop) / 2
         picture.text(center, y, label, size=11 if stop - start > 1 else 12)
     for field in ("image", "position", "document", "branch"):
@@ -179,14 +178,11 @@ def draw_row() -> Picture:
         picture.text(left - 12, y, name, anchor="end", bold=True)
         for token in np.flatnonzero(mask):
             picture.circle(middle(int(token)), y - 4, 6, colour)
-    picture.text(
-        left,
-        y + 36,
+    note = (
         "The loss stands where the next token is an answer's. Branches begin again at the position "
-        "after their trunk and do not see each other.",
-        anchor="start",
-        size=12,
     )
+    note += "after their trunk and do not see each other."
+    picture.text(left, y + 36, note, anchor="start", size=12)
     x = left
     for name in ("SYSTEM", "IMAGE", "QUESTION", "ANSWER"):
         picture.box(x, y + 50, 14, 14, KIND_COLOURS[name], radius=3)
@@ -280,9 +276,8 @@ def draw_block() -> Picture:
     for path, x, at in (("M445 268 H502", 510, 268), ("M293 656 H246", 238, 656)):
         picture.line(path, colour=PROBE, head=False)
         picture.circle(x, at, 7, PROBE)
-    for line, words in enumerate(
-        ("The vision encoder has the same sites", "(vision.block…), and connector.out is one.")
-    ):
+    note = ("The vision encoder has the same sites", "(vision.block…), and connector.out is one.")
+    for line, words in enumerate(note):
         picture.text(590, y + 12 + 18 * line, words, anchor="start", size=12)
     return picture
 
