@@ -152,7 +152,10 @@ def test_a_model_that_was_trained_here_is_exported(tmp_path):
 
 
 def test_what_has_no_counterpart_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no architecture of transformers is this LLM"):
+    with pytest.raises(
+        UserError,
+        match="no LLM in a LLaVA of transformers is like this one: stablelm with post_norms",
+    ):
         export_hf(tiny_model(gated_mlp=False, norm="layer", post_norms=True), tmp_path / "out")
     for connector in set(CONNECTORS) - {"mlp{n}x_gelu", "mof_mlp", "identity"}:
         config = MLLMConfig(llm=tiny_config().llm, vision=tiny_config().vision, connector=connector)
