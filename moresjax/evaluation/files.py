@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.data.images import UnusableImage
-from moresjax.data.llava import image_path
+from moresjax.data.images import UnusableImage, image_path
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
 
@@ -140,7 +139,7 @@ def image_file(folder: Path, name: object, example: object) -> Path | UnusableIm
       The path; where the name leads out of the folder, what costs only this question.
     """
     try:
-        return image_path(folder, str(name), str(example))
+        return image_path(folder, str(name), f"question {example}")
     except UserError as error:
         return UnusableImage(str(error))
 
