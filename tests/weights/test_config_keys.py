@@ -1,9 +1,10 @@
 """Every key of every configuration class that is read has its place in a table of ours."""
 
 import dataclasses
+import json
 
 import pytest
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
 
 from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError
@@ -15,6 +16,7 @@ from moresjax.weights.families.base import (
     vision_config,
 )
 from moresjax.weights.families.keys import TWO_TOWER_KEYS
+from moresjax.weights.generation_config import GENERATION_KEYS, read_generation_config
 from moresjax.weights.hf import config_from_hf
 
 TABLES = {name: family.keys for name, family in (LLM_FAMILIES | VISION_FAMILIES).items()}
@@ -82,3 +84,18 @@ def test_what_is_not_neutral_is_refused(name, changes, message):
 def test_rotary_settings_are_keys_too(rope, message):
     with pytest.raises(UserError, match=message):
         decoder_config(CONFIG_MAPPING["llama"]().to_dict() | {"rope_parameters": rope})
+
+
+def test_every_setting_of_generation_is_listed():
+    assert GENERATION_KEYS.unlisted(GenerationConfig().to_dict()) == []
+    GENERATION_KEYS.check(GenerationConfig().to_dict(), "here")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"suppress_tokens": [3]}, r"suppress_tokens=\[3\]"), ({"novel": 1}, "setting novel=1")],
+)
+def test_settings_of_generation_that_would_be_ignored(setting, message, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(setting))
+    with pytest.raises(UserError, match=rf"generation_config\.json: .*{message}"):
+        read_generation_config(tmp_path)
