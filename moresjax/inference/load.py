@@ -17,6 +17,7 @@ from moresjax.runs.processor import load_tokenizer
 from moresjax.runs.workdir import load_workdir
 from moresjax.weights import steering
 from moresjax.weights.edits import has_edits, read_edits
+from moresjax.weights.generation_config import read_generation_config
 from moresjax.weights.hf import HFFolder, load_pretrained
 from moresjax.weights.pyreft import import_pyreft
 
@@ -58,7 +59,7 @@ def load(
     Raises:
       UserError: The folder is neither, or is damaged, or does not fit an argument.
     """
-    path = Path(path)
+    path, image_token_id = Path(path), None
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
@@ -77,12 +78,13 @@ def load(
         if tuning is None:
             attach_saved(mllm, path, allow_pickle=allow_pickle)
         processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
+        image_token_id = folder.hf.get("image_token_index") if folder.is_llava else None
     if image_aspect is not None:
         if processor is None or processor.image is None:
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
         image = dataclasses.replace(processor.image, aspect=image_aspect)
         processor = dataclasses.replace(processor, image=image)
-    model = Model(mllm, processor)
+    model = Model(mllm, processor, image_token_id=image_token_id)
     if mesh is not None:
         model.shard(mesh)
     return model
@@ -121,6 +123,8 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
         get_template(template, tokenizer),
         ImageProcessor.from_pretrained(path, vision.image_size, aspect) if vision else None,
         config.visual_tokens,
+        read_generation_config(path),
+        config.llm.vocab_size,
     )
 
 
