@@ -125,6 +125,16 @@ class Tuning(nnx.Module):
         edits = [method for _, method in self.methods if isinstance(method, Edit)]
         return tuple(word for m in edits for word in parse_selector(m.positions).words)
 
+    @property
+    def selectors(self) -> dict[str, Selector]:
+        """What each edit inside the LLM changes, by its key."""
+        return {
+            key: parse_selector(method.positions)
+            for key, method in self.methods
+            if isinstance(method, Edit)
+            and any(site.startswith("llm.") for site in self.params.get(key, {}))
+        }
+
     def _count_virtual_tokens(self, *sites: str) -> int:
         """How many virtual tokens there are at some sites."""
         return sum(
