@@ -91,7 +91,9 @@ class Model(LoadedModel):
         Raises:
           UserError: A weight delta cannot be merged, or several adapters are loaded.
         """
-        return Model(merged(self.restack()), self.processor, self.mesh, self.service.config)
+        model = Model(merged(self.mllm), self.processor, self.mesh, self.service.config)
+        model.restack()  # its parameters are on the mesh again
+        return model
 
     def prompt(self, text: str, images: PromptImages = (), name: str = "prompt") -> Row:
         """The row of tokens that a prompt becomes, for `service`.
