@@ -11,12 +11,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moresjax.core.errors import UserError
-from moresjax.core.parameter_names import named_parameters, path_name
+from moresjax.core.parameter_names import layered_parameters, path_name
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
-from moresjax.tuning.merge import check_stacked
 from moresjax.weights.families.base import hf_decoder_config
 from moresjax.weights.families.llava import WRITTEN_PREFIXES, Llava
 from moresjax.weights.files import check_new, renamed
@@ -84,12 +83,11 @@ def _write_tensors(
 ) -> None:
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    check_stacked(mllm)
-    values = {name: x.get_value() for name, x in named_parameters(mllm).items()}
+    values = layered_parameters(mllm)
     prefixes = WRITTEN_PREFIXES if mllm.config.vision else {}
     owners = {renamed(name, prefixes): mapping for mapping in mappings for name in mapping.names}
     sizes = {
-        name: jax.ShapeDtypeStruct(mapping.tensor_shape, values[path_name(mapping.path)].dtype)
+        name: jax.ShapeDtypeStruct(mapping.tensor_shape, values[path_name(mapping.path)][0].dtype)
         for name, mapping in owners.items()
     }
     shards = split_state_dict_into_shards_factory(
@@ -102,7 +100,10 @@ def _write_tensors(
         needed = {path_name(owners[name].path): owners[name] for name in names}
         tensors = {}
         for path, mapping in needed.items():
-            made = mapping.to_hf(np.asarray(values[path]))
+            # One array per layer where the model has generated and holds its blocks one by one.
+            layers = [np.asarray(variable.get_value()) for variable in values[path]]
+            whole = layers[0] if layers[0].shape == mapping.shape else np.stack(layers)
+            made = mapping.to_hf(whole)
             tensors |= {renamed(name, prefixes): tensor for name, tensor in made.items()}
         tensors = {name: np.ascontiguousarray(tensors[name]) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -141,10 +142,12 @@ def _write_processor(
 ) -> None:
     from transformers import GenerationConfig, LlavaProcessor, SiglipImageProcessor
 
+    penalty = processor.generation.repetition_penalty
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(processor.eos_ids),
+        eos_token_id=list(processor.eos_ids) or None,
         pad_token_id=tokenizer.pad_token_id,
+        repetition_penalty=None if penalty == 1 else penalty,
     ).save_pretrained(folder)
     vision = config.vision
     if processor.image is None or not isinstance(vision, VisionConfig):
