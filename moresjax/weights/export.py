@@ -13,13 +13,12 @@ from safetensors.numpy import save_file
 
 from moresjax.core.errors import UserError
 from moresjax.core.folders import new_folder
-from moresjax.core.parameter_names import named_parameters, path_name
+from moresjax.core.parameter_names import layered_parameters, path_name
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
-from moresjax.tuning.merge import check_stacked
 from moresjax.tuning.methods.mores import MoReS
 from moresjax.weights import steering
 from moresjax.weights.edits import write_edits
@@ -168,11 +167,10 @@ def _write_tensors(
 ) -> None:
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    check_stacked(mllm)
-    values = {name: x.get_value() for name, x in named_parameters(mllm).items()}
+    values = layered_parameters(mllm)
     owners = {written_name(name): mapping for mapping in mappings for name in mapping.names}
     sizes = {
-        name: jax.ShapeDtypeStruct(mapping.tensor_shape, values[path_name(mapping.path)].dtype)
+        name: jax.ShapeDtypeStruct(mapping.tensor_shape, values[path_name(mapping.path)][0].dtype)
         for name, mapping in owners.items()
     }
     shards = split_state_dict_into_shards_factory(
@@ -185,7 +183,10 @@ def _write_tensors(
         needed = {path_name(owners[name].path): owners[name] for name in names}
         tensors = {}
         for path, mapping in needed.items():
-            made = mapping.to_hf(np.asarray(values[path]))
+            # One array per layer where the model has generated and holds its blocks one by one.
+            layers = [np.asarray(variable.get_value()) for variable in values[path]]
+            whole = layers[0] if layers[0].shape == mapping.shape else np.stack(layers)
+            made = mapping.to_hf(whole)
             tensors |= {written_name(name): tensor for name, tensor in made.items()}
         tensors = {name: np.ascontiguousarray(tensors[name]) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
