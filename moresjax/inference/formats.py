@@ -95,7 +95,7 @@ def _tinyllava(model: Trained) -> str:
     tinyllava_config(model.mllm.config)
     left = [method for method in model.methods if not _can_merge(method)]
     if len(left) > 1:
-        return f"several methods ({model.mllm.tuning.spec})"
+        return " and ".join(method.name for method in left)
     return unnoted(left[0]) if left else ""
 
 
@@ -109,8 +109,9 @@ def _adapter(model: Trained) -> str:
 
 
 def _peft(model: Trained) -> str:
-    """What trained beside a method; what peft has no place for itself, its writer says."""
-    return _beside(model)
+    """Several methods, or what trained beside one; what else is refused the writer says."""
+    methods = [method.name for _, method in model.mllm.tuning.methods]
+    return " and ".join(methods) if len(methods) > 1 else _beside(model)
 
 
 def _pyreft(model: Trained) -> str:
