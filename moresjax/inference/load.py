@@ -46,8 +46,8 @@ def load(
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
       allow_pickle: Whether `*.bin` files may be read where a Hugging Face folder, or a folder that
         a run started from, has no safetensors.
-      mesh: The devices to put the model on, see `Model.shard`; weights of a Hugging Face folder are
-        split as they are read.
+      mesh: The devices to put the model on, see `Model.shard`; weights of Hugging Face folders are
+        split as they are read, also those that a run started from.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
 
@@ -59,7 +59,7 @@ def load(
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
         mllm, processor = load_workdir(
-            path, tuning=tuning, quantize=quantize, allow_pickle=allow_pickle
+            path, tuning=tuning, quantize=quantize, allow_pickle=allow_pickle, mesh=mesh
         )
         if template is not None:
             if processor is None:

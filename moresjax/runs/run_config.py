@@ -45,16 +45,25 @@ class InitConfig:
     """Where the weights of each part come from.
 
     `random`, the workdir of an earlier run, or a Hugging Face folder. A path with a leading dot
-    starts from the run's own workdir. Two vision encoders are `FOLDER;FOLDER`.
+    starts from the run's own workdir. Two vision encoders are `FOLDER;FOLDER`. An earlier run gives
+    what it trained, and whatever it left frozen from its own sources.
+
+    Attributes:
+      llm: Source of the LLM.
+      vision: Source of the vision encoder.
+      connector: Source of the connector.
+      tuning: A run or an adapter folder whose tuning goes on, with the run's own spec; `random`
+        starts afresh.
     """
 
     llm: str = RANDOM
     vision: str = RANDOM
     connector: str = RANDOM
+    tuning: str = RANDOM
 
     def source(self, part: str) -> str:
-        """The source of `llm`, `vision` or `connector`."""
-        return {"llm": self.llm, "vision": self.vision, "connector": self.connector}[part]
+        """The source of `llm`, `vision`, `connector` or `tuning`."""
+        return dataclasses.asdict(self)[part]
 
 
 @dataclasses.dataclass(frozen=True)
