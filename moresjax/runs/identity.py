@@ -128,7 +128,8 @@ def _spread(x: jax.Array) -> tuple[Float[np.ndarray, " n"], Bool[np.ndarray, " n
             continue
         at = tuple(np.clip(place, 0, shape - 1).T)
         # On a CPU this takes no copy; from other devices only these values are fetched.
-        data = np.asarray(piece) if piece.device.platform == "cpu" else piece
+        on_cpu = {device.platform for device in piece.devices()} == {"cpu"}
+        data = np.asarray(piece) if on_cpu else piece
         read = np.broadcast_to(np.asarray(data[at]).astype(np.float32), _VALUES)
         values[inside] = read[inside]
         known |= inside
