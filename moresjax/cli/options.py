@@ -66,6 +66,12 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="square, or pad as LLaVA-1.5 does; default: the model's own",
     )
+    command.add_argument(
+        "--split-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="read control tokens such as </s> in a prompt as text (default), or as control "
+        "tokens, as LLaVA does",
+    )
 
 
 def add_pyreft(command: argparse.ArgumentParser) -> None:
@@ -86,7 +92,8 @@ def load_model(args: argparse.Namespace) -> "Model":
     """The model of `--model`, on the mesh of `--mesh`."""
     from moresjax.inference.load import load
 
-    options = {"template": args.template, "image_aspect": args.image_aspect}
+    names = "template", "image_aspect", "split_special_tokens"
+    options = {name: getattr(args, name) for name in names}
     return load(args.model, mesh=mesh_of(args), **options)
 
 

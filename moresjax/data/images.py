@@ -127,12 +127,22 @@ def _read(file: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def saved_processor(folder: Path) -> Any:
-    """The image processor that `transformers` saved in a folder; None when there is none."""
+    """The image processor that `transformers` saved in a folder; None when there is none.
+
+    Raises:
+      UserError: There is one, but it cannot be used.
+    """
     if not any((folder / f"{name}_config.json").is_file() for name in SAVED):
         return None
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder} has no image processor that can be used: {reason}") from None
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

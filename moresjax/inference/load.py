@@ -27,6 +27,7 @@ def load(
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
     image_aspect: str | None = None,
+    split_special_tokens: bool | None = None,
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
@@ -50,6 +51,9 @@ def load(
         split as they are read.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
+      split_special_tokens: Whether control tokens such as `</s>` in the text of users are read as
+        the text that they are; `False` makes them control tokens, as LLaVA does. Default: a run's
+        own, and `True` for a Hugging Face folder.
 
     Raises:
       UserError: The folder is neither, or is damaged, or does not fit an argument.
@@ -76,6 +80,8 @@ def load(
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
         image = dataclasses.replace(processor.image, aspect=image_aspect)
         processor = dataclasses.replace(processor, image=image)
+    if split_special_tokens is not None and processor is not None:
+        processor = dataclasses.replace(processor, split_special_tokens=split_special_tokens)
     model = Model(mllm, processor)
     if mesh is not None:
         model.shard(mesh)

@@ -33,6 +33,7 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
         template=get_template(config.template, tokenizer),
         image=_image_processor(config, vision, Path(root)) if vision else None,
         visual_tokens=tokens,
+        split_special_tokens=config.split_special_tokens,
     )
 
 
@@ -64,7 +65,7 @@ def load_tokenizer(name: str, root: str | Path = ".") -> Any:
     if not name or not folder.is_dir():
         raise UserError(f"tokenizer {name!r} is neither 'digits' nor a folder")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} has no tokenizer that can be used: {reason}") from None

@@ -80,7 +80,10 @@ class HFFolder:
         family = MLLM_FAMILIES.get(raw.get("model_type", ""))
         try:
             if family is None or family.in_transformers:
-                return AutoConfig.from_pretrained(self.path, local_files_only=True).to_dict()
+                found = AutoConfig.from_pretrained(
+                    self.path, local_files_only=True, trust_remote_code=False
+                )
+                return found.to_dict()
             towers = ("text_config", "vision_config")
             return raw | {name: AutoConfig.for_model(**raw[name]).to_dict() for name in towers}
         except Exception as error:  # transformers raises many kinds
