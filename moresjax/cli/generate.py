@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args)
     if args.prompts:
         if adapters:
-            model.load_adapters(adapters)
+            model.load_adapters(adapters, **pyreft)
         elif args.adapter:
             model.load_adapter(args.adapter[0], **pyreft)
         options |= {"image_root": args.image_root, "batch_size": args.batch_size}
