@@ -1,4 +1,4 @@
-"""`moresjax data`: checks, converts and builds data sets."""
+"""`moresjax data`: checks, shows, converts and builds data sets, trains tokenizers."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,9 @@ from moresjax.cli.options import Commands, add_command, add_config, show
 
 def add_parser(commands: Commands) -> None:
     """Adds the subcommand with its jobs."""
-    data = commands.add_parser("data", help="check, convert and build data sets")
+    data = commands.add_parser(
+        "data", help="check, show, convert and build data sets, train a tokenizer"
+    )
     jobs = data.add_subparsers(dest="job", required=True, metavar="JOB")
 
     help = "tokenise everything that a configuration would train on"
@@ -17,6 +19,17 @@ def add_parser(commands: Commands) -> None:
     check.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes; default: one per core"
     )
+
+    help = "show samples as the model is given them: tokens, labels, edits, images"
+    show_job = add_command(jobs, "show", run_show, help)
+    add_config(show_job)
+    show_job.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="how many (default: %(default)s)"
+    )
+    show_job.add_argument(
+        "--first", type=int, default=0, metavar="I", help="the first one's number (default: 0)"
+    )
+    show_job.add_argument("--out", metavar="FILE", help="write an HTML page, too")
 
     help = "write LLaVA JSON and its images as sharded ArrayRecord"
     convert = add_command(jobs, "convert", run_convert, help)
@@ -37,6 +50,22 @@ def add_parser(commands: Commands) -> None:
     build.add_argument("--split", default="train", help="default: %(default)s")
     build.add_argument(
         "--size", default="", metavar="N", help="samples to draw, such as 1K; default: all"
+    )
+
+    help = "train a tokenizer on texts of your own"
+    tokenizer = add_command(jobs, "tokenizer", run_tokenizer, help)
+    tokenizer.add_argument(
+        "--files", required=True, metavar="A;B", help="LLaVA's JSON files, or .txt files"
+    )
+    tokenizer.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, default=8192, metavar="N", help="tokens (default: %(default)s)"
+    )
+    tokenizer.add_argument(
+        "--algorithm", default="bpe", metavar="NAME", help="bpe or unigram (default: %(default)s)"
+    )
+    tokenizer.add_argument(
+        "--add-tokens", default="", metavar="A;B", help="control tokens of a chat template"
     )
 
 
@@ -69,6 +98,39 @@ def run_check(args: argparse.Namespace) -> None:
     show(args, dataclasses.asdict(report), "\n".join(lines))
 
 
+def run_show(args: argparse.Namespace) -> None:
+    """Shows samples of a configuration's training data."""
+    from moresjax.core.errors import UserError
+    from moresjax.data.processor import word_ids
+    from moresjax.data.samples import Sample
+    from moresjax.data.sources import make_source
+    from moresjax.reports.samples import sample_text, show_sample, write_samples_page
+    from moresjax.runs.architecture import model_config
+    from moresjax.runs.config import load_config
+    from moresjax.runs.processor import build_processor
+    from moresjax.tuning.attach import Tuning
+
+    config = load_config(args.config, args.overrides)
+    source, processor = make_source(**config.data), build_processor(config)
+    if not 0 <= args.first < args.first + args.samples <= len(source):
+        raise UserError(
+            f"--first {args.first} and --samples {args.samples} do not name samples of a data set "
+            f"of {len(source)}"
+        )
+    tuning = Tuning(config.tuning, model_config(config))
+    words = {word: word_ids(processor.tokenizer, word) for word in tuning.selected_words}
+    shown = []
+    for number in range(args.first, args.first + args.samples):
+        sample = source[number]
+        if not isinstance(sample, Sample):
+            raise UserError(f"sample {number} of this source is no conversation")
+        shown.append(show_sample(sample, processor, tuning.selectors, words))
+    text = "\n\n".join(sample_text(sample, processor) for sample in shown)
+    if args.out:
+        text += f"\n\npage: {write_samples_page(shown, args.out)}"
+    show(args, {"samples": [sample.to_dict() for sample in shown]}, text)
+
+
 def run_convert(args: argparse.Namespace) -> None:
     """Converts LLaVA JSON to ArrayRecord."""
     from moresjax.data.arrayrecord import convert_llava
@@ -86,3 +148,18 @@ def run_build(args: argparse.Namespace) -> None:
     counts = build_training_file(args.task, args.root, args.out, split=args.split, size=args.size)
     text = f"{args.out}: {counts['written']:,d} of {counts['available']:,d} samples"
     show(args, counts, text)
+
+
+def run_tokenizer(args: argparse.Namespace) -> None:
+    """Trains a tokenizer."""
+    from moresjax.data.tokenizer import read_texts, train_tokenizer
+
+    tokenizer = train_tokenizer(
+        read_texts(args.files),
+        args.vocab_size,
+        algorithm=args.algorithm,
+        add_tokens=tuple(filter(None, args.add_tokens.split(";"))),
+    )
+    tokenizer.save_pretrained(args.out)
+    counts = {"out": args.out, "tokens": len(tokenizer)}
+    show(args, counts, f"{args.out}: a tokenizer of {len(tokenizer):,d} tokens")

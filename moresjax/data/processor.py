@@ -26,6 +26,19 @@ from moresjax.data.text_encoder import Encoded, Text, TextEncoder, Texts
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerationDefaults:
+    """What the folder of a model says about generation.
+
+    Attributes:
+      eos_ids: Tokens that end an answer, beside the tokenizer's and the template's.
+      repetition_penalty: The penalty where a call says nothing, see `Sampling`.
+    """
+
+    eos_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Processor:
     """Turns samples into rows and rows into batches.
 
@@ -47,6 +60,8 @@ class Processor:
       split_special_tokens: Whether control tokens such as `</s>` in the text of users, samples and
         answers are spelt out, and `<image>` in an answer, too; else they are control tokens, which
         is what LLaVA does. The template's own control tokens are tokens either way.
+      generation: What the model's folder says about generation.
+      vocab_size: The number of embeddings, beyond which a token is refused; 0 for any number.
     """
 
     tokenizer: Tokenizer
@@ -54,6 +69,8 @@ class Processor:
     image: ImageProcessor | None = None
     visual_tokens: int = 0
     split_special_tokens: bool = True
+    generation: GenerationDefaults = GenerationDefaults()
+    vocab_size: int = 0
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -62,22 +79,42 @@ class Processor:
     @functools.cached_property
     def _encode_chunk(self) -> Callable[[Texts], Encoded]:
         # Prompts, questions and answers recur: most chunks are looked up, not tokenised.
-        encode = TextEncoder(self.tokenizer, self.split_special_tokens, self.template.markers)
-        return functools.lru_cache(1 << 16)(encode)
+        return functools.lru_cache(1 << 16)(self._tokenize)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the tokenizer's end token and the template's own, if any."""
-        ends = {self.tokenizer.eos_token_id}
+        """Tokens that end an answer: those of tokenizer, model and template, if there are any."""
+        ends = {*self.generation.eos_ids, self.tokenizer.eos_token_id} - {None}
         closing = (self.template.end or "").strip()
         if closing in self.tokenizer.get_vocab():
             ends.add(self.tokenizer.convert_tokens_to_ids(closing))
         return tuple(sorted(ends))
 
+    @property
+    def system_ids(self) -> tuple[int, ...]:
+        """The tokens before a user's first word: beginning, system prompt and first role marker."""
+        text = self.template.system + self.template.user if self.template.keep_question else ""
+        ids = self._encode_chunk(((text, TokenKind.SYSTEM),))[0] if text else ()
+        return (*self._bos, *ids)
+
     @functools.cached_property
     def without_end(self) -> "Processor":
         """The same, but answers go without the token that ends them."""
         return dataclasses.replace(self, template=dataclasses.replace(self.template, end=""))
+
+    def _tokenize(self, texts: Texts) -> Encoded:
+        """Ids and kinds of consecutive texts, tokenised as one string."""
+        ids, kinds = self._text_encoder(texts)
+        if self.vocab_size and (largest := max(ids, default=0)) >= self.vocab_size:
+            raise UserError(
+                f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
+                f"the model has {self.vocab_size} embeddings; resize the model for its tokenizer"
+            )
+        return ids, kinds
+
+    @functools.cached_property
+    def _text_encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer, self.split_special_tokens, self.template.markers)
 
     @functools.cached_property
     def _bos(self) -> tuple[int, ...]:

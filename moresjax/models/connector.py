@@ -18,6 +18,7 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.models.layers import ACTIVATIONS, Linear
 from moresjax.models.qformer import QFormer, QFormerConfig
 from moresjax.models.resampler import Resampler, ResamplerConfig
+from moresjax.tuning.hooks import Hooks
 
 CONNECTORS = (
     "identity",
@@ -99,16 +100,18 @@ def linear_widths(name: str, d_in: int, d_out: int) -> list[int] | None:
         return [d_in, d_out]
     if name == "fused-gelu-mlp":
         return [d_in, 4 * d_in, d_out, d_out]
-    if m := re.fullmatch(r"mlp([1-9]\d*)x_gelu", name):
+    if m := re.fullmatch(r"mlp([1-9]\d*)x_(\w+)", name):
+        if m[2] not in ACTIVATIONS:
+            return None
         return [d_in] + [d_out] * int(m[1])
     return None
 
 
 class Connector(nnx.Module):
-    """A chain of linears with exact GELU between them.
+    """A chain of linears with an activation between them, by default exact GELU.
 
-    `identity` has none, `linear` one, `mlp{n}x_gelu` n, `fused-gelu-mlp` three (the first is four
-    times as wide as the features).
+    `identity` has none, `linear` one, `mlp{n}x_gelu` n (or `mlp{n}x_relu` and so on),
+    `fused-gelu-mlp` three (the first is four times as wide as the features).
 
     Raises:
       UserError: for another name.
@@ -118,14 +121,19 @@ class Connector(nnx.Module):
         widths = linear_widths(name, d_in, d_out)
         if widths is None:
             raise choice_error("connector", name, CONNECTORS)
+        self.activation = name.partition("x_")[2] or "gelu"
         self.layers = nnx.List()
         for i, width in enumerate(widths[1:]):
             self.layers.append(Linear(widths[i], width, axes=(None, "embed"), bias=True))
 
-    def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B V D"]:
-        """Visual features to visual tokens."""
+    def __call__(
+        self, x: Float[Array, "B V C"], hooks: Hooks | None = None
+    ) -> Float[Array, "B V D"]:
+        """Visual features to visual tokens; the weight deltas of `hooks` act on the linears."""
+        hooks = hooks or Hooks()
         for i, layer in enumerate(self.layers):
-            x = layer(ACTIVATIONS["gelu"](x) if i else x)
+            x = ACTIVATIONS[self.activation](x) if i else x
+            x = hooks.linear(f"connector.{i}", layer, x)
         return x
 
 
