@@ -57,20 +57,20 @@ class Processor:
       template: How conversations are written.
       image: How images become pixels; None for a model without vision.
       visual_tokens: V, the number of visual tokens per image.
+      generation: What the model's folder says about generation.
+      vocab_size: The number of embeddings, beyond which a token is refused; 0 for any number.
       split_special_tokens: Whether control tokens such as `</s>` in the text of users, samples and
         answers are spelt out, and `<image>` in an answer, too; else they are control tokens, which
         is what LLaVA does. The template's own control tokens are tokens either way.
-      generation: What the model's folder says about generation.
-      vocab_size: The number of embeddings, beyond which a token is refused; 0 for any number.
     """
 
     tokenizer: Tokenizer
     template: Template
     image: ImageProcessor | None = None
     visual_tokens: int = 0
-    split_special_tokens: bool = True
     generation: GenerationDefaults = GenerationDefaults()
     vocab_size: int = 0
+    split_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
