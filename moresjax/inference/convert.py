@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.data.images import saved_processor
+from moresjax.data.images import saved_image_size, saved_processor
 from moresjax.inference.load import has_tokenizer, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -21,7 +21,7 @@ from moresjax.runs.run_config import PARTS, RANDOM, InitConfig, PartsConfig, Run
 from moresjax.runs.state import TrainState
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf
-from moresjax.weights.files import check_new
+from moresjax.weights.files import check_new, new_folder
 from moresjax.weights.generation_config import read_generation_config, save_generation_config
 from moresjax.weights.hf import HFFolders
 from moresjax.weights.peft import export_peft
@@ -77,7 +77,9 @@ def import_model(
     check_new(out, "import")
     encoders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
     folders = HFFolders(allow_pickle=allow_pickle)
-    architecture = _architecture(folders, source, encoders, fusion, connector)
+    images = Path(image_processor or (encoders[0] if encoders else source))
+    size = saved_image_size(images) if encoders else None
+    architecture = _architecture(folders, source, encoders, fusion, connector, size)
     parts = PartsConfig(llm=dataclasses.asdict(architecture.llm))
     if architecture.vision is not None:
         fields = dataclasses.asdict(architecture.vision)
@@ -97,29 +99,36 @@ def import_model(
     model = build_model(config, folders=folders)
     assert isinstance(model, MLLM)
 
-    out.mkdir(parents=True, exist_ok=True)
-    images = Path(image_processor or (encoders[0] if encoders else source))
-    saved = _save_processor(source, images, out / PROCESSOR, has_images=bool(parts.vision))
-    config = dataclasses.replace(config, init=InitConfig(), **saved)  # all is in the checkpoint now
-    save_config(config, out / "config.json")
-    if config.tokenizer:
-        build_processor(config, root=out)  # whatever is wrong with it shows now
-    checkpoints = Checkpoints(out / "checkpoints")
-    checkpoints.save(TrainState(jnp.zeros((), jnp.int32), nnx.state(model, nnx.Param), ()), {})
-    checkpoints.close()
+    with new_folder(out, "import"):
+        saved = _save_processor(source, images, out / PROCESSOR, has_images=bool(parts.vision))
+        config = dataclasses.replace(config, init=InitConfig(), **saved)  # the checkpoint has all
+        save_config(config, out / "config.json")
+        if config.tokenizer:
+            build_processor(config, root=out)  # whatever is wrong with it shows now
+        checkpoints = Checkpoints(out / "checkpoints")
+        checkpoints.save(TrainState(jnp.zeros((), jnp.int32), nnx.state(model, nnx.Param), ()), {})
+        checkpoints.close()
     return model
 
 
 def _architecture(
-    folders: HFFolders, source: Path, encoders: Sequence[str], fusion: str, connector: str
+    folders: HFFolders,
+    source: Path,
+    encoders: Sequence[str],
+    fusion: str,
+    connector: str,
+    size: int | None,
 ) -> MLLMConfig:
-    """The model of a folder, or of an LLM's folder with encoders put before it."""
+    """The model of a folder, or of an LLM's folder with encoders put before it.
+
+    Encoders that take images of any size take those of `size`, which the image processor makes.
+    """
     config = folders[source].config
     if not encoders:
         return config
     if config.vision is not None:
         raise UserError(f"{source} has a vision encoder already; --vision is for an LLM")
-    configs = [load_vision_config(folders[encoder]) for encoder in encoders]
+    configs = [load_vision_config(folders[encoder], at_size=size) for encoder in encoders]
     vision: AnyVisionConfig = configs[0]
     if len(configs) > 1:
         # A pair looks at one image: the second encoder takes the first one's size.

@@ -19,7 +19,7 @@ from moresjax.models.vision import VisionConfig
 from moresjax.tuning.merge import check_stacked
 from moresjax.weights.families.base import hf_decoder_config
 from moresjax.weights.families.llava import WRITTEN_PREFIXES, Llava
-from moresjax.weights.files import check_new, renamed
+from moresjax.weights.files import check_new, new_folder, renamed
 from moresjax.weights.hf import model_mappings
 from moresjax.weights.tensor_mapping import TensorMapping
 
@@ -50,17 +50,17 @@ def export_hf(
       UserError: when no architecture of `transformers` is the model's, or the folder is not empty.
     """
     folder = Path(folder)
-    check_new(folder, "export")
+    check_new(folder, "export")  # before anything takes time
     hf = hf_config(mllm.config)
     tokenizer: Any = None if processor is None else processor.tokenizer
     if hf["model_type"] == Llava.model_type:
         tokenizer, hf["image_token_index"] = _with_image_token(tokenizer, mllm.config)
     hf["dtype"] = str(mllm.llm.embed.table[...].dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(mllm, model_mappings(mllm.config, hf), folder, shard_size)
-    (folder / "config.json").write_text(json.dumps(hf, indent=2, default=str) + "\n")
-    if processor is not None and tokenizer is not None:
-        _write_processor(processor, tokenizer, mllm.config, hf, folder)
+    with new_folder(folder, "export"):
+        _write_tensors(mllm, model_mappings(mllm.config, hf), folder, shard_size)
+        (folder / "config.json").write_text(json.dumps(hf, indent=2, default=str) + "\n")
+        if processor is not None and tokenizer is not None:
+            _write_processor(processor, tokenizer, mllm.config, hf, folder)
     return folder
 
 

@@ -1,8 +1,10 @@
 """Tensors in the files of a folder: safetensors, and pickles when they are allowed."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +171,29 @@ def check_new(folder: Path, what: str) -> None:
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; the {what} needs a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, what: str) -> Iterator[None]:
+    """A new or empty folder to write into; what fails leaves nothing in it.
+
+    Args:
+      folder: The folder.
+      what: What is written, for the message.
+
+    Raises:
+      UserError: The folder has something in it.
+    """
+    check_new(folder, what)
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder)
+        if existed:
+            folder.mkdir()
+        raise
 
 
 def _halves(name: str, tensor: Tensor) -> dict[str, Tensor]:
