@@ -2,6 +2,7 @@
 
 # Configurations of transformers are made of dicts, whose values no type checker can tell apart.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportOptionalMemberAccess=false
 
 import json
 import shutil
