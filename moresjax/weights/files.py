@@ -1,17 +1,15 @@
 """Tensors in the files of a folder: safetensors, and pickles when they are allowed."""
 
-import contextlib
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 
 from moresjax.core.errors import UserError
-from moresjax.weights.families.base import MLLM_FAMILIES, VISION_FAMILIES
+from moresjax.weights.families.base import MLLM_FAMILIES, VISION_FAMILIES, renamed
 from moresjax.weights.families.tinyllava import STAGE_FOLDERS
 from moresjax.weights.tensor_mapping import Tensor, stored_dtype
 
@@ -153,47 +151,6 @@ def file_prefixes() -> dict[str, str]:
     """Beginnings of the names of multimodal LLMs' tensors in files -> in the state dict."""
     families = MLLM_FAMILIES.values()
     return {old: new for family in families for old, new in family.prefixes.items()}
-
-
-def renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """The name with the longest of the prefixes that it starts with replaced."""
-    for old in sorted(prefixes, key=len, reverse=True):
-        if name.startswith(old):
-            return prefixes[old] + name.removeprefix(old)
-    return name
-
-
-def check_new(folder: Path, what: str) -> None:
-    """Refuses to write into a folder that has something in it.
-
-    Raises:
-      UserError: that says what needs a new folder.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; the {what} needs a new folder")
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path, what: str) -> Iterator[None]:
-    """A new or empty folder to write into; what fails leaves nothing in it.
-
-    Args:
-      folder: The folder.
-      what: What is written, for the message.
-
-    Raises:
-      UserError: The folder has something in it.
-    """
-    check_new(folder, what)
-    existed = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder)
-        if existed:
-            folder.mkdir()
-        raise
 
 
 def _halves(name: str, tensor: Tensor) -> dict[str, Tensor]:
