@@ -31,6 +31,7 @@ def load(
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
     image_aspect: str | None = None,
+    dtype: str | None = None,
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
@@ -55,6 +56,9 @@ def load(
         split as they are read.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
+      dtype: The dtype of the activations: `float32`, `bfloat16`, `float16`, or `stored` for that of
+        a Hugging Face folder's weights, which keep theirs. Default: a run's own; for a Hugging Face
+        folder `stored` on TPUs and GPUs and `float32` on CPUs.
 
     Raises:
       UserError: The folder is neither, or is damaged, or does not fit an argument.
@@ -63,9 +67,8 @@ def load(
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
-        mllm, processor = load_workdir(
-            path, tuning=tuning, quantize=quantize, allow_pickle=allow_pickle
-        )
+        options = {"quantize": quantize, "allow_pickle": allow_pickle, "dtype": dtype}
+        mllm, processor = load_workdir(path, tuning=tuning, **options)
         if template is not None:
             if processor is None:
                 raise UserError(f"{path} has no tokenizer; template cannot be used")
@@ -74,7 +77,8 @@ def load(
             )
     else:
         folder = HFFolder(path, allow_pickle=allow_pickle)
-        mllm = load_pretrained(folder, tuning or "none", quantize=quantize or "", mesh=mesh)
+        options = {"quantize": quantize or "", "dtype": dtype or "auto"}
+        mllm = load_pretrained(folder, tuning or "none", mesh=mesh, **options)
         if tuning is None:
             attach_saved(mllm, path, allow_pickle=allow_pickle)
         processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")

@@ -77,7 +77,9 @@ def load_tokenizer(name: str, root: str | Path = ".") -> Any:
     if not name or not folder.is_dir():
         raise UserError(f"tokenizer {name!r} is neither 'digits' nor a folder")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} has no tokenizer that can be used: {reason}") from None
