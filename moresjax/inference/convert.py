@@ -10,7 +10,7 @@ from flax import nnx
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import check_new, new_folder
 from moresjax.data.images import saved_processor
-from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, check_format
+from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
 from moresjax.inference.load import attach_saved, has_tokenizer, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -207,15 +207,13 @@ def export_model(
     config = Path(model) / "config.json"
     also = read_config(config).also_train if is_workdir(Path(model)) else ()
     trained = Trained.of(loaded.mllm, also)
-    check_format(format, trained)
-    if format in ("merged", "tinyllava"):
-        loaded = loaded.merge()
-    with new_folder(out, "export") as new:
+    with checked(format, trained), new_folder(out, "export") as new:
         if format in ADAPTER_FORMATS:
             _export_adapter(trained, new, format)
         else:
+            mllm = loaded.mllm if format == "hf" else loaded.merge().mllm
             write = export_tinyllava if format == "tinyllava" else export_hf
-            write(loaded.mllm, new, loaded.processor)
+            write(mllm, new, loaded.processor)
     return Path(out)
 
 
