@@ -116,12 +116,16 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
     tokenizer = load_tokenizer(str(path))
     if folder.is_llava and IMAGE_MARK not in tokenizer.get_vocab():
         raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
-    # TinyLLaVA Factory notes how images are made square; other formats do not.
-    aspect = folder.raw.get("image_aspect_ratio", "square")
+    image = None
+    if vision is not None:
+        mean, std = vision.pixel_mean, vision.pixel_std
+        # TinyLLaVA Factory notes how images are made square; other formats do not.
+        aspect = folder.raw.get("image_aspect_ratio", "square")
+        image = ImageProcessor.from_pretrained(path, vision.image_size, aspect, mean=mean, std=std)
     return Processor(
         tokenizer,
         get_template(template, tokenizer),
-        ImageProcessor.from_pretrained(path, vision.image_size, aspect) if vision else None,
+        image,
         config.visual_tokens,
         read_generation_config(path),
         config.llm.vocab_size,
