@@ -26,9 +26,9 @@ from moresjax.tuning.base import METHODS, VirtualTokens
 from moresjax.tuning.merge import dense_at, linear_path
 from moresjax.tuning.methods.ln import NormTuning
 from moresjax.tuning.spec import format_spec
-from moresjax.weights.families.base import LLM_FAMILIES
+from moresjax.weights.families.base import LLM_FAMILIES, renamed
 from moresjax.weights.families.llava import Llava
-from moresjax.weights.files import file_prefixes, renamed
+from moresjax.weights.files import file_prefixes
 from moresjax.weights.peft_formats import (
     NORMS,
     PEFT_TYPES,
