@@ -16,7 +16,7 @@ from moresjax.runs.init_weights import trained_parameters
 from moresjax.runs.paths import is_workdir
 from moresjax.tuning.attach import Tuning
 from moresjax.weights.adapter import attach_adapter, foreign_arrays
-from moresjax.weights.pyreft import is_pyreft
+from moresjax.weights.pyreft import pyreft_folder
 
 OWN = "tuning."
 # Frozen arrays of a tuning, in the directory of a run that got them from an adapter.
@@ -41,7 +41,7 @@ def load_tuning(model: MLLM, source: Path, *, allow_pickle: bool = False) -> Non
     if is_workdir(source):
         found = _tuning_of_run(model, source)
     else:
-        edits = wanted.spec if is_pyreft(source) else ""
+        edits = wanted.spec if pyreft_folder(source) else ""
         attach_adapter(model, source, edits=edits, allow_pickle=allow_pickle)
         found, model.tuning = model.tuning, wanted
     if not _same(wanted, found):
