@@ -5,6 +5,8 @@ Edits:    vision.block.{out,attn.out,mlp.out}  connector.out  llm.embed.out
 Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}
 """
 
+from collections.abc import Mapping
+
 from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.base import Edit, Method, ModelConfig
 from moresjax.tuning.selectors import parse_selector
@@ -83,6 +85,20 @@ def linear_sites(method: Method, config: ModelConfig, targets: str) -> dict[str,
             raise choice_error(f"target of {method.name}", target, ("all", *names))
         chosen[site] = available[site]
     return chosen
+
+
+def check_rank(method: Method, rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Checks the rank of a product of factors that is added to every linear of some shapes.
+
+    Raises:
+      UserError: where the rank is beyond that of every matrix; on some it may be.
+    """
+    most = max(map(min, shapes.values()))
+    if rank > most:
+        raise UserError(
+            f"{method.name}:rank must be at most {most}, the rank of the largest matrix that it "
+            f"acts on, got {rank}"
+        )
 
 
 def num_layers(site: str, config: ModelConfig) -> int:

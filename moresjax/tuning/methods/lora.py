@@ -8,12 +8,14 @@ with `s = alpha / r`, or `alpha / sqrt(r)` when rank-stabilised (Kalajdzievski 2
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
+from moresjax.core.ranges import Positive, Range, Rate
 from moresjax.tuning.base import (
     LinearLike,
     ModelConfig,
@@ -23,8 +25,7 @@ from moresjax.tuning.base import (
     dropped,
     register,
 )
-from moresjax.tuning.sites import linear_sites
-from moresjax.tuning.spec import check_rank
+from moresjax.tuning.sites import check_rank, linear_sites
 
 
 @register
@@ -33,21 +34,20 @@ class LoRA(WeightDelta):
     """LoRA on the linears named by `targets`; `alpha` 0 stands for twice the rank."""
 
     name = "lora"
-    rank: int = 8
-    alpha: float = 0.0
-    dropout: float = 0.0
+    rank: Positive = 8
+    alpha: Annotated[float, Range(0)] = 0.0
+    dropout: Rate = 0.0
     rslora: bool = False
     targets: str = "all"
-
-    def __post_init__(self) -> None:
-        check_rank(self, self.rank)
 
     @property
     def scale(self) -> float:
         return (self.alpha or 2.0 * self.rank) / (self.rank**0.5 if self.rslora else self.rank)
 
     def sites(self, config: ModelConfig) -> Sites:
-        return linear_sites(self, config, self.targets)
+        shapes = linear_sites(self, config, self.targets)
+        check_rank(self, self.rank, shapes)
+        return shapes
 
     def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
         bound = d_in**-0.5
