@@ -82,7 +82,11 @@ def run(args: argparse.Namespace) -> None:
         options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
         result = evaluate(load_model(args), tasks, **options)
     path = write_results(result, args.out, model=args.model, split=args.split)
-    show(args, json.loads(path.read_text()), f"{table(result.scores, tasks)}\nresults: {path}")
+    text = table(result.scores, tasks, result.not_run)
+    show(args, json.loads(path.read_text()), f"{text}\nresults: {path}")
+    if result.not_run:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in result.not_run.items())
+        raise UserError(f"not run were {reasons}; the results of the others are in {path}")
 
 
 def _judge(args: argparse.Namespace) -> "EndpointJudge | ModelJudge | None":

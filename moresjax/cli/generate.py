@@ -91,7 +91,9 @@ def _add_decoding(generate: argparse.ArgumentParser) -> None:
         "--top-k", type=int, default=0, help="draw among so many likeliest tokens; 0: among all"
     )
     generate.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1 avoids earlier tokens"
+        "--repetition-penalty",
+        type=float,
+        help="above 1 avoids earlier tokens; default: as the model's folder says",
     )
     generate.add_argument("--seed", type=int, default=0, help="seed for --temperature")
     generate.add_argument(
@@ -134,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(args)
     if args.prompts:
         if adapters:
-            model.load_adapters(adapters)
+            model.load_adapters(adapters, **pyreft)
         elif args.adapter:
             model.load_adapter(args.adapter[0], **pyreft)
         options |= {"image_root": args.image_root, "batch_size": args.batch_size}

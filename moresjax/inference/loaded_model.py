@@ -7,6 +7,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moresjax.data.processor import Processor
+from moresjax.data.samples import IMAGE_MARK
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.prompts import PromptEncoder
 from moresjax.inference.service import GenerationService
@@ -28,6 +29,8 @@ class LoadedModel:
       processor: Tokenizer, template and image processor; None when the folder had no tokenizer.
       mesh: The devices that the parameters are on; None for a single device.
       engine_config: The knobs of generation.
+      image_token_id: The id that stands for a visual token in ids that `transformers` made;
+        default: that of `<image>`, where the tokenizer has it.
     """
 
     def __init__(
@@ -36,8 +39,12 @@ class LoadedModel:
         processor: Processor | None,
         mesh: Mesh | None = None,
         engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+        image_token_id: int | None = None,
     ) -> None:
         self._mllm = mllm
+        if image_token_id is None and processor is not None and mllm.config.vision is not None:
+            image_token_id = processor.tokenizer.get_vocab().get(IMAGE_MARK)
+        self.image_token_id = image_token_id
         self.prompts = PromptEncoder(processor)
         self.service = GenerationService(mllm, self.prompts, mesh, engine_config)
         self._name_words()
@@ -162,8 +169,10 @@ class LoadedModel:
         attach_adapter(self.restack(), folder, edits=edits, allow_pickle=allow_pickle)
         self._name_words()
 
-    def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
-        """Replaces the attached tuning by several adapter folders.
+    def load_adapters(
+        self, folders: Mapping[str, str | Path], *, edits: str = "", allow_pickle: bool = False
+    ) -> None:
+        """Replaces the attached tuning by several adapter folders of moresjax, `peft` or `pyreft`.
 
         `generate`, `score` and `logits` then use one of them for each prompt.
 
@@ -180,9 +189,11 @@ class LoadedModel:
         Args:
           folders: Adapter folders by the names to choose them with. All have one spec, up to the
             layers that they act on.
+          edits: What folders of pyreft do not say; see `load_adapter`.
+          allow_pickle: Whether the pickles of pyreft folders may be read.
 
         Raises:
           UserError: A folder is not an adapter of this model, or they do not go together.
         """
-        load_adapters(self.restack(), folders)
+        load_adapters(self.restack(), folders, edits=edits, allow_pickle=allow_pickle)
         self._name_words()
