@@ -239,7 +239,7 @@ def samples_per_row(
     size = pack_window or PACK_WINDOW
     windows, pack = _windows(reader, size, seed)
     count = min(-(-len(source) // size), MEASURED_WINDOWS)
-    rows = sum(len(pack.flat_map(windows[number])) for number in range(count))
+    rows = sum(len(pack.flat_map(windows[number] or ())) for number in range(count))
     return count * size / max(rows, 1)
 
 

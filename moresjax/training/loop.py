@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -97,7 +98,8 @@ def train(config: AnyConfig | str, workdir: str | Path, *, resume: str = "auto")
     sources = None
     if not config.steps:
         sources = build_sources(config)
-        config = with_steps(config, sources[0], lambda: build_processor(config, root=workdir))
+        make_processor = functools.partial(build_processor, config, root=workdir)
+        config = with_steps(config, sources[0], make_processor)
     check_workdir(config, workdir, resume)
     if finished := _finished(config, workdir):
         return finished
