@@ -45,6 +45,11 @@ def add_parser(commands: Commands) -> None:
         metavar="ROWS",
         help="prompts answered at a time (default: %(default)s)",
     )
+    evaluate.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch data of lm_eval tasks that are not at hand; otherwise nothing is",
+    )
     add_mesh(evaluate)
     add_prompting(evaluate)
     evaluate.add_argument(
@@ -80,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
         options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
+        options |= {"download": args.download}
         result = evaluate(load_model(args), tasks, **options)
     path = write_results(result, args.out, model=args.model, split=args.split)
     text = table(result.scores, tasks, result.not_run)

@@ -87,6 +87,13 @@ class Processor:
             ends.add(self.tokenizer.convert_tokens_to_ids(closing))
         return tuple(sorted(ends))
 
+    @property
+    def system_ids(self) -> tuple[int, ...]:
+        """The tokens before a user's first word: beginning, system prompt and first role marker."""
+        text = self.template.system + self.template.user if self.template.keep_question else ""
+        ids = self._encode_chunk(((text, TokenKind.SYSTEM),))[0] if text else ()
+        return (*self._bos, *ids)
+
     @functools.cached_property
     def without_end(self) -> "Processor":
         """The same, but answers go without the token that ends them."""

@@ -11,12 +11,15 @@ from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.templates import get_template
 from moresjax.inference.model import Model
-from moresjax.models.mllm import MLLMConfig
+from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import load_tokenizer
 from moresjax.runs.workdir import load_workdir
+from moresjax.weights import steering
+from moresjax.weights.edits import has_edits, read_edits
 from moresjax.weights.generation_config import read_generation_config
 from moresjax.weights.hf import HFFolder, load_pretrained
+from moresjax.weights.pyreft import import_pyreft
 
 
 def load(
@@ -43,7 +46,8 @@ def load(
       template: The conversation template; default: a run's own, and `vicuna_v1` for a Hugging Face
         folder.
       tuning: The spec of a tuning to attach, freshly initialised; `none` gives the model without
-        tuning. Default: a run's own with its trained parameters, nothing for a Hugging Face folder.
+        tuning. Default: a run's own with its trained parameters, for a Hugging Face folder the
+        edits that lie beside its weights.
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
       allow_pickle: Whether `*.bin` files may be read where a Hugging Face folder, or a folder that
         a run started from, has no safetensors.
@@ -71,6 +75,8 @@ def load(
     else:
         folder = HFFolder(path, allow_pickle=allow_pickle)
         mllm = load_pretrained(folder, tuning or "none", quantize=quantize or "", mesh=mesh)
+        if tuning is None:
+            attach_saved(mllm, path, allow_pickle=allow_pickle)
         processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
         image_token_id = folder.hf.get("image_token_index") if folder.is_llava else None
     if image_aspect is not None:
@@ -84,6 +90,23 @@ def load(
     return model
 
 
+def attach_saved(mllm: MLLM, path: Path, *, allow_pickle: bool = False) -> None:
+    """Attaches what lies beside a folder's weights: edits of ours, or those of LLaVA Steering.
+
+    Args:
+      mllm: The model of the folder.
+      path: The folder.
+      allow_pickle: Whether the edits of LLaVA Steering may be read, which are pickled.
+
+    Raises:
+      UserError: when they cannot be read or do not belong to the model.
+    """
+    if has_edits(path):
+        read_edits(mllm, path)
+    elif (path / steering.PLACE).is_dir():
+        import_pyreft(path / steering.PLACE, mllm, allow_pickle=allow_pickle)
+
+
 def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Processor | None:
     """The processor of a Hugging Face folder; None where no tokenizer was saved."""
     path = folder.path
@@ -93,10 +116,12 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
     tokenizer = load_tokenizer(str(path))
     if folder.is_llava and IMAGE_MARK not in tokenizer.get_vocab():
         raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
+    # TinyLLaVA Factory notes how images are made square; other formats do not.
+    aspect = folder.raw.get("image_aspect_ratio", "square")
     return Processor(
         tokenizer,
         get_template(template, tokenizer),
-        ImageProcessor.from_pretrained(path, vision.image_size) if vision else None,
+        ImageProcessor.from_pretrained(path, vision.image_size, aspect) if vision else None,
         config.visual_tokens,
         read_generation_config(path),
         config.llm.vocab_size,

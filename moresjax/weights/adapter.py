@@ -120,7 +120,7 @@ def attach_adapter(
         what `edits` says.
     """
     folder = Path(folder)
-    if pyreft.is_pyreft(folder):
+    if pyreft.pyreft_folder(folder):
         pyreft.import_pyreft(folder, mllm, edits=edits, allow_pickle=allow_pickle)
         return
     if edits:

@@ -9,8 +9,10 @@ import pytest
 import moresjax.tuning  # noqa: F401 (registers the methods)
 from moresjax.core.errors import UserError
 from moresjax.core.ranges import Range, check_ranges, ranges_of
+from moresjax.models.mllm import MLLM
 from moresjax.runs.config import load_config
 from moresjax.runs.run_config import RunConfig
+from moresjax.testing.models import tiny_config
 from moresjax.tuning.base import METHODS
 from moresjax.tuning.spec import parse_spec
 
@@ -97,6 +99,14 @@ def test_a_number_out_of_range_on_the_command_line(override, message):
     with pytest.raises(UserError) as error:
         load_config("digits:stage=llm", [override])
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize("spec", ["lora", "dora:targets=q", "mixlora:factors=99", "mores"])
+def test_a_rank_is_not_beyond_the_matrix(spec):
+    config = tiny_config()
+    beyond = config.llm.hidden_size + 1
+    with pytest.raises(UserError, match=f"rank.*{beyond - 1}"):
+        MLLM(config, f"{spec}{',' if ':' in spec else ':'}rank={beyond}")
 
 
 def test_a_range_says_what_it_allows():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
-from moresjax.core.ranges import Positive, Range, Rate
+from moresjax.core.ranges import FINITE, Positive, Rate
 from moresjax.tuning.base import (
     LinearLike,
     ModelConfig,
@@ -31,18 +31,24 @@ from moresjax.tuning.sites import check_rank, linear_sites
 @register
 @dataclasses.dataclass(frozen=True)
 class LoRA(WeightDelta):
-    """LoRA on the linears named by `targets`; `alpha` 0 stands for twice the rank."""
+    """LoRA on the linears named by `targets`; without an `alpha` it is twice the rank."""
 
     name = "lora"
     rank: Positive = 8
-    alpha: Annotated[float, Range(0)] = 0.0
+    alpha: Annotated[float | None, FINITE] = None
     dropout: Rate = 0.0
     rslora: bool = False
     targets: str = "all"
 
     @property
+    def scaled_by(self) -> float:
+        """Alpha."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    @property
     def scale(self) -> float:
-        return (self.alpha or 2.0 * self.rank) / (self.rank**0.5 if self.rslora else self.rank)
+        """The factor of `x A B`, s."""
+        return self.scaled_by / (self.rank**0.5 if self.rslora else self.rank)
 
     def sites(self, config: ModelConfig) -> Sites:
         shapes = linear_sites(self, config, self.targets)
