@@ -9,8 +9,8 @@ from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import check_new, new_folder
-from moresjax.data.images import saved_processor
-from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, check_format
+from moresjax.data.images import saved_image_size, saved_processor
+from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
 from moresjax.inference.load import attach_saved, has_tokenizer, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -79,7 +79,11 @@ def import_model(
     check_new(out, "import")
     encoders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
     folders = HFFolders(allow_pickle=allow_pickle)
-    architecture = _architecture(folders, source, encoders, fusion, connector, drop_first_token)
+    images = Path(image_processor or (encoders[0] if encoders else source))
+    size = saved_image_size(images) if encoders else None
+    architecture = _architecture(
+        folders, source, encoders, fusion, connector, drop_first_token, size
+    )
     parts = PartsConfig(llm=dataclasses.asdict(architecture.llm))
     if architecture.vision is not None:
         fields = dataclasses.asdict(architecture.vision)
@@ -104,7 +108,6 @@ def import_model(
     config = dataclasses.replace(config, tuning=model.tuning.spec)
 
     with new_folder(out, "import") as new:
-        images = Path(image_processor or (encoders[0] if encoders else source))
         saved = _save_processor(source, images, new / PROCESSOR, has_images=bool(parts.vision))
         # All is in the checkpoint now.
         config = dataclasses.replace(config, init=InitConfig(), **saved)
@@ -124,8 +127,12 @@ def _architecture(
     fusion: str,
     connector: str,
     drop_first_token: bool,
+    size: int | None,
 ) -> MLLMConfig:
-    """The model of a folder, or of an LLM's folder with encoders put before it."""
+    """The model of a folder, or of an LLM's folder with encoders put before it.
+
+    Encoders that take images of any size take those of `size`, which the image processor makes.
+    """
     config = folders[source].config
     if drop_first_token and len(encoders) != 1:
         raise UserError("--drop-first-token is for an LLM with --vision DIR, one encoder")
@@ -133,7 +140,7 @@ def _architecture(
         return config
     if config.vision is not None:
         raise UserError(f"{source} has a vision encoder already; --vision is for an LLM")
-    configs = [load_vision_config(folders[encoder]) for encoder in encoders]
+    configs = [load_vision_config(folders[encoder], at_size=size) for encoder in encoders]
     if drop_first_token:
         if configs[0].class_token:
             raise UserError(f"{encoders[0]} has a class token, which is dropped already")
@@ -207,15 +214,13 @@ def export_model(
     config = Path(model) / "config.json"
     also = read_config(config).also_train if is_workdir(Path(model)) else ()
     trained = Trained.of(loaded.mllm, also)
-    check_format(format, trained)
-    if format in ("merged", "tinyllava"):
-        loaded = loaded.merge()
-    with new_folder(out, "export") as new:
+    with checked(format, trained), new_folder(out, "export") as new:
         if format in ADAPTER_FORMATS:
             _export_adapter(trained, new, format)
         else:
+            mllm = loaded.mllm if format == "hf" else loaded.merge().mllm
             write = export_tinyllava if format == "tinyllava" else export_hf
-            write(loaded.mllm, new, loaded.processor)
+            write(mllm, new, loaded.processor)
     return Path(out)
 
 

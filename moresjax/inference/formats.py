@@ -1,18 +1,16 @@
 """Which export format holds which model: the one place that says so, and its sentences."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from moresjax.core.errors import UserError
 from moresjax.core.parameter_names import matches, named_parameters
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.base import Method, WeightDelta
-from moresjax.tuning.methods.ln import NormTuning
 from moresjax.tuning.methods.steer import Steer
 from moresjax.weights.edits import unheld
 from moresjax.weights.export import hf_config, tinyllava_config
-from moresjax.weights.peft_formats import FORMATS as PEFT_FORMATS
-from moresjax.weights.peft_virtual_tokens import VIRTUAL_TOKEN_METHODS
 from moresjax.weights.pyreft import METHOD_NAMES, SITE
 from moresjax.weights.steering import unnoted
 
@@ -53,17 +51,22 @@ class Trained:
         return (*found, *self.also_train)
 
 
-def check_format(format: str, model: Trained) -> None:
-    """Refuses a format that does not hold a model.
+@contextlib.contextmanager
+def checked(format: str, model: Trained) -> Iterator[None]:
+    """Where a model is written: refuses what the format cannot hold.
 
     Raises:
-      UserError: that says what it has no place for, and which format holds all of it.
+      UserError: that says what the format, or its writer, has no place for, and which format holds
+        all of it.
     """
-    reason = _refusal(format, model)
-    if not reason:
-        return
-    others = [other for other in FORMATS if other != format and not _refusal(other, model)]
-    raise UserError(f"{reason}; use format {others[0]}" if others else reason)
+    try:
+        if reason := _refusal(format, model):
+            raise UserError(reason)
+        yield
+    except UserError as error:
+        others = (other for other in FORMATS if other not in (format, "peft"))
+        other = next((other for other in others if not _refusal(other, model)), "")
+        raise UserError(f"{error}; use format {other}" if other else str(error)) from None
 
 
 def _refusal(format: str, model: Trained) -> str:
@@ -106,24 +109,7 @@ def _adapter(model: Trained) -> str:
 
 
 def _peft(model: Trained) -> str:
-    if not model.methods:
-        norms = [m for _, m in model.mllm.tuning.methods if isinstance(m, NormTuning)]
-        beside = [p for p in model.trains if p not in NormTuning.trains]
-        if not norms:
-            return beside[0] if beside else "a model without a tuning"
-    elif len(model.mllm.tuning.methods) > 1:
-        return f"several methods ({model.mllm.tuning.spec})"
-    else:
-        name = model.methods[0].name
-        if name not in {*(form.method for form in PEFT_FORMATS), *VIRTUAL_TOKEN_METHODS}:
-            return name
-        if name in VIRTUAL_TOKEN_METHODS and model.also_train:
-            return f"{model.also_train[0]} beside {name}"
-        if "connector" in model.also_train and model.mllm.config.connector != "mlp2x_gelu":
-            return f"a connector of kind {model.mllm.config.connector}"
-        sites = next(iter(model.mllm.tuning.params.values()))
-        if outside := [site for site in sites if not site.startswith("llm.")]:
-            return f"{name} at {outside[0]}"
+    """What trained beside a method; what peft has no place for itself, its writer says."""
     return _beside(model)
 
 

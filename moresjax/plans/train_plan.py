@@ -119,8 +119,8 @@ def abstract_model(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.Sta
     Raises:
       UserError: for a configuration without a language model.
     """
-    if config.objective != "next_token":
-        raise UserError(f"plans are for objective next_token, got {config.objective!r}")
+    if not config.is_language_model:
+        raise UserError(f"plans are for language models, not for objective {config.objective}")
     architecture = model_config(config)
     model = MLLM(architecture, config.tuning)
     graphdef, trainable, frozen = split_model(model, config.also_train)

@@ -235,12 +235,12 @@ def read_config(path: str | Path) -> RunConfig:
         values = json.loads(Path(path).read_text())
         if not isinstance(values, dict):
             raise TypeError("it holds no keys")
-        return resolve(_with_present_names(values))
+        return resolve(present_names(values))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a run's configuration: {error}") from None
 
 
-def _with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def present_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """What version 0.1 or this one saved, with this one's names."""
 
     def renamed(part: Any) -> Any:

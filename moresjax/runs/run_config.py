@@ -54,16 +54,25 @@ class InitConfig:
     """Where the weights of each part come from.
 
     `random`, the workdir of an earlier run, or a Hugging Face folder. A path with a leading dot
-    starts from the run's own workdir. Two vision encoders are `FOLDER;FOLDER`.
+    starts from the run's own workdir. Two vision encoders are `FOLDER;FOLDER`. An earlier run gives
+    what it trained, and whatever it left frozen from its own sources.
+
+    Attributes:
+      llm: Source of the LLM.
+      vision: Source of the vision encoder.
+      connector: Source of the connector.
+      tuning: A run or an adapter folder whose tuning goes on, with the run's own spec; `random`
+        starts afresh.
     """
 
     llm: str = RANDOM
     vision: str = RANDOM
     connector: str = RANDOM
+    tuning: str = RANDOM
 
     def source(self, part: str) -> str:
-        """The source of `llm`, `vision` or `connector`."""
-        return {"llm": self.llm, "vision": self.vision, "connector": self.connector}[part]
+        """The source of `llm`, `vision`, `connector` or `tuning`."""
+        return dataclasses.asdict(self)[part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +164,8 @@ class RunConfig:
         to the encoder's square.
       image_aspect: `square`, or `pad`: first made square with the mean colour.
       template: Name of the conversation template.
+      split_special_tokens: Whether control tokens such as `</s>` that stand in the text of samples
+        are trained as the text that they are; `False` makes them control tokens, as LLaVA does.
       data: The source of samples: its `name` and options.
       max_seq_len: S, tokens per row.
       images_per_row: N, images per row; 0 for text.
@@ -196,6 +207,7 @@ class RunConfig:
     image_processor: str = ""
     image_aspect: str = "square"
     template: str = "vicuna_v1"
+    split_special_tokens: bool = True
     data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "digits"})
     max_seq_len: Positive = 2048
     images_per_row: NonNegative = 1

@@ -4,16 +4,10 @@ import re
 from pathlib import Path
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.parameter_names import matches
-from moresjax.runs.config import differences, read_config
+from moresjax.runs.checkpoint import saved_identity
+from moresjax.runs.config import read_config
+from moresjax.runs.identity import changed_settings
 from moresjax.runs.run_config import RunConfig
-
-# Keys that change between two starts of a run without changing what it trains.
-HARMLESS = (
-    *("name", "log_every", "tensorboard", "checkpoint", "mesh", "num_workers", "lmar_every"),
-    "plugins",
-    *("validation.data", "validation.every", "validation.batches"),
-)
 
 
 def check_numbers(config: RunConfig, shards: int) -> None:
@@ -81,11 +75,19 @@ def check_workdir(config: RunConfig, workdir: Path, resume: str) -> None:
     saved = workdir / "checkpoints"
     if saved.is_dir() and not any(saved.glob("[0-9]*")):
         return  # a run that ended before its first checkpoint has nothing to mix with
-    earlier = read_config(workdir / "config.json")
-    found = differences(earlier.to_dict(), config.to_dict())
-    changed = [key for key in found if not any(matches(key, h) for h in HARMLESS)]
+    step, identity = saved_identity(saved)
+    earlier = read_config(workdir / "config.json").to_dict()
+    changed = changed_settings(earlier, config, paths_may_change=bool(identity))
+    if identity:
+        changed += changed_settings(identity["config"], config, paths_may_change=True)
     if changed:
+        names = ", ".join(dict.fromkeys(changed))
         raise UserError(
-            f"workdir {workdir} holds a run with other settings ({', '.join(changed)}); "
+            f"workdir {workdir} holds a run with other settings ({names}); "
             "give another --workdir or the same settings"
+        )
+    if step > config.steps:
+        raise UserError(
+            f"workdir {workdir} has trained {step} steps already, more than the {config.steps} of "
+            "config key steps; give as many or more, or another --workdir"
         )

@@ -25,11 +25,14 @@ from moresjax.core.ranges import check_ranges
 from moresjax.data.pipeline import Batches, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source
+from moresjax.models.mllm import MLLM
 from moresjax.runs.budget import check_budget, with_steps
 from moresjax.runs.build import build_model
-from moresjax.runs.checkpoint import Checkpoints
+from moresjax.runs.checkpoint import Checkpoints, saved_identity
 from moresjax.runs.config import load_config, save_config
 from moresjax.runs.data import build_iterator, build_sources
+from moresjax.runs.identity import check_identity, run_identity
+from moresjax.runs.init_tuning import save_shared
 from moresjax.runs.paths import with_absolute_paths
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import AnyConfig, RunConfig, resolve
@@ -71,7 +74,13 @@ class TrainResult:
     compile_seconds: float
 
 
-def train(config: AnyConfig | str, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
+def train(
+    config: AnyConfig | str,
+    workdir: str | Path,
+    *,
+    resume: str = "auto",
+    allow_pickle: bool = False,
+) -> TrainResult:
     """Runs the training that a configuration describes and leaves its checkpoints in `workdir`.
 
     Example:
@@ -85,6 +94,8 @@ def train(config: AnyConfig | str, workdir: str | Path, *, resume: str = "auto")
         `load_config` reads: a config file or a packaged name with its arguments.
       workdir: The run's directory; paths of `config.init` with a leading dot start there.
       resume: `auto` goes on from the newest intact checkpoint; `never` wants an empty directory.
+      allow_pickle: Whether `*.bin` files of base parts may be read where there are no safetensors,
+        and a pyreft folder as `init.tuning`.
 
     Raises:
       UserError: for a configuration that cannot run, or a directory of another run.
@@ -103,7 +114,7 @@ def train(config: AnyConfig | str, workdir: str | Path, *, resume: str = "auto")
     check_workdir(config, workdir, resume)
     if finished := _finished(config, workdir):
         return finished
-    run = _prepare(config, workdir, sources or build_sources(config))
+    run = _prepare(config, workdir, sources or build_sources(config), allow_pickle)
     if run.first:
         logger.info("resuming %s at step %d", config.name, run.first)
     result, stopped = _loop(run)
@@ -156,7 +167,12 @@ class _Run:
         return jax.process_index() == 0
 
 
-def _prepare(config: RunConfig, workdir: Path, sources: tuple[Source, Source | None]) -> _Run:
+def _prepare(
+    config: RunConfig,
+    workdir: Path,
+    sources: tuple[Source, Source | None],
+    allow_pickle: bool,
+) -> _Run:
     """Builds the data, the model and the train step, and restores the newest checkpoint."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_numbers(config, batch_shards(mesh))
@@ -168,7 +184,7 @@ def _prepare(config: RunConfig, workdir: Path, sources: tuple[Source, Source | N
     evaluators = Evaluators(config, processor, mesh, training, held_out)
 
     # Model, split into what trains and what does not, each on the mesh.
-    model = build_model(config, root=workdir, mesh=mesh)
+    model = build_model(config, root=workdir, mesh=mesh, allow_pickle=allow_pickle)
     graphdef, trainable, frozen = split_model(model, config.also_train)
     optimizer, schedule = make_optimizer(config.optimizer, config.steps, trainable)
     trainable, frozen = shard_params(trainable, mesh), shard_params(frozen, mesh)
@@ -177,10 +193,15 @@ def _prepare(config: RunConfig, workdir: Path, sources: tuple[Source, Source | N
     step_fn = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
 
     # Resume.
+    identity = run_identity(config, frozen, processor, training)
+    check_identity(saved_identity(workdir / "checkpoints")[1], identity, str(workdir))
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:  # one process writes for all
         save_config(config, workdir / "config.json")
+        if isinstance(model, MLLM):
+            save_shared(model.tuning, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    checkpoints.identity = identity
     samples_seen = 0
     if restored := checkpoints.restore(state):
         state, position = restored
@@ -259,8 +280,7 @@ class _StepReports:
         self._config, self._workdir = config, run.workdir
         self.samples_seen, self._num_samples = run.samples_seen, run.num_samples
         self.writer = MetricWriter(run.workdir, done=first, tensorboard=tensorboard, active=speaks)
-        line_every = max(config.steps // 4, 1) if speaks else 0
-        self._progress = ProgressBar(config.steps, first, config.name, line_every=line_every)
+        self._progress = ProgressBar(config.steps, first, config.name, active=speaks)
         kind = jax.devices()[0].device_kind
         self.meter = ThroughputMeter(config, run.state.trainable, run.frozen, kind)
         self._pending: deque[tuple[int, Mapping[str, Array], Any, float]] = deque()
@@ -290,8 +310,8 @@ class _StepReports:
             if logged:
                 own |= self.meter.read()
                 self.writer.write(step, own)
-            shown = {k: own[k] for k in ("loss", "accuracy")} if logged else None
-            self._progress.update(step, shown)
+            shown = {k: own[k] for k in ("loss", "accuracy")}
+            self._progress.update(step, shown, logged=logged)
             values |= own
         return values
 
