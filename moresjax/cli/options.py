@@ -67,6 +67,12 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
         help="square, or pad as LLaVA-1.5 does; default: the model's own",
     )
     command.add_argument(
+        "--split-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="read control tokens such as </s> in a prompt as text (default), or as control "
+        "tokens, as LLaVA does",
+    )
+    command.add_argument(
         "--dtype",
         metavar="TYPE",
         help="of activations: float32, bfloat16, float16 or stored; default: a run's own, for a "
@@ -92,7 +98,7 @@ def load_model(args: argparse.Namespace) -> "Model":
     """The model of `--model`, on the mesh of `--mesh`."""
     from moresjax.inference.load import load
 
-    names = "template", "image_aspect", "dtype"
+    names = "template", "image_aspect", "dtype", "split_special_tokens"
     options = {name: getattr(args, name) for name in names}
     return load(args.model, mesh=mesh_of(args), **options)
 

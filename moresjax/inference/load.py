@@ -31,6 +31,7 @@ def load(
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
     image_aspect: str | None = None,
+    split_special_tokens: bool | None = None,
     dtype: str | None = None,
     vision_tower: str | Path | None = None,
 ) -> Model:
@@ -53,10 +54,13 @@ def load(
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
       allow_pickle: Whether `*.bin` files may be read where a Hugging Face folder, or a folder that
         a run started from, has no safetensors.
-      mesh: The devices to put the model on, see `Model.shard`; weights of a Hugging Face folder are
-        split as they are read.
+      mesh: The devices to put the model on, see `Model.shard`; weights of Hugging Face folders are
+        split as they are read, also those that a run started from.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
+      split_special_tokens: Whether control tokens such as `</s>` in the text of users are read as
+        the text that they are; `False` makes them control tokens, as LLaVA does. Default: a run's
+        own, and `True` for a Hugging Face folder.
       dtype: The dtype of the activations: `float32`, `bfloat16`, `float16`, or `stored` for that of
         a Hugging Face folder's weights, which keep theirs. Default: a run's own; for a Hugging Face
         folder `stored` on TPUs and GPUs and `float32` on CPUs.
@@ -73,7 +77,7 @@ def load(
         if vision_tower is not None:
             raise UserError(f"{path} is a run, which has its vision encoder; it takes no other")
         options = {"quantize": quantize, "allow_pickle": allow_pickle, "dtype": dtype}
-        mllm, processor = load_workdir(path, tuning=tuning, **options)
+        mllm, processor = load_workdir(path, tuning=tuning, mesh=mesh, **options)
         if template is not None:
             if processor is None:
                 raise UserError(f"{path} has no tokenizer; template cannot be used")
@@ -93,6 +97,8 @@ def load(
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
         image = dataclasses.replace(processor.image, aspect=image_aspect)
         processor = dataclasses.replace(processor, image=image)
+    if split_special_tokens is not None and processor is not None:
+        processor = dataclasses.replace(processor, split_special_tokens=split_special_tokens)
     model = Model(mllm, processor, image_token_id=image_token_id)
     if mesh is not None:
         model.shard(mesh)

@@ -35,6 +35,7 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
         template=get_template(config.template, tokenizer),
         image=_image_processor(config, vision, Path(root)) if vision else None,
         visual_tokens=tokens,
+        split_special_tokens=config.split_special_tokens,
         generation=_generation(config, root),
         vocab_size=model_config(config).llm.vocab_size,
     )
