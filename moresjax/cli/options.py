@@ -66,6 +66,18 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="square, or pad as LLaVA-1.5 does; default: the model's own",
     )
+    command.add_argument(
+        "--split-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="read control tokens such as </s> in a prompt as text (default), or as control "
+        "tokens, as LLaVA does",
+    )
+    command.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="of activations: float32, bfloat16, float16 or stored; default: a run's own, for a "
+        "Hugging Face folder as stored on TPUs and GPUs, float32 on CPUs",
+    )
 
 
 def add_pyreft(command: argparse.ArgumentParser) -> None:
@@ -86,7 +98,8 @@ def load_model(args: argparse.Namespace) -> "Model":
     """The model of `--model`, on the mesh of `--mesh`."""
     from moresjax.inference.load import load
 
-    options = {"template": args.template, "image_aspect": args.image_aspect}
+    names = "template", "image_aspect", "dtype", "split_special_tokens"
+    options = {name: getattr(args, name) for name in names}
     return load(args.model, mesh=mesh_of(args), **options)
 
 

@@ -11,7 +11,7 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import check_new, new_folder
 from moresjax.core.parameter_names import named_parameters
 from moresjax.core.types import AnyArray
-from moresjax.data.images import saved_processor
+from moresjax.data.images import saved_image_size, saved_processor
 from moresjax.data.processor import Processor
 from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
 from moresjax.inference.load import attach_saved, has_tokenizer, load
@@ -27,6 +27,7 @@ from moresjax.runs.state import TrainState
 from moresjax.tuning.merge import merged
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf, export_tinyllava
+from moresjax.weights.families.llava_original import is_original
 from moresjax.weights.generation_config import read_generation_config, save_generation_config
 from moresjax.weights.hf import HFFolders
 from moresjax.weights.peft import export_peft
@@ -63,7 +64,7 @@ def import_model(
       source: The folder of a LLaVA (also TinyLLaVA Factory's) or an LLM.
       out: A new or empty folder.
       vision: The folder of an encoder to put before an LLM, or two as `DIR;DIR`; the connector is
-        then a fresh one.
+        then a fresh one. For a LLaVA as its authors publish it, that of its vision tower.
       fusion: How the features of two encoders are put together.
       connector: The kind of the fresh connector.
       drop_first_token: Whether the connector reads all tokens of an encoder without class token but
@@ -83,7 +84,14 @@ def import_model(
     check_new(out, "import")
     encoders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
     folders = HFFolders(allow_pickle=allow_pickle)
-    architecture = _architecture(folders, source, encoders, fusion, connector, drop_first_token)
+    if len(encoders) == 1 and is_original(folders[source].raw):
+        folders = HFFolders(allow_pickle=allow_pickle)
+        folders.towers[source] = Path(encoders.pop())
+    images = Path(image_processor or (encoders[0] if encoders else folders[source].image_folder))
+    size = saved_image_size(images) if encoders else None
+    architecture = _architecture(
+        folders, source, encoders, fusion, connector, drop_first_token, size
+    )
     parts = PartsConfig(llm=dataclasses.asdict(architecture.llm))
     if architecture.vision is not None:
         fields = dataclasses.asdict(architecture.vision)
@@ -108,7 +116,6 @@ def import_model(
     config = dataclasses.replace(config, tuning=model.tuning.spec)
 
     with new_folder(out, "import") as new:
-        images = Path(image_processor or (encoders[0] if encoders else source))
         saved = _save_processor(source, images, new / PROCESSOR, has_images=bool(parts.vision))
         # All is in the checkpoint now.
         config = dataclasses.replace(config, init=InitConfig(), **saved)
@@ -128,8 +135,12 @@ def _architecture(
     fusion: str,
     connector: str,
     drop_first_token: bool,
+    size: int | None,
 ) -> MLLMConfig:
-    """The model of a folder, or of an LLM's folder with encoders put before it."""
+    """The model of a folder, or of an LLM's folder with encoders put before it.
+
+    Encoders that take images of any size take those of `size`, which the image processor makes.
+    """
     config = folders[source].config
     if drop_first_token and len(encoders) != 1:
         raise UserError("--drop-first-token is for an LLM with --vision DIR, one encoder")
@@ -137,7 +148,7 @@ def _architecture(
         return config
     if config.vision is not None:
         raise UserError(f"{source} has a vision encoder already; --vision is for an LLM")
-    configs = [load_vision_config(folders[encoder]) for encoder in encoders]
+    configs = [load_vision_config(folders[encoder], at_size=size) for encoder in encoders]
     if drop_first_token:
         if configs[0].class_token:
             raise UserError(f"{encoders[0]} has a class token, which is dropped already")

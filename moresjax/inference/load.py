@@ -31,6 +31,9 @@ def load(
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
     image_aspect: str | None = None,
+    split_special_tokens: bool | None = None,
+    dtype: str | None = None,
+    vision_tower: str | Path | None = None,
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
@@ -51,10 +54,18 @@ def load(
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
       allow_pickle: Whether `*.bin` files may be read where a Hugging Face folder, or a folder that
         a run started from, has no safetensors.
-      mesh: The devices to put the model on, see `Model.shard`; weights of a Hugging Face folder are
-        split as they are read.
+      mesh: The devices to put the model on, see `Model.shard`; weights of Hugging Face folders are
+        split as they are read, also those that a run started from.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
+      split_special_tokens: Whether control tokens such as `</s>` in the text of users are read as
+        the text that they are; `False` makes them control tokens, as LLaVA does. Default: a run's
+        own, and `True` for a Hugging Face folder.
+      dtype: The dtype of the activations: `float32`, `bfloat16`, `float16`, or `stored` for that of
+        a Hugging Face folder's weights, which keep theirs. Default: a run's own; for a Hugging Face
+        folder `stored` on TPUs and GPUs and `float32` on CPUs.
+      vision_tower: The folder of the vision encoder of a LLaVA as its authors publish it; default:
+        what its `config.json` names, also inside the folder or beside it.
 
     Raises:
       UserError: The folder is neither, or is damaged, or does not fit an argument.
@@ -63,9 +74,10 @@ def load(
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
-        mllm, processor = load_workdir(
-            path, tuning=tuning, quantize=quantize, allow_pickle=allow_pickle
-        )
+        if vision_tower is not None:
+            raise UserError(f"{path} is a run, which has its vision encoder; it takes no other")
+        options = {"quantize": quantize, "allow_pickle": allow_pickle, "dtype": dtype}
+        mllm, processor = load_workdir(path, tuning=tuning, mesh=mesh, **options)
         if template is not None:
             if processor is None:
                 raise UserError(f"{path} has no tokenizer; template cannot be used")
@@ -73,8 +85,9 @@ def load(
                 processor, template=get_template(template, processor.tokenizer)
             )
     else:
-        folder = HFFolder(path, allow_pickle=allow_pickle)
-        mllm = load_pretrained(folder, tuning or "none", quantize=quantize or "", mesh=mesh)
+        folder = HFFolder(path, allow_pickle=allow_pickle, vision_tower=vision_tower)
+        options = {"quantize": quantize or "", "dtype": dtype or "auto"}
+        mllm = load_pretrained(folder, tuning or "none", mesh=mesh, **options)
         if tuning is None:
             attach_saved(mllm, path, allow_pickle=allow_pickle)
         processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
@@ -84,6 +97,8 @@ def load(
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
         image = dataclasses.replace(processor.image, aspect=image_aspect)
         processor = dataclasses.replace(processor, image=image)
+    if split_special_tokens is not None and processor is not None:
+        processor = dataclasses.replace(processor, split_special_tokens=split_special_tokens)
     model = Model(mllm, processor, image_token_id=image_token_id)
     if mesh is not None:
         model.shard(mesh)
@@ -116,12 +131,18 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
     tokenizer = load_tokenizer(str(path))
     if folder.is_llava and IMAGE_MARK not in tokenizer.get_vocab():
         raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
-    # TinyLLaVA Factory notes how images are made square; other formats do not.
-    aspect = folder.raw.get("image_aspect_ratio", "square")
+    image = None
+    if vision is not None:
+        mean, std = vision.pixel_mean, vision.pixel_std
+        # TinyLLaVA Factory notes how images are made square; other formats do not.
+        aspect = folder.raw.get("image_aspect_ratio", "square")
+        image = ImageProcessor.from_pretrained(
+            folder.image_folder, vision.image_size, aspect, mean=mean, std=std
+        )
     return Processor(
         tokenizer,
         get_template(template, tokenizer),
-        ImageProcessor.from_pretrained(path, vision.image_size, aspect) if vision else None,
+        image,
         config.visual_tokens,
         read_generation_config(path),
         config.llm.vocab_size,

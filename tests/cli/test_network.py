@@ -21,6 +21,7 @@ export llm hf --format hf
 import hf imported
 plan --topology v5e:1x1 --quick --config {digits}:stage=llm {head}
 data check --workers 1 --config {digits}:stage=llm --config.data.size=5
+data show --samples 1 --config {digits}:stage=llm --config.data.size=5
 data convert --files records.json --shards 1 --out converted
 data build --task iconqa_txt --root iconqa --split test --out built.json
 data tokenizer --files records.json --vocab-size 300 --out tokenizer

@@ -21,6 +21,8 @@ from transformers import (
 
 import moresjax as mj
 from moresjax.cli import main
+from moresjax.cli.app import make_parser
+from moresjax.cli.options import load_model
 from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer
 from moresjax.data.samples import Sample, Turn
@@ -84,6 +86,16 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 31, 3),
 
 def logits(path) -> np.ndarray:
     return np.asarray(mj.load(path).logits(PROMPT, [[PICTURE]]))
+
+
+def test_control_tokens_in_a_prompt_are_text_unless_asked(folder):
+    def ends(model) -> int:
+        return int((model.prompt("two </s> three").tokens == tokenizer().eos_token_id).sum())
+
+    assert ends(mj.load(folder)) == 0
+    assert ends(mj.load(folder, split_special_tokens=False)) == 1
+    arguments = ["generate", "--model", str(folder), "--no-split-special-tokens"]
+    assert ends(load_model(make_parser().parse_args(arguments))) == 1
 
 
 def test_an_imported_model_is_the_folders(folder, imported):

@@ -149,12 +149,11 @@ def cells(method: str, tmp_path: Path) -> list[str]:
 @functools.cache
 def documented() -> dict[str, list[str]]:
     """The cells of the page's table by method."""
-    rows = [
-        line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines() if "|" in line
-    ]
-    header = next(row for row in rows if row[0] == "method")
-    assert header[1:] == [f"`{format}`" for format in FORMATS]
-    named = [(re.findall(r"`([\w-]+)`", row[0]), row[1:]) for row in rows if row[0].startswith("`")]
+    lines = PAGE.read_text().splitlines()
+    rows = [line.strip("| \n").split(" | ") for line in lines if "|" in line]
+    first = next(number for number, row in enumerate(rows) if row[0] == "method")
+    assert rows[first][1:] == [f"`{format}`" for format in FORMATS]
+    named = [(re.findall(r"`([\w-]+)`", row[0]), row[1:]) for row in rows[first + 2 :]]
     return {name: row for names, row in named for name in names}
 
 
