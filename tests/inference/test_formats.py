@@ -154,6 +154,7 @@ def documented() -> dict[str, list[str]]:
     first = next(number for number, row in enumerate(rows) if row[0] == "method")
     assert rows[first][1:] == [f"`{format}`" for format in FORMATS]
     named = [(re.findall(r"`([\w-]+)`", row[0]), row[1:]) for row in rows[first + 2 :]]
+    named = [(names, row) for names, row in named if len(row) == len(FORMATS)]
     return {name: row for names, row in named for name in names}
 
 
