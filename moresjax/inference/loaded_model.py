@@ -14,7 +14,7 @@ from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.processor import name_words
 from moresjax.sharding.mesh import shard_params
 from moresjax.weights.adapter import attach_adapter, load_adapters
-from moresjax.weights.fingerprint import fingerprint
+from moresjax.weights.fingerprint import exact_fingerprint, fingerprint
 
 
 class LoadedModel:
@@ -84,6 +84,11 @@ class LoadedModel:
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that tell models with different weights apart."""
         return fingerprint(self._mllm)
+
+    @property
+    def exact_fingerprint(self) -> str:
+        """Digits that also tell neighbouring steps of a run and stored precisions apart."""
+        return exact_fingerprint(self._mllm)
 
     def restack(self) -> MLLM:
         """Ends generation and returns the Flax module with stacked blocks, as training has them.
