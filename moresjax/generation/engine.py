@@ -259,7 +259,7 @@ class Engine:
           prefix_index: The prefix that each row begins with; default: the first.
         """
         found, suffix = _prefix_data(batch, prefix, prefix_index)
-        static = programs.ScoreStatic(self._graphdef, suffix, logits_chunk=self.config.logits_chunk)
+        static = programs.ScoreStatic(self._graphdef, suffix, logits_bytes=self.config.logits_bytes)
         data = programs.ScoreData(self._params, batch, queries, targets, found)
         with use_mesh(self._mesh):
             return programs.score(static, data)

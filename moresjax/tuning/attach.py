@@ -189,6 +189,7 @@ class Tuning(nnx.Module):
         probes: Sequence[Probe] = (),
         context: ProbeContext | None = None,
         cut: Callable[[Array], Array] | None = None,
+        unfinished: bool = False,
     ) -> Hooks:
         """The hooks of one forward pass over a batch.
 
@@ -201,6 +202,7 @@ class Tuning(nnx.Module):
           context: What the probes may know about the tokens.
           cut: Cuts out of masks of the whole batch what the LLM reads of it, where that is not the
             beginning of the batch.
+          unfinished: Whether the rows are prefixes of prompts, of which more follows.
         """
         # What virtual tokens do to the beginning of a row is in the caches of what comes later.
         later = decoding or cut is not None
@@ -209,7 +211,7 @@ class Tuning(nnx.Module):
             "llm": 0 if later else self.num_extra_tokens,
         }
         rows = self._rows(batch)
-        masks = _Masks(batch, self.config, num_extra, dict(self.words), cut)
+        masks = _Masks(batch, self.config, num_extra, dict(self.words), cut, unfinished)
 
         def attached(name: str, method: Method, site: str) -> Attached | None:
             """A method as it acts at a site in this pass; None where it does not."""
@@ -358,9 +360,10 @@ class _Masks:
         num_extra: dict[str, int],
         words: dict[str, tuple[int, ...]],
         cut: Callable[[Array], Array] | None,
+        unfinished: bool,
     ) -> None:
         self._batch, self._config, self._num_extra, self._words = batch, config, num_extra, words
-        self._cut = cut or (lambda mask: mask)
+        self._cut, self._unfinished = cut or (lambda mask: mask), unfinished
         self._known: dict[tuple[str, str], Bool[Array, "B S"]] = {}
 
     def __call__(self, site: str, selector: Selector) -> Bool[Array, "B S"]:
@@ -375,7 +378,8 @@ class _Masks:
             count = self._num_extra["llm"]
             tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (count, 0)), constant_values=-1)
             layout = extend_layout(batch.layout, count)
-            return self._cut(selector(layout, tokens, batch.roi, self._words))
+            mask = selector(layout, tokens, batch.roi, self._words, self._unfinished)
+            return self._cut(mask)
         assert batch.pixels is not None  # else nothing is attached outside the LLM
         rows, images = batch.pixels.shape[:2]
         if tower == "connector":
