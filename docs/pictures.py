@@ -317,18 +317,19 @@ def read_house() -> tuple[tuple[set[str], ...], dict[str, set[str]]]:
     from test_architecture import FLOORS, edges  # pyright: ignore[reportMissingImports]
 
     below: dict[str, set[str]] = defaultdict(set)
-    for one, other in edges():
+    for one, other in sorted(edges()):
         below[one].add(other)
+    floors = tuple(floor & {name for edge in edges() for name in edge} for floor in FLOORS)
 
     def reach(name: str) -> set[str]:
         return below[name].union(*(reach(other) for other in below[name]))
 
     direct = {
         name: {o for o in below[name] if not any(o in reach(p) for p in below[name] - {o})}
-        for floor in FLOORS
-        for name in floor
+        for floor in floors
+        for name in sorted(floor)
     }
-    return FLOORS, direct
+    return floors, direct
 
 
 def arrange(

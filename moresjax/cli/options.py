@@ -159,7 +159,7 @@ def load_model(
     if isinstance(adapter, str):
         model.load_adapter(adapter, edits=args.edits, allow_pickle=allow)
     elif adapter:
-        model.load_adapters(adapter)
+        model.load_adapters(adapter, edits=args.edits, allow_pickle=allow)
     return model
 
 

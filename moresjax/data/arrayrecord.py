@@ -16,7 +16,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from moresjax.core.errors import UserError
-from moresjax.data.llava import LlavaSource, image_names, image_path, to_sample
+from moresjax.data.llava import LlavaSource, image_names, to_sample
 from moresjax.data.samples import Sample
 
 INDEX = "index.json"  # written last: a folder without it is not complete
@@ -69,13 +69,15 @@ def convert_llava(
 
 def _pack(source: LlavaSource, index: int) -> bytes:
     record, name = source.record(index)
-    paths = [image_path(source.image_root, i, name) for i in image_names(record, name)]
+    paths = source.image_paths(image_names(record, name), name)
     to_sample(record, name, paths)  # a bad sample stops the conversion
-    try:
-        images = [path.read_bytes() for path in paths]
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"sample {name}: image {error.filename} cannot be read: {reason}") from None
+    images = []
+    for path in paths:
+        try:
+            images.append(path.read_bytes())
+        except (OSError, ValueError) as error:  # no path may hold a zero byte
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"sample {name}: image {path} cannot be read: {reason}") from None
     line = json.dumps(record | {"name": name, "image_bytes": [len(image) for image in images]})
     return b"\n".join([line.encode(), b"".join(images)])
 
@@ -119,8 +121,11 @@ class ArrayRecordSource:
         return len(self._reader)
 
     def __getitem__(self, index: int) -> Sample:
-        line, _, rest = self._reader[index].partition(b"\n")
-        record = json.loads(line)
-        borders = np.cumsum([0, *record["image_bytes"]])
+        try:
+            line, _, rest = self._reader[index].partition(b"\n")
+            record = json.loads(line)
+            name, borders = record["name"], np.cumsum([0, *record["image_bytes"]])
+        except Exception as error:  # a damaged shard: the library raises kinds of its own
+            raise UserError(f"record {index} of {self.folder} is damaged: {error}") from None
         images = [rest[a:b] for a, b in itertools.pairwise(borders)]
-        return to_sample(record, record["name"], images)
+        return to_sample(record, name, images)

@@ -110,6 +110,9 @@ def _measure(source: Source, processor: Processor, chunk: range, decode: bool) -
             found.append(_measure_one(index, source[index], processor, decode))
         except UserError as error:
             found.append(_Measured(index, error=str(error)))
+        except Exception as error:  # one bad sample of a plug-in's source costs itself
+            said = f"sample {index}: {type(error).__name__}: {error}"
+            found.append(_Measured(index, error=said))
     return found
 
 

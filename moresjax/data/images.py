@@ -6,6 +6,7 @@ Axis legend: Y, X pixels, 3 colour channels.
 import dataclasses
 import functools
 import io
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ from moresjax.core.errors import UserError, choice_error
 MAX_ASPECT = 200
 THREADS = 4  # that open images ahead of time
 ASPECTS = ("square", "pad")
+_LONGEST_NAME = 1000  # of a path in an error message; a longer one is cut in the middle
 # Files in which transformers saves image processors, without their ending.
 SAVED = ("preprocessor", "processor")
 
@@ -78,9 +80,50 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, "images")
 
 
+def image_path(root: str | Path, image: str, name: str) -> Path:
+    """The path of an image that a file names, which never leaves its root.
+
+    >>> image_path("photos", "cats/1.jpg", "sample 7").as_posix()
+    'photos/cats/1.jpg'
+
+    Args:
+      root: The folder that image paths start from.
+      image: The path in the file.
+      name: What the message calls the item, such as `sample 7`.
+
+    Raises:
+      UserError: The path is absolute or leads out of the root.
+    """
+    path = os.path.normpath(image)
+    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+        raise UserError(f"{name}: image {image} is outside of the image root")
+    return Path(root) / path
+
+
 def _check_exists(source: ImageInput) -> None:
-    if isinstance(source, (str, Path)) and not Path(source).is_file():
-        raise UserError(f"image {source} does not exist")
+    try:
+        found = not isinstance(source, (str, Path)) or Path(source).is_file()
+    except (OSError, ValueError) as error:  # too long a name, no permission, a zero byte
+        raise UserError(f"{_name(source)} cannot be read: {_reason(error)}") from None
+    if not found:
+        raise UserError(f"{_name(source)} does not exist")
+
+
+def _name(source: ImageInput) -> str:
+    """What messages call an image."""
+    if not isinstance(source, (str, Path)):
+        return "array" if isinstance(source, np.ndarray) else "image"
+    text = str(source)
+    long = len(text) > _LONGEST_NAME
+    return f"image {text[:80]}...{text[-40:]}" if long else f"image {text}"
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line and without the path that an `OSError` repeats."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no image file"
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(said.split()) or type(error).__name__
 
 
 def open_image(source: ImageInput) -> Image.Image:
@@ -95,16 +138,27 @@ def open_image(source: ImageInput) -> Image.Image:
     Raises:
       UserError: A file is missing or is not an image, or the image is too long for its width.
     """
+    _check_exists(source)
+    name = _name(source)
+    try:  # decoders of Pillow raise any kind of error for a damaged file
+        return _rgb(_opened(source), name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{name} cannot be read: {_reason(error)}") from None
+
+
+def _opened(source: ImageInput) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
     if isinstance(source, np.ndarray):
-        image, name = Image.fromarray(source), "array"
-    elif isinstance(source, Image.Image):
-        image, name = source, "image"
-    elif isinstance(source, bytes):
-        image, name = _read(io.BytesIO(source), "image"), "image"
-    else:
-        name = f"image {source}"
-        _check_exists(source)
-        image = _read(Path(source), name)
+        return Image.fromarray(source)
+    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    image.load()
+    return image
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
     short, long = sorted(image.size)
     if long > MAX_ASPECT * max(short, 1):
         raise UserError(
@@ -114,16 +168,6 @@ def open_image(source: ImageInput) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _read(file: Path | io.BytesIO, name: str) -> Image.Image:
-    try:  # broken files make Pillow raise many kinds
-        image = Image.open(file)
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "it is no image file" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{name} cannot be read: {reason}") from None
-    return image
 
 
 def saved_processor(folder: Path) -> Any:
@@ -200,7 +244,10 @@ class ImageProcessor:
             red, green, blue = (int(255 * x) for x in self.mean)
             image = pad_to_square(image, (red, green, blue))
         if self.reference is not None:
-            pixels = self.reference(images=image, return_tensors="np")["pixel_values"][0]
+            try:
+                pixels = self.reference(images=image, return_tensors="np")["pixel_values"][0]
+            except Exception as error:  # whatever it does not like about this image
+                raise UserError(f"{_name(source)} cannot be used: {_reason(error)}") from None
             return np.asarray(pixels, np.float32).transpose(1, 2, 0)
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)

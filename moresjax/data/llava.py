@@ -6,7 +6,6 @@ is a path below the image root, a list of them, or left out for text alone.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Int
 
 from moresjax.core.errors import UserError
+from moresjax.data.images import image_path
 from moresjax.data.records import JsonRecords
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 
@@ -34,23 +34,6 @@ def image_names(record: Any, name: str) -> tuple[str, ...]:
     if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
         raise UserError(f"sample {name}: image {value!r} is neither a path nor a list of paths")
     return tuple(names)
-
-
-def image_path(root: str | Path, image: str, name: str) -> Path:
-    """The path of an image.
-
-    Args:
-      root: The folder that image paths start from.
-      image: The path in the record.
-      name: The name of the sample, for the error message.
-
-    Raises:
-      UserError: The path leaves the image root.
-    """
-    path = os.path.normpath(image)
-    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-        raise UserError(f"sample {name}: image {image} is outside of the image root")
-    return Path(root) / path
 
 
 def to_sample(record: Any, name: str, images: Sequence[Any]) -> Sample:
@@ -180,7 +163,15 @@ class LlavaSource:
         own = record.get("id") if isinstance(record, Mapping) else None
         return record, name if own is None else f"{name} {own}"
 
+    def image_paths(self, names: Sequence[str], name: str) -> list[Path]:
+        """The paths of the images of the sample `name`.
+
+        Raises:
+          UserError: A path leaves the image root.
+        """
+        return [image_path(self.image_root, image, f"sample {name}") for image in names]
+
     def __getitem__(self, index: int) -> Sample:
         record, name = self.record(index)
         names = image_names(record, name)
-        return to_sample(record, name, [image_path(self.image_root, i, name) for i in names])
+        return to_sample(record, name, self.image_paths(names, name))

@@ -83,7 +83,10 @@ class TfdsSource:
 
     def __getitem__(self, index: int) -> Sample:
         name = f"{self.dataset}/{self.split}/{index}"
-        features = self._reader[index]
+        try:
+            features = self._reader[index]
+        except Exception as error:  # a damaged shard or image: the library raises many kinds
+            raise UserError(f"sample {name} cannot be read: {error}") from None
         rng = np.random.default_rng((self.seed, index))
         described = {
             key: _readable(value, self._features[key], rng)

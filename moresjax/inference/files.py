@@ -7,8 +7,7 @@ from typing import TextIO
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.row import Row
-from moresjax.data.images import LazyPixels
-from moresjax.data.llava import image_path
+from moresjax.data.images import LazyPixels, image_path
 from moresjax.data.records import JsonRecords
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.inference.model import Model
@@ -149,7 +148,7 @@ def _checked(record: object, number: int, adapter_field: str, adapters: Sequence
 
 def _row(model: Model, line: dict, root: Path, max_new_tokens: int, known: dict) -> Row:
     name = str(line["id"])
-    paths = [image_path(root, image, name) for image in line["images"]]
+    paths = [image_path(root, image, f"sample {name}") for image in line["images"]]
     row = model.prompts.row(line["prompt"], paths, name, known)
     model.service.check_context(row, max_new_tokens)
     if isinstance(row.pixels, LazyPixels):

@@ -167,8 +167,10 @@ class LoadedModel:
         attach_adapter(self.restack(), folder, edits=edits, allow_pickle=allow_pickle)
         self._name_words()
 
-    def load_adapters(self, folders: Mapping[str, str | Path]) -> None:
-        """Replaces the attached tuning by several adapter folders.
+    def load_adapters(
+        self, folders: Mapping[str, str | Path], *, edits: str = "", allow_pickle: bool = False
+    ) -> None:
+        """Replaces the attached tuning by several adapter folders of moresjax, `peft` or `pyreft`.
 
         `generate`, `score` and `logits` then use one of them for each prompt.
 
@@ -185,9 +187,11 @@ class LoadedModel:
         Args:
           folders: Adapter folders by the names to choose them with. All have one spec, up to the
             layers that they act on.
+          edits: What folders of pyreft do not say; see `load_adapter`.
+          allow_pickle: Whether the pickles of pyreft folders may be read.
 
         Raises:
           UserError: A folder is not an adapter of this model, or they do not go together.
         """
-        load_adapters(self.restack(), folders)
+        load_adapters(self.restack(), folders, edits=edits, allow_pickle=allow_pickle)
         self._name_words()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moresjax.configs import digits as recipe
+from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
 from moresjax.core.errors import UserError
 from moresjax.data.digits import FAMILIES, UNSEEN
 from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT, majority_accuracy, make_examples

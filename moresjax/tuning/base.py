@@ -136,6 +136,15 @@ class Method:
         """Parameters as the forward pass uses them; called once per step, per layer."""
         return params
 
+    @property
+    def trained(self) -> "Method":
+        """The same without what only decides how it starts and trains: `init` and `dropout`."""
+        own = {f.name: f.default for f in dataclasses.fields(self) if f.name in _TRAINING_FIELDS}
+        return dataclasses.replace(self, **own)
+
+
+_TRAINING_FIELDS = ("init", "dropout")
+
 
 def layer_field() -> Any:
     """The `layers` key of a method.

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.attach import LayerMask, Tuning
-from moresjax.tuning.base import Edit, WeightDelta
+from moresjax.tuning.base import Edit, Method, WeightDelta
 from moresjax.tuning.sites import num_layers
 
 BASE = "base"
@@ -36,7 +36,7 @@ def stack_adapters(tunings: Mapping[str, Tuning]) -> Tuning:
         raise UserError(f"adapters need names other than {BASE!r}, got {[*tunings]}")
     (first_name, first), *others = tunings.items()
     for name, other in others:
-        if other.methods != first.methods:
+        if _trained(other) != _trained(first):
             raise UserError(
                 f"adapters of one model differ in layers only: {first_name!r} is {first.spec}, "
                 f"{name!r} is {other.spec}"
@@ -61,6 +61,10 @@ def stack_adapters(tunings: Mapping[str, Tuning]) -> Tuning:
             on = jnp.stack([*masks, jnp.zeros_like(masks[0])], axis)
             stacked.layer_masks[key][site] = LayerMask(on)
     return stacked
+
+
+def _trained(tuning: Tuning) -> list[tuple[str, Method]]:
+    return [(key, method.trained) for key, method in tuning.methods]
 
 
 def adapter_ids(

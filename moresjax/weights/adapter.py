@@ -131,8 +131,16 @@ def attach_adapter(
         load_adapter(mllm, folder)
 
 
-def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:
+def load_adapters(
+    mllm: MLLM,
+    folders: Mapping[str, str | Path],
+    *,
+    edits: str = "",
+    allow_pickle: bool = False,
+) -> None:
     """Attaches several adapter folders by name, for every row of a batch to choose from.
+
+    Each may be one of moresjax, of `peft` or of `pyreft`.
 
     >>> import tempfile
     >>> from moresjax.testing import tiny_model
@@ -142,22 +150,43 @@ def load_adapters(mllm: MLLM, folders: Mapping[str, str | Path]) -> None:
     >>> model.tuning.adapters
     ('counts', 'compares')
 
+    Args:
+      mllm: The model.
+      folders: Adapter folders by name.
+      edits: What folders of pyreft do not say; see `attach_adapter`.
+      allow_pickle: Whether the pickles of pyreft folders may be read.
+
     Raises:
       UserError: when a folder is not an adapter of this base, one changes parameters of the base
         itself, or they cannot be held together (see `stack_adapters`); the
         model is then as it was.
     """
-    tunings = {}
-    values = {name: variable.get_value() for name, variable in named_parameters(mllm).items()}
-    for name, folder in folders.items():
-        tunings[name], base = _read(mllm, Path(folder))
-        for changed, x in base.items():
-            if not np.array_equal(x, values[changed]):
-                raise UserError(
-                    f"adapter {name!r} has its own {changed}, which all rows of a batch share; "
-                    "load the adapters on a model with these values"
-                )
-    mllm.tuning = stack_adapters(tunings)
+    of_pyreft = {name for name, folder in folders.items() if pyreft.is_pyreft(Path(folder))}
+    if edits and not of_pyreft:
+        raise UserError(f"none of {', '.join(map(str, folders.values()))} is a folder of pyreft")
+    attached, tunings = mllm.tuning, {}
+    values = _base_values(mllm)
+    try:
+        for name, folder in folders.items():
+            own = edits if name in of_pyreft else ""
+            attach_adapter(mllm, folder, edits=own, allow_pickle=allow_pickle)
+            tunings[name] = mllm.tuning
+            for changed, x in _base_values(mllm).items():
+                if x is not values[changed] and not np.array_equal(x, values[changed]):
+                    raise UserError(
+                        f"adapter {name!r} has its own {changed}, which all rows of a batch "
+                        "share; load the adapters on a model with these values"
+                    )
+        attached = stack_adapters(tunings)
+    finally:
+        mllm.tuning = attached
+        set_params(mllm, values, "base")
+
+
+def _base_values(mllm: MLLM) -> dict[str, AnyArray]:
+    """The parameters outside of the tuning, by name."""
+    named = named_parameters(mllm).items()
+    return {name: x.get_value() for name, x in named if not name.startswith("tuning.")}
 
 
 def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:

@@ -30,6 +30,8 @@ def checked(tmp_path_factory):
     }
     # 200 tokens do not fit; they are not bad in any other way.
     bad["long"] = ({}, conversation("one " * 200, "two"))
+    bad["endless"] = ({"image": f"{'x' * 300}.png"}, conversation("<image>", "a"))
+    bad["outside"] = ({"image": "../check/broken.png"}, conversation("<image>", "a"))
     for name, (fields, rounds) in bad.items():
         records.append({"id": name, "conversations": rounds} | fields)
     parts = PartsConfig(llm=TINY_LLM, vision=TINY_VISION)
@@ -53,7 +55,7 @@ def test_counts_are_those_of_the_rows(checked):
     config, source, report = checked
     processor = build_processor(config)
     rows = [processor.text_row(source[i]) for i in [*range(150), 153]]
-    assert report.samples == 154
+    assert report.samples == 156
     assert report.tokens == sum(len(row) for row in rows)
     assert report.answer_tokens == sum((r.kind == TokenKind.ANSWER).sum() for r in rows)
     images = [(row.image >= 0).sum() // 9 for row in rows]
@@ -72,7 +74,9 @@ def test_counts_are_those_of_the_rows(checked):
 
 def test_bad_samples_are_listed_with_their_reason(checked):
     report = checked[2]
-    assert list(report.bad) == [150, 151, 152]
+    assert list(report.bad) == [150, 151, 152, 154, 155]
+    assert "File name too long" in report.bad[154]
+    assert report.bad[155].endswith("is outside of the image root")
     assert "mix.json[150] missing: image" in report.bad[150]
     assert report.bad[150].endswith("none.png does not exist")
     assert report.bad[151].endswith("cannot be read: it is no image file")
@@ -89,12 +93,30 @@ def test_workers_find_the_same(checked):
 
 
 def test_images_need_not_be_opened(checked):
-    assert list(check(*checked[:2], decode=False).bad) == [152]
+    assert list(check(*checked[:2], decode=False).bad) == [152, 155]
 
 
 def test_progress_is_shown(checked, capsys):
     check(*checked[:2], progress=True)
-    assert "154/154" in capsys.readouterr().err
+    assert "156/156" in capsys.readouterr().err
+
+
+class Odd:
+    """Three samples, the second of which a plug-in's source cannot make."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {0: self.source[0], 2: self.source[1]}[index]
+
+
+def test_an_error_of_a_source_costs_its_sample_alone(checked):
+    report = check(checked[0], Odd(checked[1]))
+    assert report.bad == {1: "sample 1: KeyError: 1"}
 
 
 def test_what_is_no_conversation_is_bad(checked):

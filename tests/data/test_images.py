@@ -1,6 +1,7 @@
 """Images: what is read becomes normalised RGB squares; what cannot be read is named."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
 from moresjax.core.errors import UserError
-from moresjax.data.images import ImageProcessor, open_image
+from moresjax.data.images import ImageProcessor, LazyPixels, image_path, open_image
 
 
 def photo(size=(8, 8), seed: int = 0) -> np.ndarray:
@@ -82,6 +83,64 @@ def test_a_cut_off_image_is_named(tmp_path, kind):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=rf"photo\.{kind} cannot be read"):
         open_image(path)
+
+
+@pytest.mark.parametrize("kind", ["raises", "no_such_mode"])
+def test_whatever_a_decoder_raises_is_told(tmp_path, monkeypatch, kind):
+    Image.fromarray(photo()).save(tmp_path / "photo.png")
+
+    def fail(*_, **__):
+        raise {"raises": RuntimeError("decoder broke"), "no_such_mode": KeyError("mode")}[kind]
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(UserError, match=r"photo\.png cannot be read: (decoder broke|'mode')"):
+        open_image(tmp_path / "photo.png")
+
+
+def damaged_dds() -> bytes:
+    """A header of DDS whose pixel format no version of Pillow knows."""
+    header = bytearray(128)
+    header[:4] = b"DDS "
+    struct.pack_into("<7I", header, 4, 124, 0x1007, 4, 4, 0, 0, 0)
+    struct.pack_into("<II4s", header, 76, 32, 0x4, b"ZZZZ")
+    return bytes(header)
+
+
+@pytest.mark.parametrize("kind", ["avif", "dds", "long", "zero", "absent"])
+def test_files_that_are_damaged_or_cannot_be_are_told(tmp_path, kind):
+    names = {"long": f"{'x' * 300}.png", "zero": "a\0b.png"}
+    path = tmp_path / names.get(kind, f"photo.{kind}")
+    if kind == "avif":
+        content = encoded("avif")
+        path.write_bytes(content[: len(content) // 2] + bytes(len(content) // 2))
+    elif kind == "dds":
+        path.write_bytes(damaged_dds())
+    for read in (open_image, ImageProcessor(8)):
+        with pytest.raises(UserError, match=r"^image .*(cannot be read: .|does not exist)"):
+            read(path)
+    if kind in ("long", "zero", "absent"):
+        with pytest.raises(UserError, match=r"^image .*(cannot be read: .|does not exist)"):
+            LazyPixels([path], lambda: photo()[None])
+
+
+def test_what_a_saved_processor_raises_is_told(tmp_path):
+    def reference(**_):
+        raise ValueError("mean must have 1 elements")
+
+    Image.fromarray(photo()).save(tmp_path / "photo.png")
+    with pytest.raises(UserError, match=r"photo\.png cannot be used: mean must have 1 elements"):
+        ImageProcessor(8, reference=reference)(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("image", ["/etc/hosts", "../x.png", "a/../../x.png", "..", "./../x"])
+def test_a_path_out_of_the_root_is_refused(image):
+    with pytest.raises(UserError, match=f"^question 7: image {image} is outside of the image root"):
+        image_path("photos", image, "question 7")
+
+
+@pytest.mark.parametrize("image", ["a.png", "a/b.png", "a/../b.png", "./c", "..a/b", "...png"])
+def test_a_path_below_the_root_is_taken(tmp_path, image):
+    assert image_path(tmp_path, image, "it").resolve().is_relative_to(tmp_path)
 
 
 def test_an_image_bomb_is_named(tmp_path, monkeypatch):

@@ -18,7 +18,9 @@ from moresjax.testing.models import tiny_config
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.merge import merged
 from moresjax.tuning.multi_adapter import adapter_ids, stack_adapters
-from moresjax.weights.adapter import load_adapter, save_adapter
+from moresjax.weights.adapter import attach_adapter, load_adapter, save_adapter
+from moresjax.weights.peft import export_peft
+from moresjax.weights.pyreft import export_pyreft
 
 # Every way a method acts: on visual tokens, on all, outside the blocks, in the vision encoder, on
 # linears (several on one, with prepared parameters, with frozen ones), and as a given vector.
@@ -145,6 +147,48 @@ def test_folders_are_loaded_by_name_and_chosen_by_name(tmp_path, batch):
         model.logits(**inputs, adapters=["birds", None, None])
     with pytest.raises(UserError, match="3 prompts but 1 adapters"):
         model.logits(**inputs, adapters=["cats"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "export", "options"),
+    [
+        ("lora:rank=2,alpha=3,dropout=0.1", export_peft, {}),
+        ("mores:rank=2", export_pyreft, {"edits": "mores", "allow_pickle": True}),
+    ],
+)
+def test_folders_of_other_libraries_go_beside_our_own(tmp_path, spec, export, options):
+    tunings = {name: random_tuning(spec, seed) for seed, name in enumerate(("ours", "theirs"))}
+    save_adapter(with_tuning(tunings["ours"]), tmp_path / "ours")
+    export(with_tuning(tunings["theirs"]), tmp_path / "theirs")
+    model, single = Model(with_tuning(None), None), with_tuning(None)
+    model.load_adapters({name: tmp_path / name for name in tunings}, **options)
+    assert model.adapters == ("ours", "theirs")
+    attach_adapter(single, tmp_path / "theirs", **options)
+    inputs = {"input_ids": [[1, 5, 6, 7]] * 3}
+    if spec.startswith("mores"):
+        rng = np.random.default_rng(0)
+        pixels = rng.standard_normal((3, 3, 12, 12)).astype(np.float32)
+        ids = [[1, *[28] * 9, 5, 6]] * 3
+        inputs = {"input_ids": ids, "pixel_values": pixels, "image_token_id": 28}
+    got = np.asarray(model.logits(**inputs, adapters=["theirs", None, "ours"]))
+    for row, own in ((0, single), (1, with_tuning(None)), (2, with_tuning(tunings["ours"]))):
+        expected = np.asarray(Model(own, None).logits(**inputs))[row]
+        np.testing.assert_allclose(got[row], expected, atol=1e-5)
+    assert np.abs(got[0] - got[1]).max() > 1e-2
+
+
+def test_a_folder_that_fails_leaves_model_and_tuning_as_they_were(tmp_path):
+    model = Model(with_tuning(random_tuning("lora:rank=2", 0)), None)
+    save_adapter(model.mllm, tmp_path / "ours")
+    export_peft(with_tuning(random_tuning("ia3", 1)), tmp_path / "theirs")
+    for folders, options, message in (
+        (("ours", "theirs"), {}, r"'ours' is lora:rank=2, 'theirs' is ia3"),
+        (("ours", "nowhere"), {}, "nowhere is not an adapter folder"),
+        (("ours",), {"edits": "mores"}, "none of .*ours is a folder of pyreft"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.load_adapters({name: tmp_path / name for name in folders}, **options)
+        assert (model.tuning, model.adapters) == ("lora:rank=2", ())
 
 
 def test_what_cannot_be_chosen_per_row_is_refused(tmp_path):
