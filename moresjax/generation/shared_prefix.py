@@ -88,9 +88,7 @@ def find_shared_prefixes(
     if enough and _stand_alone(tuning, pairs.values()):
         return SharedPrefixes(prefix_index, prefixes)
     prefix = common_prefix(rows, tuning, config) if text else None
-    if prefix is not None and (
-        len(set(names)) == 1 or not _acts(tuning, [(rows[0], len(prefix))])
-    ):
+    if prefix is not None and (len(set(names)) == 1 or not _acts(tuning, [(rows[0], len(prefix))])):
         return SharedPrefixes([0] * len(rows), [prefix])
     return SharedPrefixes([-1] * len(rows))
 

@@ -10,6 +10,7 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.templates import get_template
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLMConfig
 from moresjax.runs.paths import is_workdir
@@ -27,6 +28,7 @@ def load(
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
     image_aspect: str | None = None,
+    engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
@@ -50,6 +52,7 @@ def load(
         split as they are read.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
+      engine_config: The knobs of generation and scores.
 
     Raises:
       UserError: The folder is neither, or is damaged, or does not fit an argument.
@@ -76,7 +79,7 @@ def load(
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
         image = dataclasses.replace(processor.image, aspect=image_aspect)
         processor = dataclasses.replace(processor, image=image)
-    model = Model(mllm, processor)
+    model = Model(mllm, processor, engine_config=engine_config)
     if mesh is not None:
         model.shard(mesh)
     return model

@@ -95,6 +95,11 @@ class GenerationService:
         """Drops all engines; the next call makes one of the model as it is then."""
         self._engines.clear()
 
+    def update_constants(self) -> None:
+        """Gives all engines what the tuning was given, such as a steering vector."""
+        for engine in self._engines.values():
+            engine.update_constants(self._mllm.tuning)
+
     def batch(
         self, rows: Sequence[Row], length: int, adapters: Sequence[str | None] | None = None
     ) -> Batch:

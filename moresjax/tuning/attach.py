@@ -4,14 +4,16 @@ Axis legend: B rows, S tokens, P virtual tokens, D hidden size, L layers.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from numpy.typing import ArrayLike
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import SHARED, Batch, TokenKind, TokenLayout
 from moresjax.core.types import AnyArray
 from moresjax.tuning.base import (
@@ -108,6 +110,37 @@ class Tuning(nnx.Module):
         """Gives every parameter its initial value."""
         if self.methods:
             self._set(self._values(jax.random.key(seed)), nnx.Param)
+
+    def set_constants(self, method: str, values: Mapping[str, ArrayLike]) -> None:
+        """Sets what a method was given, at all its sites.
+
+        Args:
+          method: The key of the method.
+          values: Arrays by name, which are broadcast to all layers.
+
+        Raises:
+          UserError: Several adapters are held, the method or the value does not exist, or the value
+            has another shape or is not finite.
+        """
+        self.check_single("setting a vector")
+        if method not in [key for key, own in self.methods if own.constant]:
+            raise UserError(f"tuning {self.spec!r} has no {method!r} whose values can be set")
+        changes = []
+        for name, value in values.items():
+            value = np.asarray(value, np.float32)
+            for site, params in self.params[method].items():
+                if name not in params:
+                    raise choice_error(f"value of {method}", name, [*params])
+                shape = params[name].shape
+                shapes = [shape, shape[1:]] if num_layers(site, self.config) else [shape]
+                if value.shape not in shapes or not np.isfinite(value).all():
+                    raise UserError(
+                        f"{name} of {method} must be finite numbers of shape "
+                        f"{' or '.join(map(str, shapes))}, got shape {value.shape}"
+                    )
+                changes.append((params[name], np.broadcast_to(value, shape)))
+        for variable, value in changes:
+            variable.set_value(jnp.asarray(value))
 
     @property
     def spec(self) -> str:
@@ -273,7 +306,7 @@ def _initial(method: Method, shape: tuple, layers: int, key: PRNGKeyArray) -> Pa
     """Initial parameters of a method at one site."""
     if not layers:
         return method.initial(key, *shape)
-    return jax.vmap(lambda key: method.initial(key, *shape))(jax.random.split(key, layers))
+    return method.initial_layers(key, layers, *shape)
 
 
 # Compiled once for all sites and models of a kind.

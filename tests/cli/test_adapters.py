@@ -30,13 +30,13 @@ COMMANDS = {
 def kinds(tmp_path_factory) -> dict[str, tuple[list[str], Model]]:
     """Arguments for a folder of every kind, and the model with it."""
     out, found = tmp_path_factory.mktemp("adapters"), {}
-    for kind, name in (("ours", "mores"), ("peft", "lora"), ("pyreft", "mores")):
+    for kind, name in (("ours", "mores"), ("peft", "lora"), ("pyreft", "one")):
         model = load(BASE)
         model.load_adapter(ADAPTERS / name)
         spec, arguments = model.tuning, []
         folder = ADAPTERS / name
         if kind == "peft":
-            folder = export_peft(model.restack(), out / kind)
+            folder = export_peft(model.restack(), out / kind, connector=True)
         if kind == "pyreft":
             folder = export_pyreft(model.restack(), out / kind)
             arguments = ["--edits", spec, "--allow-pickle"]

@@ -87,7 +87,7 @@ def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
         assert read[0] == (None, None)
         read = read[1:]
     # The pair of images, which is longer; then two images at a time.
-    assert [pixels.shape[:2] for pixels, _ in read] == [(2, 2)] + [(2, 1)] * 2
+    assert [pixels.shape[:2] for pixels, _ in read] == [(1, 2)] + [(2, 1)] * 2
     assert all((prefix is not None) == bool(text) for _, prefix in read)
     for row, found in zip(order, done, strict=True):
         count = len(found.tokens)
@@ -177,7 +177,7 @@ def test_edits_of_the_last_prompt_token_share_what_stands_before(tuning, text, m
 def test_vectors_that_cannot_meet_an_image_share_it(monkeypatch):
     """Two vectors and the base model answer about one image, which is read once."""
     tunings = [talking_model(LAST).mllm.tuning for _ in range(2)]
-    tunings[1].params["loreft"]["llm.block.out"]["b"][...] *= -3
+    tunings[1].params["loreft"]["llm.block.out"]["bias"][...] *= -3
     model, known = talking_model("none"), {}
     model.mllm.tuning = stack_adapters(dict(zip("ab", tunings, strict=True)))
     rows = [model.prompts.row(QUESTIONS[0], IMAGES[:1], known=known)] * 3

@@ -65,7 +65,7 @@ def test_adapters_that_are_held_at_once_are_told_apart():
 def test_an_exact_fingerprint_knows_single_values_and_precisions():
     model = tiny_model("mores:rank=1", hidden_size=256, num_heads=4)
     names = [(fingerprint(model), exact_fingerprint(model))]
-    rotation = model.tuning.params["mores"]["llm.block.out"]["R"]
+    rotation = model.tuning.params["mores"]["llm.block.out"]["rotate"]
     value = rotation[...]
     rotation[...] = value.at[1, 3, 0].add(1e-6)  # less than bf16 holds, at one place of 768
     names.append((fingerprint(model), exact_fingerprint(model)))
@@ -135,7 +135,7 @@ def test_an_evaluation_does_not_go_on_at_another_step_of_the_run(tmp_path):
     model = talking_model("mores:rank=1")
     options = {"limit": 1, "batch_size": 8, "out": tmp_path}
     evaluate(model, ["digits"], **options)
-    rotation = model.mllm.tuning.params["mores"]["llm.block.out"]["R"]
+    rotation = model.mllm.tuning.params["mores"]["llm.block.out"]["rotate"]
     rotation[...] = rotation[...] * (1 + 1e-6)
     with pytest.raises(UserError, match="of this model with other weights, such as"):
         evaluate(model, ["digits"], **options)
