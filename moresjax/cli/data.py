@@ -1,4 +1,4 @@
-"""`moresjax data`: checks, converts and builds data sets."""
+"""`moresjax data`: checks, converts and builds data sets, trains tokenizers."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ from moresjax.cli.options import Commands, add_command, add_config, show
 
 def add_parser(commands: Commands) -> None:
     """Adds the subcommand with its jobs."""
-    data = commands.add_parser("data", help="check, convert and build data sets")
+    data = commands.add_parser("data", help="check, convert and build data sets, train a tokenizer")
     jobs = data.add_subparsers(dest="job", required=True, metavar="JOB")
 
     help = "tokenise everything that a configuration would train on"
@@ -37,6 +37,22 @@ def add_parser(commands: Commands) -> None:
     build.add_argument("--split", default="train", help="default: %(default)s")
     build.add_argument(
         "--size", default="", metavar="N", help="samples to draw, such as 1K; default: all"
+    )
+
+    help = "train a tokenizer on texts of your own"
+    tokenizer = add_command(jobs, "tokenizer", run_tokenizer, help)
+    tokenizer.add_argument(
+        "--files", required=True, metavar="A;B", help="LLaVA's JSON files, or .txt files"
+    )
+    tokenizer.add_argument("--out", required=True, metavar="DIR", help="the new folder")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, default=8192, metavar="N", help="tokens (default: %(default)s)"
+    )
+    tokenizer.add_argument(
+        "--algorithm", default="bpe", metavar="NAME", help="bpe or unigram (default: %(default)s)"
+    )
+    tokenizer.add_argument(
+        "--add-tokens", default="", metavar="A;B", help="control tokens of a chat template"
     )
 
 
@@ -86,3 +102,18 @@ def run_build(args: argparse.Namespace) -> None:
     counts = build_training_file(args.task, args.root, args.out, split=args.split, size=args.size)
     text = f"{args.out}: {counts['written']:,d} of {counts['available']:,d} samples"
     show(args, counts, text)
+
+
+def run_tokenizer(args: argparse.Namespace) -> None:
+    """Trains a tokenizer."""
+    from moresjax.data.tokenizer import read_texts, train_tokenizer
+
+    tokenizer = train_tokenizer(
+        read_texts(args.files),
+        args.vocab_size,
+        algorithm=args.algorithm,
+        add_tokens=tuple(filter(None, args.add_tokens.split(";"))),
+    )
+    tokenizer.save_pretrained(args.out)
+    counts = {"out": args.out, "tokens": len(tokenizer)}
+    show(args, counts, f"{args.out}: a tokenizer of {len(tokenizer):,d} tokens")

@@ -86,7 +86,11 @@ def run(args: argparse.Namespace) -> None:
         result = evaluate(load_model(args, adapter=adapter), tasks, **options)
     facts = {"model": args.model, "adapter": adapter, "tuning": args.tuning, "split": args.split}
     path = write_results(result, args.out, **facts)
-    show(args, json.loads(path.read_text()), f"{table(result.scores, tasks)}\nresults: {path}")
+    text = table(result.scores, tasks, result.not_run)
+    show(args, json.loads(path.read_text()), f"{text}\nresults: {path}")
+    if result.not_run:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in result.not_run.items())
+        raise UserError(f"not run were {reasons}; the results of the others are in {path}")
 
 
 def _judge(args: argparse.Namespace) -> "EndpointJudge | ModelJudge | None":

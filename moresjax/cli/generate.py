@@ -87,7 +87,9 @@ def _add_decoding(generate: argparse.ArgumentParser) -> None:
         "--top-k", type=int, default=0, help="draw among so many likeliest tokens; 0: among all"
     )
     generate.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1 avoids earlier tokens"
+        "--repetition-penalty",
+        type=float,
+        help="above 1 avoids earlier tokens; default: as the model's folder says",
     )
     generate.add_argument("--seed", type=int, default=0, help="seed for --temperature")
     generate.add_argument(

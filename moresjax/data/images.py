@@ -27,8 +27,21 @@ _LONGEST_NAME = 1000  # of a path in an error message; a longer one is cut in th
 SAVED = ("preprocessor", "processor")
 
 
+@dataclasses.dataclass(frozen=True)
+class UnusableImage:
+    """Stands where an image should be that must not or cannot be opened.
+
+    Whoever wants its pixels gets a `UserError`, so that it costs its own question or sample only.
+
+    Attributes:
+      reason: Why there is no image, in one sentence.
+    """
+
+    reason: str
+
+
 # What images are given as: a path, the bytes of a file, a PIL image or a uint8 array `[Y, X, 3]`.
-ImageInput = str | Path | bytes | Image.Image | np.ndarray
+ImageInput = str | Path | bytes | Image.Image | np.ndarray | UnusableImage
 
 
 def image_keys(images: Sequence) -> tuple:
@@ -101,6 +114,8 @@ def image_path(root: str | Path, image: str, name: str) -> Path:
 
 
 def _check_exists(source: ImageInput) -> None:
+    if isinstance(source, UnusableImage):
+        raise UserError(source.reason)
     try:
         found = not isinstance(source, (str, Path)) or Path(source).is_file()
     except (OSError, ValueError) as error:  # too long a name, no permission, a zero byte
@@ -153,6 +168,7 @@ def _opened(source: ImageInput) -> Image.Image:
         return source
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
+    assert not isinstance(source, UnusableImage)  # it was asked whether it exists
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     image.load()
     return image

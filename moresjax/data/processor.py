@@ -27,6 +27,19 @@ Texts = tuple[tuple[str, TokenKind], ...]  # consecutive texts, each with its ki
 
 
 @dataclasses.dataclass(frozen=True)
+class GenerationDefaults:
+    """What the folder of a model says about generation.
+
+    Attributes:
+      eos_ids: Tokens that end an answer, beside the tokenizer's and the template's.
+      repetition_penalty: The penalty where a call says nothing, see `Sampling`.
+    """
+
+    eos_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Processor:
     """Turns samples into rows and rows into batches.
 
@@ -45,12 +58,16 @@ class Processor:
       template: How conversations are written.
       image: How images become pixels; None for a model without vision.
       visual_tokens: V, the number of visual tokens per image.
+      generation: What the model's folder says about generation.
+      vocab_size: The number of embeddings, beyond which a token is refused; 0 for any number.
     """
 
     tokenizer: Tokenizer
     template: Template
     image: ImageProcessor | None = None
     visual_tokens: int = 0
+    generation: GenerationDefaults = GenerationDefaults()
+    vocab_size: int = 0
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -63,8 +80,8 @@ class Processor:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the tokenizer's end token and the template's own, if any."""
-        ends = {self.tokenizer.eos_token_id}
+        """Tokens that end an answer: those of tokenizer, model and template, if there are any."""
+        ends = {*self.generation.eos_ids, self.tokenizer.eos_token_id} - {None}
         closing = (self.template.end or "").strip()
         if closing in self.tokenizer.get_vocab():
             ends.add(self.tokenizer.convert_tokens_to_ids(closing))
@@ -79,6 +96,11 @@ class Processor:
         """Ids and kinds of consecutive texts, tokenised as one string."""
         joined = "".join(text for text, _ in texts)
         encoded = self.tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
+        if self.vocab_size and (largest := max(encoded.ids, default=0)) >= self.vocab_size:
+            raise UserError(
+                f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
+                f"the model has {self.vocab_size} embeddings; resize the model for its tokenizer"
+            )
         borders = np.cumsum([len(text) for text, _ in texts])
         last = [max(end - 1, start) for start, end in encoded.offsets]
         pieces = np.searchsorted(borders, last, side="right")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.data.images import UnusableImage, image_path
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
 
@@ -73,8 +74,13 @@ def read_json(folder: Path, name: str) -> Any:
         raise UserError(f"{path} is not JSON: {error}") from None
 
 
-def read_jsonl(folder: Path, name: str) -> list[Any]:
+def read_jsonl(folder: Path, name: str, ending: str = "") -> list[Any]:
     """The values of a JSON Lines file; empty lines are skipped.
+
+    Args:
+      folder: The folder of the file.
+      name: The file's name.
+      ending: What a line may have behind its value.
 
     Raises:
       UserError: The file does not exist, or a line is not JSON.
@@ -83,7 +89,7 @@ def read_jsonl(folder: Path, name: str) -> list[Any]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             try:
-                values.append(json.loads(line))
+                values.append(json.loads(line.strip().removesuffix(ending)))
             except ValueError as error:
                 raise UserError(f"line {number} of {path} is not JSON: {error}") from None
     return values
@@ -121,6 +127,23 @@ def limit_rows(
     return list(rows[:limit])
 
 
+def image_file(folder: Path, name: object, example: object) -> Path | UnusableImage:
+    """The image that an official file names.
+
+    Args:
+      folder: The folder that the name starts from.
+      name: The name in the official file.
+      example: The id of the question, for the error message.
+
+    Returns:
+      The path; where the name leads out of the folder, what costs only this question.
+    """
+    try:
+        return image_path(folder, str(name), f"question {example}")
+    except UserError as error:
+        return UnusableImage(str(error))
+
+
 def coco_image(data_root: DataRoot, split: str, number: int) -> Path:
     """The photo with this number in a split of COCO such as `val2014`."""
     return Path(data_root or ".") / "coco" / split / f"COCO_{split}_{number:012d}.jpg"
@@ -150,7 +173,7 @@ def example_from_record(
 ) -> Example:
     """The question of a LLaVA record whose image lies below `folder`."""
     human, gpt = record["conversations"]
-    images = (folder / record["image"],)
+    images = (image_file(folder, record["image"], record["id"]),)
     return Example(record["id"], human["value"], gpt["value"], images, metadata=metadata or {})
 
 
@@ -178,7 +201,7 @@ def result_reader(id_field: str | None, text_field: str) -> ResultReader:
     """
 
     def read(path: Path) -> SavedPredictions:
-        data = _load(path)
+        data = load_results(path)
         fields = {field for field in (id_field, text_field) if field is not None}
         if isinstance(data, Mapping) and fields <= set(data):
             data = [data]  # JSON Lines of one line
@@ -195,12 +218,41 @@ def result_reader(id_field: str | None, text_field: str) -> ResultReader:
     return read
 
 
-def _load(path: Path) -> Any:
-    """The content of a JSON or JSON Lines file."""
+def choice_reader(read: ResultReader, choice: Callable[[str, int], str]) -> ResultReader:
+    """A reader that also takes what authors of multiple-choice benchmarks save, as numbers.
+
+    Args:
+      read: Reads every other file.
+      choice: The text for the id of a question and the number of a choice, beginning with 0.
+
+    Returns:
+      A function from a file to its predictions by id, where the file is an object whose `results`
+      holds the number of a choice, or a text, by id; else what `read` returns.
+    """
+
+    def read_either(path: Path) -> SavedPredictions:
+        data = load_results(path)
+        results = data.get("results") if isinstance(data, Mapping) else None
+        if not isinstance(results, Mapping):
+            return read(path)
+        return {
+            name: choice(name, value) if isinstance(value, int) else str(value)
+            for name, value in results.items()
+        }
+
+    return read_either
+
+
+def load_results(path: Path) -> Any:
+    """The content of a result file: JSON, or JSON Lines, whose lines may end in commas.
+
+    Raises:
+      UserError: The file does not exist, or is neither.
+    """
     try:
         return read_json(path.parent, path.name)
     except UserError:
-        return read_jsonl(path.parent, path.name)
+        return read_jsonl(path.parent, path.name, ending=",")
 
 
 def read_log(path: Path) -> list[dict]:

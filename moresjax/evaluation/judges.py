@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from moresjax.inference.model import Model
 REPLIES = "judge.jsonl"
 # What a reply of another form raises.
 _MALFORMED = (ValueError, KeyError, IndexError, TypeError)
+_REDIRECTIONS = (301, 302, 303, 307, 308)
 _GONE = 16  # After so many failures in a row an endpoint is not waited for any more.
 
 
@@ -110,8 +112,8 @@ class EndpointJudge:
       sleep: The function that waits some seconds.
 
     Raises:
-      UserError: The URL is not http(s), or `parallel` is below 1. A call raises it too, when the
-        endpoint does not answer.
+      UserError: The URL is not http(s), or holds a password or a query; or `parallel` is below 1. A
+        call raises it too, when the endpoint does not answer or sends elsewhere.
     """
 
     def __init__(
@@ -125,8 +127,7 @@ class EndpointJudge:
         pauses: Sequence[float] = (1.0, 2.0, 4.0, 8.0, 16.0),
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"the judge's URL must begin with http:// or https://, got {url!r}")
+        _check_url(url, key_variable)
         self._url, self._key, self.name = url.rstrip("/"), os.environ.get(key_variable, ""), model
         self.settings: Mapping[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
         if parallel < 1:
@@ -148,7 +149,7 @@ class EndpointJudge:
             text = self._reply(request)
         except (OSError, http.client.HTTPException, *_MALFORMED) as error:
             self._failed += 1
-            raise UserError(f"the judge {self.name} at {self._url} failed: {error!r}") from None
+            raise UserError(f"the judge {self.name} at {self._url} {_reason(error)}") from None
         self._failed = 0
         return text
 
@@ -162,6 +163,31 @@ class EndpointJudge:
                     raise
                 self._sleep(pause)
         return _open(request)
+
+
+def _check_url(url: str, key_variable: str) -> None:
+    """Refuses what is no plain address: it is told in messages, which land in results."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        raise UserError(
+            f"the judge's URL must begin with http:// or https://, not with {parts.scheme or '?'}:"
+        )
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError(
+            "the judge's URL must be a plain address without user, password, query and fragment; "
+            f"its key belongs into the environment variable {key_variable}"
+        )
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A key must not go to another host, and what is asked would be lost on the way anyway."""
+
+    def redirect_request(self, *arguments: Any, **options: Any) -> None:
+        """Leaves the redirection as the error that the server's reply is then."""
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects())
 
 
 class CachedJudge:
@@ -215,11 +241,19 @@ def _key(row: Mapping) -> str:
 
 
 def _open(request: urllib.request.Request) -> str:
-    with urllib.request.urlopen(request, timeout=120) as reply:
+    with _OPENER.open(request, timeout=120) as reply:
         text = json.load(reply)["choices"][0]["message"]["content"]
     if not isinstance(text, str):
         raise ValueError("a reply without text")
     return text
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError) and error.code in _REDIRECTIONS:
+        target = urllib.parse.urlsplit(error.headers.get("Location", ""))
+        place = f"{target.scheme}://{target.hostname}" if target.hostname else "another path"
+        return f"sends to {place}, which is not followed; give the address that answers"
+    return f"failed: {error!r}"
 
 
 def _is_busy(error: urllib.error.HTTPError) -> bool:

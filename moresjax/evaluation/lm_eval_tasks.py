@@ -8,6 +8,7 @@ HellaSwag, MMLU, GSM8K, ARC and hundreds more, a few about images among them. A 
 import contextlib
 import functools
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +21,11 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from moresjax.core.errors import UserError, choice_error
+from moresjax.core.errors import UserError
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import short_hash
-from moresjax.evaluation.tasks import benchmark_names
+from moresjax.evaluation.statistics import interval
+from moresjax.evaluation.tasks import unknown_task
 
 # Few-shot examples by dataset, where a task names no number and published scores have some.
 _NUM_FEWSHOT = {"cais/mmlu": 5}
@@ -63,7 +65,7 @@ def load_lm_eval_tasks(name: str, data_root: str | Path | None = None) -> list[T
       UserError: `lm_eval` does not know the name, or the dataset is not at hand.
     """
     if name not in _manager().all_tasks:
-        raise choice_error("task", name, benchmark_names())
+        raise unknown_task(name)
     try:
         # The library asks for datasets by their names: folders of that name come first.
         with contextlib.chdir(data_root or "."), _offline():
@@ -138,7 +140,7 @@ def run_lm_eval_tasks(
             "metric": key.removesuffix(",none"),
             "score": numbers[key],
             "fraction": key.partition(",")[0] in _METRICS,
-            "stderr": _number(numbers.get(key.replace(",", "_stderr,", 1))),
+            **_spread(numbers, key),
             "n": len(own),
             "missing": 0,
             "shots": shots,
@@ -147,6 +149,15 @@ def run_lm_eval_tasks(
         }
         rows += [_row(title, task, sample, key) for task, sample in own]
     return scores, rows
+
+
+def _spread(numbers: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The library's standard error of a score, for which documents are independent."""
+    error, value = (_number(numbers.get(k)) for k in (key.replace(",", "_stderr,", 1), key))
+    if error is None or value is None or math.isnan(error):
+        return {"stderr": None}
+    bounds = interval(value, error, share=key.partition(",")[0] in _METRICS)
+    return {"stderr": error, "stderr_kind": "i.i.d.", "interval95": list(bounds)}
 
 
 def failed_task(name: str, error: Exception) -> dict[str, dict[str, Any]]:

@@ -40,6 +40,8 @@ def processor_facts(processor: Processor | None) -> dict[str, Any]:
         "image_aspect": image and image.aspect,
     }
     text = repr((facts, processor.template, processor.eos_ids, pixels))
+    if (penalty := processor.generation.repetition_penalty) != 1:
+        text += repr(penalty)
     return facts | {"hash": short_hash(text)}
 
 

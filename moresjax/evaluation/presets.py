@@ -67,6 +67,9 @@ PRESETS = {
 }
 
 
+_BY_RULE = "*"  # marks the cells that a rule graded in the place of a judge
+
+
 def expand_presets(names: Sequence[str]) -> list[str]:
     """Names of tasks, each once, with presets replaced by their benchmarks.
 
@@ -85,14 +88,20 @@ def expand_presets(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def table(scores: Mapping[str, Mapping], names: Sequence[str] = ()) -> str:
+def table(
+    scores: Mapping[str, Mapping],
+    names: Sequence[str] = (),
+    not_run: Mapping[str, str] | None = None,
+) -> str:
     """Results as text: a line per task, then the columns of every preset among the names.
 
     Args:
       scores: The scores of an `EvaluationResult`.
       names: The names that the evaluation was asked for.
+      not_run: By benchmark why it was not run.
     """
     lines = [_line(name, entry) for name, entry in scores.items()]
+    lines += [f"{name:24s} not run: {reason}" for name, reason in (not_run or {}).items()]
     for name in names:
         if name in PRESETS:
             headers, numbers = _row(PRESETS[name], scores)
@@ -101,6 +110,8 @@ def table(scores: Mapping[str, Mapping], names: Sequence[str] = ()) -> str:
             for cells in (headers, numbers):
                 pairs = zip(cells, widths, strict=True)
                 lines.append("  ".join(f"{cell:>{width}}" for cell, width in pairs))
+            if any(number.endswith(_BY_RULE) for number in numbers):
+                lines.append(f"{_BY_RULE} graded by a rule, not by a judge: no published number")
     return "\n".join(lines)
 
 
@@ -108,9 +119,15 @@ def _line(name: str, entry: Mapping) -> str:
     value, error = entry["score"], entry["stderr"]
     number = "no score" if value is None else f"{value:.3f}"
     spread = "" if error is None else f" +- {error:.3f}"
+    if "interval95" in entry:  # results of version 0.2 have none
+        low, high = entry["interval95"]
+        spread += f", 95% in {low:.3f} to {high:.3f}"
     facts = [entry["metric"], f"n = {entry['n']}"]
+    if error is not None and "stderr_kind" in entry:
+        images = f" in {entry['clusters']} groups" if entry["stderr_kind"] != "i.i.d." else ""
+        facts.append(f"standard error {entry['stderr_kind']}{images}")
     if entry["missing"]:
-        facts.append(f"{entry['missing']} missing")
+        facts.append(f"{entry['missing']} missing, counted as wrong")
     if "judge" in entry:
         facts.append(f"judge: {entry['judge']['name']}")
     return f"{name:24s} {number}{spread}  ({', '.join(facts)})"
@@ -118,16 +135,24 @@ def _line(name: str, entry: Mapping) -> str:
 
 def _row(preset: Preset, scores: Mapping[str, Mapping]) -> tuple[list[str], list[str]]:
     """The headers of a preset, and its numbers as text."""
-    numbers = {}
+    numbers, by_rule = {}, set()
     for header, (benchmark, detail) in preset.columns.items():
         entries = [entry for entry in scores.values() if entry["benchmark"] == benchmark]
         numbers[header] = _mean_of_known(
             [entry["details"].get(detail) if detail else _percent(entry) for entry in entries]
         )
+        if any(entry.get("judge", {}).get("name") == "rule" for entry in entries):
+            by_rule.add(header)
     if preset.average:
         columns = [value for header, value in numbers.items() if header not in preset.skipped]
         numbers[preset.average] = _mean_of_known(columns)
-    return list(numbers), ["-" if x is None else f"{x:.1f}" for x in numbers.values()]
+        if by_rule - {*preset.skipped}:
+            by_rule.add(preset.average)
+    texts = {header: "-" if x is None else f"{x:.1f}" for header, x in numbers.items()}
+    marks = {
+        header: _BY_RULE if header in by_rule and texts[header] != "-" else "" for header in texts
+    }
+    return list(texts), [text + marks[header] for header, text in texts.items()]
 
 
 def _mean_of_known(values: Sequence[float | None]) -> float | None:
@@ -139,4 +164,5 @@ def _mean_of_known(values: Sequence[float | None]) -> float | None:
 def _percent(entry: Mapping[str, Any]) -> float | None:
     """The score in percent, or in the benchmark's points."""
     score = entry["score"]
-    return score if score is None or entry["stderr"] is None else 100 * score
+    points = entry.get("points", entry["stderr"] is None)
+    return score if score is None or points else 100 * score

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,17 @@ import numpy as np
 
 from moresjax._version import __version__
 from moresjax.analysis.attention import AttentionSummary
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log, replace_file, write_log
 from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.predictions import FILE, provenance_of, row_key, short_hash
 from moresjax.evaluation.scoring import TaskScore
+from moresjax.evaluation.statistics import clustered_stderr, image_clusters, interval
 from moresjax.evaluation.tasks import BenchmarkTask
 
 RESULTS = "results.json"
+# Kinds of standard errors.
+CLUSTERED, INDEPENDENT = "clustered by image", "i.i.d."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,16 +32,18 @@ class EvaluationResult:
 
     Attributes:
       scores: Per task `benchmark`, `metric`, `score` (None when only a server or a judge can tell,
-        or nothing could be asked), `fraction` (whether it is a share of what is right), `stderr`
-        (None for points), `n`, `missing`, `max_new_tokens`, `prompt_hash`, `details` of the
-        benchmark's own tool, and where they apply `judge` and `errors` (questions that could not
-        be asked or judged).
+        or nothing could be asked), `fraction` (whether it is a share of what is right), `points`
+        (whether it is no mean over questions), `stderr` (None for points), `n`, `missing`,
+        `max_new_tokens`, `prompt_hash`, `details` of the benchmark's own tool, and where they apply
+        `stderr_kind` and `clusters` (see `statistics.py`), `interval95` (95% confidence interval),
+        `judge` and `errors` (questions that could not be asked or judged).
       predictions: One entry per answered question, in task order.
       attention: Attention statistics over all questions, when they were asked for.
       seconds: The wall time.
       submissions: File name -> content, for the servers and judges of benchmarks.
       model: The model's fingerprint; empty for saved predictions that do not name one model.
       processor: Template, image size and the like, with their `hash`.
+      not_run: By benchmark of a preset why it was not run: its data are not at hand.
     """
 
     scores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -47,11 +53,12 @@ class EvaluationResult:
     submissions: dict[str, str] = dataclasses.field(default_factory=dict, repr=False)
     model: str = ""
     processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    not_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def mean_accuracy(self) -> float | None:
-        """The mean over tasks; None unless every score is a share of what is right."""
-        return _mean(self.scores)
+        """The mean over tasks; None unless all were run and each is a share of what is right."""
+        return None if self.not_run else _mean(self.scores)
 
     def joined(self, more: "EvaluationResult") -> "EvaluationResult":
         """This result with the tasks of another one behind its own."""
@@ -60,6 +67,7 @@ class EvaluationResult:
             scores=self.scores | more.scores,
             predictions=self.predictions + more.predictions,
             submissions=self.submissions | more.submissions,
+            not_run={**self.not_run, **more.not_run},
         )
 
 
@@ -97,7 +105,7 @@ def score_task(
         "metric": score.metric,
         "score": score.value,
         "fraction": score.fraction and score.total is None,
-        "stderr": score.stderr,
+        **_spread(score, task.examples),
         "n": len(texts),
         "missing": texts.count(None) + len(score.errors),
         "max_new_tokens": task.max_new_tokens,
@@ -123,6 +131,22 @@ def score_task(
     given = {example.id: found.get(example.id, "") for example in task.examples}
     submissions = {name: write(given) for name, write in task.submissions.items() if found}
     return EvaluationResult({task.name: entry}, rows, submissions=submissions)
+
+
+def _spread(score: TaskScore, examples: Sequence[Example]) -> dict[str, Any]:
+    """The entries that say how sure a score is."""
+    entry: dict[str, Any] = {"points": score.total is not None, "stderr": None}
+    if score.total is not None or not score.per_example:
+        return entry
+    clusters = image_clusters(examples)
+    number = len(set(clusters))
+    entry["stderr"] = error = clustered_stderr(score.per_example, clusters)
+    entry["clusters"] = number
+    entry["stderr_kind"] = CLUSTERED if number < len(examples) else INDEPENDENT
+    if error is not None and score.value is not None:
+        bounds = interval(score.value, error, number, share=score.fraction)
+        entry["interval95"] = list(bounds)
+    return entry
 
 
 def write_results(result: EvaluationResult, out: str | Path, **facts: Any) -> Path:
@@ -162,9 +186,11 @@ def write_results(result: EvaluationResult, out: str | Path, **facts: Any) -> Pa
             "lm_eval": lm_eval.__version__,
         },
         "seconds": round(result.seconds, 2),
-        "mean_accuracy": _mean(scores),
+        "mean_accuracy": None if result.not_run else _mean(scores),
         "scores": scores,
     }
+    if result.not_run:
+        data["not_run"] = dict(result.not_run)
     if result.attention is not None:
         data["attention"] = result.attention.to_dict()
     replace_file(out / RESULTS, json.dumps(data, indent=2) + "\n")

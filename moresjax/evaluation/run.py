@@ -21,7 +21,12 @@ from moresjax.evaluation.lm_eval_tasks import failed_task, load_lm_eval_tasks, r
 from moresjax.evaluation.predictions import PredictionLog, processor_facts
 from moresjax.evaluation.presets import expand_presets
 from moresjax.evaluation.results import EvaluationResult, score_task, write_results
-from moresjax.evaluation.tasks import BenchmarkTask, benchmark_names, choice_letter, load_tasks
+from moresjax.evaluation.tasks import (
+    BenchmarkTask,
+    benchmark_names,
+    choice_letter,
+    load_available_tasks,
+)
 from moresjax.generation.scheduler import Completion
 from moresjax.inference.model import Model
 
@@ -51,7 +56,8 @@ def evaluate(
     Args:
       model: The model.
       tasks: Names of benchmarks and presets, and of tasks of `lm_eval` (`hellaswag`, `mmlu`): a
-        list, or one text with commas.
+        list, or one text with commas. Of a preset those whose data are at hand are run, and the
+        others are in the result's `not_run`.
       data_root: The folder of the benchmarks' official files.
       limit: The most examples per task.
       split: The split of the data, for all tasks or as `TASK=SPLIT,TASK=SPLIT` for some; by default
@@ -65,25 +71,31 @@ def evaluate(
       num_fewshot: The examples before a question of an `lm_eval` task; by default as published.
 
     Raises:
-      UserError: A task is unknown, a file is missing, the limit or batch size is below 1,
-        `attention` comes with `out`, or no question of any task could be asked.
+      UserError: A task is unknown, a file is missing (of a benchmark in a preset: all are), the
+        limit or batch size is below 1, `attention` comes with `out`, or no question of any task
+        could be asked.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if attention and out is not None:
         raise UserError("attention statistics cannot be continued; evaluate without out")
-    names = expand_presets(tasks.split(",") if isinstance(tasks, str) else tasks)
+    given = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    names = expand_presets(given)
     texts = {n: load_lm_eval_tasks(n, data_root) for n in names if n not in benchmark_names()}
     if texts and (attention or split):
         name = next(iter(texts))
         raise UserError(f"{name} is a task of lm_eval: it has its own splits, and no images")
-    loaded = load_tasks([name for name in names if name not in texts], data_root, limit, split)
+    loaded, not_run = load_available_tasks(
+        [name for name in given if name not in texts], data_root, limit, split
+    )
+    if not_run and not loaded and not texts:
+        raise UserError(next(iter(not_run.values())))
     start = time.monotonic()
     facts = processor_facts(model.processor)
     provenance = {"model": model.fingerprint, "processor": facts["hash"]}
     log = PredictionLog(out, provenance | {"weights": model.exact_fingerprint})
     judge = judge if judge is None or out is None else CachedJudge(judge, out)
-    result = EvaluationResult(model=log.provenance["model"], processor=facts)
+    result = EvaluationResult(model=log.provenance["model"], processor=facts, not_run=not_run)
 
     def finish(found: EvaluationResult) -> EvaluationResult:
         whole = dataclasses.replace(result.joined(found), seconds=time.monotonic() - start)
@@ -189,7 +201,7 @@ class _Asker:
     ) -> tuple[dict[str, str], dict[str, str]]:
         try:
             return self._ask(task, examples), {}
-        except UserError:
+        except Exception:  # of whatever kind: one bad question costs itself only
             found = {
                 example.id: self._replies[task.name, example.id]
                 for example in examples
@@ -214,6 +226,8 @@ class _Asker:
                 model.service.check_answer(*pair)
         except UserError as error:
             return str(error)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
         return ""
 
     def _ask(self, task: BenchmarkTask, examples: Sequence[Example]) -> dict[str, str]:

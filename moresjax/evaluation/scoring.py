@@ -5,7 +5,6 @@ and returns a `TaskScore`. A missing prediction is wrong; it never leaves the de
 """
 
 import dataclasses
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +29,8 @@ class TaskScore:
     """A task's number, and what belongs beside it.
 
     >>> score = TaskScore("accuracy", [1.0, 0.0, 1.0, 1.0])
-    >>> score.value, score.stderr
-    (0.75, 0.25)
+    >>> score.value
+    0.75
 
     Attributes:
       metric: What the number is, such as `accuracy`.
@@ -57,14 +56,6 @@ class TaskScore:
         if self.total is not None or not self.per_example:
             return self.total
         return statistics.fmean(self.per_example)
-
-    @property
-    def stderr(self) -> float | None:
-        """The standard error of a mean over examples; None for other numbers."""
-        if self.total is not None or not self.per_example:
-            return None
-        spread = statistics.stdev(self.per_example) if len(self.per_example) > 1 else 0.0
-        return spread / math.sqrt(len(self.per_example))
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ score (`scoring.py`), and in which format the benchmark's own tools save and exp
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from moresjax.core.errors import UserError, choice_error
+from moresjax.core.errors import UnknownName, UserError, choice_error
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import add_entry
 from moresjax.evaluation.examples import Example
@@ -120,8 +120,14 @@ def benchmark_loader(name: str) -> Loader:
     """
     registry = _registry()
     if name not in registry:
-        raise choice_error("task", name, sorted(registry))
+        raise unknown_task(name)
     return registry[name]
+
+
+def unknown_task(name: str) -> UnknownName:
+    """The error for a name that is no benchmark, preset or task of `lm_eval`."""
+    known = [*benchmark_names(), *PRESETS, "or a task of lm_eval"]
+    return choice_error("task", name, known)
 
 
 def _registry() -> dict[str, Loader]:
@@ -159,15 +165,38 @@ def load_tasks(
     Raises:
       UserError: The limit is below 1, or a name, a split or a file is wrong.
     """
+    tasks, missing = load_available_tasks(names, data_root, limit, split)
+    for reason in missing.values():
+        raise UserError(reason)
+    return tasks
+
+
+def load_available_tasks(
+    names: Sequence[str], data_root: DataRoot, limit: int | None, split: str | None
+) -> tuple[list[BenchmarkTask], dict[str, str]]:
+    """Like `load_tasks`, but a preset goes on without benchmarks whose data are not at hand.
+
+    Returns:
+      The tasks, and by benchmark why it has none.
+
+    Raises:
+      UserError: As `load_tasks` does, also for missing data of a benchmark that is named itself.
+    """
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
-    names = expand_presets(names)
-    splits = _splits(split, names)
-    return [
-        task
-        for name in names
-        for task in load_benchmark(name, data_root=data_root, limit=limit, split=splits.get(name))
-    ]
+    expanded = expand_presets(names)
+    splits = _splits(split, expanded)
+    tasks, missing = [], {}
+    for name in expanded:
+        try:
+            tasks += load_benchmark(name, data_root=data_root, limit=limit, split=splits.get(name))
+        except UnknownName:
+            raise
+        except UserError as error:
+            if name in names:
+                raise
+            missing[name] = str(error)
+    return tasks, missing
 
 
 def _splits(split: str | None, names: Sequence[str]) -> dict[str, str]:

@@ -134,7 +134,7 @@ def _advance(search: _BeamState, logits: Float[Array, "R V"], beams: Beams) -> _
     size = state.step + 1  # tokens of the candidates
     logprobs = jax.nn.log_softmax(logits)
     if state.seen is not None:
-        logprobs = penalized(logprobs, state.seen, config.sampling.repetition_penalty)
+        logprobs = penalized(logprobs, state.seen, config.sampling.repetition_penalty or 1.0)
     totals = search.scores[:, :, None] + logprobs.reshape(rows, count, -1)
     # So many that K of them go on even when the best ones end.
     kept = min(max(2, 1 + len(config.eos_ids)) * count, totals[0].size)
@@ -142,7 +142,7 @@ def _advance(search: _BeamState, logits: Float[Array, "R V"], beams: Beams) -> _
     parent, token = flat // logits.shape[-1], flat % logits.shape[-1]
     tokens = _of_row(state.tokens.reshape(rows, count, new), parent)
     tokens = tokens.at[:, :, state.step].set(token)
-    ends = jnp.isin(token, jnp.asarray(config.eos_ids)) | (size == new)
+    ends = jnp.isin(token, jnp.asarray(config.eos_ids, jnp.int32)) | (size == new)
 
     # What has ended, if it is among the K best and the row still counts it.
     counted = search.improves[:, None]

@@ -17,6 +17,7 @@ def hf_batch(
     pixel_values: ArrayLike | None = None,
     image_token_id: int | None = None,
     visual_tokens: int = 0,
+    vocab_size: int = 0,
 ) -> Batch:
     """A batch from what a processor of `transformers` returns.
 
@@ -30,16 +31,21 @@ def hf_batch(
       pixel_values: The images of all rows in order, `[images, 3, height, width]`.
       image_token_id: The id that stands for a visual token.
       visual_tokens: The number of visual tokens per image.
+      vocab_size: The number of embeddings; 0 for any number.
 
     Raises:
-      UserError: The image tokens of a row are not those of whole images, or do not match the
-        images that are given.
+      UserError: An id has no embedding, or the image tokens of a row are not those of whole images
+        or do not match the images that are given.
     """
     ids = np.asarray(input_ids, np.int32)
     valid = np.ones_like(ids, bool) if attention_mask is None else np.asarray(attention_mask) > 0
     is_image = (
         (ids == image_token_id) & valid if image_token_id is not None else np.zeros_like(valid)
     )
+    words = np.where(valid & ~is_image, ids, 0)
+    if vocab_size and words.size and not 0 <= words.min() <= words.max() < vocab_size:
+        wrong = words.max() if words.max() >= vocab_size else words.min()
+        raise UserError(f"token id {wrong} is none of the model's {vocab_size} embeddings")
     counts = is_image.sum(1)
     per_row = counts // max(visual_tokens, 1)
     pixels = None if pixel_values is None else np.asarray(pixel_values, np.float32)

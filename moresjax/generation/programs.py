@@ -413,7 +413,7 @@ def _step(
 
 def _with_seen(state: DecodeState, batch: Batch, logits: Float[Array, "B V"]) -> DecodeState:
     """The state with the tokens of the prompts, if a repetition penalty needs them."""
-    if state.config.sampling.repetition_penalty == 1:
+    if state.config.sampling.repetition_penalty in (None, 1):
         return state
     # The ids under visual tokens mean nothing.
     word = valid_mask(batch.layout) & (jnp.asarray(batch.layout.image) < 0)

@@ -18,7 +18,7 @@ class Sampling:
     """How tokens are chosen, with the settings of `transformers`; the default is greedy.
 
     >>> Sampling(temperature=0.7, top_p=0.9, seed=3)
-    Sampling(temperature=0.7, top_k=0, top_p=0.9, repetition_penalty=1.0, seed=3)
+    Sampling(temperature=0.7, top_k=0, top_p=0.9, repetition_penalty=None, seed=3)
     >>> Sampling(top_p=1.5)
     Traceback (most recent call last):
     moresjax.core.errors.UserError: top_p must be above 0 and at most 1, got 1.5
@@ -29,7 +29,8 @@ class Sampling:
       top_p: Only the most likely tokens that together have this probability are drawn from; 1
         stands for all.
       repetition_penalty: The positive logits of tokens that are in the row already are divided by
-        it, the negative ones multiplied (Keskar et al. 2019).
+        it, the negative ones multiplied (Keskar et al. 2019); None for what the model's folder
+        says, 1 where it says nothing.
       seed: The seed of rows that are given none of their own.
 
     Raises:
@@ -39,15 +40,16 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        penalty = self.repetition_penalty
         for name, fits, allowed in (
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", penalty is None or penalty > 0, "above 0"),
             ("seed", 0 <= self.seed < 2**32, "at least 0 and below 2**32"),
         ):
             if not fits:
@@ -102,7 +104,7 @@ def choose_token(
       count: How many new tokens each row has.
     """
     if seen is not None:
-        logits = penalized(logits, seen, sampling.repetition_penalty)
+        logits = penalized(logits, seen, sampling.repetition_penalty or 1.0)
     if not sampling.temperature:
         return logits.argmax(-1)
     assert seeds is not None  # whoever draws gives them

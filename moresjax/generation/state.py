@@ -170,7 +170,7 @@ class DecodeState:
         token = choose_token(logits, config.sampling, self.seen, self.seeds, self.length)
         token = jnp.where(self.done, config.pad_id, token).astype(jnp.int32)
         length = self.length + ~self.done
-        done = self.done | jnp.isin(token, jnp.asarray(config.eos_ids))
+        done = self.done | jnp.isin(token, jnp.asarray(config.eos_ids, jnp.int32))
         step = self.step + 1
 
         def write(buffer: AnyArray, column: Array) -> Array:

@@ -22,6 +22,7 @@ from moresjax.runs.state import TrainState
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf
 from moresjax.weights.files import check_new
+from moresjax.weights.generation_config import read_generation_config, save_generation_config
 from moresjax.weights.hf import HFFolders
 from moresjax.weights.peft import export_peft
 from moresjax.weights.pyreft import export_pyreft
@@ -137,6 +138,7 @@ def _save_processor(source: Path, images: Path, out: Path, *, has_images: bool) 
     found = {}
     if has_tokenizer(source):
         load_tokenizer(str(source)).save_pretrained(out)
+        save_generation_config(out, read_generation_config(source))
         found["tokenizer"] = f"./{out.name}"
     if has_images and (reference := saved_processor(images)):
         reference.save_pretrained(out)

@@ -16,6 +16,7 @@ from moresjax.models.mllm import MLLMConfig
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import load_tokenizer
 from moresjax.runs.workdir import load_workdir
+from moresjax.weights.generation_config import read_generation_config
 from moresjax.weights.hf import HFFolder, load_pretrained
 
 
@@ -57,7 +58,7 @@ def load(
     Raises:
       UserError: The folder is neither, or is damaged, or does not fit an argument.
     """
-    path = Path(path)
+    path, image_token_id = Path(path), None
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
@@ -74,12 +75,15 @@ def load(
         folder = HFFolder(path, allow_pickle=allow_pickle)
         mllm = load_pretrained(folder, tuning or "none", quantize=quantize or "", mesh=mesh)
         processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
+        image_token_id = folder.hf.get("image_token_index") if folder.is_llava else None
     if image_aspect is not None:
         if processor is None or processor.image is None:
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
         image = dataclasses.replace(processor.image, aspect=image_aspect)
         processor = dataclasses.replace(processor, image=image)
-    model = Model(mllm, processor, engine_config=engine_config)
+    model = Model(
+        mllm, processor, image_token_id=image_token_id, engine_config=engine_config
+    )
     if mesh is not None:
         model.shard(mesh)
     return model
@@ -99,6 +103,8 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
         get_template(template, tokenizer),
         ImageProcessor.from_pretrained(path, vision.image_size) if vision else None,
         config.visual_tokens,
+        read_generation_config(path),
+        config.llm.vocab_size,
     )
 
 

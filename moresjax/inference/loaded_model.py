@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from moresjax.data.processor import Processor
+from moresjax.data.samples import IMAGE_MARK
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.prompts import PromptEncoder
 from moresjax.inference.service import GenerationService
@@ -31,6 +32,8 @@ class LoadedModel:
       processor: Tokenizer, template and image processor; None when the folder had no tokenizer.
       mesh: The devices that the parameters are on; None for a single device.
       engine_config: The knobs of generation.
+      image_token_id: The id that stands for a visual token in ids that `transformers` made;
+        default: that of `<image>`, where the tokenizer has it.
     """
 
     def __init__(
@@ -39,8 +42,12 @@ class LoadedModel:
         processor: Processor | None,
         mesh: Mesh | None = None,
         engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+        image_token_id: int | None = None,
     ) -> None:
         self._mllm = mllm
+        if image_token_id is None and processor is not None and mllm.config.vision is not None:
+            image_token_id = processor.tokenizer.get_vocab().get(IMAGE_MARK)
+        self.image_token_id = image_token_id
         self.prompts = PromptEncoder(processor)
         self.service = GenerationService(mllm, self.prompts, mesh, engine_config)
         self._name_words()

@@ -65,6 +65,7 @@ class Model(LoadedModel):
       processor: Tokenizer, template and image processor; None when the folder had no tokenizer.
       mesh: The devices that the parameters are on; None for a single device.
       engine_config: The knobs of generation.
+      image_token_id: The id that stands for a visual token in ids that `transformers` made.
 
     Attributes:
       prompts: Turns texts and images into rows of tokens, and tokens into texts.
@@ -91,7 +92,8 @@ class Model(LoadedModel):
         Raises:
           UserError: A weight delta cannot be merged, or several adapters are loaded.
         """
-        return Model(merged(self.restack()), self.processor, self.mesh, self.service.config)
+        mllm, settings = merged(self.restack()), self.service.config
+        return Model(mllm, self.processor, self.mesh, settings, self.image_token_id)
 
     def prompt(self, text: str, images: PromptImages = (), name: str = "prompt") -> Row:
         """The row of tokens that a prompt becomes, for `service`.
@@ -321,7 +323,7 @@ class Model(LoadedModel):
           input_ids: Token ids `[B, S]` with one `image_token_id` per visual token.
           attention_mask: `[B, S]`, 0 for padding on either side; default: all ones.
           pixel_values: The images of all rows in order, `[images, 3, height, width]`.
-          image_token_id: The id that stands for a visual token.
+          image_token_id: The id that stands for a visual token; default: the model's own.
           adapters: The name of the loaded adapter to use, or for every row its name or None for the
             base model.
 
@@ -337,8 +339,14 @@ class Model(LoadedModel):
         elif input_ids is None:
             raise UserError("logits need prompts or input_ids")
         else:
+            image_id = self.image_token_id if image_token_id is None else image_token_id
             batch = hf_batch(
-                input_ids, attention_mask, pixel_values, image_token_id, self.config.visual_tokens
+                input_ids,
+                attention_mask,
+                pixel_values,
+                image_id,
+                self.config.visual_tokens,
+                self.config.llm.vocab_size,
             )
         names = self.adapter_names(adapters, len(batch.tokens))
         return self.service.logits(self.service.choose_adapters(batch, names))

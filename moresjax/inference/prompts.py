@@ -17,7 +17,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind
 from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
-from moresjax.data.images import ImageInput, LazyPixels
+from moresjax.data.images import ImageInput, LazyPixels, UnusableImage
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.generation.state import Generation
@@ -87,7 +87,7 @@ def _check_image(image: object, of: str) -> ImageInput:
             )
     elif isinstance(image, list | tuple):
         raise UserError(f"the images of {of} are nested too deeply; give one image or a flat list")
-    elif not isinstance(image, str | Path | bytes | Image.Image):
+    elif not isinstance(image, str | Path | bytes | Image.Image | UnusableImage):
         raise UserError(
             f"an image of {of} is of type {type(image).__name__}; give a path, a PIL image or a "
             "uint8 array [Y, X, 3]"

@@ -84,7 +84,7 @@ class GenerationService:
             self._engines[key] = Engine(
                 self._mllm,
                 eos_ids=eos,
-                pad_id=eos[0] if pad is None else pad,
+                pad_id=next(iter(eos), 0) if pad is None else pad,
                 probes=key,
                 mesh=self.mesh,
                 config=self.config,
@@ -156,6 +156,7 @@ class GenerationService:
             self.check_context(row, max_new_tokens)
         _check_seeds(seeds, rows)
         batch = self.batch(rows, bucket(max(map(len, rows))), adapters)
+        sampling = self._as_the_folder_says(sampling)
         options = {"sampling": sampling, "seeds": seeds, "logprobs": logprobs, "beams": beams}
         return self.engine(probes).generate(batch, max_new_tokens, **options)
 
@@ -210,7 +211,7 @@ class GenerationService:
             self._scheduler(rows, size, adapters, shared, probes),
             limits,
             batch_size=slots,
-            sampling=sampling,
+            sampling=self._as_the_folder_says(sampling),
             seeds=seeds,
             logprobs=logprobs,
             ended=(lambda ids: has_stop(spell(ids), stops)) if stops else None,
@@ -251,6 +252,13 @@ class GenerationService:
             Completion(tokens[row, :count], None if chosen is None else chosen[row, :count], {})
             for row, count in enumerate(length)
         ]
+
+    def _as_the_folder_says(self, sampling: Sampling) -> Sampling:
+        """The settings with the model's own penalty where the caller has none."""
+        if sampling.repetition_penalty is not None:
+            return sampling
+        penalty = self._prompts.processor.generation.repetition_penalty
+        return dataclasses.replace(sampling, repetition_penalty=penalty)
 
     def score_rows(
         self,

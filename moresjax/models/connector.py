@@ -99,16 +99,18 @@ def linear_widths(name: str, d_in: int, d_out: int) -> list[int] | None:
         return [d_in, d_out]
     if name == "fused-gelu-mlp":
         return [d_in, 4 * d_in, d_out, d_out]
-    if m := re.fullmatch(r"mlp([1-9]\d*)x_gelu", name):
+    if m := re.fullmatch(r"mlp([1-9]\d*)x_(\w+)", name):
+        if m[2] not in ACTIVATIONS:
+            return None
         return [d_in] + [d_out] * int(m[1])
     return None
 
 
 class Connector(nnx.Module):
-    """A chain of linears with exact GELU between them.
+    """A chain of linears with an activation between them, by default exact GELU.
 
-    `identity` has none, `linear` one, `mlp{n}x_gelu` n, `fused-gelu-mlp` three (the first is four
-    times as wide as the features).
+    `identity` has none, `linear` one, `mlp{n}x_gelu` n (or `mlp{n}x_relu` and so on),
+    `fused-gelu-mlp` three (the first is four times as wide as the features).
 
     Raises:
       UserError: for another name.
@@ -118,6 +120,7 @@ class Connector(nnx.Module):
         widths = linear_widths(name, d_in, d_out)
         if widths is None:
             raise choice_error("connector", name, CONNECTORS)
+        self.activation = name.partition("x_")[2] or "gelu"
         self.layers = nnx.List()
         for i, width in enumerate(widths[1:]):
             self.layers.append(Linear(widths[i], width, axes=(None, "embed"), bias=True))
@@ -125,7 +128,7 @@ class Connector(nnx.Module):
     def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B V D"]:
         """Visual features to visual tokens."""
         for i, layer in enumerate(self.layers):
-            x = layer(ACTIVATIONS["gelu"](x) if i else x)
+            x = layer(ACTIVATIONS[self.activation](x) if i else x)
         return x
 
 

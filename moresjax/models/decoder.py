@@ -121,6 +121,9 @@ class Decoder(nnx.Module):
             if config.tie_embeddings
             else Linear(d, vocab, axes=("embed", "vocab"), bias=config.head_bias)
         )
+        # A head that is the table of embeddings may have a bias of its own.
+        own_bias = config.tie_embeddings and config.head_bias
+        self.head_bias = param((vocab,), ("vocab",), fill=0.0) if own_bias else None
 
     def embeddings(self, tokens: Int[Array, "B S"]) -> Float[Array, "B S D"]:
         """Word embeddings as the blocks take them, in the activations' dtype."""
@@ -201,6 +204,8 @@ class Decoder(nnx.Module):
         """Vocabulary logits in fp32 of normalised hidden states."""
         if self.head is None:
             logits = hidden @ self.embed.table[...].astype(hidden.dtype).T
+            if self.head_bias is not None:
+                logits = logits + self.head_bias[...].astype(logits.dtype)
         else:
             logits = self.head(hidden)
         logits = constrain_batch_sharding(logits)

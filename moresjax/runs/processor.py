@@ -5,14 +5,15 @@ from typing import Any
 
 from moresjax.core.errors import UserError
 from moresjax.data.images import ImageProcessor
-from moresjax.data.processor import Processor, word_ids
+from moresjax.data.processor import GenerationDefaults, Processor, word_ids
 from moresjax.data.templates import get_template
 from moresjax.models.connector import connector_tokens
 from moresjax.models.fusion import AnyVisionConfig
-from moresjax.runs.architecture import vision_config
+from moresjax.runs.architecture import model_config, vision_config
 from moresjax.runs.paths import locate
 from moresjax.runs.run_config import RunConfig
 from moresjax.tuning.attach import Tuning
+from moresjax.weights.generation_config import read_generation_config
 
 
 def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
@@ -33,7 +34,16 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
         template=get_template(config.template, tokenizer),
         image=_image_processor(config, vision, Path(root)) if vision else None,
         visual_tokens=tokens,
+        generation=_generation(config, root),
+        vocab_size=model_config(config).llm.vocab_size,
     )
+
+
+def _generation(config: RunConfig, root: str | Path) -> GenerationDefaults:
+    """What the folder of the tokenizer says about generation."""
+    if config.tokenizer == "digits":
+        return GenerationDefaults()
+    return read_generation_config(locate(config.tokenizer, root))
 
 
 def _image_processor(config: RunConfig, vision: AnyVisionConfig, root: Path) -> ImageProcessor:

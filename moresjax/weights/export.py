@@ -141,10 +141,12 @@ def _write_processor(
 ) -> None:
     from transformers import GenerationConfig, LlavaProcessor, SiglipImageProcessor
 
+    penalty = processor.generation.repetition_penalty
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=list(processor.eos_ids),
+        eos_token_id=list(processor.eos_ids) or None,
         pad_token_id=tokenizer.pad_token_id,
+        repetition_penalty=None if penalty == 1 else penalty,
     ).save_pretrained(folder)
     vision = config.vision
     if processor.image is None or not isinstance(vision, VisionConfig):

@@ -1,7 +1,8 @@
 """Tensors in the files of a folder: safetensors, and pickles when they are allowed."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from moresjax.core.errors import UserError
 from moresjax.weights.families.base import MLLM_FAMILIES, VISION_FAMILIES
 from moresjax.weights.families.tinyllava import STAGE_FOLDERS
 from moresjax.weights.tensor_mapping import Tensor, stored_dtype
+
+# Files of weights in a folder of `transformers`; an index of several has `.index.json` after it.
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +40,10 @@ def open_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tenso
     """The tensors of a folder by their names in the state dict of `transformers`, unread.
 
     Args:
-      folder: A folder with `*.safetensors`, or with TinyLLaVA Factory's folders that have them.
-      allow_pickle: Whether torch may read `*.bin` (weights only) when there is nothing else.
+      folder: A folder with `model.safetensors` or an index of several files, or with TinyLLaVA
+        Factory's folders that have one of them. Other files are not read.
+      allow_pickle: Whether torch may read `pytorch_model.bin` (weights only) where there are no
+        safetensors.
 
     Raises:
       UserError: when there is no file that may be read, or one cannot be.
@@ -53,17 +59,48 @@ def open_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tenso
 
 
 def _stored(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if files := sorted(folder.glob("*.safetensors")):
-        return {name: tensor for file in files for name, tensor in _safetensors(file).items()}
-    pickles = sorted(folder.glob("pytorch_model*.bin"))
-    if not pickles:
-        raise UserError(f"{folder} has no *.safetensors file")
+    if found := _named_files(folder, SAFETENSORS, _safetensors):
+        return found
+    pickle = next((folder / name for name in _names(PICKLE) if (folder / name).is_file()), None)
+    if pickle is None:
+        others = sorted(file.name for file in folder.glob("*.safetensors"))
+        beside = f"; {', '.join(others[:4])} is no name that transformers reads" if others else ""
+        raise UserError(f"{folder} has no {' and no '.join(_names(SAFETENSORS))}{beside}")
     if not allow_pickle:
         raise UserError(
-            f"{folder} has only pickled weights ({pickles[0].name}), and pickles run code; "
+            f"{folder} has only pickled weights ({pickle.name}), and pickles run code; "
             "allow it with --allow-pickle if you trust its source"
         )
-    return {name: tensor for file in pickles for name, tensor in read_pickle(file).items()}
+    return _named_files(folder, PICKLE, read_pickle)
+
+
+def _names(file: str) -> tuple[str, str]:
+    """The two names that `transformers` looks for, in its order: one file, the index of several."""
+    return file, f"{file}.index.json"
+
+
+def _named_files(
+    folder: Path, file: str, read: Callable[[Path], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors of the file of that name, or of those that its index names; nothing without."""
+    single, index = (folder / name for name in _names(file))
+    if single.is_file():
+        return read(single)
+    if not index.is_file():
+        return {}
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+        files = {name: folder / name for name in sorted(set(weight_map.values()))}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{index} cannot be used: {error!r}") from None
+    for name, shard in files.items():
+        if Path(name).name != name or not shard.is_file():
+            raise UserError(f"{index} names {name}, which is not in the folder")
+    shards = {name: read(shard) for name, shard in files.items()}
+    for tensor, name in weight_map.items():
+        if tensor not in shards[name]:
+            raise UserError(f"{index} says that {tensor} is in {name}, but it is not")
+    return {tensor: shards[name][tensor] for tensor, name in weight_map.items()}
 
 
 def _safetensors(file: Path) -> dict[str, Tensor]:

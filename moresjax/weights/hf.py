@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
@@ -39,6 +40,9 @@ from moresjax.weights.tensor_mapping import (
     module_mappings,
 )
 
+HEAD = "lm_head.weight"
+ROWS = 4096  # of a matrix that are compared at a time
+
 
 class HFFolder:
     """A Hugging Face folder, whose `config.json` is parsed once and whose tensors are opened once.
@@ -63,9 +67,19 @@ class HFFolder:
         if not file.is_file():
             raise UserError(f"{self.path} is not a Hugging Face checkpoint: it has no config.json")
         try:
-            return json.loads(file.read_text())
+            raw = json.loads(file.read_text())
         except ValueError as error:
             raise UserError(f"{file} cannot be used: {error}") from None
+        if not isinstance(raw, dict):
+            raise UserError(f"{file} cannot be used: it is no object")
+        for part in (raw, raw.get("text_config"), raw.get("vision_config")):
+            if isinstance(part, dict) and (how := part.get("quantization_config")):
+                kind = how.get("quant_method", "") if isinstance(how, dict) else how
+                raise UserError(
+                    f"{self.path} is quantized ({kind}), which is not supported; use the folder of "
+                    "the whole weights, and quantize=int8 for eight bits"
+                )
+        return raw
 
     @functools.cached_property
     def hf(self) -> dict[str, Any]:
@@ -94,7 +108,26 @@ class HFFolder:
         Raises:
           UserError: when it is not supported.
         """
-        return config_from_hf(self.hf)
+        config = config_from_hf(self.hf)
+        if config.llm.tie_embeddings and self._has_own_head(config):
+            config = dataclasses.replace(
+                config, llm=dataclasses.replace(config.llm, tie_embeddings=False)
+            )
+        return config
+
+    def _has_own_head(self, config: MLLMConfig) -> bool:
+        """Whether a head is stored that is not the table, which transformers then does not tie."""
+        untied = dataclasses.replace(config.llm, tie_embeddings=False)
+        mappings = model_mappings(dataclasses.replace(config, llm=untied), self.hf)
+        names = {mapping.path: mapping.names[0] for mapping in mappings}
+        table, head = names["llm", "embed", "table"], names["llm", "head", "kernel"]
+        try:
+            tensors = self.tensors
+        except UserError:  # which reading the weights will raise again
+            return False
+        if table not in tensors or head not in tensors:
+            return False
+        return not _equal(tensors[table], tensors[head])
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -122,6 +155,14 @@ class HFFolder:
         """The base parameters of a LLaVA or an LLM; see `import_params`."""
         where = str(self.path)
         return import_params(self.config, self.hf, self.tensors, part=part, mesh=mesh, where=where)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two stored matrices are the same; they are read some rows at a time."""
+    if tuple(one.shape) != tuple(other.shape):
+        return False
+    starts = range(0, one.shape[0], ROWS)
+    return all(np.array_equal(one[i : i + ROWS], other[i : i + ROWS]) for i in starts)
 
 
 class HFFolders:
@@ -222,7 +263,11 @@ def import_params(
       UserError: that lists the tensors which are missing, unknown or of another shape.
     """
     mappings = model_mappings(config, hf, mesh)
-    unused = (*unused_tensors(), *(("lm_head.",) if config.llm.tie_embeddings else ()))
+    unused = (*unused_tensors(), *((HEAD,) if config.llm.tie_embeddings else ()))
+    if config.llm.tie_embeddings and HEAD in tensors:
+        # Either name may be the one that is stored.
+        table = next(m.names[0] for m in mappings if m.path == ("llm", "embed", "table"))
+        tensors = {table: tensors[HEAD], **tensors}
     check_tensors(mappings, tensors, unused, where)
     chosen = [mapping for mapping in mappings if part in ("", mapping.path[0])]
     return ParameterReader(chosen, tensors)

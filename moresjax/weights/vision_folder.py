@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from moresjax.core.errors import UserError
 from moresjax.models.vision import VisionConfig
 from moresjax.weights.families.base import VISION_FAMILIES, vision_config, vision_family
+from moresjax.weights.families.keys import TWO_TOWER_KEYS
 from moresjax.weights.hf import HFFolder, unused_tensors, vision_mappings
 from moresjax.weights.resize_pos_embed import resize_pos_embed
 from moresjax.weights.tensor_mapping import ParameterReader, check_tensors
@@ -77,6 +78,7 @@ def _vision_config(
     """The encoder of a folder, and its part of `config.json`."""
     hf, towers = folder.hf, {family.two_towers for family in VISION_FAMILIES.values()} - {""}
     if hf["model_type"] in towers:
+        TWO_TOWER_KEYS.check(hf, str(folder.path / "config.json"))
         hf = hf["vision_config"]
     return vision_config(hf, **changes), hf
 

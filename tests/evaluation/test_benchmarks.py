@@ -316,7 +316,7 @@ def test_answers_of_several_lines_are_one_line_of_mme(tmp_path):
     said = dict.fromkeys((item.id for item in task.examples), "Yes,\n\tit is.\u2028")
     for name, content_of in task.submissions.items():
         assert [line.split("\t") for line in content_of(said).splitlines()] == [
-            ["7.jpg", f"Is it a {it}? Please answer yes or no.", gold, "Yes, it is."]
+            ["7.jpg", f"Is it a {it}? Please answer yes or no.", gold, "Yes,  it is. "]
             for it, gold in downloads.PAIRS
         ], name
 

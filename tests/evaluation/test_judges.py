@@ -75,6 +75,70 @@ def test_a_refusal_is_told_at_once(endpoint, reply):
     assert slept == []
 
 
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_key_does_not_follow_to_another_host(status, monkeypatch):
+    """Two servers: the first sends to the second, which must hear nothing."""
+    heard = []
+
+    def server(reply):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"] or 0))
+                self.do_GET()
+
+            def do_GET(self):
+                reply(self)
+
+            def log_message(self, *arguments):
+                pass
+
+        made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        return made
+
+    def listen(handler):
+        heard.append(dict(handler.headers))
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(json.dumps(GOOD).encode())
+
+    def redirect(handler):
+        handler.send_response(status)
+        handler.send_header("Location", f"http://localhost:{other.server_port}/v1?token=abc")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    other = server(listen)
+    first = server(redirect)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
+    judge = EndpointJudge(f"http://127.0.0.1:{first.server_port}/v1", "j", pauses=())
+    try:
+        with pytest.raises(UserError, match="sends to http://localhost, which is not") as error:
+            judge("Is it?", 0)
+    finally:
+        for each in (first, other):
+            each.shutdown()
+            each.server_close()
+    assert heard == []
+    assert "abc" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:secret@localhost/v1",
+        "https://secret@localhost/v1",
+        "https://localhost/v1?key=secret",
+        "https://localhost/v1#secret",
+        "ftp://localhost/v1?key=secret",
+    ],
+)
+def test_an_address_with_credentials_is_refused_without_repeating_them(url):
+    with pytest.raises(UserError, match="the judge's URL must") as error:
+        EndpointJudge(url, "j")
+    assert "secret" not in str(error.value)
+
+
 def test_a_server_that_is_gone_is_not_waited_for_in_every_question():
     slept = []
     judge = EndpointJudge("http://127.0.0.1:9", "j", pauses=(1.0, 2.0), sleep=slept.append)

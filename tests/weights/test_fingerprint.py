@@ -11,7 +11,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.parameter_names import path_name
 from moresjax.data.digits import build_tokenizer
 from moresjax.data.images import ImageProcessor
-from moresjax.data.processor import Processor
+from moresjax.data.processor import GenerationDefaults, Processor
 from moresjax.data.templates import Template
 from moresjax.evaluation.predictions import processor_facts
 from moresjax.evaluation.run import evaluate
@@ -103,9 +103,13 @@ def test_every_setting_of_a_processor_is_in_its_hash():
         value = texts.get(field.name, "other")
         changes.append({"template": dataclasses.replace(template, **{field.name: value})})
     changes += [{}, {"tokenizer": tokenizer}, {"visual_tokens": 4}, {"image": None}]
+    generation = {"eos_ids": (5,), "repetition_penalty": 1.2}
+    changes += [{"generation": GenerationDefaults(**{n: x})} for n, x in generation.items()]
     # A new setting needs a value above, and a part in the hash.
     assert {field.name for field in dataclasses.fields(ImageProcessor)} == {*others}
-    known = {"tokenizer", "template", "image", "visual_tokens"}
+    assert {field.name for field in dataclasses.fields(GenerationDefaults)} == {*generation}
+    known = {"tokenizer", "template", "image", "visual_tokens", "generation"}
+    known.add("vocab_size")  # refuses tokens and changes none
     assert {field.name for field in dataclasses.fields(Processor)} == known
     processor = Processor(build_tokenizer(), template, image, 9)
     found = {processor_facts(dataclasses.replace(processor, **each))["hash"] for each in changes}

@@ -435,8 +435,8 @@ def test_named_configs_survive_json(name):
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        (qwen2(), {"hidden_act": "tanhshrink"}, "activation 'tanhshrink'.*silu"),
-        (opt(), {"activation_function": "mish"}, "activation 'mish'.*relu"),
+        (qwen2(), {"hidden_act": "tanhshrink"}, "hidden_act=tanhshrink.*silu"),
+        (opt(), {"activation_function": "mish"}, "activation_function=mish.*relu"),
         (
             LlamaConfig(**TEXT),
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
@@ -454,10 +454,10 @@ def test_named_configs_survive_json(name):
         ),
         (qwen2(), {"layer_types": ["chunked_attention"] * 3}, "layer type 'chunked_attention'"),
         (gemma2(), {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-        (stablelm(), {"qk_layernorm": True}, "stablelm with qk_layernorm=True"),
-        (PhiConfig(**TEXT), {"qk_layernorm": True}, "phi with qk_layernorm=True"),
+        (stablelm(), {"qk_layernorm": True}, "stablelm in config.json: qk_layernorm=True"),
+        (PhiConfig(**TEXT), {"qk_layernorm": True}, "phi in config.json: qk_layernorm=True"),
         (opt(), {"word_embed_proj_dim": 16}, "word_embed_proj_dim=16.*hidden_size=32"),
-        (opt(), {"do_layer_norm_before": False}, "opt with do_layer_norm_before=False"),
+        (opt(), {"do_layer_norm_before": False}, "opt in config.json: do_layer_norm_before=False"),
         (opt(), {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine=False"),
         (opt(), {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
         (qwen2(), {"model_type": "rwkv"}, "LLM family 'rwkv'.*opt.*qwen3"),

@@ -11,6 +11,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_json,
@@ -32,12 +33,13 @@ def load(
     rows = [
         row for row in read_json(folder, "dataset_coco.json")["images"] if row["split"] == split
     ]
+    coco = folder.parent / "coco"
     examples = [
         Example(
             str(row["cocoid"]),
             llava_prompt(CAPTION, ""),
             [sentence["raw"] for sentence in row["sentences"]],
-            (folder.parent / "coco" / row["filepath"] / row["filename"],),
+            (image_file(coco, f"{row['filepath']}/{row['filename']}", row["cocoid"]),),
         )
         for row in limit_rows(rows, limit, f"coco_caption {split}", SIZES[split])
     ]

@@ -16,6 +16,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     require_file,
@@ -68,7 +69,7 @@ def load(
             row["img_id"],
             llava_prompt(CAPTION, ""),
             json.loads(row["raw"]),
-            (folder / "flickr30k-images" / row["filename"],),
+            (image_file(folder / "flickr30k-images", row["filename"], row["img_id"]),),
         )
         for row in limit_rows(rows, limit, f"flickr30k {split}", SIZES[split])
     ]

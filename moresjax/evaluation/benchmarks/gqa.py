@@ -13,6 +13,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_json,
@@ -47,7 +48,7 @@ def load(
             name,
             llava_prompt(row["question"]),
             row["answer"],
-            (folder / "images" / f"{row['imageId']}.jpg",),
+            (image_file(folder / "images", f"{row['imageId']}.jpg", name),),
             metadata={"kind": "open" if row["types"]["structural"] == "query" else "binary"},
         )
         for name, row in limit_rows(rows, limit, f"gqa {split}", SIZES[split])

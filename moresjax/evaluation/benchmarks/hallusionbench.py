@@ -6,16 +6,21 @@ the former, for the benchmark's own `evaluation.py`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moresjax.core.errors import UserError
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
+    ResultReader,
+    SavedPredictions,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
+    load_results,
     read_json,
     result_reader,
 )
@@ -30,13 +35,48 @@ from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZE = 1_129
 NO_FIGURE = "0"
+# The fields that say which question a row is; `visual_input` does not tell altered figures apart in
+# the authors' sample of results.
+PLACE = ("category", "subcategory", "set_id", "figure_id", "question_id")
+TEXT = "model_prediction"
 
 
 def _example(folder: Path, number: int, row: dict) -> Example:
     shown = str(row["visual_input"]) != NO_FIGURE
-    images = (folder / row["filename"],) if shown else ()
+    images = (image_file(folder, row["filename"], number),) if shown else ()
     prompt = llava_prompt(row["question"], "", len(images))
     return Example(str(number), prompt, str(row["gt_answer"]), images, metadata=row)
+
+
+def _place(row: Mapping) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in PLACE)
+
+
+def _reader(examples: Sequence[Example]) -> ResultReader:
+    """A reader of the rows of `HallusionBench.json` with predictions, of which some may lack."""
+    ids = {_place(example.metadata): example for example in examples}
+
+    def read(path: Path) -> SavedPredictions:
+        rows = load_results(path)
+        if not isinstance(rows, list) or not all(
+            isinstance(row, Mapping) and {*PLACE, "question", TEXT} <= set(row) for row in rows
+        ):
+            return result_reader(None, TEXT)(path)  # in the order of the questions
+        found = {}
+        for number, row in enumerate(rows):
+            example = ids.get(_place(row))
+            if example is None:
+                continue
+            question = example.metadata["question"]
+            if row["question"].split() != question.split():
+                raise UserError(
+                    f"row {number} of {path} answers {row['question']!r}, but that question of "
+                    f"hallusionbench is {question!r}"
+                )
+            found[example.id] = str(row[TEXT])
+        return found
+
+    return read
 
 
 @benchmark("hallusionbench")
@@ -50,9 +90,7 @@ def load(
     examples = [_example(folder, number, row) for number, row in enumerate(rows)]
 
     def submission(predictions: Mapping[str, str]) -> str:
-        filled = [
-            dict(example.metadata, model_prediction=predictions[example.id]) for example in examples
-        ]
+        filled = [dict(example.metadata, **{TEXT: predictions[example.id]}) for example in examples]
         return json.dumps(filled, indent=1)
 
     scorer = JudgeScorer(
@@ -69,14 +107,13 @@ def load(
         ),
         name="aAcc",
     )
-    read = result_reader(None, "model_prediction")
     return [
         BenchmarkTask(
             "hallusionbench",
             examples,
             max_new_tokens=512,
             scorer=scorer,
-            read=read,
+            read=_reader(examples),
             submissions={"hallusionbench-submission.json": submission},
         )
     ]

@@ -5,6 +5,7 @@ Files in `iconqa/`, from https://iconqa.github.io (`iconqa_data.zip`): `test/cho
 the data that LLaVA Steering fine-tunes on.
 """
 
+import functools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    choice_reader,
     example_from_record,
     limit_rows,
     read_json,
@@ -72,7 +74,19 @@ def _tasks(name: str, data_root: DataRoot, limit: int | None, split: str) -> lis
     rows = limit_rows(rows, limit, f"{name} {split}", SIZES[name][split])
     examples = [example_from_record(row, folder) for row in rows]
     scorer = example_scorer(iconqa_correct)
-    read = result_reader("question_id", "text")
+
+    @functools.cache
+    def choices() -> dict[str, list[str]]:
+        items = _items(folder, split, kind)
+        return {number: item["choices"] for number, _, item in items if "choices" in item}
+
+    def choice(number: str, index: int) -> str:
+        if number not in choices():  # a blank that is filled with a number, or another question
+            return str(index)
+        texts = choices()[number]
+        return texts[index] if 0 <= index < len(texts) else ""
+
+    read = choice_reader(result_reader("question_id", "text"), choice)
     return [BenchmarkTask(name, examples, max_new_tokens=1024, scorer=scorer, read=read)]
 
 

@@ -12,6 +12,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_json,
@@ -52,7 +53,7 @@ def load(
             name,
             llava_prompt(row["question"], ""),
             row["answer"],
-            (folder / "images" / row["imagename"],),
+            (image_file(folder / "images", row["imagename"], name),),
             metadata={"capability": row["capability"]},
         )
         for name, row in limit_rows(rows, limit, "mm_vet", SIZE, strict=False)

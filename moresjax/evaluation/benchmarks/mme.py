@@ -7,6 +7,7 @@ Saved predictions are a folder of `SUBTASK.txt` with image, question, answer, pr
 benchmark's `calculation.py` reads, and what is written here.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -94,8 +95,9 @@ def _results(examples: list[Example], subtask: str) -> Callable[[Mapping[str, st
     ]
 
     def write(predictions: Mapping[str, str]) -> str:
-        # A row is a line: an answer has no tabs and line ends.
-        texts = [(*row, " ".join(predictions[name].split())) for name, row in rows]
+        # A row is a line: an answer has no tabs and line ends. Each becomes one blank, because the
+        # benchmark's tool counts characters.
+        texts = [(*row, re.sub(r"\s", " ", predictions[name])) for name, row in rows]
         return "".join("\t".join(fields) + "\n" for fields in texts)
 
     return write

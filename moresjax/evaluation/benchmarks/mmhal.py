@@ -13,6 +13,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_json,
@@ -45,7 +46,7 @@ def load(
             str(number),
             llava_prompt(row["question"], ""),
             row["gt_answer"],
-            (folder / "images" / row["image_src"].rpartition("/")[2],),
+            (image_file(folder / "images", row["image_src"].rpartition("/")[2], number),),
             metadata={
                 "question_type": row["question_type"],
                 "image_content": ", ".join(row["image_content"]),

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moresjax.core.errors import UserError
+from moresjax.data.images import UnusableImage
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
@@ -42,7 +43,7 @@ from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZES = {"validation": 900, "dev": 150, "test": 10_500}
 HIDDEN = "?"  # answers of test
-_MARK = re.compile(r" ?<image (\d)>")
+_MARK = re.compile(r" ?<image (\d+)>")
 
 
 def _example(row: Mapping) -> Example:
@@ -51,9 +52,15 @@ def _example(row: Mapping) -> Example:
     lines = [row["question"], "", *(f"({letter}) {text}" for letter, text in options.items())]
     text = "\n".join([*lines, *([""] if choice else []), PICK_LETTER if choice else SHORT])
     # LLaVA's training data have the images before the question.
-    numbers = sorted(set(_MARK.findall(text)))
-    images = tuple(row[f"image_{number}"]["bytes"] for number in numbers)
-    prompt = "\n".join([*[IMAGE_MARK] * len(images), _MARK.sub("", text).strip()])
+    shown = {int(number): row.get(f"image_{number}") for number in _MARK.findall(text)}
+    shown = {number: image for number, image in sorted(shown.items()) if image is not None}
+    images = tuple(
+        image["bytes"] or UnusableImage(f"image_{number} of {row['id']} is empty")
+        for number, image in shown.items()
+    )
+    # A mark without an image is text, such as `<image 30>` in an option of `validation_Math_7`.
+    text = _MARK.sub(lambda mark: "" if int(mark[1]) in shown else mark[0], text)
+    prompt = "\n".join([*[IMAGE_MARK] * len(images), text.strip()])
     answer = row["answer"]
     if answer.startswith("["):  # several right ones
         answer = ast.literal_eval(answer)

@@ -11,6 +11,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_jsonl,
@@ -43,6 +44,7 @@ def load(
     folder = benchmark_folder("pope", data_root)
     check_split("pope", split, ("test",))
     scorer = example_scorer(lambda text, label: float(pope_answer(text) == label), _details)
+    photos = folder.parent / "coco" / "val2014"
     tasks = []
     for kind in KINDS:
         rows = read_jsonl(folder, f"coco_pope_{kind}.json")
@@ -51,7 +53,7 @@ def load(
                 str(row["question_id"]),
                 llava_prompt(row["text"]),
                 row["label"],
-                (folder.parent / "coco" / "val2014" / row["image"],),
+                (image_file(photos, row["image"], row["question_id"]),),
             )
             for row in limit_rows(rows, limit, f"pope {kind}", SIZE, strict=kind != "random")
         ]

@@ -18,7 +18,9 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    choice_reader,
     example_from_record,
+    image_file,
     limit_rows,
     llava_prompt,
     read_json,
@@ -58,7 +60,11 @@ def _task(name: str, examples: list[Example]) -> list[BenchmarkTask]:
             [example.metadata for example in examples], [bool(score) for score in scores]
         ),
     )
-    read = result_reader("question_id", "text")
+    # The authors' tool and LLaVA's save numbers of choices; -1 stands for a reply without one.
+    read = choice_reader(
+        result_reader("question_id", "text"),
+        lambda _, number: LETTERS[number] if 0 <= number < len(LETTERS) else "",
+    )
     return [BenchmarkTask(name, examples, max_new_tokens=MAX_NEW_TOKENS, scorer=scorer, read=read)]
 
 
@@ -68,7 +74,7 @@ def _example(folder: Path, name: str, problem: dict) -> Example:
         question = f"Context: {problem['hint']}\n{question}"
     # Smaller splits, like minitest, are parts of the large ones and have no images of their own.
     image = problem["image"]
-    images = (folder / problem["split"] / name / image,) if image else ()
+    images = (image_file(folder, f"{problem['split']}/{name}/{image}", name),) if image else ()
     prompt = llava_prompt(question, PICK_LETTER, len(images))
     return Example(name, prompt, LETTERS[problem["answer"]], images, metadata=problem)
 

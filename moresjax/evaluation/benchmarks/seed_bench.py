@@ -19,6 +19,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_json,
@@ -56,10 +57,10 @@ def _tasks(
     examples = []
     for row in limit_rows(data["questions"], limit, name, SIZE, strict=False):
         options = [row[f"choice_{letter}"] for letter in "abcd"]
-        image = folder / "SEED-Bench-image" / str(row["data_id"])
+        image = image_file(folder / "SEED-Bench-image", row["data_id"], row["question_id"])
         if row["data_type"] == "video":
             frame = f"{row['question_type_id']}_{row['question_id']}.png"
-            image = folder / "SEED-Bench-video-image" / frame
+            image = image_file(folder / "SEED-Bench-video-image", frame, row["question_id"])
         question = row["question"]
         asked = (
             llava_prompt(question, "")

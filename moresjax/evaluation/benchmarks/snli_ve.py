@@ -11,6 +11,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_jsonl,
@@ -40,7 +41,7 @@ def load(
             row["pairID"],
             llava_prompt(f"Statement: {row['sentence2']}\n{QUESTION}", SHORT),
             row["gold_label"],
-            (photos / f"{row['Flickr30K_ID']}.jpg",),
+            (image_file(photos, f"{row['Flickr30K_ID']}.jpg", row["pairID"]),),
         )
         for row in limit_rows(rows, limit, f"snli_ve {split}", SIZES[split])
     ]

@@ -17,6 +17,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_json,
@@ -63,7 +64,7 @@ def load(
             name,
             llava_prompt(f"{CAPTION}\n{lines.get(name, 'Reference OCR token: ')}", ""),
             row["reference_strs"] if split == "val" else None,
-            (photos / f"{name}.jpg",),
+            (image_file(photos, f"{name}.jpg", name),),
         )
         for name, row in limit_rows(list(rows.items()), limit, f"textcaps {split}")
     ]

@@ -18,6 +18,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_json,
@@ -52,7 +53,7 @@ def _examples(name: str, data_root: DataRoot, limit: int | None, split: str) -> 
                 f"{row['question']}\n{lines.get(row['image_id'], 'Reference OCR token: ')}"
             ),
             row.get("answers"),
-            (photos / f"{row['image_id']}.jpg",),
+            (image_file(photos, f"{row['image_id']}.jpg", row["question_id"]),),
         )
         for row in limit_rows(rows, limit, f"{name} {split}", SIZES[split])
     ]

@@ -18,6 +18,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_json,
@@ -77,7 +78,7 @@ def _tasks(
             row["image"],
             llava_prompt(row["question"] + hint, ""),
             [answer["answer"] for answer in row["answers"]] if split == "val" else None,
-            (folder / split / row["image"],),
+            (image_file(folder / split, row["image"], row["image"]),),
             metadata={"answer_type": row.get("answer_type", "")},
         )
         for row in limit_rows(rows, limit, f"{name} {split}", SIZES[split], split == "val")

@@ -9,6 +9,7 @@ from moresjax.evaluation.files import (
     DataRoot,
     benchmark_folder,
     check_split,
+    image_file,
     limit_rows,
     llava_prompt,
     read_jsonl,
@@ -40,7 +41,7 @@ def load(
             str(number),
             llava_prompt(f"{row['caption']} {YES_NO}", ""),
             LABELS[row["label"]],
-            (folder / "images" / row["image"],),
+            (image_file(folder / "images", row["image"], number),),
         )
         for number, row in enumerate(limit_rows(rows, limit, f"vsr {split}", SIZES[split]))
     ]

@@ -85,15 +85,12 @@ def _ratio(part: int | float, whole: int | float) -> float:
 
 
 def mme_answer(text: str) -> str:
-    """`yes`, `no` or `other`, from the first four characters.
+    """`yes`, `no` or `other`, from the first four characters, blanks and dots included.
 
-    >>> mme_answer("Yes, it is."), mme_answer("I think so")
-    ('yes', 'other')
+    >>> mme_answer("Yes, it is."), mme_answer("I think so"), mme_answer("Y.")
+    ('yes', 'other', 'other')
     """
-    text = text.lower().strip().replace(".", "")
-    if text in ("y", "n"):
-        return {"y": "yes", "n": "no"}[text]
-    start = text[:_MME_PREFIX]
+    start = text.lower()[:_MME_PREFIX]
     return next((answer for answer in ("yes", "no") if answer in start), "other")
 
 

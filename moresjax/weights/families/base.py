@@ -19,6 +19,7 @@ import abc
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError, choice_error
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.mllm import MLLMConfig
@@ -69,11 +70,13 @@ class LLMFamily(abc.ABC):
     Attributes:
       model_type: The family's name in `config.json`.
       name_map: Our module paths -> Hugging Face's.
+      keys: What every key of the family's `config.json` means here.
       unused: Parts of the names of tensors in files that no parameter is made of.
     """
 
     model_type: ClassVar[str]
     name_map: ClassVar[dict[str, str]]
+    keys: ClassVar[ConfigKeys]
     unused: ClassVar[tuple[str, ...]] = ("rotary_emb.inv_freq",)
 
     @abc.abstractmethod
@@ -96,6 +99,7 @@ class VisionFamily(abc.ABC):
       model_type: The family's name in the `config.json` of the encoder.
       two_towers: Its `model_type` when a text encoder stands beside it; empty if there is none.
       name_map: Our module paths -> Hugging Face's.
+      keys: What every key of the encoder's `config.json` means here.
       leading_ones: Tensors with leading axes of size one, and the number of these axes.
       position_embedding: The tensor that is interpolated for another image size; empty if the
         size is fixed.
@@ -109,6 +113,7 @@ class VisionFamily(abc.ABC):
     model_type: ClassVar[str]
     two_towers: ClassVar[str] = ""
     name_map: ClassVar[dict[str, str]]
+    keys: ClassVar[ConfigKeys]
     leading_ones: ClassVar[Mapping[str, int]] = {}
     position_embedding: ClassVar[str] = ""
     prefixes: ClassVar[tuple[str, ...]] = ()
@@ -135,11 +140,13 @@ class MLLMFamily(abc.ABC):
 
     Attributes:
       model_type: The family's name in `config.json`.
+      keys: What every key of the whole `config.json` means here, but for its parts.
       prefixes: Beginnings of the names of tensors in files -> in the state dict of transformers 5.
       in_transformers: Whether `transformers` knows the whole, or its two towers only.
     """
 
     model_type: ClassVar[str]
+    keys: ClassVar[ConfigKeys]
     prefixes: ClassVar[Mapping[str, str]]
     in_transformers: ClassVar[bool] = True
 
@@ -203,6 +210,7 @@ def decoder_config(hf: HFConfig) -> DecoderConfig:
       UserError: for a family, or a variant of one, that is not supported.
     """
     family = llm_family(hf)
+    family.keys.check(hf, f"{family.model_type} in config.json")
     fields: dict[str, Any] = {"model_type": family.model_type}
     fields |= {ours: hf[name] for ours, name in LLM_FIELDS.items() if hf.get(name) is not None}
     return DecoderConfig(**(fields | family.from_hf(hf)))
@@ -219,6 +227,7 @@ def vision_config(hf: HFConfig, **changes: Any) -> VisionConfig:
       UserError: for a family, or a variant of one, that is not supported.
     """
     family = vision_family(hf)
+    family.keys.check(hf, f"{family.model_type} in config.json")
     fields: dict[str, Any] = {"model_type": family.model_type}
     fields |= {ours: hf[name] for ours, name in VISION_FIELDS.items()}
     fields |= {name: _side(hf, name) for name in ("image_size", "patch_size")}
@@ -307,13 +316,6 @@ def activation(name: str) -> str:
 def hf_activation(name: str) -> str:
     """The name in `transformers` of one of the activation functions here."""
     return next(hf for hf, ours in ACTIVATIONS.items() if ours == name)
-
-
-def refuse(hf: HFConfig, **unsupported: Any) -> None:
-    """Raises a `UserError` when a switch of a `config.json` has a value that is not supported."""
-    for key, value in unsupported.items():
-        if hf.get(key) == value:
-            raise UserError(f"{hf['model_type']} with {key}={value} is not supported")
 
 
 def _side(hf: HFConfig, key: str) -> int:

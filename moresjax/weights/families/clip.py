@@ -17,6 +17,7 @@ class Clip(VisionFamily):
         "cls": "embeddings.class_embedding",
         "pre_norm": "pre_layrnorm",
     }
+    keys = Siglip.keys
     prefixes = ("vision_model.",)
     unused = ("position_ids",)
     beside = ("text_model.", "text_projection", "visual_projection", "logit_scale")

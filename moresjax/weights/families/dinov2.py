@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.models.vision import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 from moresjax.weights.families.base import HFConfig, VisionFamily, register
+from moresjax.weights.families.keys import DROPOUT, NEW_WEIGHTS, VISION_KEYS
 
+BACKBONE = "it belongs to the backbones of detectors and segmenters"
 GATED_MLP = {
     "blocks.mlp.gate": "encoder.layer.{}.mlp.gate_proj",
     "blocks.mlp.up": "encoder.layer.{}.mlp.up_proj",
@@ -34,6 +37,18 @@ class Dinov2(VisionFamily):
         "blocks.mlp_scale": "encoder.layer.{}.layer_scale2.lambda1",
         "post_norm": "layernorm",
     }
+    keys = VISION_KEYS | ConfigKeys(
+        implemented=("mlp_ratio", "qkv_bias", "use_swiglu_ffn"),
+        irrelevant={
+            **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), DROPOUT),
+            "drop_path_rate": DROPOUT,
+            "layerscale_value": NEW_WEIGHTS,
+            "use_mask_token": "the mask token is not read",
+            **dict.fromkeys(("apply_layernorm", "reshape_hidden_states"), BACKBONE),
+            **dict.fromkeys(("out_features", "out_indices", "stage_names"), BACKBONE),
+            **dict.fromkeys(("_out_features", "_out_indices"), BACKBONE),
+        },
+    )
     leading_ones = {
         "embeddings.cls_token": 2,
         "embeddings.register_tokens": 1,
@@ -92,6 +107,7 @@ class Dinov2WithRegisters(Dinov2):
     """`Dinov2WithRegistersModel`."""
 
     model_type = "dinov2_with_registers"
+    keys = Dinov2.keys | ConfigKeys(implemented=("num_register_tokens",))
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """DINOv2's fields and the number of registers."""

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.models.decoder import DecoderConfig
-from moresjax.weights.families.base import HFConfig, hf_activation, refuse, register
+from moresjax.weights.families.base import ACTIVATIONS, HFConfig, hf_activation, register
 from moresjax.weights.families.llama import Llama
 from moresjax.weights.families.qwen import Qwen3
 from moresjax.weights.families.rope import (
+    LAYER_KEYS,
+    LAYERS,
     layers_from_hf,
     layers_to_hf,
     rope_from_hf,
@@ -20,10 +23,13 @@ class Gemma(Llama):
     """`GemmaForCausalLM`."""
 
     model_type = "gemma"
+    keys = Llama.keys | ConfigKeys(
+        choices={"hidden_activation": (None, *ACTIVATIONS)},
+        neutral={"use_bidirectional_attention": (None, False), "mlp_bias": (False,)},
+    )
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """LLaMA's fields; norms with an offset, embeddings scaled."""
-        refuse(hf, use_bidirectional_attention=True)
         # Old files say "gelu" and mean the approximation.
         name = hf.get("hidden_activation") or hf["hidden_act"]
         name = "gelu_pytorch_tanh" if name == "gelu" else name
@@ -40,6 +46,18 @@ class Gemma2(Gemma):
     """`Gemma2ForCausalLM`."""
 
     model_type = "gemma2"
+    keys = (
+        Gemma.keys
+        | LAYER_KEYS
+        | ConfigKeys(
+            implemented=(
+                "query_pre_attn_scalar",
+                "attn_logit_softcapping",
+                "final_logit_softcapping",
+            ),
+            irrelevant={"sliding_window_size": "sliding_window says it"},
+        )
+    )
     name_map = Gemma.name_map | {
         "blocks.attn_post_norm": "model.layers.{}.post_attention_layernorm",
         "blocks.mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
@@ -72,6 +90,12 @@ class Gemma3(Gemma2):
     """`Gemma3ForCausalLM`, the text model; local layers have rotary frequencies of their own."""
 
     model_type = "gemma3_text"
+    keys = Gemma2.keys | ConfigKeys(
+        irrelevant={
+            **dict.fromkeys(("sliding_window_pattern", "_sliding_window_pattern"), LAYERS),
+            "attn_logit_softcapping": "Gemma 3 in transformers has no cap of its attention",
+        }
+    )
     name_map = Qwen3.name_map | Gemma2.name_map
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:

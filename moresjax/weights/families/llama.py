@@ -2,15 +2,18 @@
 
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.models.decoder import DecoderConfig
 from moresjax.weights.families.base import (
+    ACTIVATIONS,
     HFConfig,
     LLMFamily,
     activation,
     hf_activation,
     register,
 )
-from moresjax.weights.families.rope import rope_from_hf, rope_parameters, rope_to_hf
+from moresjax.weights.families.keys import LLM_KEYS
+from moresjax.weights.families.rope import ROPE_KEYS, rope_from_hf, rope_parameters, rope_to_hf
 
 
 @register
@@ -32,6 +35,14 @@ class Llama(LLMFamily):
         "norm": "model.norm",
         "head": "lm_head",
     }
+    keys = (
+        LLM_KEYS
+        | ROPE_KEYS
+        | ConfigKeys(
+            implemented=("intermediate_size", "rms_norm_eps", "attention_bias", "mlp_bias"),
+            choices={"hidden_act": tuple(ACTIVATIONS)},
+        )
+    )
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """Rotary embeddings, a gated MLP, RMS norms, biases if the file says so."""

@@ -3,19 +3,25 @@
 import dataclasses
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError
+from moresjax.models.connector import linear_widths
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.mllm import MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.weights.families.base import (
+    ACTIVATIONS,
     HFConfig,
     MLLMFamily,
+    activation,
     decoder_config,
+    hf_activation,
     hf_decoder_config,
     hf_vision_config,
     register,
     vision_config,
 )
+from moresjax.weights.families.keys import COMMON_KEYS
 
 # The names of published LLaVAs, which older and newer versions of transformers read: from the
 # state dict of transformers 5 to files.
@@ -32,6 +38,26 @@ class Llava(MLLMFamily):
     """`LlavaForConditionalGeneration`."""
 
     model_type = "llava"
+    keys = COMMON_KEYS | ConfigKeys(
+        implemented=(
+            "text_config",
+            "vision_config",
+            "vision_feature_layer",
+            "tie_word_embeddings",
+            "image_token_index",
+        ),
+        choices={
+            "projector_hidden_act": tuple(ACTIVATIONS),
+            "vision_feature_select_strategy": ("default", "full"),
+        },
+        neutral={"multimodal_projector_bias": (True,)},
+        irrelevant={
+            "image_seq_length": "the size of image and patch says it",
+            "ignore_index": "labels are masked otherwise here",
+            "vocab_size": "text_config says it",
+            "hidden_size": "text_config says it",
+        },
+    )
     prefixes = {
         "language_model.model.": "model.language_model.",
         "language_model.lm_head.": "lm_head.",
@@ -46,6 +72,7 @@ class Llava(MLLMFamily):
 
     def from_hf(self, hf: HFConfig) -> MLLMConfig:
         """The whole model that a `config.json` describes."""
+        self.keys.check(hf, "llava in config.json")
         llm = decoder_config(hf["text_config"])
         # The wrapper's own head is bare: no bias over Phi, no soft cap over Gemma 2.
         llm = dataclasses.replace(
@@ -55,7 +82,8 @@ class Llava(MLLMFamily):
             tie_embeddings=llm.tie_embeddings or hf.get("tie_word_embeddings", False),
         )
         keeps_all = hf["vision_feature_select_strategy"] == "full"
-        return MLLMConfig(llm=llm, vision=vision_tower(hf, keeps_all), connector="mlp2x_gelu")
+        connector = f"mlp2x_{activation(hf['projector_hidden_act'])}"
+        return MLLMConfig(llm=llm, vision=vision_tower(hf, keeps_all), connector=connector)
 
     def connector_map(self, connector: str) -> dict[str, str]:
         """The name map of the two linears."""
@@ -71,7 +99,7 @@ class Llava(MLLMFamily):
         if (
             not isinstance(vision, VisionConfig)
             or vision.registers
-            or config.connector != "mlp2x_gelu"
+            or (between := two_linears(config.connector)) is None
         ):
             raise UserError(
                 "a Hugging Face LLaVA has one vision encoder without registers and connector "
@@ -90,7 +118,7 @@ class Llava(MLLMFamily):
             "vision_feature_select_strategy": "full" if keeps_all else "default",
             "tie_word_embeddings": config.llm.tie_embeddings,
             "image_seq_length": config.visual_tokens,
-            "projector_hidden_act": "gelu",
+            "projector_hidden_act": hf_activation(between),
             "multimodal_projector_bias": True,
         }
 
@@ -98,6 +126,12 @@ class Llava(MLLMFamily):
             return self.from_hf(hf | {"text_config": text}).llm
 
         return hf | {"text_config": hf_decoder_config(config.llm, read)}
+
+
+def two_linears(connector: str) -> str | None:
+    """The activation between the two linears of a connector; None for another kind."""
+    kind, _, name = connector.partition("_")
+    return name if kind == "mlp2x" and linear_widths(connector, 1, 1) else None
 
 
 def vision_tower(hf: HFConfig, keeps_all: bool) -> VisionConfig:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.models.decoder import DecoderConfig
 from moresjax.weights.families.base import HFConfig, register
 from moresjax.weights.families.llama import Llama
@@ -12,6 +13,11 @@ class Mistral(Llama):
     """`MistralForCausalLM`; releases after the first have no window."""
 
     model_type = "mistral"
+    keys = (
+        Llama.keys
+        | ConfigKeys(implemented=("sliding_window",))
+        | ConfigKeys(neutral={"attention_bias": (False,), "mlp_bias": (False,)})
+    )
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """LLaMA's fields and the window."""

@@ -2,16 +2,18 @@
 
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError
 from moresjax.models.decoder import DecoderConfig
 from moresjax.weights.families.base import (
+    ACTIVATIONS,
     HFConfig,
     LLMFamily,
     activation,
     hf_activation,
-    refuse,
     register,
 )
+from moresjax.weights.families.keys import DROPOUT, LLM_KEYS, NEW_WEIGHTS
 
 
 @register
@@ -33,15 +35,22 @@ class Opt(LLMFamily):
         "norm": "model.decoder.final_layer_norm",
         "head": "lm_head",
     }
+    keys = LLM_KEYS | ConfigKeys(
+        implemented=("ffn_dim", "word_embed_proj_dim", "enable_bias"),
+        choices={"activation_function": tuple(ACTIVATIONS)},
+        neutral={
+            "do_layer_norm_before": (True,),
+            "_remove_final_layer_norm": (False,),
+            "layer_norm_elementwise_affine": (True,),
+        },
+        irrelevant={
+            **dict.fromkeys(("dropout", "activation_dropout", "layerdrop"), DROPOUT),
+            "init_std": NEW_WEIGHTS,
+        },
+    )
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """Learned positions, layer norms, plain MLPs, biases."""
-        refuse(
-            hf,
-            do_layer_norm_before=False,
-            _remove_final_layer_norm=True,
-            layer_norm_elementwise_affine=False,
-        )
         width = hf.get("word_embed_proj_dim") or hf["hidden_size"]
         if width != hf["hidden_size"]:
             raise UserError(

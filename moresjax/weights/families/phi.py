@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.weights.families.base import HFConfig, register
+from moresjax.weights.families.keys import DROPOUT
 from moresjax.weights.families.stablelm import PartlyRotated
 
 
@@ -11,6 +13,9 @@ class Phi(PartlyRotated):
     """`PhiForCausalLM`."""
 
     model_type = "phi"
+    keys = PartlyRotated.keys | ConfigKeys(
+        irrelevant=dict.fromkeys(("resid_pdrop", "embd_pdrop"), DROPOUT)
+    )
     name_map = {
         "embed": "model.embed_tokens",
         "blocks.attn_norm": "model.layers.{}.input_layernorm",
@@ -22,6 +27,7 @@ class Phi(PartlyRotated):
         "blocks.mlp.down": "model.layers.{}.mlp.fc2",
         "norm": "model.final_layernorm",
         "head": "lm_head",
+        "head_bias": "lm_head.bias",
     }
     rotary_fraction = 0.5
     rope_scalings = ("default",)

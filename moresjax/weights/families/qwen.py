@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.models.decoder import DecoderConfig
 from moresjax.weights.families.base import HFConfig, register
 from moresjax.weights.families.llama import Llama
-from moresjax.weights.families.rope import layers_from_hf, layers_to_hf
+from moresjax.weights.families.rope import LAYER_KEYS, layers_from_hf, layers_to_hf
 
 
 @register
@@ -13,6 +14,14 @@ class Qwen2(Llama):
     """`Qwen2ForCausalLM`: queries, keys and values have biases, whatever the file says."""
 
     model_type = "qwen2"
+    keys = (
+        Llama.keys
+        | LAYER_KEYS
+        | ConfigKeys(
+            neutral={"mlp_bias": (False,)},
+            irrelevant={"attention_bias": "queries, keys and values always have biases"},
+        )
+    )
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """LLaMA's fields, local layers, biases."""
@@ -30,6 +39,7 @@ class Qwen3(Llama):
     """`Qwen3ForCausalLM`."""
 
     model_type = "qwen3"
+    keys = Llama.keys | LAYER_KEYS | ConfigKeys(neutral={"mlp_bias": (False,)})
     name_map = Llama.name_map | {
         "blocks.attn.q_norm": "model.layers.{}.self_attn.q_norm",
         "blocks.attn.k_norm": "model.layers.{}.self_attn.k_norm",

@@ -3,10 +3,32 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError, choice_error
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.layers import ROPE_SCALINGS
 from moresjax.weights.families.base import HFConfig
+
+# What every rotary setting means here, for heads that are rotated whole or in part.
+ROPE_KEYS = ConfigKeys(implemented=("rope_parameters", "rope_scaling", "rope_theta"))
+PARTIAL_ROPE_KEYS = ROPE_KEYS | ConfigKeys(implemented=("partial_rotary_factor",))
+LAYERS = "layer_types says which layers are local"
+LAYER_KEYS = ConfigKeys(
+    implemented=("layer_types", "sliding_window"),
+    irrelevant=dict.fromkeys(("use_sliding_window", "max_window_layers"), LAYERS),
+)
+# And what the settings inside `rope_parameters` mean.
+ROPE_SETTINGS = ConfigKeys(
+    implemented=("rope_type", "rope_theta", "factor"),
+    neutral={"partial_rotary_factor": (None, 1.0)},
+    irrelevant={
+        "type": "rope_type says it",
+        "original_max_position_embeddings": "the scalings default and linear do not read it",
+    },
+)
+LLAMA3_ROPE_SETTINGS = ROPE_SETTINGS | ConfigKeys(
+    implemented=("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+)
 
 LAYER_TYPES = {"sliding_attention": "l", "full_attention": "g"}
 
@@ -35,8 +57,10 @@ def rope_from_hf(
     if kind not in supported:
         names = ", ".join(supported)
         raise UserError(f"rope scaling {kind!r} is not supported here; choose from: {names}")
+    known = LLAMA3_ROPE_SETTINGS if kind == "llama3" else ROPE_SETTINGS
+    known.check(rope, f"rope_parameters of kind {kind}")
     fields = {"rope_theta": float(rope.get("rope_theta") or 10_000.0), "rope_scaling": kind}
-    if kind != "default":
+    if kind != "default":  # which ignores a factor in transformers too
         fields["rope_factor"] = float(rope["factor"])
     if kind == "llama3":
         fields |= {

@@ -7,8 +7,10 @@ not supported.
 
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.models.vision import VisionConfig
 from moresjax.weights.families.base import HFConfig, VisionFamily, register
+from moresjax.weights.families.keys import COMPARISON, NEW_WEIGHTS, VISION_KEYS
 
 
 @register
@@ -30,6 +32,14 @@ class Siglip(VisionFamily):
         "blocks.mlp.down": "encoder.layers.{}.mlp.fc2",
         "post_norm": "post_layernorm",
     }
+    keys = VISION_KEYS | ConfigKeys(
+        implemented=("intermediate_size",),
+        irrelevant={
+            "vision_use_head": "the pooling head is not read",
+            "projection_dim": COMPARISON,
+            "initializer_factor": NEW_WEIGHTS,
+        },
+    )
     prefixes = ("vision_model.",)
     unused = ("position_ids", "vision_tower.head.")
     beside = ("text_model.", "logit_scale", "logit_bias", "head.")

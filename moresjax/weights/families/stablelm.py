@@ -3,18 +3,25 @@
 from collections.abc import Sequence
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.layers import ROPE_SCALINGS
 from moresjax.weights.families.base import (
+    ACTIVATIONS,
     HFConfig,
     LLMFamily,
     activation,
     hf_activation,
-    refuse,
     register,
 )
+from moresjax.weights.families.keys import DROPOUT, LLM_KEYS
 from moresjax.weights.families.llama import Llama
-from moresjax.weights.families.rope import rope_from_hf, rope_parameters, rope_to_hf
+from moresjax.weights.families.rope import (
+    PARTIAL_ROPE_KEYS,
+    rope_from_hf,
+    rope_parameters,
+    rope_to_hf,
+)
 
 
 class PartlyRotated(LLMFamily):
@@ -25,16 +32,25 @@ class PartlyRotated(LLMFamily):
       rope_scalings: The supported ones.
     """
 
+    keys = (
+        LLM_KEYS
+        | PARTIAL_ROPE_KEYS
+        | ConfigKeys(
+            implemented=("intermediate_size", "layer_norm_eps"),
+            choices={"hidden_act": tuple(ACTIVATIONS)},
+            neutral={"qk_layernorm": (False,)},
+        )
+    )
     rotary_fraction: float
     rope_scalings: Sequence[str] = ROPE_SCALINGS
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """Layer norms and a partial rotation."""
-        refuse(hf, qk_layernorm=True)
         rope = rope_parameters(hf)
+        fraction = rope.pop("partial_rotary_factor", self.rotary_fraction)
         return {
             **rope_from_hf(rope, self.rope_scalings),
-            "rotary_fraction": float(rope.get("partial_rotary_factor", self.rotary_fraction)),
+            "rotary_fraction": float(fraction),
             "intermediate_size": hf["intermediate_size"],
             "activation": activation(hf["hidden_act"]),
             "norm": "layer",
@@ -57,6 +73,10 @@ class StableLm(PartlyRotated):
     """`StableLmForCausalLM`."""
 
     model_type = "stablelm"
+    keys = PartlyRotated.keys | ConfigKeys(
+        implemented=("use_qkv_bias", "use_parallel_residual"),
+        irrelevant={"hidden_dropout": DROPOUT},
+    )
     name_map = Llama.name_map
     rotary_fraction = 0.25
 

@@ -1,6 +1,8 @@
 """POPE against scikit-learn, MME by hand, and what wrong implementations get."""
 
+import itertools
 import random
+import re
 
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
@@ -76,8 +78,16 @@ def test_pope_names_bad_input():
     ("text", "expected"),
     [
         ("Yes.", "yes"),
-        ("n", "no"),
+        ("n", "other"),
+        ("y", "other"),
+        ("Y.", "other"),
+        ("N.", "other"),
+        (".no", "no"),
+        ("..no", "no"),
+        ("...no", "other"),
         (" yes, it is", "yes"),
+        ("  yes, it is", "other"),
+        ("y.es", "other"),
         ("No, it is not", "no"),
         ("not", "no"),
         ("The answer is yes", "other"),
@@ -88,6 +98,19 @@ def test_pope_names_bad_input():
 )
 def test_mme_looks_at_four_characters(text, expected):
     assert mme_answer(text) == expected
+
+
+def test_mme_reads_every_short_text_as_its_tool_does():
+    # Facts about `eval_tool/calculation.py`: the column is lower-cased, nothing is stripped; yes
+    # stands within the first four characters if it begins at the first or second one, no if it
+    # begins at the first to third one; yes is looked for first.
+    for letters in itertools.product("yesnoY. \n", repeat=5):
+        text = "".join(letters)
+        column = text.lower() + "\n"
+        answer = "no" if re.match(r"(?s).{0,2}no", column) else "other"
+        answer = "yes" if re.match(r"(?s).?yes", column) else answer
+        assert mme_answer(text) == answer, text
+        assert mme_answer(text[:3]) == mme_answer(text[:3] + "\n")
 
 
 def mme_items(subtask: str, *hits: tuple[bool, bool]):
