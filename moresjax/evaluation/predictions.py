@@ -120,8 +120,9 @@ def row_key(row: Mapping) -> tuple[str, str, str]:
 
 
 def provenance_of(row: Mapping) -> dict[str, str]:
-    """The fingerprints of the model and processor behind a row; empty where they are not known."""
-    return {name: row.get(name, "") for name in ("model", "processor")}
+    """The fingerprints behind a row; those of model and processor are empty where not known."""
+    exact = {"weights": row["weights"]} if "weights" in row else {}
+    return {name: row.get(name, "") for name in ("model", "processor")} | exact
 
 
 def read_predictions(

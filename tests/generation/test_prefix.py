@@ -177,7 +177,7 @@ def test_edits_of_the_last_prompt_token_share_what_stands_before(tuning, text, m
 def test_vectors_that_cannot_meet_an_image_share_it(monkeypatch):
     """Two vectors and the base model answer about one image, which is read once."""
     tunings = [talking_model(LAST).mllm.tuning for _ in range(2)]
-    tunings[1].params["loreft"]["llm.block.out"]["bias"][...] *= -3
+    tunings[1].params["loreft"]["llm.block.out"]["weight"][...] *= -3
     model, known = talking_model("none"), {}
     model.mllm.tuning = stack_adapters(dict(zip("ab", tunings, strict=True)))
     rows = [model.prompts.row(QUESTIONS[0], IMAGES[:1], known=known)] * 3

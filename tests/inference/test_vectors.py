@@ -11,7 +11,7 @@ from moresjax.testing.models import talking_model
 
 SPEC, NEW = "steer:positions=last_prompt|generated", 4
 PROMPTS = ["how many times two ?", "is there a seven ? no .", "what is the largest ?"]
-VECTORS = 3 * np.random.default_rng(0).standard_normal((4, 2, 16)).astype(np.float32)
+VECTORS = 300_000 * np.random.default_rng(0).standard_normal((4, 2, 16)).astype(np.float32)
 
 
 def steered(vector: np.ndarray, alpha: float = 1.0) -> Model:
@@ -33,7 +33,7 @@ def test_a_file_may_have_a_row_for_each_layer(tmp_path):
         found = model.mllm.tuning.params["steer"]["llm.block.out"]
         np.testing.assert_array_equal(found["vector"][...], expected)
         np.testing.assert_array_equal(found["alpha"][...], [2, 2])
-    with pytest.raises(UserError, match=r"16 finite numbers, or 2 times as many, got shape \(3, "):
+    with pytest.raises(UserError, match=r"got shape \(3, 16\); 2 x 16 would give every layer"):
         talking_model(f"steer:vector={tmp_path}/v.npz:three")
     with pytest.raises(UserError, match=r"must be 16 finite numbers, got shape \(2, 16\)"):
         talking_model(f"steer:vector={tmp_path}/v.npz:rows,site=llm.embed.out")

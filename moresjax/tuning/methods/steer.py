@@ -89,6 +89,8 @@ def read_vector(source: str, dim: int, layers: int = 0) -> np.ndarray:
     vector = arrays[key or names[0]]
     shapes = [(dim,), *([(layers, dim)] if layers else [])]
     if vector.shape not in shapes or not np.isfinite(vector).all():
-        wanted = f"{dim} finite numbers" + (f", or {layers} times as many" if layers else "")
-        raise UserError(f"steer:vector={source!r} must be {wanted}, got shape {vector.shape}")
+        rows = f"; {layers} x {dim} would give every layer its own" if layers else ""
+        raise UserError(
+            f"steer:vector={source!r} must be {dim} finite numbers, got shape {vector.shape}{rows}"
+        )
     return vector.astype(np.float32)
