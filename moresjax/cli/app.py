@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Libraries read it when they are imported, which no command does before this.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         try:
             _run(arguments)

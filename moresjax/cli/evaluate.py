@@ -47,6 +47,11 @@ def add_parser(commands: Commands) -> None:
         metavar="ROWS",
         help="prompts answered at a time (default: %(default)s)",
     )
+    evaluate.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch data of lm_eval tasks that are not at hand; otherwise nothing is",
+    )
     add_mesh(evaluate)
     add_prompting(evaluate)
     add_tuning(evaluate)
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
         options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
+        options |= {"download": args.download}
         result = evaluate(load_model(args, adapter=adapter), tasks, **options)
     facts = {"model": args.model, "adapter": adapter, "tuning": args.tuning, "split": args.split}
     path = write_results(result, args.out, **facts)

@@ -69,6 +69,18 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="square, or pad as LLaVA-1.5 does; default: the model's own",
     )
+    command.add_argument(
+        "--split-special-tokens",
+        action=argparse.BooleanOptionalAction,
+        help="read control tokens such as </s> in a prompt as text (default), or as control "
+        "tokens, as LLaVA does",
+    )
+    command.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="of activations: float32, bfloat16, float16 or stored; default: a run's own, for a "
+        "Hugging Face folder as stored on TPUs and GPUs, float32 on CPUs",
+    )
 
 
 def add_tuning(command: argparse.ArgumentParser, several: str = "") -> None:
@@ -153,7 +165,8 @@ def load_model(
         raise UserError("--tuning and --adapter both say what to put on the model; give one")
     if args.edits and not args.adapter:
         raise UserError("--edits describes an --adapter of pyreft; give its folder")
-    options = {name: getattr(args, name) for name in ("template", "image_aspect", "tuning")}
+    names = "template", "image_aspect", "dtype", "split_special_tokens", "tuning"
+    options = {name: getattr(args, name) for name in names}
     allow = args.allow_pickle
     model = load(folder or args.model, mesh=mesh_of(args), allow_pickle=allow, **options)
     if isinstance(adapter, str):

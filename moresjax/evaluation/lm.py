@@ -1,4 +1,4 @@
-"""A moresjax model as an `lm_eval` model: every task of that library runs on it unchanged."""
+"""A moresjax model as an `lm_eval` model, on which every task of that library runs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -154,7 +154,11 @@ class MoresjaxLM(LM):
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows where they are longer than the context."""
+        """Log-likelihood of whole texts, in windows where they are longer than the context.
+
+        One start token stands before a text and is not scored. The library's class for
+        `transformers` has two where the tokenizer adds one, and scores the second.
+        """
 
         def score(chunk: Sequence[Instance]) -> list[float]:
             windows = [self._windows(request.args[0]) for request in chunk]

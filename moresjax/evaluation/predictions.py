@@ -40,8 +40,10 @@ def processor_facts(processor: Processor | None) -> dict[str, Any]:
         "image_aspect": image and image.aspect,
     }
     text = repr((facts, processor.template, processor.eos_ids, pixels))
+    if not processor.split_special_tokens:
+        text += " special tokens in text"
     if (penalty := processor.generation.repetition_penalty) != 1:
-        text += repr(penalty)
+        text += f" penalty {penalty}"
     return facts | {"hash": short_hash(text)}
 
 

@@ -44,6 +44,7 @@ def evaluate(
     out: str | Path | None = None,
     judge: Judge | None = None,
     num_fewshot: int | None = None,
+    download: bool = False,
 ) -> EvaluationResult:
     """Scores a model on benchmarks.
 
@@ -69,6 +70,7 @@ def evaluate(
         scores after every task: a killed evaluation continues.
       judge: Grades answers where a benchmark wants it.
       num_fewshot: The examples before a question of an `lm_eval` task; by default as published.
+      download: Whether data of `lm_eval` tasks that are not at hand are fetched from the hub.
 
     Raises:
       UserError: A task is unknown, a file is missing (of a benchmark in a preset: all are), the
@@ -81,7 +83,11 @@ def evaluate(
         raise UserError("attention statistics cannot be continued; evaluate without out")
     given = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     names = expand_presets(given)
-    texts = {n: load_lm_eval_tasks(n, data_root) for n in names if n not in benchmark_names()}
+    texts = {
+        name: load_lm_eval_tasks(name, data_root, download=download)
+        for name in names
+        if name not in benchmark_names()
+    }
     if texts and (attention or split):
         name = next(iter(texts))
         raise UserError(f"{name} is a task of lm_eval: it has its own splits, and no images")
@@ -116,7 +122,13 @@ def evaluate(
     for name, chosen in texts.items():
         try:
             scores, rows = run_lm_eval_tasks(
-                lm, name, chosen, limit=limit, num_fewshot=num_fewshot, cache=cache
+                lm,
+                name,
+                chosen,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                cache=cache,
+                download=download,
             )
         except Exception as error:  # of the library: what was scored before stays
             logging.getLogger(__name__).warning(f"{name} failed", exc_info=True)

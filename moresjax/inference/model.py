@@ -92,8 +92,10 @@ class Model(LoadedModel):
         Raises:
           UserError: A weight delta cannot be merged, or several adapters are loaded.
         """
-        mllm, settings = merged(self.restack()), self.service.config
-        return Model(mllm, self.processor, self.mesh, settings, self.image_token_id)
+        mllm, settings = merged(self.mllm), self.service.config
+        model = Model(mllm, self.processor, self.mesh, settings, self.image_token_id)
+        model.restack()  # its parameters are on the mesh again
+        return model
 
     def prompt(self, text: str, images: PromptImages = (), name: str = "prompt") -> Row:
         """The row of tokens that a prompt becomes, for `service`.

@@ -95,6 +95,12 @@ class BlockConfig:
             shapes["gate"] = (d, f)
         return shapes | {"up": (d, f), "down": (f, d)}
 
+    def norms(self) -> tuple[str, ...]:
+        """The names of the norms of a block."""
+        plain = ("attn_norm",) if self.parallel else ("attn_norm", "mlp_norm")
+        post = ("attn_post_norm", "mlp_post_norm") if self.post_norms else ()
+        return (*plain, *post, *(("q_norm", "k_norm") if self.qk_norm else ()))
+
 
 @pytree_dataclass
 class LayerCache:

@@ -18,6 +18,7 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.models.layers import ACTIVATIONS, Linear
 from moresjax.models.qformer import QFormer, QFormerConfig
 from moresjax.models.resampler import Resampler, ResamplerConfig
+from moresjax.tuning.hooks import Hooks
 
 CONNECTORS = (
     "identity",
@@ -125,10 +126,14 @@ class Connector(nnx.Module):
         for i, width in enumerate(widths[1:]):
             self.layers.append(Linear(widths[i], width, axes=(None, "embed"), bias=True))
 
-    def __call__(self, x: Float[Array, "B V C"]) -> Float[Array, "B V D"]:
-        """Visual features to visual tokens."""
+    def __call__(
+        self, x: Float[Array, "B V C"], hooks: Hooks | None = None
+    ) -> Float[Array, "B V D"]:
+        """Visual features to visual tokens; the weight deltas of `hooks` act on the linears."""
+        hooks = hooks or Hooks()
         for i, layer in enumerate(self.layers):
-            x = layer(ACTIVATIONS[self.activation](x) if i else x)
+            x = ACTIVATIONS[self.activation](x) if i else x
+            x = hooks.linear(f"connector.{i}", layer, x)
         return x
 
 

@@ -78,6 +78,10 @@ class DecoderConfig(BlockConfig):
         if self.attention not in KERNELS:
             raise choice_error("attention", self.attention, KERNELS)
 
+    def norms(self) -> tuple[str, ...]:
+        """The names of the norms of a block and of the final norm."""
+        return (*super().norms(), "norm")
+
     def rope_frequencies(self, local: bool = False) -> Float[np.ndarray, "H2"]:
         """Radians per position of every rotated pair, in local or in the other layers."""
         dim = int(self.head_dim * self.rotary_fraction)

@@ -17,8 +17,10 @@ from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.block import BlocksOutput, LayerCache, Mask, dense
 from moresjax.models.connector import (
     AnyConnector,
+    Connector,
     build_connector,
     connector_tokens,
+    linear_widths,
     parse_connector,
 )
 from moresjax.models.decoder import Decoder, DecoderConfig
@@ -60,6 +62,13 @@ class MLLMConfig:
     def visual_tokens(self) -> int:
         """V, the number of visual tokens per image."""
         return connector_tokens(self.connector, self.vision.num_tokens) if self.vision else 0
+
+    def connector_linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) features of every linear of a connector that is a chain of linears."""
+        if self.vision is None:
+            return {}
+        widths = linear_widths(self.connector, self.vision.num_features, self.llm.hidden_size) or []
+        return {str(i): (widths[i], width) for i, width in enumerate(widths[1:])}
 
     def to_dict(self) -> dict:
         """The fields as nested dicts."""
@@ -110,7 +119,11 @@ class MLLM(nnx.Module):
         assert self.vision is not None
         assert self.connector is not None
         features = constrain_batch_sharding(self.vision(image_batch(pixels), hooks.tower("vision")))
-        features = constrain_batch_sharding(self.connector(features))
+        if isinstance(self.connector, Connector):
+            features = self.connector(features, hooks)
+        else:
+            features = self.connector(features)
+        features = constrain_batch_sharding(features)
         features = features.reshape(pixels.shape[0], -1, features.shape[-1])
         return hooks.edit("connector.out", features)
 

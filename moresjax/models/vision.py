@@ -64,6 +64,10 @@ class VisionConfig(BlockConfig):
                 "be kept apart: at least one must be left"
             )
 
+    def norms(self) -> tuple[str, ...]:
+        """The names of the norms of a block and of the one before the blocks."""
+        return (*super().norms(), *(("pre_norm",) if self.pre_norm else ()))
+
     @property
     def is_pair(self) -> bool:
         """Whether these are two encoders, whose blocks have no sites for tuning methods."""

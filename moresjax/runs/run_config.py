@@ -146,6 +146,8 @@ class RunConfig:
         to the encoder's square.
       image_aspect: `square`, or `pad`: first made square with the mean colour.
       template: Name of the conversation template.
+      split_special_tokens: Whether control tokens such as `</s>` that stand in the text of samples
+        are trained as the text that they are; `False` makes them control tokens, as LLaVA does.
       data: The source of samples: its `name` and options.
       max_seq_len: S, tokens per row.
       images_per_row: N, images per row; 0 for text.
@@ -183,6 +185,7 @@ class RunConfig:
     image_processor: str = ""
     image_aspect: str = "square"
     template: str = "vicuna_v1"
+    split_special_tokens: bool = True
     data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "digits"})
     max_seq_len: int = 2048
     images_per_row: int = 1

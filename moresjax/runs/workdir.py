@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import explain_missing
 from moresjax.data.processor import Processor
 from moresjax.models.initialize import abstract_params, initialize, set_params
@@ -17,7 +17,7 @@ from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import PARTS, RANDOM, RunConfig
 from moresjax.tuning.spec import parse_spec
-from moresjax.weights.hf import HFFolders, pretrained_config
+from moresjax.weights.hf import DTYPES, HFFolders, pretrained_config
 
 
 def load_workdir(
@@ -26,6 +26,7 @@ def load_workdir(
     tuning: str | None = None,
     quantize: str | None = None,
     allow_pickle: bool = False,
+    dtype: str | None = None,
 ) -> tuple[MLLM, Processor | None]:
     """Model and processor of a run.
 
@@ -39,6 +40,7 @@ def load_workdir(
       quantize: `int8`, or empty for weights as they are stored; default: as the run had it.
       allow_pickle: Whether `*.bin` files of the base parts may be read where there are no
         safetensors.
+      dtype: The dtype of the activations; default: as the run had it.
 
     Raises:
       UserError: when the folder is not a run's directory, or the tuning does not fit its model.
@@ -50,6 +52,10 @@ def load_workdir(
         raise UserError(f"{workdir} trained {config.objective}; it is not a language model")
     if quantize is not None:
         config = dataclasses.replace(config, quantize=quantize)
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise choice_error("dtype of a run", dtype, DTYPES)
+        config = dataclasses.replace(config, dtype=dtype)
     with explain_missing(config.plugins, str(workdir)):
         return _build(config, workdir, trained, tuning, allow_pickle)
 

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from moresjax.core.parameter_names import named_parameters
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
@@ -61,6 +62,25 @@ def tiny_model(tuning: str = "none", seed: int = 0, **llm: Any) -> MLLM:
     """
     model = MLLM(tiny_config(**llm), tuning)
     initialize(model, seed)
+    return model
+
+
+def randomised_tuning(model: MLLM, seed: int = 1, scale: float = 0.2) -> MLLM:
+    """The model itself, noise added to every parameter of its tuning: no method does nothing.
+
+    Args:
+      model: the tuned model.
+      seed: seeds the noise.
+      scale: its standard deviation.
+
+    >>> from moresjax.testing import tiny_model
+    >>> randomised_tuning(tiny_model("lora:rank=2")).tuning.spec
+    'lora:rank=2'
+    """
+    rng = np.random.default_rng(seed)
+    for variable in named_parameters(model.tuning).values():
+        noise = scale * rng.standard_normal(variable.shape)
+        variable.set_value(variable.get_value() + noise.astype(np.float32))
     return model
 
 

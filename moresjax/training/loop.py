@@ -236,8 +236,7 @@ class _StepReports:
         tensorboard, speaks = run.config.tensorboard, run.speaks
         self._config, self._workdir = config, run.workdir
         self.writer = MetricWriter(run.workdir, done=first, tensorboard=tensorboard, active=speaks)
-        line_every = max(config.steps // 4, 1) if speaks else 0
-        self._progress = ProgressBar(config.steps, first, config.name, line_every=line_every)
+        self._progress = ProgressBar(config.steps, first, config.name, active=speaks)
         kind = jax.devices()[0].device_kind
         self.meter = ThroughputMeter(config, run.state.trainable, run.frozen, kind)
         self._pending: deque[tuple[int, Mapping[str, Array], Any, float]] = deque()
@@ -264,8 +263,8 @@ class _StepReports:
             if logged:
                 own |= self.meter.read()
                 self.writer.write(step, own)
-            shown = {k: own[k] for k in ("loss", "accuracy")} if logged else None
-            self._progress.update(step, shown)
+            shown = {k: own[k] for k in ("loss", "accuracy")}
+            self._progress.update(step, shown, logged=logged)
             values |= own
         return values
 

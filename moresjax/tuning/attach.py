@@ -28,7 +28,7 @@ from moresjax.tuning.base import (
 )
 from moresjax.tuning.hooks import Attached, AttachedDelta, AttachedEdit, AttachedTokens, Hooks
 from moresjax.tuning.selectors import Selector, parse_layers, parse_selector
-from moresjax.tuning.sites import check_selector, num_layers
+from moresjax.tuning.sites import check_selector, is_per_image, num_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 
 
@@ -157,6 +157,16 @@ class Tuning(nnx.Module):
         """The words of `token(WORD)` selectors."""
         edits = [method for _, method in self.methods if isinstance(method, Edit)]
         return tuple(word for m in edits for word in parse_selector(m.positions).words)
+
+    @property
+    def selectors(self) -> dict[str, Selector]:
+        """What each edit inside the LLM changes, by its key."""
+        return {
+            key: parse_selector(method.positions)
+            for key, method in self.methods
+            if isinstance(method, Edit)
+            and any(site.startswith("llm.") for site in self.params.get(key, {}))
+        }
 
     def _count_virtual_tokens(self, *sites: str) -> int:
         """How many virtual tokens there are at some sites."""
@@ -294,7 +304,7 @@ class Tuning(nnx.Module):
         def rows(site: str) -> Int[Array, "..."] | None:
             if not self.adapters:
                 return None
-            if site.startswith("vision.") and batch.pixels is not None:
+            if is_per_image(site) and batch.pixels is not None:
                 # The encoder sees every image of a row as a row of its own.
                 return jnp.repeat(chosen, batch.pixels.shape[1])
             return chosen
@@ -326,10 +336,10 @@ def _numbered(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
 def _check_conflicts(methods: Sequence[tuple[str, Method]], config: ModelConfig) -> None:
     """Refuses two methods that both redefine one matrix."""
     training = [method for _, method in methods if method.trains]
-    if len(training) > 1:
+    full = next((method for method in training if "llm" in method.trains), None)
+    if full and len(training) > 1:
         names = " and ".join(method.name for method in training)
         raise UserError(f"{names} both train weights of the LLM itself; use one of them")
-    full = next((method for method in training if "llm" in method.trains), None)
     first: dict[str, Method] = {}
     for method in (method for _, method in methods if isinstance(method, WeightDelta)):
         for site in method.sites(config):

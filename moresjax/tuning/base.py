@@ -73,6 +73,10 @@ class BlocksConfig(Protocol):
         """(in, out) features of every linear of a block."""
         ...
 
+    def norms(self) -> tuple[str, ...]:
+        """The names of the norms of a block and of those around the blocks."""
+        ...
+
 
 @runtime_checkable
 class ModelConfig(Protocol):
@@ -91,6 +95,10 @@ class ModelConfig(Protocol):
     @property
     def visual_tokens(self) -> int:
         """Visual tokens per image."""
+        ...
+
+    def connector_linears(self) -> dict[str, tuple[int, int]]:
+        """(in, out) features of every linear of a connector that is a chain of linears."""
         ...
 
 

@@ -3,10 +3,10 @@
 Axis legend: B rows, S tokens, D hidden size, K key heads, H head size, P virtual tokens.
 
 The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the
-plain linear, the identity and nothing. Sites are named `vision.block.X`, `connector.out`,
-`llm.embed.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
-`mlp.out`, `out`. Virtual tokens are at `vision.embed`, `llm.embed`, `X.block.in` and
-`llm.block.kv`.
+plain linear, the identity and nothing. Sites are named `vision.block.X`, `connector.N` (its linear
+number N), `connector.out`, `llm.embed.out` and `llm.block.X`, X being a linear (`q k v o gate up
+down`) or `attn.out`, `mlp.out`, `out`. Virtual tokens are at `vision.embed`, `llm.embed`,
+`X.block.in` and `llm.block.kv`.
 
 `Hooks` serve a whole forward pass, `TowerHooks` the blocks of the LLM or of the vision encoder,
 `LayerHooks` one of these blocks.
@@ -141,6 +141,24 @@ class _TunedLinear:
         return self.method.apply(self.params, self.linear, x, self.key)
 
 
+# A weight delta, its parameters, those that adapters share, and the key of its dropout.
+Tuned = tuple[WeightDelta, Params, Params, PRNGKeyArray | None]
+
+
+def _tuned(
+    linear: LinearLike, deltas: Sequence[Tuned], x: Float[Array, "B S D"], rows: Array | None
+) -> Float[Array, "B S F"]:
+    """The output of a linear seen through weight deltas, the first one next to it."""
+
+    def whole(each_params: Sequence[Params], x: Array) -> Array:
+        seen = linear
+        for params, (method, _, common, key) in zip(each_params, deltas, strict=True):
+            seen = _TunedLinear(method, params | common, seen, key)
+        return seen(x)
+
+    return _by_row(whole, [params for _, params, _, _ in deltas], x, rows)
+
+
 class LayerHooks:
     """The hooks of one layer. `stats` collects what the probes read."""
 
@@ -170,14 +188,11 @@ class LayerHooks:
         if not items:
             return linear(x)
 
-        def tuned(each_params: Sequence[Params], x: Array) -> Array:
-            whole = linear
-            for params, (number, item) in zip(each_params, items, strict=True):
-                whole = _TunedLinear(item.method, params | item.common, whole, self._key(number))
-            return whole(x)
-
-        each_params = [self._params[number][0] for number, _ in items]
-        return _by_row(tuned, each_params, x, items[0][1].rows)
+        deltas = [
+            (item.method, self._params[number][0], item.common, self._key(number))
+            for number, item in items
+        ]
+        return _tuned(linear, deltas, x, items[0][1].rows)
 
     def edit(self, name: str, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The output of a branch or block after the edits that are attached to it."""
@@ -333,8 +348,25 @@ class Hooks:
         """Edits at a site outside the blocks."""
         for number, (name, item) in enumerate(self._items):
             if name == site and isinstance(item, AttachedEdit):
-                key = self._key
-                if key is not None:
-                    key = jax.random.fold_in(jax.random.fold_in(key, len(TOWERS)), number)
-                h = item.apply(item.params, item.layer_mask, h, key)
+                h = item.apply(item.params, item.layer_mask, h, self._outside_key(number))
         return h
+
+    def linear(
+        self, site: str, linear: LinearLike, x: Float[Array, "B S D"]
+    ) -> Float[Array, "B S F"]:
+        """The output of a linear outside the blocks, with its weight deltas."""
+        items = [
+            (number, item)
+            for number, (name, item) in enumerate(self._items)
+            if name == site and isinstance(item, AttachedDelta)
+        ]
+        if not items:
+            return linear(x)
+        deltas = [(i.method, i.params, i.common, self._outside_key(n)) for n, i in items]
+        return _tuned(linear, deltas, x, items[0][1].rows)
+
+    def _outside_key(self, number: int) -> PRNGKeyArray | None:
+        """The key of a method's dropout outside the blocks."""
+        if self._key is None:
+            return None
+        return jax.random.fold_in(jax.random.fold_in(self._key, len(TOWERS)), number)

@@ -17,6 +17,9 @@ from moresjax.tuning.base import Edit, Params, VirtualTokens, WeightDelta
 class TunedModel(Protocol):
     """A model with a tuning attached (`models.mllm.MLLM`)."""
 
+    llm: Any
+    vision: Any
+    connector: Any
     tuning: Tuning
 
 
@@ -33,57 +36,75 @@ def merged(model: Model) -> Model:
       UserError: when an attached weight delta cannot be merged, or several adapters are loaded.
     """
     model = nnx.clone(model)
+    model.llm.restack()  # of the copy: a model that has generated holds its blocks one by one
     tuning = model.tuning
     tuning.check_single("merging")
     for key, method in tuning.methods:
         if isinstance(method, WeightDelta):
             for site, variables in tuning.params[key].items():
                 params = {name: jnp.asarray(x[...]) for name, x in variables.items()}
-                params = mask_layers(method, params, tuning.layer_masks[key][site][...])
+                if (layer_mask := tuning.layer_mask(key, site)) is not None:
+                    params = mask_layers(method, params, layer_mask)
                 _merge_site(model, site, method, params, tuning.common(key))
     model.tuning = tuning.subset(lambda method: isinstance(method, Edit | VirtualTokens))
     return model
 
 
-def check_stacked(model: TunedModel) -> None:
-    """Raises a `UserError` when a model has generated and holds its blocks one by one since."""
-    if isinstance(functools.reduce(getattr, ("llm", "blocks"), model), nnx.List):
-        raise UserError(
-            "the model holds its blocks one by one since it has generated; `Model.restack()` "
-            "stacks them again"
-        )
-
-
 def linear_path(site: str) -> tuple[str, ...]:
-    """Path in the model of the stacked linear that a site such as `llm.block.q` names."""
-    tower, _, name = site.split(".")
+    """Path in the model of the linear that a site names, of all its layers: `llm.block.q`."""
+    tower, *_, name = site.split(".")
+    if tower == "connector":
+        return tower, "layers", name
     return tower, "blocks", "attn" if name in _IN_ATTENTION else "mlp", name
 
 
-def linear_at(model: TunedModel, site: str) -> Any:
-    """The stacked linear that a site names (`models.layers.Linear`).
+def linears_at(model: TunedModel, site: str) -> list[Any]:
+    """What holds the layers of the linear that a site names, in order (`models.layers.Linear`).
 
-    Raises:
-      UserError: when the blocks are held one by one.
+    One stack; two where the last blocks of the vision encoder are held apart; a linear for every
+    layer of an LLM that has generated; a single linear outside the blocks.
     """
-    check_stacked(model)
-    return functools.reduce(getattr, linear_path(site), model)
+    tower, _, *rest = linear_path(site)
+    if tower == "connector":
+        return [model.connector.layers[int(rest[0])]]
+    module = getattr(model, tower)
+    blocks = [module.blocks, getattr(module, "last", None)]
+    if isinstance(module.blocks, nnx.List):
+        blocks = [*module.blocks]
+    return [functools.reduce(getattr, rest, each) for each in blocks if each is not None]
+
+
+def dense_at(model: TunedModel, site: str, layer: int) -> Float[Array, "D F"]:
+    """W of one layer of the linear that a site names, whatever it is stored as."""
+    for linear in linears_at(model, site):
+        stacked = linear.kernel[...].ndim == 3
+        count = len(linear.kernel[...]) if stacked else 1
+        if layer < count:
+            return linear.dense()[layer] if stacked else linear.dense()
+        layer -= count
+    raise IndexError(f"{site} has no layer {layer}")
 
 
 def _merge_site(
     model: TunedModel, site: str, method: WeightDelta, params: Params, common: Params
 ) -> None:
-    linear = linear_at(model, site)
-    if linear.scale is not None:
-        raise UserError(f"{method.name} cannot be merged into int8 weights; load them as they are")
-    bias = None if linear.bias is None else linear.bias[...]
-
     def merge(
         params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
     ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
         return method.merge(params | common, kernel, bias)
 
-    kernel, bias = jax.jit(jax.vmap(merge))(params, linear.kernel[...], bias)
-    linear.kernel[...] = kernel
-    if linear.bias is not None:
-        linear.bias[...] = bias
+    start = 0
+    for linear in linears_at(model, site):
+        if linear.scale is not None:
+            raise UserError(
+                f"{method.name} cannot be merged into int8 weights; load them as they are"
+            )
+        bias, own, function = None if linear.bias is None else linear.bias[...], params, merge
+        if linear.kernel[...].ndim == 3:
+            count = len(linear.kernel[...])
+            own = {name: x[start : start + count] for name, x in params.items()}
+            start, function = start + count, jax.vmap(merge)
+        kernel, bias = jax.jit(function)(own, linear.kernel[...], bias)
+        linear.kernel[...] = kernel
+        if linear.bias is not None:
+            linear.bias[...] = bias

@@ -2,7 +2,7 @@
 
 Edits:    vision.block.{out,attn.out,mlp.out}  connector.out  llm.embed.out
           llm.block.{out,attn.out,mlp.out}
-Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}
+Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}  connector.{0,1,...}
 """
 
 from moresjax.core.errors import UserError, choice_error
@@ -62,27 +62,33 @@ def check_selector(method: Edit, site: str, config: ModelConfig) -> None:
 def linear_sites(method: Method, config: ModelConfig, targets: str) -> dict[str, tuple[int, int]]:
     """Sites and (in, out) features of the linears that `targets` names.
 
-    `all` stands for every linear of the decoder's blocks, `q;v` for some of them, `vision.q` for
-    one of the vision encoder.
+    `all` stands for every linear of the decoder's blocks, `q;v` for some of them; `vision.q` is one
+    of the vision encoder's blocks and `connector.0` the first of the connector; `vision.all` and
+    `connector.all` are all of theirs.
 
     Raises:
       UserError: for a linear the model does not have.
     """
-    available = {f"llm.block.{n}": s for n, s in config.llm.linears().items()}
-    everything = dict(available)
+    towers = {"": {name: (f"llm.block.{name}", s) for name, s in config.llm.linears().items()}}
     if config.vision is not None and not config.vision.is_pair:
-        available |= {f"vision.block.{n}": s for n, s in config.vision.linears().items()}
-    if targets == "all":
-        return everything
+        linears = config.vision.linears().items()
+        towers["vision."] = {name: (f"vision.block.{name}", s) for name, s in linears}
+    if not getattr(method, "sees_tokens", False) and (linears := config.connector_linears()):
+        towers["connector."] = {name: (f"connector.{name}", s) for name, s in linears.items()}
     chosen = {}
     for target in targets.split(";"):
         tower, dot, name = target.rpartition(".")
-        site = f"{tower if dot else 'llm'}.block.{name}"
-        if site not in available:
-            names = [s.replace(".block", "").removeprefix("llm.") for s in available]
-            raise choice_error(f"target of {method.name}", target, ("all", *names))
-        chosen[site] = available[site]
+        linears = towers.get(tower + dot, {})
+        if not linears or name not in ("all", *linears):
+            allowed = (f"{t}{name}" for t, linears in towers.items() for name in ("all", *linears))
+            raise choice_error(f"target of {method.name}", target, allowed)
+        chosen |= dict(linears.values() if name == "all" else [linears[name]])
     return chosen
+
+
+def is_per_image(site: str) -> bool:
+    """Whether activations at a site have a row for each image, not one for each row of tokens."""
+    return site.startswith("vision.") or site.removeprefix("connector.").isdigit()
 
 
 def num_layers(site: str, config: ModelConfig) -> int:

@@ -9,7 +9,7 @@ A preset is a name for a method with some keys, to which further keys may be add
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import load_plugins
@@ -78,7 +78,9 @@ def _parse_method(piece: str) -> Method:
     return cls(**values)
 
 
-def _convert(method: str, key: str, value: str, kind: type) -> object:
+def _convert(method: str, key: str, value: str, kind: Any) -> object:
+    # Of a key that may be left out, which is what None stands for.
+    kind = next((other for other in get_args(kind) if other is not type(None)), kind)
     if kind is bool:
         if value not in ("true", "false"):
             raise choice_error(f"value of {method}:{key}", value, ("true", "false"))

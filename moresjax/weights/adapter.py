@@ -120,7 +120,7 @@ def attach_adapter(
         what `edits` says.
     """
     folder = Path(folder)
-    if pyreft.is_pyreft(folder):
+    if pyreft.pyreft_folder(folder):
         pyreft.import_pyreft(folder, mllm, edits=edits, allow_pickle=allow_pickle)
         return
     if edits:
@@ -161,7 +161,7 @@ def load_adapters(
         itself, or they cannot be held together (see `stack_adapters`); the
         model is then as it was.
     """
-    of_pyreft = {name for name, folder in folders.items() if pyreft.is_pyreft(Path(folder))}
+    of_pyreft = {name for name, folder in folders.items() if pyreft.pyreft_folder(Path(folder))}
     if edits and not of_pyreft:
         raise UserError(f"none of {', '.join(map(str, folders.values()))} is a folder of pyreft")
     attached, tunings = mllm.tuning, {}

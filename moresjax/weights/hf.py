@@ -5,6 +5,7 @@ Source of the layouts: transformers 5 (`LlamaForCausalLM`, `PhiForCausalLM`, `CL
 `TinyLlavaForConditionalGeneration`, whole or as the folders of a training stage.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -12,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.types import AnyArray
 from moresjax.models.decoder import quantized
 from moresjax.models.initialize import set_params
@@ -41,6 +43,8 @@ from moresjax.weights.tensor_mapping import (
 )
 
 HEAD = "lm_head.weight"
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE_CHOICES = ("auto", "stored", *DTYPES)
 ROWS = 4096  # of a matrix that are compared at a time
 
 
@@ -94,7 +98,9 @@ class HFFolder:
         family = MLLM_FAMILIES.get(raw.get("model_type", ""))
         try:
             if family is None or family.in_transformers:
-                return AutoConfig.from_pretrained(self.path, local_files_only=True).to_dict()
+                return AutoConfig.from_pretrained(
+                    self.path, local_files_only=True, trust_remote_code=False
+                ).to_dict()
             towers = ("text_config", "vision_config")
             return raw | {name: AutoConfig.for_model(**raw[name]).to_dict() for name in towers}
         except Exception as error:  # transformers raises many kinds
@@ -137,6 +143,12 @@ class HFFolder:
           UserError: when there is no file that may be read, or one cannot be.
         """
         return open_tensors(self.path, allow_pickle=self.allow_pickle)
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of most of the tensors, such as `bfloat16`."""
+        kinds = collections.Counter(str(np.dtype(x.dtype)) for x in self.tensors.values())
+        return kinds.most_common(1)[0][0]
 
     @property
     def is_llava(self) -> bool:
@@ -290,10 +302,45 @@ def pretrained_config(folder: str | Path) -> MLLMConfig:
     return HFFolder(folder).config
 
 
+def compute_dtype(choice: str, stored: str) -> str:
+    """The dtype of activations for an option and the dtype that weights are stored in.
+
+    >>> compute_dtype("auto", "bfloat16")  # on a CPU; "bfloat16" on a TPU or GPU
+    'float32'
+    >>> compute_dtype("stored", "bfloat16")
+    'bfloat16'
+
+    Args:
+      choice: `auto` is float32 on CPUs and `stored` elsewhere; `stored`, or a dtype.
+      stored: The dtype of the weights. TPUs have no float16: theirs is bfloat16.
+
+    Raises:
+      UserError: for another choice.
+    """
+    if choice not in DTYPE_CHOICES:
+        raise choice_error("dtype", choice, DTYPE_CHOICES)
+    device = jax.default_backend()
+    if choice == "auto":
+        choice = "float32" if device == "cpu" else "stored"
+    if choice == "stored":
+        choice = stored if stored in DTYPES else "float32"
+        choice = "bfloat16" if (choice, device) == ("float16", "tpu") else choice
+    return choice
+
+
+def with_dtype(config: MLLMConfig, dtype: str) -> MLLMConfig:
+    """The model with activations of that dtype in all parts."""
+    llm, vision = dataclasses.replace(config.llm, dtype=dtype), config.vision
+    if isinstance(vision, VisionConfig):
+        vision = dataclasses.replace(vision, dtype=dtype)
+    return dataclasses.replace(config, llm=llm, vision=vision)
+
+
 def load_pretrained(
     folder: str | Path | HFFolder,
     tuning: str = "none",
     *,
+    dtype: str = "float32",
     quantize: str = "",
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
@@ -303,6 +350,7 @@ def load_pretrained(
     Args:
       folder: The folder of a LLaVA or an LLM, with `config.json` and safetensors.
       tuning: The spec of a tuning to attach, freshly initialised.
+      dtype: The dtype of the activations, see `compute_dtype`; weights keep theirs.
       quantize: `int8` holds the LLM's blocks in eight bits.
       allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
       mesh: The devices to split the parameters over.
@@ -315,4 +363,5 @@ def load_pretrained(
     config = folder.config
     parameters = folder.parameters(mesh=mesh)
     config = dataclasses.replace(config, llm=quantized(config.llm, quantize))
+    config = with_dtype(config, compute_dtype(dtype, folder.stored_dtype))
     return build_mllm(config, parameters, tuning)

@@ -23,12 +23,12 @@ from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import METHODS, VirtualTokens
-from moresjax.tuning.merge import linear_at, linear_path
+from moresjax.tuning.merge import dense_at, linear_path
 from moresjax.tuning.methods.ln import NormTuning
 from moresjax.tuning.spec import format_spec
-from moresjax.weights.families.base import LLM_FAMILIES
+from moresjax.weights.families.base import LLM_FAMILIES, renamed
 from moresjax.weights.families.llava import Llava
-from moresjax.weights.files import file_prefixes, renamed
+from moresjax.weights.files import file_prefixes
 from moresjax.weights.peft_formats import (
     NORMS,
     PEFT_TYPES,
@@ -93,7 +93,7 @@ def _linears_to_peft(mllm: MLLM, form: Format) -> tuple[Arrays, dict[str, Any]]:
     for site, variables in mllm.tuning.params[key].items():
         if not site.startswith("llm."):
             raise UserError(f"an adapter of peft is written for the LLM only, not for {site}")
-        name, kernel = _linear_name(mllm, site), linear_at(mllm, site).dense()
+        name, kernel = _linear_name(mllm, site), _kernels(mllm, site)
         layers = np.flatnonzero(mllm.tuning.layer_masks[key][site][...]).tolist()
         for leaf, x in variables.items():
             for i in layers:
@@ -201,7 +201,7 @@ def _linears_from_peft(
     tuning = Tuning(format_spec([method]), mllm.config)
     tuning.initialize()
     for site in found:
-        kernel = linear_at(mllm, site).dense()
+        kernel = _kernels(mllm, site)
         for leaf, variable in tuning.params[form.method][site].items():
             values = np.array(variable[...])
             for i in chosen:
@@ -273,7 +273,7 @@ def _norm_names(mllm: MLLM) -> dict[str, list[str]]:
     names = {}
     for mapping in module_mappings(mllm.llm, _llm_map(mllm.config.llm)):
         ours = f"llm.{path_name(mapping.path)}"
-        if any(matches(ours, pattern) for pattern in NormTuning.trains):
+        if any(matches(ours, pattern) for pattern in NormTuning().trains):
             split = (name.rpartition(".") for name in mapping.names)
             names[ours] = [f"{module}.ln_tuning_layers.{leaf}" for module, _, leaf in split]
     return names
@@ -308,6 +308,11 @@ def _pattern(name: str, layers: Iterable[int] | None = None) -> str:
     """Regex of a module in all layers, or in some."""
     number = r"\d+" if layers is None else f"({'|'.join(map(str, layers))})"
     return number.join(re.escape(piece) for piece in name.split("{}"))
+
+
+def _kernels(mllm: MLLM, site: str) -> np.ndarray:
+    layers = range(mllm.config.llm.num_layers)
+    return np.stack([np.asarray(dense_at(mllm, site, layer)) for layer in layers])
 
 
 def _parameters(mllm: MLLM) -> dict[str, jax.Array]:

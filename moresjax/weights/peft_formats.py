@@ -85,7 +85,7 @@ class Format:
 def _lora_config(method: LoRA) -> Settings:
     return {
         "r": method.rank,
-        "lora_alpha": method.alpha or 2 * method.rank,
+        "lora_alpha": method.scaled_by,
         "lora_dropout": method.dropout,
         "use_rslora": method.rslora,
         "use_dora": method.name == "dora",

@@ -1,5 +1,6 @@
 """Vision encoders from folders of their own."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,18 @@ def load_vision(
     return config, ParameterReader(mappings, tensors)
 
 
-def load_vision_config(folder: HFFolder, **changes: Any) -> VisionConfig:
-    """The configuration of a vision encoder's folder; see `load_vision`."""
-    return _vision_config(folder, changes)[0]
+def load_vision_config(folder: HFFolder, at_size: int | None = None) -> VisionConfig:
+    """The configuration of a vision encoder's folder; see `load_vision`.
+
+    Args:
+      folder: The folder.
+      at_size: The size of the images that the encoder will get, which changes one whose positions
+        can be interpolated: DINOv2 is published for 518 pixels and used with 224.
+    """
+    config, hf = _vision_config(folder, {})
+    if at_size and vision_family(hf).position_embedding:
+        return dataclasses.replace(config, image_size=at_size)
+    return config
 
 
 def _vision_config(

@@ -141,11 +141,11 @@ def test_a_killed_evaluation_continues(model, root, whole, tmp_path, monkeypatch
 def test_an_answer_is_written_as_soon_as_it_has_ended(model, root, whole, tmp_path, monkeypatch):
     add, added = PredictionLog.add, []
 
-    def until_killed(self, task, item, prediction):
+    def until_killed(self, task, example, prediction):
         if len(added) == 3:
             raise KeyboardInterrupt
-        added.append(item.id)
-        add(self, task, item, prediction)
+        added.append(example.id)
+        add(self, task, example, prediction)
 
     options = {"data_root": root, "limit": 9, "batch_size": 4, "out": tmp_path}
     with monkeypatch.context() as patched:
@@ -177,9 +177,9 @@ def test_a_broken_image_is_met_on_the_way_and_the_other_answers_stay(
     broken.write_bytes(broken.read_bytes()[:100])
     answered, add = [], PredictionLog.add
 
-    def note(self, task, item, prediction):
-        answered.append(item.id)
-        add(self, task, item, prediction)
+    def note(self, task, example, prediction):
+        answered.append(example.id)
+        add(self, task, example, prediction)
 
     monkeypatch.setattr(PredictionLog, "add", note)
     options = {"data_root": tmp_path, "limit": 8, "batch_size": 2}
@@ -231,8 +231,10 @@ def test_ranked_choices_are_those_of_highest_likelihood(model, root):
     result = evaluate(model, ["seed_bench_rank"], data_root=root, limit=3, batch_size=4)
     (task,) = load_benchmark("seed_bench_rank", data_root=root, limit=3)
     lm = MoresjaxLM(model, batch_size=4)
-    for item, row in zip(task.examples, result.predictions, strict=True):
-        pairs = [(item.prompt, choice, {"visual": list(item.images)}) for choice in item.choices]
+    for example, row in zip(task.examples, result.predictions, strict=True):
+        pairs = [
+            (example.prompt, choice, {"visual": list(example.images)}) for choice in example.choices
+        ]
         requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         scores = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
         assert row["prediction"] == "ABCD"[scores.index(max(scores))]

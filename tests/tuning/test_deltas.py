@@ -12,6 +12,8 @@ from peft.tuners.boft.layer import BOFTLayer
 
 from moresjax.core.errors import UserError
 from moresjax.models.count import count_parameters
+from moresjax.models.initialize import initialize
+from moresjax.models.mllm import MLLM
 from moresjax.models.zoo import mllm_config
 from moresjax.testing.batches import tiny_batch
 from moresjax.testing.models import tiny_config, tiny_model
@@ -24,6 +26,7 @@ from moresjax.tuning.methods.boft import BOFT
 from moresjax.tuning.methods.mixlora import MixLoRA
 from moresjax.tuning.methods.oft import OFT
 from moresjax.tuning.methods.oft_legacy import LegacyOFT
+from moresjax.tuning.multi_adapter import stack_adapters
 
 LLMS = ("phi-2", "vicuna-7b", "vicuna-13b")
 BIASES = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
@@ -82,6 +85,28 @@ def test_fresh_methods_start_at_the_base_model_and_merge_to_the_same_logits(spec
     tuned = logits(randomized(model), batch)
     assert np.abs(tuned - base).max() > 1e-2
     np.testing.assert_allclose(logits(merged(model), batch), tuned, atol=1e-5)
+
+
+def test_encoder_and_connector_are_tuned_and_merged_as_the_llm_is():
+    """Also where the encoder's last block is held apart; each adapter alone as among several."""
+    config, batch = tiny_config(), tiny_batch()
+    config = dataclasses.replace(
+        config, vision=dataclasses.replace(config.vision, feature_layer=-1, num_trainable_blocks=1)
+    )
+    spec = "lora:rank=2,targets=all;vision.all;connector.all/ia3:targets=vision.up;connector.1"
+    model = initialize(MLLM(config, spec))
+    assert {site for _, _, site in model.tuning._sites()} >= {"connector.0", "vision.block.down"}
+    tuned, part = logits(randomized(model, 0.2), batch), {}
+    for site in ("vision.block.q", "connector.0"):
+        part[site] = nnx.clone(model)
+        for leaf in part[site].tuning.params["lora"][site].values():
+            leaf[...] = 0 * leaf[...]
+        assert np.abs(logits(part[site], batch) - tuned).max() > 1e-4
+    np.testing.assert_allclose(logits(merged(model), batch), tuned, atol=1e-5)
+    several = nnx.clone(model)
+    several.tuning = stack_adapters({"a": part["connector.0"].tuning, "b": model.tuning})
+    chosen = dataclasses.replace(batch, adapter=np.ones(len(batch.tokens), np.int32))
+    np.testing.assert_allclose(logits(several, chosen), tuned, atol=1e-5)
 
 
 def test_mixlora_starts_at_the_base_model_and_cannot_be_merged(batch, base):
@@ -263,10 +288,38 @@ def test_exact_counts(spec, expected):
             assert count_parameters(mllm_config(llm), spec, ()).trainable_in_llm == count
 
 
-def test_ln_trains_all_norms_of_the_llm_and_nothing_else():
-    _, trainable, _ = split_model(tiny_model("ln"), ())
-    names = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(trainable)}
+def trained(spec: str, **llm) -> set[str]:
+    _, trainable, _ = split_model(tiny_model(spec, **llm), ())
+    return {".".join(map(str, path)) for path, _ in nnx.to_flat_state(trainable)}
+
+
+def test_ln_trains_all_norms_of_the_llm_or_those_named_and_nothing_else():
+    names = trained("ln")
     assert names == {"llm.norm.scale", "llm.blocks.attn_norm.scale", "llm.blocks.mlp_norm.scale"}
+    names = trained("ln:targets=norm;q_norm;vision.mlp_norm", qk_norm=True)
+    assert names == {
+        "llm.norm.scale",
+        "llm.blocks.attn.q_norm.scale",
+        "vision.blocks.mlp_norm.scale",
+        "vision.blocks.mlp_norm.bias",
+    }
+
+
+def test_parts_train_beside_other_methods_but_not_what_never_runs():
+    assert trained("partial:train=embed/ln:targets=norm") == {"llm.embed.table", "llm.norm.scale"}
+    names = trained("partial:train=biases", **BIASES)
+    assert len(names) == 18
+    assert {"llm.blocks.attn.q.bias", "connector.layers.1.bias", "vision.patch.bias"} <= names
+    names = trained("partial:train=vision")
+    assert {name.split(".")[0] for name in names} == {"vision"}
+    assert not [name for name in names if name.startswith("vision.tail")]
+
+
+def test_an_alpha_of_zero_is_a_scale_of_zero():
+    for spec, scale in (("", 2.0), (",alpha=0.0", 0.0), (",alpha=2.0", 0.5)):
+        tuning = Tuning(f"lora:rank=4{spec}", tiny_config())
+        assert tuning.spec == f"lora:rank=4{spec}"
+        assert tuning.methods[0][1].scale == scale
 
 
 @pytest.mark.parametrize(
@@ -283,6 +336,10 @@ def test_ln_trains_all_norms_of_the_llm_and_nothing_else():
         ("boft:block_size=3", r"even block_size.*got 3"),
         ("mixlora:rank=5,factors=4", r"rank=5 exceeds its factors=4"),
         ("vera:rank=0", r"rank must be at least 1"),
+        ("lora:targets=q;connector.2", r"'connector\.2'.*all, q, .*vision\.all.*connector\.0"),
+        ("mixlora:targets=connector.0", r"unknown target of mixlora 'connector\.0'"),
+        ("lora:alpha=inf", r"lora:alpha must be a finite number, got inf"),
+        ("ln:targets=q_norm", r"unknown target of ln 'q_norm'.*attn_norm, mlp_norm, norm"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(spec, message):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from safetensors.numpy import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -28,7 +29,8 @@ from moresjax.testing.hf_llms import (
     randomised,
     text_rows,
 )
-from moresjax.testing.models import tiny_config, tiny_model
+from moresjax.testing.models import randomised_tuning, tiny_config, tiny_model
+from moresjax.tuning.merge import merged
 from moresjax.weights.export import export_hf, hf_config
 from moresjax.weights.families.base import decoder_config
 from moresjax.weights.hf import load_pretrained
@@ -151,8 +153,26 @@ def test_a_model_that_was_trained_here_is_exported(tmp_path):
     assert load_pretrained(tmp_path / "out").config.visual_tokens == config.visual_tokens
 
 
+def test_a_model_that_has_generated_is_merged_and_exported_all_the_same(tmp_path):
+    fresh, used = (randomised_tuning(tiny_model("lora:rank=2")) for _ in range(2))
+    bare = tiny_model()
+    for model in (used, bare):
+        model.llm.unstack()
+    files = []
+    for name, model in (("fresh", tiny_model()), ("bare", bare), ("merged", merged(fresh))):
+        export_hf(model, tmp_path / name)
+        files.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert files[0] == files[1] != files[2]
+    export_hf(merged(used), tmp_path / "both")
+    assert (tmp_path / "both" / "model.safetensors").read_bytes() == files[2]
+    assert isinstance(used.llm.blocks, nnx.List)  # it goes on generating
+
+
 def test_what_has_no_counterpart_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no architecture of transformers is this LLM"):
+    with pytest.raises(
+        UserError,
+        match="no LLM in a LLaVA of transformers is like this one: stablelm with post_norms",
+    ):
         export_hf(tiny_model(gated_mlp=False, norm="layer", post_norms=True), tmp_path / "out")
     for connector in set(CONNECTORS) - {"mlp{n}x_gelu", "mof_mlp", "identity"}:
         config = MLLMConfig(llm=tiny_config().llm, vision=tiny_config().vision, connector=connector)

@@ -104,12 +104,14 @@ def test_every_setting_of_a_processor_is_in_its_hash():
         changes.append({"template": dataclasses.replace(template, **{field.name: value})})
     changes += [{}, {"tokenizer": tokenizer}, {"visual_tokens": 4}, {"image": None}]
     generation = {"eos_ids": (5,), "repetition_penalty": 1.2}
+    changes.append({"split_special_tokens": False})
     changes += [{"generation": GenerationDefaults(**{n: x})} for n, x in generation.items()]
     # A new setting needs a value above, and a part in the hash.
     assert {field.name for field in dataclasses.fields(ImageProcessor)} == {*others}
     assert {field.name for field in dataclasses.fields(GenerationDefaults)} == {*generation}
     known = {"tokenizer", "template", "image", "visual_tokens", "generation"}
-    known.add("vocab_size")  # refuses tokens and changes none
+    # The size of the vocabulary refuses tokens and changes none.
+    known |= {"split_special_tokens", "vocab_size"}
     assert {field.name for field in dataclasses.fields(Processor)} == known
     processor = Processor(build_tokenizer(), template, image, 9)
     found = {processor_facts(dataclasses.replace(processor, **each))["hash"] for each in changes}

@@ -8,11 +8,13 @@ with `s = alpha / r`, or `alpha / sqrt(r)` when rank-stabilised (Kalajdzievski 2
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from moresjax.core.errors import UserError
 from moresjax.core.ops import project
 from moresjax.tuning.base import (
     LinearLike,
@@ -30,21 +32,29 @@ from moresjax.tuning.spec import check_rank
 @register
 @dataclasses.dataclass(frozen=True)
 class LoRA(WeightDelta):
-    """LoRA on the linears named by `targets`; `alpha` 0 stands for twice the rank."""
+    """LoRA on the linears named by `targets`; without an `alpha` it is twice the rank."""
 
     name = "lora"
     rank: int = 8
-    alpha: float = 0.0
+    alpha: float | None = None
     dropout: float = 0.0
     rslora: bool = False
     targets: str = "all"
 
     def __post_init__(self) -> None:
         check_rank(self, self.rank)
+        if self.alpha is not None and not math.isfinite(self.alpha):
+            raise UserError(f"{self.name}:alpha must be a finite number, got {self.alpha}")
+
+    @property
+    def scaled_by(self) -> float:
+        """Alpha."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
 
     @property
     def scale(self) -> float:
-        return (self.alpha or 2.0 * self.rank) / (self.rank**0.5 if self.rslora else self.rank)
+        """The factor of `x A B`, s."""
+        return self.scaled_by / (self.rank**0.5 if self.rslora else self.rank)
 
     def sites(self, config: ModelConfig) -> Sites:
         return linear_sites(self, config, self.targets)
