@@ -85,6 +85,7 @@ def _models(args: argparse.Namespace) -> list[tuple[str, str, str | None]]:
     """Name, folder and adapter folder of everything that is asked."""
     models = [_named(value) for value in args.model]
     adapters = adapter_folders(args)
+    found: list[tuple[str, str, str | None]]
     if len(models) == 1 and adapters:
         ((given, folder),) = models
         found = [(name or given or Path(put_on).name, folder, put_on) for name, put_on in adapters]
