@@ -148,6 +148,13 @@ def valid_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
     return jnp.asarray(layout.kind) != TokenKind.PAD
 
 
+def count_documents(layout: TokenLayout) -> Int[Array, ""]:
+    """How many documents all rows hold together; padding is none."""
+    valid, document = valid_mask(layout), jnp.asarray(layout.document)
+    goes_on = valid[:, :-1] & (document[:, 1:] == document[:, :-1])
+    return (valid & ~jnp.pad(goes_on, ((0, 0), (1, 0)))).sum()
+
+
 def visible(
     layout: TokenLayout, queries: Int[AnyArray, "B Q"] | None = None
 ) -> Bool[Array, "B Q S"]:

@@ -6,16 +6,16 @@ Axis legend: B batch, S tokens, D features, L layers.
 """
 
 import dataclasses
-import math
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.ranges import FINITE
 from moresjax.tuning.base import Edit, ModelConfig, Params, Sites, register
 from moresjax.tuning.sites import edit_dim
 
@@ -37,13 +37,8 @@ class Steer(Edit):
     constant = True
     positions: str = "all"
     vector: str = dataclasses.field(default="", compare=False)
-    alpha: float = dataclasses.field(default=1.0, compare=False)
+    alpha: Annotated[float, FINITE] = dataclasses.field(default=1.0, compare=False)
     site: str = "llm.block.out"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not math.isfinite(self.alpha):
-            raise UserError(f"steer:alpha must be a finite number, got {self.alpha}")
 
     def sites(self, config: ModelConfig) -> Sites:
         return {self.site: (edit_dim(self, self.site, config),)}
