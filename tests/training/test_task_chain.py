@@ -31,7 +31,8 @@ def get_config(arg=None):
     config.tokenizer, config.image_processor = "tokenizer", ""
     config.mesh.data, config.mesh.fsdp = -1, 1
     config.batch_size, config.num_workers, config.tensorboard = 8, 1, False
-    config.batching, config.max_seq_len, config.images_per_row = "pad", 96, 1
+    config.batching, config.buckets = "pad", ()
+    config.max_seq_len, config.images_per_row = 96, 1
     return config
 """
 
