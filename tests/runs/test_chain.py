@@ -231,7 +231,7 @@ def test_releases_of_an_llm_may_differ_in_the_term_of_its_norms(runs, caplog):
     build_model(
         tuned("mores", parts_from("../mores", tuning="../mores"), **settings), root=runs / "x"
     )
-    assert "mores has another LLM: its norm_eps is 1e-05, the model's 0.001" in caplog.text
+    assert "mores has another LLM: its norm_eps is 1e-06, the model's 0.001" in caplog.text
 
 
 def test_vision_blocks_that_trained_alone_go_back_into_their_stack(runs):
