@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenLayout
+from moresjax.core.ranges import check_ranges
 from moresjax.data.pipeline import structure_for
 from moresjax.data.sources import source_class
 from moresjax.hardware.chips import TpuSlice, find_slice
@@ -78,6 +79,7 @@ def plan(config: AnyConfig, topology: str, quick: bool = False) -> Plan:
       UserError: for a configuration that cannot run, or without libtpu.
     """
     config = resolve(config)
+    check_ranges(config, "config key ")
     target, mesh = find_mesh(config, topology)
     check_numbers(config, batch_shards(mesh))
     state, frozen, batch, step = abstract_step(config, mesh)

@@ -19,7 +19,8 @@ from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import PARTS, RANDOM, RunConfig
 from moresjax.tuning.spec import parse_spec
-from moresjax.weights.hf import DTYPES, HFFolders, pretrained_config
+from moresjax.weights.dtypes import DTYPES
+from moresjax.weights.hf import HFFolders, pretrained_config
 
 
 def load_workdir(
