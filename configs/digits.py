@@ -3,8 +3,8 @@
     moresjax demo                                       all of it, with a report
     moresjax train --config digits:stage=llm --workdir runs/llm
 
-Stages: `llm` (text only), `vit` (vision encoder from labels), `siglip` (vision encoder from captions), `pretrain` (connector), `finetune` (visual
-instruction tuning with `tuning=...`).
+Stages: `llm` (text only), `vit` (vision encoder from labels) or `siglip` (from captions),
+`pretrain` (connector), `finetune` (visual instruction tuning with `tuning=...`).
 """
 
 from ml_collections import ConfigDict
