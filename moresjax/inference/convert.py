@@ -23,6 +23,7 @@ from moresjax.runs.run_config import PARTS, RANDOM, InitConfig, PartsConfig, Run
 from moresjax.runs.state import TrainState
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf, export_tinyllava
+from moresjax.weights.families.llava_original import is_original
 from moresjax.weights.generation_config import read_generation_config, save_generation_config
 from moresjax.weights.hf import HFFolders
 from moresjax.weights.peft import export_peft
@@ -59,7 +60,7 @@ def import_model(
       source: The folder of a LLaVA (also TinyLLaVA Factory's) or an LLM.
       out: A new or empty folder.
       vision: The folder of an encoder to put before an LLM, or two as `DIR;DIR`; the connector is
-        then a fresh one.
+        then a fresh one. For a LLaVA as its authors publish it, that of its vision tower.
       fusion: How the features of two encoders are put together.
       connector: The kind of the fresh connector.
       drop_first_token: Whether the connector reads all tokens of an encoder without class token but
@@ -79,7 +80,10 @@ def import_model(
     check_new(out, "import")
     encoders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
     folders = HFFolders(allow_pickle=allow_pickle)
-    images = Path(image_processor or (encoders[0] if encoders else source))
+    if len(encoders) == 1 and is_original(folders[source].raw):
+        folders = HFFolders(allow_pickle=allow_pickle)
+        folders.towers[source] = Path(encoders.pop())
+    images = Path(image_processor or (encoders[0] if encoders else folders[source].image_folder))
     size = saved_image_size(images) if encoders else None
     architecture = _architecture(
         folders, source, encoders, fusion, connector, drop_first_token, size

@@ -10,6 +10,7 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.templates import get_template
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.paths import is_workdir
@@ -33,6 +34,8 @@ def load(
     image_aspect: str | None = None,
     split_special_tokens: bool | None = None,
     dtype: str | None = None,
+    engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+    vision_tower: str | Path | None = None,
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
@@ -53,8 +56,8 @@ def load(
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
       allow_pickle: Whether `*.bin` files may be read where a Hugging Face folder, or a folder that
         a run started from, has no safetensors.
-      mesh: The devices to put the model on, see `Model.shard`; weights of a Hugging Face folder are
-        split as they are read.
+      mesh: The devices to put the model on, see `Model.shard`; weights of Hugging Face folders are
+        split as they are read, also those that a run started from.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
       split_special_tokens: Whether control tokens such as `</s>` in the text of users are read as
@@ -63,6 +66,9 @@ def load(
       dtype: The dtype of the activations: `float32`, `bfloat16`, `float16`, or `stored` for that of
         a Hugging Face folder's weights, which keep theirs. Default: a run's own; for a Hugging Face
         folder `stored` on TPUs and GPUs and `float32` on CPUs.
+      engine_config: The knobs of generation and scores.
+      vision_tower: The folder of the vision encoder of a LLaVA as its authors publish it; default:
+        what its `config.json` names, also inside the folder or beside it.
 
     Raises:
       UserError: The folder is neither, or is damaged, or does not fit an argument.
@@ -71,8 +77,10 @@ def load(
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
+        if vision_tower is not None:
+            raise UserError(f"{path} is a run, which has its vision encoder; it takes no other")
         options = {"quantize": quantize, "allow_pickle": allow_pickle, "dtype": dtype}
-        mllm, processor = load_workdir(path, tuning=tuning, **options)
+        mllm, processor = load_workdir(path, tuning=tuning, mesh=mesh, **options)
         if template is not None:
             if processor is None:
                 raise UserError(f"{path} has no tokenizer; template cannot be used")
@@ -80,9 +88,10 @@ def load(
                 processor, template=get_template(template, processor.tokenizer)
             )
     else:
-        folder = HFFolder(path, allow_pickle=allow_pickle)
-        options = {"quantize": quantize or "", "dtype": dtype or "auto"}
-        mllm = load_pretrained(folder, tuning or "none", mesh=mesh, **options)
+        folder = HFFolder(path, allow_pickle=allow_pickle, vision_tower=vision_tower)
+        mllm = load_pretrained(
+            folder, tuning or "none", quantize=quantize or "", dtype=dtype or "auto", mesh=mesh
+        )
         if tuning is None:
             attach_saved(mllm, path, allow_pickle=allow_pickle)
         processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
@@ -94,7 +103,7 @@ def load(
         processor = dataclasses.replace(processor, image=image)
     if split_special_tokens is not None and processor is not None:
         processor = dataclasses.replace(processor, split_special_tokens=split_special_tokens)
-    model = Model(mllm, processor, image_token_id=image_token_id)
+    model = Model(mllm, processor, image_token_id=image_token_id, engine_config=engine_config)
     if mesh is not None:
         model.shard(mesh)
     return model
@@ -131,7 +140,9 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
         mean, std = vision.pixel_mean, vision.pixel_std
         # TinyLLaVA Factory notes how images are made square; other formats do not.
         aspect = folder.raw.get("image_aspect_ratio", "square")
-        image = ImageProcessor.from_pretrained(path, vision.image_size, aspect, mean=mean, std=std)
+        image = ImageProcessor.from_pretrained(
+            folder.image_folder, vision.image_size, aspect, mean=mean, std=std
+        )
     return Processor(
         tokenizer,
         get_template(template, tokenizer),

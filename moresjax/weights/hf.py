@@ -13,16 +13,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moresjax.core.errors import UserError, choice_error
+from moresjax.core.errors import UserError
 from moresjax.core.types import AnyArray
 from moresjax.models.decoder import quantized
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig, VisionEncoder
+from moresjax.weights.dtypes import compute_dtype, with_dtype
 from moresjax.weights.families.base import (
     LLM_FAMILIES,
     MLLM_FAMILIES,
@@ -30,9 +30,18 @@ from moresjax.weights.families.base import (
     HFConfig,
     decoder_config,
     llm_family,
+    renamed,
     vision_family,
 )
+from moresjax.weights.families.keys import TWO_TOWER_KEYS
 from moresjax.weights.families.llava import Llava
+from moresjax.weights.families.llava_original import (
+    RENAMED,
+    LlavaOriginal,
+    complete,
+    find_tower,
+    is_original,
+)
 from moresjax.weights.files import open_tensors
 from moresjax.weights.tensor_mapping import (
     ParameterReader,
@@ -43,8 +52,7 @@ from moresjax.weights.tensor_mapping import (
 )
 
 HEAD = "lm_head.weight"
-DTYPES = ("float32", "bfloat16", "float16")
-DTYPE_CHOICES = ("auto", "stored", *DTYPES)
+TWO_TOWERS = {family.two_towers for family in VISION_FAMILIES.values()} - {""}
 ROWS = 4096  # of a matrix that are compared at a time
 
 
@@ -55,10 +63,19 @@ class HFFolder:
       path: A folder with `config.json` and safetensors: a LLaVA (also TinyLLaVA Factory's), an LLM
         or a vision encoder.
       allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+      vision_tower: The folder of the vision encoder of a LLaVA as its authors publish it; default:
+        what its `config.json` names.
     """
 
-    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        allow_pickle: bool = False,
+        vision_tower: str | Path | None = None,
+    ) -> None:
         self.path, self.allow_pickle = Path(path), allow_pickle
+        self._tower = None if vision_tower is None else Path(vision_tower)
 
     @functools.cached_property
     def raw(self) -> dict[str, Any]:
@@ -83,7 +100,32 @@ class HFFolder:
                     f"{self.path} is quantized ({kind}), which is not supported; use the folder of "
                     "the whole weights, and quantize=int8 for eight bits"
                 )
+        if is_original(raw):
+            return raw | {"model_type": LlavaOriginal.model_type}
+        if self._tower is not None:
+            raise UserError(f"{self.path} names no vision tower; it takes none from elsewhere")
         return raw
+
+    @functools.cached_property
+    def tower(self) -> "HFFolder | None":
+        """The folder of the vision encoder, where that is another one."""
+        if not is_original(self.raw):
+            return None
+        path = find_tower(self.path, self.raw) if self._tower is None else self._tower
+        return HFFolder(path, allow_pickle=self.allow_pickle)
+
+    @property
+    def image_folder(self) -> Path:
+        """The folder that has the image processor."""
+        return self.path if self.tower is None else self.tower.path
+
+    @property
+    def vision_hf(self) -> dict[str, Any]:
+        """The vision encoder's part of `config.json`, in a folder of an encoder."""
+        if self.hf["model_type"] not in TWO_TOWERS:
+            return self.hf
+        TWO_TOWER_KEYS.check(self.hf, str(self.path / "config.json"))
+        return self.hf["vision_config"]
 
     @functools.cached_property
     def hf(self) -> dict[str, Any]:
@@ -96,7 +138,10 @@ class HFFolder:
 
         raw = self.raw
         family = MLLM_FAMILIES.get(raw.get("model_type", ""))
+        tower = None if self.tower is None else self.tower.vision_hf
         try:
+            if tower is not None:
+                return complete(raw, tower)
             if family is None or family.in_transformers:
                 return AutoConfig.from_pretrained(
                     self.path, local_files_only=True, trust_remote_code=False
@@ -143,7 +188,22 @@ class HFFolder:
         Raises:
           UserError: when there is no file that may be read, or one cannot be.
         """
-        return open_tensors(self.path, allow_pickle=self.allow_pickle)
+        tensors = open_tensors(self.path, allow_pickle=self.allow_pickle)
+        if self.tower is None:
+            return tensors
+        prefix = "model.vision_tower."
+        tensors = {renamed(name, RENAMED): tensor for name, tensor in tensors.items()}
+        if not any(name.startswith(prefix) for name in tensors):
+            # A tower that was trained is in the folder; any other is the one that is named.
+            tensors |= {prefix + name: x for name, x in self.tower.encoder_tensors.items()}
+        return tensors
+
+    @property
+    def encoder_tensors(self) -> dict[str, Tensor]:
+        """The tensors of an encoder's folder by their names in the encoder; nothing beside it."""
+        named = {_encoder_name(name): tensor for name, tensor in self.tensors.items()}
+        beside = tuple(part for family in VISION_FAMILIES.values() for part in family.beside)
+        return {name: tensor for name, tensor in named.items() if not name.startswith(beside)}
 
     @property
     def stored_dtype(self) -> str:
@@ -161,13 +221,21 @@ class HFFolder:
         """Whether it is a vision encoder, alone or beside a text encoder."""
         if not (self.path / "config.json").is_file():
             return False
-        towers = {family.two_towers for family in VISION_FAMILIES.values()} - {""}
-        return self.raw.get("model_type") in {*VISION_FAMILIES, *towers}
+        return self.raw.get("model_type") in {*VISION_FAMILIES, *TWO_TOWERS}
 
     def parameters(self, part: str = "", mesh: Mesh | None = None) -> ParameterReader:
         """The base parameters of a LLaVA or an LLM; see `import_params`."""
         where = str(self.path)
         return import_params(self.config, self.hf, self.tensors, part=part, mesh=mesh, where=where)
+
+
+def _encoder_name(name: str) -> str:
+    """A tensor's name in the encoder alone, whatever stands around it in the file."""
+    for family in VISION_FAMILIES.values():
+        for prefix in family.prefixes:
+            if name.startswith(prefix):
+                return name.removeprefix(prefix)
+    return name
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -187,12 +255,14 @@ class HFFolders:
 
     def __init__(self, *, allow_pickle: bool = False) -> None:
         self.allow_pickle = allow_pickle
+        self.towers: dict[Path, Path] = {}  # of LLaVAs whose vision encoder is another folder
         self._opened: dict[Path, HFFolder] = {}
 
     def __getitem__(self, path: str | Path) -> HFFolder:
         path = Path(path).resolve()
         if path not in self._opened:
-            self._opened[path] = HFFolder(path, allow_pickle=self.allow_pickle)
+            tower = self.towers.get(path)
+            self._opened[path] = HFFolder(path, allow_pickle=self.allow_pickle, vision_tower=tower)
         return self._opened[path]
 
 
@@ -301,40 +371,6 @@ def pretrained_config(folder: str | Path) -> MLLMConfig:
       UserError: when there is none or the architecture is not supported.
     """
     return HFFolder(folder).config
-
-
-def compute_dtype(choice: str, stored: str) -> str:
-    """The dtype of activations for an option and the dtype that weights are stored in.
-
-    >>> compute_dtype("auto", "bfloat16")  # on a CPU; "bfloat16" on a TPU or GPU
-    'float32'
-    >>> compute_dtype("stored", "bfloat16")
-    'bfloat16'
-
-    Args:
-      choice: `auto` is float32 on CPUs and `stored` elsewhere; `stored`, or a dtype.
-      stored: The dtype of the weights. TPUs have no float16: theirs is bfloat16.
-
-    Raises:
-      UserError: for another choice.
-    """
-    if choice not in DTYPE_CHOICES:
-        raise choice_error("dtype", choice, DTYPE_CHOICES)
-    device = jax.default_backend()
-    if choice == "auto":
-        choice = "float32" if device == "cpu" else "stored"
-    if choice == "stored":
-        choice = stored if stored in DTYPES else "float32"
-        choice = "bfloat16" if (choice, device) == ("float16", "tpu") else choice
-    return choice
-
-
-def with_dtype(config: MLLMConfig, dtype: str) -> MLLMConfig:
-    """The model with activations of that dtype in all parts."""
-    llm, vision = dataclasses.replace(config.llm, dtype=dtype), config.vision
-    if isinstance(vision, VisionConfig):
-        vision = dataclasses.replace(vision, dtype=dtype)
-    return dataclasses.replace(config, llm=llm, vision=vision)
 
 
 def load_pretrained(

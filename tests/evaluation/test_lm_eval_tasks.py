@@ -264,6 +264,27 @@ def resolve(host, *_):
     raise OSError("unknown")
 
 
+def test_data_that_are_not_at_hand_are_not_asked_for(model, tmp_path, monkeypatch):
+    """The libraries were imported online, and the environment says offline too late for them."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    def refuse(*arguments, **_):
+        tried.append(arguments)
+        raise OSError("there is no network in this test")
+
+    tried = []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("arc_easy", "gsm8k"):
+        with pytest.raises(UserError, match=rf"the data of {name} are neither .*--download"):
+            evaluate(model, [name], data_root=tmp_path)
+    assert tried == []
+
+
 def test_what_cannot_be_run_is_refused(model, root, tmp_path):
     with pytest.raises(UserError, match=r"'helaswag'.*vqav2, .*mores-table1, .* task of lm_eval"):
         evaluate(model, ["helaswag"])

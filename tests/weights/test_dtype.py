@@ -14,7 +14,8 @@ from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.inference.model import Model
 from moresjax.testing.hf_llms import FAMILIES, TEXT, oracle_of, padded, text_rows
-from moresjax.weights.hf import compute_dtype, load_pretrained
+from moresjax.weights.dtypes import compute_dtype
+from moresjax.weights.hf import load_pretrained
 
 LLMS = {name: FAMILIES[name] for name in FAMILIES if "," not in name}
 LLMS["phi"] = PhiConfig(**TEXT, partial_rotary_factor=0.5)
