@@ -39,12 +39,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the first model")
     parser.add_argument("--model", type=int, metavar="N", help="the cases of this model only")
+    parser.add_argument("--few-sizes", action="store_true", help="all models of the same sizes")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     first, cases = (args.first, args.cases) if args.model is None else (args.model, 10**9)
+    checked = check_cases(cases, args.seed, first, few_sizes=args.few_sizes)
     start, counts, refused, bad = time.time(), Counter(), Counter(), defaultdict(list)
-    for done, outcome in enumerate(check_cases(cases, args.seed, first), start=1):
+    for done, outcome in enumerate(checked, start=1):
         if args.model is not None and outcome.number != args.model:
             break
         counts[outcome.kind] += 1

@@ -3,7 +3,6 @@
 # Models of transformers are modules, whose attributes no type checker knows.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
-import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 import peft
 import torch
 
+from moresjax.testing.random_models import Draws
+
 # What an adapter acts on: the last parts of the names of a model's linears, or of its norms.
 Names = list[str]
 
 
-def add_adapter(model: torch.nn.Module, rng: random.Random) -> tuple[torch.nn.Module, str] | None:
+def add_adapter(model: torch.nn.Module, rng: Draws) -> tuple[torch.nn.Module, str] | None:
     """The model of `peft` with random parameters, and the adapter in words.
 
     None stands for settings that `peft` itself does not accept for this model; it may have changed
@@ -47,7 +48,7 @@ def _suffixes(model: torch.nn.Module, wanted: Callable[[torch.nn.Module], bool])
     return sorted(names - {"lm_head", "head"})
 
 
-def _linears(rng: random.Random, model: torch.nn.Module) -> Any:
+def _linears(rng: Draws, model: torch.nn.Module) -> Any:
     """Targets as people write them: a list of names, all linears, or a pattern."""
     names = _suffixes(model, lambda module: isinstance(module, torch.nn.Linear))
     chosen = rng.sample(names, rng.randint(1, min(len(names), 4)))
@@ -62,11 +63,11 @@ def _is_llava(model: torch.nn.Module) -> bool:
     return model.config.model_type == "llava"
 
 
-def _rarely(rng: random.Random, share: float, **settings: Any) -> dict[str, Any]:
+def _rarely(rng: Draws, share: float, **settings: Any) -> dict[str, Any]:
     return settings if rng.random() < share else {}
 
 
-def _layers(rng: random.Random, model: torch.nn.Module, targets: Any) -> dict[str, Any]:
+def _layers(rng: Draws, model: torch.nn.Module, targets: Any) -> dict[str, Any]:
     """Some layers only, which `peft` takes with a list of targets."""
     text = getattr(model.config, "text_config", model.config)
     layer = rng.randrange(text.num_hidden_layers)
@@ -74,14 +75,14 @@ def _layers(rng: random.Random, model: torch.nn.Module, targets: Any) -> dict[st
     return _rarely(rng, 0.2 * isinstance(targets, list), layers_to_transform=chosen)
 
 
-def _lora(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
+def _lora(rng: Draws, model: torch.nn.Module) -> dict[str, Any]:
     targets = _linears(rng, model)
     first = targets[0] if isinstance(targets, list) else "q_proj"
     saved = rng.choice(["multi_modal_projector", "lm_head"] if _is_llava(model) else ["lm_head"])
     start = rng.choice((False, "gaussian", "pissa", "olora"))
     return {
         "task_type": "CAUSAL_LM",
-        "r": rng.choice((1, 2, 4)),
+        "r": rng.size(2, 1, 4),
         "lora_alpha": rng.choice((1, 8, 16)),
         "lora_dropout": rng.choice((0.0, 0.1)),
         "target_modules": targets,
@@ -99,13 +100,13 @@ def _lora(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def _ia3(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
+def _ia3(rng: Draws, model: torch.nn.Module) -> dict[str, Any]:
     targets = _linears(rng, model)
     feed = [name for name in targets if rng.random() < 0.5] if isinstance(targets, list) else []
     return {"task_type": "CAUSAL_LM", "target_modules": targets, "feedforward_modules": feed}
 
 
-def _oft(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
+def _oft(rng: Draws, model: torch.nn.Module) -> dict[str, Any]:
     targets = _linears(rng, model)
     size = rng.choice(({"r": 0, "oft_block_size": 4}, {"r": 4, "oft_block_size": 0}))
     return {
@@ -121,24 +122,24 @@ def _oft(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def _boft(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
+def _boft(rng: Draws, model: torch.nn.Module) -> dict[str, Any]:
     targets = _linears(rng, model)
     return {
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
-        "boft_block_size": rng.choice((2, 4)),
-        "boft_n_butterfly_factor": rng.choice((1, 2)),
+        "boft_block_size": rng.size(4, 2),
+        "boft_n_butterfly_factor": rng.size(2, 1),
         **_layers(rng, model, targets),
         **_rarely(rng, 0.1, bias="all"),
     }
 
 
-def _vera(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
+def _vera(rng: Draws, model: torch.nn.Module) -> dict[str, Any]:
     targets = _linears(rng, model)
     return {
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
-        "r": rng.choice((2, 5)),
+        "r": rng.size(2, 5),
         "projection_prng_key": rng.choice((0, 3)),
         "save_projection": rng.random() < 0.7,
         "d_initial": rng.choice((0.1, 1.0)),
@@ -147,23 +148,23 @@ def _vera(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def _ln(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
+def _ln(rng: Draws, model: torch.nn.Module) -> dict[str, Any]:
     names = _suffixes(model, lambda module: "Norm" in type(module).__name__)
     chosen = names if rng.random() < 0.6 else rng.sample(names, rng.randint(1, len(names)))
     return {"task_type": "CAUSAL_LM", "target_modules": sorted(chosen)}
 
 
-def _virtual_tokens(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
-    return {"task_type": "CAUSAL_LM", "num_virtual_tokens": rng.choice((1, 3))}
+def _virtual_tokens(rng: Draws, model: torch.nn.Module) -> dict[str, Any]:
+    return {"task_type": "CAUSAL_LM", "num_virtual_tokens": rng.size(3, 1)}
 
 
-def _prefix(rng: random.Random, model: torch.nn.Module) -> dict[str, Any]:
+def _prefix(rng: Draws, model: torch.nn.Module) -> dict[str, Any]:
     projected = _rarely(rng, 0.2, prefix_projection=True, encoder_hidden_size=8)
     return _virtual_tokens(rng, model) | projected
 
 
 # By the beginning of the name of the configuration: how often it is drawn, and its settings.
-_KINDS: dict[str, tuple[int, Callable[[random.Random, torch.nn.Module], dict[str, Any]]]] = {
+_KINDS: dict[str, tuple[int, Callable[[Draws, torch.nn.Module], dict[str, Any]]]] = {
     "Lora": (8, _lora),
     "IA3": (2, _ia3),
     "OFT": (2, _oft),
@@ -173,3 +174,5 @@ _KINDS: dict[str, tuple[int, Callable[[random.Random, torch.nn.Module], dict[str
     "PromptTuning": (1, _virtual_tokens),
     "PrefixTuning": (1, _prefix),
 }
+# Beside virtual tokens, `transformers` counts padding on the left as tokens.
+RIGHT_ONLY = ("PromptTuning", "PrefixTuning")

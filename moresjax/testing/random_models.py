@@ -31,26 +31,43 @@ KINDS = ("default", "linear", "llama3", "dynamic", "yarn")
 TYPES = ("sliding_attention", "full_attention")
 
 
-def some(rng: random.Random, share: float, value: Any, other: Any) -> Any:
+class Draws(random.Random):
+    """Random choices, of which those of sizes may always be the first one.
+
+    Args:
+      seed: What the choices depend on.
+      few_sizes: Whether all models shall have the same sizes: JAX then has less to compile.
+    """
+
+    def __init__(self, seed: str, few_sizes: bool = False) -> None:
+        super().__init__(seed)
+        self._few_sizes = few_sizes
+
+    def size(self, *sizes: int) -> int:
+        """One of the sizes."""
+        return sizes[0] if self._few_sizes else self.choice(sizes)
+
+
+def some(rng: Draws, share: float, value: Any, other: Any) -> Any:
     """The value in a share of the cases, else the other one."""
     return value if rng.random() < share else other
 
 
-def random_model(rng: random.Random) -> PreTrainedConfig:
+def random_model(rng: Draws) -> PreTrainedConfig:
     """An LLM, or in a third of the cases a LLaVA."""
     return some(rng, 1 / 3, random_llava, random_llm)(rng)
 
 
-def random_llm(rng: random.Random) -> PreTrainedConfig:
+def random_llm(rng: Draws) -> PreTrainedConfig:
     """An LLM of a random family."""
     family = rng.choice(FAMILIES)
     text: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 16,
         "intermediate_size": 24,
-        "num_hidden_layers": rng.choice((1, 2, 3)),
+        "num_hidden_layers": rng.size(2, 1, 3),
         "num_attention_heads": 4,
-        "num_key_value_heads": rng.choice((1, 2, 4)),
+        "num_key_value_heads": rng.size(2, 1, 4),
         "max_position_embeddings": 64,
         "tie_word_embeddings": rng.random() < 0.4,
         "pad_token_id": PAD,
@@ -60,15 +77,15 @@ def random_llm(rng: random.Random) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **_FIELDS[family](rng, text))
 
 
-def _activation(rng: random.Random, usual: str) -> str:
+def _activation(rng: Draws, usual: str) -> str:
     return some(rng, 0.6, usual, rng.choice(some(rng, 0.93, KNOWN, UNKNOWN)))
 
 
-def _eps(rng: random.Random) -> float:
+def _eps(rng: Draws) -> float:
     return rng.choice((1e-6, 1e-5, 1e-2))
 
 
-def _rope(rng: random.Random, partial: float | None = None) -> dict[str, Any]:
+def _rope(rng: Draws, partial: float | None = None) -> dict[str, Any]:
     kind = rng.choices(KINDS, (60, 20, 20, 1, 1))[0]
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": rng.choice((100.0, 1e4, 1e6))}
     if kind != "default":
@@ -80,25 +97,25 @@ def _rope(rng: random.Random, partial: float | None = None) -> dict[str, Any]:
     return rope if partial is None else rope | {"partial_rotary_factor": partial}
 
 
-def _llama(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _llama(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     return text | {
-        "head_dim": rng.choice((4, 8)),
+        "head_dim": rng.size(4, 8),
         "hidden_act": _activation(rng, "silu"),
         "rms_norm_eps": _eps(rng),
         "rope_parameters": _rope(rng, some(rng, 0.01, 0.5, None)),
     }
 
 
-def _biases(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _biases(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     own = {"attention_bias": rng.random() < 0.3, "mlp_bias": rng.random() < 0.3}
     return _llama(rng, text) | own
 
 
-def _mistral(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _mistral(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     return _llama(rng, text) | {"sliding_window": rng.choice((None, 3))}
 
 
-def _layers(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _layers(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     """Which layers see a window, given in one of the ways there are."""
     window: dict[str, Any] = {"sliding_window": rng.choice((2, 4))}
     if rng.random() < 0.5:
@@ -106,23 +123,23 @@ def _layers(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
     return window
 
 
-def _qwen2(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _qwen2(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     own = {"use_sliding_window": rng.random() < 0.5, "max_window_layers": rng.choice((0, 1, 28))}
     return _llama(rng, text) | _layers(rng, text) | own
 
 
-def _qwen3(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _qwen3(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     return _qwen2(rng, text) | {"attention_bias": rng.random() < 0.3}
 
 
-def _gemma(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _gemma(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     own = {"hidden_act": _activation(rng, "gelu_pytorch_tanh")}
     own["attention_bias"] = rng.random() < 0.3
     bidirectional = some(rng, 0.02, {"use_bidirectional_attention": True}, {})
     return _llama(rng, text) | own | bidirectional
 
 
-def _gemma2(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _gemma2(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     own = {
         "query_pre_attn_scalar": rng.choice((8, 20)),
         "attn_logit_softcapping": rng.choice((None, 2.0, 50.0)),
@@ -132,7 +149,7 @@ def _gemma2(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
     return fields | {"hidden_activation": fields.pop("hidden_act")}
 
 
-def _gemma3(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _gemma3(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     local = {"rope_type": "default", "rope_theta": rng.choice((10.0, 1e4))}
     local |= some(rng, 0.05, {"rope_type": "linear", "factor": 2.0}, {})
     ropes = {"full_attention": _rope(rng), "sliding_attention": local}
@@ -142,7 +159,7 @@ def _gemma3(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _phi(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _phi(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     return text | {
         "hidden_act": _activation(rng, "gelu_new"),
         "layer_norm_eps": _eps(rng),
@@ -151,7 +168,7 @@ def _phi(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stablelm(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _stablelm(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     own = {
         "use_qkv_bias": rng.random() < 0.5,
         "use_parallel_residual": rng.random() < 0.5,
@@ -161,7 +178,7 @@ def _stablelm(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
     return fields | own
 
 
-def _opt(rng: random.Random, text: dict[str, Any]) -> dict[str, Any]:
+def _opt(rng: Draws, text: dict[str, Any]) -> dict[str, Any]:
     without = ("intermediate_size", "num_key_value_heads")
     kept = {key: value for key, value in text.items() if key not in without}
     return kept | {
@@ -189,12 +206,12 @@ _FIELDS = {
 }
 
 
-def random_tower(rng: random.Random) -> PreTrainedConfig:
+def random_tower(rng: Draws) -> PreTrainedConfig:
     """A vision encoder for images of 8 x 8 pixels."""
     family = rng.choices(TOWERS, (5, 4, 1))[0]
     tower: dict[str, Any] = {
         "hidden_size": 8,
-        "num_hidden_layers": rng.choice((2, 3)),
+        "num_hidden_layers": rng.size(2, 3),
         "num_attention_heads": 2,
         "image_size": SIDE,
         "patch_size": 4,
@@ -211,12 +228,15 @@ def random_tower(rng: random.Random) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **tower, **own)
 
 
-def random_llava(rng: random.Random) -> LlavaConfig:
+def random_llava(rng: Draws) -> LlavaConfig:
     """A LLaVA of a random LLM and a random vision encoder."""
     vision = random_tower(rng)
     layers = vision.num_hidden_layers
     layer = rng.choice((-1, -2, layers, 1, [-2, -1], [1]) if rng.random() < 0.1 else (-1, -2))
     text = random_llm(rng)
+    # The wrapper would tie its head to a place where OPT has no embedding.
+    tied = text.model_type != "opt" and some(rng, 0.8, text.tie_word_embeddings, False)
+    text.tie_word_embeddings = tied if text.model_type == "opt" else text.tie_word_embeddings
     return LlavaConfig(
         text_config=text,
         vision_config=vision,
@@ -225,5 +245,5 @@ def random_llava(rng: random.Random) -> LlavaConfig:
         vision_feature_select_strategy=rng.choice(("default", "full")),
         projector_hidden_act=_activation(rng, "gelu"),
         multimodal_projector_bias=rng.random() < 0.97,
-        tie_word_embeddings=some(rng, 0.8, text.tie_word_embeddings, rng.random() < 0.5),
+        tie_word_embeddings=tied,
     )

@@ -10,7 +10,6 @@ the command `benchmarks/same_as_references.py` looks for.
 import contextlib
 import copy
 import dataclasses
-import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +25,8 @@ from transformers.initialization import no_init_weights
 from moresjax.core.errors import UserError
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLM
-from moresjax.testing.random_adapters import add_adapter
-from moresjax.testing.random_models import IMAGE_ID, PAD, SIDE, random_model
+from moresjax.testing.random_adapters import RIGHT_ONLY, add_adapter
+from moresjax.testing.random_models import IMAGE_ID, PAD, SIDE, Draws, random_model
 from moresjax.weights.hf import load_pretrained
 from moresjax.weights.peft import import_peft
 
@@ -37,7 +36,7 @@ TOLERANCE = 1e-4
 # Rounding grows where a model divides by a small norm. There the reference itself, in fp32, is
 # about as far from its result in fp64 as we are.
 ROUNDING = 10.0
-TEXT_LENGTH, IMAGE_LENGTH = 9, 14
+LENGTH = 14
 Kind = Literal["equal", "refused", "void", "DIFFERENT", "crash"]
 
 
@@ -58,12 +57,7 @@ class Outcome:
     detail: str = ""
 
 
-def generator(seed: int, number: int) -> random.Random:
-    """The source of all that is random in a model's cases."""
-    return random.Random(f"{seed} {number}")
-
-
-def make_reference(config: PreTrainedConfig, rng: random.Random) -> torch.nn.Module:
+def make_reference(config: PreTrainedConfig, rng: Draws) -> torch.nn.Module:
     """A model of `transformers` with random parameters, none of which is as it starts."""
     config._attn_implementation = "eager"
     is_llava = config.model_type == "llava"
@@ -88,14 +82,14 @@ def make_reference(config: PreTrainedConfig, rng: random.Random) -> torch.nn.Mod
 
 
 def make_prompt(
-    config: PreTrainedConfig, mllm: MLLM, rng: random.Random
+    config: PreTrainedConfig, mllm: MLLM, rng: Draws, *, may_pad_left: bool = True
 ) -> dict[str, np.ndarray]:
     """Two rows of unequal length with 0 to 2 images each, padded on either side."""
     visual_tokens = mllm.config.visual_tokens
     draws = np.random.default_rng(rng.getrandbits(32))
     is_llava = config.model_type == "llava"
-    length = IMAGE_LENGTH if is_llava else TEXT_LENGTH
-    left = rng.random() < 0.5
+    length = LENGTH
+    left = may_pad_left and rng.random() < 0.5
     ids, mask = np.full((2, length), PAD, np.int64), np.zeros((2, length), np.int64)
     images = 0
     for number in range(2):
@@ -135,16 +129,19 @@ def distance(ours: np.ndarray, theirs: np.ndarray, mask: np.ndarray) -> float:
     return float(np.abs(ours - theirs)[real].max()) / scale
 
 
-def check_model(number: int, folder: Path, seed: int = 0, adapters: int = 2) -> list[Outcome]:
+def check_model(
+    number: int, folder: Path, seed: int = 0, *, few_sizes: bool = False, adapters: int = 2
+) -> list[Outcome]:
     """Runs the cases of one random model: a prompt by itself, and prompts with adapters.
 
     Args:
       number: The number of the model.
       folder: An empty folder to write the model and the adapters to.
       seed: The seed of all models.
+      few_sizes: Whether all models shall have the same sizes.
       adapters: The number of adapters to try.
     """
-    rng = generator(seed, number)
+    rng = Draws(f"{seed} {number}", few_sizes)
     config = random_model(rng)
     text = getattr(config, "text_config", config)
     name = text.model_type
@@ -162,14 +159,14 @@ def check_model(number: int, folder: Path, seed: int = 0, adapters: int = 2) -> 
         if made is None:
             continue
         adapted, what = made
-        inputs, where = make_prompt(config, mllm, rng), folder / f"adapter {i}"
+        may_pad_left = not what.startswith(RIGHT_ONLY)
+        inputs = make_prompt(config, mllm, rng, may_pad_left=may_pad_left)
+        where = folder / f"adapter {i}"
         adapted.save_pretrained(where)
         ours = nnx.clone(mllm)
         with _case(number, f"{name} with {what}", folder) as refused:
             import_peft(where, ours)
-        found += refused or compare(
-            number, f"{name} with {what}", adapted, ours, inputs, folder
-        )
+        found += refused or compare(number, f"{name} with {what}", adapted, ours, inputs, folder)
     return found
 
 
@@ -213,7 +210,9 @@ def compare(
     return [Outcome(number, "DIFFERENT", what, f"logits differ by {difference:.1e} of the largest")]
 
 
-def check_cases(cases: int, seed: int = 0, first: int = 0) -> Iterator[Outcome]:
+def check_cases(
+    cases: int, seed: int = 0, first: int = 0, *, few_sizes: bool = False
+) -> Iterator[Outcome]:
     """Runs models until there were so many cases; JAX runs them operation by operation.
 
     A compiled program for each would take a second, and no two models have the same shapes.
@@ -222,7 +221,7 @@ def check_cases(cases: int, seed: int = 0, first: int = 0) -> Iterator[Outcome]:
     with jax.disable_jit():
         while done < cases:
             with tempfile.TemporaryDirectory() as folder:
-                for outcome in check_model(number, Path(folder), seed):
+                for outcome in check_model(number, Path(folder), seed, few_sizes=few_sizes):
                     if done < cases:
                         yield outcome
                     done += 1
