@@ -205,5 +205,4 @@ def _export_adapter(source: Path, mllm: MLLM, out: Path, format: str) -> Path:
     also = read_config(source / "config.json").also_train if is_workdir(source) else ()
     if format == "adapter":
         return save_adapter(mllm, out, also_train=also)
-    # What else trained goes along where the format has a place for it.
-    return export_peft(mllm, out, connector="connector" in also)
+    return export_peft(mllm, out, also_train=also)
