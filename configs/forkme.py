@@ -37,8 +37,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.also_train = ("connector",)
     config.optimizer.lr = args.lr
 
-    # How much: rows per step, tokens per row, steps.
-    config.batch_size, config.max_seq_len, config.steps = 128, 2048, 1000
+    # How much: rows per step, tokens per row, and passes over the samples (or `samples`, `steps`).
+    config.batch_size, config.max_seq_len, config.epochs = 128, 2048, 1
 
     # Over which devices: data x fsdp x tensor, -1 for all that are left.
     config.mesh.data, config.mesh.fsdp = 1, -1

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from moresjax.core.errors import choice_error
 from moresjax.models.zoo import ENCODERS, MODELS
 from moresjax.runs.config import base_config, parse_arg
+from moresjax.tuning.spec import parse_spec, with_defaults
 
 # The encoder's folder on the hub, and the LLM's.
 FOLDERS = {
@@ -26,19 +27,15 @@ FOLDERS = {
     "13b": ("clip-vit-large-patch14-336", "vicuna-13b-v1.5"),
 }
 TEMPLATES = {"3b": "phi", "7b": "vicuna_v1", "13b": "vicuna_v1"}
-# Samples, rows per step and passes of each stage; a task's samples are an argument.
-PRETRAIN, MIX, TASK = (558_128, 256, 1), (665_298, 128, 1), (0, 128, 10)
-# Table 1's rows. Learning rates: connector pretraining, full fine-tuning, everything else.
-METHODS = {
-    "full": "full",
-    "lora": "lora:rank=128,alpha=256,dropout=0.05",
-    "adapter": "adapter:bottleneck=256",
-    "oft": "oft-legacy:blocks=16",
-    "ia3": "ia3",
-    "mores-base": "mores-base:dropout=0.05",
-    "mores-large": "mores-large:dropout=0.05",
-    "mores-huge": "mores-huge:dropout=0.05",
-}
+# Samples per step and passes over the file of each stage; a row has one sample.
+PRETRAIN, MIX, TASK = (256, 1), (128, 1), (128, 10)
+# Lengths of rows; the mix has about 900 tokens per sample with an image.
+BUCKETS = (512, 768, 1024, 1280, 1536, 2048, 4096)
+# What the authors give these methods where a spec does not say otherwise; their OFT is the first.
+METHODS = {"mores": {"dropout": 0.05}, "mores2": {"dropout": 0.05}}
+METHODS |= {"lora": {"rank": 128, "dropout": 0.05}}
+ALIASES = {"oft": "oft-legacy"}
+# Connector pretraining, full fine-tuning, everything else.
 LEARNING_RATES = {"pretrain": 1e-3, "full": 2e-5, "peft": 2e-4}
 
 
@@ -79,11 +76,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def _steps(config: ConfigDict, samples: int, rows: int, passes: int) -> None:
-    config.batch_size = rows
-    config.steps = -(-samples * passes // rows)
-
-
 def _pretrain(config: ConfigDict, args: ConfigDict) -> None:
     config.tuning = "none"
     config.template = "plain"
@@ -94,7 +86,7 @@ def _pretrain(config: ConfigDict, args: ConfigDict) -> None:
         "image_root": "data/LLaVA-Pretrain",
     }
     config.optimizer.lr = LEARNING_RATES["pretrain"]
-    _steps(config, *PRETRAIN)
+    config.batch_size, config.epochs = PRETRAIN
 
 
 def _finetune(config: ConfigDict, args: ConfigDict) -> None:
@@ -105,7 +97,7 @@ def _finetune(config: ConfigDict, args: ConfigDict) -> None:
         "files": "data/LLaVA-Tuning/llava_v1_5_mix665k.json",
         "image_root": "data/LLaVA-Tuning",
     }
-    _steps(config, *MIX)
+    config.batch_size, config.epochs = MIX
 
 
 def _task(config: ConfigDict, args: ConfigDict) -> None:
@@ -118,12 +110,15 @@ def _task(config: ConfigDict, args: ConfigDict) -> None:
         "files": f"data/tasks/{args.task}_{args.samples}.json",
         "image_root": "data/tasks",
     }
-    _, rows, passes = TASK
-    _steps(config, args.samples, rows, passes)
+    config.batch_size, config.epochs = TASK
 
 
 def _tune(config: ConfigDict, args: ConfigDict) -> None:
-    config.tuning = METHODS.get(args.tuning, args.tuning)
-    config.max_seq_len, config.images_per_row = 4096, 5
-    config.batching, config.num_workers = "pack", 16
-    config.optimizer.lr = LEARNING_RATES["full" if args.tuning == "full" else "peft"]
+    config.tuning = with_defaults(ALIASES.get(args.tuning, args.tuning), METHODS)
+    config.max_seq_len, config.buckets = BUCKETS[-1], BUCKETS
+    config.batching, config.num_workers = "bucket", 16
+    methods = parse_spec(config.tuning)
+    full = any("llm" in method.trains for method in methods)
+    config.optimizer.lr = LEARNING_RATES["full" if full else "peft"]
+    if full and len(methods) > 1:  # what is attached learns at its own rate
+        config.optimizer.lr_by_component = f"tuning={LEARNING_RATES['peft']}"

@@ -2,20 +2,36 @@
 
     moresjax train --config mrt:tuning=mrt-paper --workdir runs/mrt
 
-Everything is frozen but the editors. `configs/README.md` lists the rows of the paper's tables.
+Everything is frozen but the editors; the connector trains with the baselines, as the paper says of
+them. `moresjax recipes mrt` lists the rows of the paper's tables.
 """
 
 from ml_collections import ConfigDict
 
 from moresjax.runs.config import base_config, parse_arg
+from moresjax.tuning.base import Edit, VirtualTokens
+from moresjax.tuning.spec import parse_spec, with_defaults
 
-SAMPLES, ROWS, PASSES = 191_105, 128, 3
-# Table 1's baselines that are defined well enough to be repeated; their connector trains.
-METHODS = {
-    "lora": "lora:rank=16,alpha=32",
-    "reft": "reft:rank=4",
-    "full": "full",
-}
+# Samples per step, and passes over the 191,105 samples.
+ROWS, PASSES = 128, 3
+# What the tables' methods have where a spec does not say otherwise.
+METHODS = {"lora": {"rank": 16}, "reft": {"region": "question"}}
+# Learning rate, schedule and what trains beside the tuning, by the kind of method: full tuning,
+# prompts (M2PT's), weight deltas (the LoRA of MixLoRA's authors), and editors, which train alone.
+FULL = 2e-5, "cosine", ("connector", "vision")
+PROMPTS = 7e-4, "cosine", ("connector",)
+WEIGHTS = 4e-5, "cosine", ("connector",)
+EDITORS = 6e-4, "linear", ()
+
+
+def kind_of(tuning: str) -> tuple[float, str, tuple[str, ...]]:
+    """The settings of a spec's kind of method."""
+    methods = parse_spec(tuning)
+    if any("llm" in method.trains for method in methods):
+        return FULL
+    if any(isinstance(method, VirtualTokens) for method in methods):
+        return PROMPTS
+    return EDITORS if all(isinstance(method, Edit) for method in methods) else WEIGHTS
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -27,13 +43,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.llm = "vicuna-7b"
     config.model.connector = "linear"
     config.dtype, config.remat = "bfloat16", True
-    config.tuning = METHODS.get(args.tuning, args.tuning)
-    config.also_train = ("connector",) if args.tuning in ("lora", "full") else ()
+    config.tuning = with_defaults(args.tuning, METHODS)
+    lr, config.optimizer.schedule, config.also_train = kind_of(config.tuning)
+    config.optimizer.lr = lr
     config.max_seq_len = 1024
-    config.batch_size = ROWS
-    config.steps = -(-SAMPLES * PASSES // ROWS)
-    config.optimizer.lr = {"lora": 4e-5, "full": 2e-5}.get(args.tuning, 6e-4)
-    config.optimizer.schedule = "cosine" if args.tuning in ("lora", "full") else "linear"
+    config.batch_size, config.epochs = ROWS, PASSES
     config.mesh.data, config.mesh.fsdp = 1, -1
     config.model.vision = "clip-l-14-224"
     start = "checkpoints/llava-v1-7b"

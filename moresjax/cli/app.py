@@ -18,6 +18,7 @@ from moresjax.cli import (
     import_,
     params,
     plan,
+    recipes,
     train,
     zoo,
 )
@@ -26,7 +27,20 @@ from moresjax.core.plugins import use_plugins
 from moresjax.hardware.host import use_huge_pages
 
 # In the order of `moresjax --help`.
-COMMANDS = (demo, train, evaluate, generate, analyze, import_, export, plan, data, zoo, params)
+COMMANDS = (
+    demo,
+    train,
+    evaluate,
+    generate,
+    analyze,
+    import_,
+    export,
+    plan,
+    data,
+    recipes,
+    zoo,
+    params,
+)
 OVERRIDE = "--config."
 
 
@@ -63,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Libraries read it when they are imported, which no command does before this.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         try:
             _run(arguments)

@@ -1,4 +1,4 @@
-"""`moresjax data`: checks, converts and builds data sets, trains tokenizers."""
+"""`moresjax data`: checks, shows, converts and builds data sets, trains tokenizers."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,9 @@ from moresjax.cli.options import Commands, add_command, add_config, show
 
 def add_parser(commands: Commands) -> None:
     """Adds the subcommand with its jobs."""
-    data = commands.add_parser("data", help="check, convert and build data sets, train a tokenizer")
+    data = commands.add_parser(
+        "data", help="check, show, convert and build data sets, train a tokenizer"
+    )
     jobs = data.add_subparsers(dest="job", required=True, metavar="JOB")
 
     help = "tokenise everything that a configuration would train on"
@@ -17,6 +19,17 @@ def add_parser(commands: Commands) -> None:
     check.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes; default: one per core"
     )
+
+    help = "show samples as the model is given them: tokens, labels, edits, images"
+    show_job = add_command(jobs, "show", run_show, help)
+    add_config(show_job)
+    show_job.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="how many (default: %(default)s)"
+    )
+    show_job.add_argument(
+        "--first", type=int, default=0, metavar="I", help="the first one's number (default: 0)"
+    )
+    show_job.add_argument("--out", metavar="FILE", help="write an HTML page, too")
 
     help = "write LLaVA JSON and its images as sharded ArrayRecord"
     convert = add_command(jobs, "convert", run_convert, help)
@@ -83,6 +96,39 @@ def run_check(args: argparse.Namespace) -> None:
         *report.bad.values(),
     ]
     show(args, dataclasses.asdict(report), "\n".join(lines))
+
+
+def run_show(args: argparse.Namespace) -> None:
+    """Shows samples of a configuration's training data."""
+    from moresjax.core.errors import UserError
+    from moresjax.data.processor import word_ids
+    from moresjax.data.samples import Sample
+    from moresjax.data.sources import make_source
+    from moresjax.reports.samples import sample_text, show_sample, write_samples_page
+    from moresjax.runs.architecture import model_config
+    from moresjax.runs.config import load_config
+    from moresjax.runs.processor import build_processor
+    from moresjax.tuning.attach import Tuning
+
+    config = load_config(args.config, args.overrides)
+    source, processor = make_source(**config.data), build_processor(config)
+    if not 0 <= args.first < args.first + args.samples <= len(source):
+        raise UserError(
+            f"--first {args.first} and --samples {args.samples} do not name samples of a data set "
+            f"of {len(source)}"
+        )
+    tuning = Tuning(config.tuning, model_config(config))
+    words = {word: word_ids(processor.tokenizer, word) for word in tuning.selected_words}
+    shown = []
+    for number in range(args.first, args.first + args.samples):
+        sample = source[number]
+        if not isinstance(sample, Sample):
+            raise UserError(f"sample {number} of this source is no conversation")
+        shown.append(show_sample(sample, processor, tuning.selectors, words))
+    text = "\n\n".join(sample_text(sample, processor) for sample in shown)
+    if args.out:
+        text += f"\n\npage: {write_samples_page(shown, args.out)}"
+    show(args, {"samples": [sample.to_dict() for sample in shown]}, text)
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -11,7 +11,10 @@ def add_parser(commands: Commands) -> None:
     export.add_argument("model", metavar="MODEL", help="a workdir or a Hugging Face folder")
     export.add_argument("out", metavar="OUT", help="the new folder")
     export.add_argument(
-        "--format", required=True, metavar="hf|merged|adapter|peft|pyreft", help="what to write"
+        "--format",
+        required=True,
+        metavar="hf|merged|tinyllava|adapter|peft|pyreft",
+        help="what to write",
     )
     export.add_argument("--adapter", metavar="DIR", help="attach this adapter folder first")
     add_pyreft(export)

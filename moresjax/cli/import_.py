@@ -26,6 +26,11 @@ def add_parser(commands: Commands) -> None:
         help="a new connector for an LLM with --vision (default: %(default)s)",
     )
     command.add_argument(
+        "--drop-first-token",
+        action="store_true",
+        help="leave out the first token of an encoder without class token, as LLaVA Steering does",
+    )
+    command.add_argument(
         "--image-processor", metavar="DIR", help="folder with preprocessor_config.json"
     )
     command.add_argument(
@@ -47,7 +52,15 @@ def run(args: argparse.Namespace) -> None:
 
     options = {
         key: getattr(args, key)
-        for key in ("vision", "fusion", "connector", "template", "quantize", "allow_pickle")
+        for key in (
+            "vision",
+            "fusion",
+            "connector",
+            "drop_first_token",
+            "template",
+            "quantize",
+            "allow_pickle",
+        )
     }
     model = import_model(args.source, args.out, image_processor=args.image_processor, **options)
     total = count_parameters(model.config, also_train=()).total

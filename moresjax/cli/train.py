@@ -21,6 +21,11 @@ def add_parser(commands: Commands) -> None:
         help="auto continues from the newest checkpoint; never wants an empty directory",
     )
     train.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read *.bin files of base parts, and an adapter of pyreft as init.tuning",
+    )
+    train.add_argument(
         "--distributed",
         nargs="?",
         const="auto",
@@ -38,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     if args.distributed:
         join_processes(args.distributed)
-    result = train(config, args.workdir, resume=args.resume)
+    options = {"resume": args.resume, "allow_pickle": args.allow_pickle}
+    result = train(config, args.workdir, **options)
     numbers = " ".join(f"{name} {value:.4g}" for name, value in result.metrics.items())
     data = {"workdir": args.workdir, "step": result.step, **result.metrics}
     show(args, data, f"{args.workdir}: step {result.step} {numbers}")

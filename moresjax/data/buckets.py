@@ -86,6 +86,12 @@ class BatchPlan:
         rng = np.random.default_rng((self.seed, epoch))
         return plan_batches(self.sizes, self.batch_size, self.sorted_together, rng)
 
+    def batches_until(self, samples: int) -> int:
+        """How many batches, from the first, show so many samples in all."""
+        passes, left = divmod(samples, len(self.sizes))
+        shown = np.cumsum((self._epoch(passes) != PADDING_SAMPLE).sum(axis=1)) if left else ()
+        return passes * self.batches_per_epoch + int(np.searchsorted(shown, left) + bool(left))
+
     def __call__(self, number: int) -> list[int]:
         """The numbers of the samples of a batch; `PADDING_SAMPLE` stands for none."""
         epoch, place = divmod(number, self.batches_per_epoch)

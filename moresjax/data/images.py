@@ -17,14 +17,13 @@ from jaxtyping import Float
 from PIL import Image, UnidentifiedImageError
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.data.saved_processors import check_image_processor
 
 # Longer than this, an image whose shorter side is enlarged would not fit into memory.
 MAX_ASPECT = 200
 THREADS = 4  # that open images ahead of time
 ASPECTS = ("square", "pad")
 _LONGEST_NAME = 1000  # of a path in an error message; a longer one is cut in the middle
-# Files in which transformers saves image processors, without their ending.
-SAVED = ("preprocessor", "processor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +186,46 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def saved_processor(folder: Path) -> Any:
-    """The image processor that `transformers` saved in a folder; None when there is none."""
-    if not any((folder / f"{name}_config.json").is_file() for name in SAVED):
+    """The image processor that `transformers` saved in a folder; None when there is none.
+
+    Raises:
+      UserError: A file of it is damaged, or has a key that would be ignored.
+    """
+    if not check_image_processor(folder):
         return None
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder} has no image processor that can be used: {reason}") from None
+
+
+def saved_image_size(folder: Path) -> int | None:
+    """The side of the squares that a folder's image processor makes; None when it has none.
+
+    Raises:
+      UserError: It makes something else than a square.
+    """
+    reference = saved_processor(folder)
+    if reference is None:
+        return None
+    height, width = _made(reference, 64, folder)
+    if height != width:
+        raise UserError(f"{folder}: images become {height} x {width}, which is not a square")
+    return height
+
+
+def _made(reference: Callable, side: int, folder: Path) -> tuple[int, int]:
+    """Height and width of what an image processor of `transformers` makes of a square."""
+    image = Image.new("RGB", (side, side))
+    shape = np.shape(reference(images=image, return_tensors="np")["pixel_values"][0])
+    if len(shape) != 3:
+        raise UserError(f"{folder} cuts images into several pieces, which is not supported")
+    return shape[1], shape[2]
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -230,18 +263,34 @@ class ImageProcessor:
             raise choice_error("image aspect", self.aspect, ASPECTS)
 
     @classmethod
-    def from_pretrained(cls, folder: Path, size: int, aspect: str = "square") -> "ImageProcessor":
-        """The processor saved in a folder, or the default one when none was saved.
+    def from_pretrained(
+        cls,
+        folder: Path,
+        size: int,
+        aspect: str = "square",
+        *,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+    ) -> "ImageProcessor":
+        """The processor saved in a folder, or one for the encoder when none was saved.
+
+        Args:
+          folder: The folder.
+          size: The height and width that the model takes.
+          aspect: How images become squares, see the class.
+          mean: The mean of every channel where none was saved.
+          std: The standard deviation of every channel where none was saved.
 
         Raises:
           UserError: It makes images of another size than the model takes.
         """
         reference = saved_processor(folder)
         if reference is None:
-            return cls(size, aspect=aspect)
-        mean, std = (tuple(x) for x in (reference.image_mean, reference.image_std))
-        processor = cls(size, mean, std, aspect, reference)
-        made = processor(np.zeros((size, size, 3), np.uint8)).shape[:2]
+            (r, g, b), (x, y, z) = mean, std
+            return cls(size, (r, g, b), (x, y, z), aspect)
+        own_mean, own_std = (tuple(x) for x in (reference.image_mean, reference.image_std))
+        processor = cls(size, own_mean, own_std, aspect, reference)
+        made = _made(reference, size, folder)
         if made != (size, size):
             raise UserError(f"{folder}: images become {made[0]} x {made[1]}, not {size} x {size}")
         return processor

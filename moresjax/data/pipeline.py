@@ -27,6 +27,7 @@ from moresjax.data.sources import Source, sizes_of
 BATCHING = ("pad", "pack", "bucket")
 PACK_WINDOW = 256  # samples packed together
 SORTED_BATCHES = 32  # batches whose samples are sorted together
+MEASURED_WINDOWS = 16  # packed to measure how many samples share a row
 ENDLESS = 1 << 62
 
 
@@ -127,10 +128,7 @@ def make_iterator(
     own, skip_policy = _own_rows(batch_size), SkipPolicy(on_bad_sample, len(source))
     reader = RowReader(source, processor, max_seq_len, images_per_row, skip_policy, num_workers)
     if batching == "bucket":
-        if getattr(source, "mixture_weights", ()):
-            raise UserError("batching 'bucket' takes no data weights; use 'pad' or 'pack'")
-        sorted_together = pack_window or SORTED_BATCHES * batch_size
-        plan = BatchPlan(sizes_of(source), batch_size, sorted_together, seed)
+        plan = bucket_plan(source, batch_size, pack_window, seed)
         collate = Collate(reader, bucket_lengths(max_seq_len, buckets), own)
         dataset = _planned(plan, ENDLESS, collate)
     elif batching == "pack":
@@ -138,6 +136,18 @@ def make_iterator(
     else:
         dataset = _padded(reader, batch_size, seed, own)
     return Batches(dataset, skip_policy, structure_for(source, batching))
+
+
+def bucket_plan(source: Source, batch_size: int, pack_window: int, seed: int) -> BatchPlan:
+    """The samples of every batch with batching `bucket`; the arguments are `make_iterator`'s.
+
+    Raises:
+      UserError: The source has weights, or does not know the lengths of its samples.
+    """
+    if getattr(source, "mixture_weights", ()):
+        raise UserError("batching 'bucket' takes no data weights; use 'pad' or 'pack'")
+    sorted_together = pack_window or SORTED_BATCHES * batch_size
+    return BatchPlan(sizes_of(source), batch_size, sorted_together, seed)
 
 
 def one_epoch(
@@ -194,13 +204,43 @@ def _packed(
     reader: RowReader, batch_size: int, pack_window: int, seed: int, own: slice
 ) -> grain.IterDataset:
     """Endless batches of rows that several samples share."""
-    order = _shuffled(reader.source, seed)
-    windows = order.batch(pack_window, drop_remainder=True, batch_fn=list).map(reader.documents)
+    windows, pack = _windows(reader, pack_window, seed)
     ahead = windows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-    pack = PackWindow(reader.processor.count_images, reader.max_seq_len, reader.images_per_row)
     rows = grain.experimental.FlatMapIterDataset(ahead, pack)
     collate = Collate(reader, (reader.max_seq_len,), own)
     return rows.batch(batch_size, batch_fn=list).map(collate)
+
+
+def _windows(reader: RowReader, pack_window: int, seed: int) -> tuple[grain.MapDataset, PackWindow]:
+    """Endless windows of documents, and what turns each of them into rows."""
+    order = _shuffled(reader.source, seed)
+    windows = order.batch(pack_window, drop_remainder=True, batch_fn=list).map(reader.documents)
+    pack = PackWindow(reader.processor.count_images, reader.max_seq_len, reader.images_per_row)
+    return windows, pack
+
+
+def samples_per_row(
+    source: Source,
+    processor: Processor,
+    *,
+    max_seq_len: int,
+    images_per_row: int = 0,
+    seed: int = 0,
+    num_workers: int = 1,
+    pack_window: int = 0,
+    on_bad_sample: str = "raise",
+) -> float:
+    """How many samples share a row with batching `pack`, measured on the run's first windows.
+
+    Samples that are skipped count; images are not read. The arguments are `make_iterator`'s.
+    """
+    skip_policy = SkipPolicy(on_bad_sample, len(source))
+    reader = RowReader(source, processor, max_seq_len, images_per_row, skip_policy, num_workers)
+    size = pack_window or PACK_WINDOW
+    windows, pack = _windows(reader, size, seed)
+    count = min(-(-len(source) // size), MEASURED_WINDOWS)
+    rows = sum(len(pack.flat_map(windows[number] or ())) for number in range(count))
+    return count * size / max(rows, 1)
 
 
 def _padded(reader: RowReader, batch_size: int, seed: int, own: slice) -> grain.IterDataset:

@@ -22,8 +22,7 @@ from moresjax.core.types import Tokenizer
 from moresjax.data.images import ImageInput, ImageProcessor, LazyPixels, image_keys
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.data.templates import Piece, Template
-
-Texts = tuple[tuple[str, TokenKind], ...]  # consecutive texts, each with its kind
+from moresjax.data.text_encoder import Encoded, Text, TextEncoder, Texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +59,9 @@ class Processor:
       visual_tokens: V, the number of visual tokens per image.
       generation: What the model's folder says about generation.
       vocab_size: The number of embeddings, beyond which a token is refused; 0 for any number.
+      split_special_tokens: Whether control tokens such as `</s>` in the text of users, samples and
+        answers are spelt out, and `<image>` in an answer, too; else they are control tokens, which
+        is what LLaVA does. The template's own control tokens are tokens either way.
     """
 
     tokenizer: Tokenizer
@@ -68,13 +70,14 @@ class Processor:
     visual_tokens: int = 0
     generation: GenerationDefaults = GenerationDefaults()
     vocab_size: int = 0
+    split_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
             raise UserError("the tokenizer must be a fast one: offsets are needed for the labels")
 
     @functools.cached_property
-    def _encode_chunk(self) -> Callable[[Texts], tuple[tuple[int, ...], tuple[int, ...]]]:
+    def _encode_chunk(self) -> Callable[[Texts], Encoded]:
         # Prompts, questions and answers recur: most chunks are looked up, not tokenised.
         return functools.lru_cache(1 << 16)(self._tokenize)
 
@@ -87,24 +90,31 @@ class Processor:
             ends.add(self.tokenizer.convert_tokens_to_ids(closing))
         return tuple(sorted(ends))
 
+    @property
+    def system_ids(self) -> tuple[int, ...]:
+        """The tokens before a user's first word: beginning, system prompt and first role marker."""
+        text = self.template.system + self.template.user if self.template.keep_question else ""
+        ids = self._encode_chunk(((text, TokenKind.SYSTEM),))[0] if text else ()
+        return (*self._bos, *ids)
+
     @functools.cached_property
     def without_end(self) -> "Processor":
         """The same, but answers go without the token that ends them."""
         return dataclasses.replace(self, template=dataclasses.replace(self.template, end=""))
 
-    def _tokenize(self, texts: Texts) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _tokenize(self, texts: Texts) -> Encoded:
         """Ids and kinds of consecutive texts, tokenised as one string."""
-        joined = "".join(text for text, _ in texts)
-        encoded = self.tokenizer.backend_tokenizer.encode(joined, add_special_tokens=False)
-        if self.vocab_size and (largest := max(encoded.ids, default=0)) >= self.vocab_size:
+        ids, kinds = self._text_encoder(texts)
+        if self.vocab_size and (largest := max(ids, default=0)) >= self.vocab_size:
             raise UserError(
                 f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
                 f"the model has {self.vocab_size} embeddings; resize the model for its tokenizer"
             )
-        borders = np.cumsum([len(text) for text, _ in texts])
-        last = [max(end - 1, start) for start, end in encoded.offsets]
-        pieces = np.searchsorted(borders, last, side="right")
-        return tuple(encoded.ids), tuple(int(texts[i][1]) for i in pieces)
+        return ids, kinds
+
+    @functools.cached_property
+    def _text_encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer, self.split_special_tokens, self.template.markers)
 
     @functools.cached_property
     def _bos(self) -> tuple[int, ...]:
@@ -168,6 +178,8 @@ class Processor:
         pieces = self.template.render(sample, self.tokenizer.eos_token or "")
         try:
             row = self._encode(pieces, sample)
+        except UserError as error:
+            raise UserError(f"sample {sample.id}: {error}") from None
         except (TypeError, UnicodeError) as error:  # lone surrogates, values that are not text
             raise UserError(f"sample {sample.id}: the text cannot be tokenised: {error}") from None
         if sample.images and self.image is None:
@@ -178,7 +190,7 @@ class Processor:
         built = _RowBuilder()
         built.add(self._bos, [int(TokenKind.SYSTEM)] * len(self._bos), branch=0)
         found = 0
-        for chunk in _chunks(pieces):
+        for chunk in _chunks(pieces, answers_show_images=not self.split_special_tokens):
             if chunk is None:
                 built.add_image(found, self.visual_tokens)
                 found += 1
@@ -187,8 +199,7 @@ class Processor:
                 built.add(*self._encode_chunk(texts), branch=branch)
         if found != len(sample.images):
             raise UserError(
-                f"sample {sample.id}: the text has {found} {IMAGE_MARK} but "
-                f"{len(sample.images)} images are given"
+                f"the text has {found} {IMAGE_MARK} but {len(sample.images)} images are given"
             )
         return built.row(sample.id)
 
@@ -254,7 +265,9 @@ def word_ids(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def _chunks(pieces: Sequence[Piece]) -> Iterator[tuple[int, Texts] | None]:
+def _chunks(
+    pieces: Sequence[Piece], *, answers_show_images: bool
+) -> Iterator[tuple[int, Texts] | None]:
     """Runs of text without an image as (branch, texts), with None for every image between them.
 
     A chunk also ends where the branch changes, so that a question is tokenised the same whether it
@@ -262,7 +275,8 @@ def _chunks(pieces: Sequence[Piece]) -> Iterator[tuple[int, Texts] | None]:
     """
     branch, texts = 0, []
     for piece in pieces:
-        for number, text in enumerate(piece.text.split(IMAGE_MARK)):
+        whole = piece.kind == TokenKind.ANSWER and not answers_show_images
+        for number, text in enumerate([piece.text] if whole else piece.text.split(IMAGE_MARK)):
             if texts and (number or branch != piece.branch):
                 yield branch, tuple(texts)
                 texts = []
@@ -270,7 +284,7 @@ def _chunks(pieces: Sequence[Piece]) -> Iterator[tuple[int, Texts] | None]:
                 yield None
             branch = piece.branch
             if text:
-                texts.append((text, piece.kind))
+                texts.append(Text(text, piece.kind, piece.control))
     if texts:
         yield branch, tuple(texts)
 

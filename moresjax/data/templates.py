@@ -18,11 +18,13 @@ class Piece:
       text: The text; `<image>` in it stands for an image.
       kind: What its tokens are for.
       branch: 0 for the trunk of the conversation, k for its k-th independent question.
+      control: Whether the template wrote it, so that its control tokens are meant as such.
     """
 
     text: str
     kind: TokenKind
     branch: int = 0
+    control: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +64,15 @@ class Template:
         if not self.keep_question:
             caption = dataclasses.replace(sample.turns[0], question=None)
             images = IMAGE_MARK * len(sample.images)
-            return [Piece(images, TokenKind.QUESTION), *self._turn(caption, end, 0)]
+            pieces = [Piece(images, TokenKind.QUESTION, control=True)]
+            return [*pieces, *self._turn(caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
-        pieces = [Piece(self.system + self.user, TokenKind.SYSTEM)]
+        pieces = [Piece(self.system + self.user, TokenKind.SYSTEM, control=True)]
         pieces.append(Piece(sample.context, TokenKind.QUESTION))
         marker = self.user if self.next_user is None else self.next_user
         for number, turn in enumerate(sample.turns):
             if number and not sample.independent:
-                pieces.append(Piece(marker, TokenKind.QUESTION))
+                pieces.append(Piece(marker, TokenKind.QUESTION, control=True))
             pieces += self._turn(turn, end, number + 1 if sample.independent else 0)
         return [piece for piece in pieces if piece.text]
 
@@ -77,10 +80,23 @@ class Template:
         if turn.question is None:
             answer = () if turn.answer is None else (f"{turn.answer}\n",)
             return [Piece(text, TokenKind.ANSWER, branch) for text in answer]
-        pieces = [Piece(turn.question + self.assistant, TokenKind.QUESTION, branch)]
+        pieces = [
+            Piece(turn.question, TokenKind.QUESTION, branch),
+            Piece(self.assistant, TokenKind.QUESTION, branch, control=True),
+        ]
         if turn.answer is not None:
-            pieces.append(Piece(f"{self.gap}{turn.answer}{end}", TokenKind.ANSWER, branch))
+            pieces += [
+                Piece(self.gap, TokenKind.ANSWER, branch, control=True),
+                Piece(turn.answer, TokenKind.ANSWER, branch),
+                Piece(end, TokenKind.ANSWER, branch, control=True),
+            ]
         return pieces
+
+    @property
+    def markers(self) -> str:
+        """All that the template writes itself, but for the tokenizer's end token."""
+        texts = (self.system, self.user, self.assistant, self.gap, self.end, self.next_user)
+        return "\n".join(text for text in texts if text)
 
 
 _SYSTEM = (

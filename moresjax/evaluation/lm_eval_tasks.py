@@ -1,4 +1,4 @@
-"""Text benchmarks: the tasks of `lm_eval`, unchanged and under their names there.
+"""Text benchmarks: the tasks of `lm_eval`, under their names there.
 
 HellaSwag, MMLU, GSM8K, ARC and hundreds more, a few about images among them. A dataset is read from
 `<data_root>/<its name on the hub>`, such as `cais/mmlu` (`hf download --repo-type dataset cais/mmlu
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets.config
+import evaluate.config as hf_evaluate_config
 import huggingface_hub.constants
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
@@ -22,6 +23,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from moresjax.core.errors import UserError
+from moresjax.core.network import closed_network
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import short_hash
 from moresjax.evaluation.statistics import interval
@@ -31,6 +33,8 @@ from moresjax.evaluation.tasks import unknown_task
 _NUM_FEWSHOT = {"cais/mmlu": 5}
 # The score of a task is the first of these that it has; they are shares of what is right.
 _METRICS = ("acc_norm", "acc", "exact_match")
+# How an environment variable says no.
+_FALSE = ("0", "FALSE", "NO", "OFF")
 _SEED = 1234  # draws the few-shot examples; the library's own
 
 
@@ -39,27 +43,40 @@ def _manager() -> TaskManager:
     return TaskManager()
 
 
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Keeps `datasets` and the hub's client off the network, unless the environment allows it.
+def may_download(download: bool = False) -> bool:
+    """Whether data may be fetched: somebody says so, here or by both variables of the hub."""
+    variables = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    return download or all(os.environ.get(name, "").upper() in _FALSE for name in variables)
 
-    Both read the environment once, when they are imported, so their own variables are set here.
+
+@contextlib.contextmanager
+def _libraries(offline: bool) -> Iterator[None]:
+    """Keeps the hub's libraries off the network, or lets them go there.
+
+    They read the environment once, when they are imported: what they have read is set here,
+    whatever the environment says by now.
     """
-    places = (datasets.config, "HF_DATASETS_OFFLINE"), (huggingface_hub.constants, "HF_HUB_OFFLINE")
+    places = (
+        (datasets.config, "HF_HUB_OFFLINE"),
+        (hf_evaluate_config, "HF_EVALUATE_OFFLINE"),
+        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+    )
     with contextlib.ExitStack() as stack:
-        for module, variable in places:
-            if os.environ.get(variable) is None:
-                stack.callback(setattr, module, "HF_HUB_OFFLINE", module.HF_HUB_OFFLINE)
-                vars(module)["HF_HUB_OFFLINE"] = True
+        for module, name in places:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, offline)
         yield
 
 
-def load_lm_eval_tasks(name: str, data_root: str | Path | None = None) -> list[Task | Group]:
+def load_lm_eval_tasks(
+    name: str, data_root: str | Path | None = None, *, download: bool = False
+) -> list[Task | Group]:
     """The task, the group, or the tasks of a tag, with their data.
 
     Args:
       name: The name in `lm_eval`.
       data_root: The folder that holds datasets under their names on the hub.
+      download: Whether what is not at hand is fetched.
 
     Raises:
       UserError: `lm_eval` does not know the name, or the dataset is not at hand.
@@ -67,14 +84,18 @@ def load_lm_eval_tasks(name: str, data_root: str | Path | None = None) -> list[T
     if name not in _manager().all_tasks:
         raise unknown_task(name)
     try:
-        # The library asks for datasets by their names: folders of that name come first.
-        with contextlib.chdir(data_root or "."), _offline():
+        with contextlib.ExitStack() as stack:
+            # The library asks for datasets by their names: folders of that name come first.
+            stack.enter_context(contextlib.chdir(data_root or "."))
+            stack.enter_context(_libraries(offline=not may_download(download)))
+            if not may_download(download):  # some tasks fetch by other means
+                stack.enter_context(closed_network())
             loaded = _manager().load([name])
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"the data of {name} are neither in the data root, under their name on the hub, nor in "
-            f"the cache of `datasets`: {reason}"
+            f"the cache of `datasets` (--download fetches them): {reason}"
         ) from None
     groups = loaded.get("groups", {})
     return [groups[name]] if name in groups else list(loaded["tasks"].values())
@@ -88,6 +109,7 @@ def run_lm_eval_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
     cache: Path | None = None,
+    download: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], list[dict]]:
     """Runs a task, a group of tasks or a tag of `lm_eval`.
 
@@ -98,6 +120,7 @@ def run_lm_eval_tasks(
       limit: The most documents per task.
       num_fewshot: The examples before each question; by default those of the task, five for `mmlu`.
       cache: The file, without its ending, that keeps replies to texts while they are made.
+      download: Whether metrics that are not at hand are fetched.
 
     Returns:
       `scores` and `predictions` of an `EvaluationResult`. The entry `shots` of a score is the
@@ -120,7 +143,7 @@ def run_lm_eval_tasks(
         "bootstrap_iters": 1000,
         "fewshot_random_seed": _SEED,
     }
-    with _offline():
+    with _libraries(offline=not may_download(download)):
         found: dict[str, Any] = dict(simple_evaluate(**options) or {})
     samples = found["samples"]
     # A tag has no score of its own, nor have some groups.

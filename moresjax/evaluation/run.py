@@ -30,10 +30,6 @@ from moresjax.evaluation.tasks import (
 from moresjax.generation.scheduler import Completion
 from moresjax.inference.model import Model
 
-# Questions are prepared in chunks of so many batches. Answers are logged one by one, but at the end
-# of every chunk the batch runs empty; ranked choices are logged chunk by chunk.
-_BATCHES_PER_CHUNK, _RANKED_BATCHES_PER_CHUNK = 64, 4
-
 
 def evaluate(
     model: Model,
@@ -48,6 +44,7 @@ def evaluate(
     out: str | Path | None = None,
     judge: Judge | None = None,
     num_fewshot: int | None = None,
+    download: bool = False,
 ) -> EvaluationResult:
     """Scores a model on benchmarks.
 
@@ -73,6 +70,7 @@ def evaluate(
         scores after every task: a killed evaluation continues.
       judge: Grades answers where a benchmark wants it.
       num_fewshot: The examples before a question of an `lm_eval` task; by default as published.
+      download: Whether data of `lm_eval` tasks that are not at hand are fetched from the hub.
 
     Raises:
       UserError: A task is unknown, a file is missing (of a benchmark in a preset: all are), the
@@ -85,7 +83,11 @@ def evaluate(
         raise UserError("attention statistics cannot be continued; evaluate without out")
     given = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     names = expand_presets(given)
-    texts = {n: load_lm_eval_tasks(n, data_root) for n in names if n not in benchmark_names()}
+    texts = {
+        name: load_lm_eval_tasks(name, data_root, download=download)
+        for name in names
+        if name not in benchmark_names()
+    }
     if texts and (attention or split):
         name = next(iter(texts))
         raise UserError(f"{name} is a task of lm_eval: it has its own splits, and no images")
@@ -96,7 +98,8 @@ def evaluate(
         raise UserError(next(iter(not_run.values())))
     start = time.monotonic()
     facts = processor_facts(model.processor)
-    log = PredictionLog(out, {"model": model.fingerprint, "processor": facts["hash"]})
+    provenance = {"model": model.fingerprint, "processor": facts["hash"]}
+    log = PredictionLog(out, provenance | {"weights": model.exact_fingerprint})
     judge = judge if judge is None or out is None else CachedJudge(judge, out)
     result = EvaluationResult(model=log.provenance["model"], processor=facts, not_run=not_run)
 
@@ -110,7 +113,7 @@ def evaluate(
         asker = _Asker(model, log, bar, batch_size, attention)
         for task in loaded:
             found, errors = asker.answer(task)
-            provenance = dict.fromkeys(found, log.provenance)
+            provenance = log.made(task, found)
             result = finish(
                 score_task(task, found, errors=errors, provenance=provenance, judge=judge)
             )
@@ -119,7 +122,13 @@ def evaluate(
     for name, chosen in texts.items():
         try:
             scores, rows = run_lm_eval_tasks(
-                lm, name, chosen, limit=limit, num_fewshot=num_fewshot, cache=cache
+                lm,
+                name,
+                chosen,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                cache=cache,
+                download=download,
             )
         except Exception as error:  # of the library: what was scored before stays
             logging.getLogger(__name__).warning(f"{name} failed", exc_info=True)
@@ -166,7 +175,8 @@ class _Asker:
         known, errors = self._log.known(task), {}
         self._bar.update(len(known))
         pending = _in_order(example for example in task.examples if example.id not in known)
-        batches = _RANKED_BATCHES_PER_CHUNK if task.ranks_choices else _BATCHES_PER_CHUNK
+        knobs, scores = self._model.service.config, task.ranks_choices
+        batches = knobs.scored_batches_per_chunk if scores else knobs.batches_per_chunk
         size = self._batch_size * batches
         for start in range(0, len(pending), size):
             chunk = pending[start : start + size]

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.data.images import saved_processor
-from moresjax.inference.load import has_tokenizer, load
+from moresjax.core.folders import check_new, new_folder
+from moresjax.data.images import saved_image_size, saved_processor
+from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
+from moresjax.inference.load import attach_saved, has_tokenizer, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.build import build_model
@@ -20,16 +22,14 @@ from moresjax.runs.processor import build_processor, load_tokenizer
 from moresjax.runs.run_config import PARTS, RANDOM, InitConfig, PartsConfig, RunConfig
 from moresjax.runs.state import TrainState
 from moresjax.weights.adapter import save_adapter
-from moresjax.weights.export import export_hf
-from moresjax.weights.files import check_new
+from moresjax.weights.export import export_hf, export_tinyllava
+from moresjax.weights.families.llava_original import is_original
 from moresjax.weights.generation_config import read_generation_config, save_generation_config
 from moresjax.weights.hf import HFFolders
 from moresjax.weights.peft import export_peft
 from moresjax.weights.pyreft import export_pyreft
 from moresjax.weights.vision_folder import load_vision_config
 
-ADAPTER_FORMATS = ("adapter", "peft", "pyreft")
-FORMATS = ("hf", "merged", *ADAPTER_FORMATS)
 # Where an import puts tokenizer and image processor.
 PROCESSOR = "processor"
 
@@ -41,6 +41,7 @@ def import_model(
     vision: str = "",
     fusion: str = "interleave",
     connector: str = "mlp2x_gelu",
+    drop_first_token: bool = False,
     image_processor: str | Path | None = None,
     template: str = "vicuna_v1",
     quantize: str = "",
@@ -50,7 +51,7 @@ def import_model(
 
     >>> import tempfile
     >>> from moresjax.testing import talking_model
-    >>> from moresjax.weights.export import export_hf
+    >>> from moresjax.weights.export import export_hf, export_tinyllava
     >>> folder = export_hf(talking_model().mllm, tempfile.mkdtemp())
     >>> import_model(folder, tempfile.mkdtemp()).config.visual_tokens
     9
@@ -59,9 +60,11 @@ def import_model(
       source: The folder of a LLaVA (also TinyLLaVA Factory's) or an LLM.
       out: A new or empty folder.
       vision: The folder of an encoder to put before an LLM, or two as `DIR;DIR`; the connector is
-        then a fresh one.
+        then a fresh one. For a LLaVA as its authors publish it, that of its vision tower.
       fusion: How the features of two encoders are put together.
       connector: The kind of the fresh connector.
+      drop_first_token: Whether the connector reads all tokens of an encoder without class token but
+        the first, as LLaVA Steering 3B does (728 of SigLIP's 729).
       image_processor: A folder with the image processor; default: that of `vision` or of `source`.
       template: The name of the conversation template.
       quantize: `int8` stores the LLM's blocks in eight bits.
@@ -77,7 +80,14 @@ def import_model(
     check_new(out, "import")
     encoders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
     folders = HFFolders(allow_pickle=allow_pickle)
-    architecture = _architecture(folders, source, encoders, fusion, connector)
+    if len(encoders) == 1 and is_original(folders[source].raw):
+        folders = HFFolders(allow_pickle=allow_pickle)
+        folders.towers[source] = Path(encoders.pop())
+    images = Path(image_processor or (encoders[0] if encoders else folders[source].image_folder))
+    size = saved_image_size(images) if encoders else None
+    architecture = _architecture(
+        folders, source, encoders, fusion, connector, drop_first_token, size
+    )
     parts = PartsConfig(llm=dataclasses.asdict(architecture.llm))
     if architecture.vision is not None:
         fields = dataclasses.asdict(architecture.vision)
@@ -96,30 +106,49 @@ def import_model(
     )
     model = build_model(config, folders=folders)
     assert isinstance(model, MLLM)
+    attach_saved(model, source, allow_pickle=allow_pickle)
+    if any(method.constant for _, method in model.tuning.methods):
+        raise UserError(f"{source} has a given vector beside its weights, which no run holds")
+    config = dataclasses.replace(config, tuning=model.tuning.spec)
 
-    out.mkdir(parents=True, exist_ok=True)
-    images = Path(image_processor or (encoders[0] if encoders else source))
-    saved = _save_processor(source, images, out / PROCESSOR, has_images=bool(parts.vision))
-    config = dataclasses.replace(config, init=InitConfig(), **saved)  # all is in the checkpoint now
-    save_config(config, out / "config.json")
-    if config.tokenizer:
-        build_processor(config, root=out)  # whatever is wrong with it shows now
-    checkpoints = Checkpoints(out / "checkpoints")
-    checkpoints.save(TrainState(jnp.zeros((), jnp.int32), nnx.state(model, nnx.Param), ()), {})
-    checkpoints.close()
+    with new_folder(out, "import") as new:
+        saved = _save_processor(source, images, new / PROCESSOR, has_images=bool(parts.vision))
+        # All is in the checkpoint now.
+        config = dataclasses.replace(config, init=InitConfig(), **saved)
+        save_config(config, new / "config.json")
+        if config.tokenizer:
+            build_processor(config, root=new)  # whatever is wrong with it shows now
+        checkpoints = Checkpoints(new / "checkpoints")
+        checkpoints.save(TrainState(jnp.zeros((), jnp.int32), nnx.state(model, nnx.Param), ()), {})
+        checkpoints.close()
     return model
 
 
 def _architecture(
-    folders: HFFolders, source: Path, encoders: Sequence[str], fusion: str, connector: str
+    folders: HFFolders,
+    source: Path,
+    encoders: Sequence[str],
+    fusion: str,
+    connector: str,
+    drop_first_token: bool,
+    size: int | None,
 ) -> MLLMConfig:
-    """The model of a folder, or of an LLM's folder with encoders put before it."""
+    """The model of a folder, or of an LLM's folder with encoders put before it.
+
+    Encoders that take images of any size take those of `size`, which the image processor makes.
+    """
     config = folders[source].config
+    if drop_first_token and len(encoders) != 1:
+        raise UserError("--drop-first-token is for an LLM with --vision DIR, one encoder")
     if not encoders:
         return config
     if config.vision is not None:
         raise UserError(f"{source} has a vision encoder already; --vision is for an LLM")
-    configs = [load_vision_config(folders[encoder]) for encoder in encoders]
+    configs = [load_vision_config(folders[encoder], at_size=size) for encoder in encoders]
+    if drop_first_token:
+        if configs[0].class_token:
+            raise UserError(f"{encoders[0]} has a class token, which is dropped already")
+        configs = [dataclasses.replace(configs[0], drop_first_token=True)]
     vision: AnyVisionConfig = configs[0]
     if len(configs) > 1:
         # A pair looks at one image: the second encoder takes the first one's size.
@@ -159,7 +188,7 @@ def export_model(
 
     >>> import tempfile
     >>> from moresjax.testing import talking_model
-    >>> from moresjax.weights.export import export_hf
+    >>> from moresjax.weights.export import export_hf, export_tinyllava
     >>> base = export_hf(talking_model().mllm, tempfile.mkdtemp())
     >>> sorted(path.name for path in export_model(base, tempfile.mkdtemp(), "hf").iterdir())
     ['config.json', 'model.safetensors']
@@ -167,42 +196,43 @@ def export_model(
     Args:
       model: A run's directory or a Hugging Face folder.
       out: A new or empty folder.
-      format: `hf`, a folder of `transformers` with the base weights; `merged`, the same with the
-        tuning folded into them; `adapter`, our own folder of what trained; `peft` and `pyreft`,
-        folders of these libraries.
+      format: `hf`, a folder of `transformers` with the weights, and with edits beside them (see
+        `moresjax.weights.edits`); `merged`, the same with weight deltas folded in; `tinyllava`, a
+        whole model of TinyLLaVA Factory, also with deltas folded in; `adapter`, our own folder of
+        what trained; `peft` and `pyreft`, folders of these libraries.
       adapter: A folder of one of these three formats to attach first.
       edits: What an `adapter` of pyreft does not say; see `Model.load_adapter`.
-      allow_pickle: Whether the pickles of an `adapter` of pyreft may be read.
+      allow_pickle: Whether pickles may be read, of the model and of an `adapter` of pyreft.
 
     Raises:
-      UserError: when the format cannot hold the model.
+      UserError: when the format cannot hold the model; nothing is written then.
     """
     if format not in FORMATS:
         raise choice_error("export format", format, FORMATS)
-    out = Path(out)
-    check_new(out, "export")
+    check_new(Path(out), "export")
     # Whole weights go out; what was trained beside them goes out over any.
-    loaded = load(model, quantize=None if format in ADAPTER_FORMATS else "")
+    quantize = None if format in ADAPTER_FORMATS else ""
+    loaded = load(model, quantize=quantize, allow_pickle=allow_pickle)
     if adapter is not None:
         loaded.load_adapter(adapter, edits=edits, allow_pickle=allow_pickle)
-    if format in ADAPTER_FORMATS:
-        return _export_adapter(Path(model), loaded.mllm, out, format)
-    if format == "merged":
-        loaded = loaded.merge()
-    if loaded.mllm.tuning.methods:
-        hint = (
-            "activations cannot be folded into weights"
-            if format == "merged"
-            else "use merged to fold its weight deltas into the weights"
-        )
-        raise UserError(f"format {format} cannot hold the tuning {loaded.tuning}; {hint}")
-    return export_hf(loaded.mllm, out, loaded.processor)
+    config = Path(model) / "config.json"
+    also = read_config(config).also_train if is_workdir(Path(model)) else ()
+    trained = Trained.of(loaded.mllm, also)
+    with checked(format, trained), new_folder(out, "export") as new:
+        if format in ADAPTER_FORMATS:
+            _export_adapter(trained, new, format)
+        else:
+            mllm = loaded.mllm if format == "hf" else loaded.merge().mllm
+            write = export_tinyllava if format == "tinyllava" else export_hf
+            write(mllm, new, loaded.processor)
+    return Path(out)
 
 
-def _export_adapter(source: Path, mllm: MLLM, out: Path, format: str) -> Path:
+def _export_adapter(trained: Trained, out: Path, format: str) -> None:
+    connector = "connector" in trained.also_train
     if format == "pyreft":
-        return export_pyreft(mllm, out)
-    also = read_config(source / "config.json").also_train if is_workdir(source) else ()
-    if format == "adapter":
-        return save_adapter(mllm, out, also_train=also)
-    return export_peft(mllm, out, also_train=also)
+        export_pyreft(trained.mllm, out, connector=connector)
+    elif format == "adapter":
+        save_adapter(trained.mllm, out, also_train=trained.also_train)
+    else:
+        export_peft(trained.mllm, out, also_train=trained.also_train)

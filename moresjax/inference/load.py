@@ -10,13 +10,17 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.templates import get_template
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.model import Model
-from moresjax.models.mllm import MLLMConfig
+from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import load_tokenizer
 from moresjax.runs.workdir import load_workdir
+from moresjax.weights import steering
+from moresjax.weights.edits import has_edits, read_edits
 from moresjax.weights.generation_config import read_generation_config
 from moresjax.weights.hf import HFFolder, load_pretrained
+from moresjax.weights.pyreft import import_pyreft
 
 
 def load(
@@ -28,6 +32,10 @@ def load(
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
     image_aspect: str | None = None,
+    split_special_tokens: bool | None = None,
+    dtype: str | None = None,
+    engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+    vision_tower: str | Path | None = None,
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
 
@@ -43,14 +51,24 @@ def load(
       template: The conversation template; default: a run's own, and `vicuna_v1` for a Hugging Face
         folder.
       tuning: The spec of a tuning to attach, freshly initialised; `none` gives the model without
-        tuning. Default: a run's own with its trained parameters, nothing for a Hugging Face folder.
+        tuning. Default: a run's own with its trained parameters, for a Hugging Face folder the
+        edits that lie beside its weights.
       quantize: `int8` holds the LLM's blocks in eight bits; default: as the folder says.
       allow_pickle: Whether `*.bin` files may be read where a Hugging Face folder, or a folder that
         a run started from, has no safetensors.
-      mesh: The devices to put the model on, see `Model.shard`; weights of a Hugging Face folder are
-        split as they are read.
+      mesh: The devices to put the model on, see `Model.shard`; weights of Hugging Face folders are
+        split as they are read, also those that a run started from.
       image_aspect: `square`, or `pad` as LLaVA-1.5 was trained and evaluated; default: as the
         folder says, which in `transformers`' LLaVA folders is a cut from the middle.
+      split_special_tokens: Whether control tokens such as `</s>` in the text of users are read as
+        the text that they are; `False` makes them control tokens, as LLaVA does. Default: a run's
+        own, and `True` for a Hugging Face folder.
+      dtype: The dtype of the activations: `float32`, `bfloat16`, `float16`, or `stored` for that of
+        a Hugging Face folder's weights, which keep theirs. Default: a run's own; for a Hugging Face
+        folder `stored` on TPUs and GPUs and `float32` on CPUs.
+      engine_config: The knobs of generation and scores.
+      vision_tower: The folder of the vision encoder of a LLaVA as its authors publish it; default:
+        what its `config.json` names, also inside the folder or beside it.
 
     Raises:
       UserError: The folder is neither, or is damaged, or does not fit an argument.
@@ -59,9 +77,10 @@ def load(
     if not path.is_dir():
         raise UserError(f"{path} does not exist")
     if is_workdir(path):
-        mllm, processor = load_workdir(
-            path, tuning=tuning, quantize=quantize, allow_pickle=allow_pickle
-        )
+        if vision_tower is not None:
+            raise UserError(f"{path} is a run, which has its vision encoder; it takes no other")
+        options = {"quantize": quantize, "allow_pickle": allow_pickle, "dtype": dtype}
+        mllm, processor = load_workdir(path, tuning=tuning, mesh=mesh, **options)
         if template is not None:
             if processor is None:
                 raise UserError(f"{path} has no tokenizer; template cannot be used")
@@ -69,8 +88,12 @@ def load(
                 processor, template=get_template(template, processor.tokenizer)
             )
     else:
-        folder = HFFolder(path, allow_pickle=allow_pickle)
-        mllm = load_pretrained(folder, tuning or "none", quantize=quantize or "", mesh=mesh)
+        folder = HFFolder(path, allow_pickle=allow_pickle, vision_tower=vision_tower)
+        mllm = load_pretrained(
+            folder, tuning or "none", quantize=quantize or "", dtype=dtype or "auto", mesh=mesh
+        )
+        if tuning is None:
+            attach_saved(mllm, path, allow_pickle=allow_pickle)
         processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
         image_token_id = folder.hf.get("image_token_index") if folder.is_llava else None
     if image_aspect is not None:
@@ -78,10 +101,29 @@ def load(
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
         image = dataclasses.replace(processor.image, aspect=image_aspect)
         processor = dataclasses.replace(processor, image=image)
-    model = Model(mllm, processor, image_token_id=image_token_id)
+    if split_special_tokens is not None and processor is not None:
+        processor = dataclasses.replace(processor, split_special_tokens=split_special_tokens)
+    model = Model(mllm, processor, image_token_id=image_token_id, engine_config=engine_config)
     if mesh is not None:
         model.shard(mesh)
     return model
+
+
+def attach_saved(mllm: MLLM, path: Path, *, allow_pickle: bool = False) -> None:
+    """Attaches what lies beside a folder's weights: edits of ours, or those of LLaVA Steering.
+
+    Args:
+      mllm: The model of the folder.
+      path: The folder.
+      allow_pickle: Whether the edits of LLaVA Steering may be read, which are pickled.
+
+    Raises:
+      UserError: when they cannot be read or do not belong to the model.
+    """
+    if has_edits(path):
+        read_edits(mllm, path)
+    elif (path / steering.PLACE).is_dir():
+        import_pyreft(path / steering.PLACE, mllm, allow_pickle=allow_pickle)
 
 
 def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Processor | None:
@@ -93,10 +135,18 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
     tokenizer = load_tokenizer(str(path))
     if folder.is_llava and IMAGE_MARK not in tokenizer.get_vocab():
         raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
+    image = None
+    if vision is not None:
+        mean, std = vision.pixel_mean, vision.pixel_std
+        # TinyLLaVA Factory notes how images are made square; other formats do not.
+        aspect = folder.raw.get("image_aspect_ratio", "square")
+        image = ImageProcessor.from_pretrained(
+            folder.image_folder, vision.image_size, aspect, mean=mean, std=std
+        )
     return Processor(
         tokenizer,
         get_template(template, tokenizer),
-        ImageProcessor.from_pretrained(path, vision.image_size) if vision else None,
+        image,
         config.visual_tokens,
         read_generation_config(path),
         config.llm.vocab_size,

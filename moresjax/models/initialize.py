@@ -62,14 +62,20 @@ def abstract_params(model: nnx.Module, part: str = "") -> list[str]:
     return [name for name in names if not part or name.startswith(f"{part}.")]
 
 
-def initialize(model: Module, seed: int = 0) -> Module:
+def initialize(model: Module, seed: int = 0, part: str = "") -> Module:
     """Gives every parameter without a value its initial value; returns the model.
 
     Base parameters depend on the seed and their own name only, so a part starts the same whatever
     it is combined with.
+
+    Args:
+      model: The model; it is changed.
+      seed: Seeds the values.
+      part: Only parameters below this name get one; default: all.
     """
     flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    missing = {p: x for p, x in flat if is_abstract(x) and p[0] != "tuning"}
+    wanted = set(abstract_params(model, part))
+    missing = {p: x for p, x in flat if path_name(p) in wanted and p[0] != "tuning"}
     set_params(
         model,
         {
@@ -80,7 +86,7 @@ def initialize(model: Module, seed: int = 0) -> Module:
         "start",
     )
     tuning = getattr(model, "tuning", None)
-    if isinstance(tuning, Tuning) and abstract_params(model, "tuning"):
+    if isinstance(tuning, Tuning) and any(name.startswith("tuning.") for name in wanted):
         tuning.initialize(seed)
     return model
 

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenLayout
+from moresjax.core.ranges import check_ranges
 from moresjax.data.pipeline import structure_for
 from moresjax.data.sources import source_class
 from moresjax.hardware.chips import TpuSlice, find_slice
@@ -78,6 +79,7 @@ def plan(config: AnyConfig, topology: str, quick: bool = False) -> Plan:
       UserError: for a configuration that cannot run, or without libtpu.
     """
     config = resolve(config)
+    check_ranges(config, "config key ")
     target, mesh = find_mesh(config, topology)
     check_numbers(config, batch_shards(mesh))
     state, frozen, batch, step = abstract_step(config, mesh)
@@ -117,8 +119,8 @@ def abstract_model(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.Sta
     Raises:
       UserError: for a configuration without a language model.
     """
-    if config.objective != "next_token":
-        raise UserError(f"plans are for objective next_token, got {config.objective!r}")
+    if not config.is_language_model:
+        raise UserError(f"plans are for language models, not for objective {config.objective}")
     architecture = model_config(config)
     model = MLLM(architecture, config.tuning)
     graphdef, trainable, frozen = split_model(model, config.also_train)

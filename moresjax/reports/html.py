@@ -1,10 +1,18 @@
-"""The demo's report: one self-contained page."""
+"""Self-contained HTML pages.
+
+Axis legend: Y, X pixels.
+"""
 
 import base64
+import io
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 
 FIGURES = (
     "accuracy",
@@ -19,15 +27,25 @@ FIGURES = (
 def write_demo_report(results: dict, out: str | Path) -> Path:
     """Renders `report.html` from the demo's results and the PNG files in `out`."""
     out = Path(out)
-    images = {name: _data_uri(out / f"{name}.png") for name in FIGURES}
-    source = resources.files("moresjax.reports").joinpath("demo_report.html.j2").read_text()
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        source
-    )
-    path = out / "report.html"
-    path.write_text(template.render(results=results, images=images), encoding="utf-8")
+    images = {name: _png_uri((out / f"{name}.png").read_bytes()) for name in FIGURES}
+    return render("demo_report.html.j2", out / "report.html", results=results, images=images)
+
+
+def render(template: str, path: str | Path, **values: Any) -> Path:
+    """Writes a page from one of the package's templates; values are escaped."""
+    source = resources.files("moresjax.reports").joinpath(template).read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    path = Path(path)
+    path.write_text(environment.from_string(source).render(**values), encoding="utf-8")
     return path
 
 
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def image_uri(image: UInt8[np.ndarray, "Y X 3"]) -> str:
+    """An image as a `data:` address that a page may hold."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return _png_uri(buffer.getvalue())
+
+
+def _png_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

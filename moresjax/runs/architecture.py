@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.models.contrastive import ContrastiveModel
 from moresjax.models.decoder import DecoderConfig, quantized
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
-from moresjax.models.mllm import MLLMConfig
-from moresjax.models.vision import VisionConfig
+from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.models.vision import PatchClassifier, VisionConfig
 from moresjax.models.zoo import ENCODERS, LLMS
 from moresjax.runs.run_config import PartChoice, RunConfig
+
+# What a run may train.
+AnyModel = MLLM | PatchClassifier | ContrastiveModel
 
 
 def model_config(config: RunConfig) -> MLLMConfig:
@@ -31,6 +35,23 @@ def model_config(config: RunConfig) -> MLLMConfig:
             raise UserError(f"also_train vision:last{count} needs one vision encoder")
         vision = dataclasses.replace(vision, num_trainable_blocks=count)
     return MLLMConfig(llm=llm, vision=vision, connector=config.model.connector)
+
+
+def new_model(config: RunConfig) -> AnyModel:
+    """The model of a configuration; it holds shapes only, until its parameters are set.
+
+    Raises:
+      UserError: for an unknown name or field, or an objective without its model.
+    """
+    if config.is_language_model:
+        return MLLM(model_config(config), config.tuning)
+    vision = vision_config(config.model.vision)
+    if not isinstance(vision, VisionConfig):
+        found = "has none" if vision is None else "is a pair"
+        raise UserError(f"objective {config.objective} needs one vision encoder, this {found}")
+    if config.objective == "siglip":
+        return ContrastiveModel(vision, _llm_config(config.model.llm))
+    return PatchClassifier(vision, config.model.classes)
 
 
 def num_trainable_blocks(also_train: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ the background. Parameters are stored under their names. Every checkpoint carrie
 array; one that does not come back with the same bytes counts as damaged.
 """
 
+import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
@@ -41,9 +42,18 @@ def renamed(state: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
 
 
 class Checkpoints:
-    """The checkpoints of one run, `<directory>/<step>/`."""
+    """The checkpoints of one run, `<directory>/<step>/`.
+
+    Args:
+      directory: The folder of the checkpoints.
+      keep: How many of them are kept.
+
+    Attributes:
+      identity: What is saved with every checkpoint, for `saved_identity` (JSON).
+    """
 
     def __init__(self, directory: str | Path, *, keep: int = 2) -> None:
+        self.identity: Mapping[str, Any] = {}
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         # Weights hardly compress, and Orbax would hold what it compresses beside the arrays.
@@ -72,7 +82,8 @@ class Checkpoints:
         checksums = {name: x for tree in trees.values() for name, x in _checksums(tree).items()}
         # Orbax refuses empty trees: an imported model has no optimizer.
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if tree}
-        meta = ocp.args.JsonSave({"data": data, "checksums": checksums})
+        saved = {"data": data, "checksums": checksums, "identity": dict(self.identity)}
+        meta = ocp.args.JsonSave(saved)
         self._manager.save(int(state.step), args=ocp.args.Composite(meta=meta, **items))
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
@@ -169,6 +180,21 @@ class Checkpoints:
         """Waits for a running save."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def saved_identity(directory: str | Path) -> tuple[int, dict[str, Any]]:
+    """Step of the newest checkpoint, and the identity of the run that is saved with it.
+
+    Returns:
+      0 where there is no checkpoint; an empty identity where none was saved or it is damaged.
+    """
+    steps = [int(path.name) for path in Path(directory).glob("[0-9]*") if path.name.isdigit()]
+    newest = max(steps, default=0)
+    try:
+        meta = json.loads((Path(directory) / str(newest) / "meta" / "metadata").read_text())
+        return newest, dict(meta.get("identity", {}))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return newest, {}
 
 
 def _numbered(tree: Any) -> Arrays:

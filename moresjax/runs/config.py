@@ -11,6 +11,7 @@ named with arguments after a colon, and single values are overridden on the comm
 import ast
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import ml_collections
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import use_plugins
-from moresjax.runs.run_config import RENAMED_KEYS, RunConfig, check_spelling, resolve
+from moresjax.core.ranges import check_ranges
+from moresjax.runs.run_config import BUDGET, RENAMED_KEYS, RunConfig, check_spelling, resolve
+from moresjax.tuning.spec import keys_of
 
 # Dicts whose keys are checked where they are used: options of a source, fields of a part.
 OPEN = ("data", "validation.data", "model.llm", "model.vision")
@@ -51,10 +54,12 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
       name: `FILE[:args]`, or `NAME[:args]` of a packaged config.
-      overrides: Texts `key=value`.
+      overrides: Texts `key=value`. One of `steps`, `samples` and `epochs` takes the place of the
+        one that the file gives.
 
     Raises:
-      UserError: for a missing file, an unknown key, or a value of another type.
+      UserError: for a missing file, an unknown key, a value of another type, or a number outside of
+        its range.
     """
     place, _, argument = name.partition(":")
     path = find_config(place)
@@ -70,14 +75,27 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"get_config of {path} returned {config!r}, which is no configuration")
     if not isinstance(config, ml_collections.ConfigDict):
         config = ml_collections.ConfigDict(resolve(config).to_dict(), type_safe=False)
+    _clear_budget(config, overrides)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"override {override!r} is not of the form key=value")
         set_value(config, key, value)
     resolved = resolve(config)
+    check_ranges(resolved, "config key ")
     use_plugins(resolved.plugins)
     return resolved
+
+
+def _clear_budget(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
+    """Takes back how long a config file's run is, where an override says it."""
+    named = [key for key in BUDGET if any(o.startswith(f"{key}=") for o in overrides)]
+    if len(named) > 1:
+        raise UserError(
+            f"give one of {', '.join(BUDGET)}: how long the run is; got {' and '.join(named)}"
+        )
+    for key in BUDGET if named else ():
+        config[key] = getattr(RunConfig(), key)
 
 
 def find_config(place: str) -> Path:
@@ -112,26 +130,45 @@ def parse_arg(arg: str | None, **defaults: Any) -> ml_collections.ConfigDict:
     """Arguments of a config file, `a=1,b=text`, over their defaults; types follow the defaults.
 
     A tuning spec may itself contain `,` and `=`: a piece that names no argument belongs to the
-    value before it.
+    value before it. In brackets everything does: `tuning=[vera:rank=4,seed=7]`.
 
     Example:
       >>> parse_arg("tuning=mores:rank=1,positions=image,seed=3", tuning="none", seed=0).seed
       3
 
     Raises:
-      UserError: for an unknown argument.
+      UserError: for an unknown argument, one that is given twice, or a piece that may be an
+        argument as well as a key of the tuning method before it.
     """
     values = dict(defaults)
-    last = None
-    for piece in filter(None, (arg or "").split(",")):
+    last, given = None, set()
+    for piece in _pieces(arg or ""):
         key, equals, value = piece.partition("=")
         if equals and key in defaults:
-            values[key], last = _convert(key, value, defaults[key]), key
+            if last is not None and key in keys_of(str(values[last])):
+                raise UserError(
+                    f"{piece} after {last}={values[last]} may be the run's {key} or the method's; "
+                    f"write {last}=[{values[last]}], with {piece} inside or outside of the brackets"
+                )
+            if key in given:
+                raise UserError(f"config argument {key} is given twice")
+            given.add(key)
+            last = key
+            if isinstance(defaults[key], str) and value.startswith("["):
+                if value.find("]") != len(value) - 1:
+                    raise UserError(f"config argument {piece} must end with the bracket's end")
+                value, last = value[1:-1], None
+            values[key] = _convert(key, value, defaults[key])
         elif last is not None and isinstance(defaults[last], str):
             values[last] += "," + piece
         else:
             raise choice_error("config argument", piece, defaults)
     return ml_collections.ConfigDict(values)
+
+
+def _pieces(arg: str) -> list[str]:
+    """What stands between commas, except for commas in brackets."""
+    return [piece for piece in re.findall(r"(?:[^,\[]|\[[^]]*\]?)+", arg) if piece]
 
 
 def set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
@@ -198,12 +235,12 @@ def read_config(path: str | Path) -> RunConfig:
         values = json.loads(Path(path).read_text())
         if not isinstance(values, dict):
             raise TypeError("it holds no keys")
-        return resolve(_with_present_names(values))
+        return resolve(present_names(values))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a run's configuration: {error}") from None
 
 
-def _with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+def present_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """What version 0.1 or this one saved, with this one's names."""
 
     def renamed(part: Any) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from moresjax.runs.run_config import PARTS, RANDOM, InitConfig, RunConfig
+from moresjax.runs.run_config import RANDOM, InitConfig, RunConfig
 
 
 def locate(name: str, root: str | Path) -> Path:
@@ -29,7 +29,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     return dataclasses.replace(
         config,
-        init=InitConfig(**{part: absolute(config.init.source(part)) for part in PARTS}),
+        init=InitConfig(**{k: absolute(v) for k, v in dataclasses.asdict(config.init).items()}),
         tokenizer=absolute(config.tokenizer),
         image_processor=absolute(config.image_processor),
     )

@@ -6,6 +6,7 @@ from typing import Any
 from moresjax.core.errors import UserError
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import GenerationDefaults, Processor, word_ids
+from moresjax.data.saved_processors import check_tokenizer
 from moresjax.data.templates import get_template
 from moresjax.models.connector import connector_tokens
 from moresjax.models.fusion import AnyVisionConfig
@@ -27,13 +28,18 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
       UserError: for an unknown template, or a folder without tokenizer or image processor.
     """
     vision = vision_config(config.model.vision)
-    tokens = connector_tokens(config.model.connector, vision.num_tokens) if vision else 0
+    tokens = 0
+    if vision:
+        # Where images do not enter the LLM, one token says that there is one.
+        connected = config.is_language_model
+        tokens = connector_tokens(config.model.connector, vision.num_tokens) if connected else 1
     tokenizer = load_tokenizer(config.tokenizer, root)
     return Processor(
         tokenizer=tokenizer,
         template=get_template(config.template, tokenizer),
         image=_image_processor(config, vision, Path(root)) if vision else None,
         visual_tokens=tokens,
+        split_special_tokens=config.split_special_tokens,
         generation=_generation(config, root),
         vocab_size=model_config(config).llm.vocab_size,
     )
@@ -51,7 +57,9 @@ def _image_processor(config: RunConfig, vision: AnyVisionConfig, root: Path) -> 
     if not config.image_processor:
         mean, std = ((r, g, b) for r, g, b in (vision.pixel_mean, vision.pixel_std))
         return ImageProcessor(size, mean, std, aspect)
-    return ImageProcessor.from_pretrained(locate(config.image_processor, root), size, aspect)
+    folder = locate(config.image_processor, root)
+    mean, std = vision.pixel_mean, vision.pixel_std
+    return ImageProcessor.from_pretrained(folder, size, aspect, mean=mean, std=std)
 
 
 def load_tokenizer(name: str, root: str | Path = ".") -> Any:
@@ -62,7 +70,7 @@ def load_tokenizer(name: str, root: str | Path = ".") -> Any:
       root: The run's directory, from which a path with a leading dot starts.
 
     Raises:
-      UserError: when the folder has no tokenizer.
+      UserError: when the folder has no tokenizer, or one with a setting that would be ignored.
     """
     if name == "digits":
         from moresjax.data.digits import build_tokenizer
@@ -74,10 +82,14 @@ def load_tokenizer(name: str, root: str | Path = ".") -> Any:
     if not name or not folder.is_dir():
         raise UserError(f"tokenizer {name!r} is neither 'digits' nor a folder")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder} has no tokenizer that can be used: {reason}") from None
+    check_tokenizer(folder, tokenizer)
+    return tokenizer
 
 
 def name_words(tuning: Tuning, tokenizer: Any) -> None:

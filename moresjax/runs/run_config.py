@@ -8,11 +8,12 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import ml_collections
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.ranges import NonNegative, Positive, Range
 
 # A part's weights are freshly initialised.
 RANDOM = "random"
@@ -20,6 +21,14 @@ RANDOM = "random"
 PARTS = ("llm", "vision", "connector")
 # A part by its name in the zoo, or by the fields of its configuration.
 PartChoice = str | Mapping[str, Any]
+# How long a run is: exactly one of these keys says it.
+BUDGET = ("steps", "samples", "epochs")
+
+Share = Annotated[float, Range(0, 1)]
+Decay = Annotated[float, Range(0, below=1)]
+AtLeastZero = Annotated[float, Range(0)]
+AboveZero = Annotated[float, Range(above=0)]
+Devices = Annotated[int, Range(1, also=(-1,))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +46,7 @@ class PartsConfig:
     llm: PartChoice = ""
     vision: PartChoice = ""
     connector: str = "mlp2x_gelu"
-    classes: tuple[int, ...] = ()
+    classes: Annotated[tuple[int, ...], Range(1)] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +54,25 @@ class InitConfig:
     """Where the weights of each part come from.
 
     `random`, the workdir of an earlier run, or a Hugging Face folder. A path with a leading dot
-    starts from the run's own workdir. Two vision encoders are `FOLDER;FOLDER`.
+    starts from the run's own workdir. Two vision encoders are `FOLDER;FOLDER`. An earlier run gives
+    what it trained, and whatever it left frozen from its own sources.
+
+    Attributes:
+      llm: Source of the LLM.
+      vision: Source of the vision encoder.
+      connector: Source of the connector.
+      tuning: A run or an adapter folder whose tuning goes on, with the run's own spec; `random`
+        starts afresh.
     """
 
     llm: str = RANDOM
     vision: str = RANDOM
     connector: str = RANDOM
+    tuning: str = RANDOM
 
     def source(self, part: str) -> str:
-        """The source of `llm`, `vision` or `connector`."""
-        return {"llm": self.llm, "vision": self.vision, "connector": self.connector}[part]
+        """The source of `llm`, `vision`, `connector` or `tuning`."""
+        return dataclasses.asdict(self)[part]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,33 +92,33 @@ class OptimizerConfig:
       clip: Largest global norm of the gradient; 0: none.
     """
 
-    lr: float = 1e-3
+    lr: AboveZero = 1e-3
     lr_by_component: str = ""
     schedule: str = "cosine"
-    warmup: float = 0.03
-    end: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
+    warmup: Share = 0.03
+    end: Share = 0.0
+    b1: Decay = 0.9
+    b2: Decay = 0.999
+    eps: AboveZero = 1e-8
+    weight_decay: AtLeastZero = 0.0
+    clip: AtLeastZero = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis of the mesh; -1 takes all that the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Devices = -1
+    fsdp: Devices = 1
+    tensor: Devices = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """Steps between checkpoints, and how many of them are kept."""
 
-    every: int = 500
-    keep: int = 2
+    every: Positive = 500
+    keep: Positive = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +133,9 @@ class ValidationConfig:
     """
 
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    share: float = 0.0
-    every: int = 0
-    batches: int = 0
+    share: Decay = 0.0
+    every: NonNegative = 0
+    batches: NonNegative = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +156,8 @@ class RunConfig:
       attention: The LLM's attention: `auto`, `xla`, or a kernel: `splash` (TPU), `cudnn` (GPU).
       quantize: `int8` holds the LLM's frozen blocks in eight bits.
       init: Where the weights of each part come from.
-      objective: `next_token`, `patch_classes`, or one that a plug-in registered.
+      objective: `next_token`, `patch_classes` and `siglip` (a vision encoder alone, from labels of
+        patches or from captions), or one that a plug-in registered.
       tuning: Spec of the tuning, such as `mores:rank=1,positions=image`.
       also_train: Base parameters that train beside it: path prefixes or regular expressions.
       tokenizer: `digits`, or a folder that `transformers` can load.
@@ -146,6 +165,8 @@ class RunConfig:
         to the encoder's square.
       image_aspect: `square`, or `pad`: first made square with the mean colour.
       template: Name of the conversation template.
+      split_special_tokens: Whether control tokens such as `</s>` that stand in the text of samples
+        are trained as the text that they are; `False` makes them control tokens, as LLaVA does.
       data: The source of samples: its `name` and options.
       max_seq_len: S, tokens per row.
       images_per_row: N, images per row; 0 for text.
@@ -156,7 +177,11 @@ class RunConfig:
       num_workers: Threads of each process that read samples.
       batch_size: B, rows per step over all devices.
       microbatches: Slices of a batch whose gradients are added up one after another.
-      steps: Optimizer steps of the run.
+      steps: Optimizer steps of the run. A run's length is one of `steps`, `samples` and `epochs`;
+        the other two are made into steps when it starts, and its `config.json` has those.
+      samples: Training samples of the run, those that are skipped included. Batches are whole, so
+        that the last one may show a few more.
+      epochs: Passes over the training samples.
       optimizer: The optimizer and its schedule.
       mesh: The devices along each axis.
       checkpoint: When the run is saved.
@@ -169,7 +194,7 @@ class RunConfig:
     """
 
     name: str = "run"
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     model: PartsConfig = PartsConfig()
     dtype: str = ""
     remat: bool = False
@@ -183,30 +208,33 @@ class RunConfig:
     image_processor: str = ""
     image_aspect: str = "square"
     template: str = "vicuna_v1"
+    split_special_tokens: bool = True
     data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "digits"})
-    max_seq_len: int = 2048
-    images_per_row: int = 1
+    max_seq_len: Positive = 2048
+    images_per_row: NonNegative = 1
     batching: str = "pad"
-    pack_window: int = 0
-    buckets: tuple[int, ...] = ()
+    pack_window: NonNegative = 0
+    buckets: Annotated[tuple[int, ...], Range(1)] = ()
     on_bad_sample: str = "raise"
-    num_workers: int = 1
-    batch_size: int = 128
-    microbatches: int = 1
-    steps: int = 1000
+    num_workers: Positive = 1
+    batch_size: Positive = 128
+    microbatches: Positive = 1
+    steps: NonNegative = 0
+    samples: NonNegative = 0
+    epochs: AtLeastZero = 0.0
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    log_every: int = 20
+    log_every: Positive = 20
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
-    lmar_every: int = 0
+    lmar_every: NonNegative = 0
     tensorboard: bool = True
     plugins: tuple[str, ...] = ()
 
     @property
     def is_language_model(self) -> bool:
-        """Whether the run trains an LLM, and not the classifier of a vision encoder alone."""
-        return self.objective != "patch_classes"
+        """Whether the run trains a model that generates text, and not a vision encoder alone."""
+        return self.objective not in ("patch_classes", "siglip")
 
     def to_dict(self) -> dict[str, Any]:
         """The same as nested dicts, as it is written into the run's directory."""

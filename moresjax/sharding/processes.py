@@ -47,7 +47,10 @@ def join_processes(where: str) -> None:
 
 
 class PreemptionHandler:
-    """Notices that the process was asked to end (SIGTERM), until it is closed."""
+    """Notices that the process was asked to end (SIGTERM, Ctrl-C), until it is closed.
+
+    A second Ctrl-C interrupts at once.
+    """
 
     def __init__(self) -> None:
         self._asked = False
@@ -55,9 +58,12 @@ class PreemptionHandler:
         # they agree on a step that none has passed.
         self._alone = jax.process_count() == 1
         in_main = threading.current_thread() is threading.main_thread()
-        self._before = signal.signal(signal.SIGTERM, self._ask) if self._alone and in_main else None
+        signals = (signal.SIGTERM, signal.SIGINT) if self._alone and in_main else ()
+        self._before = {number: signal.signal(number, self._ask) for number in signals}
 
-    def _ask(self, *_: object) -> None:
+    def _ask(self, number: int, *_: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._asked = True
 
     def at(self, step: int) -> bool:
@@ -66,5 +72,5 @@ class PreemptionHandler:
 
     def close(self) -> None:
         """Hands the signal back to who had it before."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -4,16 +4,10 @@ import re
 from pathlib import Path
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.parameter_names import matches
-from moresjax.runs.config import differences, read_config
+from moresjax.runs.checkpoint import saved_identity
+from moresjax.runs.config import read_config
+from moresjax.runs.identity import changed_settings
 from moresjax.runs.run_config import RunConfig
-
-# Keys that change between two starts of a run without changing what it trains.
-HARMLESS = (
-    *("name", "log_every", "tensorboard", "checkpoint", "mesh", "num_workers", "lmar_every"),
-    "plugins",
-    *("validation.data", "validation.every", "validation.batches"),
-)
 
 
 def check_numbers(config: RunConfig, shards: int) -> None:
@@ -26,20 +20,12 @@ def check_numbers(config: RunConfig, shards: int) -> None:
     Raises:
       UserError: names the key and its value.
     """
-    sizes = {
-        "steps": config.steps,
-        "batch_size": config.batch_size,
-        "microbatches": config.microbatches,
-        "log_every": config.log_every,
-        "num_workers": config.num_workers,
-        "checkpoint.every": config.checkpoint.every,
-    }
-    for key, value in sizes.items():
-        if value < 1:
-            raise UserError(f"config key {key} must be at least 1, got {value}")
-    if config.pack_window < 0:
-        raise UserError(f"config key pack_window must be at least 0, got {config.pack_window}")
     check_evaluators(config)
+    if config.objective == "siglip" and (config.batching == "pack" or config.microbatches > 1):
+        raise UserError(
+            "objective siglip compares the rows of a batch, a sample each; leave batching pack and "
+            "microbatches out"
+        )
     if config.batch_size % (shards * config.microbatches):
         raise UserError(
             f"batch_size {config.batch_size} does not divide into {shards} parts of the mesh times "
@@ -54,12 +40,6 @@ def check_evaluators(config: RunConfig) -> None:
       UserError: names the key and its value.
     """
     wanted = config.validation
-    counts = {"validation.every": wanted.every, "validation.batches": wanted.batches}
-    for key, value in (counts | {"lmar_every": config.lmar_every}).items():
-        if value < 0:
-            raise UserError(f"config key {key} must be at least 0, got {value}")
-    if not 0 <= wanted.share < 1:
-        raise UserError(f"validation.share must be at least 0 and below 1, got {wanted.share}")
     if wanted.share and wanted.data:
         raise UserError("validation has both data and a share of the training samples; give one")
     if wanted.every and not (wanted.share or wanted.data):
@@ -100,11 +80,19 @@ def check_workdir(config: RunConfig, workdir: Path, resume: str) -> None:
     saved = workdir / "checkpoints"
     if saved.is_dir() and not any(saved.glob("[0-9]*")):
         return  # a run that ended before its first checkpoint has nothing to mix with
-    earlier = read_config(workdir / "config.json")
-    found = differences(earlier.to_dict(), config.to_dict())
-    changed = [key for key in found if not any(matches(key, h) for h in HARMLESS)]
+    step, identity = saved_identity(saved)
+    earlier = read_config(workdir / "config.json").to_dict()
+    changed = changed_settings(earlier, config, paths_may_change=bool(identity))
+    if identity:
+        changed += changed_settings(identity["config"], config, paths_may_change=True)
     if changed:
+        names = ", ".join(dict.fromkeys(changed))
         raise UserError(
-            f"workdir {workdir} holds a run with other settings ({', '.join(changed)}); "
+            f"workdir {workdir} holds a run with other settings ({names}); "
             "give another --workdir or the same settings"
+        )
+    if step > config.steps:
+        raise UserError(
+            f"workdir {workdir} has trained {step} steps already, more than the {config.steps} of "
+            "config key steps; give as many or more, or another --workdir"
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -20,12 +21,18 @@ from jaxtyping import Array
 
 from moresjax.core.errors import UserError
 from moresjax.core.plugins import active_plugins
+from moresjax.core.ranges import check_ranges
 from moresjax.data.pipeline import Batches, to_device_batch
 from moresjax.data.processor import Processor
+from moresjax.data.sources import Source
+from moresjax.models.mllm import MLLM
+from moresjax.runs.budget import check_budget, with_steps
 from moresjax.runs.build import build_model
-from moresjax.runs.checkpoint import Checkpoints
+from moresjax.runs.checkpoint import Checkpoints, saved_identity
 from moresjax.runs.config import load_config, save_config
 from moresjax.runs.data import build_iterator, build_sources
+from moresjax.runs.identity import check_identity, run_identity
+from moresjax.runs.init_tuning import save_shared
 from moresjax.runs.paths import with_absolute_paths
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import AnyConfig, RunConfig, resolve
@@ -67,7 +74,13 @@ class TrainResult:
     compile_seconds: float
 
 
-def train(config: AnyConfig | str, workdir: str | Path, *, resume: str = "auto") -> TrainResult:
+def train(
+    config: AnyConfig | str,
+    workdir: str | Path,
+    *,
+    resume: str = "auto",
+    allow_pickle: bool = False,
+) -> TrainResult:
     """Runs the training that a configuration describes and leaves its checkpoints in `workdir`.
 
     Example:
@@ -81,6 +94,8 @@ def train(config: AnyConfig | str, workdir: str | Path, *, resume: str = "auto")
         `load_config` reads: a config file or a packaged name with its arguments.
       workdir: The run's directory; paths of `config.init` with a leading dot start there.
       resume: `auto` goes on from the newest intact checkpoint; `never` wants an empty directory.
+      allow_pickle: Whether `*.bin` files of base parts may be read where there are no safetensors,
+        and a pyreft folder as `init.tuning`.
 
     Raises:
       UserError: for a configuration that cannot run, or a directory of another run.
@@ -88,11 +103,18 @@ def train(config: AnyConfig | str, workdir: str | Path, *, resume: str = "auto")
     config = load_config(config) if isinstance(config, str) else resolve(config)
     workdir, config = Path(workdir), with_absolute_paths(config)
     config = dataclasses.replace(config, plugins=tuple(active_plugins()))
+    check_ranges(config, "config key ")
     get_objective(config.objective)  # an unknown name is told before anything is built
+    check_budget(config)
+    sources = None
+    if not config.steps:
+        sources = build_sources(config)
+        make_processor = functools.partial(build_processor, config, root=workdir)
+        config = with_steps(config, sources[0], make_processor)
     check_workdir(config, workdir, resume)
     if finished := _finished(config, workdir):
         return finished
-    run = _prepare(config, workdir)
+    run = _prepare(config, workdir, sources or build_sources(config), allow_pickle)
     if run.first:
         logger.info("resuming %s at step %d", config.name, run.first)
     result, stopped = _loop(run)
@@ -117,6 +139,8 @@ class _Run:
       frozen: Parameters that do not train.
       state: The state to start from.
       first: Steps that were done before.
+      samples_seen: Samples that were trained on before.
+      num_samples: Samples that there are.
       step_fn: `(state, frozen, batch) -> (state, metrics)`.
       mesh: The devices.
       checkpoints: Where the state is saved.
@@ -131,6 +155,8 @@ class _Run:
     frozen: nnx.State
     state: TrainState
     first: int
+    samples_seen: int
+    num_samples: int
     step_fn: Callable[..., Any]
     mesh: Mesh
     checkpoints: Checkpoints
@@ -141,19 +167,24 @@ class _Run:
         return jax.process_index() == 0
 
 
-def _prepare(config: RunConfig, workdir: Path) -> _Run:
+def _prepare(
+    config: RunConfig,
+    workdir: Path,
+    sources: tuple[Source, Source | None],
+    allow_pickle: bool,
+) -> _Run:
     """Builds the data, the model and the train step, and restores the newest checkpoint."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
     check_numbers(config, batch_shards(mesh))
 
     # Data: before the model, whose reading takes longer than finding a mistake here.
     processor = build_processor(config, root=workdir)
-    training, held_out = build_sources(config)
+    training, held_out = sources
     iterator = build_iterator(config, processor, training)
     evaluators = Evaluators(config, processor, mesh, training, held_out)
 
     # Model, split into what trains and what does not, each on the mesh.
-    model = build_model(config, root=workdir, mesh=mesh)
+    model = build_model(config, root=workdir, mesh=mesh, allow_pickle=allow_pickle)
     graphdef, trainable, frozen = split_model(model, config.also_train)
     optimizer, schedule = make_optimizer(config.optimizer, config.steps, trainable)
     trainable, frozen = shard_params(trainable, mesh), shard_params(frozen, mesh)
@@ -162,13 +193,21 @@ def _prepare(config: RunConfig, workdir: Path) -> _Run:
     step_fn = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
 
     # Resume.
+    identity = run_identity(config, frozen, processor, training)
+    check_identity(saved_identity(workdir / "checkpoints")[1], identity, str(workdir))
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:  # one process writes for all
         save_config(config, workdir / "config.json")
+        if isinstance(model, MLLM):
+            save_shared(model.tuning, workdir)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+    checkpoints.identity = identity
+    samples_seen = 0
     if restored := checkpoints.restore(state):
         state, position = restored
         iterator.set_state(position)
+        # Version 0.2 did not count them.
+        samples_seen = position.get("samples_seen", int(state.step) * config.batch_size)
     return _Run(
         config=config,
         workdir=workdir,
@@ -179,6 +218,8 @@ def _prepare(config: RunConfig, workdir: Path) -> _Run:
         frozen=frozen,
         state=state,
         first=int(state.step),
+        samples_seen=samples_seen,
+        num_samples=len(training),
         step_fn=step_fn,
         mesh=mesh,
         checkpoints=checkpoints,
@@ -217,7 +258,8 @@ def _loop(run: _Run) -> tuple[TrainResult, bool]:
                 metrics |= found
                 reports.writer.write(done, found)
             if saves:
-                checkpoints.save(state, run.iterator.get_state())
+                position = {**run.iterator.get_state(), "samples_seen": reports.samples_seen}
+                checkpoints.save(state, position)
                 run.iterator.skip_policy.save(workdir / SKIPPED.format(jax.process_index()))
         seconds = time.monotonic() - start
     return TrainResult(done, metrics, seconds, compile_seconds), stopped
@@ -229,15 +271,16 @@ class _StepReports:
     Attributes:
       writer: Where metrics are written.
       meter: What measures throughput.
+      samples_seen: Samples that the run was trained on, up to the step that was settled last.
     """
 
     def __init__(self, run: _Run) -> None:
         config, first = run.config, run.first
         tensorboard, speaks = run.config.tensorboard, run.speaks
         self._config, self._workdir = config, run.workdir
+        self.samples_seen, self._num_samples = run.samples_seen, run.num_samples
         self.writer = MetricWriter(run.workdir, done=first, tensorboard=tensorboard, active=speaks)
-        line_every = max(config.steps // 4, 1) if speaks else 0
-        self._progress = ProgressBar(config.steps, first, config.name, line_every=line_every)
+        self._progress = ProgressBar(config.steps, first, config.name, active=speaks)
         kind = jax.devices()[0].device_kind
         self.meter = ThroughputMeter(config, run.state.trainable, run.frozen, kind)
         self._pending: deque[tuple[int, Mapping[str, Array], Any, float]] = deque()
@@ -260,12 +303,15 @@ class _StepReports:
             step, measured, ids, flops = self._pending.popleft()
             own = _finite(step, measured, ids, self._workdir)
             self.meter.add(own["tokens"], own["labels"], flops)
+            self.samples_seen += int(own["samples"])
+            own["samples_seen"] = self.samples_seen
+            own["epoch"] = self.samples_seen / self._num_samples
             logged = step % self._config.log_every == 0 or step == self._config.steps
             if logged:
                 own |= self.meter.read()
                 self.writer.write(step, own)
-            shown = {k: own[k] for k in ("loss", "accuracy")} if logged else None
-            self._progress.update(step, shown)
+            shown = {k: own[k] for k in ("loss", "accuracy")}
+            self._progress.update(step, shown, logged=logged)
             values |= own
         return values
 

@@ -9,6 +9,10 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+# Outside a terminal: time between lines about logged steps, and the longest time without a line.
+LINE_SECONDS = 10
+SILENT_SECONDS = 60
+
 
 class MetricWriter:
     """Writes `metrics.jsonl` and TensorBoard events into a run's directory.
@@ -62,24 +66,30 @@ class MetricWriter:
 
 
 class ProgressBar:
-    """A progress bar on a terminal, elsewhere a line every `line_every` steps (0: silence)."""
+    """A progress bar on a terminal; elsewhere a line now and then.
 
-    def __init__(self, total: int, done: int, title: str, *, line_every: int = 0) -> None:
-        self._terminal = sys.stderr.isatty() and line_every > 0
-        self._title, self._total, self._every = title, total, line_every
+    A line is written when a logged step ends, `LINE_SECONDS` after the line before at the earliest,
+    or when any step ends and the line before is `SILENT_SECONDS` old, and at the end.
+    """
+
+    def __init__(self, total: int, done: int, title: str, *, active: bool = True) -> None:
+        self._terminal = sys.stderr.isatty() and active
+        self._title, self._total, self._active = title, total, active
         self._bar = tqdm(total=total, initial=done, desc=title, disable=not self._terminal)
         self._start, self._first = time.monotonic(), done
+        self._last = self._start
 
-    def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
+    def update(self, step: int, values: Mapping[str, float], *, logged: bool) -> None:
         """Shows that a step has ended, with its values if it is a logged one."""
         self._bar.update(step - self._bar.n if self._terminal else 0)
-        if not values:
-            return
         text = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self._terminal:
+        if self._terminal and logged:
             self._bar.set_postfix_str(text)
-        elif self._every and (step % self._every == 0 or step == self._total):
-            rate = (step - self._first) / max(time.monotonic() - self._start, 1e-9)
+        now = time.monotonic()
+        due = now - self._last >= (LINE_SECONDS if logged else SILENT_SECONDS)
+        if not self._terminal and self._active and (due or step == self._total):
+            self._last = now
+            rate = (step - self._first) / max(now - self._start, 1e-9)
             print(f"{self._title}: {step}/{self._total} {text} ({rate:.1f}/s)", file=sys.stderr)
 
     def close(self) -> None:

@@ -6,8 +6,11 @@ from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.parameter_names import matches, named_parameters
+from moresjax.core.ranges import Range
 from moresjax.runs.run_config import OptimizerConfig
 
+# Of a single component; 0 holds it still.
+LEARNING_RATE = Range(0)
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -50,6 +53,7 @@ def learning_rate_ratios(trainable: nnx.State, lr: float, overrides: str) -> dic
             own = None
         if not pattern or own is None:
             raise UserError(f"lr_by_component {override!r} is not of the form PATTERN=LR")
+        LEARNING_RATE.check(f"learning rate of {pattern!r} in lr_by_component", own)
         matched = [name for name in names if matches(name, pattern)]
         if not matched:
             parts = sorted({name.split(".")[0] for name in names})

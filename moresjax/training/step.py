@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, PRNGKeyArray
 
 from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch, count_documents
 from moresjax.core.parameter_names import matches, named_parameters, path_name
 from moresjax.runs.run_config import RunConfig
 from moresjax.runs.state import TrainState
@@ -53,6 +54,13 @@ def split_model(
             raise UserError(f"{name} is int8 and cannot train; leave it frozen")
     graphdef, trainable, frozen = nnx.split(model, lambda path, _: path_name(path) in chosen, ...)
     return graphdef, jax.tree.map(_as_fp32, trainable), frozen
+
+
+def _count_samples(batch: Any) -> Array | int:
+    """How many samples a batch holds, those of all devices."""
+    if isinstance(batch, Batch):
+        return count_documents(batch.layout)
+    return jax.tree.leaves(batch)[0].shape[0]
 
 
 def _as_fp32(x: Any) -> Any:
@@ -118,6 +126,7 @@ def make_train_step(
             "accuracy": loss.correct / weight,
             "labels": loss.weight,
             "tokens": loss.tokens,
+            "samples": _count_samples(batch),
             "grad_norm": optax.global_norm(grads),
             "lr": schedule(state.step),
         }

@@ -3,9 +3,9 @@
 Axis legend: B batch, S tokens, D features in, F features out, P virtual tokens.
 
 A method is a frozen dataclass whose fields are the keys of its spec string, in a file of its own in
-`moresjax/tuning/methods`. Its functions take `params`, a dict of fp32 arrays for *one* layer. The
-framework adds the leading layer axis, scans it beside the frozen blocks, and switches layers on and
-off (layer masks).
+`moresjax/tuning/methods`; a number is annotated with its range (`core.ranges`). Its functions take
+`params`, a dict of fp32 arrays for *one* layer. The framework adds the leading layer axis, scans it
+beside the frozen blocks, and switches layers on and off (layer masks).
 """
 
 import abc
@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
+from moresjax.core.ranges import Positive, Rate, check_ranges
 from moresjax.core.registry import add_entry
 from moresjax.core.types import AnyArray, pytree_dataclass
 
@@ -116,6 +117,9 @@ class Method:
     constant: ClassVar[bool] = False
     trains: ClassVar[tuple[str, ...]] = ()
 
+    def __post_init__(self) -> None:
+        check_ranges(self, f"{self.name}:")
+
     def sites(self, config: ModelConfig) -> Sites:
         """The sites that the method acts on, each with the arguments that `initial` takes there.
 
@@ -126,6 +130,10 @@ class Method:
     def initial(self, key: PRNGKeyArray, *shape: Any) -> Params:
         """Initial parameters at a site; those of one layer where the site is layered."""
         raise NotImplementedError(f"{self.name} has no parameters of its own")
+
+    def initial_layers(self, key: PRNGKeyArray, layers: int, *shape: Any) -> Params:
+        """Initial parameters of all layers of a layered site, with a leading layer axis."""
+        return jax.vmap(lambda key: self.initial(key, *shape))(jax.random.split(key, layers))
 
     @property
     def layer_choice(self) -> str:
@@ -175,13 +183,7 @@ class Edit(Method, abc.ABC):
 
     positions: str = "image"
     layers: str = layer_field()
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.dropout < 1:
-            raise UserError(
-                f"{self.name}:dropout must be at least 0 and below 1, got {self.dropout}"
-            )
+    dropout: Rate = 0.0
 
     @abc.abstractmethod
     def initial(self, key: PRNGKeyArray, dim: int) -> Params:
@@ -304,11 +306,7 @@ class VirtualTokens(Method, abc.ABC):
       length: P.
     """
 
-    length: int = 10
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise UserError(f"{self.name}:length must be at least 1, got {self.length}")
+    length: Positive = 10
 
     @abc.abstractmethod
     def initial(self, key: PRNGKeyArray, *shape: Any) -> Params:

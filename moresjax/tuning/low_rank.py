@@ -20,9 +20,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from moresjax.core.errors import UserError
 from moresjax.core.linalg import inverse_cholesky
 from moresjax.core.ops import project
+from moresjax.core.ranges import Positive
 from moresjax.tuning.base import Edit, ModelConfig, Params, Sites
 from moresjax.tuning.sites import edit_dim
-from moresjax.tuning.spec import check_choice, check_rank
+from moresjax.tuning.spec import check_choice
 
 
 def orthonormalize(raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
@@ -55,7 +56,7 @@ class LowRankEdit(Edit, abc.ABC):
       has_weight: whether there is a `W`; otherwise `b` starts uniform in [0, 1), as in pyreft.
     """
 
-    rank: int = 4
+    rank: Positive = 4
     init: str = "paper"
     site: str = "llm.block.out"
 
@@ -65,7 +66,6 @@ class LowRankEdit(Edit, abc.ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_rank(self, self.rank)
         # h R cannot be cancelled without a W.
         constant = self.subtracts and not self.has_weight
         check_choice(self, "init", ("paper",) if constant else ("paper", "identity"))

@@ -5,6 +5,8 @@ Edits:    vision.block.{out,attn.out,mlp.out}  connector.out  llm.embed.out
 Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}  connector.{0,1,...}
 """
 
+from collections.abc import Mapping
+
 from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.base import Edit, Method, ModelConfig
 from moresjax.tuning.selectors import parse_selector
@@ -84,6 +86,22 @@ def linear_sites(method: Method, config: ModelConfig, targets: str) -> dict[str,
             raise choice_error(f"target of {method.name}", target, allowed)
         chosen |= dict(linears.values() if name == "all" else [linears[name]])
     return chosen
+
+
+def check_rank(method: Method, rank: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Checks the rank of a product of factors that is added to every linear of some shapes.
+
+    Ranks beyond the shorter side of a matrix are common where keys and values are narrow.
+
+    Raises:
+      UserError: where the rank is beyond the longer side of a matrix.
+    """
+    most = min(map(max, shapes.values()))
+    if rank > most:
+        raise UserError(
+            f"{method.name}:rank must be at most {most}, the longer side of the smallest matrix "
+            f"that it acts on, got {rank}"
+        )
 
 
 def is_per_image(site: str) -> bool:

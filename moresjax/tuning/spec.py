@@ -8,7 +8,7 @@ A preset is a name for a method with some keys, to which further keys may be add
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_type_hints
 
 from moresjax.core.errors import UserError, choice_error
@@ -42,6 +42,39 @@ def parse_spec(spec: str) -> tuple[Method, ...]:
     load_plugins()
     pieces = _BETWEEN_METHODS.split(spec)
     return tuple(part for piece in pieces for part in _parse_method(piece.strip()).parts())
+
+
+def keys_of(spec: str) -> tuple[str, ...]:
+    """The keys of the last method of a spec; none where there is no such method.
+
+    >>> keys_of("mores:rank=2/vera:rank=4")
+    ('rank', 'dropout', 'seed', 'targets', 'layers')
+    """
+    load_plugins()
+    name = _BETWEEN_METHODS.split(spec)[-1].partition(":")[0].strip()
+    name = PRESETS.get(name, name).partition(":")[0]
+    return tuple(f.name for f in dataclasses.fields(METHODS[name])) if name in METHODS else ()
+
+
+def with_defaults(spec: str, defaults: Mapping[str, Mapping[str, object]]) -> str:
+    """A spec whose methods have some keys, where it does not set them itself.
+
+    >>> with_defaults("full/mores-base:layers=deep", {"mores": {"dropout": 0.05}})
+    'full/mores-base:layers=deep,dropout=0.05'
+
+    Args:
+      spec: The spec.
+      defaults: Keys and their values, by method; those of a preset are its method's.
+    """
+    pieces = []
+    for piece in _BETWEEN_METHODS.split(spec):
+        name, _, arguments = piece.strip().partition(":")
+        method, _, preset_arguments = PRESETS.get(name, name).partition(":")
+        given = {item.partition("=")[0] for item in f"{preset_arguments},{arguments}".split(",")}
+        more = [f"{k}={x}" for k, x in defaults.get(method, {}).items() if k not in given]
+        keys = ",".join([*filter(None, [arguments]), *more])
+        pieces.append(name + (f":{keys}" if keys else ""))
+    return "/".join(pieces)
 
 
 def format_spec(methods: Iterable[Method]) -> str:
@@ -97,9 +130,3 @@ def check_choice(method: Method, key: str, allowed: tuple[str, ...]) -> None:
     """For `__post_init__`: the field must have one of the allowed values."""
     if getattr(method, key) not in allowed:
         raise choice_error(f"value of {method.name}:{key}", getattr(method, key), allowed)
-
-
-def check_rank(method: Method, rank: int) -> None:
-    """For `__post_init__`: the rank must be at least 1."""
-    if rank < 1:
-        raise UserError(f"{method.name}:rank must be at least 1, got {rank}")

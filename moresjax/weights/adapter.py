@@ -69,7 +69,7 @@ def save_adapter(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = 
         "base": {"config": mllm.config.to_dict(), "checksums": checksums(base)},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(arrays | _foreign(tuning), folder / TENSORS, metadata={"format": FORMAT})
+    save_file(arrays | foreign_arrays(tuning), folder / TENSORS, metadata={"format": FORMAT})
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     return folder
 
@@ -120,7 +120,7 @@ def attach_adapter(
         what `edits` says.
     """
     folder = Path(folder)
-    if pyreft.is_pyreft(folder):
+    if pyreft.pyreft_folder(folder):
         pyreft.import_pyreft(folder, mllm, edits=edits, allow_pickle=allow_pickle)
         return
     if edits:
@@ -161,7 +161,7 @@ def load_adapters(
         itself, or they cannot be held together (see `stack_adapters`); the
         model is then as it was.
     """
-    of_pyreft = {name for name, folder in folders.items() if pyreft.is_pyreft(Path(folder))}
+    of_pyreft = {name for name, folder in folders.items() if pyreft.pyreft_folder(Path(folder))}
     if edits and not of_pyreft:
         raise UserError(f"none of {', '.join(map(str, folders.values()))} is a folder of pyreft")
     attached, tunings = mllm.tuning, {}
@@ -273,7 +273,7 @@ def _shared(tuning: Tuning) -> dict[str, np.ndarray]:
     }
 
 
-def _foreign(tuning: Tuning) -> dict[str, np.ndarray]:
+def foreign_arrays(tuning: Tuning) -> dict[str, np.ndarray]:
     """Shared arrays that are not those the spec makes: they came with an imported adapter."""
     own = _shared(Tuning(tuning.spec, tuning.config))
     return {n: x for n, x in _shared(tuning).items() if not np.array_equal(x, own[n])}

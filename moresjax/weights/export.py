@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +12,21 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from moresjax.core.errors import UserError
+from moresjax.core.folders import new_folder
 from moresjax.core.parameter_names import layered_parameters, path_name
+from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
-from moresjax.weights.families.base import hf_decoder_config
-from moresjax.weights.families.llava import WRITTEN_PREFIXES, Llava
-from moresjax.weights.files import check_new, renamed
+from moresjax.tuning.methods.mores import MoReS
+from moresjax.weights import steering
+from moresjax.weights.edits import write_edits
+from moresjax.weights.families.base import MLLM_FAMILIES, hf_decoder_config
+from moresjax.weights.families.llava import Llava
+from moresjax.weights.families.tinyllava import TinyLlava
 from moresjax.weights.hf import model_mappings
+from moresjax.weights.pyreft import export_pyreft
 from moresjax.weights.tensor_mapping import TensorMapping
 
 if TYPE_CHECKING:
@@ -31,13 +38,14 @@ SHARD_SIZE = "5GB"
 def export_hf(
     mllm: MLLM, folder: str | Path, processor: Processor | None = None, shard_size: str = SHARD_SIZE
 ) -> Path:
-    """Writes the base weights, in the dtype they have, with configuration and processor.
+    """Writes the weights, in the dtype they have, with configuration and processor.
 
-    The padding that `aspect="pad"` adds to images has no place in the format: whoever loads the
-    folder elsewhere pads before the image processor.
+    Attached edits lie beside them (see `moresjax.weights.edits`). The padding that `aspect="pad"`
+    adds to images has no place in the format: whoever loads the folder elsewhere pads before the
+    image processor.
 
     Args:
-      mllm: The model; its tuning is left out.
+      mllm: The model.
       folder: A new or empty folder.
       processor: Its tokenizer and image processor are saved too.
       shard_size: The size of the largest file, such as `5GB`; more weights go into several.
@@ -46,21 +54,66 @@ def export_hf(
       The folder.
 
     Raises:
-      UserError: when no architecture of `transformers` is the model's, or the folder is not empty.
+      UserError: when no architecture of `transformers` is the model's, something else than edits is
+        attached, or the folder is not empty; nothing is written then.
     """
-    folder = Path(folder)
-    check_new(folder, "export")
-    hf = hf_config(mllm.config)
-    tokenizer: Any = None if processor is None else processor.tokenizer
-    if hf["model_type"] == Llava.model_type:
-        tokenizer, hf["image_token_index"] = _with_image_token(tokenizer, mllm.config)
-    hf["dtype"] = str(mllm.llm.embed.table[...].dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(mllm, model_mappings(mllm.config, hf), folder, shard_size)
-    (folder / "config.json").write_text(json.dumps(hf, indent=2, default=str) + "\n")
-    if processor is not None and tokenizer is not None:
-        _write_processor(processor, tokenizer, mllm.config, hf, folder)
-    return folder
+    with new_folder(folder, "export") as new:
+        hf = hf_config(mllm.config)
+        tokenizer: Any = None if processor is None else processor.tokenizer
+        if hf["model_type"] == Llava.model_type:
+            tokenizer, hf["image_token_index"] = _with_image_token(tokenizer, mllm.config)
+        _write_model(mllm, hf, new, shard_size)
+        if processor is not None and tokenizer is not None:
+            _write_processor(processor, tokenizer, mllm.config, hf, new)
+        if any(key in mllm.tuning.params for key, _ in mllm.tuning.methods):
+            system_ids = () if processor is None else processor.system_ids
+            write_edits(mllm, new, hf, system_ids=system_ids)
+    return Path(folder)
+
+
+def export_tinyllava(
+    mllm: MLLM, folder: str | Path, processor: Processor | None = None, shard_size: str = SHARD_SIZE
+) -> Path:
+    """Writes the weights as a whole model of TinyLLaVA Factory.
+
+    An attached `mores` lies beside them as LLaVA Steering saves it.
+
+    Args:
+      mllm: The model.
+      folder: A new or empty folder.
+      processor: Its tokenizer and image processor are saved too.
+      shard_size: The size of the largest file, such as `5GB`; more weights go into several.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: when the factory has no such model, something else is attached, or the folder is
+        not empty; nothing is written then.
+    """
+    tuning = mllm.tuning
+    methods = [method for key, method in tuning.methods if key in tuning.params]
+    if wrong := [what for method in methods if (what := steering.unnoted(method))]:
+        raise UserError(f"a folder of TinyLLaVA Factory has no place for {wrong[0]}")
+    if len(methods) > 1:
+        raise UserError("a folder of TinyLLaVA Factory has a place for one mores")
+    with new_folder(folder, "export") as new:
+        hf = tinyllava_config(mllm.config)
+        if processor is not None and processor.image is not None:
+            hf["image_aspect_ratio"] = processor.image.aspect
+        _write_model(mllm, hf, new, shard_size)
+        if processor is not None:
+            _write_generation(processor, processor.tokenizer, new)
+            processor.tokenizer.save_pretrained(new)
+            if processor.image is not None:
+                _image_processor(processor.image).save_pretrained(new)
+        for method in methods:
+            assert isinstance(method, MoReS)
+            place = export_pyreft(mllm, new / steering.PLACE, kind=steering.MORES)
+            layers = len(list(place.glob("intkey_*.bin")))
+            config = mllm.config
+            steering.note(method, layers, config.llm.hidden_size, config.visual_tokens, place)
+    return Path(folder)
 
 
 def hf_config(config: MLLMConfig) -> dict[str, Any]:
@@ -69,23 +122,53 @@ def hf_config(config: MLLMConfig) -> dict[str, Any]:
     Raises:
       UserError: when there is none.
     """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = _as_stored(config)
+    if config.vision is not None:
+        return Llava().to_hf(config) | {"architectures": ["LlavaForConditionalGeneration"]}
+    hf = hf_decoder_config(config.llm)
+    return hf | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf["model_type"]]]}
+
+
+def tinyllava_config(config: MLLMConfig) -> dict[str, Any]:
+    """The whole `config.json` of the model of TinyLLaVA Factory that computes the same.
+
+    Raises:
+      UserError: when there is none.
+    """
+    return TinyLlava().to_hf(_as_stored(config))
+
+
+def _as_stored(config: MLLMConfig) -> MLLMConfig:
+    """The architecture without what says how it is run."""
     run = {"dtype": "float32", "remat": False, "unroll": False}
     llm, vision = dataclasses.replace(config.llm, **run, attention="auto"), config.vision
-    if vision is None:
-        return hf_decoder_config(llm)
     if isinstance(vision, VisionConfig):
         vision = dataclasses.replace(vision, **run)
-    return Llava().to_hf(dataclasses.replace(config, llm=llm, vision=vision))
+    return dataclasses.replace(config, llm=llm, vision=vision)
+
+
+def _write_model(mllm: MLLM, hf: dict[str, Any], folder: Path, shard_size: str) -> None:
+    """Writes `config.json` and the weights."""
+    hf["dtype"] = str(mllm.llm.embed.table[...].dtype)
+    family = MLLM_FAMILIES.get(hf["model_type"])
+    name = family.written_name if family else str
+    _write_tensors(mllm, model_mappings(mllm.config, hf), folder, shard_size, name)
+    (folder / "config.json").write_text(json.dumps(hf, indent=2, default=str) + "\n")
 
 
 def _write_tensors(
-    mllm: MLLM, mappings: list[TensorMapping], folder: Path, shard_size: str
+    mllm: MLLM,
+    mappings: list[TensorMapping],
+    folder: Path,
+    shard_size: str,
+    written_name: Callable[[str], str],
 ) -> None:
     from huggingface_hub import split_state_dict_into_shards_factory
 
     values = layered_parameters(mllm)
-    prefixes = WRITTEN_PREFIXES if mllm.config.vision else {}
-    owners = {renamed(name, prefixes): mapping for mapping in mappings for name in mapping.names}
+    owners = {written_name(name): mapping for mapping in mappings for name in mapping.names}
     sizes = {
         name: jax.ShapeDtypeStruct(mapping.tensor_shape, values[path_name(mapping.path)][0].dtype)
         for name, mapping in owners.items()
@@ -104,7 +187,7 @@ def _write_tensors(
             layers = [np.asarray(variable.get_value()) for variable in values[path]]
             whole = layers[0] if layers[0].shape == mapping.shape else np.stack(layers)
             made = mapping.to_hf(whole)
-            tensors |= {renamed(name, prefixes): tensor for name, tensor in made.items()}
+            tensors |= {written_name(name): tensor for name, tensor in made.items()}
         tensors = {name: np.ascontiguousarray(tensors[name]) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
@@ -140,7 +223,27 @@ def _write_processor(
     hf: dict[str, Any],
     folder: Path,
 ) -> None:
-    from transformers import GenerationConfig, LlavaProcessor, SiglipImageProcessor
+    from transformers import LlavaProcessor
+
+    _write_generation(processor, tokenizer, folder)
+    vision = config.vision
+    if processor.image is None or not isinstance(vision, VisionConfig):
+        tokenizer.save_pretrained(folder)
+        return
+    LlavaProcessor(
+        image_processor=_image_processor(processor.image),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=hf["vision_feature_select_strategy"],
+        num_additional_image_tokens=int(vision.class_token),
+        image_token=IMAGE_MARK,
+    ).save_pretrained(folder)
+
+
+def _write_generation(
+    processor: Processor, tokenizer: "PreTrainedTokenizerBase", folder: Path
+) -> None:
+    from transformers import GenerationConfig
 
     penalty = processor.generation.repetition_penalty
     GenerationConfig(
@@ -149,20 +252,14 @@ def _write_processor(
         pad_token_id=tokenizer.pad_token_id,
         repetition_penalty=None if penalty == 1 else penalty,
     ).save_pretrained(folder)
-    vision = config.vision
-    if processor.image is None or not isinstance(vision, VisionConfig):
-        tokenizer.save_pretrained(folder)
-        return
-    image = processor.image.reference or SiglipImageProcessor(
-        size={"height": processor.image.size, "width": processor.image.size},
-        image_mean=list(processor.image.mean),
-        image_std=list(processor.image.std),
+
+
+def _image_processor(image: ImageProcessor) -> Any:
+    """The image processor of `transformers` that does the same."""
+    from transformers import SiglipImageProcessor
+
+    return image.reference or SiglipImageProcessor(
+        size={"height": image.size, "width": image.size},
+        image_mean=list(image.mean),
+        image_std=list(image.std),
     )
-    LlavaProcessor(
-        image_processor=image,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=hf["vision_feature_select_strategy"],
-        num_additional_image_tokens=int(vision.class_token),
-        image_token=IMAGE_MARK,
-    ).save_pretrained(folder)

@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
 
 from moresjax.core.errors import UserError
-from moresjax.weights.families.base import MLLM_FAMILIES, VISION_FAMILIES
+from moresjax.weights.families.base import MLLM_FAMILIES, VISION_FAMILIES, renamed
 from moresjax.weights.families.tinyllava import STAGE_FOLDERS
 from moresjax.weights.tensor_mapping import Tensor, stored_dtype
 
@@ -151,24 +151,6 @@ def file_prefixes() -> dict[str, str]:
     """Beginnings of the names of multimodal LLMs' tensors in files -> in the state dict."""
     families = MLLM_FAMILIES.values()
     return {old: new for family in families for old, new in family.prefixes.items()}
-
-
-def renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """The name with the longest of the prefixes that it starts with replaced."""
-    for old in sorted(prefixes, key=len, reverse=True):
-        if name.startswith(old):
-            return prefixes[old] + name.removeprefix(old)
-    return name
-
-
-def check_new(folder: Path, what: str) -> None:
-    """Refuses to write into a folder that has something in it.
-
-    Raises:
-      UserError: that says what needs a new folder.
-    """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; the {what} needs a new folder")
 
 
 def _halves(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ Source of the layouts: transformers 5 (`LlamaForCausalLM`, `PhiForCausalLM`, `CL
 `TinyLlavaForConditionalGeneration`, whole or as the folders of a training stage.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -21,6 +22,7 @@ from moresjax.models.decoder import quantized
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig, VisionEncoder
+from moresjax.weights.dtypes import compute_dtype, with_dtype
 from moresjax.weights.families.base import (
     LLM_FAMILIES,
     MLLM_FAMILIES,
@@ -28,9 +30,18 @@ from moresjax.weights.families.base import (
     HFConfig,
     decoder_config,
     llm_family,
+    renamed,
     vision_family,
 )
+from moresjax.weights.families.keys import TWO_TOWER_KEYS
 from moresjax.weights.families.llava import Llava
+from moresjax.weights.families.llava_original import (
+    RENAMED,
+    LlavaOriginal,
+    complete,
+    find_tower,
+    is_original,
+)
 from moresjax.weights.files import open_tensors
 from moresjax.weights.tensor_mapping import (
     ParameterReader,
@@ -41,6 +52,7 @@ from moresjax.weights.tensor_mapping import (
 )
 
 HEAD = "lm_head.weight"
+TWO_TOWERS = {family.two_towers for family in VISION_FAMILIES.values()} - {""}
 ROWS = 4096  # of a matrix that are compared at a time
 
 
@@ -51,10 +63,19 @@ class HFFolder:
       path: A folder with `config.json` and safetensors: a LLaVA (also TinyLLaVA Factory's), an LLM
         or a vision encoder.
       allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+      vision_tower: The folder of the vision encoder of a LLaVA as its authors publish it; default:
+        what its `config.json` names.
     """
 
-    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        allow_pickle: bool = False,
+        vision_tower: str | Path | None = None,
+    ) -> None:
         self.path, self.allow_pickle = Path(path), allow_pickle
+        self._tower = None if vision_tower is None else Path(vision_tower)
 
     @functools.cached_property
     def raw(self) -> dict[str, Any]:
@@ -79,7 +100,32 @@ class HFFolder:
                     f"{self.path} is quantized ({kind}), which is not supported; use the folder of "
                     "the whole weights, and quantize=int8 for eight bits"
                 )
+        if is_original(raw):
+            return raw | {"model_type": LlavaOriginal.model_type}
+        if self._tower is not None:
+            raise UserError(f"{self.path} names no vision tower; it takes none from elsewhere")
         return raw
+
+    @functools.cached_property
+    def tower(self) -> "HFFolder | None":
+        """The folder of the vision encoder, where that is another one."""
+        if not is_original(self.raw):
+            return None
+        path = find_tower(self.path, self.raw) if self._tower is None else self._tower
+        return HFFolder(path, allow_pickle=self.allow_pickle)
+
+    @property
+    def image_folder(self) -> Path:
+        """The folder that has the image processor."""
+        return self.path if self.tower is None else self.tower.path
+
+    @property
+    def vision_hf(self) -> dict[str, Any]:
+        """The vision encoder's part of `config.json`, in a folder of an encoder."""
+        if self.hf["model_type"] not in TWO_TOWERS:
+            return self.hf
+        TWO_TOWER_KEYS.check(self.hf, str(self.path / "config.json"))
+        return self.hf["vision_config"]
 
     @functools.cached_property
     def hf(self) -> dict[str, Any]:
@@ -92,9 +138,14 @@ class HFFolder:
 
         raw = self.raw
         family = MLLM_FAMILIES.get(raw.get("model_type", ""))
+        tower = None if self.tower is None else self.tower.vision_hf
         try:
+            if tower is not None:
+                return complete(raw, tower)
             if family is None or family.in_transformers:
-                return AutoConfig.from_pretrained(self.path, local_files_only=True).to_dict()
+                return AutoConfig.from_pretrained(
+                    self.path, local_files_only=True, trust_remote_code=False
+                ).to_dict()
             towers = ("text_config", "vision_config")
             return raw | {name: AutoConfig.for_model(**raw[name]).to_dict() for name in towers}
         except Exception as error:  # transformers raises many kinds
@@ -136,7 +187,28 @@ class HFFolder:
         Raises:
           UserError: when there is no file that may be read, or one cannot be.
         """
-        return open_tensors(self.path, allow_pickle=self.allow_pickle)
+        tensors = open_tensors(self.path, allow_pickle=self.allow_pickle)
+        if self.tower is None:
+            return tensors
+        prefix = "model.vision_tower."
+        tensors = {renamed(name, RENAMED): tensor for name, tensor in tensors.items()}
+        if not any(name.startswith(prefix) for name in tensors):
+            # A tower that was trained is in the folder; any other is the one that is named.
+            tensors |= {prefix + name: x for name, x in self.tower.encoder_tensors.items()}
+        return tensors
+
+    @property
+    def encoder_tensors(self) -> dict[str, Tensor]:
+        """The tensors of an encoder's folder by their names in the encoder; nothing beside it."""
+        named = {_encoder_name(name): tensor for name, tensor in self.tensors.items()}
+        beside = tuple(part for family in VISION_FAMILIES.values() for part in family.beside)
+        return {name: tensor for name, tensor in named.items() if not name.startswith(beside)}
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of most of the tensors, such as `bfloat16`."""
+        kinds = collections.Counter(str(np.dtype(x.dtype)) for x in self.tensors.values())
+        return kinds.most_common(1)[0][0]
 
     @property
     def is_llava(self) -> bool:
@@ -148,13 +220,21 @@ class HFFolder:
         """Whether it is a vision encoder, alone or beside a text encoder."""
         if not (self.path / "config.json").is_file():
             return False
-        towers = {family.two_towers for family in VISION_FAMILIES.values()} - {""}
-        return self.raw.get("model_type") in {*VISION_FAMILIES, *towers}
+        return self.raw.get("model_type") in {*VISION_FAMILIES, *TWO_TOWERS}
 
     def parameters(self, part: str = "", mesh: Mesh | None = None) -> ParameterReader:
         """The base parameters of a LLaVA or an LLM; see `import_params`."""
         where = str(self.path)
         return import_params(self.config, self.hf, self.tensors, part=part, mesh=mesh, where=where)
+
+
+def _encoder_name(name: str) -> str:
+    """A tensor's name in the encoder alone, whatever stands around it in the file."""
+    for family in VISION_FAMILIES.values():
+        for prefix in family.prefixes:
+            if name.startswith(prefix):
+                return name.removeprefix(prefix)
+    return name
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -174,12 +254,14 @@ class HFFolders:
 
     def __init__(self, *, allow_pickle: bool = False) -> None:
         self.allow_pickle = allow_pickle
+        self.towers: dict[Path, Path] = {}  # of LLaVAs whose vision encoder is another folder
         self._opened: dict[Path, HFFolder] = {}
 
     def __getitem__(self, path: str | Path) -> HFFolder:
         path = Path(path).resolve()
         if path not in self._opened:
-            self._opened[path] = HFFolder(path, allow_pickle=self.allow_pickle)
+            tower = self.towers.get(path)
+            self._opened[path] = HFFolder(path, allow_pickle=self.allow_pickle, vision_tower=tower)
         return self._opened[path]
 
 
@@ -294,6 +376,7 @@ def load_pretrained(
     folder: str | Path | HFFolder,
     tuning: str = "none",
     *,
+    dtype: str = "float32",
     quantize: str = "",
     allow_pickle: bool = False,
     mesh: Mesh | None = None,
@@ -303,6 +386,7 @@ def load_pretrained(
     Args:
       folder: The folder of a LLaVA or an LLM, with `config.json` and safetensors.
       tuning: The spec of a tuning to attach, freshly initialised.
+      dtype: The dtype of the activations, see `compute_dtype`; weights keep theirs.
       quantize: `int8` holds the LLM's blocks in eight bits.
       allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
       mesh: The devices to split the parameters over.
@@ -315,4 +399,5 @@ def load_pretrained(
     config = folder.config
     parameters = folder.parameters(mesh=mesh)
     config = dataclasses.replace(config, llm=quantized(config.llm, quantize))
+    config = with_dtype(config, compute_dtype(dtype, folder.stored_dtype))
     return build_mllm(config, parameters, tuning)

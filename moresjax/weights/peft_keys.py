@@ -1,4 +1,4 @@
-"""Every key of `adapter_config.json` by the adapter's type: what is read, and why the rest is not."""
+"""Every key of `adapter_config.json` by the adapter's type, and why some are not read."""
 
 from moresjax.core.config_keys import ConfigKeys
 

@@ -9,6 +9,9 @@ parametrisation around it and stops unless it gets the same matrix back, and it 
 training goes on from there. We write Q of the QR decomposition of our parameter in double
 precision, rounded once; read back, an orthonormal matrix is its own Q. Neither the tokens that are
 edited nor dropout are in the folder. pyreft takes `weight` and `bias` in bf16 whatever is written.
+
+LLaVA Steering's code saves its MoReS the same way (see `moresjax.weights.steering`). A connector
+that trained too is in a file of ours, `connector.safetensors`.
 """
 
 import dataclasses
@@ -21,19 +24,26 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from safetensors.numpy import load_file, save_file
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.parameter_names import named_parameters
+from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.methods.mores import MoReS
 from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import format_spec, parse_spec
+from moresjax.weights import steering
 from moresjax.weights.files import read_pickle
 from moresjax.weights.tensor_mapping import Tensor
 
 METHOD_NAMES = ("loreft", "mores")
 SITE, COMPONENT = "llm.block.out", "block_output"
-_LOREFT = "<class 'pyreft.interventions.LoreftIntervention'>"
+# What saves the same three tensors, and our method of that name.
+LOREFT = "pyreft.interventions.LoreftIntervention"
+_TYPES: dict[str, type[LoReFT | MoReS]] = {LOREFT: LoReFT, steering.MORES: MoReS}
+CONNECTOR = "connector.safetensors"
 # How many fields an entry of `representations` has after layer, component, unit, units and rank.
 _UNUSED_FIELDS = 9
 # The largest difference between R^T R and the identity. Rounding to bf16 stays below it; a matrix
@@ -43,7 +53,9 @@ _TOLERANCE = 0.05
 _PATH = re.compile(r"(?:\w+\.)*(?:layers|h)\[(\d+)\]\.output")
 
 
-def export_pyreft(mllm: MLLM, folder: str | Path) -> Path:
+def export_pyreft(
+    mllm: MLLM, folder: str | Path, *, connector: bool = False, kind: str = LOREFT
+) -> Path:
     """Writes the attached `loreft` or `mores` edits as a folder of pyreft; returns the folder.
 
     >>> import tempfile
@@ -53,6 +65,12 @@ def export_pyreft(mllm: MLLM, folder: str | Path) -> Path:
     ['config.json', 'intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin']
 
     Several methods become several edits of a layer, in order (`#0`, `#1`).
+
+    Args:
+      mllm: The model.
+      folder: The folder to write.
+      connector: Whether to write the connector too, for `import_pyreft`.
+      kind: The type of the edits that the folder names.
 
     Raises:
       UserError: when another method is attached, or torch is not installed.
@@ -92,20 +110,27 @@ def export_pyreft(mllm: MLLM, folder: str | Path) -> Path:
         torch.save(tensors, folder / f"intkey_{key}.bin")
     config = {
         "representations": entries,
-        "intervention_types": [_LOREFT] * len(keys),
+        "intervention_types": [f"<class '{kind}'>"] * len(keys),
         "intervention_dimensions": [mllm.config.llm.hidden_size] * len(keys),
         "intervention_constant_sources": [True] * len(keys),
         "mode": "parallel",
         "sorted_keys": keys,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if connector:
+        values = {n: np.asarray(x.get_value()) for n, x in named_parameters(mllm).items()}
+        own = {n: x for n, x in values.items() if n.startswith("connector.")}
+        save_file(own, folder / CONNECTOR)
     return folder
 
 
-def is_pyreft(folder: Path) -> bool:
-    """Whether a folder was saved by pyreft."""
-    file = folder / "config.json"
-    return file.is_file() and "representations" in json.loads(file.read_text())
+def pyreft_folder(folder: Path) -> Path | None:
+    """Where the edits are that pyreft or LLaVA Steering saved in a folder; None without any."""
+    for place in (folder, folder / steering.PLACE):
+        file = place / "config.json"
+        if file.is_file() and "representations" in json.loads(file.read_text()):
+            return place
+    return None
 
 
 def import_pyreft(
@@ -124,13 +149,13 @@ def import_pyreft(
     'mores:positions=image:f4,rank=2'
 
     Args:
-      folder: The folder of LoReFT edits of block outputs.
+      folder: The folder of LoReFT or MoReS edits of block outputs, or a run of LLaVA Steering.
       mllm: The model that they were trained on.
       edits: A spec of `loreft` or `mores` methods that says which tokens each edit of a layer
         changes, because the folder does not: `mores:positions=image`, or for two edits
         `loreft:positions=prompt:f2/loreft:positions=prompt:l2`. Ranks and layers are the folder's.
-        Default: `loreft` with its own positions, and for two edits the first four and the last four
-        tokens of the prompt.
+        Default: `mores` with the tokens that LLaVA Steering noted, or its own; `loreft` with its
+        own, and for two edits the first four and the last four tokens of the prompt.
       allow_pickle: Whether pickles may be read (by torch, weights only); pyreft writes nothing
         else.
 
@@ -138,15 +163,14 @@ def import_pyreft(
       UserError: when pickles are not allowed, the folder is not one of LoReFT, or its tensors are
         not those of this model; the attached tuning is then as it was.
     """
-    folder = Path(folder)
+    folder = pyreft_folder(Path(folder)) or Path(folder)
     chosen = parse_spec(edits) if edits else ()
     for method in chosen:
         if not isinstance(method, LoReFT | MoReS):
             raise choice_error("method for a folder of pyreft", method.name, METHOD_NAMES)
-    groups = _read(folder, allow_pickle)
+    method, groups = _read(folder, allow_pickle)
     if not edits:
-        pair = ("prompt:f4+l0", "prompt:f0+l4") if len(groups) == 2 else ()
-        chosen = [LoReFT(positions=p) for p in pair] or [LoReFT()] * len(groups)
+        chosen = _usual(method, folder, len(groups))
     if len(chosen) != len(groups):
         raise UserError(
             f"{folder} has {len(groups)} edits per layer, but {edits!r} says it of {len(chosen)}"
@@ -172,21 +196,40 @@ def import_pyreft(
                     f"{variable.shape[1:]}"
                 )
             variable.set_value(jnp.asarray(stacked))
+    if (folder / CONNECTOR).is_file():
+        own = load_file(folder / CONNECTOR)
+        names = {n for n in named_parameters(mllm) if n.startswith("connector.")}
+        if names != set(own):
+            raise UserError(f"{folder / CONNECTOR} is not this model's connector")
+        set_params(mllm, own, str(folder / CONNECTOR))
     mllm.tuning = tuning
     return tuning.spec
 
 
-def _read(folder: Path, allow_pickle: bool) -> list[dict[int, dict[str, np.ndarray]]]:
-    """Our parameters of every edit by its number (`#0`, `#1`) and layer."""
+def _usual(kind: type[LoReFT | MoReS], folder: Path, count: int) -> list[LoReFT | MoReS]:
+    """Edits at the tokens that a folder notes, or else at those that are usual."""
+    if kind is MoReS:
+        return [MoReS(positions=p) for p in steering.noted_positions(folder, count)]
+    pair = ("prompt:f4+l0", "prompt:f0+l4") if count == 2 else ()
+    return [LoReFT(positions=p) for p in pair] or [LoReFT()] * count
+
+
+def _read(
+    folder: Path, allow_pickle: bool
+) -> tuple[type[LoReFT | MoReS], list[dict[int, dict[str, np.ndarray]]]]:
+    """The kind of all edits, and our parameters of each by its number (`#0`, `#1`) and layer."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a folder of pyreft: it has no config.json")
     config = json.loads((folder / "config.json").read_text())
     if not isinstance(config.get("representations"), list) or not config["representations"]:
         raise UserError(f"{folder} is not a folder of pyreft: config.json has no representations")
     kinds = config.get("intervention_types", ())
-    for kind in [kinds] if isinstance(kinds, str) else kinds:
-        if kind != _LOREFT:
-            raise choice_error(f"intervention type in {folder}", kind, (_LOREFT,))
+    kinds = {kinds} if isinstance(kinds, str) else set(kinds)
+    named = {kind: kind.removeprefix("<class '").removesuffix("'>") for kind in kinds}
+    for kind, name in named.items():
+        if name not in _TYPES or len(kinds) > 1:
+            raise choice_error(f"intervention type in {folder}", kind, [*_TYPES])
+    method = _TYPES[next(iter(named.values()), LOREFT)]
     if not allow_pickle:
         raise UserError(
             f"{folder} has only pickled weights, and pickles run code; allow it with "
@@ -205,7 +248,7 @@ def _read(folder: Path, allow_pickle: bool) -> list[dict[int, dict[str, np.ndarr
         if number == len(groups):
             groups.append({})
         groups[number][layer] = _parameters(read_pickle(files[key]), files[key])
-    return groups
+    return method, groups
 
 
 def _place(entry: Mapping[str, Any] | Sequence, folder: Path) -> tuple[int, str]:

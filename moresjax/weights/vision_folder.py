@@ -1,5 +1,6 @@
 """Vision encoders from folders of their own."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,7 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.models.vision import VisionConfig
-from moresjax.weights.families.base import VISION_FAMILIES, vision_config, vision_family
-from moresjax.weights.families.keys import TWO_TOWER_KEYS
+from moresjax.weights.families.base import vision_config, vision_family
 from moresjax.weights.hf import HFFolder, unused_tensors, vision_mappings
 from moresjax.weights.resize_pos_embed import resize_pos_embed
 from moresjax.weights.tensor_mapping import ParameterReader, check_tensors
@@ -54,42 +54,38 @@ def load_vision(
         folder = HFFolder(folder, allow_pickle=allow_pickle)
     config, hf = _vision_config(folder, changes)
     family = vision_family(hf)
-    tensors = {_encoder_name(name): tensor for name, tensor in folder.tensors.items()}
+    tensors = folder.encoder_tensors
     mappings = vision_mappings(config, hf, mesh)
     if (name := family.position_embedding) and config.image_size != hf["image_size"]:
         table = tensors[name][:]
         side, prefix = config.image_size // config.patch_size, int(config.class_token)
         tensors[name] = resize_pos_embed(table[0], side, prefix)[None]
-    beside = (part for family in VISION_FAMILIES.values() for part in family.beside)
-    check_tensors(mappings, tensors, (*unused_tensors(), *beside), str(folder.path))
+    check_tensors(mappings, tensors, unused_tensors(), str(folder.path))
     if part:
         mappings = [mapping.within(part) for mapping in mappings]
     return config, ParameterReader(mappings, tensors)
 
 
-def load_vision_config(folder: HFFolder, **changes: Any) -> VisionConfig:
-    """The configuration of a vision encoder's folder; see `load_vision`."""
-    return _vision_config(folder, changes)[0]
+def load_vision_config(folder: HFFolder, at_size: int | None = None) -> VisionConfig:
+    """The configuration of a vision encoder's folder; see `load_vision`.
+
+    Args:
+      folder: The folder.
+      at_size: The size of the images that the encoder will get, which changes one whose positions
+        can be interpolated: DINOv2 is published for 518 pixels and used with 224.
+    """
+    config, hf = _vision_config(folder, {})
+    if at_size and vision_family(hf).position_embedding:
+        return dataclasses.replace(config, image_size=at_size)
+    return config
 
 
 def _vision_config(
     folder: HFFolder, changes: dict[str, Any]
 ) -> tuple[VisionConfig, dict[str, Any]]:
     """The encoder of a folder, and its part of `config.json`."""
-    hf, towers = folder.hf, {family.two_towers for family in VISION_FAMILIES.values()} - {""}
-    if hf["model_type"] in towers:
-        TWO_TOWER_KEYS.check(hf, str(folder.path / "config.json"))
-        hf = hf["vision_config"]
+    hf = folder.vision_hf
     return vision_config(hf, **changes), hf
-
-
-def _encoder_name(name: str) -> str:
-    """A tensor's name in the encoder alone, whatever stands around it in the file."""
-    for family in VISION_FAMILIES.values():
-        for prefix in family.prefixes:
-            if name.startswith(prefix):
-                return name.removeprefix(prefix)
-    return name
 
 
 def check_same_encoder(config: VisionConfig, found: VisionConfig, source: str) -> None:

@@ -1,11 +1,14 @@
 """The command line from end to end: the demo in a process of its own, then what it left behind."""
 
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import clean_environment
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -16,14 +19,20 @@ from moresjax.data.digits import FAMILIES
 from moresjax.inference.chat import Chat
 
 CONFIG = recipe.__file__
+CLOSED = Path(__file__).parents[1] / "closed"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, run_moresjax):
-    """A demo of a few steps per stage: all the plumbing, none of the learning."""
+    """A demo of a few steps per stage without a network: all the plumbing, none of the learning."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    done = run_moresjax("demo", "--fast", "--out", out, "--json")
+    log = out.with_name("network.log")
+    closed = [str(CLOSED), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    env = clean_environment() | {"NETWORK_LOG": str(log), "PYTHONPATH": os.pathsep.join(closed)}
+    env.pop("HF_HUB_OFFLINE")  # what the command says itself has to do
+    done = run_moresjax("demo", "--fast", "--out", out, "--json", env=env)
     assert done.returncode == 0, done.stderr
+    assert not log.exists(), log.read_text()
     return out, json.loads(done.stdout)
 
 

@@ -10,6 +10,7 @@ from moresjax.core.layout import (
     SHARED,
     TokenKind,
     TokenLayout,
+    count_documents,
     last_prompt_mask,
     loss_mask,
     rank_in_run,
@@ -265,3 +266,10 @@ def test_a_layout_is_a_pytree_that_passes_through_jit():
     doubled = jax.jit(lambda x: jax.tree.map(lambda a: a * 2, x))(layout)
     assert doubled.visual_tokens == 9
     np.testing.assert_array_equal(doubled.kind, np.asarray(layout.kind) * 2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(documents())
+def test_documents_are_counted_without_their_padding(layout):
+    kind, _, _, document, _ = fields_of(layout)
+    assert count_documents(layout) == len({d for d, k in zip(document, kind, strict=True) if k})

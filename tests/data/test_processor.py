@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -69,6 +70,13 @@ def text_of(sample: Sample, template: str, eos="</s>") -> str:
     return "".join(piece.text for piece in get_template(template).render(sample, eos))
 
 
+def spans(sample: Sample, template: str) -> list[tuple[int, int, str]]:
+    """Kind, branch and text of neighbouring pieces that agree in the first two."""
+    pieces = get_template(template).render(sample, "</s>")
+    groups = itertools.groupby(pieces, lambda piece: (piece.kind, piece.branch))
+    return [(*key, "".join(piece.text for piece in group)) for key, group in groups]
+
+
 def words(row, kind, tokenizer=CHARACTERS) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(row.tokens[row.kind == kind]))
 
@@ -115,7 +123,7 @@ CHATS = {
 @pytest.mark.parametrize("template", CHATS)
 def test_text_of_the_chat_versions(template):
     assert text_of(TALK, template) == CHATS[template]
-    answers = [p.text for p in get_template(template).render(TALK, "</s>") if p.kind == ANSWER]
+    answers = [text for kind, _, text in spans(TALK, template) if kind == ANSWER]
     end = {"llama2": " </s>", "mistral": "</s>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
     assert [text.removesuffix(end[template]).strip() for text in answers] == ["me", "so"]
     # What the model is asked with is what it was trained after.
@@ -166,8 +174,7 @@ def test_independent_questions_have_no_marker_between_them():
 
 
 def test_segments_and_branches_of_pieces():
-    pieces = get_template("vicuna_v1").render(BRANCHES, "</s>")
-    assert [(p.kind, p.branch) for p in pieces] == [
+    assert [(kind, branch) for kind, branch, _ in spans(BRANCHES, "vicuna_v1")] == [
         (TokenKind.SYSTEM, 0),
         (TokenKind.QUESTION, 0),
         (TokenKind.QUESTION, 1),

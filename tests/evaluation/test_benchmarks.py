@@ -118,7 +118,7 @@ def test_vizwiz(tmp_path):
 def test_scienceqa(tmp_path):
     write(tmp_path, downloads.scienceqa())
     task = the_task("scienceqa", tmp_path)
-    assert [item.prompt for item in task.examples] == [
+    assert [example.prompt for example in task.examples] == [
         f"What?\nA. salt\nB. tea\n{LETTER}",
         f"<image>\nContext: Look.\nWhich?\nA. salt\nB. tea\n{LETTER}",
     ]
@@ -137,23 +137,23 @@ def test_scienceqa(tmp_path):
     assert entry["details"]["IMG"] == 100
     entry = official("scienceqa_img", tmp_path, saved, "a.jsonl")["scienceqa_img"]
     assert (entry["score"], entry["n"]) == (1, 1)
-    (item,) = the_task("scienceqa_img_ft", tmp_path).examples
-    assert (item.prompt, item.answer) == ("<image>\nWhich? A.salt, B.tea", "B")
+    (example,) = the_task("scienceqa_img_ft", tmp_path).examples
+    assert (example.prompt, example.answer) == ("<image>\nWhich? A.salt, B.tea", "B")
 
 
 @pytest.mark.parametrize("name", ["scienceqa", "scienceqa_img", "scienceqa_img_ft"])
 def test_small_splits_of_scienceqa_have_the_images_of_the_large_ones(tmp_path, name):
     write(tmp_path, downloads.scienceqa())
-    (item,) = the_task(name, tmp_path, split="minitest").examples
-    assert item.images == (tmp_path / "scienceqa/test/4/image.png",)
-    assert item.images[0].is_file()
+    (example,) = the_task(name, tmp_path, split="minitest").examples
+    assert example.images == (tmp_path / "scienceqa/test/4/image.png",)
+    assert example.images[0].is_file()
 
 
 def test_textvqa(tmp_path):
     write(tmp_path, downloads.textvqa())
-    (item,) = the_task("textvqa", tmp_path).examples
-    assert item.prompt == f"<image>\nWhat does it say?\nReference OCR token: STOP, 4\n{SHORT}"
-    assert item.images == (tmp_path / "textvqa/train_images/aa.jpg",)
+    (example,) = the_task("textvqa", tmp_path).examples
+    assert example.prompt == f"<image>\nWhat does it say?\nReference OCR token: STOP, 4\n{SHORT}"
+    assert example.images == (tmp_path / "textvqa/train_images/aa.jpg",)
     saved = [{"question_id": 7, "answer": "Halt"}]
     assert official("textvqa", tmp_path, saved)["textvqa"]["score"] == pytest.approx(0.3)
     saved = [{"question_id": 7, "answer": "It says stop."}]
@@ -221,16 +221,16 @@ def test_pope_kinds_are_scored_apart_and_silence_is_wrong(tmp_path):
 
 def test_mmmu(tmp_path):
     write(tmp_path, downloads.mmmu())
-    items = {item.id: item for item in the_task("mmmu", tmp_path).examples}
-    assert len(items) == 32
-    assert items["validation_Art_1"].prompt == f"<image>\nPick\n\n(A) x\n(B) y\n\n{LETTER}"
-    assert items["validation_Art_1"].images == (photo(1),)
-    assert items["validation_Math_2"].prompt == f"<image>\nSum?\n\n{SHORT}"
-    assert items["validation_Math_2"].images == (photo(2),)
-    both = items["validation_Accounting_2"]
+    examples = {example.id: example for example in the_task("mmmu", tmp_path).examples}
+    assert len(examples) == 32
+    assert examples["validation_Art_1"].prompt == f"<image>\nPick\n\n(A) x\n(B) y\n\n{LETTER}"
+    assert examples["validation_Art_1"].images == (photo(1),)
+    assert examples["validation_Math_2"].prompt == f"<image>\nSum?\n\n{SHORT}"
+    assert examples["validation_Math_2"].images == (photo(2),)
+    both = examples["validation_Accounting_2"]
     assert both.prompt == f"<image>\n<image>\nSum of and?\n\n{SHORT}"
     assert both.images == (photo(1), photo(2))
-    saved = {name: "(B)" for name in items} | {
+    saved = {name: "(B)" for name in examples} | {
         "validation_Math_1": "A",
         "validation_Math_2": "The answer is 7.",
         "validation_Accounting_2": "seven",
@@ -247,18 +247,18 @@ def test_mmmu(tmp_path):
     assert entry["score"] == pytest.approx((29 + art) / 32)
     saved = {"test_Accounting_1": "(A)", "test_Accounting_2": "It is 7.", "test_Art_1": "B."}
     answers = json.loads(sent("mmmu", tmp_path, saved, split="test"))
-    assert list(answers) == [name.replace("validation", "test") for name in items]
+    assert list(answers) == [name.replace("validation", "test") for name in examples]
     assert answers.items() >= (saved | {"test_Accounting_1": "A", "test_Art_1": "B"}).items()
 
 
 def test_iconqa(tmp_path):
     write(tmp_path, downloads.iconqa())
-    (item,) = the_task("iconqa_txt", tmp_path).examples
-    assert item.prompt == (
+    (example,) = the_task("iconqa_txt", tmp_path).examples
+    assert example.prompt == (
         "<image>\nWhich? Choices: one, two. Choose an option from the choices to answer the "
         "question."
     )
-    assert item.images == (tmp_path / "iconqa/test/choose_txt/5/image.png",)
+    assert example.images == (tmp_path / "iconqa/test/choose_txt/5/image.png",)
     saved = lines([{"question_id": "5", "text": " two"}, {"question_id": "8", "text": "three"}])
     assert official("iconqa_txt", tmp_path, saved, "a.jsonl")["iconqa_txt"]["score"] == 1
     assert official("iconqa_blank", tmp_path, saved, "a.jsonl")["iconqa_blank"]["score"] == 0
@@ -313,7 +313,7 @@ def test_mme(tmp_path):
 def test_answers_of_several_lines_are_one_line_of_mme(tmp_path):
     write(tmp_path, downloads.mme())
     task = the_task("mme", tmp_path)
-    said = dict.fromkeys((item.id for item in task.examples), "Yes,\n\tit is.\u2028")
+    said = dict.fromkeys((example.id for example in task.examples), "Yes,\n\tit is.\u2028")
     for name, content_of in task.submissions.items():
         assert [line.split("\t") for line in content_of(said).splitlines()] == [
             ["7.jpg", f"Is it a {it}? Please answer yes or no.", gold, "Yes,  it is. "]
@@ -353,7 +353,7 @@ def test_cifar(tmp_path):
     assert official("cifar10", tmp_path, saved, "a.jsonl")["cifar10"]["score"] == pytest.approx(
         2 / 3
     )
-    assert [item.answer for item in the_task("cifar100", tmp_path).examples] == [
+    assert [example.answer for example in the_task("cifar100", tmp_path).examples] == [
         "aquarium fish",
         "apple",
         "aquarium fish",
@@ -366,7 +366,7 @@ def test_cifar(tmp_path):
 def test_mnist(tmp_path):
     write(tmp_path, downloads.mnist())
     task = the_task("mnist", tmp_path)
-    assert [item.answer for item in task.examples] == ["7", "3"]
+    assert [example.answer for example in task.examples] == ["7", "3"]
     np.testing.assert_array_equal(task.examples[1].images[0][..., 2], downloads.DIGITS[1])
     saved = lines({"prediction": text} for text in ("7", "It is 37"))
     assert official("mnist", tmp_path, saved, "a.jsonl")["mnist"]["score"] == 0.5
@@ -380,7 +380,7 @@ def test_seed_bench_generated_and_ranked(tmp_path):
     task = the_task("seed_bench", tmp_path)
     listed = "A. text a\nB. text b\nC. text c\nD. text d"
     assert task.examples[0].prompt == f"<image>\nWhere?\n{listed}\n{LETTER}"
-    assert [item.images[0].name for item in task.examples] == ["10_1", "2_2.png"]
+    assert [example.images[0].name for example in task.examples] == ["10_1", "2_2.png"]
     saved = lines([{"question_id": 1, "prediction": "C"}, {"question_id": 2, "prediction": "C."}])
     entry = official("seed_bench", tmp_path, saved, "a.jsonl")["seed_bench"]
     assert entry["details"] == {"Scene": 100, "image": 100, "Action": 0, "video": 0, "total": 50}
@@ -419,7 +419,7 @@ def test_flickr30k(tmp_path):
 def test_textcaps(tmp_path):
     write(tmp_path, downloads.textcaps())
     task = the_task("textcaps", tmp_path)
-    assert [item.id for item in task.examples] == ["aa", "bb"]
+    assert [example.id for example in task.examples] == ["aa", "bb"]
     assert task.examples[0].prompt.endswith("provided image.\nReference OCR token: STOP, 4")
     saved = [{"image_id": "aa", "caption": THREE}, {"image_id": "bb", "caption": FOUR}]
     assert captions_score("textcaps", tmp_path, saved) == pytest.approx(8.75)
@@ -429,7 +429,7 @@ def test_textcaps(tmp_path):
 def test_chair(tmp_path):
     write(tmp_path, downloads.chair())
     task = the_task("chair", tmp_path)
-    assert {item.id: item.answer for item in task.examples} == {"1": ["dog"], "2": ["cat"]}
+    assert {example.id: example.answer for example in task.examples} == {"1": ["dog"], "2": ["cat"]}
     assert task.examples[0].prompt == "<image>\nPlease describe this image in detail."
     saved = lines(
         [{"image_id": 1, "caption": "Dogs and a man."}, {"image_id": 2, "caption": "A kitten."}]

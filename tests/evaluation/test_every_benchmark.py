@@ -62,7 +62,7 @@ def test_a_model_answers(name, split, model, asked, tmp_path):
     options = {"data_root": tmp_path, "limit": LIMIT, "split": split}
     tasks = load_benchmark(name, **options)
     result = evaluate(model, [name], batch_size=2, out=out, **options)
-    expected = [(task.name, item.id) for task in tasks for item in task.examples]
+    expected = [(task.name, example.id) for task in tasks for example in task.examples]
     assert [(row["task"], row["id"]) for row in result.predictions] == expected
     assert set(asked) == {name for _, name in expected}
     for task in tasks:

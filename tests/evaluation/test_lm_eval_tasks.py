@@ -1,6 +1,8 @@
 """Tasks of lm_eval by their names, on a few local rows in the layout of the hub's datasets."""
 
 import json
+import socket
+import sys
 
 import numpy as np
 import PIL.Image
@@ -208,33 +210,79 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(root):
     assert result.scores["mmlu_abstract_algebra"]["n"] == 3
 
 
-def test_nothing_is_fetched_unless_the_environment_allows_it(monkeypatch):
+@pytest.mark.parametrize("read", [False, True])  # from the environment, when they were imported
+@pytest.mark.parametrize(
+    ("values", "download", "open_"),
+    [
+        ({}, False, False),
+        ({"HF_HUB_OFFLINE": "1"}, False, False),  # what nobody has read any more
+        ({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": ""}, False, False),
+        ({"HF_HUB_OFFLINE": "0"}, False, False),
+        ({"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "false"}, False, True),
+        ({}, True, True),
+        ({"HF_HUB_OFFLINE": "1"}, True, True),
+    ],
+)
+def test_nothing_is_fetched_unless_somebody_says_so(read, values, download, open_, monkeypatch):
     import datasets.config
+    import evaluate.config as metrics_config
     import huggingface_hub.constants
     from lm_eval.tasks import TaskManager
 
+    places = [
+        (datasets.config, "HF_HUB_OFFLINE"),
+        (metrics_config, "HF_EVALUATE_OFFLINE"),
+        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+    ]
     seen = []
 
     def load(self, names):
-        modules = datasets.config, huggingface_hub.constants
-        seen.append(tuple(module.HF_HUB_OFFLINE for module in modules))
+        seen.append({getattr(module, name) for module, name in places})
+        try:  # a reserved name, which no server knows
+            socket.getaddrinfo("nowhere.invalid", 80)
+        except OSError as error:
+            seen.append("the network is closed" not in str(error))
         raise ValueError("not at hand")
 
     monkeypatch.setattr(TaskManager, "load", load)
-    # What both had read from the environment when they were imported.
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    for module, name in places:
+        monkeypatch.setattr(module, name, read)
+    for variable in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in values.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match="the data of hellaswag are neither"):
+        load_lm_eval_tasks("hellaswag", download=download)
+    assert seen == [{not open_}, open_]
+    assert {getattr(module, name) for module, name in places} == {read}
+
+
+def resolve(host, *_):
+    """What `socket.getaddrinfo` tells its listeners, without asking a server."""
+    sys.audit("socket.getaddrinfo", host, 80, 0, 0, 0)
+    raise OSError("unknown")
+
+
+def test_data_that_are_not_at_hand_are_not_asked_for(model, tmp_path, monkeypatch):
+    """The libraries were imported online, and the environment says offline too late for them."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    def refuse(*arguments, **_):
+        tried.append(arguments)
+        raise OSError("there is no network in this test")
+
+    tried = []
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    for value, expected in ((None, (True, True)), ("0", (False, False))):
-        for variable in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE"):
-            if value is None:
-                monkeypatch.delenv(variable, raising=False)
-            else:
-                monkeypatch.setenv(variable, value)
-        with pytest.raises(UserError, match="the data of hellaswag are neither"):
-            load_lm_eval_tasks("hellaswag")
-        assert seen.pop() == expected
-        assert not datasets.config.HF_HUB_OFFLINE
-        assert not huggingface_hub.constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    for name in ("arc_easy", "gsm8k"):
+        with pytest.raises(UserError, match=rf"the data of {name} are neither .*--download"):
+            evaluate(model, [name], data_root=tmp_path)
+    assert tried == []
 
 
 def test_what_cannot_be_run_is_refused(model, root, tmp_path):

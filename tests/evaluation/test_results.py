@@ -222,9 +222,9 @@ def test_a_mean_is_of_shares_only(model):
     values = [entry["score"] for entry in shares.scores.values()]
     assert shares.mean_accuracy == pytest.approx(sum(values) / len(values))
     (task, *_) = load_benchmark("digits", limit=2)
-    items = [dataclasses.replace(item, answer=["a two"]) for item in task.examples]
-    cider = BenchmarkTask("captions", items, scorer=caption_scorer)
-    found = score_task(cider, {item.id: "a two" for item in items})
+    examples = [dataclasses.replace(example, answer=["a two"]) for example in task.examples]
+    cider = BenchmarkTask("captions", examples, scorer=caption_scorer)
+    found = score_task(cider, {example.id: "a two" for example in examples})
     assert found.scores["captions"]["stderr"] is not None
     assert shares.joined(found).mean_accuracy is None
     assert EvaluationResult({}, [], None, 0.0).mean_accuracy is None

@@ -15,7 +15,6 @@ from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.evaluation import run as run_module
 from moresjax.evaluation.judges import EndpointJudge, ModelJudge
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import PredictionLog
@@ -24,6 +23,7 @@ from moresjax.evaluation.rescore import rescore
 from moresjax.evaluation.results import EvaluationResult, write_results
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import benchmark_names, load_benchmark
+from moresjax.generation.config import EngineConfig
 from moresjax.inference.model import Model
 from moresjax.testing.models import tiny_model
 from moresjax.weights.fingerprint import fingerprint
@@ -105,7 +105,7 @@ def test_a_killed_evaluation_continues(model, root, whole, tmp_path, monkeypatch
 
     options = {"data_root": root, "limit": 9, "batch_size": 1, "out": tmp_path}
     monkeypatch.setattr(MoresjaxLM, "generate_until", until_killed)
-    monkeypatch.setattr(run_module, "_BATCHES_PER_CHUNK", 4)
+    monkeypatch.setattr(model.service, "config", EngineConfig(batches_per_chunk=4))
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, ["gqa"], **options)
     saved = tmp_path / "predictions.jsonl"
@@ -141,11 +141,11 @@ def test_a_killed_evaluation_continues(model, root, whole, tmp_path, monkeypatch
 def test_an_answer_is_written_as_soon_as_it_has_ended(model, root, whole, tmp_path, monkeypatch):
     add, added = PredictionLog.add, []
 
-    def until_killed(self, task, item, prediction):
+    def until_killed(self, task, example, prediction):
         if len(added) == 3:
             raise KeyboardInterrupt
-        added.append(item.id)
-        add(self, task, item, prediction)
+        added.append(example.id)
+        add(self, task, example, prediction)
 
     options = {"data_root": root, "limit": 9, "batch_size": 4, "out": tmp_path}
     with monkeypatch.context() as patched:
@@ -177,9 +177,9 @@ def test_a_broken_image_is_met_on_the_way_and_the_other_answers_stay(
     broken.write_bytes(broken.read_bytes()[:100])
     answered, add = [], PredictionLog.add
 
-    def note(self, task, item, prediction):
-        answered.append(item.id)
-        add(self, task, item, prediction)
+    def note(self, task, example, prediction):
+        answered.append(example.id)
+        add(self, task, example, prediction)
 
     monkeypatch.setattr(PredictionLog, "add", note)
     options = {"data_root": tmp_path, "limit": 8, "batch_size": 2}
@@ -231,8 +231,10 @@ def test_ranked_choices_are_those_of_highest_likelihood(model, root):
     result = evaluate(model, ["seed_bench_rank"], data_root=root, limit=3, batch_size=4)
     (task,) = load_benchmark("seed_bench_rank", data_root=root, limit=3)
     lm = MoresjaxLM(model, batch_size=4)
-    for item, row in zip(task.examples, result.predictions, strict=True):
-        pairs = [(item.prompt, choice, {"visual": list(item.images)}) for choice in item.choices]
+    for example, row in zip(task.examples, result.predictions, strict=True):
+        pairs = [
+            (example.prompt, choice, {"visual": list(example.images)}) for choice in example.choices
+        ]
         requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         scores = [score for score, _ in lm.loglikelihood(requests, disable_tqdm=True)]
         assert row["prediction"] == "ABCD"[scores.index(max(scores))]

@@ -44,8 +44,8 @@ def test_errors_without_shared_images_are_the_usual_ones():
     expected = values.std(ddof=1) / np.sqrt(30)
     assert clustered_stderr(values.tolist(), range(30)) == pytest.approx(expected)
     # Copies of every question teach nothing: by hand, 2/1 * (1^2 + 1^2) / 4^2.
-    assert clustered_stderr([1, 1, 0, 0], "aabb") == pytest.approx(0.5)
-    assert clustered_stderr([1, 1, 0, 0] * 9, "aabb" * 9) == pytest.approx(0.5)
+    assert clustered_stderr([1.0, 1.0, 0.0, 0.0], "aabb") == pytest.approx(0.5)
+    assert clustered_stderr([1.0, 1.0, 0.0, 0.0] * 9, "aabb" * 9) == pytest.approx(0.5)
     assert clustered_stderr([1.0], "a") is clustered_stderr([1.0, 0.0], "aa") is None
 
 

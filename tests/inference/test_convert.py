@@ -21,6 +21,8 @@ from transformers import (
 
 import moresjax as mj
 from moresjax.cli import main
+from moresjax.cli.app import make_parser
+from moresjax.cli.options import load_model
 from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer
 from moresjax.data.samples import Sample, Turn
@@ -86,6 +88,16 @@ def logits(path) -> np.ndarray:
     return np.asarray(mj.load(path).logits(PROMPT, [[PICTURE]]))
 
 
+def test_control_tokens_in_a_prompt_are_text_unless_asked(folder):
+    def ends(model) -> int:
+        return int((model.prompt("two </s> three").tokens == tokenizer().eos_token_id).sum())
+
+    assert ends(mj.load(folder)) == 0
+    assert ends(mj.load(folder, split_special_tokens=False)) == 1
+    arguments = ["generate", "--model", str(folder), "--no-split-special-tokens"]
+    assert ends(load_model(make_parser().parse_args(arguments))) == 1
+
+
 def test_an_imported_model_is_the_folders(folder, imported):
     np.testing.assert_array_equal(logits(imported), logits(folder))
 
@@ -121,7 +133,10 @@ def test_command_lines(folder, tmp_path, capsys):
     assert main(["export", str(folder), str(tmp_path / "out"), "--format", "hf"]) == 2
     assert "is not empty" in capsys.readouterr().err
     assert main(["export", str(folder), str(tmp_path / "new"), "--format", "onnx"]) == 2
-    assert "'onnx'; choose from: hf, merged, adapter, peft, pyreft" in capsys.readouterr().err
+    assert (
+        "'onnx'; choose from: hf, merged, tinyllava, adapter, peft, pyreft"
+        in capsys.readouterr().err
+    )
 
 
 def test_eight_bits_do_not_go_out_as_weights(folder, tmp_path):
@@ -148,19 +163,25 @@ def tuned(imported, tmp_path):
 
 def test_weight_deltas_are_folded_in(folder, tuned, tmp_path):
     run = tuned("ia3")
-    with pytest.raises(UserError, match="format hf cannot hold the tuning ia3; use merged"):
+    with pytest.raises(UserError, match="format hf has no place for ia3; use format merged"):
         export_model(run, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
     export_model(run, tmp_path / "out", "merged")
     np.testing.assert_array_equal(logits(tmp_path / "out"), logits(folder))
 
 
-def test_edits_cannot_be_folded_in(tuned, tmp_path):
-    run = tuned("mores:rank=2")
-    for format in ("hf", "merged"):
-        with pytest.raises(UserError, match=f"format {format} cannot hold the tuning mores"):
-            export_model(run, tmp_path / "out", format)
+def test_edits_lie_beside_weights_and_come_along(tuned, tmp_path):
+    """Deltas are folded in, edits stay edits; an import of the folder has them too."""
+    run = tuned("mores:rank=2,positions=image:f2/ia3")
+    with pytest.raises(UserError, match="format hf has no place for ia3; use format merged"):
+        export_model(run, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
+    out = export_model(run, tmp_path / "out", "merged")
+    assert mj.load(out).tuning == "mores:positions=image:f2,rank=2"
+    np.testing.assert_allclose(logits(out), logits(run), atol=1e-5)
+    import_model(out, tmp_path / "again")
+    assert mj.load(tmp_path / "again").tuning == "mores:positions=image:f2,rank=2"
+    np.testing.assert_array_equal(logits(tmp_path / "again"), logits(out))
 
 
 @pytest.mark.parametrize(

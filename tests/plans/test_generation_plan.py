@@ -121,7 +121,7 @@ def test_what_does_not_fit_in_the_prefill_is_not_decoded():
             "7 images make 112 tokens, which do not fit a prompt of 100",
         ),
         (8, 100, {"batch_size": 12}, "batch_size 12 does not divide into 8 parts of the mesh"),
-        (8, 8, {"objective": "patch_classes"}, "objective next_token, got 'patch_classes'"),
+        (8, 8, {"objective": "patch_classes"}, "language models, not for objective patch_classes"),
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(new, prompt, changes, message):

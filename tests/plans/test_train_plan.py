@@ -17,6 +17,7 @@ from moresjax.plans.train_plan import search as search_plans
 from moresjax.runs.architecture import model_config
 from moresjax.runs.config import load_config
 from moresjax.sharding.mesh import make_mesh, mesh_preset
+from moresjax.training.objectives import OBJECTIVES, next_token
 
 RUNS = Path(__file__).parents[2] / "configs" / "llava_steering.py"
 KERNEL = CUT_LLM["hidden_size"] * CUT_LLM["intermediate_size"] * 2  # bytes of the largest
@@ -89,8 +90,22 @@ def test_what_a_chip_holds_is_its_share_of_the_parameters(steered):
 
 def test_objectives_without_a_language_model_have_no_plan():
     config = cut("none", objective="patch_classes")
-    with pytest.raises(UserError, match="objective next_token, got 'patch_classes'"):
+    with pytest.raises(UserError, match="language models, not for objective patch_classes"):
         plan(config, "v5e-8")
+
+
+def test_an_objective_of_a_plug_in_has_a_plan(monkeypatch):
+    traced = []
+
+    def objective(model, batch, key=None):
+        traced.append(batch.tokens.shape)
+        return next_token(model, batch, key)
+
+    monkeypatch.setitem(OBJECTIVES, "mine", objective)
+    mesh = make_mesh(data=1, fsdp=8)
+    state, frozen, batch, step = abstract_step(cut("none", objective="mine"), mesh)
+    assert step.lower(state, frozen, batch).as_text()
+    assert set(traced) == {(16, 128)}
 
 
 def test_batches_that_do_not_divide_are_refused():

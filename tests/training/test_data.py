@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from run_helpers import curve
 
 from moresjax.core.errors import UserError
 from moresjax.runs.config import base_config
@@ -48,6 +49,9 @@ def test_a_packed_run_goes_on_exactly(config, tmp_path):
     shutil.rmtree(tmp_path / "moved" / "checkpoints" / "4")
     (tmp_path / "moved" / "train.json").unlink()
     assert train(packed, tmp_path / "moved").step == 4
+    seen = [curve(tmp_path / name, "samples_seen") for name in ("whole", "moved")]
+    assert seen[0] == seen[1]
+    assert seen[0][-1] > 4 * 8  # several samples share a row
     wanted, found = (trained_parameters(tmp_path / name) for name in ("whole", "moved"))
     assert set(found) == set(wanted)
     for name, array in found.items():
@@ -55,6 +59,18 @@ def test_a_packed_run_goes_on_exactly(config, tmp_path):
     report = json.loads((tmp_path / "whole" / "skipped_samples_0.json").read_text())
     assert report["skipped"] == 1
     assert "none.png does not exist" in report["samples"]["8"]
+
+
+def test_a_run_of_an_epoch_shows_every_sample_once(config, tmp_path):
+    settings = {"batching": "bucket", "steps": 0, "epochs": 1, "log_every": 1}
+    result = train(with_settings(config, **settings), tmp_path)
+    # Of 30 samples one is bad; its place and the tails of both kinds are padding.
+    assert result.metrics["samples_seen"] == 29
+    assert result.metrics["epoch"] == pytest.approx(29 / 30)
+    assert curve(tmp_path, "samples_seen") == list(np.cumsum(curve(tmp_path, "samples")))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["steps"], saved["samples"], saved["epochs"]) == (result.step, 0, 0)
+    assert train(with_settings(config, **settings), tmp_path) == result  # nothing is left to do
 
 
 def test_a_bad_sample_ends_a_run_that_does_not_skip(config, tmp_path):

@@ -18,7 +18,7 @@ WATCHED = TINY | {"steps": 6, "log_every": 1, "checkpoint.every": 3}
 WATCHED |= {"validation.share": 0.1, "validation.every": 3, "data.size": 210, "lmar_every": 3}
 WATCHED |= {"mesh.data": 1, "mesh.fsdp": -1}
 WATCHED |= {"batching": "pack", "max_seq_len": 128, "images_per_row": 3, "pack_window": 13}
-LOGGED = {"loss": 6, "validation_loss": 2, "lmar": 2}
+LOGGED = {"loss": 6, "samples_seen": 6, "epoch": 6, "validation_loss": 2, "lmar": 2}
 
 
 def start_watched(workdir, processes: int) -> list[subprocess.Popen]:

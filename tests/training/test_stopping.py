@@ -7,10 +7,12 @@ import sys
 import time
 
 import numpy as np
+import pytest
 from run_helpers import TEXT_ONLY, cli_arguments, curve, free_address, start, wait_for
 
 from moresjax.cli import main
 from moresjax.runs.init_weights import trained_parameters
+from moresjax.sharding.processes import PreemptionHandler
 
 RUN = [sys.executable, "-m", "moresjax.cli"]
 
@@ -34,8 +36,8 @@ def start_both(workdir, steps: int) -> list[subprocess.Popen]:
     return [start([*run, "--distributed", f"{address},2,{number}"]) for number in range(2)]
 
 
-def stop(workdir, processes: list[subprocess.Popen], asked: list[int]) -> int:
-    """Sends SIGTERM to some of a run's processes once it has gone on; the step all stopped at."""
+def stop(workdir, processes, asked: list[int], signal=signal.SIGTERM) -> int:
+    """Sends a signal to some of a run's processes once it has gone on; the step all stopped at."""
     log = workdir / "metrics.jsonl"
     enough = 3 + (len(losses(workdir)) if log.is_file() else 0)
     while not log.is_file() or len(losses(workdir)) < enough:
@@ -43,7 +45,7 @@ def stop(workdir, processes: list[subprocess.Popen], asked: list[int]) -> int:
             assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     for number in asked:
-        processes[number].send_signal(signal.SIGTERM)
+        processes[number].send_signal(signal)
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), errors
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
@@ -53,9 +55,24 @@ def stop(workdir, processes: list[subprocess.Popen], asked: list[int]) -> int:
     return saved
 
 
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noticed_and_a_second_interrupt_interrupts(number):
+    before = signal.getsignal(number)
+    handler = PreemptionHandler()
+    try:
+        assert not handler.at(1)
+        signal.raise_signal(number)
+        assert handler.at(2)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        handler.close()
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_that_is_interrupted_saves_and_goes_on(tmp_path):
     run = tmp_path / "run"
-    saved = stop(run, [start([*RUN, *arguments(run, 100_000)])], [0])
+    saved = stop(run, [start([*RUN, *arguments(run, 100_000)])], [0], signal.SIGINT)
     config = run / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"steps": saved + 2}))
     assert main(arguments(run, saved + 2)) == 0

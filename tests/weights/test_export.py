@@ -155,9 +155,11 @@ def test_a_model_that_was_trained_here_is_exported(tmp_path):
 
 def test_a_model_that_has_generated_is_merged_and_exported_all_the_same(tmp_path):
     fresh, used = (randomised_tuning(tiny_model("lora:rank=2")) for _ in range(2))
-    used.llm.unstack()
+    bare = tiny_model()
+    for model in (used, bare):
+        model.llm.unstack()
     files = []
-    for name, model in (("fresh", fresh), ("used", used), ("merged", merged(fresh))):
+    for name, model in (("fresh", tiny_model()), ("bare", bare), ("merged", merged(fresh))):
         export_hf(model, tmp_path / name)
         files.append((tmp_path / name / "model.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
@@ -167,7 +169,10 @@ def test_a_model_that_has_generated_is_merged_and_exported_all_the_same(tmp_path
 
 
 def test_what_has_no_counterpart_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no architecture of transformers is this LLM"):
+    with pytest.raises(
+        UserError,
+        match="no LLM in a LLaVA of transformers is like this one: stablelm with post_norms",
+    ):
         export_hf(tiny_model(gated_mlp=False, norm="layer", post_norms=True), tmp_path / "out")
     for connector in set(CONNECTORS) - {"mlp{n}x_gelu", "mof_mlp", "identity"}:
         config = MLLMConfig(llm=tiny_config().llm, vision=tiny_config().vision, connector=connector)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.core.errors import UserError
 from moresjax.core.ops import project
+from moresjax.core.ranges import Positive, Rate
 from moresjax.tuning.base import (
     LinearLike,
     ModelConfig,
@@ -38,14 +38,8 @@ class Adapter(WeightDelta):
     """Adapters on every linear of the decoder's MLPs; `dropout` is on the adapter's input."""
 
     name = "adapter"
-    bottleneck: int = 256
-    dropout: float = 0.05
-
-    def __post_init__(self) -> None:
-        if self.bottleneck < 1:
-            raise UserError(f"adapter:bottleneck must be at least 1, got {self.bottleneck}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"adapter:dropout must be at least 0 and below 1, got {self.dropout}")
+    bottleneck: Positive = 256
+    dropout: Rate = 0.05
 
     def sites(self, config: ModelConfig) -> Sites:
         names = "gate;up;down" if config.llm.gated_mlp else "up;down"

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
+from moresjax.core.ranges import Positive
 from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.rotations import cayley, check_divides, rotate, skew_part
 from moresjax.tuning.sites import linear_sites
@@ -36,16 +37,13 @@ class BOFT(WeightDelta):
 
     name = "boft"
     whole = True
-    block_size: int = 4
-    factors: int = 1
+    block_size: Positive = 4
+    factors: Positive = 1
     targets: str = "q;v"
 
     def sites(self, config: ModelConfig) -> Sites:
-        if self.block_size % 2 or self.factors < 1:
-            raise UserError(
-                f"boft needs an even block_size and at least 1 of factors, got {self.block_size} "
-                f"and {self.factors}"
-            )
+        if self.block_size % 2:
+            raise UserError(f"boft needs an even block_size, got {self.block_size}")
         shapes = linear_sites(self, config, self.targets)
         for site, (d_in, _) in shapes.items():
             run = self.block_size * 2 ** (self.factors - 1)

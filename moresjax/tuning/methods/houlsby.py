@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.core.errors import UserError
 from moresjax.core.ops import project
+from moresjax.core.ranges import Positive
 from moresjax.tuning.base import Edit, ModelConfig, Params, Sites, register
 
 SITES = ("llm.block.attn.out", "llm.block.mlp.out")
@@ -27,12 +27,7 @@ class Houlsby(Edit):
 
     name = "houlsby"
     positions: str = "all"
-    bottleneck: int = 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.bottleneck < 1:
-            raise UserError(f"houlsby:bottleneck must be at least 1, got {self.bottleneck}")
+    bottleneck: Positive = 64
 
     def sites(self, config: ModelConfig) -> Sites:
         return {site: (config.llm.hidden_size,) for site in SITES}

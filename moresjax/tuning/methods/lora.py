@@ -8,14 +8,14 @@ with `s = alpha / r`, or `alpha / sqrt(r)` when rank-stabilised (Kalajdzievski 2
 """
 
 import dataclasses
-import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.core.errors import UserError
 from moresjax.core.ops import project
+from moresjax.core.ranges import FINITE, Positive, Rate
 from moresjax.tuning.base import (
     LinearLike,
     ModelConfig,
@@ -25,8 +25,7 @@ from moresjax.tuning.base import (
     dropped,
     register,
 )
-from moresjax.tuning.sites import linear_sites
-from moresjax.tuning.spec import check_rank
+from moresjax.tuning.sites import check_rank, linear_sites
 
 
 @register
@@ -35,16 +34,11 @@ class LoRA(WeightDelta):
     """LoRA on the linears named by `targets`; without an `alpha` it is twice the rank."""
 
     name = "lora"
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
+    rank: Positive = 8
+    alpha: Annotated[float | None, FINITE] = None
+    dropout: Rate = 0.0
     rslora: bool = False
     targets: str = "all"
-
-    def __post_init__(self) -> None:
-        check_rank(self, self.rank)
-        if self.alpha is not None and not math.isfinite(self.alpha):
-            raise UserError(f"{self.name}:alpha must be a finite number, got {self.alpha}")
 
     @property
     def scaled_by(self) -> float:
@@ -57,7 +51,9 @@ class LoRA(WeightDelta):
         return self.scaled_by / (self.rank**0.5 if self.rslora else self.rank)
 
     def sites(self, config: ModelConfig) -> Sites:
-        return linear_sites(self, config, self.targets)
+        shapes = linear_sites(self, config, self.targets)
+        check_rank(self, self.rank, shapes)
+        return shapes
 
     def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
         bound = d_in**-0.5

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError
+from moresjax.core.ranges import Positive
 from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
-from moresjax.tuning.sites import linear_sites
-from moresjax.tuning.spec import check_rank
+from moresjax.tuning.sites import check_rank, linear_sites
 
 
 @register
@@ -31,19 +31,21 @@ class MixLoRA(WeightDelta):
 
     name = "mixlora"
     sees_tokens = True
-    factors: int = 16
-    rank: int = 4
+    factors: Positive = 16
+    rank: Positive = 4
     conditional: bool = False
     scored: bool = False
     targets: str = "all"
 
     def __post_init__(self) -> None:
-        check_rank(self, self.rank)
+        super().__post_init__()
         if self.rank > self.factors:
             raise UserError(f"mixlora:rank={self.rank} exceeds its factors={self.factors}")
 
     def sites(self, config: ModelConfig) -> Sites:
-        return linear_sites(self, config, self.targets)
+        shapes = linear_sites(self, config, self.targets)
+        check_rank(self, self.rank, shapes)
+        return shapes
 
     def initial(self, key: PRNGKeyArray, d_in: int, d_out: int) -> Params:
         pools = 3 + self.rank * self.conditional

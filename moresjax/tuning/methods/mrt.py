@@ -14,7 +14,7 @@ is every block but the last. Their released code differs from the paper: see `mr
 import dataclasses
 import functools
 
-from moresjax.core.errors import UserError
+from moresjax.core.ranges import Positive, Rate
 from moresjax.tuning.base import Method, layer_field, register
 from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import check_choice, preset
@@ -40,19 +40,18 @@ class MRT(Method):
     """
 
     name = "mrt"
-    rank: int = 4
-    visual_rank: int = 6
-    length: int = 4
+    rank: Positive = 4
+    visual_rank: Positive = 6
+    length: Positive = 4
     scope: str = "prompt"
     layers: str = layer_field()
     visual_layers: str = layer_field()
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     init: str = "paper"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice(self, "scope", tuple(SCOPES))
-        if self.length < 1:
-            raise UserError(f"mrt:length must be at least 1, got {self.length}")
 
     def parts(self) -> tuple[Method, ...]:
         edit = functools.partial(LoReFT, dropout=self.dropout, init=self.init)

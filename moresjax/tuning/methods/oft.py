@@ -10,10 +10,12 @@ The two turn in opposite directions. A block is stored as the b(b-1)/2 numbers a
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from moresjax.core.ranges import Range
 from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.rotations import (
     cayley,
@@ -33,11 +35,12 @@ class OFT(WeightDelta):
 
     name = "oft"
     whole = True
-    block_size: int = 32
+    block_size: Annotated[int, Range(2)] = 32
     cayley: str = "neumann"
     targets: str = "q;k;v"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice(self, "cayley", ("neumann", "exact"))
 
     def sites(self, config: ModelConfig) -> Sites:

@@ -15,7 +15,7 @@ free, as torch's linear. None of them is the identity then.
 
 import dataclasses
 
-from moresjax.core.errors import UserError
+from moresjax.core.ranges import Positive, Rate
 from moresjax.tuning.base import Method, layer_field, register
 from moresjax.tuning.low_rank import LowRankEdit
 from moresjax.tuning.spec import check_choice
@@ -100,19 +100,16 @@ class UnsharedReFT(Method):
 
     name = "reft"
     kind: str = "loreft"
-    rank: int = 4
-    first: int = 4
-    last: int = 4
+    rank: Positive = 4
+    first: Positive = 4
+    last: Positive = 4
     region: str = "prompt"
     layers: str = layer_field()
-    dropout: float = 0.0
+    dropout: Rate = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice(self, "kind", tuple(FAMILY))
-        if min(self.first, self.last) < 1:
-            raise UserError(
-                f"reft:first and reft:last must be at least 1, got {self.first} and {self.last}"
-            )
 
     def parts(self) -> tuple[Method, ...]:
         prefix, suffix = f"{self.region}:f{self.first}+l0", f"{self.region}:f0+l{self.last}"

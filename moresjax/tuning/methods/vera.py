@@ -8,6 +8,7 @@ Axis legend: D features in, F features out, r rank, D*, F* the widest of all tun
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
+from moresjax.core.ranges import Positive, Range, Rate
 from moresjax.core.types import AnyArray
 from moresjax.tuning.base import (
     LinearLike,
@@ -26,7 +28,6 @@ from moresjax.tuning.base import (
     register,
 )
 from moresjax.tuning.sites import linear_sites
-from moresjax.tuning.spec import check_rank
 
 
 def torch_uniform(rng: np.random.RandomState, shape: tuple[int, int]) -> Float[np.ndarray, "a b"]:
@@ -46,13 +47,10 @@ class VeRA(WeightDelta):
     """VeRA on the linears named by `targets`; `seed` makes the random matrices."""
 
     name = "vera"
-    rank: int = 256
-    dropout: float = 0.0
-    seed: int = 0
+    rank: Positive = 256
+    dropout: Rate = 0.0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     targets: str = "q;v"
-
-    def __post_init__(self) -> None:
-        check_rank(self, self.rank)
 
     def sites(self, config: ModelConfig) -> Sites:
         return linear_sites(self, config, self.targets)

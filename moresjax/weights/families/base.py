@@ -16,6 +16,7 @@ stacked blocks. The names of parameters follow: `kernel` is a transposed `weight
 """
 
 import abc
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -142,12 +143,14 @@ class MLLMFamily(abc.ABC):
       model_type: The family's name in `config.json`.
       keys: What every key of the whole `config.json` means here, but for its parts.
       prefixes: Beginnings of the names of tensors in files -> in the state dict of transformers 5.
+      written: Beginnings in the state dict -> in new files.
       in_transformers: Whether `transformers` knows the whole, or its two towers only.
     """
 
     model_type: ClassVar[str]
     keys: ClassVar[ConfigKeys]
     prefixes: ClassVar[Mapping[str, str]]
+    written: ClassVar[Mapping[str, str]]
     in_transformers: ClassVar[bool] = True
 
     @abc.abstractmethod
@@ -159,8 +162,20 @@ class MLLMFamily(abc.ABC):
         """
 
     @abc.abstractmethod
+    def to_hf(self, config: MLLMConfig) -> dict[str, Any]:
+        """The whole `config.json` of a model; the inverse of `from_hf`.
+
+        Raises:
+          UserError: when no model of the family is the same.
+        """
+
+    @abc.abstractmethod
     def connector_map(self, connector: str) -> dict[str, str]:
         """The name map of the connector."""
+
+    def written_name(self, name: str) -> str:
+        """The name in a new file of a tensor of the state dict."""
+        return renamed(name, self.written)
 
 
 LLM_FAMILIES: dict[str, LLMFamily] = {}
@@ -236,13 +251,16 @@ def vision_config(hf: HFConfig, **changes: Any) -> VisionConfig:
 
 
 def hf_decoder_config(
-    config: DecoderConfig, read: Callable[[HFConfig], DecoderConfig] = decoder_config
+    config: DecoderConfig,
+    read: Callable[[HFConfig], DecoderConfig] = decoder_config,
+    what: str = "LLM",
 ) -> dict[str, Any]:
     """The `config.json` of an LLM, with its family's defaults; the inverse of `decoder_config`.
 
     Args:
       config: The LLM.
       read: What the result is read with; it must give `config` again.
+      what: What has to be the same, for the message.
 
     Raises:
       UserError: when no LLM of `transformers` is the same.
@@ -252,7 +270,7 @@ def hf_decoder_config(
         common = {name: getattr(config, ours) for ours, name in LLM_FIELDS.items()}
         return common | family.to_hf(config)
 
-    return _inverse(config, LLM_FAMILIES, write, read, "LLM")
+    return _inverse(config, LLM_FAMILIES, write, read, what)
 
 
 def hf_vision_config(
@@ -292,14 +310,33 @@ def _inverse(
     """
     from transformers import AutoConfig
 
+    differences: list[tuple[str, list[str]]] = []
     for name in [config.model_type] if config.model_type in families else families:
         try:
             hf = AutoConfig.for_model(name, **write(families[name])).to_dict()
-            if read(hf) == config:
-                return hf
+            found = read(hf)
         except (UserError, ValueError, TypeError):  # the family has no such configuration
             continue
-    raise UserError(f"no architecture of transformers is this {what}: {config}")
+        if found == config:
+            return hf
+        fields = [f.name for f in dataclasses.fields(config) if f.compare]
+        other = [n for n in fields if getattr(found, n) != getattr(config, n)]
+        differences.append((name, [f"{n}={getattr(config, n)!r}" for n in other]))
+    if not differences:
+        raise UserError(f"no {what} of transformers is like this one")
+    name, other = min(differences, key=lambda difference: len(difference[1]))
+    more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+    raise UserError(
+        f"no {what} of transformers is like this one: {name} with {', '.join(other[:3])}{more}"
+    )
+
+
+def renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    """The name with the longest of the prefixes that it starts with replaced."""
+    for old in sorted(prefixes, key=len, reverse=True):
+        if name.startswith(old):
+            return prefixes[old] + name.removeprefix(old)
+    return name
 
 
 def activation(name: str) -> str:

@@ -23,15 +23,6 @@ from moresjax.weights.families.base import (
 )
 from moresjax.weights.families.keys import COMMON_KEYS
 
-# The names of published LLaVAs, which older and newer versions of transformers read: from the
-# state dict of transformers 5 to files.
-WRITTEN_PREFIXES = {
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "model.vision_tower.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-}
-
 
 @register
 class Llava(MLLMFamily):
@@ -64,6 +55,13 @@ class Llava(MLLMFamily):
         "vision_tower.vision_model.": "model.vision_tower.",
         "vision_tower.": "model.vision_tower.",
         "multi_modal_projector.": "model.multi_modal_projector.",
+    }
+    # The names of published LLaVAs, which older and newer versions of transformers read.
+    written = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
     }
     connector = {
         "layers.0": "multi_modal_projector.linear_1",
@@ -125,7 +123,7 @@ class Llava(MLLMFamily):
         def read(text: HFConfig) -> DecoderConfig:
             return self.from_hf(hf | {"text_config": text}).llm
 
-        return hf | {"text_config": hf_decoder_config(config.llm, read)}
+        return hf | {"text_config": hf_decoder_config(config.llm, read, "LLM in a LLaVA")}
 
 
 def two_linears(connector: str) -> str | None:
@@ -144,9 +142,17 @@ def vision_tower(hf: HFConfig, keeps_all: bool) -> VisionConfig:
     Raises:
       UserError: for an encoder with register tokens, which the references hand to the LLM.
     """
+    layer = hf["vision_feature_layer"]
+    if isinstance(layer, list | tuple):
+        if len(layer) != 1:
+            raise UserError(
+                f"vision_feature_layer={layer} is not supported: the features of several layers "
+                "are put side by side; one layer is"
+            )
+        layer = layer[0]
     vision = vision_config(
         hf["vision_config"],
-        feature_layer=hf["vision_feature_layer"],
+        feature_layer=layer,
         select="cls_patch" if keeps_all else "patch",
     )
     if vision.registers:

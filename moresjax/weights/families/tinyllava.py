@@ -1,10 +1,28 @@
-"""TinyLLaVA Factory's models, whole or as the folders of a training stage."""
+"""TinyLLaVA Factory's models, whole or as the folders of a training stage.
+
+The factory (TinyLLaVA/TinyLLaVA_Factory, 53f12c7) makes the parts of a model by the names of those
+that it was trained from and then fills in `text_config` and `vision_config`: a folder without such
+names gets another architecture there.
+"""
+
+import dataclasses
+import re
+from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError
 from moresjax.models.connector import linear_widths
 from moresjax.models.mllm import MLLMConfig
-from moresjax.weights.families.base import HFConfig, MLLMFamily, decoder_config, register
+from moresjax.models.vision import VisionConfig
+from moresjax.weights.families.base import (
+    HFConfig,
+    MLLMFamily,
+    decoder_config,
+    hf_decoder_config,
+    hf_vision_config,
+    register,
+    vision_config,
+)
 from moresjax.weights.families.keys import COMMON_KEYS, NEW_WEIGHTS, ORIGIN, TOKENS
 from moresjax.weights.families.llava import two_linears, vision_tower
 
@@ -17,6 +35,19 @@ STAGE_FOLDERS = {
     "language_model": "language_model.",
     "vision_tower": "vision_tower._vision_tower.",
     "connector": "connector.",
+}
+
+# Of each family that the factory has, a model whose name stands for the family there.
+LLMS = {
+    "phi": "microsoft/phi-2",
+    "llama": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "stablelm": "stabilityai/stablelm-2-zephyr-1_6b",
+    "gemma": "google/gemma-2b-it",
+    "qwen2": "Qwen/Qwen2-0.5B",
+}
+ENCODERS = {
+    "siglip_vision_model": "google/siglip-so400m-patch14-384",
+    "clip_vision_model": "openai/clip-vit-large-patch14-336",
 }
 
 
@@ -59,6 +90,12 @@ class TinyLlava(MLLMFamily):
         "vision_tower._vision_tower.": "model.vision_tower.",
         "connector._connector": "model.connector",
     }
+    written = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower._vision_tower.vision_model.",
+        "model.connector": "connector._connector",
+    }
     in_transformers = False
 
     def from_hf(self, hf: HFConfig) -> MLLMConfig:
@@ -77,6 +114,56 @@ class TinyLlava(MLLMFamily):
         keeps_all = hf["vision_feature_select_strategy"] == "cls_patch"
         llm = decoder_config(hf["text_config"])
         return MLLMConfig(llm=llm, vision=vision_tower(hf, keeps_all), connector=connector)
+
+    def to_hf(self, config: MLLMConfig) -> dict[str, Any]:
+        """The whole `config.json` of a model; the inverse of `from_hf`.
+
+        Raises:
+          UserError: when the factory has no such model.
+        """
+        vision = config.vision
+        if not isinstance(vision, VisionConfig) or vision.registers:
+            raise UserError("a TinyLLaVA Factory model has one vision encoder without registers")
+        if not re.fullmatch(r"identity|linear|mlp\d+x_gelu", config.connector):
+            raise UserError(
+                f"a TinyLLaVA Factory model with connector {config.connector} is not supported"
+            )
+        text = hf_decoder_config(config.llm)
+        keeps_all = vision.first_feature == 0
+        vision = dataclasses.replace(
+            vision, select="cls_patch" if keeps_all else "patch", num_trainable_blocks=0
+        )
+        # Normalisation is the image processor's, the choice of features the whole model's.
+        free = ("feature_layer", "select", "drop_first_token", "pixel_mean", "pixel_std")
+        chosen = {name: getattr(vision, name) for name in free}
+        tower = hf_vision_config(vision, lambda hf: vision_config(hf, **chosen))
+        for known, found, what in (
+            (LLMS, text["model_type"], "LLM"),
+            (ENCODERS, tower["model_type"], "vision encoder"),
+        ):
+            if found not in known:
+                raise UserError(f"a folder of TinyLLaVA Factory has no {what} of kind {found} here")
+        llm = LLMS[text["model_type"]]
+        return {
+            "model_type": self.model_type,
+            "architectures": ["TinyLlavaForConditionalGeneration"],
+            "llm_model_name_or_path": llm,
+            "tokenizer_name_or_path": llm,
+            "vision_model_name_or_path": ENCODERS[tower["model_type"]],
+            "vision_model_name_or_path2": "",
+            "connector_type": config.connector,
+            "text_config": text,
+            "hidden_size": config.llm.hidden_size,
+            "vocab_size": config.llm.vocab_size,
+            "tokenizer_model_max_length": config.llm.max_positions,
+            "vision_config": tower,
+            "vision_hidden_size": vision.hidden_size,
+            "vision_feature_layer": vision.feature_layer,
+            "vision_feature_select_strategy": vision.select,
+            "image_aspect_ratio": "square",
+            "image_token_index": -200,
+            "ignore_index": -100,
+        }
 
     def connector_map(self, connector: str) -> dict[str, str]:
         """The name map of the connector; activations stand between the linears."""

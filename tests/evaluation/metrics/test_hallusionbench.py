@@ -90,7 +90,7 @@ def test_wrong_implementations_of_the_groups_are_told_apart():
     # Same ids in both categories: grouping without the category merges two questions into one.
     rows = [row("VS", "1", "0", "2"), row("VD", "1", "0", "2")]
     assert hallusionbench_summary(rows, [CORRECT, INCORRECT])["hard aAcc"] == 50
-    # Hard accuracy is over questions, not items.
+    # Hard accuracy is over questions, not single rows.
     rows = [row("VD", str(figure), "0", "2") for figure in (1, 2, 3, 4)]
     summary = hallusionbench_summary(rows, [CORRECT, CORRECT, CORRECT, INCORRECT])
     assert (summary["hard aAcc"], summary["aAcc"]) == (0, 75)

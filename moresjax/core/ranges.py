@@ -1,0 +1,109 @@
+"""The range of every number that a user sets: declared beside the field, checked in one place.
+
+A dataclass annotates a field with its range, `rank: Annotated[int, Range(1)] = 8`; `check_ranges`
+refuses a value outside of it. A number without a range of its own must be finite.
+"""
+
+import dataclasses
+import functools
+import math
+import typing
+from typing import Annotated, Any
+
+from moresjax.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have.
+
+    >>> Range(0, below=1).check("lora:dropout", 7)
+    Traceback (most recent call last):
+    ...
+    moresjax.core.errors.UserError: lora:dropout must be at least 0 and below 1, got 7
+
+    Attributes:
+      least: The smallest number.
+      most: The largest number.
+      above: Every number is larger than this.
+      below: Every number is smaller than this.
+      also: Single numbers that are allowed besides.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    also: tuple[float, ...] = ()
+
+    def __contains__(self, number: float) -> bool:
+        if not math.isfinite(number):
+            return False
+        inside = self.least <= number <= self.most and self.above < number < self.below
+        return inside or number in self.also
+
+    def __str__(self) -> str:
+        words = {"at least": self.least, "above": self.above, "below": self.below}
+        words["at most"] = self.most
+        limits = [f"{word} {x}" for word, x in words.items() if math.isfinite(x)]
+        choices = [str(x) for x in self.also] + [" and ".join(limits) or "a finite number"]
+        return " or ".join(choices)
+
+    def check(self, what: str, number: float) -> None:
+        """Refuses a number outside of the range.
+
+        Raises:
+          UserError: Names the setting, its range and the number.
+        """
+        if number not in self:
+            raise UserError(f"{what} must be {self}, got {number}")
+
+
+FINITE = Range()
+Positive = Annotated[int, Range(1)]
+NonNegative = Annotated[int, Range(0)]
+# The rate of a dropout.
+Rate = Annotated[float, Range(0, below=1)]
+
+
+@functools.cache
+def ranges_of(kind: type) -> dict[str, Range]:
+    """The ranges that a dataclass declares, by field."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(kind):
+        for extra in getattr(hints[field.name], "__metadata__", ()):
+            if isinstance(extra, Range):
+                found[field.name] = extra
+    return found
+
+
+def check_ranges(values: Any, prefix: str = "") -> None:
+    """Refuses a dataclass with a number outside of its range, at any depth.
+
+    Args:
+      values: A dataclass; the numbers in its tuples and mappings are checked, too.
+      prefix: What stands before the name of a field in the error message.
+
+    Raises:
+      UserError: Names the field, its range and the number.
+    """
+    ranges = ranges_of(type(values))
+    for field in dataclasses.fields(values):
+        name, value = prefix + field.name, getattr(values, field.name)
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, f"{name}.")
+        else:
+            _check(name, value, ranges.get(field.name, FINITE))
+
+
+def _check(name: str, value: Any, allowed: Range) -> None:
+    """Checks a number, or all numbers of a tuple or a mapping."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check(f"{name}.{key}", item, FINITE)
+    elif isinstance(value, tuple):
+        for item in value:
+            _check(name, item, allowed)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        allowed.check(name, value)

@@ -1,0 +1,93 @@
+"""What LLaVA Steering's code (bibisbar/LLaVA-Steering, 045cd2d) notes beside its MoReS edits.
+
+A run of that code has its edits in `mores/language_model`, in pyreft's layout with another type,
+and there too `mores_pos_configs.json` with the tokens and `intervention_config.json` with what the
+edits are made from. Which tokens the code really edits is a matter of its own: see
+docs/reference/methods.md.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from moresjax.core.errors import UserError
+from moresjax.tuning.base import Method
+from moresjax.tuning.methods.mores import MoReS
+
+MORES = "tinyllava.model.intervention_models.MoReSIntervention"
+PLACE = "mores/language_model"
+POSITIONS, EDITS = "mores_pos_configs.json", "intervention_config.json"
+# Their names of what is edited, and our regions.
+_REGIONS = {"vis": "image", "text": "question"}
+
+
+def noted_positions(folder: Path, count: int) -> list[str]:
+    """The selector of each edit of a layer, from what is noted or else as the paper has it.
+
+    Args:
+      folder: The folder of the edits.
+      count: How many edits a layer has; two are for the first and the last tokens.
+
+    Raises:
+      UserError: for tokens that no selector is.
+    """
+    file = folder / POSITIONS
+    noted: Any = json.loads(file.read_text()) if file.is_file() else {}
+    region, tokens = "image", "f4+l5"
+    if noted:
+        known = isinstance(noted, dict)
+        region = _REGIONS.get(str(noted.get("intervene_modality")), "") if known else ""
+        tokens = noted.get("intervention_positions", "") if known else ""
+    ends, even = re.fullmatch(r"f(\d+)\+l(\d+)", tokens), re.fullmatch(r"uniform(\d+)", tokens)
+    if region and ends and count == 2:
+        return [f"{region}:f{ends[1]}+l0", f"{region}:f0+l{ends[2]}"]
+    if region and ends and count == 1:
+        return [f"{region}:{tokens}"]
+    if region and even and count == 1:
+        return [f"{region}:uniform({even[1]})"]
+    raise UserError(f"{file} names tokens that no selector is; say them with --edits")
+
+
+def unnoted(method: Method) -> str:
+    """What of a method their code has no place for; empty if it has one for all.
+
+    >>> unnoted(MoReS()), unnoted(MoReS(positions="prompt"))
+    ('', 'mores at the tokens prompt')
+    """
+    if not isinstance(method, MoReS) or method.site != "llm.block.out":
+        return method.name
+    return "" if _noted(method) else f"mores at the tokens {method.positions}"
+
+
+def _noted(method: MoReS) -> dict[str, str]:
+    regions = {ours: theirs for theirs, ours in _REGIONS.items()}
+    region, _, tokens = method.positions.partition(":")
+    if m := re.fullmatch(r"uniform\((\d+)\)", tokens):
+        tokens = f"uniform{m[1]}"
+    if region not in regions or not re.fullmatch(r"f\d+\+l\d+|uniform\d+", tokens):
+        return {}
+    return {"intervene_modality": regions[region], "intervention_positions": tokens}
+
+
+def note(method: MoReS, layers: int, dim: int, visual_tokens: int, folder: Path) -> None:
+    """Writes the notes beside edits.
+
+    Args:
+      method: The one method.
+      layers: In how many layers it acts.
+      dim: The LLM's hidden size.
+      visual_tokens: The visual tokens of an image.
+      folder: The folder of the edits.
+    """
+    positions = _noted(method) | {
+        "mores_share_weights": True,
+        "intervened_prompt_part": "first_round",
+        "num_interventions": {"llm": layers},
+        "img_embed_token_len": visual_tokens,
+    }
+    edit = {"type": "mores", "embed_dim": dim, "low_rank_dimension": method.rank}
+    edit |= {"dropout": method.dropout}
+    one = {"component": "block_output", "low_rank_dimension": method.rank, "intervention": edit}
+    (folder / POSITIONS).write_text(json.dumps(positions, indent=4) + "\n")
+    (folder / EDITS).write_text(json.dumps({"representations": [one] * layers}, indent=4) + "\n")
