@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moresjax import configs
     from moresjax.core.errors import UserError
     from moresjax.evaluation.run import evaluate
+    from moresjax.generation.config import EngineConfig
     from moresjax.generation.sampling import Sampling
     from moresjax.generation.scoring import ContinuationScore
     from moresjax.inference import analyze
@@ -33,6 +34,7 @@ _PLACES = {
     "Answer": ("moresjax.inference.prompts", "Answer"),
     "Chat": ("moresjax.inference.chat", "Chat"),
     "ContinuationScore": ("moresjax.generation.scoring", "ContinuationScore"),
+    "EngineConfig": ("moresjax.generation.config", "EngineConfig"),
     "Model": ("moresjax.inference.model", "Model"),
     "Sampling": ("moresjax.generation.sampling", "Sampling"),
     "UserError": ("moresjax.core.errors", "UserError"),
@@ -48,6 +50,7 @@ __all__ = [
     "Answer",
     "Chat",
     "ContinuationScore",
+    "EngineConfig",
     "Model",
     "Sampling",
     "UserError",

@@ -126,9 +126,11 @@ def test_an_evaluation_from_the_start_gives_the_same_answers_and_scores(written)
     before = read_rows(written / "results")
     scores = json.loads((written / "results" / "results.json").read_text())
     shutil.rmtree(written / "results")
-    assert evaluate(written) == before
+    # Rows of 0.1 do not have the fingerprint of the exact weights.
+    assert [row for row in evaluate(written) if row.pop("weights")] == before
     again = json.loads((written / "results" / "results.json").read_text())
-    assert again["scores"] == scores["scores"]
+    for name, entry in scores["scores"].items():
+        assert entry.items() <= again["scores"][name].items()
     assert again["processor"] == scores["processor"]
 
 

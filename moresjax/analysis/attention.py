@@ -175,8 +175,8 @@ def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.n
     Interleaved encoders have two tokens per patch, whose values are added.
 
     Raises:
-      UserError: for a connector whose tokens have no place on the image, and for a model that
-        reads no images.
+      UserError: for a connector whose tokens have no place on the image, for a model that reads no
+        images, and for another number of values than an image has tokens.
     """
     vision = config.vision
     if vision is None:
@@ -185,6 +185,11 @@ def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.n
         raise UserError(
             f"tokens of connector {config.connector} come from learned queries, not from places "
             "on the image"
+        )
+    if values.shape[-1] != config.visual_tokens:
+        raise UserError(
+            f"an image has {config.visual_tokens} visual tokens, got {values.shape[-1]} values; "
+            "the tokens of several images go to one grid each"
         )
     if isinstance(vision, FusedVisionConfig):
         if vision.fusion == "interleave":

@@ -1,9 +1,22 @@
 """`moresjax analyze`: looks inside a model."""
 
 import argparse
+import functools
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from moresjax.cli.options import Commands, add_command, add_mesh, mesh_of, show
+from moresjax.cli.options import (
+    Commands,
+    adapter_folders,
+    add_command,
+    add_mesh,
+    add_prompting,
+    add_tuning,
+    load_model,
+    show,
+)
+from moresjax.core.errors import UserError
 
 
 def add_parser(commands: Commands) -> None:
@@ -35,6 +48,12 @@ def add_parser(commands: Commands) -> None:
         help="prompts answered at a time (default: %(default)s)",
     )
     add_mesh(attention)
+    add_prompting(attention)
+    add_tuning(
+        attention,
+        "several, or one for each of several models: NAME=DIR; the name is that of the model that "
+        "it is put on, or, with a single --model, its own in the plots",
+    )
     attention.add_argument("--out", required=True, metavar="DIR", help="directory for the plots")
 
 
@@ -43,14 +62,16 @@ def run_attention(args: argparse.Namespace) -> None:
     from moresjax.reports.attention import attention_report
 
     summaries = attention_report(
-        [tuple(m.split("=", 1)) if "=" in m else (Path(m).name, m) for m in args.model],
+        [
+            (name, functools.partial(load_model, args, folder, adapter))
+            for name, folder, adapter in _models(args)
+        ],
         args.tasks.split(","),
         args.out,
         data_root=args.data_root,
         limit=args.limit,
         split=args.split,
         batch_size=args.batch_size,
-        mesh=mesh_of(args),
     )
     lines = [
         f"{name:20s} average visual attention {s['average_visual_share']:.3f}  LMAR "
@@ -58,3 +79,38 @@ def run_attention(args: argparse.Namespace) -> None:
         for name, s in summaries.items()
     ]
     show(args, summaries, "\n".join([*lines, f"plots: {args.out}"]))
+
+
+def _models(args: argparse.Namespace) -> list[tuple[str, str, str | None]]:
+    """Name, folder and adapter folder of everything that is asked."""
+    models = [_named(value) for value in args.model]
+    adapters = adapter_folders(args)
+    found: list[tuple[str, str, str | None]]
+    if len(models) == 1 and adapters:
+        ((given, folder),) = models
+        found = [(name or given or Path(put_on).name, folder, put_on) for name, put_on in adapters]
+    else:
+        names = [name or Path(folder).name for name, folder in models]
+        for name, put_on in adapters:
+            if name not in names:
+                raise UserError(
+                    f"--adapter {put_on} needs the name of the model that it is put on; choose "
+                    f"from: {', '.join(names)}"
+                )
+        _check_different([name for name, _ in adapters], "--adapter")
+        of = dict(adapters)
+        found = [(n, folder, of.get(n)) for n, (_, folder) in zip(names, models, strict=True)]
+    _check_different([name for name, _, _ in found], "models")
+    return found
+
+
+def _named(value: str) -> tuple[str, str]:
+    """Name and folder of a `--model`; the name is empty for a folder without one."""
+    name, equals, folder = value.partition("=")
+    return (name, folder) if equals and not Path(value).is_dir() else ("", value)
+
+
+def _check_different(names: Sequence[str], what: str) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"two {what} have the name {twice[0]!r}; give NAME=DIR with other names")

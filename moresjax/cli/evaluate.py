@@ -10,8 +10,10 @@ from moresjax.cli.options import (
     add_command,
     add_mesh,
     add_prompting,
+    add_tuning,
     load_model,
     mesh_of,
+    only_adapter,
     show,
 )
 from moresjax.core.errors import UserError
@@ -52,6 +54,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_mesh(evaluate)
     add_prompting(evaluate)
+    add_tuning(evaluate)
     evaluate.add_argument(
         "--judge-url", metavar="URL", help="OpenAI-compatible endpoint for benchmarks with a judge"
     )
@@ -70,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.evaluation.results import write_results
     from moresjax.evaluation.run import evaluate
 
-    tasks = args.tasks.split(",")
+    tasks, adapter = args.tasks.split(","), only_adapter(args)
     options = {
         "data_root": args.data_root,
         "limit": args.limit,
@@ -78,16 +81,17 @@ def run(args: argparse.Namespace) -> None:
         "judge": _judge(args),
     }
     if args.predictions:
-        if len(tasks) != 1 or args.model:
-            raise UserError("--predictions scores one task of --tasks, without --model")
+        if len(tasks) != 1 or args.model or args.adapter or args.tuning:
+            raise UserError("--predictions scores one task of --tasks, without a model")
         result = rescore(tasks[0], args.predictions, out=args.out, **options)
     elif not args.model:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
         options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
         options |= {"download": args.download}
-        result = evaluate(load_model(args), tasks, **options)
-    path = write_results(result, args.out, model=args.model, split=args.split)
+        result = evaluate(load_model(args, adapter=adapter), tasks, **options)
+    facts = {"model": args.model, "adapter": adapter, "tuning": args.tuning, "split": args.split}
+    path = write_results(result, args.out, **facts)
     text = table(result.scores, tasks, result.not_run)
     show(args, json.loads(path.read_text()), f"{text}\nresults: {path}")
     if result.not_run:

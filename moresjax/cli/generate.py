@@ -2,15 +2,15 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moresjax.cli.options import (
     Commands,
+    adapter_folders,
     add_command,
     add_mesh,
     add_prompting,
-    add_pyreft,
+    add_tuning,
     load_model,
     show,
 )
@@ -53,15 +53,11 @@ def add_parser(commands: Commands) -> None:
     )
     add_mesh(generate)
     add_prompting(generate)
-    generate.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="[NAME=]DIR",
-        help="an adapter folder of moresjax, peft or pyreft; with names, several may be given "
-        "beside the base model, and each record of --prompts chooses one",
+    add_tuning(
+        generate,
+        "with names, several may be given beside the base model, and each record of --prompts "
+        "chooses one",
     )
-    add_pyreft(generate)
     generate.add_argument(
         "--adapter-for",
         default="adapter",
@@ -131,14 +127,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--num-beams goes with a single --prompt")
     if args.logprobs and not (args.prompts or (args.json and args.prompt is not None)):
         raise UserError("--logprobs goes with --prompts, or with --prompt and --json")
-    adapters = _named_adapters(args)
-    pyreft = {"edits": args.edits, "allow_pickle": args.allow_pickle}
-    model = load_model(args)
+    model = load_model(args, adapter=_adapters(args))
     if args.prompts:
-        if adapters:
-            model.load_adapters(adapters, **pyreft)
-        elif args.adapter:
-            model.load_adapter(args.adapter[0], **pyreft)
         options |= {"image_root": args.image_root, "batch_size": args.batch_size}
         options |= {"adapter_field": args.adapter_for, "logprobs": args.logprobs}
         details = args.json or args.logprobs
@@ -146,8 +136,6 @@ def run(args: argparse.Namespace) -> None:
         text = f"{args.out}: {counts['records']} prompts, {counts['errors']} errors"
         show(args, counts, text)
         return
-    for folder in adapters.values() or args.adapter:  # there is one at most
-        model.load_adapter(folder, **pyreft)
     if args.prompt is None:
         _chat(model, args.image, options)
         return
@@ -158,16 +146,19 @@ def run(args: argparse.Namespace) -> None:
     show(args, asked | answer.to_dict(), answer.text)
 
 
-def _named_adapters(args: argparse.Namespace) -> dict[str, str]:
-    """The folders of `--adapter NAME=DIR` by name; empty for a single folder without a name."""
-    pairs = [value.partition("=") for value in args.adapter if not Path(value).is_dir()]
-    named = {name: folder for name, equals, folder in pairs if equals}
-    if len(args.adapter) > 1:
-        if len(named) != len(args.adapter):
+def _adapters(args: argparse.Namespace) -> str | dict[str, str] | None:
+    """The folder of the only `--adapter`, or those that the records of `--prompts` choose from."""
+    pairs = adapter_folders(args)
+    if len(pairs) > 1:
+        if not all(name for name, _ in pairs):
             raise UserError("several --adapter need names of their own: --adapter NAME=DIR")
         if not args.prompts:
             raise UserError("several --adapter go with --prompts, whose records choose one each")
-    return named
+        if len(dict(pairs)) < len(pairs):
+            raise UserError("two --adapter have the same name")
+    if args.prompts and any(name for name, _ in pairs):
+        return dict(pairs)
+    return pairs[0][1] if pairs else None
 
 
 def _chat(model: "Model", images: Sequence[str], options: dict) -> None:

@@ -3,7 +3,10 @@
 import argparse
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from moresjax.core.errors import UserError
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -80,8 +83,32 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tuning(command: argparse.ArgumentParser, several: str = "") -> None:
+    """Adds what is put on a model: `--tuning`, or `--adapter` and what its folder may need.
+
+    Args:
+      command: The subcommand.
+      several: What several `--adapter NAME=DIR` do, for the help; empty where one is allowed.
+    """
+    command.add_argument(
+        "--tuning",
+        metavar="SPEC",
+        help="a tuning to attach with initial parameters, such as steer:vector=FILE.npz, or none; "
+        "default: the model's own",
+    )
+    more = f"; {several}" if several else ""
+    command.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help=f"an adapter folder of moresjax, peft or pyreft{more}",
+    )
+    add_pyreft(command)
+
+
 def add_pyreft(command: argparse.ArgumentParser) -> None:
-    """Adds what an `--adapter` of pyreft needs beside its folder."""
+    """Adds what an adapter folder of pyreft needs beside its path."""
     command.add_argument(
         "--edits",
         default="",
@@ -90,17 +117,63 @@ def add_pyreft(command: argparse.ArgumentParser) -> None:
         "mores:positions=image (default: loreft with its own positions)",
     )
     command.add_argument(
-        "--allow-pickle", action="store_true", help="read an adapter of pyreft: it is pickled"
+        "--allow-pickle",
+        action="store_true",
+        help="read pickles: an adapter of pyreft, *.bin of a folder without safetensors",
     )
 
 
-def load_model(args: argparse.Namespace) -> "Model":
-    """The model of `--model`, on the mesh of `--mesh`."""
+def adapter_folders(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Name and folder of every `--adapter`; the name is empty for a folder without one."""
+    pairs = []
+    for value in args.adapter:
+        name, equals, folder = value.partition("=")
+        pairs.append(("", value) if not equals or Path(value).is_dir() else (name, folder))
+    return pairs
+
+
+def only_adapter(args: argparse.Namespace) -> str | None:
+    """The folder of `--adapter`; None without the option.
+
+    Raises:
+      UserError: There are several.
+    """
+    folders = [folder for _, folder in adapter_folders(args)]
+    if len(folders) > 1:
+        raise UserError(f"{args.command} takes one --adapter, got {len(folders)}")
+    return folders[0] if folders else None
+
+
+def load_model(
+    args: argparse.Namespace,
+    folder: str | None = None,
+    adapter: str | Mapping[str, str] | None = None,
+) -> "Model":
+    """The model of `--model` on the mesh of `--mesh`, with what `add_tuning` asks for.
+
+    Args:
+      args: The arguments of the command.
+      folder: The model's folder; default: that of `--model`.
+      adapter: The adapter folder to put on it, or several by name.
+
+    Raises:
+      UserError: Options contradict each other, or a folder is bad.
+    """
     from moresjax.inference.load import load
 
-    names = "template", "image_aspect", "dtype", "split_special_tokens"
+    if args.adapter and args.tuning is not None:
+        raise UserError("--tuning and --adapter both say what to put on the model; give one")
+    if args.edits and not args.adapter:
+        raise UserError("--edits describes an --adapter of pyreft; give its folder")
+    names = "template", "image_aspect", "dtype", "split_special_tokens", "tuning"
     options = {name: getattr(args, name) for name in names}
-    return load(args.model, mesh=mesh_of(args), **options)
+    allow = args.allow_pickle
+    model = load(folder or args.model, mesh=mesh_of(args), allow_pickle=allow, **options)
+    if isinstance(adapter, str):
+        model.load_adapter(adapter, edits=args.edits, allow_pickle=allow)
+    elif adapter:
+        model.load_adapters(adapter, edits=args.edits, allow_pickle=allow)
+    return model
 
 
 def mesh_of(args: argparse.Namespace) -> "Mesh | None":

@@ -207,16 +207,23 @@ def loss_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
     return goes_on & (following == TokenKind.ANSWER)
 
 
-def last_prompt_mask(layout: TokenLayout) -> Bool[Array, "B S"]:
+def last_prompt_mask(layout: TokenLayout, unfinished: bool = False) -> Bool[Array, "B S"]:
     """Prompt tokens that predict the first token of an answer.
 
     These are the last one before each answer and, where no answer follows (generation), the last
     one of its document and branch.
+
+    Args:
+      layout: The layout of the batch.
+      unfinished: Whether more of the prompt follows the last token of every row.
     """
     kind = jnp.asarray(layout.kind)
     following, goes_on = _next(layout)
     prompt = (kind != TokenKind.PAD) & (kind != TokenKind.ANSWER)
-    return prompt & (~goes_on | (following == TokenKind.ANSWER))
+    ends = ~goes_on
+    if unfinished:
+        ends &= following != TokenKind.PAD
+    return prompt & (ends | (following == TokenKind.ANSWER))
 
 
 def rank_in_run(

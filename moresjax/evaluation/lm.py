@@ -22,8 +22,6 @@ from moresjax.inference.model import Model
 from moresjax.tuning.base import Probe
 
 MAX_NEW_TOKENS = 256  # The default of the library's own models, where a task names no number.
-# Scores are kept, and the progress bar moves, after so many batches.
-_BATCHES_PER_CHUNK = 8
 
 
 def task_requests(task: BenchmarkTask, examples: Sequence[Example]) -> list[Instance]:
@@ -177,7 +175,8 @@ class MoresjaxLM(LM):
         disable_tqdm: bool,
     ) -> list:
         """Scores of the requests, kept and shown chunk by chunk."""
-        found, size = [], _BATCHES_PER_CHUNK * self.batch_size
+        found, batches = [], self.model.service.config.scored_batches_per_chunk
+        size = batches * self.batch_size
         with tqdm(total=len(requests), desc=self.title, disable=disable_tqdm or None) as bar:
             for start in range(0, len(requests), size):
                 chunk = requests[start : start + size]

@@ -1,13 +1,14 @@
 """`predictions.jsonl`: what a model answered, one row per question, written while it answers.
 
 A row has the task, the question's id and prompt, the prediction, and its provenance: the
-fingerprints of the model and of its processor. A finished evaluation adds the true answer and the
-score. The names of these fields are those of version 0.1, whose files continue.
+fingerprints of the model, of its processor and of its exact weights. A finished evaluation adds the
+true answer and the score. The names of these fields are those of version 0.1, whose files continue;
+they have no exact weights.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class PredictionLog:
 
     Args:
       out: The directory of `predictions.jsonl`; without one nothing is kept.
-      provenance: `model` and `processor`, the fingerprints that every row carries.
+      provenance: `model`, `processor` and `weights`, the fingerprints that every row carries.
 
     Raises:
       UserError: The directory holds predictions of another model.
@@ -80,14 +81,30 @@ class PredictionLog:
                     f"{self._path} holds predictions of this model with another template, "
                     "tokenizer or image size; choose another directory"
                 )
+            if row.get("weights", provenance["weights"]) != provenance["weights"]:
+                raise UserError(
+                    f"{self._path} holds predictions of this model with other weights, such as "
+                    "those of another step or precision; choose another directory"
+                )
             self._known[row_key(row)] = row
         if rows:
             write_log(self._path, rows)
 
     def known(self, task: BenchmarkTask) -> dict[str, str]:
         """Predictions by id for the task's questions that were asked in the same words."""
+        return {name: row["prediction"] for name, row in self._rows(task).items()}
+
+    def made(self, task: BenchmarkTask, found: Iterable[str]) -> dict[str, dict[str, str]]:
+        """The provenance of predictions, by id: what is known of earlier ones is kept as it is."""
+        earlier = {
+            name: {key: row[key] for key in self.provenance if key in row}
+            for name, row in self._rows(task).items()
+        }
+        return {name: earlier.get(name, self.provenance) for name in found}
+
+    def _rows(self, task: BenchmarkTask) -> dict[str, dict]:
         rows = {e.id: self._known.get((task.name, e.id, e.prompt)) for e in task.examples}
-        return {name: row["prediction"] for name, row in rows.items() if row is not None}
+        return {name: row for name, row in rows.items() if row is not None}
 
     def add(self, task: str, example: Example, prediction: str) -> None:
         """Appends the prediction for an example of the task of that name."""
@@ -105,8 +122,9 @@ def row_key(row: Mapping) -> tuple[str, str, str]:
 
 
 def provenance_of(row: Mapping) -> dict[str, str]:
-    """The fingerprints of the model and processor behind a row; empty where they are not known."""
-    return {name: row.get(name, "") for name in ("model", "processor")}
+    """The fingerprints behind a row; those of model and processor are empty where not known."""
+    exact = {"weights": row["weights"]} if "weights" in row else {}
+    return {name: row.get(name, "") for name in ("model", "processor")} | exact
 
 
 def read_predictions(

@@ -30,10 +30,6 @@ from moresjax.evaluation.tasks import (
 from moresjax.generation.scheduler import Completion
 from moresjax.inference.model import Model
 
-# Questions are prepared in chunks of so many batches. Answers are logged one by one, but at the end
-# of every chunk the batch runs empty; ranked choices are logged chunk by chunk.
-_BATCHES_PER_CHUNK, _RANKED_BATCHES_PER_CHUNK = 64, 4
-
 
 def evaluate(
     model: Model,
@@ -102,7 +98,8 @@ def evaluate(
         raise UserError(next(iter(not_run.values())))
     start = time.monotonic()
     facts = processor_facts(model.processor)
-    log = PredictionLog(out, {"model": model.fingerprint, "processor": facts["hash"]})
+    provenance = {"model": model.fingerprint, "processor": facts["hash"]}
+    log = PredictionLog(out, provenance | {"weights": model.exact_fingerprint})
     judge = judge if judge is None or out is None else CachedJudge(judge, out)
     result = EvaluationResult(model=log.provenance["model"], processor=facts, not_run=not_run)
 
@@ -116,7 +113,7 @@ def evaluate(
         asker = _Asker(model, log, bar, batch_size, attention)
         for task in loaded:
             found, errors = asker.answer(task)
-            provenance = dict.fromkeys(found, log.provenance)
+            provenance = log.made(task, found)
             result = finish(
                 score_task(task, found, errors=errors, provenance=provenance, judge=judge)
             )
@@ -178,7 +175,8 @@ class _Asker:
         known, errors = self._log.known(task), {}
         self._bar.update(len(known))
         pending = _in_order(example for example in task.examples if example.id not in known)
-        batches = _RANKED_BATCHES_PER_CHUNK if task.ranks_choices else _BATCHES_PER_CHUNK
+        knobs, scores = self._model.service.config, task.ranks_choices
+        batches = knobs.scored_batches_per_chunk if scores else knobs.batches_per_chunk
         size = self._batch_size * batches
         for start in range(0, len(pending), size):
             chunk = pending[start : start + size]

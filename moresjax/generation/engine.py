@@ -33,6 +33,7 @@ from moresjax.generation.state import DecodeConfig, DecodeState, Generation, Pre
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import batch_shards, use_mesh
+from moresjax.tuning.attach import Constant, Tuning
 from moresjax.tuning.base import Probe
 
 
@@ -43,6 +44,7 @@ class Engine:
       config: The knobs.
       num_virtual_tokens: P, the virtual tokens before each row.
       num_shards: How many parts of a batch lie on different devices.
+      changes: How often what the tuning was given has been changed.
 
     Args:
       model: The model; it is not changed. An abstract one (shapes only) can be lowered.
@@ -70,7 +72,7 @@ class Engine:
         self._decode_config = DecodeConfig(tuple(eos_ids), pad_id)
         self._probes = tuple(probes)
         self._mesh = mesh
-        self.config = config
+        self.config, self.changes = config, 0
         self.num_virtual_tokens: int = model.tuning.num_virtual_tokens
         self.num_shards: int = 1 if mesh is None else batch_shards(mesh)
 
@@ -259,7 +261,7 @@ class Engine:
           prefix_index: The prefix that each row begins with; default: the first.
         """
         found, suffix = _prefix_data(batch, prefix, prefix_index)
-        static = programs.ScoreStatic(self._graphdef, suffix, logits_chunk=self.config.logits_chunk)
+        static = programs.ScoreStatic(self._graphdef, suffix, logits_bytes=self.config.logits_bytes)
         data = programs.ScoreData(self._params, batch, queries, targets, found)
         with use_mesh(self._mesh):
             return programs.score(static, data)
@@ -268,6 +270,19 @@ class Engine:
     def parameters(self) -> tuple[nnx.State, nnx.State]:
         """The parameters of the prefill program and those of the decode program."""
         return self._params, self._decode_params
+
+    def update_constants(self, tuning: Tuning) -> None:
+        """Takes over what a tuning was given, such as a steering vector; nothing is compiled.
+
+        Args:
+          tuning: The tuning of this engine's model, with other values.
+        """
+        self.changes += 1
+        given = dict(nnx.to_flat_state(nnx.state(tuning, Constant)))
+        for params in self.parameters:
+            for path, variable in nnx.to_flat_state(params):
+                if path[0] == "tuning" and path[1:] in given:
+                    variable.set_value(given[path[1:]].get_value())
 
     def lower_prefill(self, batch: Batch, max_new_tokens: int) -> jax.stages.Lowered:
         """The lowered prefill program of a batch of this shape, for inspection."""

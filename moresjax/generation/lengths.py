@@ -1,4 +1,4 @@
-"""Lengths of prompts, prefixes and caches: few of them, so that few programs are compiled."""
+"""Sizes of batches, prompts, prefixes and caches: few of them, for few compilations."""
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,21 @@ def bucket(length: int, smallest: int = 32) -> int:
 def rounded(length: int) -> int:
     """A prefix length up to a multiple of 16, so that prefixes of like length share programs."""
     return -(-length // 16) * 16
+
+
+def rounded_rows(count: int, most: int, shards: int = 1) -> int:
+    """The rows of a batch for so many prompts: a power of two, but not more than asked for.
+
+    >>> [rounded_rows(count, 24) for count in (1, 2, 5, 17)]
+    [1, 2, 8, 24]
+
+    Args:
+      count: The number of prompts.
+      most: The largest batch.
+      shards: The number of devices that the rows are split over.
+    """
+    rows = 1 << max(count - 1, 0).bit_length()
+    return min(rows + -rows % shards, most)
 
 
 def lengthened(x: jax.Array, axis: int, length: int, value: int = 0) -> jax.Array:

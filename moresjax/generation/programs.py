@@ -26,7 +26,7 @@ from moresjax.generation.lengths import lengthened
 from moresjax.generation.state import DecodeConfig, DecodeState, RowBudgets, count_stats
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, PrefillChunk
-from moresjax.sharding.mesh import constrain_batch_sharding
+from moresjax.sharding.mesh import batch_shards, constrain_batch_sharding
 from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
 
@@ -117,10 +117,10 @@ class ScoreStatic(ModelStatic):
     """What is compiled into `score`.
 
     Attributes:
-      logits_chunk: The scored tokens per row whose logits are in memory at a time.
+      logits_bytes: The bytes of logits that are in memory at a time, on each device.
     """
 
-    logits_chunk: int = DEFAULT_ENGINE_CONFIG.logits_chunk
+    logits_bytes: int = DEFAULT_ENGINE_CONFIG.logits_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ def read_prefix(static: ModelStatic, data: PromptData) -> list[LayerCache]:
     chunk = _prefill_chunk(model, data.batch, data.prefix, static.suffix_length)
     # One output is asked for: in the last layer, the others need keys and values only.
     one = jnp.zeros((len(data.batch.tokens), 1), jnp.int32) + (0 if chunk is None else chunk.first)
-    return model(data.batch, queries=one, keep_cache=True, chunk=chunk).cache
+    return model(data.batch, queries=one, keep_cache=True, chunk=chunk, unfinished=True).cache
 
 
 @functools.partial(jax.jit, static_argnames="static", donate_argnames="caches")
@@ -248,13 +248,14 @@ def prefill_and_search(
 def score(static: ScoreStatic, data: ScoreData) -> tuple[Float[Array, "B Q"], Bool[Array, "B Q"]]:
     """Log-probability of every target token, and whether it is the most likely one.
 
-    Logits are computed for the queries only, `logits_chunk` of each row at a time.
+    Logits are computed for the queries only, as many at a time as `logits_bytes` hold.
     """
     model = nnx.merge(static.graphdef, data.params)
     chunk = _prefill_chunk(model, data.batch, data.prefix, static.suffix_length)
     hidden = model(data.batch, queries=data.queries, chunk=chunk).hidden
-    (rows, asked), size = data.queries.shape, static.logits_chunk
-    pieces = -(-asked // size)
+    rows, asked = data.queries.shape
+    pieces = _num_pieces(rows, asked, 4 * model.config.llm.vocab_size, static.logits_bytes)
+    size = -(-asked // pieces)
 
     def in_pieces(x: AnyArray) -> Array:
         x = lengthened(jnp.asarray(x), 1, pieces * size)
@@ -269,6 +270,21 @@ def score(static: ScoreStatic, data: ScoreData) -> tuple[Float[Array, "B Q"], Bo
 
     found = jax.lax.map(score_piece, (in_pieces(hidden), in_pieces(data.targets)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :asked], found)
+
+
+def _num_pieces(rows: int, asked: int, token_bytes: int, most_bytes: int) -> int:
+    """In how many pieces, each with equally many tokens of every row, logits are computed.
+
+    Args:
+      rows: The number of rows.
+      asked: The number of scored tokens of a row.
+      token_bytes: The bytes of one token's logits.
+      most_bytes: The bytes that a device may have in memory.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else batch_shards(mesh)
+    own_rows = rows if rows % shards else rows // shards
+    return -(-asked // max(most_bytes // (own_rows * token_bytes), 1))
 
 
 @functools.partial(jax.jit, static_argnames="cache_length")

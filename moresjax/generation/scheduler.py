@@ -6,7 +6,7 @@ A row that is done makes room for the next prompt, so a long answer never holds 
 decodes in between.
 
 Prompts that are read together have about the same length and the same prefix. Their batches are
-padded to one size and a bucket length: few shapes, few compilations.
+padded to a rounded size and a bucket length: few shapes, few compilations.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
 from moresjax.data.images import LazyPixels
 from moresjax.generation.engine import Engine
-from moresjax.generation.lengths import bucket, rounded
+from moresjax.generation.lengths import bucket, rounded, rounded_rows
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.shared_prefix import SharedPrefixes
 from moresjax.generation.state import DecodeState, PrefixCache
@@ -37,7 +37,7 @@ class PrefillBatch:
     Attributes:
       prompts: The numbers of the prompts.
       padded_with_fillers: The number of the prompt in each row of the batch: `prompts`, and after
-        them fillers up to the size that all batches have.
+        them fillers up to a rounded size.
       batch: The whole prompts, without images that belong to their prefixes.
       prefix: The prefixes, which are read already, or None.
       prefix_index: The row of `prefix` that each row begins with.
@@ -61,16 +61,17 @@ _NOTHING = _ReadPrefixes([], None)
 
 
 class PrefillScheduler:
-    """Hands out prompts in batches of one size, longest prefixes and longest prompts first.
+    """Hands out prompts in batches, longest prefixes and longest prompts first.
 
     Args:
       rows: The prompts, unpadded.
       make_batch: Makes a batch of rows, a padded length and the names of the rows' adapters.
-      size: The number of rows of a batch.
+      size: The most rows of a batch; fewer prompts make smaller batches.
       adapters: The adapter of every prompt; default: the base model.
       shared: The prefixes that prompts have in common; default: none.
       read_prefixes: Reads the prefixes of some numbers, which are equally long.
-      num_shards: The number of prefixes that are read at a time is a multiple of it.
+      num_shards: The number of parts that rows are split into; smaller batches and the prefixes
+        that are read at a time are multiples of it.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class PrefillScheduler:
         read_prefixes: Callable[[Sequence[int]], PrefixCache] | None = None,
         num_shards: int = 1,
     ) -> None:
-        self._rows, self._make_batch, self.size = rows, make_batch, size
+        self._rows, self._make_batch, self._num_shards = rows, make_batch, num_shards
+        self.size = size = rounded_rows(len(rows), size, num_shards)
         self._adapters, self._read_prefixes = adapters, read_prefixes
         self._shared = shared = shared or SharedPrefixes([-1] * len(rows))
         longest: dict[int, int] = {}
@@ -130,7 +132,8 @@ class PrefillScheduler:
                     break
                 self._read_next_prefixes()
             prompts.append(self._waiting.popleft())
-        padded = prompts + prompts[:1] * (self.size - len(prompts))
+        count = rounded_rows(len(prompts), self.size, self._num_shards)
+        padded = prompts + prompts[:1] * (count - len(prompts))
         names = None if self._adapters is None else [self._adapters[i] for i in padded]
         rows = [self._rows[i] for i in padded]
         if index[first] >= 0 and self._shared.with_images:
@@ -138,7 +141,7 @@ class PrefillScheduler:
         batch = self._make_batch(rows, max(map(self._padded, prompts)), names)
         self._open_next_images()
         if index[first] < 0:
-            return PrefillBatch(prompts, padded, batch, None, [0] * self.size)
+            return PrefillBatch(prompts, padded, batch, None, [0] * count)
         held = [self._held.numbers.index(index[i]) for i in padded]
         return PrefillBatch(prompts, padded, batch, self._held.cache, held)
 
@@ -157,11 +160,12 @@ class PrefillScheduler:
         size = length(self._waiting[0])
         near = itertools.takewhile(lambda prompt: length(prompt) == size, self._waiting)
         different = (number for number, _ in itertools.groupby(index[prompt] for prompt in near))
-        numbers = list(itertools.islice(different, self._at_once))
-        numbers += numbers[:1] * (self._at_once - len(numbers))
+        at_once = rounded_rows(self._of_length[size], self._at_once, self._num_shards)
+        numbers = list(itertools.islice(different, at_once))
+        numbers += numbers[:1] * (at_once - len(numbers))
         cache = self._read_prefixes(numbers)
         (earlier, before), self._last = self._last, _ReadPrefixes(numbers, cache)
-        if self._of_length[size] <= self._at_once:
+        if self._of_length[size] <= at_once:
             self._held = self._last
             return
         # The same number from the beginning on: one program.
@@ -236,7 +240,7 @@ def generate_continuously(
                 prefix_index=prefill.prefix_index,
             )
             # Fillers get a slot that does not exist.
-            slots = [*taken, *[batch_size] * (scheduler.size - len(taken))]
+            slots = [*taken, *[batch_size] * (len(prefill.padded_with_fillers) - len(taken))]
             state = engine.insert(state, new, slots, batch_size)
         assert state is not None  # every batch fits into empty slots
         while room < min(most, used + chunk):

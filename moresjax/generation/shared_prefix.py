@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from moresjax.core.layout import TokenKind
 from moresjax.core.row import Row
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.tuning.attach import Tuning
@@ -70,29 +71,36 @@ def find_shared_prefixes(
       config: The knobs that tell when reading a prefix by itself pays.
     """
     names = [None] * len(rows) if adapters is None else adapters
+    pairs = _up_to_images(rows)
+    # What no method acts on is the same for every adapter.
+    alike = len(set(names)) > 1 and not _acts(tuning, pairs.values())
+    own = [None] * len(rows) if alike else names
     numbers: dict[tuple, int] = {}
     prefix_index, prefixes = [-1] * len(rows), []
-    for prompt, (row, name) in enumerate(zip(rows, names, strict=True)):
-        visual = np.flatnonzero(row.image >= 0)
-        if row.pixels is None or not len(visual) or visual[-1] == len(row) - 1:
-            continue
-        prefix = row[: visual[-1] + 1]
-        key = name, id(row.pixels), *(x.tobytes() for x in prefix.fields.values())
+    for prompt, (row, size) in pairs.items():
+        prefix = row[:size]
+        key = own[prompt], id(row.pixels), *(x.tobytes() for x in prefix.fields.values())
         if key not in numbers:
             numbers[key] = len(prefixes)
             prefixes.append(prefix)
         prefix_index[prompt] = numbers[key]
-    shared = SharedPrefixes(prefix_index, prefixes)
-    about = sum(number >= 0 for number in prefix_index)
-    if about >= config.min_prompts_per_image * max(len(prefixes), 1):
-        pairs = ((row, shared.length(n)) for n, row in enumerate(rows) if prefix_index[n] >= 0)
-        if _stand_alone(tuning, pairs):
-            return shared
-    if text and len(set(names)) == 1:
-        prefix = common_prefix(rows, tuning, config)
-        if prefix is not None:
-            return SharedPrefixes([0] * len(rows), [prefix])
+    enough = len(pairs) >= config.min_prompts_per_image * max(len(prefixes), 1)
+    if enough and _stand_alone(tuning, pairs.values()):
+        return SharedPrefixes(prefix_index, prefixes)
+    prefix = common_prefix(rows, tuning, config) if text else None
+    if prefix is not None and (len(set(names)) == 1 or not _acts(tuning, [(rows[0], len(prefix))])):
+        return SharedPrefixes([0] * len(rows), [prefix])
     return SharedPrefixes([-1] * len(rows))
+
+
+def _up_to_images(rows: Sequence[Row]) -> dict[int, tuple[Row, int]]:
+    """By number, the prompts with images and text after them, and where the last image ends."""
+    found = {}
+    for prompt, row in enumerate(rows):
+        visual = np.flatnonzero(row.image >= 0)
+        if row.pixels is not None and len(visual) and visual[-1] < len(row) - 1:
+            found[prompt] = row, int(visual[-1]) + 1
+    return found
 
 
 def common_prefix(
@@ -127,10 +135,12 @@ def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
       tuning: The attached methods.
       rows: Each row with the number of its first tokens.
     """
-    seen, later = set(), set()
+    seen, later, cut = set(), set(), False
     for row, size in rows:
         seen |= set(row.kind[:size].tolist())
         later |= set(row.kind[size:].tolist())
+        # The first tokens end with the last one before an answer that the prompt holds.
+        cut |= row.kind[size] == TokenKind.ANSWER
     for _, method in tuning.methods:
         if isinstance(method, WeightDelta) and method.sees_tokens:
             return False
@@ -141,6 +151,26 @@ def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
             # A slice of a region that ends before the rest begins is the same slice.
             if part.kind != "all" and kinds & seen and kinds & later:
                 return False
-            if region == "last_prompt":
+            if region == "last_prompt" and cut:
                 return False
     return True
+
+
+def _acts(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
+    """Whether any method can act on the first tokens of some row, which go on afterwards.
+
+    Args:
+      tuning: The attached methods.
+      rows: Each row with the number of its first tokens.
+    """
+    seen = {kind for row, size in rows for kind in row.kind[:size].tolist()}
+    for key, method in tuning.methods:
+        if not isinstance(method, Edit):
+            return True
+        if not all(site.startswith("llm.") for site in tuning.params[key]):
+            return True
+        for region, _ in parse_selector(method.positions).parts:
+            kinds = {TokenKind.ANSWER} if region == "last_prompt" else REGIONS.get(region)
+            if kinds is None or not seen.isdisjoint(kinds):
+                return True
+    return False

@@ -1,6 +1,6 @@
 """What a model looks at while it answers: the notebook's `mj.analyze`.
 
-Axis legend: L layers, G new tokens, V visual tokens, Y, X patches of the image.
+Axis legend: N images, L layers, G new tokens, V visual tokens, Y, X patches of an image.
 """
 
 import dataclasses
@@ -24,16 +24,27 @@ from moresjax.inference.prompts import Images, PromptImages, check_images, pair_
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMap:
-    """Where on an image each token of an answer looks.
+    """Where on its images each token of an answer looks.
 
     Attributes:
       tokens: The new tokens as text, one entry per token.
-      grid: The attention of each layer and token on the patches of the image `[L, G, Y, X]`,
+      grids: For every image the attention of each layer and token on its patches `[N, L, G, Y, X]`,
         averaged over heads; nan where a patch has no token.
     """
 
     tokens: list[str]
-    grid: Float[np.ndarray, "L G Y X"]
+    grids: Float[np.ndarray, "N L G Y X"]
+
+    @property
+    def grid(self) -> Float[np.ndarray, "L G Y X"]:
+        """The attention on the patches of the only image.
+
+        Raises:
+          UserError: There are several images.
+        """
+        if len(self.grids) != 1:
+            raise UserError(f"the map is of {len(self.grids)} images; `grids` has one for each")
+        return self.grids[0]
 
 
 def attention(
@@ -89,7 +100,7 @@ def attention(
 def attention_map(
     model: Model, prompt: str, image: PromptImages, *, max_new_tokens: int = 16
 ) -> AttentionMap:
-    """Answers a question about one image and maps the attention of every token of the answer.
+    """Answers a question about images and maps the attention of every token of the answer.
 
     >>> import numpy as np
     >>> from moresjax.testing import talking_model
@@ -97,20 +108,22 @@ def attention_map(
     >>> found = attention_map(talking_model(), "how many ?", image, max_new_tokens=1)
     >>> len(found.tokens), found.grid.shape
     (1, (2, 1, 3, 3))
+    >>> attention_map(talking_model(), "the same ?", [image] * 2, max_new_tokens=1).grids.shape
+    (2, 2, 1, 3, 3)
 
     Args:
       model: The model that answers.
       prompt: What the user says.
-      image: A path, a PIL image or a uint8 array `[Y, X, 3]`.
+      image: An image or a list of images: paths, PIL images or uint8 arrays `[Y, X, 3]`.
       max_new_tokens: The answer has at most this many tokens.
 
     Raises:
-      UserError: As `Model.generate`, without exactly one image, and for a connector whose tokens
-        have no place on the image.
+      UserError: As `Model.generate`, without an image, and for a connector whose tokens have no
+        place on the image.
     """
     own = check_images(image)
-    if len(own) != 1:
-        raise UserError(f"an attention map needs one image, got {len(own)}")
+    if not own:
+        raise UserError("an attention map needs an image")
     row = model.prompts.row(prompt, own)
     generation = model.service.generate_rows([row], max_new_tokens)
     count = int(generation.length[0])
@@ -120,5 +133,7 @@ def attention_map(
     queries = jnp.arange(len(row) - 1, len(row) - 1 + count)[None]
     maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
     visual = np.flatnonzero(whole.image >= 0) + model.mllm.tuning.num_virtual_tokens
+    values = np.asarray(maps)[:, 0][:, :, visual]
+    grids = [to_grid(part, model.config) for part in np.split(values, len(own), axis=-1)]
     texts = [model.prompts.tokenizer.decode([token]) for token in tokens]
-    return AttentionMap(texts, to_grid(np.asarray(maps)[:, 0][:, :, visual], model.config))
+    return AttentionMap(texts, np.stack(grids))

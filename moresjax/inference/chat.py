@@ -79,7 +79,7 @@ class Chat:
         self.tokens_read = 0
         self._images: tuple[ImageInput, ...] = ()
         self._pixels: list[np.ndarray] = []
-        self._engine: Engine | None = None  # the engine that made the cache
+        self._made: tuple[Engine, int] | None = None  # the engine, as it was, that made the cache
         self._state: DecodeState | None = None
         self._held: Row | None = None  # tokens and layout of what the cache holds
 
@@ -112,7 +112,7 @@ class Chat:
             row = row.replace(pixels=np.stack(pixels))
         engine = service.engine()
         state = self._read(row, engine)
-        self._state, self._engine = None, engine
+        self._state, self._made = None, (engine, engine.changes)
         stream = TextStream(prompts.spell, self._stops)
         while True:
             ids = np.asarray(state.tokens[0, : int(state.length[0])])
@@ -132,8 +132,8 @@ class Chat:
         length = bucket(tokens)
         batch = self._model.service.batch([row], length, self._adapters)
         cache_length = bucket(engine.num_virtual_tokens + length + self._limit)
-        # A cache that another engine made is that of another tuning.
-        state = self._state if self._engine is engine else None
+        # A cache that another engine made, or this one with another vector, is of another tuning.
+        state = self._state if self._made == (engine, engine.changes) else None
         if state is not None:
             cache_length = max(cache_length, state.cache_layout.shape[1])
         options = {

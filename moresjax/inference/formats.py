@@ -109,9 +109,8 @@ def _adapter(model: Trained) -> str:
 
 
 def _peft(model: Trained) -> str:
-    """Several methods, or what trained beside one; what else is refused the writer says."""
-    methods = [method.name for _, method in model.mllm.tuning.methods]
-    return " and ".join(methods) if len(methods) > 1 else _beside(model)
+    """Nothing: what peft has no place for, its writer says."""
+    return ""
 
 
 def _pyreft(model: Trained) -> str:

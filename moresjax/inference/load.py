@@ -10,6 +10,7 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.templates import get_template
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.paths import is_workdir
@@ -33,6 +34,7 @@ def load(
     image_aspect: str | None = None,
     split_special_tokens: bool | None = None,
     dtype: str | None = None,
+    engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
     vision_tower: str | Path | None = None,
 ) -> Model:
     """Loads a run's directory or a Hugging Face folder.
@@ -64,6 +66,7 @@ def load(
       dtype: The dtype of the activations: `float32`, `bfloat16`, `float16`, or `stored` for that of
         a Hugging Face folder's weights, which keep theirs. Default: a run's own; for a Hugging Face
         folder `stored` on TPUs and GPUs and `float32` on CPUs.
+      engine_config: The knobs of generation and scores.
       vision_tower: The folder of the vision encoder of a LLaVA as its authors publish it; default:
         what its `config.json` names, also inside the folder or beside it.
 
@@ -86,8 +89,9 @@ def load(
             )
     else:
         folder = HFFolder(path, allow_pickle=allow_pickle, vision_tower=vision_tower)
-        options = {"quantize": quantize or "", "dtype": dtype or "auto"}
-        mllm = load_pretrained(folder, tuning or "none", mesh=mesh, **options)
+        mllm = load_pretrained(
+            folder, tuning or "none", quantize=quantize or "", dtype=dtype or "auto", mesh=mesh
+        )
         if tuning is None:
             attach_saved(mllm, path, allow_pickle=allow_pickle)
         processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
@@ -99,7 +103,7 @@ def load(
         processor = dataclasses.replace(processor, image=image)
     if split_special_tokens is not None and processor is not None:
         processor = dataclasses.replace(processor, split_special_tokens=split_special_tokens)
-    model = Model(mllm, processor, image_token_id=image_token_id)
+    model = Model(mllm, processor, image_token_id=image_token_id, engine_config=engine_config)
     if mesh is not None:
         model.shard(mesh)
     return model

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flax import nnx
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
@@ -14,8 +15,10 @@ from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.processor import name_words
 from moresjax.sharding.mesh import shard_params
+from moresjax.tuning.attach import Tuning
+from moresjax.tuning.multi_adapter import stack_adapters
 from moresjax.weights.adapter import attach_adapter, load_adapters
-from moresjax.weights.fingerprint import fingerprint
+from moresjax.weights.fingerprint import exact_fingerprint, fingerprint
 
 
 class LoadedModel:
@@ -92,6 +95,11 @@ class LoadedModel:
         """Twelve hexadecimal digits that tell models with different weights apart."""
         return fingerprint(self._mllm)
 
+    @property
+    def exact_fingerprint(self) -> str:
+        """Digits that also tell neighbouring steps of a run and stored precisions apart."""
+        return exact_fingerprint(self._mllm)
+
     def restack(self) -> MLLM:
         """Ends generation and returns the Flax module with stacked blocks, as training has them.
 
@@ -140,6 +148,61 @@ class LoadedModel:
           UserError: The spec is malformed or does not fit the model.
         """
         self._mllm.attach(tuning, seed=seed)
+        self.service.reset()
+        self._name_words()
+
+    def set(self, method: str = "steer", **values: ArrayLike) -> None:
+        """Sets what the attached tuning was given, such as a steering vector and its strength.
+
+        Nothing is compiled again, and the engines stay.
+
+        >>> import numpy as np
+        >>> from moresjax.testing import talking_model
+        >>> model = talking_model("steer:positions=generated")
+        >>> model.set(vector=np.ones(16), alpha=2.0)
+
+        Args:
+          method: The method, by its name in the spec; a second `steer` is `steer_2`.
+          values: Arrays by name: of `steer`, `vector` `[D]`, or `[L, D]` whose row l steers layer
+            l, and `alpha`, a number or one for each layer.
+
+        Raises:
+          UserError: The tuning has no such method or value, or a value has another shape.
+        """
+        self._mllm.tuning.set_constants(method, values)
+        self.service.update_constants()
+
+    def load_vectors(
+        self,
+        vectors: Mapping[str, ArrayLike],
+        tuning: str = "steer:positions=last_prompt|generated",
+    ) -> None:
+        """Replaces the attached tuning by several steering vectors, one chosen for every prompt.
+
+        `generate`, `score` and `logits` take their names as those of adapters.
+
+        >>> import numpy as np
+        >>> from moresjax.testing import talking_model
+        >>> model = talking_model()
+        >>> model.load_vectors({"up": np.ones(16), "down": -np.ones(16)})
+        >>> answers = model.generate(["two ?"] * 3, adapters=["up", None, "down"], max_new_tokens=2)
+        >>> len(answers)
+        3
+
+        Args:
+          vectors: Arrays `[D]`, or `[L, D]` whose row l steers layer l, by the names to choose them
+            with.
+          tuning: The spec of the method that adds them: its positions, site, layers and strength.
+
+        Raises:
+          UserError: The spec is no `steer`, or a vector has another shape.
+        """
+        tunings = {}
+        for name, vector in vectors.items():
+            tunings[name] = Tuning(tuning, self.config)
+            tunings[name].initialize()
+            tunings[name].set_constants("steer", {"vector": vector})
+        self._mllm.tuning = stack_adapters(tunings)
         self.service.reset()
         self._name_words()
 

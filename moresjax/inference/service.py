@@ -19,7 +19,7 @@ from moresjax.core.types import Ids
 from moresjax.generation.beam import Beams
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.engine import Engine
-from moresjax.generation.lengths import bucket, rounded
+from moresjax.generation.lengths import bucket, rounded, rounded_rows
 from moresjax.generation.programs import ScoreData, ScoreStatic
 from moresjax.generation.programs import score as score_program
 from moresjax.generation.sampling import GREEDY, Sampling
@@ -36,7 +36,7 @@ from moresjax.generation.text import check_stops, has_stop
 from moresjax.inference.prompts import PromptEncoder
 from moresjax.models.fused_attention import kernel_for
 from moresjax.models.mllm import MLLM
-from moresjax.sharding.mesh import use_mesh
+from moresjax.sharding.mesh import batch_shards, use_mesh
 from moresjax.tuning.base import Probe
 from moresjax.tuning.multi_adapter import adapter_ids
 
@@ -70,6 +70,11 @@ class GenerationService:
         """How many tokens a row may have, new ones included."""
         return self._mllm.config.llm.max_positions - self._mllm.tuning.num_virtual_tokens
 
+    @property
+    def _num_shards(self) -> int:
+        """How many parts of a batch lie on different devices."""
+        return 1 if self.mesh is None else batch_shards(self.mesh)
+
     def engine(self, probes: Sequence[Probe] = ()) -> Engine:
         """The engine that reads these probes; kept until `reset`."""
         key = tuple(probes)
@@ -89,6 +94,11 @@ class GenerationService:
     def reset(self) -> None:
         """Drops all engines; the next call makes one of the model as it is then."""
         self._engines.clear()
+
+    def update_constants(self) -> None:
+        """Gives all engines what the tuning was given, such as a steering vector."""
+        for engine in self._engines.values():
+            engine.update_constants(self._mllm.tuning)
 
     def batch(
         self, rows: Sequence[Row], length: int, adapters: Sequence[str | None] | None = None
@@ -169,7 +179,7 @@ class GenerationService:
         Args:
           rows: the prompts, unpadded.
           max_new_tokens: one limit for all rows, or a limit for each.
-          batch_size: how many rows are decoded at a time.
+          batch_size: how many rows are decoded at a time; fewer rows make a smaller batch.
           probes: statistics to read on the way.
           adapters: for every row the name of a loaded adapter, or None for the base model.
           sampling: how tokens are chosen.
@@ -194,12 +204,13 @@ class GenerationService:
         stops = check_stops(stop)
         shared = self._shared_prefixes(rows, adapters)
         spell, size = self._prompts.spell, -(-batch_size // self.config.prefills_per_batch)
+        slots = rounded_rows(len(rows), batch_size, self._num_shards)
         results: dict[int, Completion] = {}
         for number, completion in generate_continuously(
             self.engine(probes),
             self._scheduler(rows, size, adapters, shared, probes),
             limits,
-            batch_size=batch_size,
+            batch_size=slots,
             sampling=self._as_the_folder_says(sampling),
             seeds=seeds,
             logprobs=logprobs,
@@ -288,7 +299,7 @@ class GenerationService:
     def _score_whole(self) -> Callable[..., tuple]:
         """Scores prompts that are read as a whole, as `Engine.score` does, without an engine."""
         graphdef, params = nnx.split(self._mllm)
-        static = ScoreStatic(graphdef, logits_chunk=self.config.logits_chunk)
+        static = ScoreStatic(graphdef, logits_bytes=self.config.logits_bytes)
 
         def score(batch: Batch, queries: np.ndarray, targets: np.ndarray, *_: object) -> tuple:
             return score_program(static, ScoreData(params, batch, queries, targets))
@@ -357,11 +368,10 @@ class GenerationService:
         shared: SharedPrefixes,
         probes: Sequence[Probe] = (),
     ) -> PrefillScheduler:
-        """Rows in batches of one size, with the reader of their shared prefixes."""
-        options = {"adapters": adapters, "shared": shared}
+        """Rows in batches, with the reader of their shared prefixes."""
+        options = {"adapters": adapters, "shared": shared, "num_shards": self._num_shards}
         if shared.rows:
             options["read_prefixes"] = self._reader(shared, adapters, probes)
-            options["num_shards"] = self.engine(probes).num_shards
         return PrefillScheduler(rows, self.batch, size, **options)
 
 

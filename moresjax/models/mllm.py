@@ -150,6 +150,7 @@ class MLLM(nnx.Module):
         queries: Int[AnyArray, "B Q"] | None = None,
         keep_cache: bool = False,
         chunk: PrefillChunk | None = None,
+        unfinished: bool = False,
     ) -> BlocksOutput:
         """Runs a whole batch (training, scoring, prefill).
 
@@ -161,6 +162,7 @@ class MLLM(nnx.Module):
             the probes read; default: all.
           keep_cache: Returns the keys and values of every layer.
           chunk: The tokens to read, which the queries are among; default: all.
+          unfinished: Whether the rows are prefixes of prompts, of which more follows.
 
         Returns:
           Hidden states after the final norm for the queries. Caches and statistics include what
@@ -185,7 +187,12 @@ class MLLM(nnx.Module):
             seen = dense(mask) if queries is None else visible(full, queries + start)
             context = ProbeContext(jnp.asarray(full.kind), seen, queries)
         hooks = self.tuning.hooks(
-            batch, key=key, probes=probes, context=context, cut=chunk and chunk.select
+            batch,
+            key=key,
+            probes=probes,
+            context=context,
+            cut=chunk and chunk.select,
+            unfinished=unfinished,
         )
         tower = hooks.tower("llm")
         h = self.embed(batch, hooks, chunk)

@@ -1,12 +1,11 @@
 """Attention statistics of several models on the same questions: numbers and plots."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
+from moresjax.inference.model import Model
 from moresjax.reports import plots
 
 
@@ -41,30 +40,27 @@ def write_attention_plots(summaries: Mapping[str, Mapping], out: str | Path) -> 
 
 
 def attention_report(
-    models: Sequence[tuple[str, str]],
+    models: Sequence[tuple[str, Callable[[], Model]]],
     tasks: Sequence[str],
     out: str | Path,
-    mesh: Mesh | None = None,
     **options: Any,
 ) -> dict[str, dict]:
     """Runs models on the same questions and writes `attention.json` and the plots.
 
     Args:
-      models: Pairs of a name and a folder.
+      models: Pairs of a name and a function that loads the model, one after the other.
       tasks: Names of benchmarks.
       out: The directory of the results.
-      mesh: The mesh that the models are placed on.
       options: Further arguments of `moresjax.evaluation.run.evaluate`.
 
     Returns:
       The statistics and the accuracy of every model by its name.
     """
     from moresjax.evaluation.run import evaluate
-    from moresjax.inference.load import load
 
     summaries = {}
-    for name, folder in models:
-        result = evaluate(load(folder, mesh=mesh), tasks, attention=True, title=name, **options)
+    for name, load in models:
+        result = evaluate(load(), tasks, attention=True, title=name, **options)
         assert result.attention is not None
         summaries[name] = result.attention.to_dict() | {"accuracy": result.mean_accuracy}
     write_attention_plots(summaries, out)

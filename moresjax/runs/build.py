@@ -43,7 +43,8 @@ def build_model(
         pickles of a pyreft folder.
 
     Returns:
-      An `MLLM`; for objective `patch_classes` a `PatchClassifier`.
+      An `MLLM`; for objective `patch_classes` a `PatchClassifier`, for `siglip` a
+      `ContrastiveModel`.
 
     Raises:
       UserError: when a part's source does not exist or does not fit.
@@ -59,8 +60,8 @@ def build_model(
         _tell_what_is_left_out(config, Path(root))
     elif isinstance(model, MLLM):
         load_tuning(model, locate(config.init.tuning, root), allow_pickle=allow_pickle)
-    else:
-        raise UserError(f"objective {config.objective} has no tuning; leave init.tuning out")
+    if not isinstance(model, MLLM) and (config.init.tuning, config.tuning) != (RANDOM, "none"):
+        raise UserError(f"objective {config.objective} has no tuning; leave it and init.tuning out")
     return model
 
 

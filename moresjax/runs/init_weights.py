@@ -1,6 +1,7 @@
 """Initial weights: parts of a model from earlier runs and Hugging Face folders."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,18 +11,21 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.core.parameter_names import named_parameters
+from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import FusedVisionEncoder
 from moresjax.models.initialize import abstract_params, initialize, set_params
 from moresjax.models.mllm import MLLM
-from moresjax.models.vision import PatchClassifier, VisionEncoder
-from moresjax.runs.architecture import new_model
+from moresjax.models.vision import VisionEncoder
+from moresjax.runs.architecture import AnyModel, new_model
 from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import read_config
 from moresjax.runs.paths import is_workdir, locate
 from moresjax.runs.run_config import PARTS, RANDOM
-from moresjax.weights.fingerprint import config_difference
+from moresjax.weights.fingerprint import FREE_FIELDS
 from moresjax.weights.hf import HFFolder, HFFolders
 from moresjax.weights.vision_folder import check_same_encoder, load_vision
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -46,7 +50,7 @@ class _Open:
 
 
 def load_parts(
-    model: MLLM | PatchClassifier,
+    model: AnyModel,
     sources: Mapping[str, str],
     root: Path,
     *,
@@ -68,9 +72,7 @@ def load_parts(
     _load_parts(model, sources, root, _Open(mesh, HFFolders() if folders is None else folders))
 
 
-def _load_parts(
-    model: MLLM | PatchClassifier, sources: Mapping[str, str], root: Path, opened: _Open
-) -> None:
+def _load_parts(model: AnyModel, sources: Mapping[str, str], root: Path, opened: _Open) -> None:
     for part in PARTS:
         source = sources.get(part, RANDOM)
         if source == RANDOM or getattr(model, part) is None:
@@ -87,7 +89,7 @@ def _load_parts(
 
 
 def load_part(
-    model: MLLM | PatchClassifier,
+    model: AnyModel,
     part: str,
     source: Path,
     *,
@@ -111,7 +113,7 @@ def load_part(
     _load_part(model, part, source, _Open(mesh, HFFolders() if folders is None else folders))
 
 
-def _load_part(model: MLLM | PatchClassifier, part: str, source: Path, opened: _Open) -> None:
+def _load_part(model: AnyModel, part: str, source: Path, opened: _Open) -> None:
     folder = opened.folders[source]
     if (source / "checkpoints").is_dir():
         found = _run_parameters(model, part, source, opened)
@@ -127,7 +129,7 @@ def _load_part(model: MLLM | PatchClassifier, part: str, source: Path, opened: _
 
 
 def _run_parameters(
-    model: MLLM | PatchClassifier, part: str, workdir: Path, opened: _Open
+    model: AnyModel, part: str, workdir: Path, opened: _Open
 ) -> Mapping[str, jax.Array]:
     """Parameters of a part of an earlier run: what it trained, the rest from its own sources."""
     trained = opened.trained(workdir)
@@ -148,9 +150,7 @@ def _run_parameters(
     return found if _num_last(run) == _num_last(model) else _join_trainable_blocks(found)
 
 
-def _check_same_part(
-    model: MLLM | PatchClassifier, run: MLLM | PatchClassifier, part: str, workdir: Path
-) -> None:
+def _check_same_part(model: AnyModel, run: AnyModel, part: str, workdir: Path) -> None:
     """Refuses a part of another architecture, which shapes alone may not show."""
     ours, theirs = model.vision, run.vision
     if part == "vision" and isinstance(ours, VisionEncoder) and isinstance(theirs, VisionEncoder):
@@ -158,15 +158,27 @@ def _check_same_part(
     if not (isinstance(model, MLLM) and isinstance(run, MLLM)):
         return
     if part == "llm":
-        configs = (dataclasses.asdict(each.config.llm) for each in (run, model))
-        if difference := config_difference(*configs):
-            raise UserError(f"init.llm: {workdir} has another LLM: {difference}")
+        _check_same_llm(model.config.llm, run.config.llm, workdir)
     kinds = run.config.connector, model.config.connector
     if part == "connector" and kinds[0] != kinds[1]:
         raise UserError(f"init.connector: {workdir} has a {kinds[0]}, the model a {kinds[1]}")
 
 
-def _num_last(model: MLLM | PatchClassifier) -> int:
+def _check_same_llm(ours: DecoderConfig, theirs: DecoderConfig, workdir: Path) -> None:
+    free = {*FREE_FIELDS, "max_positions"}
+    if "default" == ours.rope_scaling == theirs.rope_scaling:  # what scaling alone uses
+        free |= {"rope_factor", "rope_low_turns", "rope_high_turns", "rope_original_positions"}
+    for name, value in dataclasses.asdict(theirs).items():
+        own = getattr(ours, name)
+        if name in free or own == value:
+            continue
+        message = f"init.llm: {workdir} has another LLM: its {name} is {value}, the model's {own}"
+        if name != "norm_eps":  # which releases of one family differ in
+            raise UserError(message)
+        logger.warning(message)
+
+
+def _num_last(model: AnyModel) -> int:
     """How many of the last vision blocks have a stack of their own."""
     return getattr(getattr(model.vision, "config", None), "num_trainable_blocks", 0)
 
@@ -181,7 +193,7 @@ def _join_trainable_blocks(found: Mapping[str, jax.Array]) -> Mapping[str, jax.A
 
 
 def split_trainable_blocks(
-    model: MLLM | PatchClassifier, part: str, found: Mapping[str, jax.Array]
+    model: AnyModel, part: str, found: Mapping[str, jax.Array]
 ) -> Mapping[str, jax.Array]:
     """Parameters of a part as a model holds them whose last vision blocks train.
 
@@ -202,7 +214,7 @@ def split_trainable_blocks(
 
 
 def _vision_parameters(
-    model: MLLM | PatchClassifier, part: str, folder: HFFolder, mesh: Mesh | None
+    model: AnyModel, part: str, folder: HFFolder, mesh: Mesh | None
 ) -> Mapping[str, jax.Array]:
     """Parameters of a vision encoder's folder, by their names in the model."""
     encoder, source = model.vision, str(folder.path)

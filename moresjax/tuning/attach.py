@@ -4,14 +4,16 @@ Axis legend: B rows, S tokens, P virtual tokens, D hidden size, L layers.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from numpy.typing import ArrayLike
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import SHARED, Batch, TokenKind, TokenLayout
 from moresjax.core.types import AnyArray
 from moresjax.tuning.base import (
@@ -109,6 +111,37 @@ class Tuning(nnx.Module):
         if self.methods:
             self._set(self._values(jax.random.key(seed)), nnx.Param)
 
+    def set_constants(self, method: str, values: Mapping[str, ArrayLike]) -> None:
+        """Sets what a method was given, at all its sites.
+
+        Args:
+          method: The key of the method.
+          values: Arrays by name, which are broadcast to all layers.
+
+        Raises:
+          UserError: Several adapters are held, the method or the value does not exist, or the value
+            has another shape or is not finite.
+        """
+        self.check_single("setting a vector")
+        if method not in [key for key, own in self.methods if own.constant]:
+            raise UserError(f"tuning {self.spec!r} has no {method!r} whose values can be set")
+        changes = []
+        for name, value in values.items():
+            value = np.asarray(value, np.float32)
+            for site, params in self.params[method].items():
+                if name not in params:
+                    raise choice_error(f"value of {method}", name, [*params])
+                shape = params[name].shape
+                shapes = [shape, shape[1:]] if num_layers(site, self.config) else [shape]
+                if value.shape not in shapes or not np.isfinite(value).all():
+                    raise UserError(
+                        f"{name} of {method} must be finite numbers of shape "
+                        f"{' or '.join(map(str, shapes))}, got shape {value.shape}"
+                    )
+                changes.append((params[name], np.broadcast_to(value, shape)))
+        for variable, value in changes:
+            variable.set_value(jnp.asarray(value))
+
     @property
     def spec(self) -> str:
         """The spec string, in its shortest form."""
@@ -199,6 +232,7 @@ class Tuning(nnx.Module):
         probes: Sequence[Probe] = (),
         context: ProbeContext | None = None,
         cut: Callable[[Array], Array] | None = None,
+        unfinished: bool = False,
     ) -> Hooks:
         """The hooks of one forward pass over a batch.
 
@@ -211,6 +245,7 @@ class Tuning(nnx.Module):
           context: What the probes may know about the tokens.
           cut: Cuts out of masks of the whole batch what the LLM reads of it, where that is not the
             beginning of the batch.
+          unfinished: Whether the rows are prefixes of prompts, of which more follows.
         """
         # What virtual tokens do to the beginning of a row is in the caches of what comes later.
         later = decoding or cut is not None
@@ -219,7 +254,7 @@ class Tuning(nnx.Module):
             "llm": 0 if later else self.num_extra_tokens,
         }
         rows = self._rows(batch)
-        masks = _Masks(batch, self.config, num_extra, dict(self.words), cut)
+        masks = _Masks(batch, self.config, num_extra, dict(self.words), cut, unfinished)
 
         def attached(name: str, method: Method, site: str) -> Attached | None:
             """A method as it acts at a site in this pass; None where it does not."""
@@ -281,7 +316,7 @@ def _initial(method: Method, shape: tuple, layers: int, key: PRNGKeyArray) -> Pa
     """Initial parameters of a method at one site."""
     if not layers:
         return method.initial(key, *shape)
-    return jax.vmap(lambda key: method.initial(key, *shape))(jax.random.split(key, layers))
+    return method.initial_layers(key, layers, *shape)
 
 
 # Compiled once for all sites and models of a kind.
@@ -368,9 +403,10 @@ class _Masks:
         num_extra: dict[str, int],
         words: dict[str, tuple[int, ...]],
         cut: Callable[[Array], Array] | None,
+        unfinished: bool,
     ) -> None:
         self._batch, self._config, self._num_extra, self._words = batch, config, num_extra, words
-        self._cut = cut or (lambda mask: mask)
+        self._cut, self._unfinished = cut or (lambda mask: mask), unfinished
         self._known: dict[tuple[str, str], Bool[Array, "B S"]] = {}
 
     def __call__(self, site: str, selector: Selector) -> Bool[Array, "B S"]:
@@ -385,7 +421,8 @@ class _Masks:
             count = self._num_extra["llm"]
             tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (count, 0)), constant_values=-1)
             layout = extend_layout(batch.layout, count)
-            return self._cut(selector(layout, tokens, batch.roi, self._words))
+            mask = selector(layout, tokens, batch.roi, self._words, self._unfinished)
+            return self._cut(mask)
         assert batch.pixels is not None  # else nothing is attached outside the LLM
         rows, images = batch.pixels.shape[:2]
         if tower == "connector":

@@ -131,6 +131,10 @@ class Method:
         """Initial parameters at a site; those of one layer where the site is layered."""
         raise NotImplementedError(f"{self.name} has no parameters of its own")
 
+    def initial_layers(self, key: PRNGKeyArray, layers: int, *shape: Any) -> Params:
+        """Initial parameters of all layers of a layered site, with a leading layer axis."""
+        return jax.vmap(lambda key: self.initial(key, *shape))(jax.random.split(key, layers))
+
     @property
     def layer_choice(self) -> str:
         """The layers to act on, as `parse_layers` takes them."""

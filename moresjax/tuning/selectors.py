@@ -121,6 +121,7 @@ class Selector:
         tokens: IntField | None = None,
         roi: Bool[AnyArray, "B R"] | None = None,
         words: Mapping[str, Sequence[int]] | None = None,
+        unfinished: bool = False,
     ) -> Bool[Array, "B S"]:
         """Mask of the selected tokens.
 
@@ -130,10 +131,14 @@ class Selector:
           roi: for each visual token of the row (images in order, V each) whether it lies in the
             region of interest, needed by `roi`.
           words: token ids of each word named by a `token(WORD)`, one for every way to write it.
+          unfinished: whether the rows are prefixes of prompts, of which more follows.
         """
         mask = jnp.zeros(layout.shape, bool)
         for region, part in self.parts:
-            mask |= _region_mask(region, part, layout, tokens, roi, words)
+            if region == "last_prompt":
+                mask |= last_prompt_mask(layout, unfinished)
+            else:
+                mask |= _region_mask(region, part, layout, tokens, roi, words)
         # Learned prompt tokens belong to no text region.
         return mask & valid_mask(layout) & (jnp.asarray(layout.document) != SHARED)
 
@@ -146,8 +151,6 @@ def _region_mask(
     roi: Bool[AnyArray, "B R"] | None,
     words: Mapping[str, Sequence[int]] | None,
 ) -> Bool[Array, "B S"]:
-    if region == "last_prompt":
-        return last_prompt_mask(layout)
     if region.startswith("token("):
         word = region[len("token(") : -1]
         if tokens is None or not words or word not in words:

@@ -9,10 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from moresjax.core.parameter_names import first_name, layered_parameters
+from moresjax.core.parameter_names import first_name, layered_parameters, path_name
 from moresjax.core.types import AnyArray
 from moresjax.models.mllm import MLLM
+from moresjax.tuning.attach import Constant, Tuning
+from moresjax.tuning.base import WeightDelta
+from moresjax.tuning.selectors import parse_layers
 
 # Fields that say how a model is run, or where it came from, but not what it is.
 FREE_FIELDS = ("dtype", "remat", "unroll", "int8", "attention", "model_type")
@@ -27,17 +31,66 @@ _VALUES, _CHECKSUMS = 64, 8
 def fingerprint(mllm: MLLM) -> str:
     """Twelve hexadecimal digits that tell models apart.
 
-    They depend on the configuration, the tuning, and a few values of every parameter. They are the
-    same whether blocks are stacked or not, and in every version.
+    They depend on the configuration, the tuning, a few values of every parameter, and every value
+    that a tuning was given rather than learned. They are the same whether blocks are stacked or
+    not, and in every version.
     """
     sums = {
         first_name(name): checksum(*(variable.get_value() for variable in layers))
         for name, layers in layered_parameters(mllm).items()
     }
     names = {now: then for then, now in RENAMED_FIELDS.items()}
-    config = _renamed(mllm.config.to_dict(), names)
-    text = json.dumps([config, mllm.tuning.spec, sums], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    parts: list[Any] = [_renamed(mllm.config.to_dict(), names), mllm.tuning.spec, sums]
+    if given := _given(mllm.tuning):
+        parts.append(given)
+    return _short_hash(parts)
+
+
+def exact_fingerprint(mllm: MLLM) -> str:
+    """Twelve hexadecimal digits that also tell neighbouring steps and precisions apart.
+
+    They depend on every value of the tuning, and on a few values of each other parameter as it is
+    stored.
+    """
+    tuning, others = {}, {}
+    for name, variables in layered_parameters(mllm).items():
+        layers = [variable.get_value() for variable in variables]
+        if name.startswith("tuning."):
+            tuning[name] = [_digest(x) for x in layers]
+        else:
+            others[name] = [str(layers[0].dtype), zlib.crc32(_sample(*layers).tobytes())]
+    return _short_hash([tuning, others, _given(mllm.tuning)])
+
+
+def _short_hash(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _digest(x: AnyArray) -> str:
+    """A hash of all values of an array, its shape and its dtype."""
+    array = np.asarray(x)
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+
+
+def _given(tuning: Tuning) -> dict[str, Any]:
+    """What a tuning holds that its spec does not tell and that is no parameter.
+
+    These are constants such as a steering vector and its strength, shared arrays of an imported
+    adapter, and, of several adapters that are held at once, names and layers.
+    """
+    found: dict[str, Any] = {"adapters": [*tuning.adapters]} if tuning.adapters else {}
+    for path, variable in nnx.to_flat_state(nnx.state(tuning, Constant)):
+        found[path_name(path)] = _digest(variable.get_value())
+    for key, method in tuning.methods:
+        own = method.shared(tuning.config) if isinstance(method, WeightDelta) else {}
+        for leaf, x in tuning.common(key).items():
+            if not np.array_equal(x, own[leaf]):
+                found[f"shared.{key}.{leaf}"] = _digest(x)
+        for site, variable in tuning.layer_masks.get(key, {}).items():
+            mask = np.asarray(variable.get_value())
+            if not np.array_equal(mask, parse_layers(method.layer_choice, len(mask))):
+                found[f"layer_masks.{key}.{site}"] = _digest(mask)
+    return found
 
 
 def checksum(*layers: AnyArray) -> int:
@@ -45,13 +98,18 @@ def checksum(*layers: AnyArray) -> int:
 
     They are taken as bf16: the result is the same for a base loaded in bf16 or fp32.
     """
+    return zlib.crc32(_sample(*layers).astype(jnp.bfloat16).tobytes())
+
+
+def _sample(*layers: AnyArray) -> np.ndarray:
+    """Values spread over an array, or over the equal parts of one."""
     each = layers[0].size
     chosen = np.linspace(0, each * len(layers) - 1, _VALUES).astype(int)
     values = []
     for number, x in enumerate(layers):
         own = chosen[chosen // each == number] - number * each
         values.append(np.asarray(_on_host(x)[np.unravel_index(own, x.shape)]))
-    return zlib.crc32(np.concatenate(values).astype(jnp.bfloat16).tobytes())
+    return np.concatenate(values)
 
 
 def checksums(base: Mapping[str, Sequence[AnyArray]]) -> dict[str, int]:

@@ -18,12 +18,13 @@ from moresjax.analysis.attention import (
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind, visible
 from moresjax.generation.engine import Engine
+from moresjax.inference.analyze import attention_map
 from moresjax.models.attention import GROUPS
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
-from moresjax.testing.models import TINY_LLM, tiny_config, tiny_model
+from moresjax.testing.models import TINY_LLM, talking_model, tiny_config, tiny_model
 from moresjax.tuning.base import ProbeContext
 from moresjax.weights.families.base import decoder_config
 from moresjax.weights.hf import build_mllm, import_params
@@ -264,3 +265,24 @@ def test_two_tokens_of_a_patch_are_added_and_queries_have_no_place():
     querying = MLLMConfig(llm=llm, vision=encoder, connector="resampler:latents=9")
     with pytest.raises(UserError, match="connector resampler:latents=9 come from learned queries"):
         to_grid(np.arange(9.0)[None], querying)
+
+
+def test_a_map_of_two_images_has_a_grid_for_each():
+    model, rng = talking_model("prompt:length=2"), np.random.default_rng(0)
+    images = list(rng.integers(0, 255, (2, 12, 12, 3)).astype(np.uint8))
+    found = attention_map(model, "<image> is it <image> ?", images, max_new_tokens=3)
+    row = model.prompts.row("<image> is it <image> ?", images)
+    assert found.grids.shape == (2, 2, len(found.tokens), 3, 3)
+    # The first new token is predicted by the prompt's last.
+    batch = model.service.batch([row], len(row))
+    maps = model.mllm(batch, probes=(AttentionMaps(),), queries=[[len(row) - 1]]).stats["maps"]
+    for number, grid in enumerate(found.grids):
+        own = 2 + np.flatnonzero((row.image >= 9 * number) & (row.image < 9 * (number + 1)))
+        expected = np.asarray(maps)[:, 0, 0, own].reshape(2, 3, 3)
+        np.testing.assert_allclose(grid[:, 0], expected, atol=1e-5)
+    with pytest.raises(UserError, match="the map is of 2 images"):
+        _ = found.grid
+    with pytest.raises(UserError, match="needs an image"):
+        attention_map(model, "is it ?", [])
+    with pytest.raises(UserError, match="an image has 9 visual tokens, got 18 values"):
+        to_grid(np.arange(18.0)[None], model.config)

@@ -15,7 +15,6 @@ from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.templates import get_template
-from moresjax.evaluation import run as run_module
 from moresjax.evaluation.judges import EndpointJudge, ModelJudge
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.predictions import PredictionLog
@@ -24,6 +23,7 @@ from moresjax.evaluation.rescore import rescore
 from moresjax.evaluation.results import EvaluationResult, write_results
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import benchmark_names, load_benchmark
+from moresjax.generation.config import EngineConfig
 from moresjax.inference.model import Model
 from moresjax.testing.models import tiny_model
 from moresjax.weights.fingerprint import fingerprint
@@ -105,7 +105,7 @@ def test_a_killed_evaluation_continues(model, root, whole, tmp_path, monkeypatch
 
     options = {"data_root": root, "limit": 9, "batch_size": 1, "out": tmp_path}
     monkeypatch.setattr(MoresjaxLM, "generate_until", until_killed)
-    monkeypatch.setattr(run_module, "_BATCHES_PER_CHUNK", 4)
+    monkeypatch.setattr(model.service, "config", EngineConfig(batches_per_chunk=4))
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, ["gqa"], **options)
     saved = tmp_path / "predictions.jsonl"

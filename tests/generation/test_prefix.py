@@ -13,6 +13,7 @@ from moresjax.generation.shared_prefix import common_prefix
 from moresjax.testing.batches import tiny_batch
 from moresjax.testing.models import talking_model, tiny_config, tiny_model
 from moresjax.tuning.attach import Tuning
+from moresjax.tuning.multi_adapter import stack_adapters
 
 NEW = 5
 ALWAYS = EngineConfig(min_saved_tokens=1)  # however few tokens it saves
@@ -86,7 +87,7 @@ def test_images_that_several_prompts_are_about_are_read_once(text, monkeypatch):
         assert read[0] == (None, None)
         read = read[1:]
     # The pair of images, which is longer; then two images at a time.
-    assert [pixels.shape[:2] for pixels, _ in read] == [(2, 2)] + [(2, 1)] * 2
+    assert [pixels.shape[:2] for pixels, _ in read] == [(1, 2)] + [(2, 1)] * 2
     assert all((prefix is not None) == bool(text) for _, prefix in read)
     for row, found in zip(order, done, strict=True):
         count = len(found.tokens)
@@ -127,13 +128,70 @@ def test_short_prefixes_and_few_prompts_are_read_as_they_are(rows):
     assert shared(few * 100) == 0
 
 
-@pytest.mark.parametrize(
-    "tuning",
-    ["mixlora", "loreft:positions=question:f4", "loreft:positions=last_prompt|image"],
-)
+@pytest.mark.parametrize("tuning", ["mixlora", "loreft:positions=question:f4"])
 def test_methods_that_look_ahead_read_every_prompt_whole(rows, tuning):
     assert shared(rows * 30, "loreft:positions=question|answer:f4") > 0
     assert shared(rows * 30, tuning) == 0
+
+
+def test_a_prefix_that_ends_before_an_answer_is_not_shared_by_edits_of_the_last_token(rows):
+    asked = [rows[1].append([5, 6]).append([number], TokenKind.QUESTION) for number in (7, 8)]
+    for end, together in ((len(rows[1]), False), (len(rows[1]) - 1, True)):
+        some = [asked[0][: end + 1], asked[1][: end + 1]]
+        some[1] = some[1][:end].append([9], TokenKind(int(asked[0].kind[end])))
+        assert shared(some, "loreft:positions=image", ALWAYS) == end
+        assert (shared(some, "loreft:positions=last_prompt", ALWAYS) == end) == together
+
+
+LAST = "loreft:rank=2,positions=last_prompt|generated"
+
+
+@pytest.mark.parametrize("tuning", [LAST, f"mores:rank=1,positions=image/prompt:length=2/{LAST}"])
+@pytest.mark.parametrize("text", ["", HEAD])
+def test_edits_of_the_last_prompt_token_share_what_stands_before(tuning, text, monkeypatch):
+    model, known = talking_model(tuning), {}
+    model.service.config = ALWAYS if text else DEFAULT_ENGINE_CONFIG
+    asked = [(text + question, image) for question in QUESTIONS for image in IMAGES]
+    rows = [model.prompts.row(prompt, [image], known=known) for prompt, image in asked]
+    whole = jax.tree.map(np.asarray, model.service.generate_rows(rows, NEW, logprobs=True))
+    read, run = [], Engine.read_prefix
+    monkeypatch.setattr(
+        Engine, "read_prefix", lambda self, *a: read.append(a[0].pixels) or run(self, *a)
+    )
+    done = model.service.generate_many(rows, NEW, batch_size=12, logprobs=True)
+    assert sum(len(pixels) for pixels in read if pixels is not None) == len(IMAGES)
+    for row, found in enumerate(done):
+        count = whole.length[row]
+        np.testing.assert_array_equal(found.tokens, whole.tokens[row, :count])
+        np.testing.assert_allclose(found.logprobs, whole.logprobs[row, :count], atol=1e-4)
+    untouched = talking_model("none")
+    base = untouched.service.generate_rows(rows, NEW).tokens
+    assert (np.asarray(base) != whole.tokens).any(1).mean() > 0.5
+    pairs = [(row, np.asarray(ids)) for row in rows for ids in ([5, 6, 7], [8])]
+    scores = model.service.score_rows(pairs, batch_size=12)
+    apart = [model.service.score_rows([pair])[0] for pair in pairs[:4]]
+    for one, other in zip(scores, apart, strict=False):
+        assert one.logprob == pytest.approx(other.logprob, rel=1e-5)
+
+
+def test_vectors_that_cannot_meet_an_image_share_it(monkeypatch):
+    """Two vectors and the base model answer about one image, which is read once."""
+    tunings = [talking_model(LAST).mllm.tuning for _ in range(2)]
+    tunings[1].params["loreft"]["llm.block.out"]["weight"][...] *= -3
+    model, known = talking_model("none"), {}
+    model.mllm.tuning = stack_adapters(dict(zip("ab", tunings, strict=True)))
+    rows = [model.prompts.row(QUESTIONS[0], IMAGES[:1], known=known)] * 3
+    names = ["a", None, "b"]
+    whole = np.asarray(model.service.generate_rows(rows, NEW, adapters=names).tokens)
+    assert len({tuple(tokens) for tokens in whole.tolist()}) == 3
+    read, run = [], Engine.read_prefix
+    monkeypatch.setattr(
+        Engine, "read_prefix", lambda self, *a: read.append(len(a[0].tokens)) or run(self, *a)
+    )
+    done = model.service.generate_many(rows, NEW, batch_size=4, adapters=names)
+    assert read == [1]
+    for tokens, found in zip(whole, done, strict=True):
+        np.testing.assert_array_equal(found.tokens, tokens[: len(found.tokens)])
 
 
 @pytest.mark.parametrize(

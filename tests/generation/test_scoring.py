@@ -17,6 +17,7 @@ from moresjax.generation import programs
 from moresjax.generation.config import EngineConfig
 from moresjax.generation.engine import Engine
 from moresjax.generation.scoring import with_branches
+from moresjax.inference import service
 from moresjax.inference.model import Model
 from moresjax.testing.models import talking_model, tiny_model
 
@@ -110,15 +111,52 @@ def test_logits_of_long_answers_are_never_all_in_memory(model):
     batch = model.service.batch([whole.row] * 2, 96)
     queries, targets = np.stack([whole.queries] * 2), np.stack([whole.targets] * 2)
     graphdef, params = nnx.split(model.mllm)
-    static = programs.ScoreStatic(graphdef)
     data = programs.ScoreData(params, batch, queries, targets)
-    program = programs.score.lower(static, data).as_text()
     vocabulary = model.config.llm.vocab_size
-    shapes = {int(n) for n in re.findall(rf"tensor<2x(\d+)x{vocabulary}xf32>", program)}
-    assert shapes == {EngineConfig().logits_chunk}
-    logprobs, _ = programs.score(static, data)
     logits = jax.nn.log_softmax(all_logits(model.mllm, batch))[0]
-    np.testing.assert_allclose(logprobs[1], logits[whole.queries, whole.targets], atol=1e-5)
+    # 70 tokens of two rows: as many at a time as there is room for, one at least.
+    for room, expected in ((2**28, 70), (2 * 8 * 4 * vocabulary, 8), (1, 1)):
+        static = programs.ScoreStatic(graphdef, logits_bytes=room)
+        program = programs.score.lower(static, data).as_text()
+        shapes = {int(n) for n in re.findall(rf"tensor<2x(\d+)x{vocabulary}xf32>", program)}
+        assert shapes == {expected}
+        logprobs, _ = programs.score(static, data)
+        np.testing.assert_allclose(logprobs[1], logits[whole.queries, whole.targets], atol=1e-5)
+
+
+def test_small_batches_are_not_filled_up(model, monkeypatch):
+    """Neither where prompts are scored nor where they are answered."""
+    scored, slots, read = [], [], []
+    run, insert = programs.score, Engine.insert
+
+    def note(static, data):
+        scored.append(len(data.batch.tokens))
+        return run(static, data)
+
+    def note_slots(self, state, new, places, rows):
+        slots.append(rows)
+        read.append(len(new.done))
+        return insert(self, state, new, places, rows)
+
+    monkeypatch.setattr(service, "score_program", note)
+    monkeypatch.setattr(Engine, "insert", note_slots)
+    monkeypatch.setattr(model.service, "config", EngineConfig(min_prefix_tokens=10**6))
+    words = vocabulary()[10:19]
+    texts = [f"is there a {word} ?" for word in words]
+    found = model.score(texts, [["yes"]] * 9, batch_size=4)
+    assert scored == [4, 4, 1]
+    scored.clear()
+    for (one,), (other,) in zip(
+        model.score(texts[:2], [["yes"]] * 2, batch_size=64), found, strict=False
+    ):
+        assert one.logprob == pytest.approx(other.logprob, rel=1e-6)
+    assert scored == [2]
+    for count, batch, expected in ((2, 64, (2, [2])), (5, 8, (8, [2, 2, 1])), (3, 2, (2, [1] * 3))):
+        slots.clear()
+        read.clear()
+        rows = [model.prompts.row(text) for text in texts[:count]]
+        model.service.generate_many(rows, 2, batch_size=batch)
+        assert ({*slots}, read) == ({expected[0]}, expected[1])
 
 
 def test_an_answer_that_does_not_fit_is_refused(model):
