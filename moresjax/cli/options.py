@@ -83,6 +83,16 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sample(command: argparse.ArgumentParser) -> None:
+    """Adds `--sample` and `--seed`, which draw the questions of benchmarks."""
+    command.add_argument(
+        "--sample", type=int, metavar="N", help="N questions of a task drawn at random"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="seed for --sample (default: %(default)s)"
+    )
+
+
 def add_tuning(command: argparse.ArgumentParser, several: str = "") -> None:
     """Adds what is put on a model: `--tuning`, or `--adapter` and what its folder may need.
 
