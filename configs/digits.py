@@ -3,8 +3,8 @@
     moresjax demo                                       all of it, with a report
     moresjax train --config digits:stage=llm --workdir runs/llm
 
-Stages: `llm` (text only), `vit` (vision encoder), `pretrain` (connector), `finetune` (visual
-instruction tuning with `tuning=...`).
+Stages: `llm` (text only), `vit` (vision encoder from labels) or `siglip` (from captions),
+`pretrain` (connector), `finetune` (visual instruction tuning with `tuning=...`).
 """
 
 from ml_collections import ConfigDict
@@ -53,7 +53,13 @@ VISION = {
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run of one stage."""
     args = parse_arg(arg, stage="finetune", tuning="mores:rank=1,positions=image", seed=0)
-    stages = {"llm": _llm, "vit": _vit, "pretrain": _pretrain, "finetune": _finetune}
+    stages = {
+        "llm": _llm,
+        "vit": _vit,
+        "siglip": _siglip,
+        "pretrain": _pretrain,
+        "finetune": _finetune,
+    }
     if args.stage not in stages:
         raise choice_error("stage", args.stage, stages)
     config = base_config()
@@ -90,6 +96,17 @@ def _vit(config: ConfigDict, args: ConfigDict) -> None:
     config.model.classes = (10, 4)
     config.also_train = ("vision", "head")
     config.data.task = "patches"
+    config.steps = 400
+    config.optimizer.lr = 2e-3
+
+
+def _siglip(config: ConfigDict, args: ConfigDict) -> None:
+    config.objective = "siglip"
+    config.also_train = ("vision", "llm", "vision_head", "text_head", "log_temperature", "bias")
+    config.template = "plain"
+    config.data.task = "caption"
+    config.max_seq_len = 25
+    config.batch_size = 64
     config.steps = 400
     config.optimizer.lr = 2e-3
 

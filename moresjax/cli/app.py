@@ -18,6 +18,7 @@ from moresjax.cli import (
     import_,
     params,
     plan,
+    recipes,
     train,
     zoo,
 )
@@ -26,7 +27,20 @@ from moresjax.core.plugins import use_plugins
 from moresjax.hardware.host import use_huge_pages
 
 # In the order of `moresjax --help`.
-COMMANDS = (demo, train, evaluate, generate, analyze, import_, export, plan, data, zoo, params)
+COMMANDS = (
+    demo,
+    train,
+    evaluate,
+    generate,
+    analyze,
+    import_,
+    export,
+    plan,
+    data,
+    recipes,
+    zoo,
+    params,
+)
 OVERRIDE = "--config."
 
 

@@ -6,12 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.models.contrastive import ContrastiveModel
 from moresjax.models.decoder import DecoderConfig, quantized
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import PatchClassifier, VisionConfig
 from moresjax.models.zoo import ENCODERS, LLMS
 from moresjax.runs.run_config import PartChoice, RunConfig
+
+# What a run may train.
+AnyModel = MLLM | PatchClassifier | ContrastiveModel
 
 
 def model_config(config: RunConfig) -> MLLMConfig:
@@ -33,7 +37,7 @@ def model_config(config: RunConfig) -> MLLMConfig:
     return MLLMConfig(llm=llm, vision=vision, connector=config.model.connector)
 
 
-def new_model(config: RunConfig) -> MLLM | PatchClassifier:
+def new_model(config: RunConfig) -> AnyModel:
     """The model of a configuration; it holds shapes only, until its parameters are set.
 
     Raises:
@@ -44,7 +48,9 @@ def new_model(config: RunConfig) -> MLLM | PatchClassifier:
     vision = vision_config(config.model.vision)
     if not isinstance(vision, VisionConfig):
         found = "has none" if vision is None else "is a pair"
-        raise UserError(f"objective patch_classes needs one vision encoder, this {found}")
+        raise UserError(f"objective {config.objective} needs one vision encoder, this {found}")
+    if config.objective == "siglip":
+        return ContrastiveModel(vision, _llm_config(config.model.llm))
     return PatchClassifier(vision, config.model.classes)
 
 

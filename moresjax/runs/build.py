@@ -43,7 +43,8 @@ def build_model(
         pickles of a pyreft folder.
 
     Returns:
-      An `MLLM`; for objective `patch_classes` a `PatchClassifier`.
+      An `MLLM`; for objective `patch_classes` a `PatchClassifier`, for `siglip` a
+      `ContrastiveModel`.
 
     Raises:
       UserError: when a part's source does not exist or does not fit.

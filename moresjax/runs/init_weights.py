@@ -13,8 +13,8 @@ from moresjax.core.parameter_names import named_parameters
 from moresjax.models.fusion import FusedVisionEncoder
 from moresjax.models.initialize import abstract_params, initialize, set_params
 from moresjax.models.mllm import MLLM
-from moresjax.models.vision import PatchClassifier, VisionEncoder
-from moresjax.runs.architecture import new_model
+from moresjax.models.vision import VisionEncoder
+from moresjax.runs.architecture import AnyModel, new_model
 from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import read_config
 from moresjax.runs.paths import is_workdir, locate
@@ -46,7 +46,7 @@ class _Open:
 
 
 def load_parts(
-    model: MLLM | PatchClassifier,
+    model: AnyModel,
     sources: Mapping[str, str],
     root: Path,
     *,
@@ -68,9 +68,7 @@ def load_parts(
     _load_parts(model, sources, root, _Open(mesh, HFFolders() if folders is None else folders))
 
 
-def _load_parts(
-    model: MLLM | PatchClassifier, sources: Mapping[str, str], root: Path, opened: _Open
-) -> None:
+def _load_parts(model: AnyModel, sources: Mapping[str, str], root: Path, opened: _Open) -> None:
     for part in PARTS:
         source = sources.get(part, RANDOM)
         if source == RANDOM or getattr(model, part) is None:
@@ -87,7 +85,7 @@ def _load_parts(
 
 
 def load_part(
-    model: MLLM | PatchClassifier,
+    model: AnyModel,
     part: str,
     source: Path,
     *,
@@ -111,7 +109,7 @@ def load_part(
     _load_part(model, part, source, _Open(mesh, HFFolders() if folders is None else folders))
 
 
-def _load_part(model: MLLM | PatchClassifier, part: str, source: Path, opened: _Open) -> None:
+def _load_part(model: AnyModel, part: str, source: Path, opened: _Open) -> None:
     folder = opened.folders[source]
     if (source / "checkpoints").is_dir():
         found = _run_parameters(model, part, source, opened)
@@ -127,7 +125,7 @@ def _load_part(model: MLLM | PatchClassifier, part: str, source: Path, opened: _
 
 
 def _run_parameters(
-    model: MLLM | PatchClassifier, part: str, workdir: Path, opened: _Open
+    model: AnyModel, part: str, workdir: Path, opened: _Open
 ) -> Mapping[str, jax.Array]:
     """Parameters of a part of an earlier run: what it trained, the rest from its own sources."""
     trained = opened.trained(workdir)
@@ -148,9 +146,7 @@ def _run_parameters(
     return found if _num_last(run) == _num_last(model) else _join_trainable_blocks(found)
 
 
-def _check_same_part(
-    model: MLLM | PatchClassifier, run: MLLM | PatchClassifier, part: str, workdir: Path
-) -> None:
+def _check_same_part(model: AnyModel, run: AnyModel, part: str, workdir: Path) -> None:
     """Refuses a part of another architecture, which shapes alone may not show."""
     ours, theirs = model.vision, run.vision
     if part == "vision" and isinstance(ours, VisionEncoder) and isinstance(theirs, VisionEncoder):
@@ -166,7 +162,7 @@ def _check_same_part(
         raise UserError(f"init.connector: {workdir} has a {kinds[0]}, the model a {kinds[1]}")
 
 
-def _num_last(model: MLLM | PatchClassifier) -> int:
+def _num_last(model: AnyModel) -> int:
     """How many of the last vision blocks have a stack of their own."""
     return getattr(getattr(model.vision, "config", None), "num_trainable_blocks", 0)
 
@@ -181,7 +177,7 @@ def _join_trainable_blocks(found: Mapping[str, jax.Array]) -> Mapping[str, jax.A
 
 
 def split_trainable_blocks(
-    model: MLLM | PatchClassifier, part: str, found: Mapping[str, jax.Array]
+    model: AnyModel, part: str, found: Mapping[str, jax.Array]
 ) -> Mapping[str, jax.Array]:
     """Parameters of a part as a model holds them whose last vision blocks train.
 
@@ -202,7 +198,7 @@ def split_trainable_blocks(
 
 
 def _vision_parameters(
-    model: MLLM | PatchClassifier, part: str, folder: HFFolder, mesh: Mesh | None
+    model: AnyModel, part: str, folder: HFFolder, mesh: Mesh | None
 ) -> Mapping[str, jax.Array]:
     """Parameters of a vision encoder's folder, by their names in the model."""
     encoder, source = model.vision, str(folder.path)

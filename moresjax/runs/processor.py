@@ -28,7 +28,11 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
       UserError: for an unknown template, or a folder without tokenizer or image processor.
     """
     vision = vision_config(config.model.vision)
-    tokens = connector_tokens(config.model.connector, vision.num_tokens) if vision else 0
+    tokens = 0
+    if vision:
+        # Where images do not enter the LLM, one token says that there is one.
+        connected = config.is_language_model
+        tokens = connector_tokens(config.model.connector, vision.num_tokens) if connected else 1
     tokenizer = load_tokenizer(config.tokenizer, root)
     return Processor(
         tokenizer=tokenizer,

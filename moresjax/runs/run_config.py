@@ -156,7 +156,8 @@ class RunConfig:
       attention: The LLM's attention: `auto`, `xla`, or a kernel: `splash` (TPU), `cudnn` (GPU).
       quantize: `int8` holds the LLM's frozen blocks in eight bits.
       init: Where the weights of each part come from.
-      objective: `next_token`, `patch_classes`, or one that a plug-in registered.
+      objective: `next_token`, `patch_classes` and `siglip` (a vision encoder alone, from labels of
+        patches or from captions), or one that a plug-in registered.
       tuning: Spec of the tuning, such as `mores:rank=1,positions=image`.
       also_train: Base parameters that train beside it: path prefixes or regular expressions.
       tokenizer: `digits`, or a folder that `transformers` can load.
@@ -232,8 +233,8 @@ class RunConfig:
 
     @property
     def is_language_model(self) -> bool:
-        """Whether the run trains an LLM, and not the classifier of a vision encoder alone."""
-        return self.objective != "patch_classes"
+        """Whether the run trains a model that generates text, and not a vision encoder alone."""
+        return self.objective not in ("patch_classes", "siglip")
 
     def to_dict(self) -> dict[str, Any]:
         """The same as nested dicts, as it is written into the run's directory."""

@@ -21,6 +21,11 @@ def check_numbers(config: RunConfig, shards: int) -> None:
       UserError: names the key and its value.
     """
     check_evaluators(config)
+    if config.objective == "siglip" and (config.batching == "pack" or config.microbatches > 1):
+        raise UserError(
+            "objective siglip compares the rows of a batch, a sample each; leave batching pack and "
+            "microbatches out"
+        )
     if config.batch_size % (shards * config.microbatches):
         raise UserError(
             f"batch_size {config.batch_size} does not divide into {shards} parts of the mesh times "

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import choice_error
-from moresjax.core.layout import Batch, loss_mask, valid_mask
+from moresjax.core.layout import Batch, TokenKind, loss_mask, valid_mask
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import registrar
 from moresjax.core.types import AnyArray, pytree_dataclass
@@ -57,8 +57,8 @@ class Loss:
     """Sums over a batch; the mean over its labels is exact however the batch is split."""
 
     total: Float[Array, ""]
-    weight: Float[Array, ""]  # number of labels
-    correct: Float[Array, ""]  # labels that are the argmax
+    weight: Float[Array, ""]  # number of labels, or of pairs that belong together
+    correct: Float[Array, ""]  # those of them that are the argmax
     tokens: Float[Array, ""]  # tokens that are not padding, or patches
 
 
@@ -83,6 +83,29 @@ def patch_classes(
     totals: Any = map(sum, zip(*sums, strict=True))
     total, weight, correct = totals
     return Loss(total, weight, correct, jnp.float32(labels[..., 0].size))
+
+
+@register_objective("siglip")
+def siglip(model: Any, batch: Batch, key: PRNGKeyArray | None = None) -> Loss:
+    """SigLIP's loss: every pair of an image and a caption is told to be one of a row, or not.
+
+    The sum over all pairs is divided by the number of rows (Zhai et al. 2023, equation 1). Rows
+    with the same caption are no negatives of each other; rows without caption or image count
+    nowhere. `Loss.correct` counts images whose own caption, or an equal one, has the highest logit.
+    """
+    logits = model(batch)
+    tokens, kind = jnp.asarray(batch.tokens), jnp.asarray(batch.layout.kind)
+    caption = kind == TokenKind.ANSWER
+    rows = caption.any(1) & (kind == TokenKind.IMAGE).any(1)
+    words = jnp.where(caption, tokens, -1)
+    same = (words[:, None, :] == words[None, :, :]).all(-1)
+    own = jnp.eye(len(rows), dtype=bool)
+    pairs = rows[:, None] & rows[None, :] & (own | ~same)
+    losses = -jax.nn.log_sigmoid(jnp.where(own, logits, -logits))
+    best = jnp.where(rows[None, :], logits, -jnp.inf).argmax(1)
+    correct = rows & jnp.take_along_axis(same, best[:, None], axis=1)[:, 0]
+    counts = (rows, correct, valid_mask(batch.layout))
+    return Loss(jnp.where(pairs, losses, 0.0).sum(), *(x.sum(dtype=jnp.float32) for x in counts))
 
 
 def _over_labels(

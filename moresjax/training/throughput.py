@@ -47,10 +47,11 @@ class ThroughputMeter:
             return train_flops(model_config(config), *shapes, **sizes).model
 
         self._step_flops = flops
+        self._counted = config.is_language_model
 
     def flops(self, batch: Batch | Mapping[str, jax.Array]) -> float:
         """Model FLOPs of a step over this batch, padding included; 0 for a vision encoder alone."""
-        if not isinstance(batch, Batch):
+        if not (self._counted and isinstance(batch, Batch)):
             return 0.0
         return self._step_flops(
             batch.layout.shape[1], 0 if batch.pixels is None else batch.pixels.shape[1]

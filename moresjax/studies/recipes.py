@@ -1,0 +1,265 @@
+"""The papers' tables as runs: for every cell the config string that trains what it reports.
+
+    llava-steering   LLaVA Steering (2024), Tables 1-4 and 6-10; Table 5 compares features
+    mrt              Re-Imagining Multimodal Instruction Tuning (2025), Tables 1-3, S3, S5-S10
+    shift            Analyzing Fine-tuning Representation Shift (2025), Tables 1-4
+
+`moresjax recipes` lists them; `docs/how-to/reproduce.md` says what they assume.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from moresjax.core.errors import choice_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One cell of a table, or one row whose cells come from a single run.
+
+    Attributes:
+      paper: `llava-steering`, `mrt` or `shift`.
+      table: The table's number in the paper.
+      row: The row's name there; for tables in blocks the block's name stands before it.
+      column: The column's name; empty where all columns are of one run.
+      config: The config string of the run, `NAME:ARGUMENTS`; empty where nothing trains.
+      tasks: What the run is evaluated on, as `moresjax evaluate --tasks` takes it.
+      printed: The trainable parameters that the paper prints, or their share; empty: none.
+      attach: The tuning that is attached to the base model where nothing trains.
+      remark: Why there is no run, or how it is not the paper's.
+    """
+
+    paper: str
+    table: str
+    row: str
+    column: str = ""
+    config: str = ""
+    tasks: str = ""
+    printed: str = ""
+    attach: str = ""
+    remark: str = ""
+
+
+# LLaVA Steering ------------------------------------------------------------------------------
+
+# Row, tuning, and what trains in the LLM of 3B, 7B and 13B as printed.
+STEERING_METHODS = {
+    "FT": ("full", "2.78B", "", ""),
+    "Adapter": ("adapter", "83M", "201.3M", "314.6M"),
+    "LoRA": ("lora", "188.74M", "319.8M", "500.7M"),
+    "OFT": ("oft", "39.32M", "100.7M", "196.6M"),
+    "IA3": ("ia3", "0.492M", "0.614M", "0.963M"),
+    "MoReS-B": ("mores-base", "0.164M", "0.262M", "0.410M"),
+    "MoReS-L": ("mores-large", "0.328M", "", ""),
+    "MoReS-H": ("mores-huge", "0.655M", "", ""),
+}
+# Column: the task's file, and what is evaluated. Table 3 has one column of IconQA, whose numbers
+# are those of Table 2's fill-in-the-blank task.
+TASKS = {
+    "SciQA-IMG": ("scienceqa", "scienceqa_img_ft"),
+    "VizWiz": ("vizwiz", "vizwiz_ft"),
+    "IconQA-txt": ("iconqa_txt", "iconqa_txt"),
+    "IconQA-blank": ("iconqa_blank", "iconqa_blank"),
+    "IconQA": ("iconqa_blank", "iconqa_blank"),
+}
+COLUMNS = ("SciQA-IMG", "VizWiz", "IconQA-txt", "IconQA-blank")
+SCALED_COLUMNS = ("SciQA-IMG", "VizWiz", "IconQA")
+SCALES = {"Small": "1000", "Medium": "5000", "Large": "10000"}
+RANKS = {"1": "0.164M", "2": "0.328M", "4": "0.655M", "8": "1.340M"}
+RATIOS = {"1%": "f4+l5", "25%": "25%", "50%": "50%", "100%": "100%"}
+INTERVALS = {"[0,2,4,]": "every:2", "[0,3,6,]": "every:3", "[0,4,8,]": "every:4"}
+THIRDS = {"Shallow (0-15)": "shallow", "Middle (8-23)": "middle", "Deep (16-31)": "deep"}
+
+
+TEXT_ONLY = {"LoRA": "lora", "Adapter": "adapter", "OFT": "oft", "IA3": "ia3"}
+TEXT_ONLY |= {"MoReS (Ours)": "mores-base"}
+# POPE of the last is that of MoReS-H in Table 1.
+HALLUCINATION = {"Full": "full", "LoRA": "lora", "Adapter": "adapter", "OFT": "oft", "IA3": "ia3"}
+HALLUCINATION |= {"MoReS": "mores-huge"}
+
+
+def _multi_task() -> Iterator[Recipe]:
+    """Tables whose runs are tuned on the 665k mix."""
+
+    def recipe(table: str, row: str, tuning: str, tasks: str, printed: str = "") -> Recipe:
+        config = f"llava_steering:size=3b,stage=finetune,tuning={tuning}"
+        return Recipe("llava-steering", table, row, config=config, tasks=tasks, printed=printed)
+
+    for row, (tuning, printed, *_) in STEERING_METHODS.items():
+        yield recipe("1", row, tuning, "mores-table1", printed)
+    for row, tuning in TEXT_ONLY.items():
+        yield recipe("4", row, tuning, "hellaswag,mmlu")
+    for row, tuning in HALLUCINATION.items():
+        yield recipe("6", row, tuning, "mores-table6")
+    for table, layers in {"9": INTERVALS, "10": THIRDS}.items():
+        for row, choice in (layers | {"All Layer": ""}).items():
+            tuning = "mores-large" + (f":layers={choice}" if choice else "")
+            yield recipe(table, row, tuning, "mores-table1")
+
+
+def _task_specific() -> Iterator[Recipe]:
+    """Tables with a run per cell, each tuned on a task."""
+
+    def recipe(
+        table: str, row: str, column: str, tuning: str, printed: str = "", **changes: str
+    ) -> Recipe:
+        options = {"size": "3b", "samples": "10000", "remark": ""} | changes
+        task, tasks = TASKS[column]
+        config = (
+            f"llava_steering:size={options['size']},stage=task,task={task},"
+            f"samples={options['samples']},tuning={tuning}"
+        )
+        fields = {"config": config, "tasks": tasks, "printed": printed}
+        return Recipe("llava-steering", table, row, column, remark=options["remark"], **fields)
+
+    for number, size in enumerate(("3b", "7b", "13b")):
+        for method, column in itertools.product(
+            ("Adapter", "LoRA", "OFT", "IA3", "MoReS-B"), COLUMNS
+        ):
+            tuning, *printed = STEERING_METHODS[method]
+            row = f"LLaVA Steering-{size.upper()} {method}"
+            yield recipe("2", row, column, tuning, printed[number], size=size)
+    for (scale, samples), method, column in itertools.product(
+        SCALES.items(), ("FT", "Adapter", "LoRA", "OFT", "IA3", "MoReS-L"), SCALED_COLUMNS
+    ):
+        tuning, printed, *_ = STEERING_METHODS[method]
+        yield recipe("3", f"{scale} {method}", column, tuning, printed, samples=samples)
+    for (rank, printed), column in itertools.product(RANKS.items(), COLUMNS):
+        remark = "the count is 1.311M" if rank == "8" else ""
+        yield recipe("7", rank, column, f"mores:rank={rank}", printed, remark=remark)
+    for (ratio, positions), column in itertools.product(RATIOS.items(), COLUMNS):
+        yield recipe("8", ratio, column, f"mores-base:positions=image:{positions}")
+
+
+# MRT -----------------------------------------------------------------------------------------
+
+PROMPT_LENGTHS = "the paper gives no lengths; these have the printed share"
+# Row, tuning, printed share of the model's parameters, remark.
+MRT_METHODS = {
+    "LLaVAFT": ("full", "100%", ""),
+    "LoRA": ("lora", "0.63%", ""),
+    "APrompt": ("aprompt:length=50,kv_length=20", "0.23%", PROMPT_LENGTHS),
+    "PTUM": ("ptum:length=32", "0.12%", PROMPT_LENGTHS),
+    "VPT": ("vpt:length=10", "0.06%", PROMPT_LENGTHS),
+    "ReFT": ("reft", "0.03%", ""),
+    "M2PT": ("m2pt:visual_length=10,length=20", "1.96%", PROMPT_LENGTHS),
+    "MixLoRA": (
+        "mixlora:factors=16",
+        "0.85%",
+        "the released setup has two routers: 1.14% with the connector",
+    ),
+    "MRT": ("mrt-paper", "0.03%", ""),
+}
+VISION = "loreft:rank=6,site=vision.block.out,positions=all"
+CONNECTOR = "loreft:rank=6,site=connector.out,positions=image"
+TEXT = "reft:rank=4"
+PREFIX, SUFFIX, ALL_TEXT = (
+    f"loreft:rank=4,positions=question{x}" for x in (":f4+l0", ":f0+l4", "")
+)
+DEPTHS = {
+    "(a) First Layer": "layers=0,visual_layers=0",
+    "(b) Odd Layers": "layers=every:2,visual_layers=every:2",
+    "(c) First Half": "layers=0-15,visual_layers=0-11",
+    "(d) Latter Half": "layers=15-31,visual_layers=11-22",
+    "(e) All Layers": "",
+}
+SEGMENTS = {"Prefix Only": PREFIX, "Suffix Only": SUFFIX, "All": ALL_TEXT}
+COMPONENTS = {"LLM": TEXT, "Cross-modality": CONNECTOR, "Vision encoder": VISION}
+CLASSES = ("cat", "dog", "ship", "frog", "truck")
+NO_REGIONS = "not a config alone: its editors act on regions of interest, which no data file has"
+
+
+EXTRA = {
+    "S5": (("LLaVAFT", "LoRA", "MixLoRA", "M2PT", "MRT"), "seed_bench,gqa"),
+    "S7": (("M2PT", "MixLoRA", "VPT", "LoRA", "MRT"), "mme"),
+    "S8": (("LLaVAFT", "VPT", "LoRA", "M2PT", "MixLoRA", "MRT"), "mme"),
+}
+WITHOUT = {
+    "without vision": f"{CONNECTOR}/{TEXT}",
+    "without cross-modality": f"{VISION}/{TEXT}",
+    "without multimodal": f"{VISION}/{CONNECTOR}",
+}
+CONTROLLED = {"2": CLASSES, "S9": CLASSES, "S10": ("name", "color", "brand")}
+
+
+def _mrt_recipe(
+    table: str, row: str, tuning: str, tasks: str = "mrt-table1", **more: str
+) -> Recipe:
+    return Recipe("mrt", table, row, config=f"mrt:tuning={tuning}", tasks=tasks, **more)
+
+
+def _mrt() -> Iterator[Recipe]:
+    align = "the base model: nothing trains"
+    yield Recipe("mrt", "1", "LLaVAAlign", tasks="mrt-table1", remark=align)
+    for row, (tuning, printed, remark) in MRT_METHODS.items():
+        yield _mrt_recipe("1", row, tuning, printed=printed, remark=remark)
+    for table, names in CONTROLLED.items():
+        for letter, name in zip("abcde", names, strict=False):
+            yield Recipe("mrt", table, f"({letter}) {name}", remark=NO_REGIONS)
+    for row, layers in DEPTHS.items():
+        yield _mrt_recipe("3", row, f"mrt:{layers}" if layers else "mrt-paper")
+    for table, (rows, tasks) in EXTRA.items():
+        for row in rows:
+            yield _mrt_recipe(table, row, MRT_METHODS[row][0], tasks)
+
+
+def _mrt_ablations() -> Iterator[Recipe]:
+    for row, text in SEGMENTS.items():
+        yield _mrt_recipe("S3", row, f"{VISION}/{CONNECTOR}/{text}", "mme")
+    yield _mrt_recipe("S3", "Prefix & Suffix", "mrt-paper", "mme")
+    for row, tuning in (COMPONENTS | {"All (MRT)": "mrt-paper"}).items():
+        yield _mrt_recipe("S6", row, tuning)
+    for visual, rank in itertools.product(range(2, 9), range(2, 9)):
+        tuning = f"mrt:rank={rank},visual_rank={visual}"
+        yield _mrt_recipe("Figure 4", f"visual {visual}, multimodal {rank}", tuning, "mme")
+    lengths = {f"length {n}": f"mrt:length={n}" for n in (2, 4, 6, 8, 10)}
+    for row, tuning in (WITHOUT | lengths).items():
+        yield _mrt_recipe("Figure 6", row, tuning)
+
+
+# Representation shift ------------------------------------------------------------------------
+
+STEER = "steer:vector=vectors/{}.npz,layers=31"
+SHIFT_ROWS = {
+    "1": {"Yes/No": "type_yes_no", "Number": "type_number", "Other": "type_other"},
+    "2": {"Yes (Yes/No)": "answer_no", "Number": "answer_3", "Other": "answer_white"},
+    "3": {"colors": "style_colors", "places": "style_places", "sentiments": "style_sentiments"},
+    "4": {"Yes to No": "yes_to_no", "White to Black": "white_to_black"},
+}
+
+
+def _shift() -> Iterator[Recipe]:
+    for table, rows in SHIFT_ROWS.items():
+        tasks = "coco_caption" if table == "3" else "vqav2"
+        for row, vector in rows.items():
+            remark = "a LLaVA-1.5 7B; the vector is a difference of means of its hidden states"
+            attach = STEER.format(vector)
+            yield Recipe("shift", table, row, tasks=tasks, attach=attach, remark=remark)
+
+
+RECIPES: tuple[Recipe, ...] = (
+    *(*_multi_task(), *_task_specific()),
+    *(*_mrt(), *_mrt_ablations()),
+    *_shift(),
+)
+PAPERS = ("llava-steering", "mrt", "shift")
+
+
+def select_recipes(paper: str = "", table: str = "") -> tuple[Recipe, ...]:
+    """The recipes of a paper, of one of its tables, or of all papers.
+
+    Example:
+      >>> [recipe.row for recipe in select_recipes("llava-steering", "9")]
+      ['[0,2,4,]', '[0,3,6,]', '[0,4,8,]', 'All Layer']
+
+    Raises:
+      UserError: for an unknown paper or table; names those there are.
+    """
+    if paper and paper not in PAPERS:
+        raise choice_error("paper", paper, PAPERS)
+    found = tuple(recipe for recipe in RECIPES if paper in ("", recipe.paper))
+    tables = dict.fromkeys(recipe.table for recipe in found)
+    if table and table not in tables:
+        raise choice_error("table", table, tables)
+    return tuple(recipe for recipe in found if table in ("", recipe.table))

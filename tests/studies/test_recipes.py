@@ -1,0 +1,181 @@
+"""The runs behind the papers' tables: their names are the papers', their counts those printed."""
+
+import functools
+import json
+import re
+
+import pytest
+
+from moresjax.cli import main
+from moresjax.core.errors import UserError
+from moresjax.evaluation.presets import expand_presets
+from moresjax.evaluation.tasks import benchmark_names
+from moresjax.models.count import count_parameters
+from moresjax.models.zoo import mllm_config
+from moresjax.runs.architecture import model_config
+from moresjax.runs.config import load_config
+from moresjax.studies.recipes import RECIPES, select_recipes
+
+# LLaVA v1 with Vicuna-7B, of which the shares of MRT's Table 1 are.
+LLAVA_V1 = 7_045_793_792
+# The only figures that no count gives: a slip (1.311M), a truncation (83.9M), another router.
+NOT_REPRODUCED = {"1.340M", "83M", "0.85%"}
+
+STEERING_TASKS = ["SciQA-IMG", "VizWiz", "IconQA-txt", "IconQA-blank"]
+# Names of rows as the papers print them.
+ROWS = {
+    ("llava-steering", "1"): [
+        "FT",
+        "Adapter",
+        "LoRA",
+        "OFT",
+        "IA3",
+        "MoReS-B",
+        "MoReS-L",
+        "MoReS-H",
+    ],
+    ("llava-steering", "2"): [
+        f"LLaVA Steering-{size} {method}"
+        for size in ("3B", "7B", "13B")
+        for method in ("Adapter", "LoRA", "OFT", "IA3", "MoReS-B")
+    ],
+    ("llava-steering", "3"): [
+        f"{scale} {method}"
+        for scale in ("Small", "Medium", "Large")
+        for method in ("FT", "Adapter", "LoRA", "OFT", "IA3", "MoReS-L")
+    ],
+    ("llava-steering", "4"): ["LoRA", "Adapter", "OFT", "IA3", "MoReS (Ours)"],
+    ("llava-steering", "6"): ["Full", "LoRA", "Adapter", "OFT", "IA3", "MoReS"],
+    ("llava-steering", "7"): ["1", "2", "4", "8"],
+    ("llava-steering", "8"): ["1%", "25%", "50%", "100%"],
+    ("llava-steering", "9"): ["[0,2,4,]", "[0,3,6,]", "[0,4,8,]", "All Layer"],
+    ("llava-steering", "10"): [*("Shallow (0-15)", "Middle (8-23)", "Deep (16-31)", "All Layer")],
+    ("mrt", "1"): [
+        *("LLaVAAlign", "LLaVAFT", "LoRA", "APrompt", "PTUM", "VPT", "ReFT", "M2PT", "MixLoRA"),
+        "MRT",
+    ],
+    ("mrt", "2"): ["(a) cat", "(b) dog", "(c) ship", "(d) frog", "(e) truck"],
+    ("mrt", "3"): [
+        *("(a) First Layer", "(b) Odd Layers", "(c) First Half", "(d) Latter Half"),
+        "(e) All Layers",
+    ],
+    ("mrt", "S3"): ["Prefix Only", "Suffix Only", "All", "Prefix & Suffix"],
+    ("mrt", "S5"): ["LLaVAFT", "LoRA", "MixLoRA", "M2PT", "MRT"],
+    ("mrt", "S6"): ["LLM", "Cross-modality", "Vision encoder", "All (MRT)"],
+    ("mrt", "S7"): ["M2PT", "MixLoRA", "VPT", "LoRA", "MRT"],
+    ("mrt", "S8"): ["LLaVAFT", "VPT", "LoRA", "M2PT", "MixLoRA", "MRT"],
+    ("mrt", "S10"): ["(a) name", "(b) color", "(c) brand"],
+}
+
+
+@functools.cache
+def counted(arguments):
+    config = load_config(arguments)
+    report = count_parameters(model_config(config), config.tuning, config.also_train)
+    added = report.components["tuning"].total if "tuning" in report.components else 0
+    return config, report, report.total - added
+
+
+def resolved(recipe):
+    """Configuration and counts; a task's data changes neither."""
+    arguments = re.sub(r"stage=task,task=\w+,samples=\d+", "stage=finetune", recipe.config)
+    return counted(arguments)
+
+
+def agrees(printed, value):
+    number, unit = re.fullmatch(r"([\d.]+)([MB%])", printed).groups()
+    digits = len(number.partition(".")[2])
+    return f"{value / {'M': 1e6, 'B': 1e9, '%': 0.01}[unit]:.{digits}f}" == number
+
+
+@pytest.mark.parametrize(("paper", "table"), ROWS, ids=" ".join)
+def test_the_rows_are_the_papers(paper, table):
+    recipes = select_recipes(paper, table)
+    assert list(dict.fromkeys(recipe.row for recipe in recipes)) == ROWS[paper, table]
+    cells = [(recipe.row, recipe.column) for recipe in recipes]
+    assert len(set(cells)) == len(cells)
+
+
+def test_every_task_is_a_run_of_its_own():
+    for table in ("2", "7", "8"):
+        columns = [r.column for r in select_recipes("llava-steering", table)]
+        assert columns == STEERING_TASKS * (len(columns) // 4)
+    columns = [r.column for r in select_recipes("llava-steering", "3")]
+    assert columns == ["SciQA-IMG", "VizWiz", "IconQA"] * 18
+
+
+@pytest.mark.parametrize("table", list(dict.fromkeys((r.paper, r.table) for r in RECIPES)))
+def test_every_string_is_a_run_with_the_papers_parameters(table):
+    for recipe in select_recipes(*table):
+        assert recipe.config or recipe.attach or recipe.remark
+        if recipe.config:
+            load_config(recipe.config)
+            if recipe.table == "Figure 4" and "visual 6" not in recipe.row:
+                continue  # one row of the grid of ranks is counted
+            config, report, base = resolved(recipe)
+            assert config.epochs or config.steps or config.samples
+            share = recipe.printed.endswith("%")
+            if share:
+                assert base == LLAVA_V1
+            value = report.trainable / base if share else report.trainable_in_llm
+            if recipe.printed:
+                wanted = recipe.printed not in NOT_REPRODUCED
+                assert agrees(recipe.printed, value) == wanted, recipe
+        if recipe.attach:
+            spec = recipe.attach.replace("vector=", "alpha=2,vector=")
+            spec = re.sub(r"vector=[^,]*,", "", spec)  # a file of the reader's
+            assert count_parameters(mllm_config("llava-1.5-7b"), spec, ()).trainable == 0
+
+
+def test_every_evaluation_is_known():
+    for tasks in {recipe.tasks for recipe in RECIPES if recipe.tasks}:
+        known = [*benchmark_names(), "hellaswag", "mmlu"]
+        assert set(expand_presets(tasks.split(","))) <= set(known), tasks
+
+
+def test_what_the_baselines_leave_out_is_theirs():
+    dropout = {
+        recipe.config: load_config(recipe.config).tuning
+        for recipe in RECIPES
+        if "tuning=mores" in recipe.config
+    }
+    assert len(dropout) > 40
+    assert all("dropout=0.05" in spec for spec in dropout.values())
+    rank = load_config("llava_steering:tuning=lora:rank=8")
+    assert rank.tuning == "lora:rank=8,dropout=0.05"
+    assert load_config("llava_steering:tuning=mores:rank=8,dropout=0").tuning.endswith("dropout=0")
+    both = load_config("llava_steering:tuning=full/mores-base")
+    assert (both.optimizer.lr, both.optimizer.lr_by_component) == (2e-5, "tuning=0.0002")
+    assert both.tuning == "full/mores-base:dropout=0.05"
+    assert load_config("llava_steering:tuning=full").optimizer.lr == 2e-5
+    assert load_config("llava_steering:tuning=oft").tuning == "oft-legacy"
+
+
+def test_the_connector_of_mrt_trains_with_the_baselines_only():
+    for tuning, connector in {
+        **dict.fromkeys(("mrt-paper", "mrt:rank=2", "reft", "loreft:rank=6"), ()),
+        **dict.fromkeys(("lora:rank=4", "vpt", "mixlora", "m2pt"), ("connector",)),
+        "full": ("connector", "vision"),
+    }.items():
+        assert load_config(f"mrt:tuning={tuning}").also_train == connector
+
+
+def test_the_halves_of_mrt_overlap_in_one_layer():
+    first, latter = (load_config(select_recipes("mrt", "3")[n].config).tuning for n in (2, 3))
+    assert first == "mrt:layers=0-15,visual_layers=0-11"
+    assert latter == "mrt:layers=15-31,visual_layers=11-22"
+
+
+def test_the_command_lists_them(capsys):
+    assert main(["recipes", "mrt", "3", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["recipes"]
+    assert [recipe["row"] for recipe in listed] == ROWS["mrt", "3"]
+    assert main(["recipes", "llava-steering", "10"]) == 0
+    assert "tuning=mores-large:layers=deep" in capsys.readouterr().out
+    assert main(["recipes", "mrt", "11"]) == 2
+    assert "unknown table '11'; choose from: 1, 2," in capsys.readouterr().err
+
+
+def test_an_unknown_paper_names_those_there_are():
+    with pytest.raises(UserError, match="unknown paper 'x'; choose from: llava-steering, mrt"):
+        select_recipes("x")
