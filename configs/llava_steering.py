@@ -6,9 +6,9 @@
     moresjax train --config $config:stage=task,task=vizwiz,samples=5000 --workdir runs/vizwiz
 
 Stages: `pretrain` (the connector on 558k captions), `finetune` (the 665k mix), `task` (ten epochs
-of one task file). Sizes: `3b` (Phi-2 + SigLIP), `7b` and `13b` (Vicuna + CLIP). Folders of the LLM
-and of the encoder are `init.llm` and `init.vision`, data is `data.files` and `data.image_root`;
-`configs/README.md` lists every run.
+of one task file, from the run or folder `start`). Sizes: `3b` (Phi-2 + SigLIP), `7b` and `13b`
+(Vicuna + CLIP). Folders of the LLM and of the encoder are `init.llm` and `init.vision`, data is
+`data.files` and `data.image_root`; `configs/README.md` lists every run.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from moresjax.core.errors import choice_error
+from moresjax.data.task_names import check_task
 from moresjax.models.zoo import ENCODERS, MODELS
 from moresjax.runs.config import base_config, parse_arg
 from moresjax.tuning.spec import parse_spec, with_defaults
@@ -48,6 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         tuning="mores-base",
         task="scienceqa",
         samples=10_000,
+        start="",
         seed=42,
     )
     stages = {"pretrain": _pretrain, "finetune": _finetune, "task": _task}
@@ -102,12 +104,12 @@ def _finetune(config: ConfigDict, args: ConfigDict) -> None:
 
 def _task(config: ConfigDict, args: ConfigDict) -> None:
     """Starts from a model that is tuned on the mix already, as the authors do."""
-    start = f"checkpoints/llava-steering-{args.size}"
+    start = args.start or f"checkpoints/llava-steering-{args.size}"
     config.init.update({"llm": start, "vision": start, "connector": start})
     _tune(config, args)
     config.data = {
         "name": "llava",
-        "files": f"data/tasks/{args.task}_{args.samples}.json",
+        "files": f"data/tasks/{check_task(args.task)}_{args.samples}.json",
         "image_root": "data/tasks",
     }
     config.batch_size, config.epochs = TASK

@@ -44,6 +44,15 @@ def test_pretraining_trains_the_connector_on_728_tokens():
     assert config.optimizer.lr == 1e-3
 
 
+@pytest.mark.parametrize("task", ["iconQA-txt", "iconQA_txt", "iconqa_txt"])
+def test_a_task_has_one_name_and_starts_from_any_run(task):
+    config = load_config(f"{STEERING}:stage=task,task={task},start=../mores")
+    assert config.data["files"] == "data/tasks/iconqa_txt_10000.json"
+    assert {config.init.llm, config.init.vision, config.init.connector} == {"../mores"}
+    with pytest.raises(UserError, match="unknown task 'iconqa'; choose from: scienceqa, vizwiz"):
+        load_config(f"{STEERING}:stage=task,task=iconqa")
+
+
 def test_mrt_and_its_baselines():
     assert counted(load_config(f"{MRT}:tuning=mrt-paper")).trainable == 2_429_328
     assert counted(load_config(f"{MRT}:tuning=mrt-code")).trainable == 2_417_034

@@ -47,6 +47,12 @@ def add_parser(commands: Commands) -> None:
     build.add_argument("--task", required=True, metavar="NAME", help="which task file")
     build.add_argument("--root", required=True, metavar="DIR", help="folder of the download")
     build.add_argument("--out", required=True, metavar="FILE", help="the new JSON file")
+    build.add_argument(
+        "--image-root",
+        default="",
+        metavar="DIR",
+        help="folder that image paths start from, above --root (default: the folder of --out)",
+    )
     build.add_argument("--split", default="train", help="default: %(default)s")
     build.add_argument(
         "--size", default="", metavar="N", help="samples to draw, such as 1K; default: all"
@@ -145,7 +151,8 @@ def run_build(args: argparse.Namespace) -> None:
     """Builds a task file."""
     from moresjax.evaluation.training_files import build_training_file
 
-    counts = build_training_file(args.task, args.root, args.out, split=args.split, size=args.size)
+    options = {"split": args.split, "size": args.size, "image_root": args.image_root}
+    counts = build_training_file(args.task, args.root, args.out, **options)
     text = f"{args.out}: {counts['written']:,d} of {counts['available']:,d} samples"
     show(args, counts, text)
 

@@ -4,6 +4,9 @@ A benchmark's file registers a function with `@training_records(name)`. It reads
 below `root`, which are the files in the benchmark's docstring with `train` in the place of the
 evaluation's split, and yields LLaVA records whose image paths start from `root`. Prompts are those
 of LLaVA-Steering's training files, which differ from those of the benchmarks themselves.
+
+In the written file image paths start from one folder for all tasks, which is where the file is:
+`data/tasks/vizwiz_10000.json` names `vizwiz/train/...`, with the download in `data/tasks/vizwiz`.
 """
 
 import json
@@ -15,13 +18,14 @@ from typing import Any
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import registrar
+from moresjax.data.images import image_path
 from moresjax.data.samples import IMAGE_MARK
+from moresjax.data.task_names import task_name
+from moresjax.evaluation.files import replace_file
 
 SEED = 42
 # Sizes of the multi-scale experiments, by name.
 SIZES = {"1K": 1_000, "5K": 5_000, "10K": 10_000}
-# What commands of version 0.1 call these benchmarks.
-_NAMES_0_1 = {"iconQA-txt": "iconqa_txt", "iconQA-blank": "iconqa_blank", "scienceQA": "scienceqa"}
 
 Record = dict[str, Any]
 # (root, split, random generator) -> records
@@ -48,39 +52,67 @@ def trainable_names() -> list[str]:
 
 
 def build_training_file(
-    name: str, root: str | Path, out: str | Path, *, split: str = "train", size: str = ""
+    name: str,
+    root: str | Path,
+    out: str | Path,
+    *,
+    split: str = "train",
+    size: str = "",
+    image_root: str | Path = "",
 ) -> dict[str, int]:
     """Writes a benchmark's training file.
 
     Args:
-      name: The benchmark's name.
-      root: The folder of the official download; the image root of the written file.
+      name: The benchmark's name; spellings such as `iconQA-txt` stand for `iconqa_txt`.
+      root: The folder of the official download.
       out: The JSON file to write.
       split: The split, under its name in the download.
       size: `1K`, `5K`, `10K` or a number of samples to draw; a smaller benchmark is taken whole.
         Empty takes all.
+      image_root: The folder that image paths of the written file start from, with the download
+        below it: `data.image_root` of a configuration. Default: the folder of `out`.
 
     Returns:
       `available`, how many samples there are, and `written`.
 
     Raises:
-      UserError: The name or the size is unknown, or the download lacks a file.
+      UserError: The name or the size is unknown, the download is not below the image root or lacks
+        a file, or an image path leaves the download.
     """
-    names = trainable_names()
-    name = _NAMES_0_1.get(name, name)
+    names, name = trainable_names(), task_name(name)
     if name not in names:
         raise choice_error("task", name, names)
     if size and size not in SIZES and not (size.isdecimal() and int(size)):
         raise choice_error("size", size, (*SIZES, "a number of samples"))
-    if not Path(root).is_dir():
+    root, out = Path(root), Path(out)
+    if not root.is_dir():
         raise UserError(f"data root {root} is not a folder")
-    records = list(_READERS[name](Path(root), split, random.Random(SEED)))
+    prefix = _below(root, Path(image_root) if image_root else out.parent)
+    records = list(_READERS[name](root, split, random.Random(SEED)))
     if not records:
         raise UserError(f"task {name}: {root} has no samples of split {split!r}")
     chosen = subset(records, SIZES.get(size) or int(size)) if size else records
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(chosen, indent=1) + "\n")
-    return {"available": len(records), "written": len(chosen)}
+    placed = [_placed(record, prefix) for record in chosen]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, json.dumps(placed, indent=1) + "\n")
+    return {"available": len(records), "written": len(placed)}
+
+
+def _below(root: Path, image_root: Path) -> Path:
+    """The path of a download from the image root."""
+    try:
+        return root.resolve().relative_to(image_root.resolve())
+    except ValueError:
+        raise UserError(
+            f"the download {root} is not below {image_root}, where image paths of the written file "
+            f"would start; put it there, or start them elsewhere: --image-root {root}"
+        ) from None
+
+
+def _placed(record: Record, prefix: Path) -> Record:
+    """A record whose image path starts from the image root instead of the download."""
+    path = image_path(prefix, record["image"], f"sample {record['id']}")
+    return record | {"image": path.as_posix()}
 
 
 def subset(records: Sequence[Record], size: int) -> list[Record]:

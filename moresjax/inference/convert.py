@@ -235,4 +235,4 @@ def _export_adapter(trained: Trained, out: Path, format: str) -> None:
     elif format == "adapter":
         save_adapter(trained.mllm, out, also_train=trained.also_train)
     else:
-        export_peft(trained.mllm, out, connector=connector)
+        export_peft(trained.mllm, out, also_train=trained.also_train)

@@ -109,8 +109,8 @@ def _adapter(model: Trained) -> str:
 
 
 def _peft(model: Trained) -> str:
-    """What trained beside a method; what peft has no place for itself, its writer says."""
-    return _beside(model)
+    """Nothing: what peft has no place for, its writer says."""
+    return ""
 
 
 def _pyreft(model: Trained) -> str:

@@ -25,7 +25,7 @@ from moresjax.runs.run_config import RunConfig, resolve
 # Keys that may change between two starts of a run: how long it trains, what is logged, saved and
 # measured beside it, and the devices.
 MAY_CHANGE = (
-    "steps",
+    *("steps", "samples", "epochs"),
     *("name", "log_every", "tensorboard", "checkpoint", "lmar_every", "plugins"),
     *("validation.data", "validation.every", "validation.batches"),
     *("mesh", "num_workers", "remat"),

@@ -1,6 +1,7 @@
 """Initial weights: parts of a model from earlier runs and Hugging Face folders."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.core.parameter_names import named_parameters
+from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import FusedVisionEncoder
 from moresjax.models.initialize import abstract_params, initialize, set_params
 from moresjax.models.mllm import MLLM
@@ -19,9 +21,11 @@ from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import read_config
 from moresjax.runs.paths import is_workdir, locate
 from moresjax.runs.run_config import PARTS, RANDOM
-from moresjax.weights.fingerprint import config_difference
+from moresjax.weights.fingerprint import FREE_FIELDS
 from moresjax.weights.hf import HFFolder, HFFolders
 from moresjax.weights.vision_folder import check_same_encoder, load_vision
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -154,12 +158,24 @@ def _check_same_part(model: AnyModel, run: AnyModel, part: str, workdir: Path) -
     if not (isinstance(model, MLLM) and isinstance(run, MLLM)):
         return
     if part == "llm":
-        configs = (dataclasses.asdict(each.config.llm) for each in (run, model))
-        if difference := config_difference(*configs):
-            raise UserError(f"init.llm: {workdir} has another LLM: {difference}")
+        _check_same_llm(model.config.llm, run.config.llm, workdir)
     kinds = run.config.connector, model.config.connector
     if part == "connector" and kinds[0] != kinds[1]:
         raise UserError(f"init.connector: {workdir} has a {kinds[0]}, the model a {kinds[1]}")
+
+
+def _check_same_llm(ours: DecoderConfig, theirs: DecoderConfig, workdir: Path) -> None:
+    free = {*FREE_FIELDS, "max_positions"}
+    if "default" == ours.rope_scaling == theirs.rope_scaling:  # what scaling alone uses
+        free |= {"rope_factor", "rope_low_turns", "rope_high_turns", "rope_original_positions"}
+    for name, value in dataclasses.asdict(theirs).items():
+        own = getattr(ours, name)
+        if name in free or own == value:
+            continue
+        message = f"init.llm: {workdir} has another LLM: its {name} is {value}, the model's {own}"
+        if name != "norm_eps":  # which releases of one family differ in
+            raise UserError(message)
+        logger.warning(message)
 
 
 def _num_last(model: AnyModel) -> int:

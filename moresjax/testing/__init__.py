@@ -2,7 +2,8 @@
 
 `models` and `batches` make tiny models and batches without files. `benchmark_files` and
 `llava_files` write small datasets in the benchmarks' official formats. `hf_llms`, `hf_encoders` and
-`hf_llavas` make tiny random models of `transformers`; they need torch.
+`hf_llavas` make tiny random models of `transformers`, `hf_adapters` adapts them with `peft`; all
+need torch.
 """
 
 from moresjax.testing.batches import row_layout, stack_layout, tiny_batch

@@ -378,6 +378,23 @@ def mmhal() -> dict:
     }
 
 
+def task_files() -> dict:
+    """Of each task of LLaVA Steering a question to train on, beside those to ask."""
+    asked = {"image": "VizWiz_train_00000000.jpg", "question": "What is it?", "answerable": 1}
+    problems, splits = "scienceqa/problems.json", "scienceqa/pid_splits.json"
+    files = scienceqa() | vizwiz() | iconqa()
+    known = files[problems]["4"] | {"split": "train"}
+    training = {name.replace("/test/", "/train/"): x for name, x in iconqa().items()}
+    return files | {
+        problems: files[problems] | {"2": known},
+        splits: files[splits] | {"train": ["2"]},
+        "scienceqa/train/2/image.png": photo(1),
+        "vizwiz/Annotations/train.json": [asked | {"answers": ten(("can", 10))}],
+        "vizwiz/train/VizWiz_train_00000000.jpg": photo(2),
+        **training,
+    }
+
+
 DOWNLOADS: dict[str, Callable[[], dict]] = {
     "chair": chair,
     "cifar10": cifar,

@@ -1,34 +1,33 @@
 """Adapter folders of Hugging Face `peft`, in and out.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. A tensor's name is
-`base_model.model.`, the module's path in the `transformers` model, and the parameter. Target
-modules are written as a regex over whole paths, which no vision tower matches.
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. What it tunes of the LLM, the
+vision encoder and the connector becomes one or several methods here: linears with the same rank,
+scale and layers share one. Target modules are written as a regex over whole paths.
 """
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.parameter_names import matches, named_parameters, path_name
-from moresjax.models.decoder import Decoder, DecoderConfig
+from moresjax.core.parameter_names import layered_parameters, matches
 from moresjax.models.initialize import set_params
-from moresjax.models.mllm import MLLM
+from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.models.vision import VisionConfig
 from moresjax.tuning.attach import Tuning
-from moresjax.tuning.base import METHODS, VirtualTokens
-from moresjax.tuning.merge import dense_at, linear_path
+from moresjax.tuning.base import METHODS, Method, VirtualTokens
+from moresjax.tuning.merge import dense_at
 from moresjax.tuning.methods.ln import NormTuning
+from moresjax.tuning.sites import num_layers
 from moresjax.tuning.spec import format_spec
-from moresjax.weights.families.base import LLM_FAMILIES, renamed
-from moresjax.weights.families.llava import Llava
-from moresjax.weights.files import file_prefixes
+from moresjax.weights.peft_base import NORM_COPY, base_methods, read_base, write_base
 from moresjax.weights.peft_formats import (
     NORMS,
     PEFT_TYPES,
@@ -37,6 +36,10 @@ from moresjax.weights.peft_formats import (
     format_of,
     read_format,
 )
+from moresjax.weights.peft_keys import KEYS
+from moresjax.weights.peft_lora import check_start
+from moresjax.weights.peft_modules import Modules, Tensors, tuned_modules
+from moresjax.weights.peft_names import PREFIX, UNUSED, linear_names, pattern
 from moresjax.weights.peft_virtual_tokens import (
     TENSOR,
     VIRTUAL_TOKEN_METHODS,
@@ -44,41 +47,51 @@ from moresjax.weights.peft_virtual_tokens import (
     virtual_tokens_from_peft,
     virtual_tokens_to_peft,
 )
-from moresjax.weights.tensor_mapping import TensorMapping, module_mappings
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-CONNECTOR = "multi_modal_projector"
 Arrays = dict[str, np.ndarray]
+Settings = dict[str, Any]
 
 
-def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> Path:
-    """Writes the attached method as an adapter folder of `peft`; returns the folder.
+def export_peft(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = ()) -> Path:
+    """Writes the attached methods as an adapter folder of `peft`; returns the folder.
+
+    >>> import tempfile
+    >>> from moresjax.testing import tiny_model
+    >>> model = tiny_model("lora:rank=2")
+    >>> folder = export_peft(model, tempfile.mkdtemp(), also_train=["connector"])
+    >>> sorted(path.name for path in folder.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
 
     Args:
-      mllm: A model with one attached method.
+      mllm: A tuned model.
       folder: The folder to write.
-      connector: Whether to write the connector of a LLaVA too, as one of `modules_to_save`.
+      also_train: Paths of other parameters that trained, such as `connector`; they become
+        `modules_to_save`, or `bias`.
 
     Raises:
       UserError: when `peft` has no such method, or cannot hold the combination.
     """
-    mllm.tuning.check_single("a folder of peft")
-    if len(mllm.tuning.methods) != 1:
-        raise UserError(f"peft holds one method, the model's tuning is {mllm.tuning.spec!r}")
-    method, folder = mllm.tuning.methods[0][1], Path(folder)
-    if isinstance(method, NormTuning):
-        arrays, config = _norms_to_peft(mllm)
-    elif isinstance(method, VirtualTokens) and method.name in VIRTUAL_TOKEN_METHODS:
-        if connector:
-            raise UserError(f"an adapter of peft with {method.name} cannot hold a connector")
-        arrays, config = virtual_tokens_to_peft(mllm, method)
+    tuning, folder = mllm.tuning, Path(folder)
+    tuning.check_single("a folder of peft")
+    methods = {key: method for key, method in tuning.methods if not method.trains}
+    own = [m for _, m in tuning.methods if m.trains]
+    names = _trained(mllm, (*also_train, *(path for method in own for path in method.trains)))
+    first = next(iter(methods.values()), None)
+    if first is None and not any(isinstance(method, NormTuning) for method in own):
+        raise UserError(f"peft holds one method, the model's tuning is {tuning.spec!r}")
+    if isinstance(first, VirtualTokens) and first.name in VIRTUAL_TOKEN_METHODS:
+        if names or len(methods) > 1:
+            raise UserError(f"an adapter of peft with {first.name} holds nothing else")
+        arrays, config = virtual_tokens_to_peft(mllm, first)
+    elif first is None:
+        arrays, config = _norms_to_peft(mllm, names)
     else:
-        arrays, config = _linears_to_peft(mllm, format_of(method))
-    if connector:
-        parameters = _parameters(mllm)
-        for mapping in _connector_mappings(mllm):
-            arrays |= mapping.to_hf(np.asarray(parameters[path_name(mapping.path)]))
-        config["modules_to_save"] = [CONNECTOR]
+        arrays, config = _linears_to_peft(mllm, methods)
+        whole, settings = write_base(mllm, names, _adapted(mllm, methods))
+        arrays, config = arrays | whole, config | settings
+    if "bias" in config and "bias" not in KEYS[config["peft_type"]].listed:
+        raise UserError(f"an adapter of peft with {config['peft_type']} cannot hold biases")
     config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "peft_version": PEFT_VERSION}
     folder.mkdir(parents=True, exist_ok=True)
     named = {_file_name(n): np.ascontiguousarray(x, np.float32) for n, x in arrays.items()}
@@ -87,47 +100,96 @@ def export_peft(mllm: MLLM, folder: str | Path, *, connector: bool = False) -> P
     return folder
 
 
-def _linears_to_peft(mllm: MLLM, form: Format) -> tuple[Arrays, dict[str, Any]]:
-    key, method = mllm.tuning.methods[0]
-    arrays, patterns, on_input = {}, [], []
-    for site, variables in mllm.tuning.params[key].items():
-        if not site.startswith("llm."):
-            raise UserError(f"an adapter of peft is written for the LLM only, not for {site}")
-        name, kernel = _linear_name(mllm, site), _kernels(mllm, site)
-        layers = np.flatnonzero(mllm.tuning.layer_masks[key][site][...]).tolist()
-        for leaf, x in variables.items():
-            for i in layers:
-                value = form.leaves[leaf].to_peft(np.asarray(x[i]), kernel[i])
-                arrays[f"{name.format(i)}.{form.leaves[leaf].name}"] = value
-        choice = layers if len(layers) < len(kernel) else None
-        patterns.append(_pattern(name, choice))
-        if "scale_in" in variables:
-            on_input.append(patterns[-1])
-    for leaf, x in mllm.tuning.common(key).items():
-        arrays[form.shared[leaf].name] = form.shared[leaf].to_peft(np.asarray(x), None)
-    config: dict[str, Any] = {"peft_type": form.peft_type}
-    config |= {**form.config(method), **form.neutral, "target_modules": "|".join(patterns)}
-    if form.peft_type == "IA3":
+def _trained(mllm: MLLM, patterns: Sequence[str]) -> set[str]:
+    """Names of the model's own parameters that patterns name, of what runs."""
+    names = (n for n in layered_parameters(mllm) if not n.startswith(("tuning.", *UNUSED)))
+    return {name for name in names if any(matches(name, each) for each in patterns)}
+
+
+def _linears_to_peft(mllm: MLLM, methods: Mapping[str, Method]) -> tuple[Arrays, Settings]:
+    tuning = mllm.tuning
+    forms = [format_of(method) for method in methods.values()]
+    configs = [form.config(method) for form, method in zip(forms, methods.values(), strict=True)]
+    free = ("r", "lora_alpha") if forms[0].peft_type == "LORA" else ()
+    fixed = [{k: x for k, x in config.items() if k not in free} for config in configs]
+    sites = [site for key in methods for site in tuning.params[key]]
+    if any(form != forms[0] for form in forms) or len(set(sites)) < len(sites):
+        raise UserError(f"peft holds one method, the model's tuning is {tuning.spec!r}")
+    if any(each != fixed[0] for each in fixed) or (forms[0].shared and len(forms) > 1):
+        raise UserError(f"peft has the same settings for all linears, not {tuning.spec!r}")
+    arrays: Arrays = {}
+    config = {"peft_type": forms[0].peft_type, **configs[0], "target_modules": ""}
+    patterns: list[str] = []
+    on_input: list[str] = []
+    for (key, _), form, own in zip(methods.items(), forms, configs, strict=True):
+        others = {k: own[k] for k in free if own[k] != configs[0][k]}
+        for site, variables in tuning.params[key].items():
+            tensors, modules = _site_to_peft(mllm, key, site, form)
+            arrays |= tensors
+            patterns.append(modules)
+            on_input += [modules] if "scale_in" in variables else []
+            if others:
+                config.setdefault("rank_pattern", {})[modules] = own["r"]
+                config.setdefault("alpha_pattern", {})[modules] = own["lora_alpha"]
+        for leaf, x in tuning.common(key).items():
+            arrays[form.shared[leaf].name] = form.shared[leaf].to_peft(np.asarray(x), _no_kernel)
+    config["target_modules"] = "|".join(patterns)
+    if forms[0].peft_type == "IA3":
         config["feedforward_modules"] = "|".join(on_input) or []
     return arrays, config
 
 
-def _norms_to_peft(mllm: MLLM) -> tuple[Arrays, dict[str, Any]]:
-    arrays, parameters = {}, _parameters(mllm)
-    for ours, names in _norm_names(mllm).items():
-        stacked = np.asarray(parameters[ours]).reshape(len(names), -1)
-        arrays |= dict(zip(names, stacked, strict=True))
-    modules = {name.partition(".ln_tuning_layers.")[0] for name in arrays}
+def _site_to_peft(mllm: MLLM, key: str, site: str, form: Format) -> tuple[Arrays, str]:
+    """The tensors of a method at a site, and a regex of the modules that they belong to."""
+    names, mask = linear_names(mllm.config), mllm.tuning.layer_mask(key, site)
+    if site not in names:
+        raise UserError(f"an adapter of peft has no place for {site} of this model")
+    layers = [0] if mask is None else np.flatnonzero(mask).tolist()
+    arrays: Arrays = {}
+    for leaf, variable in mllm.tuning.params[key][site].items():
+        values = np.asarray(variable[...])
+        values = values[None] if mask is None else values
+        for layer in layers:
+            kernel = functools.partial(dense_at, mllm, site, layer)
+            value = form.leaves[leaf].to_peft(values[layer], kernel)
+            arrays[f"{names[site].format(layer)}.{form.leaves[leaf].name}"] = value
+    # Of the vision encoder there are more layers than ours, which never run.
+    every = mask is None or (len(layers) == len(mask) and not site.startswith("vision."))
+    return arrays, pattern(names[site], None if every else layers)
+
+
+def _adapted(mllm: MLLM, methods: Mapping[str, Method]) -> set[str]:
+    """The modules that methods act on, in all layers."""
+    names = linear_names(mllm.config)
+    return {
+        names[site].format(layer)
+        for key in methods
+        for site in mllm.tuning.params[key]
+        for layer in range(num_layers(site, mllm.config) or 1)
+    }
+
+
+def _norms_to_peft(mllm: MLLM, names: set[str]) -> tuple[Arrays, Settings]:
+    """LN tuning, with what else trained as modules to save."""
+    norms = {name for name in names if re.fullmatch(r".*norm\.(scale|bias)", name)}
+    arrays, saved = write_base(mllm, norms, ())
+    modules = saved.get("modules_to_save", [])
+    renamed = {
+        re.sub(r"\.(\w+)$", rf".{NORM_COPY}.\1", name): x
+        for name, x in arrays.items()
+        if name.rpartition(".")[0] in modules
+    }
+    rest, settings = write_base(mllm, names - norms, ())
     # Where a whole stack of layers is meant, the numbers say no more than \d+ would.
-    patterns = sorted({_pattern(re.sub(r"\.\d+\.", ".{}.", _in_model(mllm, m))) for m in modules})
-    arrays = {_in_model(mllm, name): x for name, x in arrays.items()}
-    return arrays, {"peft_type": NORMS, "target_modules": "|".join(patterns)}
+    targets = sorted({pattern(re.sub(r"\.\d+\.", ".{}.", module)) for module in modules})
+    return renamed | rest, {"peft_type": NORMS, "target_modules": "|".join(targets)} | settings
 
 
 def import_peft(folder: str | Path, mllm: MLLM) -> str:
     """Attaches an adapter folder of `peft`, replacing the attached tuning; returns its spec string.
 
-    LN tuning and a saved connector replace parameters of the model itself.
+    What the folder has of the model's own parameters (norms, modules to save, biases) replaces
+    them, and `ln` and `partial` stand for it in the spec.
 
     Raises:
       UserError: when the folder is not a safetensors adapter, its method or one of its settings
@@ -139,181 +201,107 @@ def import_peft(folder: str | Path, mllm: MLLM) -> str:
             raise UserError(f"{folder} is not an adapter of peft: it has no {file}")
     config = json.loads((folder / CONFIG).read_text())
     types = (*PEFT_TYPES, *VIRTUAL_TOKEN_TYPES)
-    if config.get("peft_type") not in types:
-        raise choice_error("peft_type", config.get("peft_type"), types)
-    stored = load_file(folder / TENSORS)
-    arrays = {_relative(name): np.asarray(x, np.float32) for name, x in stored.items()}
-    tensors = _Tensors(arrays, str(folder))
+    kind = config.get("peft_type")
+    if kind not in types:
+        raise choice_error("peft_type", kind, types)
+    KEYS[kind].check(config, f"{kind} in {folder / CONFIG}")
+    tensors = Tensors(load_file(folder / TENSORS), mllm.config, str(folder))
     base: Arrays = {}
-    if CONNECTOR in (config.get("modules_to_save") or ()):
-        for mapping in _connector_mappings(mllm):
-            tensor = tensors.take(mapping.names[0], mapping.tensor_shape)
-            base[path_name(mapping.path)] = mapping.from_hf(tensor, (slice(None),) * tensor.ndim)
-    if config["peft_type"] == NORMS:
-        tuning = Tuning(NormTuning.name, mllm.config)
-        shapes = {n: x.shape for n, x in _parameters(mllm).items()}
-        for ours, names in _norm_names(mllm).items():
-            rows = [tensors.take(name, shapes[ours][-1:]) for name in names]
-            base[ours] = np.stack(rows).reshape(shapes[ours])
-    elif config["peft_type"] in VIRTUAL_TOKEN_TYPES:
+    if kind in VIRTUAL_TOKEN_TYPES:
         tensor = tensors.take(TENSOR)
         tensors.finish()
-        tuning = virtual_tokens_from_peft(mllm.config, config["peft_type"], tensor, str(folder))
+        tuning = virtual_tokens_from_peft(mllm.config, config, tensor, str(folder))
     else:
-        tuning = _linears_from_peft(mllm, read_format(config), config, tensors)
-    tensors.finish()
+        modules, form = {}, None
+        if kind != NORMS:
+            if kind == "LORA":
+                check_start(config, str(folder))
+            form = read_format(config)
+            ends = {leaf.name for leaf in form.leaves.values()}
+            modules = tuned_modules(mllm, tensors, ends, config)
+            if not modules and not tensors.missing:
+                held = ", ".join([*tensors.left][:8])
+                raise UserError(f"{folder} holds no {form.method} of this model, only: {held}")
+        base = read_base(mllm, config, tensors)
+        beside = base_methods(mllm.config, base, f"{folder}, as a tuning of this model,")
+        tuning = _linears_from_peft(mllm, form, config, tensors, modules, beside)
+        tensors.finish()
     set_params(mllm, {name: jnp.asarray(x) for name, x in base.items()}, str(folder))
     mllm.tuning = tuning
     return tuning.spec
 
 
 def _linears_from_peft(
-    mllm: MLLM, form: Format, config: Mapping[str, Any], tensors: "_Tensors"
+    mllm: MLLM,
+    form: Format | None,
+    config: Mapping[str, Any],
+    tensors: Tensors,
+    modules: Modules,
+    beside: Sequence[Method],
 ) -> Tuning:
-    linears = [f"llm.block.{name}" for name in mllm.config.llm.linears()]
-    names = {site: _relative(_linear_name(mllm, site)) for site in linears}
-    layers = range(mllm.config.llm.num_layers)
-    ends = {leaf.name for leaf in form.leaves.values()}
-    found = {
-        site: [i for i in layers if any(f"{name.format(i)}.{end}" in tensors.left for end in ends)]
-        for site, name in names.items()
-    }
-    found = {site: chosen for site, chosen in found.items() if chosen}
-    chosen = next(iter(found.values()), [])
-    if not found:
-        raise UserError(
-            f"{tensors.source} holds no {form.method} of this model's LLM, only: "
-            f"{', '.join([*tensors.left][:8])}"
-        )
-    if any(other != chosen for other in found.values()):
+    """The tuning of a file's linears, with methods beside them that have no parameters."""
+    if form is None:
+        return Tuning(format_spec(beside), mllm.config)
+    groups: dict[tuple, list[str]] = {}
+    for site, own in modules.items():
+        keys = form.keys(config, [*own.values()])
+        groups.setdefault((*keys.items(), ("layers", _layers(mllm, site, own))), []).append(site)
+    if form.shared and len(groups) > 1:
+        acts = {site: [*own] for site, own in modules.items()}
         raise UserError(
             f"{tensors.source}: the adapter must act on the same layers at every linear, it acts "
-            f"on {found}"
+            f"on {acts}"
         )
-    examples = {
-        end: x for name, x in tensors.left.items() for end in ends if name.endswith(f".{end}")
-    }
-    keys = form.keys(config, examples)
-    every = list(found) == linears
-    keys["targets"] = "all" if every else ";".join(site.split(".")[-1] for site in found)
-    keys["layers"] = "all" if chosen == [*layers] else ";".join(map(str, chosen))
-    method = METHODS[form.method](**keys)
-    tuning = Tuning(format_spec([method]), mllm.config)
+    methods = [
+        METHODS[form.method](**(dict(keys) | {"targets": _targets(mllm.config, sites)}))
+        for keys, sites in groups.items()
+    ]
+    tuning = Tuning(format_spec([*methods, *beside]), mllm.config)
     tuning.initialize()
-    for site in found:
-        kernel = _kernels(mllm, site)
-        for leaf, variable in tuning.params[form.method][site].items():
-            values = np.array(variable[...])
-            for i in chosen:
-                shape = form.leaves[leaf].to_peft(values[i], kernel[i]).shape
-                x = tensors.take(f"{names[site].format(i)}.{form.leaves[leaf].name}", shape)
-                values[i] = form.leaves[leaf].from_peft(x, kernel[i])
-            variable[...] = jnp.asarray(values)
-    for leaf, x in tuning.common(form.method).items():
-        # Without them in the file, the seed has made the ones that peft would make.
-        if form.shared[leaf].name in tensors.left:
-            stored = tensors.take(form.shared[leaf].name, x.shape[::-1])
-            tuning.shared[form.method][leaf][...] = form.shared[leaf].from_peft(stored, None)
+    for (key, _), sites in zip(tuning.methods, groups.values(), strict=False):
+        for site in sites:
+            for leaf, variable in tuning.params[key][site].items():
+                values = np.array(variable[...])
+                each = values if num_layers(site, mllm.config) else values[None]
+                for layer, module in modules[site].items():
+                    convert = form.leaves[leaf]
+                    shape = convert.to_peft(each[layer], module.kernel).shape
+                    x = module.take(convert.name, shape)
+                    each[layer] = convert.from_peft(x, module.kernel)
+                variable[...] = jnp.asarray(values)
+        for leaf, x in tuning.common(key).items():
+            # Without them in the file, the seed has made the ones that peft would make.
+            if form.shared[leaf].name in tensors.left:
+                stored = tensors.take(form.shared[leaf].name, x.shape[::-1])
+                tuning.shared[key][leaf][...] = form.shared[leaf].from_peft(stored, _no_kernel)
     return tuning
 
 
-class _Tensors:
-    """The tensors of a file that nothing has asked for yet, and the names of those it lacks."""
-
-    def __init__(self, arrays: Arrays, source: str) -> None:
-        self.left, self.source = dict(arrays), source
-        self.missing: list[str] = []
-
-    def take(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor; zeros in place of one that the file lacks, which `finish` reports.
-
-        Raises:
-          UserError: for a tensor of another shape.
-        """
-        x = self.left.pop(name, None)
-        if x is None:
-            self.missing.append(name)
-            return np.zeros(shape or (), np.float32)
-        if shape is not None and x.shape != shape:
-            raise UserError(f"{self.source}: {name} has shape {x.shape}, the model needs {shape}")
-        return x
-
-    def finish(self) -> None:
-        """Raises a `UserError` when tensors were missing, or some are left that nobody took."""
-        for what, names in (("lacks", self.missing), ("holds unknown", [*self.left])):
-            if names:
-                listed = ", ".join(names[:8])
-                raise UserError(f"{self.source} {what} tensors ({len(names)}): {listed}")
+def _layers(mllm: MLLM, site: str, own: Mapping[int, object]) -> str:
+    """What `layers=` calls these layers of a site."""
+    every = range(num_layers(site, mllm.config) or 1)
+    return "all" if [*own] == [*every] else ";".join(map(str, own))
 
 
-# Names
-
-
-def _llm_map(config: DecoderConfig) -> dict[str, str]:
-    """The LLM's name map: its family's, or the one with exactly this decoder's modules."""
-    if config.model_type in LLM_FAMILIES:
-        return LLM_FAMILIES[config.model_type].name_map
-    paths = named_parameters(Decoder(config))
-
-    def covers(name_map: dict[str, str]) -> bool:
-        return all(path in name_map or path.rpartition(".")[0] in name_map for path in paths)
-
-    maps = [family.name_map for family in LLM_FAMILIES.values()]
-    return min((name_map for name_map in maps if covers(name_map)), key=len)
-
-
-def _linear_name(mllm: MLLM, site: str) -> str:
-    """Path of a linear in the `transformers` model, `{}` for the layer."""
-    name = _llm_map(mllm.config.llm)[".".join(linear_path(site)[1:])]
-    return _in_model(mllm, name)
-
-
-def _norm_names(mllm: MLLM) -> dict[str, list[str]]:
-    """For each of our norm parameters the names of its layers, as for an LLM alone."""
-    names = {}
-    for mapping in module_mappings(mllm.llm, _llm_map(mllm.config.llm)):
-        ours = f"llm.{path_name(mapping.path)}"
-        if any(matches(ours, pattern) for pattern in NormTuning().trains):
-            split = (name.rpartition(".") for name in mapping.names)
-            names[ours] = [f"{module}.ln_tuning_layers.{leaf}" for module, _, leaf in split]
-    return names
-
-
-def _connector_mappings(mllm: MLLM) -> list[TensorMapping]:
-    """Where every parameter of a LLaVA's connector is."""
-    if mllm.connector is None or mllm.config.connector != "mlp2x_gelu":
-        raise UserError("an adapter of peft holds a connector of kind mlp2x_gelu only")
-    mappings = module_mappings(mllm.connector, Llava.connector)
-    return [mapping.within("connector", "", "model.") for mapping in mappings]
-
-
-def _in_model(mllm: MLLM, name: str) -> str:
-    """An LLM's module in the whole model, which may be a LLaVA."""
-    return name.replace("model.", "model.language_model.", 1) if mllm.config.vision else name
+def _targets(config: MLLMConfig, sites: Sequence[str]) -> str:
+    """What `targets=` calls these sites."""
+    names = [site.replace(".block", "").removeprefix("llm.") for site in sites]
+    every = {"": [*config.llm.linears()]}
+    if isinstance(config.vision, VisionConfig):
+        every["vision."] = [f"vision.{name}" for name in config.vision.linears()]
+    every["connector."] = [f"connector.{name}" for name in config.connector_linears()]
+    for tower, linears in every.items():
+        if linears and {*linears} <= {*names}:
+            start = names.index(linears[0])
+            names = [name for name in names if name not in linears]
+            names.insert(start, f"{tower}all")
+    return ";".join(names)
 
 
 def _file_name(name: str) -> str:
     whole = name.startswith("base_model.") or name == TENSOR
-    return name if whole else f"base_model.model.{name}"
+    return name if whole else f"{PREFIX}{name}"
 
 
-def _relative(name: str) -> str:
-    """A tensor's name as in the LLM alone, whatever layout of LLaVA its file has."""
-    name = name.removeprefix("base_model.model.")
-    name = renamed(name, file_prefixes())
-    return name.replace("model.language_model.", "model.", 1)
-
-
-def _pattern(name: str, layers: Iterable[int] | None = None) -> str:
-    """Regex of a module in all layers, or in some."""
-    number = r"\d+" if layers is None else f"({'|'.join(map(str, layers))})"
-    return number.join(re.escape(piece) for piece in name.split("{}"))
-
-
-def _kernels(mllm: MLLM, site: str) -> np.ndarray:
-    layers = range(mllm.config.llm.num_layers)
-    return np.stack([np.asarray(dense_at(mllm, site, layer)) for layer in layers])
-
-
-def _parameters(mllm: MLLM) -> dict[str, jax.Array]:
-    return {name: variable.get_value() for name, variable in named_parameters(mllm).items()}
+def _no_kernel() -> np.ndarray:
+    raise AssertionError("arrays that all linears share have no kernel")

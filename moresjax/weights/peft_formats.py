@@ -5,7 +5,7 @@ Axis legend: D features in, F features out. Their matrices are `[out, in]`, ours
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,25 +17,25 @@ from moresjax.tuning.methods.dora import lengths
 from moresjax.tuning.methods.lora import LoRA
 from moresjax.tuning.methods.oft import OFT
 from moresjax.tuning.methods.vera import VeRA
+from moresjax.weights.peft_lora import lora_keys
+from moresjax.weights.peft_modules import Kernel, Module
 from moresjax.weights.peft_virtual_tokens import VIRTUAL_TOKEN_METHODS
 
 # The version whose conventions we write; older readers and writers of OFT differ.
 PEFT_VERSION = "0.21.2"
 FIRST_OFT = (0, 18)
 
-# An array and the linear's kernel to an array.
-Convert = Callable[[np.ndarray, Any], np.ndarray]
+# An array, and what makes the linear's kernel, to an array.
+Convert = Callable[[np.ndarray, Kernel], np.ndarray]
 # Settings of `adapter_config.json`, or keys of one of our methods.
 Settings = dict[str, Any]
-Arrays = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One of our arrays in a file: the end of its name, and the conversion both ways.
 
-    Conversions also take the kernel `[D, F]` of the linear; arrays that all linears share have
-    none.
+    Conversions also take what makes the kernel `[D, F]` of the linear.
     """
 
     name: str
@@ -54,8 +54,8 @@ def _column(name: str) -> Leaf:
 _LORA = {"a": _transposed("lora_A.weight"), "b": _transposed("lora_B.weight")}
 _MAGNITUDE = Leaf(
     "lora_magnitude_vector",
-    lambda x, kernel: x + np.asarray(lengths(kernel)),
-    lambda x, kernel: x - np.asarray(lengths(kernel)),
+    lambda x, kernel: x + np.asarray(lengths(kernel())),
+    lambda x, kernel: x - np.asarray(lengths(kernel())),
 )
 
 
@@ -68,8 +68,7 @@ class Format:
       peft_type: The name of the method in `peft`.
       leaves: The conversion of each parameter of a linear.
       config: Makes the settings of `adapter_config.json` from the method.
-      keys: Makes the method's keys from those settings and from one array per name in `leaves`.
-      neutral: Settings that change what the adapter computes, with the value that does not.
+      keys: Makes the method's keys from those settings and the modules of a linear in its layers.
       shared: The conversion of arrays that all linears use.
     """
 
@@ -77,8 +76,7 @@ class Format:
     peft_type: str
     leaves: Mapping[str, Leaf]
     config: Callable[[Any], Settings]
-    keys: Callable[[Mapping[str, Any], Arrays], Settings]
-    neutral: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    keys: Callable[[Mapping[str, Any], Sequence[Module]], Settings]
     shared: Mapping[str, Leaf] = dataclasses.field(default_factory=dict)
 
 
@@ -92,27 +90,6 @@ def _lora_config(method: LoRA) -> Settings:
     }
 
 
-def _lora_keys(config: Mapping[str, Any], arrays: Arrays) -> Settings:
-    return {
-        "rank": config["r"],
-        "alpha": float(config["lora_alpha"]),
-        "dropout": float(config.get("lora_dropout", 0)),
-        "rslora": config.get("use_rslora", False),
-    }
-
-
-_LORA_NEUTRAL = {
-    "bias": "none",
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "use_qalora": False,
-}
-
-
 def _oft_config(method: OFT) -> Settings:
     return {
         "r": 0,
@@ -122,7 +99,7 @@ def _oft_config(method: OFT) -> Settings:
     }
 
 
-def _oft_keys(config: Mapping[str, Any], arrays: Arrays) -> Settings:
+def _oft_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> Settings:
     neumann = config.get("use_cayley_neumann", True)
     version = config.get("peft_version") or "0"
     found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
@@ -132,7 +109,7 @@ def _oft_keys(config: Mapping[str, Any], arrays: Arrays) -> Settings:
             "peft 0.18 or newer is needed"
         )
     # The stored size, because peft silently changes one that does not divide the features.
-    elements = arrays["oft_R.weight"].shape[1]
+    elements = modules[0].arrays["oft_R.weight"].shape[1]
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     return {"block_size": size, "cayley": "neumann" if neumann else "exact"}
 
@@ -146,8 +123,8 @@ def _boft_config(method: BOFT) -> Settings:
     }
 
 
-def _boft_keys(config: Mapping[str, Any], arrays: Arrays) -> Settings:
-    factors, _, size, _ = arrays["boft_R"].shape
+def _boft_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> Settings:
+    factors, _, size, _ = modules[0].arrays["boft_R"].shape
     return {"block_size": size, "factors": factors}
 
 
@@ -160,24 +137,17 @@ def _vera_config(method: VeRA) -> Settings:
     }
 
 
-def _vera_keys(config: Mapping[str, Any], arrays: Arrays) -> Settings:
+def _vera_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> Settings:
     return {
-        "rank": config["r"],
-        "dropout": float(config.get("vera_dropout", 0)),
-        "seed": config.get("projection_prng_key", 0),
+        "rank": config.get("r", 256),
+        "dropout": float(config.get("vera_dropout") or 0),
+        "seed": config.get("projection_prng_key") or 0,
     }
 
 
 FORMATS = (
-    Format("lora", "LORA", _LORA, _lora_config, _lora_keys, _LORA_NEUTRAL),
-    Format(
-        "dora",
-        "LORA",
-        _LORA | {"longer": _MAGNITUDE},
-        _lora_config,
-        _lora_keys,
-        _LORA_NEUTRAL,
-    ),
+    Format("lora", "LORA", _LORA, _lora_config, lora_keys),
+    Format("dora", "LORA", _LORA | {"longer": _MAGNITUDE}, _lora_config, lora_keys),
     Format(
         "ia3",
         "IA3",
@@ -186,29 +156,15 @@ FORMATS = (
             "scale_out": _column("ia3_l"),
         },
         lambda method: {},
-        lambda config, arrays: {},
+        lambda config, modules: {},
     ),
-    Format(
-        "oft",
-        "OFT",
-        {"skew": Leaf("oft_R.weight")},
-        _oft_config,
-        _oft_keys,
-        {
-            "bias": "none",
-            "coft": False,
-            "block_share": False,
-            "module_dropout": 0.0,
-            "num_cayley_neumann_terms": 5,
-        },
-    ),
+    Format("oft", "OFT", {"skew": Leaf("oft_R.weight")}, _oft_config, _oft_keys),
     Format(
         "boft",
         "BOFT",
         {"matrix": Leaf("boft_R"), "scale": _column("boft_s")},
         _boft_config,
         _boft_keys,
-        {"bias": "none"},
     ),
     Format(
         "vera",
@@ -216,7 +172,6 @@ FORMATS = (
         {"lambda_d": Leaf("vera_lambda_d"), "lambda_b": Leaf("vera_lambda_b")},
         _vera_config,
         _vera_keys,
-        {"bias": "none"},
         {"a": _transposed("base_model.vera_A"), "b": _transposed("base_model.vera_B")},
     ),
 )
@@ -238,17 +193,8 @@ def format_of(method: Method) -> Format:
 
 
 def read_format(config: Mapping[str, Any]) -> Format:
-    """The format of a folder with this `adapter_config.json`.
-
-    Raises:
-      UserError: for a setting that our method does not have.
-    """
+    """The format of a folder with this `adapter_config.json`."""
     name = "dora" if config.get("use_dora") else None
-    form = next(
+    return next(
         f for f in FORMATS if f.peft_type == config["peft_type"] and name in (None, f.method)
     )
-    for key, neutral in form.neutral.items():
-        value = config.get(key, neutral)
-        if value != neutral and (value or neutral):
-            raise UserError(f"an adapter of peft with {key}={value!r} is not supported")
-    return form

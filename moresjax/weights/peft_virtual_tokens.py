@@ -54,24 +54,26 @@ def virtual_tokens_to_peft(
 
 
 def virtual_tokens_from_peft(
-    config: MLLMConfig, kind: str, tensor: np.ndarray, source: str
+    config: MLLMConfig, settings: Mapping[str, Any], tensor: np.ndarray, source: str
 ) -> Tuning:
     """The tuning with the content of a folder's tensor.
 
     Args:
       config: The model's configuration.
-      kind: The `peft_type`, one of `VIRTUAL_TOKEN_TYPES`.
+      settings: The content of `adapter_config.json`, whose type is one of `VIRTUAL_TOKEN_TYPES`.
       tensor: The folder's `prompt_embeddings`.
       source: The folder's name, for messages.
 
     Raises:
       UserError: for a tensor of another width than this model's.
     """
+    kind = settings["peft_type"]
     name, site = _METHODS[kind]
-    width = _width(kind, config.llm)
-    if tensor.ndim != 2 or tensor.shape[1] != width:
+    width, length = _width(kind, config.llm), settings.get("num_virtual_tokens")
+    if tensor.ndim != 2 or tensor.shape[1] != width or len(tensor) != (length or len(tensor)):
         raise UserError(
-            f"{source}: {TENSOR} has shape {tensor.shape}, the model needs (length, {width})"
+            f"{source}: {TENSOR} has shape {tensor.shape}, the model needs "
+            f"({length or 'length'}, {width})"
         )
     tuning = Tuning(f"{name}:length={len(tensor)}", config)
     tuning.initialize()

@@ -9,6 +9,7 @@ import pytest
 
 from moresjax.core.errors import UserError
 from moresjax.data.llava import LlavaSource
+from moresjax.data.task_names import TASK_NAMES
 from moresjax.evaluation.benchmarks import flickr30k
 from moresjax.evaluation.training_files import (
     SIZES,
@@ -30,7 +31,7 @@ def write(root, files: dict):
 def build(root, name, **options) -> list[dict]:
     """The records of a task, read back from its file."""
     out = root / "out" / f"{name}.json"
-    counts = build_training_file(name, root, out, **options)
+    counts = build_training_file(name, root, out, image_root=root, **options)
     records = json.loads(out.read_text())
     assert counts["written"] == len(records) <= counts["available"]
     # The file can be read as it is, except that these downloads have no pictures.
@@ -254,18 +255,36 @@ def test_a_download_that_is_broken_is_told(tmp_path):
         build_training_file("vqav2", tmp_path / "nowhere", tmp_path / "out.json")
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [("iconQA-txt", "iconqa_txt"), ("iconQA-blank", "iconqa_blank"), ("scienceQA", "scienceqa")],
-)
-def test_names_of_version_0_1_are_accepted(tmp_path, old, new):
-    for name in (old, new):
-        with pytest.raises(UserError, match=f"task {new}: .* no samples|problems.json does not"):
-            build_training_file(name, tmp_path, tmp_path / "out.json")
+@pytest.mark.parametrize("name", ["iconQA-txt", "iconQA_txt", "IconQA-txt", "iconqa_txt"])
+def test_a_task_has_one_name(tmp_path, name):
+    with pytest.raises(UserError, match=r"^task iconqa_txt: .* no samples"):
+        build_training_file(name, tmp_path, tmp_path / "out.json")
+
+
+def test_image_paths_start_from_one_folder_for_all_tasks(tmp_path):
+    problem = {"question": "?", "choices": ["a"], "answer": 0, "split": "train", "image": "i.png"}
+    write(tmp_path, {"tasks/scienceqa/problems.json": {"7": problem}})
+    write(tmp_path, {"tasks/scienceqa/pid_splits.json": {"train": ["7"]}})
+    root, out = tmp_path / "tasks" / "scienceqa", tmp_path / "tasks" / "scienceqa_10000.json"
+
+    def image(**options) -> str:
+        build_training_file("scienceqa", root, out, **options)
+        return json.loads(out.read_text())[0]["image"]
+
+    assert image() == "scienceqa/train/7/i.png"
+    assert image(image_root=root) == "train/7/i.png"
+    assert image(image_root=tmp_path) == "tasks/scienceqa/train/7/i.png"
+    with pytest.raises(
+        UserError, match=r"scienceqa is not below .*elsewhere, where .*--image-root"
+    ):
+        build_training_file("scienceqa", root, tmp_path / "elsewhere" / "out.json")
+    assert not (tmp_path / "elsewhere").exists()
+    write(root, {"problems.json": {"7": problem | {"image": "../../../secret.png"}}})
+    before = out.read_text()
+    with pytest.raises(UserError, match=r"^sample 7: image .*secret\.png is outside of the image"):
+        build_training_file("scienceqa", root, out)
+    assert out.read_text() == before
 
 
 def test_the_papers_tasks_are_there():
-    assert {
-        *("scienceqa", "vizwiz", "iconqa_txt", "iconqa_blank"),
-        *("vqav2", "okvqa", "flickr30k", "textcaps"),
-    } == set(trainable_names())
+    assert set(TASK_NAMES) == set(trainable_names())

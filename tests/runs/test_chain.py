@@ -226,6 +226,14 @@ def test_parts_of_another_architecture_are_told(runs, settings, message):
         build_model(tuned("none", parts_from("../mores"), **settings), root=runs / "next")
 
 
+def test_releases_of_an_llm_may_differ_in_the_term_of_its_norms(runs, caplog):
+    settings = {"model.llm.norm_eps": 1e-3, "model.llm.max_positions": 64}
+    build_model(
+        tuned("mores", parts_from("../mores", tuning="../mores"), **settings), root=runs / "x"
+    )
+    assert "mores has another LLM: its norm_eps is 1e-06, the model's 0.001" in caplog.text
+
+
 def test_vision_blocks_that_trained_alone_go_back_into_their_stack(runs):
     wide = {"model.vision.num_layers": 3}
     last = wide | {"also_train": "('vision:last1','connector')"}

@@ -1,6 +1,5 @@
 """Adapter folders of `peft`: its random adapters give its logits here, and ours there."""
 
-import copy
 import json
 import re
 
@@ -11,6 +10,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import (
     CLIPVisionConfig,
+    Gemma3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -22,31 +22,11 @@ from transformers import (
 from moresjax.core.errors import UserError
 from moresjax.generation.engine import Engine
 from moresjax.generation.hf_inputs import hf_batch
-from moresjax.inference.model import Model
-from moresjax.models.mllm import MLLMConfig
+from moresjax.testing.hf_adapters import IMAGE_ID, TEXT, TOWER, VOCAB, AdaptedModel
+from moresjax.testing.hf_llms import gemma3
 from moresjax.tuning.methods.vera import VeRA
-from moresjax.weights.families.base import decoder_config
-from moresjax.weights.hf import build_mllm, config_from_hf, import_params
 from moresjax.weights.peft import export_peft, import_peft
 
-VOCAB, IMAGE_ID = 31, 30
-TEXT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
-TOWER = {
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-}
 QKV = ["q_proj", "k_proj", "v_proj"]
 NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
 ADAPTERS = {
@@ -74,63 +54,22 @@ ADAPTERS = {
 }
 
 
-class Base:
-    """A random model of `transformers`, and ours with its weights."""
-
-    def __init__(self, kind, config):
-        torch.manual_seed(0)
-        self.oracle = kind(config).eval()
-        for parameter in self.oracle.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        hf = config.to_dict()
-        is_llava = hf["model_type"] == "llava"
-        self.config = config_from_hf(hf) if is_llava else MLLMConfig(llm=decoder_config(hf))
-        tensors = {name: x.numpy().copy() for name, x in self.oracle.state_dict().items()}
-        self.state = import_params(self.config, hf, tensors)
-        rng = np.random.default_rng(0)
-        self.inputs = {"input_ids": rng.integers(1, IMAGE_ID, (2, 7))}
-        if is_llava:
-            self.inputs["input_ids"][:, 1:5] = IMAGE_ID
-            self.inputs["pixel_values"] = rng.standard_normal((2, 3, 8, 8)).astype(np.float32)
-
-    def ours(self):
-        return build_mllm(self.config, self.state)
-
-    def adapted(self, config, scale=0.2):
-        """A model of `peft` with noise on all that trains."""
-        theirs = peft.get_peft_model(copy.deepcopy(self.oracle), copy.deepcopy(config)).eval()
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.data += scale * torch.randn_like(parameter)
-        return theirs
-
-    def from_folder(self, folder):
-        return peft.PeftModel.from_pretrained(copy.deepcopy(self.oracle), folder).eval()
-
-    def their_logits(self, model):
-        with torch.no_grad():
-            return model(**{k: torch.tensor(x) for k, x in self.inputs.items()}).logits.numpy()
-
-    def our_logits(self, mllm):
-        return np.asarray(Model(mllm, None).logits(image_token_id=IMAGE_ID, **self.inputs))
-
-
 @pytest.fixture(scope="module")
 def llama():
-    return Base(LlamaForCausalLM, LlamaConfig(**TEXT))
+    return AdaptedModel(LlamaForCausalLM, LlamaConfig(**TEXT))
 
 
 @pytest.fixture(scope="module")
 def phi():
     text = {k: x for k, x in TEXT.items() if k != "num_key_value_heads"}
-    return Base(PhiForCausalLM, PhiConfig(**text))
+    return AdaptedModel(PhiForCausalLM, PhiConfig(**text))
 
 
 @pytest.fixture(scope="module")
 def llava():
     text, vision = LlamaConfig(**TEXT), CLIPVisionConfig(**TOWER)
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_ID)
-    return Base(LlavaForConditionalGeneration, config)
+    return AdaptedModel(LlavaForConditionalGeneration, config)
 
 
 def check_both_directions(base, config, spec, tmp_path):
@@ -157,6 +96,12 @@ def test_lora_on_all_linears_of_phi(phi, tmp_path):
     check_both_directions(phi, config, "lora:rank=2,alpha=4.0", tmp_path)
 
 
+def test_all_norms_of_gemma_3_in_both_directions(tmp_path):
+    base = AdaptedModel(Gemma3ForCausalLM, gemma3(vocab_size=VOCAB, pad_token_id=0))
+    config = peft.LNTuningConfig(target_modules=r".*norm")
+    check_both_directions(base, config, "ln:targets=all;k_norm;q_norm", tmp_path)
+
+
 def test_lora_on_a_llava_with_its_connector_leaves_the_vision_tower_alone(llava, tmp_path):
     pattern = r".*language_model.*\.(q_proj|v_proj)"
     config = peft.LoraConfig(r=2, target_modules=pattern, modules_to_save=["multi_modal_projector"])
@@ -164,9 +109,11 @@ def test_lora_on_a_llava_with_its_connector_leaves_the_vision_tower_alone(llava,
     theirs.save_pretrained(tmp_path / "theirs")
     expected = llava.their_logits(theirs)
     model = llava.ours()
-    assert import_peft(tmp_path / "theirs", model) == "lora:rank=2,alpha=8.0,targets=q;v"
+    assert import_peft(tmp_path / "theirs", model) == (
+        "lora:rank=2,alpha=8.0,targets=q;v/partial:train=connector"
+    )
     np.testing.assert_allclose(llava.our_logits(model), expected, atol=1e-5)
-    again = llava.from_folder(export_peft(model, tmp_path / "ours", connector=True))
+    again = llava.from_folder(export_peft(model, tmp_path / "ours"))
     np.testing.assert_allclose(llava.their_logits(again), expected, atol=1e-5)
     assert not [n for n, _ in again.named_parameters() if "vision" in n and "lora" in n]
 
@@ -258,9 +205,14 @@ def test_what_would_load_as_something_else_is_refused(llama, tmp_path):
     prompt, prefix = ({"peft_type": kind} for kind in ("PROMPT_TUNING", "PREFIX_TUNING"))
     cases = [
         (good | {"peft_type": "LOHA"}, arrays, r"unknown peft_type 'LOHA'.*LORA.*LN_TUNING"),
-        (good | {"alpha_pattern": {"q_proj": 4}}, arrays, r"alpha_pattern=.* is not supported"),
+        (good | {"lora_bias": True}, arrays, r"lora_bias=True is not supported"),
+        (good | {"new_lora": 4}, arrays, r"LORA in .*: the setting new_lora=4 is not known"),
         (good | {"use_dora": True}, arrays, r"lacks tensors \(2\).*lora_magnitude_vector"),
-        (good, arrays | {"base_model.model.lm_head.weight": arrays[name]}, r"unknown .*lm_head"),
+        (
+            good,
+            arrays | {"base_model.model.lm_head.lora_A.weight": arrays[name]},
+            r"unknown .*lm_head",
+        ),
         (prompt, {"prompt_embeddings": wide}, r"\(2, 17\), the model needs \(length, 16\)"),
         (prefix, {"prompt_embeddings": wide}, r"\(2, 17\), the model needs \(length, 32\)"),
         (prefix, {"embeddings": wide}, r"lacks tensors \(1\): prompt_embeddings"),
@@ -279,7 +231,7 @@ def test_what_would_load_as_something_else_is_refused(llama, tmp_path):
     cases += [
         (turned | {"peft_version": "0.17.1"}, vectors, r"OFT is of peft 0\.17\.1"),
         (turned | {"coft": True}, vectors, r"coft=True is not supported"),
-        (turned, second, r"no oft of this model's LLM, only: .*oft_r"),
+        (turned, second, r"no oft of this model, only: .*oft_r"),
     ]
     for config, tensors, message in cases:
         write(tmp_path / "bad", config, tensors)
@@ -293,7 +245,9 @@ def test_what_would_load_as_something_else_is_refused(llama, tmp_path):
 def test_only_one_method_that_peft_knows_is_exported(llama, tmp_path):
     model = llama.ours()
     for spec, message in (
-        ("ia3:targets=q/ia3:targets=k", "peft holds one method"),
+        ("ia3:targets=q/lora:targets=k", "peft holds one method"),
+        ("ia3:targets=q/ia3:targets=q;k", "peft holds one method"),
+        ("oft:block_size=4,targets=q/oft:block_size=2,targets=k", "has the same settings for all"),
         ("mixlora:targets=q", r"unknown method for peft 'mixlora'.*lora.*vera.*ln"),
         ("oft-legacy:blocks=2", r"unknown method for peft 'oft-legacy'"),
     ):
