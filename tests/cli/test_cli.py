@@ -238,6 +238,7 @@ def test_one_file_of_prompts_mixes_adapters_and_the_base(demo, tmp_path, capsys)
     # The run that the adapter came from: its connector is the adapters', too.
     model = ["generate", "--model", out / "finetune" / f"{lora.name}-seed0"]
     command = [*model, "--prompts", prompts, "--out", answers, "--adapter-for", "by", "--logprobs"]
+    command += ["--batch-size", "20"]  # of which the five are read at once, to the same bit
     both = ["--adapter", f"one={lora}", "--adapter", f"two={other}", "--max-new-tokens", "4"]
     assert main([str(x) for x in (*command, *both)]) == 0
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
