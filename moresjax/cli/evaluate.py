@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moresjax.cli.options import (
+    TASKS_HELP,
     Commands,
     add_command,
+    add_image_root,
     add_mesh,
     add_prompting,
     add_sample,
@@ -30,9 +32,8 @@ def add_parser(commands: Commands) -> None:
     evaluate.add_argument(
         "--predictions", metavar="FILE", help="score these saved answers again, without a model"
     )
-    evaluate.add_argument(
-        "--tasks", required=True, metavar="A,B", help="benchmarks, presets, tasks of lm_eval"
-    )
+    evaluate.add_argument("--tasks", required=True, metavar="A,B", help=TASKS_HELP)
+    add_image_root(evaluate)
     evaluate.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
     evaluate.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
     add_sample(evaluate)
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
         "sample": args.sample,
         "seed": args.seed,
         "split": args.split,
+        "image_root": args.image_root,
         "judge": _judge(args),
     }
     if args.predictions:

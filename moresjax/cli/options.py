@@ -83,6 +83,19 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
     )
 
 
+TASKS_HELP = (
+    "benchmarks, presets, tasks of lm_eval, questions of yours (FILE.jsonl or FILE.json), or code "
+    "that makes them (FILE.py:NAME)"
+)
+
+
+def add_image_root(command: argparse.ArgumentParser) -> None:
+    """Adds `--image-root`, which images of files of questions start from."""
+    command.add_argument(
+        "--image-root", metavar="DIR", help="folder of a question file's images; default: its own"
+    )
+
+
 def add_sample(command: argparse.ArgumentParser) -> None:
     """Adds `--sample` and `--seed`, which draw the questions of benchmarks."""
     command.add_argument(

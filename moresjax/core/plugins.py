@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from moresjax.core.errors import UnknownName, UserError
 
@@ -60,11 +61,26 @@ def load_plugins() -> None:
             if point.value not in _loaded:
                 _load(point.value, package, lambda point=point: point.load())
         for path in _files():
-            name = f"{PARENT}.{re.sub(r'[^A-Za-z0-9_]', '_', Path(path).stem)}"
+            name = _module_name(path)
             if _loaded.get(name, path) != path:
                 raise UserError(f"plug-ins {_loaded[name]} and {path} have the same name")
             if name not in _loaded:
                 _load(name, path, lambda name=name, path=path: _run(name, path))
+
+
+def plugin_module(file: str | Path) -> ModuleType:
+    """The module that a file is as a plug-in; it runs once in a process.
+
+    Raises:
+      UserError: When it does not exist or cannot be loaded.
+    """
+    use_plugins([file])
+    load_plugins()
+    return sys.modules[_module_name(Path(file).resolve())]
+
+
+def _module_name(path: str | Path) -> str:
+    return f"{PARENT}.{re.sub(r'[^A-Za-z0-9_]', '_', Path(path).stem)}"
 
 
 def active_plugins() -> list[str]:

@@ -100,7 +100,7 @@ def table(
       names: The names that the evaluation was asked for.
       not_run: By benchmark why it was not run.
     """
-    lines = [_line(name, entry) for name, entry in scores.items()]
+    lines = [line for name, entry in scores.items() for line in _lines(name, entry)]
     lines += [f"{name:24s} not run: {reason}" for name, reason in (not_run or {}).items()]
     for name in names:
         if name in PRESETS:
@@ -115,14 +115,21 @@ def table(
     return "\n".join(lines)
 
 
+def _lines(name: str, entry: Mapping) -> list[str]:
+    """The line of a task, and one for each of its groups."""
+    groups = entry.get("details", {}).get("groups", {})
+    return [
+        _line(name, entry),
+        *(
+            f"  {group:22s} {_number(x)}  (n = {x['n']}, majority {x['majority']:.3f})"
+            for group, x in groups.items()
+        ),
+    ]
+
+
 def _line(name: str, entry: Mapping) -> str:
-    value, error = entry["score"], entry["stderr"]
-    number = "no score" if value is None else f"{value:.3f}"
-    spread = "" if error is None else f" +- {error:.3f}"
-    if "interval95" in entry:  # results of version 0.2 have none
-        low, high = entry["interval95"]
-        spread += f", 95% in {low:.3f} to {high:.3f}"
     facts = [entry["metric"], f"n = {entry['n']}"]
+    error, details = entry["stderr"], entry.get("details", {})
     if error is not None and "stderr_kind" in entry:
         images = f" in {entry['clusters']} groups" if entry["stderr_kind"] != "i.i.d." else ""
         facts.append(f"standard error {entry['stderr_kind']}{images}")
@@ -130,7 +137,22 @@ def _line(name: str, entry: Mapping) -> str:
         facts.append(f"{entry['missing']} missing, counted as wrong")
     if "judge" in entry:
         facts.append(f"judge: {entry['judge']['name']}")
-    return f"{name:24s} {number}{spread}  ({', '.join(facts)})"
+    if "majority" in details:
+        facts.append(f"majority {details['majority']:.3f}")
+    if unknown := details.get("without_answer"):
+        facts.append(f"{unknown} without an answer: nothing is scored")
+    return f"{name:24s} {_number(entry)}  ({', '.join(facts)})"
+
+
+def _number(entry: Mapping[str, Any]) -> str:
+    """A score with its standard error and interval."""
+    value, error = entry["score"], entry["stderr"]
+    number = "no score" if value is None else f"{value:.3f}"
+    spread = "" if error is None else f" +- {error:.3f}"
+    if entry.get("interval95"):  # results of version 0.2 have none
+        low, high = entry["interval95"]
+        spread += f", 95% in {low:.3f} to {high:.3f}"
+    return number + spread
 
 
 def _row(preset: Preset, scores: Mapping[str, Mapping]) -> tuple[list[str], list[str]]:

@@ -21,6 +21,7 @@ def rescore(
     sample: int | None = None,
     seed: int = 0,
     split: str | None = None,
+    image_root: str | Path | None = None,
     judge: Judge | None = None,
     out: str | Path | None = None,
 ) -> EvaluationResult:
@@ -35,7 +36,7 @@ def rescore(
     1.0
 
     Args:
-      task: The name of a benchmark.
+      task: The name of a benchmark, or a file of questions as `evaluate` takes it.
       predictions: Our `predictions.jsonl`, or the benchmark's own result format; a folder with a
         file `TASK.jsonl` or `TASK.json` for each task where the benchmark has several.
       data_root: The folder of the benchmarks' official files.
@@ -43,6 +44,7 @@ def rescore(
       sample: How many examples of every task to draw, as `evaluate` does; the others do not count.
       seed: Seeds `sample`.
       split: The split of the data; by default the benchmark's own.
+      image_root: The folder of a file's images, which tell what questions share.
       judge: Grades answers where the benchmark wants it.
       out: The directory where a judge's replies are kept while they come, and which the result is
         to be written into.
@@ -54,7 +56,8 @@ def rescore(
     """
     start = time.monotonic()
     judge = judge if judge is None or out is None else CachedJudge(judge, out)
-    tasks = draw_examples(load_tasks([task], data_root, limit, split), sample, seed, limit)
+    loaded = load_tasks([task], data_root, limit, split, image_root)
+    tasks = draw_examples(loaded, sample, seed, limit)
     files = {each.name: _file_of(Path(predictions), each, len(tasks)) for each in tasks}
     answered = []
     for each in tasks:

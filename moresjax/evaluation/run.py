@@ -31,6 +31,7 @@ from moresjax.evaluation.tasks import (
     benchmark_names,
     choice_letter,
     draw_examples,
+    is_file,
     load_available_tasks,
 )
 from moresjax.generation.scheduler import Completion
@@ -46,6 +47,7 @@ def evaluate(
     sample: int | None = None,
     seed: int = 0,
     split: str | None = None,
+    image_root: str | Path | None = None,
     batch_size: int = 64,
     attention: bool = False,
     title: str = "evaluate",
@@ -64,15 +66,17 @@ def evaluate(
 
     Args:
       model: The model.
-      tasks: Names of benchmarks and presets, and of tasks of `lm_eval` (`hellaswag`, `mmlu`): a
-        list, or one text with commas. Of a preset those whose data are at hand are run, and the
-        others are in the result's `not_run`.
+      tasks: Names of benchmarks and presets, of tasks of `lm_eval` (`hellaswag`, `mmlu`), and files
+        with questions of yours (`questions.jsonl`, see `evaluation/questions.py`) or with code that
+        makes them (`my.py:NAME`): a list, or one text with commas. Of a preset those whose data are
+        at hand are run, and the others are in the result's `not_run`.
       data_root: The folder of the benchmarks' official files.
       limit: The most examples per task, of which the first are taken.
       sample: How many examples of every task to draw at random, instead of a limit.
       seed: Seeds `sample`.
       split: The split of the data, for all tasks or as `TASK=SPLIT,TASK=SPLIT` for some; by default
         each benchmark's own.
+      image_root: The folder that images of files of questions start from; default: the file's own.
       batch_size: The rows of a batch.
       attention: Whether to read the attention statistics of every generated token too.
       title: The title of the progress bar.
@@ -96,7 +100,7 @@ def evaluate(
     texts = {
         name: load_lm_eval_tasks(name, data_root, download=download)
         for name in names
-        if name not in benchmark_names()
+        if name not in benchmark_names() and not is_file(name)
     }
     if texts and (attention or split or sample):
         name = next(iter(texts))
@@ -104,7 +108,7 @@ def evaluate(
             f"{name} is a task of lm_eval: it has its own splits, no images, and a limit only"
         )
     loaded, not_run = load_available_tasks(
-        [name for name in given if name not in texts], data_root, limit, split
+        [name for name in given if name not in texts], data_root, limit, split, image_root
     )
     loaded = draw_examples(loaded, sample, seed, limit)
     if not_run and not loaded and not texts:

@@ -11,6 +11,7 @@ score (`scoring.py`), and in which format the benchmark's own tools save and exp
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -140,41 +141,69 @@ def _registry() -> dict[str, Loader]:
     return _BENCHMARKS
 
 
+def is_file(name: str) -> bool:
+    """Whether the name of a task is a file with questions of one's own, or with code.
+
+    >>> is_file("mine/questions.jsonl"), is_file("my.py:task"), is_file("gqa")
+    (True, True, False)
+    """
+    return name.endswith((".json", ".jsonl", ".py")) or ".py:" in name
+
+
 def load_benchmark(
-    name: str, *, data_root: DataRoot = None, limit: int | None = None, split: str | None = None
+    name: str,
+    *,
+    data_root: DataRoot = None,
+    limit: int | None = None,
+    split: str | None = None,
+    image_root: str | Path | None = None,
 ) -> list[BenchmarkTask]:
-    """The tasks of a benchmark; without a split, those of its default one.
+    """The tasks of a benchmark or a file; without a split, those of its default one.
 
     Raises:
       UserError: The name is unknown, or files are missing or not as published.
     """
     chosen = {} if split is None else {"split": split}
-    tasks = benchmark_loader(name)(data_root=data_root, limit=limit, **chosen)
+    if is_file(name):
+        from moresjax.evaluation.own_tasks import load_own  # makes tasks: it needs their class
+
+        tasks = load_own(name, data_root=data_root, limit=limit, image_root=image_root, **chosen)
+    else:
+        tasks = benchmark_loader(name)(data_root=data_root, limit=limit, **chosen)
     return [dataclasses.replace(task, benchmark=name) for task in tasks]
 
 
 def load_tasks(
-    names: Sequence[str], data_root: DataRoot, limit: int | None, split: str | None
+    names: Sequence[str],
+    data_root: DataRoot,
+    limit: int | None,
+    split: str | None,
+    image_root: str | Path | None = None,
 ) -> list[BenchmarkTask]:
-    """The tasks of several benchmarks and presets.
+    """The tasks of several benchmarks, presets and files.
 
     Args:
-      names: Names of benchmarks and presets.
+      names: Names of benchmarks and presets, and files (see `own_tasks`).
       data_root: The folder of the official files.
       limit: The most examples per task.
       split: One split for all benchmarks, or `NAME=SPLIT,NAME=SPLIT` for some.
+      image_root: The folder that images of files start from.
 
     Raises:
       UserError: The limit is below 1, or a name, a split or a file is wrong.
     """
-    tasks, missing = load_available_tasks(names, data_root, limit, split)
+    tasks, missing = load_available_tasks(names, data_root, limit, split, image_root)
     for reason in missing.values():
         raise UserError(reason)
     return tasks
 
 
 def load_available_tasks(
-    names: Sequence[str], data_root: DataRoot, limit: int | None, split: str | None
+    names: Sequence[str],
+    data_root: DataRoot,
+    limit: int | None,
+    split: str | None,
+    image_root: str | Path | None = None,
 ) -> tuple[list[BenchmarkTask], dict[str, str]]:
     """Like `load_tasks`, but a preset goes on without benchmarks whose data are not at hand.
 
@@ -187,18 +216,34 @@ def load_available_tasks(
     if limit is not None and limit < 1:
         raise UserError(f"limit must be at least 1, got {limit}")
     expanded = expand_presets(names)
+    if image_root is not None and not any(map(is_file, expanded)):
+        raise UserError("an image root is for files of questions, and no task is one; leave it out")
     splits = _splits(split, expanded)
     tasks, missing = [], {}
     for name in expanded:
         try:
-            tasks += load_benchmark(name, data_root=data_root, limit=limit, split=splits.get(name))
+            own = {"split": splits.get(name), "image_root": image_root}
+            tasks += load_benchmark(name, data_root=data_root, limit=limit, **own)
         except UnknownName:
             raise
         except UserError as error:
             if name in names:
                 raise
             missing[name] = str(error)
+    _check_names(tasks)
     return tasks, missing
+
+
+def _check_names(tasks: Sequence[BenchmarkTask]) -> None:
+    """Refuses two tasks of one name, one of which would be lost."""
+    named: dict[str, str] = {}
+    for task in tasks:
+        if task.name in named:
+            raise UserError(
+                f"{named[task.name]} and {task.benchmark} both have a task {task.name!r}; name one "
+                "otherwise"
+            )
+        named[task.name] = task.benchmark
 
 
 def draw_examples(

@@ -120,6 +120,19 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
       UserError: There are not ten answers.
     """
     _check_answers(answers)
+    return people_accuracy(prediction, answers)
+
+
+def people_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """VQA accuracy for any number of people, as the official tool computes it.
+
+    >>> people_accuracy("blue", ["blue"] * 4), people_accuracy("red", ["blue"] * 4)
+    (1.0, 0.0)
+
+    Args:
+      prediction: The model's answer.
+      answers: The answers of at least four people; of fewer, none can reach 1.
+    """
     prediction, answers = _trim(prediction), [_trim(answer) for answer in answers]
     if len(set(answers)) > 1:
         prediction, answers = normalize_vqa(prediction), [normalize_vqa(a) for a in answers]
