@@ -20,19 +20,24 @@ from moresjax.weights.families.rope import (
 
 @register
 class Gemma(Llama):
-    """`GemmaForCausalLM`."""
+    """`GemmaForCausalLM`.
+
+    Attributes:
+      activation_key: The key that names the activation; the other one is not read.
+    """
 
     model_type = "gemma"
+    activation_key = "hidden_act"
     keys = Llama.keys | ConfigKeys(
-        choices={"hidden_activation": (None, *ACTIVATIONS)},
+        irrelevant={"hidden_activation": "hidden_act says it, as in transformers"},
         neutral={"use_bidirectional_attention": (None, False), "mlp_bias": (False,)},
     )
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """LLaMA's fields; norms with an offset, embeddings scaled."""
-        # Old files say "gelu" and mean the approximation.
-        name = hf.get("hidden_activation") or hf["hidden_act"]
-        name = "gelu_pytorch_tanh" if name == "gelu" else name
+        name = hf[self.activation_key]
+        if self.activation_key == "hidden_act" and name == "gelu":
+            name = "gelu_pytorch_tanh"  # which the first files mean
         own = {"norm_offset": 1.0, "scale_embeddings": True}
         return super().from_hf({**hf, "hidden_act": name}) | own
 
@@ -46,6 +51,7 @@ class Gemma2(Gemma):
     """`Gemma2ForCausalLM`."""
 
     model_type = "gemma2"
+    activation_key = "hidden_activation"
     keys = (
         Gemma.keys
         | LAYER_KEYS
@@ -55,7 +61,11 @@ class Gemma2(Gemma):
                 "attn_logit_softcapping",
                 "final_logit_softcapping",
             ),
-            irrelevant={"sliding_window_size": "sliding_window says it"},
+            choices={"hidden_activation": tuple(ACTIVATIONS)},
+            irrelevant={
+                "sliding_window_size": "sliding_window says it",
+                "hidden_act": "hidden_activation says it, as in transformers",
+            },
         )
     )
     name_map = Gemma.name_map | {
