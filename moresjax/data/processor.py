@@ -94,7 +94,7 @@ class Processor:
     def system_ids(self) -> tuple[int, ...]:
         """The tokens before a user's first word: beginning, system prompt and first role marker."""
         text = self.template.system + self.template.user if self.template.keep_question else ""
-        ids = self._encode_chunk(((text, TokenKind.SYSTEM),))[0] if text else ()
+        ids = self._encode_chunk((Text(text, TokenKind.SYSTEM, True),))[0] if text else ()
         return (*self._bos, *ids)
 
     @functools.cached_property

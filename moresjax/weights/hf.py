@@ -170,7 +170,8 @@ class HFFolder:
         """Whether a head is stored that is not the table, which transformers then does not tie."""
         untied = dataclasses.replace(config.llm, tie_embeddings=False)
         mappings = model_mappings(dataclasses.replace(config, llm=untied), self.hf)
-        names = {mapping.path: mapping.names[0] for mapping in mappings}
+        # An encoder of which no block is used has blocks without tensors.
+        names = {mapping.path: mapping.names[0] for mapping in mappings if mapping.names}
         table, head = names["llm", "embed", "table"], names["llm", "head", "kernel"]
         try:
             tensors = self.tensors

@@ -226,7 +226,9 @@ class ParameterReader(Mapping):  # without types of its items, which run-time ch
     def __getitem__(self, name: str) -> jax.Array:
         mapping = self._mappings[name]
         shape, tensors = mapping.shape, [self._tensors[name] for name in mapping.names]
-        dtype = np.result_type(*{np.dtype(tensor.dtype) for tensor in tensors})
+        # An encoder of which no block is used has stacks without a tensor.
+        dtypes = {np.dtype(tensor.dtype) for tensor in tensors} or {np.dtype(np.float32)}
+        dtype = np.result_type(*dtypes)
 
         def read(index: Index | None) -> np.ndarray:
             index = index or (slice(None),) * len(shape)

@@ -187,7 +187,6 @@ def test_quantized_folders_are_refused_in_one_sentence(part, source, tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        (GemmaConfig, {"hidden_act": "silu", "hidden_activation": "relu"}),
         (GemmaConfig, {"hidden_act": "gelu"}),
         (Gemma2Config, {"hidden_activation": "gelu", "hidden_act": "relu"}),
     ],

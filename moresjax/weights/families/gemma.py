@@ -3,6 +3,7 @@
 from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
+from moresjax.core.errors import UserError
 from moresjax.models.decoder import DecoderConfig
 from moresjax.weights.families.base import ACTIVATIONS, HFConfig, hf_activation, register
 from moresjax.weights.families.llama import Llama
@@ -20,26 +21,34 @@ from moresjax.weights.families.rope import (
 
 @register
 class Gemma(Llama):
-    """`GemmaForCausalLM`.
-
-    Attributes:
-      activation_key: The key that names the activation; the other one is not read.
-    """
+    """`GemmaForCausalLM`."""
 
     model_type = "gemma"
-    activation_key = "hidden_act"
     keys = Llama.keys | ConfigKeys(
-        irrelevant={"hidden_activation": "hidden_act says it, as in transformers"},
+        choices={"hidden_activation": (None, *ACTIVATIONS)},
         neutral={"use_bidirectional_attention": (None, False), "mlp_bias": (False,)},
     )
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """LLaMA's fields; norms with an offset, embeddings scaled."""
-        name = hf[self.activation_key]
-        if self.activation_key == "hidden_act" and name == "gelu":
-            name = "gelu_pytorch_tanh"  # which the first files mean
         own = {"norm_offset": 1.0, "scale_embeddings": True}
-        return super().from_hf({**hf, "hidden_act": name}) | own
+        return super().from_hf({**hf, "hidden_act": self.activation_name(hf)}) | own
+
+    def activation_name(self, hf: HFConfig) -> str:
+        """The activation in the MLP.
+
+        Raises:
+          UserError: The two keys for it contradict each other; releases of transformers differ in
+            which of them counts.
+        """
+        # Old files say "gelu" and mean the approximation.
+        name = "gelu_pytorch_tanh" if hf["hidden_act"] == "gelu" else hf["hidden_act"]
+        if hf.get("hidden_activation") not in (None, name):
+            raise UserError(
+                f"gemma with hidden_act={hf['hidden_act']} and hidden_activation="
+                f"{hf['hidden_activation']} is not supported: they must mean the same"
+            )
+        return name
 
     def to_hf(self, config: DecoderConfig) -> dict[str, Any]:
         """LLaMA's settings; Gemma names its activation itself."""
@@ -51,7 +60,6 @@ class Gemma2(Gemma):
     """`Gemma2ForCausalLM`."""
 
     model_type = "gemma2"
-    activation_key = "hidden_activation"
     keys = (
         Gemma.keys
         | LAYER_KEYS
@@ -61,11 +69,7 @@ class Gemma2(Gemma):
                 "attn_logit_softcapping",
                 "final_logit_softcapping",
             ),
-            choices={"hidden_activation": tuple(ACTIVATIONS)},
-            irrelevant={
-                "sliding_window_size": "sliding_window says it",
-                "hidden_act": "hidden_activation says it, as in transformers",
-            },
+            irrelevant={"sliding_window_size": "sliding_window says it"},
         )
     )
     name_map = Gemma.name_map | {
@@ -73,6 +77,10 @@ class Gemma2(Gemma):
         "blocks.mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
         "blocks.mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
     }
+
+    def activation_name(self, hf: HFConfig) -> str:
+        """The activation in the MLP, which has a key of its own."""
+        return hf["hidden_activation"]
 
     def from_hf(self, hf: HFConfig) -> dict[str, Any]:
         """Gemma's fields, local layers, norms after the branches, soft caps."""
