@@ -12,11 +12,14 @@ from moresjax.cli.options import (
     add_command,
     add_mesh,
     add_prompting,
+    add_sample,
     add_tuning,
     load_model,
     show,
 )
 from moresjax.core.errors import UserError
+
+LIMIT = 100  # questions of a task, where no number is given
 
 
 def add_parser(commands: Commands) -> None:
@@ -37,8 +40,9 @@ def add_parser(commands: Commands) -> None:
     )
     attention.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
     attention.add_argument(
-        "--limit", type=int, default=100, metavar="N", help="items per task (default: %(default)s)"
+        "--limit", type=int, metavar="N", help=f"items per task (default: {LIMIT}, or --sample)"
     )
+    add_sample(attention)
     attention.add_argument("--split", help="default: each benchmark's own")
     attention.add_argument(
         "--batch-size",
@@ -69,7 +73,9 @@ def run_attention(args: argparse.Namespace) -> None:
         args.tasks.split(","),
         args.out,
         data_root=args.data_root,
-        limit=args.limit,
+        limit=LIMIT if args.limit is None and args.sample is None else args.limit,
+        sample=args.sample,
+        seed=args.seed,
         split=args.split,
         batch_size=args.batch_size,
     )

@@ -10,6 +10,7 @@ from moresjax.cli.options import (
     add_command,
     add_mesh,
     add_prompting,
+    add_sample,
     add_tuning,
     load_model,
     mesh_of,
@@ -34,6 +35,7 @@ def add_parser(commands: Commands) -> None:
     )
     evaluate.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
     evaluate.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
+    add_sample(evaluate)
     evaluate.add_argument(
         "--split", metavar="SPLIT | TASK=SPLIT,..", help="default: each benchmark's own"
     )
@@ -70,13 +72,15 @@ def run(args: argparse.Namespace) -> None:
     """Evaluates a model, or scores saved predictions again."""
     from moresjax.evaluation.presets import table
     from moresjax.evaluation.rescore import rescore
-    from moresjax.evaluation.results import write_results
+    from moresjax.evaluation.results import sample_facts, write_results
     from moresjax.evaluation.run import evaluate
 
     tasks, adapter = args.tasks.split(","), only_adapter(args)
     options = {
         "data_root": args.data_root,
         "limit": args.limit,
+        "sample": args.sample,
+        "seed": args.seed,
         "split": args.split,
         "judge": _judge(args),
     }
@@ -91,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         options |= {"download": args.download}
         result = evaluate(load_model(args, adapter=adapter), tasks, **options)
     facts = {"model": args.model, "adapter": adapter, "tuning": args.tuning, "split": args.split}
-    path = write_results(result, args.out, **facts)
+    path = write_results(result, args.out, **facts, **sample_facts(args.sample, args.seed))
     text = table(result.scores, tasks, result.not_run)
     show(args, json.loads(path.read_text()), f"{text}\nresults: {path}")
     if result.not_run:

@@ -78,8 +78,18 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype",
         metavar="TYPE",
-        help="of activations: float32, bfloat16, float16 or stored; default: a run's own, for a "
-        "Hugging Face folder as stored on TPUs and GPUs, float32 on CPUs",
+        help="dtype of activations: float32, bfloat16, float16 or stored; default: a run's own; "
+        "Hugging Face folders: as stored on TPUs and GPUs, float32 on CPUs",
+    )
+
+
+def add_sample(command: argparse.ArgumentParser) -> None:
+    """Adds `--sample` and `--seed`, which draw the questions of benchmarks."""
+    command.add_argument(
+        "--sample", type=int, metavar="N", help="N questions of a task drawn at random"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="seed for --sample (default: %(default)s)"
     )
 
 

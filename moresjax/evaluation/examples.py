@@ -14,7 +14,8 @@ class Example:
       prompt: The user's turn; `<image>` marks where an image goes.
       answer: What the metric compares a prediction with: a text, ten annotators' texts, reference
         captions; None when only a server knows it.
-      images: Paths, PIL images, uint8 arrays `[Y, X, 3]`, or the bytes of image files.
+      images: Paths, PIL images, uint8 arrays `[Y, X, 3]`, the bytes of image files, or an
+        `UnusableImage`, over which only this question fails.
       choices: Texts that are ranked by log-likelihood; without any, the model writes the answer.
       metadata: What scorers and summaries need beside the answer, such as the question's type.
     """

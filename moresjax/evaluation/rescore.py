@@ -9,7 +9,7 @@ from moresjax.evaluation.files import read_log
 from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.predictions import FILE, read_predictions
 from moresjax.evaluation.results import EvaluationResult, fingerprints, score_task
-from moresjax.evaluation.tasks import BenchmarkTask, load_tasks
+from moresjax.evaluation.tasks import BenchmarkTask, draw_examples, load_tasks
 
 
 def rescore(
@@ -18,6 +18,8 @@ def rescore(
     *,
     data_root: str | Path | None = None,
     limit: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
     split: str | None = None,
     judge: Judge | None = None,
     out: str | Path | None = None,
@@ -38,6 +40,8 @@ def rescore(
         file `TASK.jsonl` or `TASK.json` for each task where the benchmark has several.
       data_root: The folder of the benchmarks' official files.
       limit: The most examples per task.
+      sample: How many examples of every task to draw, as `evaluate` does; the others do not count.
+      seed: Seeds `sample`.
       split: The split of the data; by default the benchmark's own.
       judge: Grades answers where the benchmark wants it.
       out: The directory where a judge's replies are kept while they come, and which the result is
@@ -50,7 +54,7 @@ def rescore(
     """
     start = time.monotonic()
     judge = judge if judge is None or out is None else CachedJudge(judge, out)
-    tasks = load_tasks([task], data_root, limit, split)
+    tasks = draw_examples(load_tasks([task], data_root, limit, split), sample, seed, limit)
     files = {each.name: _file_of(Path(predictions), each, len(tasks)) for each in tasks}
     answered = []
     for each in tasks:

@@ -149,6 +149,11 @@ def _spread(score: TaskScore, examples: Sequence[Example]) -> dict[str, Any]:
     return entry
 
 
+def sample_facts(sample: int | None, seed: int) -> dict[str, int]:
+    """What `results.json` says about examples that were drawn; nothing where all were asked."""
+    return {} if sample is None else {"sample": sample, "sample_seed": seed}
+
+
 def write_results(result: EvaluationResult, out: str | Path, **facts: Any) -> Path:
     """Writes `results.json`, `predictions.jsonl` and submission files into a directory.
 

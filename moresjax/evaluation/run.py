@@ -20,11 +20,17 @@ from moresjax.evaluation.lm import MoresjaxLM, task_requests
 from moresjax.evaluation.lm_eval_tasks import failed_task, load_lm_eval_tasks, run_lm_eval_tasks
 from moresjax.evaluation.predictions import PredictionLog, processor_facts
 from moresjax.evaluation.presets import expand_presets
-from moresjax.evaluation.results import EvaluationResult, score_task, write_results
+from moresjax.evaluation.results import (
+    EvaluationResult,
+    sample_facts,
+    score_task,
+    write_results,
+)
 from moresjax.evaluation.tasks import (
     BenchmarkTask,
     benchmark_names,
     choice_letter,
+    draw_examples,
     load_available_tasks,
 )
 from moresjax.generation.scheduler import Completion
@@ -37,6 +43,8 @@ def evaluate(
     *,
     data_root: str | Path | None = None,
     limit: int | None = None,
+    sample: int | None = None,
+    seed: int = 0,
     split: str | None = None,
     batch_size: int = 64,
     attention: bool = False,
@@ -60,7 +68,9 @@ def evaluate(
         list, or one text with commas. Of a preset those whose data are at hand are run, and the
         others are in the result's `not_run`.
       data_root: The folder of the benchmarks' official files.
-      limit: The most examples per task.
+      limit: The most examples per task, of which the first are taken.
+      sample: How many examples of every task to draw at random, instead of a limit.
+      seed: Seeds `sample`.
       split: The split of the data, for all tasks or as `TASK=SPLIT,TASK=SPLIT` for some; by default
         each benchmark's own.
       batch_size: The rows of a batch.
@@ -88,12 +98,15 @@ def evaluate(
         for name in names
         if name not in benchmark_names()
     }
-    if texts and (attention or split):
+    if texts and (attention or split or sample):
         name = next(iter(texts))
-        raise UserError(f"{name} is a task of lm_eval: it has its own splits, and no images")
+        raise UserError(
+            f"{name} is a task of lm_eval: it has its own splits, no images, and a limit only"
+        )
     loaded, not_run = load_available_tasks(
         [name for name in given if name not in texts], data_root, limit, split
     )
+    loaded = draw_examples(loaded, sample, seed, limit)
     if not_run and not loaded and not texts:
         raise UserError(next(iter(not_run.values())))
     start = time.monotonic()
@@ -106,7 +119,7 @@ def evaluate(
     def finish(found: EvaluationResult) -> EvaluationResult:
         whole = dataclasses.replace(result.joined(found), seconds=time.monotonic() - start)
         if out is not None:
-            write_results(whole, out, split=split)
+            write_results(whole, out, split=split, **sample_facts(sample, seed))
         return whole
 
     with tqdm(total=sum(len(t.examples) for t in loaded), desc=title, disable=None) as bar:

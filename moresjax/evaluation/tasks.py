@@ -12,6 +12,8 @@ score (`scoring.py`), and in which format the benchmark's own tools save and exp
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from moresjax.core.errors import UnknownName, UserError, choice_error
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import add_entry
@@ -197,6 +199,35 @@ def load_available_tasks(
                 raise
             missing[name] = str(error)
     return tasks, missing
+
+
+def draw_examples(
+    tasks: Sequence[BenchmarkTask], sample: int | None, seed: int, limit: int | None = None
+) -> list[BenchmarkTask]:
+    """The tasks with so many examples each, drawn at random and in their order; None: all of them.
+
+    Args:
+      tasks: The tasks.
+      sample: The number of examples to draw.
+      seed: Seeds the draws; those of tasks with equally many examples are alike.
+      limit: The limit that the tasks were loaded with.
+
+    Raises:
+      UserError: The sample is below 1 or comes with a limit, or the seed is negative.
+    """
+    if sample is None:
+        return list(tasks)
+    if sample < 1 or seed < 0:
+        raise UserError(f"sample must be at least 1 and seed at least 0, got {sample} and {seed}")
+    if limit is not None:
+        raise UserError("limit takes the first examples and sample draws some; give one of them")
+    drawn = []
+    for task in tasks:
+        count = len(task.examples)
+        chosen = np.random.default_rng(seed).permutation(count)[:sample]
+        examples = [task.examples[number] for number in sorted(chosen)]
+        drawn.append(dataclasses.replace(task, examples=examples))
+    return drawn
 
 
 def _splits(split: str | None, names: Sequence[str]) -> dict[str, str]:

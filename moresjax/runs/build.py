@@ -60,8 +60,8 @@ def build_model(
         _tell_what_is_left_out(config, Path(root))
     elif isinstance(model, MLLM):
         load_tuning(model, locate(config.init.tuning, root), allow_pickle=allow_pickle)
-    else:
-        raise UserError(f"objective {config.objective} has no tuning; leave init.tuning out")
+    if not isinstance(model, MLLM) and (config.init.tuning, config.tuning) != (RANDOM, "none"):
+        raise UserError(f"objective {config.objective} has no tuning; leave it and init.tuning out")
     return model
 
 

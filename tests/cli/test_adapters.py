@@ -119,8 +119,6 @@ def test_attention_of_several_adapters_on_one_model_and_of_one_on_each(tmp_path,
     again = shares("--model", f"base={BASE}", "--model", f"one={BASE}", "--adapter", one)
     assert [*again] == ["base", "one"]
     assert again["one"] == found["one"]
-    other = shares("--model", f"base={BASE}", "--template", "vicuna_v1")
-    assert other["base"] != again["base"]
     for arguments, message in (
         (["--model", BASE, "--model", f"b={BASE}", "--adapter", one], "choose from: base, b"),
         (["--model", BASE, "--model", BASE], "two models have the name 'base'"),

@@ -27,6 +27,7 @@ data build --task iconqa_txt --root iconqa --split test --out built.json
 data tokenizer --files records.json --vocab-size 300 --out tokenizer
 zoo
 params --llm phi-2
+recipes
 """
 
 

@@ -38,7 +38,7 @@ def test_a_preset_goes_on_without_a_data_set(model, root, tmp_path, monkeypatch,
     assert f"{root / 'hallusionbench'} does not exist" in result.not_run["hallusionbench"]
     assert result.mean_accuracy is None
     # On the command line everything is written before the exit code says it.
-    monkeypatch.setattr("moresjax.cli.evaluate.load_model", lambda args: model)
+    monkeypatch.setattr("moresjax.cli.evaluate.load_model", lambda *_, **__: model)
     arguments = ["evaluate", "--model", "x", "--tasks", "mores-table6", "--data-root", str(root)]
     out = tmp_path / "out"
     assert main([*arguments, "--limit", "2", "--batch-size", "2", "--out", str(out)]) == 2

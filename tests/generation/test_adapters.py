@@ -60,7 +60,8 @@ def test_scores_are_those_of_each_adapter_alone(together, alone):
     for name, scores in zip(names, found, strict=True):
         (expected,) = alone[name].score([PROMPT], [ANSWERS], [[IMAGE]], batch_size=2)
         for one, other in zip(scores, expected, strict=True):
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            # In batches of other sizes, sums have another order.
+            assert one.logprob == pytest.approx(other.logprob, rel=1e-6)
             assert one.is_greedy == other.is_greedy
     assert len({round(scores[0].logprob, 2) for scores in found}) == 3
 

@@ -18,12 +18,12 @@ from moresjax.models.mllm import MLLM
 from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints, named
 from moresjax.runs.config import save_config
+from moresjax.runs.init_tuning import save_shared
 from moresjax.runs.init_weights import trained_parameters
 from moresjax.runs.paths import with_absolute_paths
 from moresjax.runs.state import TrainState
 from moresjax.runs.workdir import load_workdir
 from moresjax.sharding.mesh import make_mesh
-from moresjax.training.loop import train
 from moresjax.training.step import split_model
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.peft import export_peft
@@ -45,7 +45,8 @@ def tuned(method: str, sources: dict, **settings):
 
 def write_run(config, workdir: Path) -> None:
     """The directory of a run that has changed everything that it trains; without its steps."""
-    trainable = split_model(build_model(config, root=workdir), config.also_train)[1]
+    model = build_model(config, root=workdir)
+    trainable = split_model(model, config.also_train)[1]
     rng = np.random.default_rng(0)
     changed = jax.tree.map(
         lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), trainable
@@ -54,6 +55,8 @@ def write_run(config, workdir: Path) -> None:
     checkpoints.save(TrainState(jnp.asarray(1, jnp.int32), changed, ()), {})
     checkpoints.close()
     save_config(with_absolute_paths(config), workdir / "config.json")
+    if isinstance(model, MLLM):
+        save_shared(model.tuning, workdir)
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +106,7 @@ def test_a_task_goes_on_where_the_finetuning_ended(runs, method):
     workdir = runs / f"task-{method}"
     start = parameters(build_model(config, root=workdir))
     assert_same(start, parameters(load_workdir(runs / method)[0]))
-    if method == "mores":
-        train(config, workdir)
-    else:
-        write_run(config, workdir)
+    write_run(config, workdir)
     end = parameters(load_workdir(workdir)[0])
     trained = trained_parameters(workdir)
     moved = {name for name in start if not np.array_equal(start[name], end[name])}
@@ -177,7 +177,7 @@ def test_frozen_arrays_that_came_with_an_adapter_stay_with_the_run(runs, tmp_pat
         array[...] = array[...] + 1  # as another library's generator makes them
     folder = save_adapter(model, tmp_path / "adapter")
     config = tuned(model.tuning.spec, parts_from("../pretrain", tuning=str(folder)))
-    train(config, runs / "vera")
+    write_run(config, runs / "vera")
     shutil.rmtree(folder)
     again = tuned(model.tuning.spec, parts_from("../vera", tuning="../vera"))
     for loaded in (load_workdir(runs / "vera")[0], build_model(again, root=runs / "next")):
@@ -205,6 +205,12 @@ def test_sources_that_do_not_fit_are_told(runs, method, sources, message):
     method = f"{method},positions=all" if method.startswith("mores") else method
     with pytest.raises(UserError, match=message):
         build_model(tuned(method, parts_from("../mores", **sources)), root=runs / "next")
+
+
+@pytest.mark.parametrize("settings", [{"tuning": "mores"}, {"init.tuning": "../mores"}])
+def test_an_objective_without_an_llm_has_no_tuning(runs, settings):
+    with pytest.raises(UserError, match="objective patch_classes has no tuning; leave it and init"):
+        build_model(config_of("stage=vit", settings), root=runs / "next")
 
 
 @pytest.mark.parametrize(

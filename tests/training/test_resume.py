@@ -1,5 +1,6 @@
 """Going on: with more steps, from other paths, and never from what is something else."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -42,7 +43,9 @@ def run(finished, tmp_path) -> Path:
 
 
 def test_more_steps_continue_a_finished_run_as_if_it_had_never_ended(finished, run, tmp_path):
-    assert train(head_config(steps=6, log_every=1), run).step == 6
+    longer = dataclasses.replace(head_config(log_every=1), steps=0, samples=48)  # 8 a step
+    assert train(longer, run).step == 6
+    assert train(head_config(steps=6), run).step == 6
     assert [line["step"] for line in logged(run)] == [4, 5, 6]
     train(head_config(steps=6), tmp_path / "whole")
     assert_equal_weights(run, tmp_path / "whole")

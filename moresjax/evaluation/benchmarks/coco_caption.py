@@ -2,7 +2,8 @@
 
 Files in `coco_caption/`: `dataset_coco.json` (of
 https://cs.stanford.edu/people/karpathy/deepimagesent/caption_datasets.zip). Photos in
-`coco/val2014/`. Prompt and length limit are those of xl-vlms.
+`coco/val2014/`, those of the split `train` (with `restval`) also in `coco/train2014/`. Prompt and
+length limit are those of xl-vlms.
 """
 
 from moresjax.evaluation.examples import Example
@@ -20,7 +21,7 @@ from moresjax.evaluation.files import (
 from moresjax.evaluation.scoring import caption_scorer
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
-SIZES = {"test": 5_000, "val": 5_000}
+SIZES = {"test": 5_000, "val": 5_000, "train": 113_287}
 
 
 @benchmark("coco_caption")
@@ -30,8 +31,9 @@ def load(
     """CIDEr-D, BLEU and ROUGE-L."""
     folder = benchmark_folder("coco_caption", data_root)
     check_split("coco_caption", split, list(SIZES))
+    parts = ("train", "restval") if split == "train" else (split,)
     rows = [
-        row for row in read_json(folder, "dataset_coco.json")["images"] if row["split"] == split
+        row for row in read_json(folder, "dataset_coco.json")["images"] if row["split"] in parts
     ]
     coco = folder.parent / "coco"
     examples = [

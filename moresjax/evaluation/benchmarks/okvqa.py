@@ -59,20 +59,22 @@ def records(root: Path, split: str, rng: random.Random) -> Iterator[Record]:
         yield llava_record(question["question_id"], image, question["question"], answer)
 
 
-def vqa_examples(prefix: str, folder: Path, data_root: DataRoot) -> list[Example]:
-    """All questions of val2014 in the VQA format; `prefix` is that of the files' version."""
+def vqa_examples(
+    prefix: str, folder: Path, data_root: DataRoot, split: str = "val"
+) -> list[Example]:
+    """All questions of a split of 2014 in the VQA format; `prefix` is the files' version's."""
     return [
         Example(
             str(question["question_id"]),
             llava_prompt(question["question"]),
             [answer["answer"] for answer in annotation["answers"]],
-            (coco_image(data_root, "val2014", question["image_id"]),),
+            (coco_image(data_root, f"{split}2014", question["image_id"]),),
             metadata={
                 "answer_type": annotation["answer_type"],
                 "question_type": annotation["question_type"],
             },
         )
-        for question, annotation, _ in coco_questions(folder, "val", prefix)
+        for question, annotation, _ in coco_questions(folder, split, prefix)
     ]
 
 

@@ -1,9 +1,9 @@
 """VQAv2 (Goyal et al. 2017): open questions about COCO photos, ten answers each.
 
 Files in `vqav2/`, from https://visualqa.org/download.html:
-`v2_OpenEnded_mscoco_val2014_questions.json` and `v2_mscoco_val2014_annotations.json`; for the
-server `v2_OpenEnded_mscoco_test2015_questions.json` and, for test-dev, the file of
-`test-dev2015`. Photos in `coco/val2014/` and `coco/test2015/`.
+`v2_OpenEnded_mscoco_val2014_questions.json` and `v2_mscoco_val2014_annotations.json`, or those of
+`train2014`; for the server `v2_OpenEnded_mscoco_test2015_questions.json` and, for test-dev, the
+file of `test-dev2015`. Photos in `coco/val2014/`, `coco/train2014/` and `coco/test2015/`.
 """
 
 import json
@@ -29,7 +29,7 @@ from moresjax.evaluation.scoring import example_scorer, percent_by
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 from moresjax.evaluation.training_files import Record, llava_record, training_records
 
-SIZES = {"val": 214_354, "test": 447_793, "test-dev": 107_394}
+SIZES = {"val": 214_354, "train": 443_757, "test": 447_793, "test-dev": 107_394}
 ALL = "v2_OpenEnded_mscoco_test2015_questions.json"
 
 
@@ -46,16 +46,16 @@ def records(root: Path, split: str, rng: random.Random) -> Iterator[Record]:
 def load(
     data_root: DataRoot = None, limit: int | None = None, split: str = "val"
 ) -> list[BenchmarkTask]:
-    """VQA accuracy on `val`; `test-dev` and `test` make the file for the EvalAI server."""
+    """VQA accuracy on `val`, `train`; `test-dev` and `test` make the file for the EvalAI server."""
     folder = benchmark_folder("vqav2", data_root)
     check_split("vqav2", split, list(SIZES))
     scorer = example_scorer(
         vqa_accuracy, percent_by("answer_type", "question_type"), "VQA accuracy"
     )
     read = result_reader("question_id", "answer")
-    if split == "val":
-        examples = vqa_examples("v2_", folder, data_root)
-        examples = limit_rows(examples, limit, "vqav2 val", SIZES[split])
+    if split in ("val", "train"):
+        examples = vqa_examples("v2_", folder, data_root, split)
+        examples = limit_rows(examples, limit, f"vqav2 {split}", SIZES[split])
         return [BenchmarkTask("vqav2", examples, scorer=scorer, read=read)]
     file = f"v2_OpenEnded_mscoco_{split}2015_questions.json"
     rows = limit_rows(
