@@ -5,12 +5,10 @@
 
 from collections import Counter
 
-import pytest
-
 from moresjax.testing.references import check_cases
 from moresjax.weights.families import base
 
-CASES = 100
+CASES = 40
 
 
 def test_random_cases_are_equal_or_refused():
@@ -24,8 +22,7 @@ def test_random_cases_are_equal_or_refused():
     assert any("llava" in outcome.what for outcome in outcomes if outcome.kind == "equal")
 
 
-@pytest.mark.parametrize("taken", ["gelu_tanh", "silu"])
-def test_a_silent_difference_is_found(monkeypatch, taken):
-    monkeypatch.setattr(base, "ACTIVATIONS", dict.fromkeys(base.ACTIVATIONS, taken))
+def test_a_silent_difference_is_found(monkeypatch):
+    monkeypatch.setattr(base, "ACTIVATIONS", dict.fromkeys(base.ACTIVATIONS, "gelu_tanh"))
     kinds = Counter(outcome.kind for outcome in check_cases(8, seed=0, few_sizes=True))
     assert kinds["DIFFERENT"] >= 2
