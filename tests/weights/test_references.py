@@ -1,4 +1,4 @@
-"""Random models, adapters and prompts: equal to `transformers` and `peft`, or refused in a sentence.
+"""Random cases: equal to `transformers` and `peft`, or refused in one sentence.
 
 `benchmarks/same_as_references.py` runs as many as one likes, with more sizes.
 """
@@ -17,7 +17,7 @@ def test_random_cases_are_equal_or_refused():
     assert [o for o in outcomes if o.kind in ("DIFFERENT", "crash")] == []
     assert counts["equal"] >= CASES // 2
     refused = [outcome for outcome in outcomes if outcome.kind == "refused"]
-    assert all(20 < len(outcome.detail) and "\n" not in outcome.detail for outcome in refused)
+    assert all(len(outcome.detail) > 20 and "\n" not in outcome.detail for outcome in refused)
     assert any(" with " in outcome.what for outcome in outcomes if outcome.kind == "equal")
     assert any("llava" in outcome.what for outcome in outcomes if outcome.kind == "equal")
 
