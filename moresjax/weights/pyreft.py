@@ -278,16 +278,17 @@ def _read(
 
 def _place(entry: Mapping[str, Any] | Sequence[Any], folder: Path) -> tuple[int, str, int | None]:
     """Layer, key and rank of an entry of `representations`; the key is without the number."""
-    named = isinstance(entry, Mapping)
-    if len(entry) < len(_FIELDS) - 1:
-        raise UserError(f"{folder}: an entry of representations has {len(entry)} fields")
-    values = [entry.get(f) for f in _FIELDS] if named else [*entry, None][: len(_FIELDS)]
-    others = dict(entry) if named else dict(enumerate(entry, 1))
-    for key in _FIELDS if named else range(1, len(_FIELDS) + 1):
-        others.pop(key, None)
-    for key, value in others.items():
-        if value not in (None, [None]):
+    if isinstance(entry, Mapping):
+        fields: dict[str, Any] = dict(entry)
+    else:
+        names = [*_FIELDS, *(str(n) for n in range(len(_FIELDS) + 1, len(entry) + 1))]
+        fields = dict(zip(names, entry, strict=False))
+    if missing := [field for field in _FIELDS[:4] if field not in fields]:
+        raise UserError(f"{folder}: an entry of representations has no {missing[0]}")
+    for key, value in fields.items():
+        if key not in _FIELDS and value not in (None, [None]):
             raise UserError(f"{folder}: representations with field {key} = {value!r}")
+    values: list[Any] = [fields.get(field) for field in _FIELDS]
     layer, component, unit, units, rank = values
     if path := _PATH.fullmatch(component):
         layer = path[1]
