@@ -11,13 +11,11 @@ of one task file, from the run or folder `start`). Sizes: `3b` (Phi-2 + SigLIP),
 `data.files` and `data.image_root`; `configs/README.md` lists every run.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict
 
 from moresjax.core.errors import choice_error
 from moresjax.data.task_names import check_task
-from moresjax.models.zoo import ENCODERS, MODELS
+from moresjax.models.zoo import MODELS
 from moresjax.runs.config import base_config, parse_arg
 from moresjax.tuning.spec import parse_spec, with_defaults
 
@@ -70,10 +68,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.image_processor = config.init.vision
     config.template = TEMPLATES[args.size]
     config.mesh.data, config.mesh.fsdp = 1, -1
-    # The authors drop the first token of SigLIP, which has no class token: 728 remain.
-    encoder = ENCODERS[vision]
-    fields = dataclasses.asdict(encoder) | {"drop_first_token": not encoder.class_token}
-    config.model.vision = fields
+    config.model.vision = vision
     stages[args.stage](config, args)
     return config
 

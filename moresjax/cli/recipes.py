@@ -12,14 +12,18 @@ def add_parser(commands: Commands) -> None:
     recipes = add_command(commands, "recipes", run, help)
     papers = "llava-steering, mrt or shift; default: all"
     recipes.add_argument("paper", nargs="?", default="", metavar="PAPER", help=papers)
+    recipes.add_argument("--markdown", action="store_true", help="print the page of the docs")
     recipes.add_argument("table", nargs="?", default="", metavar="TABLE", help="such as 2 or S3")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints a line per cell, or per row whose cells are of one run."""
-    from moresjax.studies.recipes import select_recipes
+    from moresjax.studies.recipes import markdown, select_recipes
 
     recipes = select_recipes(args.paper, args.table)
+    if args.markdown:
+        print(markdown(recipes), end="")
+        return
     lines = []
     for recipe in recipes:
         place = f"{recipe.paper} {recipe.table}"

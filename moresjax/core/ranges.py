@@ -60,9 +60,14 @@ class Range:
 
 
 FINITE = Range()
+AnyInt = Annotated[int, FINITE]
 Positive = Annotated[int, Range(1)]
 NonNegative = Annotated[int, Range(0)]
-# The rate of a dropout.
+Finite = Annotated[float, FINITE]
+AboveZero = Annotated[float, Range(above=0)]
+AtLeastZero = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+# The rate of a dropout, or of a decay.
 Rate = Annotated[float, Range(0, below=1)]
 
 
@@ -94,16 +99,20 @@ def check_ranges(values: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_ranges(value, f"{name}.")
         else:
-            _check(name, value, ranges.get(field.name, FINITE))
+            check_value(name, value, ranges.get(field.name, FINITE))
 
 
-def _check(name: str, value: Any, allowed: Range) -> None:
-    """Checks a number, or all numbers of a tuple or a mapping."""
+def check_value(name: str, value: Any, allowed: Range) -> None:
+    """Checks a number, or all numbers of a tuple; those of a mapping must be finite.
+
+    Raises:
+      UserError: Names the setting, its range and the number.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
-            _check(f"{name}.{key}", item, FINITE)
+            check_value(f"{name}.{key}", item, FINITE)
     elif isinstance(value, tuple):
         for item in value:
-            _check(name, item, allowed)
+            check_value(name, item, allowed)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         allowed.check(name, value)

@@ -1,7 +1,7 @@
 """Models from and to the formats of other tools: `moresjax import` and `moresjax export`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,7 +9,10 @@ from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import check_new, new_folder
+from moresjax.core.parameter_names import named_parameters
+from moresjax.core.types import AnyArray
 from moresjax.data.images import saved_image_size, saved_processor
+from moresjax.data.processor import Processor
 from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
 from moresjax.inference.load import attach_saved, has_tokenizer, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
@@ -21,6 +24,7 @@ from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import build_processor, load_tokenizer
 from moresjax.runs.run_config import PARTS, RANDOM, InitConfig, PartsConfig, RunConfig
 from moresjax.runs.state import TrainState
+from moresjax.tuning.merge import merged
 from moresjax.weights.adapter import save_adapter
 from moresjax.weights.export import export_hf, export_tinyllava
 from moresjax.weights.families.llava_original import is_original
@@ -51,7 +55,7 @@ def import_model(
 
     >>> import tempfile
     >>> from moresjax.testing import talking_model
-    >>> from moresjax.weights.export import export_hf, export_tinyllava
+    >>> from moresjax.weights.export import export_hf
     >>> folder = export_hf(talking_model().mllm, tempfile.mkdtemp())
     >>> import_model(folder, tempfile.mkdtemp()).config.visual_tokens
     9
@@ -188,7 +192,7 @@ def export_model(
 
     >>> import tempfile
     >>> from moresjax.testing import talking_model
-    >>> from moresjax.weights.export import export_hf, export_tinyllava
+    >>> from moresjax.weights.export import export_hf
     >>> base = export_hf(talking_model().mllm, tempfile.mkdtemp())
     >>> sorted(path.name for path in export_model(base, tempfile.mkdtemp(), "hf").iterdir())
     ['config.json', 'model.safetensors']
@@ -213,19 +217,54 @@ def export_model(
     # Whole weights go out; what was trained beside them goes out over any.
     quantize = None if format in ADAPTER_FORMATS else ""
     loaded = load(model, quantize=quantize, allow_pickle=allow_pickle)
-    if adapter is not None:
-        loaded.load_adapter(adapter, edits=edits, allow_pickle=allow_pickle)
     config = Path(model) / "config.json"
     also = read_config(config).also_train if is_workdir(Path(model)) else ()
-    trained = Trained.of(loaded.mllm, also)
+    if adapter is not None:
+        before = {name: x.get_value() for name, x in named_parameters(loaded.mllm).items()}
+        loaded.load_adapter(adapter, edits=edits, allow_pickle=allow_pickle)
+        also = (*also, *_brought(before, loaded.mllm))
+    return export_loaded(loaded.mllm, out, format, loaded.processor, also_train=also)
+
+
+def export_loaded(
+    mllm: MLLM,
+    out: str | Path,
+    format: str,
+    processor: Processor | None = None,
+    *,
+    also_train: Sequence[str] = (),
+) -> Path:
+    """Writes a model that is loaded; see `export_model`.
+
+    Args:
+      mllm: The model with its tuning.
+      out: A new or empty folder.
+      format: One of `FORMATS`.
+      processor: Tokenizer and image processor, which go along with whole models.
+      also_train: Patterns of parameters outside the tuning that trained.
+
+    Raises:
+      UserError: when the format cannot hold the model; nothing is written then.
+    """
+    if format not in FORMATS:
+        raise choice_error("export format", format, FORMATS)
+    trained = Trained.of(mllm, also_train)
     with checked(format, trained), new_folder(out, "export") as new:
         if format in ADAPTER_FORMATS:
             _export_adapter(trained, new, format)
+        elif format == "tinyllava":
+            export_tinyllava(merged(mllm), new, processor)
         else:
-            mllm = loaded.mllm if format == "hf" else loaded.merge().mllm
-            write = export_tinyllava if format == "tinyllava" else export_hf
-            write(mllm, new, loaded.processor)
+            export_hf(mllm if format == "hf" else merged(mllm), new, processor)
     return Path(out)
+
+
+def _brought(before: Mapping[str, AnyArray], mllm: MLLM) -> list[str]:
+    """Parameters of the model itself that an adapter has set."""
+    now = named_parameters(mllm).items()
+    changed = [name for name, x in now if before.get(name, x.get_value()) is not x.get_value()]
+    rest = [name for name in changed if not name.startswith("connector.")]
+    return [*(["connector"] if len(rest) < len(changed) else []), *rest]
 
 
 def _export_adapter(trained: Trained, out: Path, format: str) -> None:

@@ -95,7 +95,7 @@ def _tinyllava(model: Trained) -> str:
     tinyllava_config(model.mllm.config)
     left = [method for method in model.methods if not _can_merge(method)]
     if len(left) > 1:
-        return f"several methods ({model.mllm.tuning.spec})"
+        return " and ".join(method.name for method in left)
     return unnoted(left[0]) if left else ""
 
 

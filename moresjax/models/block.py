@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.errors import UserError
 from moresjax.core.ops import pick, write_at
+from moresjax.core.ranges import AtLeastZero, Finite, NonNegative, Positive
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs
@@ -39,20 +40,20 @@ class BlockConfig:
       UserError: for a pattern of local and global layers that cannot be.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int = 0  # 0: as many as query heads
-    head_dim: int = 0  # 0: hidden_size // num_heads
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_kv_heads: NonNegative = 0  # 0: as many as query heads
+    head_dim: NonNegative = 0  # 0: hidden_size // num_heads
     norm: str = "rms"  # rms | layer
-    norm_eps: float = 1e-6
-    norm_offset: float = 0.0  # added to the scale of every norm (Gemma: 1)
+    norm_eps: AtLeastZero = 1e-6
+    norm_offset: Finite = 0.0  # added to the scale of every norm (Gemma: 1)
     qk_norm: bool = False  # RMSNorm over each head's queries and keys, before the rotation
     post_norms: bool = False  # also norms on the outputs of attention and MLP
-    query_scale: float = 0.0  # factor on the attention logits; 0: head_dim ** -0.5
-    attention_softcap: float = 0.0  # 0: none
-    window: int = 0  # keys a query of a local layer sees, itself included
+    query_scale: AtLeastZero = 0.0  # factor on the attention logits; 0: head_dim ** -0.5
+    attention_softcap: AtLeastZero = 0.0  # 0: none
+    window: NonNegative = 0  # keys a query of a local layer sees, itself included
     attention_pattern: str = "g"  # l(ocal) or g(lobal) layers, repeated
     activation: str = "silu"
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))

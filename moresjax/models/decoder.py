@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.ranges import AboveZero, AtLeastZero, NonNegative, Positive, Share
 from moresjax.core.types import AnyArray
 from moresjax.models.attention import soft_cap
 from moresjax.models.block import (
@@ -51,22 +52,22 @@ class DecoderConfig(BlockConfig):
       UserError: for a kind of positions, rope scaling or attention that does not exist.
     """
 
-    vocab_size: int
+    vocab_size: Positive
     positions: str = "rope"  # rope | learned
-    position_offset: int = 0  # row of position 0 in the table of learned positions
-    rope_theta: float = 10_000.0
+    position_offset: NonNegative = 0  # row of position 0 in the table of learned positions
+    rope_theta: AboveZero = 10_000.0
     rope_scaling: str = "default"  # default | linear | llama3
-    rope_factor: float = 1.0  # by which `rope_scaling` stretches the context
-    rope_low_turns: float = 1.0  # llama3: frequencies with fewer turns in the old context shrink
-    rope_high_turns: float = 4.0  # llama3: frequencies with more turns stay
-    rope_original_positions: int = 8192
-    local_rope_theta: float = 0.0  # theta of local layers, without scaling; 0: like the others
-    rotary_fraction: float = 1.0  # share of each head's features that is rotated
+    rope_factor: AboveZero = 1.0  # by which `rope_scaling` stretches the context
+    rope_low_turns: AboveZero = 1.0  # llama3: frequencies with fewer turns of old shrink
+    rope_high_turns: AboveZero = 4.0  # llama3: frequencies with more turns stay
+    rope_original_positions: Positive = 8192
+    local_rope_theta: AtLeastZero = 0.0  # theta of local layers, not scaled; 0: like the others
+    rotary_fraction: Share = 1.0  # share of each head's features that is rotated
     scale_embeddings: bool = False  # multiply embeddings by the root of the hidden size
     tie_embeddings: bool = False
     head_bias: bool = False
-    logit_softcap: float = 0.0  # 0: none
-    max_positions: int = 2048
+    logit_softcap: AtLeastZero = 0.0  # 0: none
+    max_positions: Positive = 2048
     attention: str = "auto"  # auto | xla | splash | cudnn, see `moresjax.models.fused_attention`
 
     def __post_init__(self) -> None:

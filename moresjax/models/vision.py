@@ -6,6 +6,7 @@ visual tokens (those handed to the connector), D hidden size.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.ranges import FINITE, AnyInt, AtLeastZero, NonNegative, Positive, Range
 from moresjax.models.block import Block, BlockConfig, run_blocks
 from moresjax.models.layers import Linear, Norm, param, stack
 from moresjax.tuning.hooks import TowerHooks
@@ -33,20 +35,20 @@ class VisionConfig(BlockConfig):
       UserError: for an unknown `select`.
     """
 
-    image_size: int
-    patch_size: int
+    image_size: Positive
+    patch_size: Positive
     class_token: bool = False  # CLIP, DINOv2
-    registers: int = 0  # learned tokens between class token and patches, without a position
+    registers: NonNegative = 0  # learned tokens between class token and patches, without a position
     pre_norm: bool = False  # norm before the first block (CLIP)
     patch_bias: bool = True  # all but CLIP
-    feature_layer: int = -2  # index into [embeddings, output of block 1, ...]
-    num_trainable_blocks: int = 0  # used blocks at the end with a stack of their own, to train them
+    feature_layer: AnyInt = -2  # index into [embeddings, output of block 1, ...]
+    num_trainable_blocks: NonNegative = 0  # last used blocks, in a stack of their own
     select: str = "patch"  # patch | cls_patch; registers are always dropped
     drop_first_token: bool = False  # drop one token even without a class token (728 of 729)
-    pixel_mean: Sequence[float] = HALF  # mean of the pixels (0..1) it was trained on, per colour
-    pixel_std: Sequence[float] = HALF  # and their standard deviation
+    pixel_mean: Annotated[Sequence[float], FINITE] = HALF  # of the pixels (0..1), per colour
+    pixel_std: Annotated[Sequence[float], Range(above=0)] = HALF  # and their standard deviation
     norm: str = "layer"
-    norm_eps: float = 1e-5
+    norm_eps: AtLeastZero = 1e-5
     gated_mlp: bool = False
     qkv_bias: bool = True
     out_bias: bool = True

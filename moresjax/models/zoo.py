@@ -288,6 +288,10 @@ VISION: dict[str, VisionConfig] = {
     "siglip-l-16-384": _siglip(384, 16, 1024, 4096, 24, 16),
     "siglip-so400m-14-224": _siglip(224, 14, 1152, 4304, 27, 16),
     "siglip-so400m-14-384": _siglip(384, 14, 1152, 4304, 27, 16),
+    # As TinyLLaVA Factory and LLaVA Steering read it: without the first of its 729 tokens.
+    "siglip-so400m-14-384-728": dataclasses.replace(
+        _siglip(384, 14, 1152, 4304, 27, 16), drop_first_token=True
+    ),
     "dinov2-s-14": _dinov2(384, 12),
     "dinov2-b-14": _dinov2(768, 12),
     "dinov2-l-14": _dinov2(1024, 24),
@@ -310,7 +314,7 @@ ENCODERS: dict[str, AnyVisionConfig] = VISION | FUSED_VISION
 
 # Whole models: LLM and encoder; their connector is `mlp2x_gelu`.
 MODELS: dict[str, tuple[str, str]] = {
-    "llava-steering-3b": ("phi-2", "siglip-so400m-14-384"),
+    "llava-steering-3b": ("phi-2", "siglip-so400m-14-384-728"),
     "llava-steering-7b": ("vicuna-7b", "clip-l-14-336"),
     "llava-steering-13b": ("vicuna-13b", "clip-l-14-336"),
     "llava-1.5-7b": ("vicuna-7b", "clip-l-14-336"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.ranges import FINITE, check_value, ranges_of
 from moresjax.models.contrastive import ContrastiveModel
 from moresjax.models.decoder import DecoderConfig, quantized
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
@@ -102,12 +103,13 @@ def _llm_config(choice: PartChoice) -> DecoderConfig:
 
 
 def check_fields(what: str, values: Mapping[str, Any], kind: type) -> None:
-    """Refuses names that are no fields of a part's configuration.
+    """Refuses names that are no fields of a part's configuration, and numbers out of range.
 
     Raises:
-      UserError: names the field and those there are.
+      UserError: names the field, and those there are or its range.
     """
-    fields = [field.name for field in dataclasses.fields(kind)]
-    for key in values:
+    fields, ranges = [field.name for field in dataclasses.fields(kind)], ranges_of(kind)
+    for key, value in values.items():
         if key not in fields:
             raise choice_error(f"field of {what}", key, fields)
+        check_value(f"{key} of the {what}", value, ranges.get(key, FINITE))

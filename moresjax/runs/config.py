@@ -9,6 +9,7 @@ named with arguments after a colon, and single values are overridden on the comm
 """
 
 import ast
+import dataclasses
 import importlib.util
 import json
 import re
@@ -21,6 +22,7 @@ import ml_collections
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import use_plugins
 from moresjax.core.ranges import check_ranges
+from moresjax.models.zoo import LLMS, VISION
 from moresjax.runs.run_config import BUDGET, RENAMED_KEYS, RunConfig, check_spelling, resolve
 from moresjax.tuning.spec import keys_of
 
@@ -174,11 +176,14 @@ def _pieces(arg: str) -> list[str]:
 def set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     """Sets `a.b` from text, keeping the type.
 
+    `model.vision.feature_layer` and the like change a field of a part that has a name.
+
     Raises:
       UserError: for an unknown key or a value of another type.
     """
     check_spelling(key)
     *parents, last = key.split(".")
+    _name_to_fields(config, parents)
     node: Any = config
     default: Any = base_config()
     for name in (*parents, last):
@@ -191,6 +196,14 @@ def set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
         if name is not last:
             node = node[name]
     node[last] = _literal(text) if default is None else _convert(key, text, default)
+
+
+def _name_to_fields(config: ml_collections.ConfigDict, parents: Sequence[str]) -> None:
+    """Writes a named part as its fields, so that one of them can be set."""
+    zoo = {"model.llm": LLMS, "model.vision": VISION}.get(".".join(parents), {})
+    name = config.get("model", {}).get(parents[-1]) if zoo else None
+    if isinstance(name, str) and name in zoo:
+        config.model[parents[-1]] = dataclasses.asdict(zoo[name])
 
 
 def _literal(text: str) -> Any:

@@ -13,7 +13,15 @@ from typing import Annotated, Any
 import ml_collections
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.ranges import NonNegative, Positive, Range
+from moresjax.core.ranges import (
+    AboveZero,
+    AtLeastZero,
+    NonNegative,
+    Positive,
+    Range,
+    Rate,
+    Share,
+)
 
 # A part's weights are freshly initialised.
 RANDOM = "random"
@@ -24,10 +32,6 @@ PartChoice = str | Mapping[str, Any]
 # How long a run is: exactly one of these keys says it.
 BUDGET = ("steps", "samples", "epochs")
 
-Share = Annotated[float, Range(0, 1)]
-Decay = Annotated[float, Range(0, below=1)]
-AtLeastZero = Annotated[float, Range(0)]
-AboveZero = Annotated[float, Range(above=0)]
 Devices = Annotated[int, Range(1, also=(-1,))]
 
 
@@ -97,8 +101,8 @@ class OptimizerConfig:
     schedule: str = "cosine"
     warmup: Share = 0.03
     end: Share = 0.0
-    b1: Decay = 0.9
-    b2: Decay = 0.999
+    b1: Rate = 0.9
+    b2: Rate = 0.999
     eps: AboveZero = 1e-8
     weight_decay: AtLeastZero = 0.0
     clip: AtLeastZero = 1.0
@@ -133,7 +137,7 @@ class ValidationConfig:
     """
 
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    share: Decay = 0.0
+    share: Rate = 0.0
     every: NonNegative = 0
     batches: NonNegative = 0
 

@@ -18,6 +18,7 @@ from moresjax.runs.init_weights import load_parts, trained_parameters
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import PARTS, RANDOM, RunConfig
+from moresjax.tuning.methods.qlora import without_qlora
 from moresjax.tuning.spec import parse_spec
 from moresjax.weights.dtypes import DTYPES
 from moresjax.weights.hf import HFFolders, pretrained_config
@@ -75,7 +76,9 @@ def _build(
 ) -> tuple[MLLM, Processor | None]:
     """Model and processor of a run from its configuration and the parameters that it trained."""
     architecture = model_config(config)
-    model = MLLM(architecture, config.tuning)
+    # Over whole weights, which an export writes, the same parameters are those of `lora`.
+    spec = config.tuning if architecture.llm.int8 else without_qlora(config.tuning)
+    model = MLLM(architecture, spec)
     chosen = None if tuning is None else MLLM(architecture, tuning)
     if chosen is not None and chosen.tuning.spec != model.tuning.spec:
         model = chosen

@@ -9,7 +9,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 
 from moresjax.core.errors import choice_error
 
@@ -238,12 +239,18 @@ def _shift() -> Iterator[Recipe]:
             yield Recipe("shift", table, row, tasks=tasks, attach=attach, remark=remark)
 
 
-RECIPES: tuple[Recipe, ...] = (
-    *(*_multi_task(), *_task_specific()),
-    *(*_mrt(), *_mrt_ablations()),
-    *_shift(),
-)
 PAPERS = ("llava-steering", "mrt", "shift")
+
+
+def _place(recipe: Recipe) -> tuple[int, str, int]:
+    """Where a recipe's table stands: tables, those of an appendix, figures."""
+    kind, number = re.fullmatch(r"(\D*)(\d+)", recipe.table).groups()  # pyright: ignore
+    return PAPERS.index(recipe.paper), {"": "", "S": "A"}.get(kind, "B"), int(number)
+
+
+RECIPES: tuple[Recipe, ...] = tuple(
+    sorted((*_multi_task(), *_task_specific(), *_mrt(), *_mrt_ablations(), *_shift()), key=_place)
+)
 
 
 def select_recipes(paper: str = "", table: str = "") -> tuple[Recipe, ...]:
@@ -263,3 +270,37 @@ def select_recipes(paper: str = "", table: str = "") -> tuple[Recipe, ...]:
     if table and table not in tables:
         raise choice_error("table", table, tables)
     return tuple(recipe for recipe in found if table in ("", recipe.table))
+
+
+TITLES = {
+    "llava-steering": "LLaVA Steering",
+    "mrt": "MRT: a representation view",
+    "shift": "Representation shift",
+}
+
+
+def markdown(recipes: Sequence[Recipe]) -> str:
+    """Recipes as a page of tables, one for every table of a paper."""
+    lines = [
+        "# Recipes",
+        "",
+        "What `moresjax recipes --markdown` prints: the run behind every cell.",
+    ]
+    lines.append("[Reproduce the papers](../how-to/reproduce.md) says how, and what is assumed.")
+    paper = ""
+    for (name, table), group in itertools.groupby(recipes, lambda r: (r.paper, r.table)):
+        if name != paper:
+            lines += ["", f"## {TITLES[name]}"]
+            paper = name
+        title = table if table.startswith("Figure") else f"Table {table}"
+        lines += ["", f"### {TITLES[name].partition(':')[0]}, {title}", ""]
+        lines += [
+            "| row | column | run | evaluate | printed | remark |",
+            "|---|---|---|---|---|---|",
+        ]
+        for r in group:
+            run = r.config or (f"attach {r.attach}" if r.attach else "")
+            spec = f"`{run}`" if run else ""
+            cells = (r.row, r.column, spec, r.tasks, r.printed, r.remark)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

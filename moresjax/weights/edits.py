@@ -94,7 +94,7 @@ def write_edits(
             assert isinstance(method, Edit)
             mask = tuning.layer_mask(key, site)
             layers = [] if mask is None else np.flatnonzero(mask).tolist()
-            for leaf, x in _prepared(method, variables).items():
+            for leaf, x in written_params(method, variables).items():
                 arrays[f"{len(records)}.{leaf}"] = x[None] if mask is None else x[layers]
             records.append(
                 {
@@ -168,8 +168,8 @@ def _without_file(method: Method) -> Method:
     return dataclasses.replace(method, vector="") if isinstance(method, Steer) else method
 
 
-def _prepared(method: Edit, variables: Any) -> dict[str, np.ndarray]:
-    """Parameters in fp32; `rotate` is orthonormal where the method makes it so."""
+def written_params(method: Method, variables: Any) -> dict[str, np.ndarray]:
+    """Parameters in fp32 as they are written; `rotate` is orthonormal where its method is."""
     params = {leaf: np.asarray(x[...], np.float32) for leaf, x in variables.items()}
     if isinstance(method, LowRankEdit) and method.orthogonal:
         q, r = np.linalg.qr(params["rotate"].astype(np.float64))

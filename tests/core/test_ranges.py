@@ -9,7 +9,10 @@ import pytest
 import moresjax.tuning  # noqa: F401 (registers the methods)
 from moresjax.core.errors import UserError
 from moresjax.core.ranges import Range, check_ranges, ranges_of
+from moresjax.models.decoder import DecoderConfig
 from moresjax.models.mllm import MLLM
+from moresjax.models.vision import VisionConfig
+from moresjax.runs.architecture import check_fields
 from moresjax.runs.config import load_config
 from moresjax.runs.run_config import RunConfig
 from moresjax.testing.models import tiny_config
@@ -63,6 +66,18 @@ def test_every_number_of_a_configuration_has_a_range(key, kind, name, hint):
         value = (number,) if typing.get_origin(hint) is tuple else number
         with pytest.raises(UserError, match=rf"^x {name} must be .*, got {number}$"):
             check_ranges(dataclasses.replace(kind(), **{name: value}), "x ")
+
+
+@pytest.mark.parametrize("kind", [DecoderConfig, VisionConfig])
+def test_every_number_of_a_part_has_a_range(kind):
+    assert len(list(numeric_fields(kind))) > 15
+    for name, _ in numeric_fields(kind):
+        allowed = ranges_of(kind).get(name)
+        assert allowed, f"{name} has no range"
+        limits = outside(allowed) if str(allowed) != "a finite number" else []
+        for number in (math.nan, math.inf, *limits):
+            with pytest.raises(UserError, match=f"^{name} of the part must be .*, got {number}$"):
+                check_fields("part", {name: number}, kind)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -27,7 +27,7 @@ def test_every_name_has_a_card(capsys):
 
 def test_whole_models_are_named_like_llms():
     config = mllm_config("llava-steering-3b")
-    assert (config.llm, config.vision) == (LLMS["phi-2"], ENCODERS["siglip-so400m-14-384"])
-    assert config.visual_tokens == 729
+    assert (config.llm, config.vision) == (LLMS["phi-2"], ENCODERS["siglip-so400m-14-384-728"])
+    assert config.visual_tokens == 728
     with pytest.raises(UserError, match=r"LLM 'llava-2'.*phi-2.*llava-steering-3b"):
         mllm_config("llava-2")

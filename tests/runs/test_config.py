@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from moresjax.configs import digits
 from moresjax.core.errors import UserError
+from moresjax.models.zoo import mllm_config
+from moresjax.runs.architecture import model_config
 from moresjax.runs.config import (
     base_config,
     differences,
@@ -361,6 +363,24 @@ def test_a_resolved_configuration_stays_as_it_is():
 
 
 # ---- Packaged configs.
+
+
+@pytest.mark.parametrize("name", ["digits:stage=finetune", "llava_steering", "mrt", "forkme"])
+def test_every_part_of_every_config_is_swapped_by_name(name):
+    for llm, vision in (("phi-1.5", "clip-l-14-336"), ("qwen2.5-0.5b", "mof-l-14-336")):
+        changes = [f"model.llm={llm}", f"model.vision={vision}", "model.connector=linear"]
+        swapped = model_config(load_config(name, changes))
+        wanted = mllm_config(llm, vision, "linear")
+        assert swapped.llm.hidden_size == wanted.llm.hidden_size
+        assert swapped.visual_tokens == wanted.visual_tokens
+        assert swapped.connector == "linear"
+    changes = ["model.vision=clip-l-14-336", "model.vision.feature_layer=-1"]
+    config = load_config(name, [*changes, "model.llm=phi-1.5", "model.llm.num_layers=3"])
+    found = model_config(config)
+    assert (found.vision.feature_layer, found.vision.hidden_size) == (-1, 1024)
+    assert (found.llm.num_layers, found.llm.hidden_size) == (3, 2048)
+    with pytest.raises(UserError, match="unknown field of vision encoder 'depth'"):
+        model_config(load_config(name, [changes[0], "model.vision.depth=3"]))
 
 
 @pytest.mark.parametrize("name", ["digits", "digits.py", "configs/digits.py"])

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -179,3 +180,20 @@ def test_the_command_lists_them(capsys):
 def test_an_unknown_paper_names_those_there_are():
     with pytest.raises(UserError, match="unknown paper 'x'; choose from: llava-steering, mrt"):
         select_recipes("x")
+
+
+def test_the_page_of_the_docs_is_what_the_command_prints(capsys):
+    assert main(["recipes", "--markdown"]) == 0
+    page = Path(__file__).parents[2] / "docs" / "reference" / "recipes.md"
+    assert page.read_text() == capsys.readouterr().out
+
+
+def test_the_page_on_reproducing_names_runs_of_the_tables():
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "reproduce.md"
+    configs = re.findall(r"--config (\S+)", page.read_text())
+    assert len(configs) == 4
+    known = {recipe.config for recipe in RECIPES}
+    for config in configs:
+        string = config.removesuffix(",start=../mores-3b")
+        string = string.replace("llava_steering:stage=task", "llava_steering:size=3b,stage=task")
+        assert string in known or "stage=pretrain" in string
