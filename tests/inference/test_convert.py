@@ -246,7 +246,9 @@ def test_a_tokenizer_gets_an_image_token_where_there_is_room(tmp_path):
     full = tokenizer(image_token=False)
     full.add_tokens(["one more"])
     full.save_pretrained(tmp_path / "run" / "processor")
-    with pytest.raises(UserError, match="61 embeddings leave no place"):
+    with pytest.raises(
+        UserError, match="61 embeddings leave no place for one; use format tinyllava"
+    ):
         export_model(tmp_path / "run", tmp_path / "again", "hf")
 
 
