@@ -28,8 +28,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 
+import hypothesis
 import jax
 import pytest
+
+# No test fails because the machine is busy.
+SLOW = hypothesis.HealthCheck.too_slow
+hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[SLOW])
+hypothesis.settings.load_profile("busy")
 
 TESTS = Path(__file__).parent
 FAST = set((TESTS / "fast.txt").read_text().split())

@@ -97,9 +97,10 @@ def run_check(args: argparse.Namespace) -> None:
         f"{report.images:,d} images; {report.tokens:,d} tokens, {report.answer_tokens:,d} trained",
         *(f"  {first:6d}+ tokens  {count:10,d}" for first, count in report.histogram),
         *(f"useful tokens with {name}: {share:.1%}" for name, share in report.useful.items()),
-        f"too long: {len(report.too_long)}; bad: {len(report.bad)}",
+        f"too long: {len(report.too_long)}; bad: {len(report.bad)}; cut: {len(report.cut)}",
         *report.too_long.values(),
         *report.bad.values(),
+        *report.cut.values(),
     ]
     show(args, dataclasses.asdict(report), "\n".join(lines))
 

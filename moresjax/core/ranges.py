@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from moresjax.core.errors import UserError
 
+Number = int | float
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -30,13 +32,13 @@ class Range:
       also: Single numbers that are allowed besides.
     """
 
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-    also: tuple[float, ...] = ()
+    least: Number = -math.inf
+    most: Number = math.inf
+    above: Number = -math.inf
+    below: Number = math.inf
+    also: tuple[Number, ...] = ()
 
-    def __contains__(self, number: float) -> bool:
+    def __contains__(self, number: Number) -> bool:
         if not math.isfinite(number):
             return False
         inside = self.least <= number <= self.most and self.above < number < self.below
@@ -49,7 +51,7 @@ class Range:
         choices = [str(x) for x in self.also] + [" and ".join(limits) or "a finite number"]
         return " or ".join(choices)
 
-    def check(self, what: str, number: float) -> None:
+    def check(self, what: str, number: Number) -> None:
         """Refuses a number outside of the range.
 
         Raises:

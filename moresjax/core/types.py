@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 AnyArray = jax.Array | np.ndarray
 Ids = Sequence[int] | Int[AnyArray, "_"]  # token ids of one text
+Numbers = AnyArray | int | float | Sequence  # an array, a number, or numbers in lists
 # A fast tokenizer of `transformers`, whose import takes seconds; its classes differ in their types.
 Tokenizer = Any
 T = TypeVar("T")

@@ -38,6 +38,7 @@ class DataReport:
         samples that fit.
       too_long: The sizes of every sample that does not fit into a row, by its number.
       bad: The error of every other sample that cannot be used, by its number.
+      cut: What its source left out of a good sample, by its number.
     """
 
     samples: int
@@ -50,6 +51,7 @@ class DataReport:
     useful: dict[str, float]
     too_long: dict[int, str]
     bad: dict[int, str]
+    cut: dict[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ class _Measured:
     answer_tokens: int = 0
     images: int = 0
     error: str = ""
+    cut: str = ""
 
 
 def check_data(
@@ -126,7 +129,8 @@ def _measure_one(index: int, sample: object, processor: Processor, decode: bool)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from None
     answers = int((row.kind == TokenKind.ANSWER).sum())
-    return _Measured(index, sample.id, len(row), answers, len(sample.images))
+    cut = f"sample {sample.id}: {sample.cut}" if sample.cut else ""
+    return _Measured(index, sample.id, len(row), answers, len(sample.images), cut=cut)
 
 
 # The source and the processor of a worker process. They are set once when it starts, since sending
@@ -183,6 +187,7 @@ def _report(found: Sequence[_Measured], max_seq_len: int, images_per_row: int) -
         useful=_useful(fits, max_seq_len, images_per_row),
         too_long=too_long,
         bad={m.index: m.error for m in found if m.error},
+        cut={m.index: m.cut for m in good if m.cut},
     )
 
 

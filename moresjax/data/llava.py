@@ -1,7 +1,8 @@
 """LLaVA's conversation files: pretraining captions (558k), the instruction mix (665k), task files.
 
 A record is `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}`; `image`
-is a path below the image root, a list of them, or left out for text alone.
+is a path below the image root, a list of them, or left out for text alone. OpenAI's names are read
+too: `messages`, `role`, `content`, `user` and `assistant`. A first turn may be the system prompt.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from moresjax.data.records import JsonRecords
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 
 ROLES = ("human", "gpt")
+OTHER_ROLES = {"user": "human", "assistant": "gpt"}  # as OpenAI's format and others name them
 
 
 def image_names(record: Any, name: str) -> tuple[str, ...]:
@@ -44,7 +46,7 @@ def to_sample(record: Any, name: str, images: Sequence[Any]) -> Sample:
     where their marks are.
 
     Args:
-      record: An object with `conversations`.
+      record: An object with `conversations` or `messages`.
       name: The name of the sample.
       images: The images in the order of their marks.
 
@@ -52,19 +54,26 @@ def to_sample(record: Any, name: str, images: Sequence[Any]) -> Sample:
       UserError: The conversation is empty, its roles do not take turns, a value is not text, an
         answer has an image, or marks and images are not equally many.
     """
-    rounds = record.get("conversations")
+    rounds = _rounds(record)
     if not isinstance(rounds, Sequence) or isinstance(rounds, str) or not rounds:
         raise UserError(f"sample {name}: the conversation is empty")
     for item in rounds:
-        if not isinstance(item, Mapping) or not isinstance(item.get("value"), str):
+        if not isinstance(item, Mapping) or not isinstance(_text(item), str):
             raise UserError(f"sample {name}: a turn of the conversation has no text")
-    roles = [item.get("from") for item in rounds]
+    system = None
+    if _role(rounds[0]) == "system":
+        system, rounds = _text(rounds[0]), rounds[1:]
+        if IMAGE_MARK in system:
+            raise UserError(f"sample {name}: the system prompt contains {IMAGE_MARK}")
+        if not rounds:
+            raise UserError(f"sample {name}: the conversation is empty")
+    roles = [_role(item) for item in rounds]
     first = roles.index("human") if "human" in roles else 0
     if len(roles[first:]) % 2 or roles[first:] != [*ROLES] * (len(roles[first:]) // 2):
         raise UserError(
             f"sample {name}: roles must be human and gpt in turn, got {', '.join(map(str, roles))}"
         )
-    values = [item["value"] for item in rounds[first:]]
+    values = [_text(item) for item in rounds[first:]]
     questions, answers = values[::2], values[1::2]
     if any(IMAGE_MARK in answer for answer in answers):
         raise UserError(f"sample {name}: an answer contains {IMAGE_MARK}")
@@ -74,7 +83,22 @@ def to_sample(record: Any, name: str, images: Sequence[Any]) -> Sample:
             f"sample {name}: the text has {marks} {IMAGE_MARK} but {len(images)} images are given"
         )
     turns = (Turn(_image_first(q), a) for q, a in zip(questions, answers, strict=True))
-    return Sample(name, tuple(turns), tuple(images))
+    cut = f"turns before the first question are left out: {first}" if first else ""
+    own = system if system and system.strip() else None
+    return Sample(name, tuple(turns), tuple(images), system=own, cut=cut)
+
+
+def _rounds(record: Mapping[str, Any]) -> Any:
+    return record["conversations"] if "conversations" in record else record.get("messages")
+
+
+def _role(item: Mapping[str, Any]) -> Any:
+    role = item.get("from", item.get("role"))
+    return OTHER_ROLES.get(role, role) if isinstance(role, str) else role
+
+
+def _text(item: Mapping[str, Any]) -> Any:
+    return item.get("value", item.get("content"))
 
 
 def _image_first(question: str) -> str:
@@ -86,8 +110,8 @@ def _image_first(question: str) -> str:
 def measure(record: Any) -> tuple[int, int]:
     """The words and images of a record, which is not checked; samples are grouped by them."""
     try:
-        rounds, images = record["conversations"], record.get("image") or ()
-        words = sum(len(item["value"].split()) for item in rounds)
+        rounds, images = _rounds(record), record.get("image") or ()
+        words = sum(len(_text(item).split()) for item in rounds)
         return words, 1 if isinstance(images, str) else len(images)
     except (TypeError, KeyError, AttributeError):
         return 0, 0  # whoever asks for the sample is told what is wrong with it

@@ -64,7 +64,7 @@ class RowReader:
         return list(self._pool.map(self._padded, numbers))
 
     def _padded(self, number: int) -> dict[str, Any]:
-        arrays = self.skip_policy.attempt(number, lambda: self._arrays(self.source[number]))
+        arrays = self.skip_policy.attempt(number, lambda: self._arrays(self._element(number)))
         return self.pad(EMPTY) if arrays is None else arrays
 
     def _arrays(self, element: Sample | Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +95,14 @@ class RowReader:
         self.processor.check_fit(row, self.max_seq_len, self.images_per_row)
         return row
 
+    def _element(self, number: int) -> Sample | Mapping[str, Any]:
+        element = self.source[number]
+        if isinstance(element, Sample) and element.cut and number not in self.skip_policy.cut:
+            self.skip_policy.note_cut(number, element.id, element.cut)
+        return element
+
     def _sample(self, number: int) -> Sample:
-        sample = self.source[number]
+        sample = self._element(number)
         if not isinstance(sample, Sample):
             raise UserError(f"ready-made rows ({sample['id']}) need batching 'pad'")
         return sample

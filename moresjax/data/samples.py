@@ -37,6 +37,8 @@ class Sample:
       context: The text before the first question, shared by all turns; may contain `<image>`.
       independent: Whether the turns are separate questions about one context, none of which sees
         another (they become branches of the layout), instead of rounds of one conversation.
+      system: The conversation's own system prompt; None for the template's.
+      cut: What its source left out of it, in a sentence; empty for nothing.
     """
 
     id: str
@@ -44,3 +46,5 @@ class Sample:
     images: tuple[Any, ...] = ()
     context: str = ""
     independent: bool = False
+    system: str | None = None
+    cut: str = ""

@@ -1,9 +1,9 @@
-"""What happens to samples that cannot be used: none is dropped without being counted."""
+"""What happens to samples that cannot be used: none is dropped or cut without being counted."""
 
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,11 +24,13 @@ class SkipPolicy:
       on_bad_sample: `raise` ends the run with the sample's error; `skip` goes on without it.
       num_samples: How many samples there are; the last good one must not be skipped.
       skipped: The error message of every skipped sample, by its number.
+      cut: What its source left out of a sample, by its number.
     """
 
     on_bad_sample: str
     num_samples: int
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
+    cut: dict[int, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.on_bad_sample not in CHOICES:
@@ -59,12 +61,25 @@ class SkipPolicy:
             )
         return None
 
+    def note_cut(self, number: int, name: str, what: str) -> None:
+        """Remembers what a sample goes without; the first one is told at once."""
+        if not self.cut:
+            logger.warning("cut: sample %s: %s; all such samples are listed", name, what)
+        self.cut[number] = f"sample {name}: {what}"
+
     def save(self, path: Path) -> None:
-        """Adds the skipped samples to a JSON file, which is made only if there are some."""
-        skipped = dict(self.skipped)  # reading threads may add to it meanwhile
-        if not skipped:
+        """Adds the skipped and the cut samples to a JSON file, made only if there are some."""
+        skipped, cut = dict(self.skipped), dict(self.cut)  # reading threads may add to them
+        if not skipped and not cut:
             return
-        known = json.loads(path.read_text())["samples"] if path.is_file() else {}
-        known |= {str(number): message for number, message in sorted(skipped.items())}
+        report = json.loads(path.read_text()) if path.is_file() else {}
+        known = report.get("samples", {}) | _by_number(skipped)
+        known_cut = report.get("cut_samples", {}) | _by_number(cut)
         report = {"skipped": len(known), "samples": known}
+        if known_cut:
+            report |= {"cut": len(known_cut), "cut_samples": known_cut}
         path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _by_number(told: Mapping[int, str]) -> dict[str, str]:
+    return {str(number): text for number, text in sorted(told.items())}

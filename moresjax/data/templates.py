@@ -44,6 +44,8 @@ class Template:
       end: What closes an answer and is trained with it; None stands for the tokenizer's end token.
       next_user: The marker of later questions where it differs from the first.
       keep_question: False writes images and answers only, without markers (connector pretraining).
+      around_system: What stands before and after a conversation's own system prompt, which together
+        take the place of `system`; None where the template has no place for one.
     """
 
     system: str = ""
@@ -53,13 +55,22 @@ class Template:
     end: str | None = None
     next_user: str | None = None
     keep_question: bool = True
+    # Without a part in the text by which predictions tell templates apart.
+    around_system: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
 
     def render(self, sample: Sample, eos: str) -> list[Piece]:
         """The pieces of a sample in order; joined they are the conversation's text.
 
         Text that goes on from the context ends with a newline. A prompt (last answer None) ends
         with the assistant marker.
+
+        Raises:
+          UserError: The sample has a system prompt, for which this template has no place.
         """
+        if sample.system is not None and self.around_system is None:
+            raise UserError(
+                f"sample {sample.id}: it has a system prompt, for which the template has no place"
+            )
         end = eos if self.end is None else self.end
         if not self.keep_question:
             caption = dataclasses.replace(sample.turns[0], question=None)
@@ -67,7 +78,7 @@ class Template:
             pieces = [Piece(images, TokenKind.QUESTION, control=True)]
             return [*pieces, *self._turn(caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
-        pieces = [Piece(self.system + self.user, TokenKind.SYSTEM, control=True)]
+        pieces = self._opening(sample.system)
         pieces.append(Piece(sample.context, TokenKind.QUESTION))
         marker = self.user if self.next_user is None else self.next_user
         for number, turn in enumerate(sample.turns):
@@ -75,6 +86,16 @@ class Template:
                 pieces.append(Piece(marker, TokenKind.QUESTION, control=True))
             pieces += self._turn(turn, end, number + 1 if sample.independent else 0)
         return [piece for piece in pieces if piece.text]
+
+    def _opening(self, system: str | None) -> list[Piece]:
+        if system is None or self.around_system is None:
+            return [Piece(self.system + self.user, TokenKind.SYSTEM, control=True)]
+        before, after = self.around_system
+        return [
+            Piece(before, TokenKind.SYSTEM, control=True),
+            Piece(system, TokenKind.SYSTEM),
+            Piece(after + self.user, TokenKind.SYSTEM, control=True),
+        ]
 
     def _turn(self, turn: Turn, end: str, branch: int) -> list[Piece]:
         if turn.question is None:
@@ -96,6 +117,7 @@ class Template:
     def markers(self) -> str:
         """All that the template writes itself, but for the tokenizer's end token."""
         texts = (self.system, self.user, self.assistant, self.gap, self.end, self.next_user)
+        texts += self.around_system or ()
         return "\n".join(text for text in texts if text)
 
 
@@ -103,7 +125,7 @@ _SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
-_LLAVA = Template(system=f"{_SYSTEM} ")
+_LLAVA = Template(system=f"{_SYSTEM} ", around_system=("", " "))
 
 
 def _header(role: str) -> str:
@@ -124,6 +146,7 @@ TEMPLATES: dict[str, Template] = {
         assistant=" [/INST]",
         end=" </s>",
         next_user="<s>[INST] ",
+        around_system=("[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
     ),
     "mistral": Template(user="[INST] ", assistant=" [/INST]"),
     "llama3": Template(
@@ -132,6 +155,7 @@ TEMPLATES: dict[str, Template] = {
         assistant=f"<|eot_id|>{_header('assistant')}",
         gap="",
         end="<|eot_id|>",
+        around_system=(_header("system"), "<|eot_id|>"),
     ),
     "chatml": Template(
         system=f"<|im_start|>system\n{_SYSTEM}<|im_end|>\n",
@@ -140,6 +164,7 @@ TEMPLATES: dict[str, Template] = {
         gap="",
         end="<|im_end|>",
         next_user="\n<|im_start|>user\n",
+        around_system=("<|im_start|>system\n", "<|im_end|>\n"),
     ),
 }
 
@@ -194,9 +219,11 @@ def chat_template(tokenizer: Tokenizer) -> Template:
         raise UserError(f"template {OWN!r}: the tokenizer has no chat template of its own")
     first, answer, second = "FirstQuestion", "TheAnswer", "SecondQuestion"
 
-    def written(*contents: str, prompt: bool) -> str:
+    def written(*contents: str, prompt: bool, own_system: str = "") -> str:
         roles = ("user", "assistant", "user")
         rounds = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
+        if own_system:
+            rounds.insert(0, {"role": "system", "content": own_system})
         return tokenizer.apply_chat_template(rounds, add_generation_prompt=prompt, tokenize=False)
 
     system, _, assistant = written(first, prompt=True).partition(first)
@@ -210,9 +237,17 @@ def chat_template(tokenizer: Tokenizer) -> Template:
             f"template {OWN!r}: the tokenizer's chat template changes what it wrote when a "
             "conversation goes on"
         )
+    try:
+        whole = written(first, answer, second, prompt=True, own_system="TheSystem")
+    except Exception:  # whatever a chat template raises that knows no system prompt
+        whole = ""
+    rest = first + earlier.partition(first)[2] + answer + later
+    before, found, after = whole.removesuffix(rest).partition("TheSystem")
+    around = (before, after) if found and whole.endswith(rest) else None
     bos = tokenizer.bos_token or ""
     if bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         system = system.removeprefix(bos)  # the tokenizer puts it there
+        around = around and (around[0].removeprefix(bos), around[1])
     return Template(
         system=system,
         user="",
@@ -220,4 +255,5 @@ def chat_template(tokenizer: Tokenizer) -> Template:
         gap=gap,
         end=end,
         next_user=next_user.removeprefix(end),
+        around_system=around,
     )

@@ -248,7 +248,7 @@ def export_loaded(
     """
     if format not in FORMATS:
         raise choice_error("export format", format, FORMATS)
-    trained = Trained.of(mllm, also_train)
+    trained = Trained.of(mllm, also_train, processor)
     with checked(format, trained), new_folder(out, "export") as new:
         if format in ADAPTER_FORMATS:
             _export_adapter(trained, new, format)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from flax import nnx
 from jax.sharding import Mesh
-from numpy.typing import ArrayLike
 
+from moresjax.core.types import Numbers
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
@@ -151,7 +151,7 @@ class LoadedModel:
         self.service.reset()
         self._name_words()
 
-    def set(self, method: str = "steer", **values: ArrayLike) -> None:
+    def set(self, method: str = "steer", **values: Numbers) -> None:
         """Sets what the attached tuning was given, such as a steering vector and its strength.
 
         Nothing is compiled again, and the engines stay.
@@ -174,7 +174,7 @@ class LoadedModel:
 
     def load_vectors(
         self,
-        vectors: Mapping[str, ArrayLike],
+        vectors: Mapping[str, Numbers],
         tuning: str = "steer:positions=last_prompt|generated",
     ) -> None:
         """Replaces the attached tuning by several steering vectors, one chosen for every prompt.

@@ -201,9 +201,10 @@ def set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
 def _name_to_fields(config: ml_collections.ConfigDict, parents: Sequence[str]) -> None:
     """Writes a named part as its fields, so that one of them can be set."""
     zoo = {"model.llm": LLMS, "model.vision": VISION}.get(".".join(parents), {})
-    name = config.get("model", {}).get(parents[-1]) if zoo else None
+    parts: Any = config.get("model")
+    name = parts.get(parents[-1]) if zoo and parts else None
     if isinstance(name, str) and name in zoo:
-        config.model[parents[-1]] = dataclasses.asdict(zoo[name])
+        parts[parents[-1]] = dataclasses.asdict(zoo[name])
 
 
 def _literal(text: str) -> Any:

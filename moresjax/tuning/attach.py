@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Int, PRNGKeyArray
-from numpy.typing import ArrayLike
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import SHARED, Batch, TokenKind, TokenLayout
-from moresjax.core.types import AnyArray
+from moresjax.core.types import AnyArray, Numbers
 from moresjax.tuning.base import (
     Edit,
     Method,
@@ -111,7 +110,7 @@ class Tuning(nnx.Module):
         if self.methods:
             self._set(self._values(jax.random.key(seed)), nnx.Param)
 
-    def set_constants(self, method: str, values: Mapping[str, ArrayLike]) -> None:
+    def set_constants(self, method: str, values: Mapping[str, Numbers]) -> None:
         """Sets what a method was given, at all its sites.
 
         Args:

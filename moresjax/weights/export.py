@@ -61,7 +61,7 @@ def export_hf(
         hf = hf_config(mllm.config)
         tokenizer: Any = None if processor is None else processor.tokenizer
         if hf["model_type"] == Llava.model_type:
-            tokenizer, hf["image_token_index"] = _with_image_token(tokenizer, mllm.config)
+            tokenizer, hf["image_token_index"] = with_image_token(tokenizer, mllm.config)
         _write_model(mllm, hf, new, shard_size)
         if processor is not None and tokenizer is not None:
             _write_processor(processor, tokenizer, mllm.config, hf, new)
@@ -195,12 +195,15 @@ def _write_tensors(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _with_image_token(
+def with_image_token(
     tokenizer: "PreTrainedTokenizerBase | None", config: MLLMConfig
 ) -> "tuple[PreTrainedTokenizerBase | None, int]":
     """The tokenizer, with a token that stands for a visual token, and that token's id.
 
     Without a tokenizer it is the last id.
+
+    Raises:
+      UserError: when the model has no embedding for another token.
     """
     vocab = config.llm.vocab_size
     if tokenizer is None:

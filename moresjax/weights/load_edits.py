@@ -12,7 +12,8 @@ forward hooks: on the tokens of a prompt in the first pass over it and, where th
 says so, on generated tokens.
 
 A prompt is one question: earlier answers of a conversation count as its text. Inputs are
-`input_ids` with an `attention_mask`; a cache is the one that `generate` fills by itself. Dropout is
+`input_ids` with an `attention_mask`; a cache is the one that `generate` fills by itself, and it is
+of the default kind (with `use_cache=False` its answers are read as more prompt). Dropout is
 training's. Needs torch, safetensors and transformers 5.
 """
 
@@ -151,7 +152,7 @@ class _Prompt:
             self.kind = torch.full_like(ids, ANSWER)
             return
         mask = inputs.get("attention_mask")
-        if mask is not None and mask.ndim != 2:
+        if mask is not None and getattr(mask, "ndim", 0) != 2:
             raise ValueError("the edits need an attention_mask of rows and tokens")
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device) > 0
         self.kind = torch.where(valid, QUESTION, PAD)

@@ -199,13 +199,16 @@ def import_peft(folder: str | Path, mllm: MLLM) -> str:
     for file in (CONFIG, TENSORS):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not an adapter of peft: it has no {file}")
-    config = json.loads((folder / CONFIG).read_text())
+    try:
+        config, stored = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
+    except Exception as error:  # safetensors has a kind of its own
+        raise UserError(f"{folder} cannot be read: {error}") from None
     types = (*PEFT_TYPES, *VIRTUAL_TOKEN_TYPES)
-    kind = config.get("peft_type")
+    kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in types:
         raise choice_error("peft_type", kind, types)
     KEYS[kind].check(config, f"{kind} in {folder / CONFIG}")
-    tensors = Tensors(load_file(folder / TENSORS), mllm.config, str(folder))
+    tensors = Tensors(stored, mllm.config, str(folder))
     base: Arrays = {}
     if kind in VIRTUAL_TOKEN_TYPES:
         tensor = tensors.take(TENSOR)

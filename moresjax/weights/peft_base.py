@@ -211,7 +211,11 @@ def write_base(
             module = name.removesuffix(".bias")
             arrays.setdefault(f"{module}.base_layer.bias" if module in adapted else name, x)
     if mllm.config.llm.tie_embeddings and "llm.embed.table" in names:
-        settings["ensure_weight_tying"] = True
+        # What peft saves of a model that ties them; loaded, both have the one value.
+        arrays[_HEAD] = next(
+            x for name, x in arrays.items() if name.endswith("embed_tokens.weight")
+        )
+        settings["modules_to_save"].append("lm_head")
     return arrays, settings
 
 

@@ -14,6 +14,7 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.base import Method
 from moresjax.tuning.methods.boft import BOFT
 from moresjax.tuning.methods.dora import lengths
+from moresjax.tuning.methods.ia3 import IA3, NO_INPUTS
 from moresjax.tuning.methods.lora import LoRA
 from moresjax.tuning.methods.oft import OFT
 from moresjax.tuning.methods.vera import VeRA
@@ -114,6 +115,15 @@ def _oft_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> Settings:
     return {"block_size": size, "cayley": "neumann" if neumann else "exact"}
 
 
+def _ia3_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> Settings:
+    """Which side of the linear is scaled, where it is not the usual one."""
+    name = modules[0].site.split(".")[-1]
+    on_input = modules[0].arrays["ia3_l"].shape[0] == 1
+    if on_input == (name in IA3().inputs.split(";")):
+        return {}
+    return {"inputs": name if on_input else NO_INPUTS}
+
+
 def _boft_config(method: BOFT) -> Settings:
     return {
         "boft_block_size": method.block_size,
@@ -156,7 +166,7 @@ FORMATS = (
             "scale_out": _column("ia3_l"),
         },
         lambda method: {},
-        lambda config, modules: {},
+        _ia3_keys,
     ),
     Format("oft", "OFT", {"skew": Leaf("oft_R.weight")}, _oft_config, _oft_keys),
     Format(

@@ -84,6 +84,7 @@ class Module:
 
     Attributes:
       tensors: The file.
+      site: The site of the linear.
       name: The module's path in this model.
       file_name: Its path in the model that the file was written from.
       d_in: Its features in.
@@ -93,6 +94,7 @@ class Module:
     """
 
     tensors: Tensors
+    site: str
     name: str
     file_name: str
     d_in: int
@@ -143,7 +145,7 @@ def tuned_modules(
             site, layer = places[module]
             file_name = tensors.file_names[name].removesuffix(f".{end}")
             kernel = _kernel(mllm, site, layer)
-            found[module] = Module(tensors, module, file_name, *shapes[site], kernel)
+            found[module] = Module(tensors, site, module, file_name, *shapes[site], kernel)
         found[module].arrays[end] = tensors.left.pop(name)
     _check_complete(found, [*places], tensors, config)
     modules: Modules = {}

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.parameter_names import named_parameters
 from moresjax.models.initialize import set_params
@@ -46,6 +47,23 @@ _TYPES: dict[str, type[LoReFT | MoReS]] = {LOREFT: LoReFT, steering.MORES: MoReS
 CONNECTOR = "connector.safetensors"
 # How many fields an entry of `representations` has after layer, component, unit, units and rank.
 _UNUSED_FIELDS = 9
+# Every key of config.json.
+KEYS = ConfigKeys(
+    implemented=("representations", "intervention_types"),
+    choices={"mode": ("parallel",)},
+    irrelevant={
+        "intervention_dimensions": "the tensors' shapes are checked",
+        "sorted_keys": "the files are named after the entries of representations",
+        "model_type": "the class of the model, whose shapes are checked",
+        "transformers_version": "the layout does not depend on it",
+        "dtype": "of the model; the tensors are read as they are",
+        "torch_dtype": "of the model; the tensors are read as they are",
+        "architectures": "the class of the model, whose shapes are checked",
+    },
+)
+# The fields of an entry of `representations` with a name in every release, in this order; of those
+# after them none may be set.
+_FIELDS = ("layer", "component", "unit", "max_number_of_units", "low_rank_dimension")
 # The largest difference between R^T R and the identity. Rounding to bf16 stays below it; a matrix
 # that was never orthonormal is far above.
 _TOLERANCE = 0.05
@@ -223,6 +241,10 @@ def _read(
     config = json.loads((folder / "config.json").read_text())
     if not isinstance(config.get("representations"), list) or not config["representations"]:
         raise UserError(f"{folder} is not a folder of pyreft: config.json has no representations")
+    sources = config.pop("intervention_constant_sources", None)
+    if sources is not None and not all([sources] if isinstance(sources, bool) else sources):
+        raise UserError(f"{folder} has edits with a source, which are not supported")
+    KEYS.check(config, str(folder / "config.json"))
     kinds = config.get("intervention_types", ())
     kinds = {kinds} if isinstance(kinds, str) else set(kinds)
     named = {kind: kind.removeprefix("<class '").removesuffix("'>") for kind in kinds}
@@ -239,7 +261,7 @@ def _read(
     groups: list[dict[int, dict[str, np.ndarray]]] = []
     used: list[str] = []
     for entry in config["representations"]:
-        layer, stem = _place(entry, folder)
+        layer, stem, rank = _place(entry, folder)
         key = _plain(f"intkey_{stem}#{used.count(stem)}")
         used.append(stem)
         if key not in files:
@@ -247,15 +269,27 @@ def _read(
         number = sum(layer in edits for edits in groups)
         if number == len(groups):
             groups.append({})
-        groups[number][layer] = _parameters(read_pickle(files[key]), files[key])
+        tensors = _parameters(read_pickle(files[key]), files[key])
+        if rank not in (None, len(tensors["bias"])):
+            raise UserError(f"{files[key]} is of rank {len(tensors['bias'])}, not of {rank}")
+        groups[number][layer] = tensors
     return method, groups
 
 
-def _place(entry: Mapping[str, Any] | Sequence, folder: Path) -> tuple[int, str]:
-    """Layer and key of an entry of `representations`, without the number."""
-    fields = ("layer", "component", "unit", "max_number_of_units")
-    values = [entry[f] for f in fields] if isinstance(entry, Mapping) else entry[: len(fields)]
-    layer, component, unit, units = values
+def _place(entry: Mapping[str, Any] | Sequence[Any], folder: Path) -> tuple[int, str, int | None]:
+    """Layer, key and rank of an entry of `representations`; the key is without the number."""
+    if isinstance(entry, Mapping):
+        fields: dict[str, Any] = dict(entry)
+    else:
+        names = [*_FIELDS, *(str(n) for n in range(len(_FIELDS) + 1, len(entry) + 1))]
+        fields = dict(zip(names, entry, strict=False))
+    if missing := [field for field in _FIELDS[:4] if field not in fields]:
+        raise UserError(f"{folder}: an entry of representations has no {missing[0]}")
+    for key, value in fields.items():
+        if key not in _FIELDS and value not in (None, [None]):
+            raise UserError(f"{folder}: representations with field {key} = {value!r}")
+    values: list[Any] = [fields.get(field) for field in _FIELDS]
+    layer, component, unit, units, rank = values
     if path := _PATH.fullmatch(component):
         layer = path[1]
     elif component != COMPONENT:
@@ -264,7 +298,7 @@ def _place(entry: Mapping[str, Any] | Sequence, folder: Path) -> tuple[int, str]
         )
     if unit != "pos" or units != 1:
         raise UserError(f"{folder}: edits must be of single positions, got {units} of {unit!r}")
-    return int(layer), _stem(*values)
+    return int(layer), _stem(*values[:4]), rank
 
 
 def _stem(layer: int, component: str, unit: str, units: int) -> str:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError
 from moresjax.tuning.base import Method
 from moresjax.tuning.methods.mores import MoReS
@@ -18,6 +19,15 @@ from moresjax.tuning.methods.mores import MoReS
 MORES = "tinyllava.model.intervention_models.MoReSIntervention"
 PLACE = "mores/language_model"
 POSITIONS, EDITS = "mores_pos_configs.json", "intervention_config.json"
+# Every key of the notes on positions.
+KEYS = ConfigKeys(
+    implemented=("intervene_modality", "intervention_positions", "mores_share_weights"),
+    choices={"intervened_prompt_part": ("first_round",)},
+    irrelevant={
+        "num_interventions": "config.json lists the edits",
+        "img_embed_token_len": "the model's own",
+    },
+)
 # Their names of what is edited, and our regions.
 _REGIONS = {"vis": "image", "text": "question"}
 
@@ -37,8 +47,11 @@ def noted_positions(folder: Path, count: int) -> list[str]:
     region, tokens = "image", "f4+l5"
     if noted:
         known = isinstance(noted, dict)
+        KEYS.check(noted if known else {}, str(file))
         region = _REGIONS.get(str(noted.get("intervene_modality")), "") if known else ""
         tokens = noted.get("intervention_positions", "") if known else ""
+        if known and noted.get("mores_share_weights") is (count == 2):
+            raise UserError(f"{file} says mores_share_weights={count == 2}, with {count} edits")
     ends, even = re.fullmatch(r"f(\d+)\+l(\d+)", tokens), re.fullmatch(r"uniform(\d+)", tokens)
     if region and ends and count == 2:
         return [f"{region}:f{ends[1]}+l0", f"{region}:f0+l{ends[2]}"]

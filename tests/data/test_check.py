@@ -34,7 +34,7 @@ def checked(tmp_path_factory):
     bad["outside"] = ({"image": "../check/broken.png"}, conversation("<image>", "a"))
     for name, (fields, rounds) in bad.items():
         records.append({"id": name, "conversations": rounds} | fields)
-    parts = PartsConfig(llm=TINY_LLM, vision=TINY_VISION)
+    parts = PartsConfig(llm=TINY_LLM | {"vocab_size": 37}, vision=TINY_VISION)
     config = RunConfig(tokenizer="digits", template="bare", model=parts)
     source = LlavaSource(write_list(folder / "mix.json", records), str(folder / "images"))
     return config, source, check(config, source)

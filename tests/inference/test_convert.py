@@ -29,6 +29,7 @@ from moresjax.data.samples import Sample, Turn
 from moresjax.inference.convert import export_model, import_model
 from moresjax.testing.hf_encoders import clip, dinov2, siglip
 from moresjax.testing.hf_llms import IMAGE_ID, TEXT, randomised
+from moresjax.weights.adapter import save_adapter
 from moresjax.weights.hf import load_pretrained
 
 SQUARE = {"height": 12, "width": 12}
@@ -204,6 +205,34 @@ def test_what_was_trained_alone(folder, tuned, tmp_path, format, spec, file):
         np.testing.assert_allclose(ours, logits(run), atol=1e-5)
 
 
+def test_whole_weights_of_a_run_over_eight_bits(tuned, tmp_path):
+    """What `qlora` trained is a `lora` of the weights that the eight bits were made of."""
+    run = tuned("qlora:rank=2")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"quantize": "int8"}))
+    assert mj.load(run).tuning == "lora:rank=2"
+    with pytest.raises(UserError, match="format hf has no place for lora; use format merged"):
+        export_model(run, tmp_path / "out", "hf")
+    assert mj.load(export_model(run, tmp_path / "out", "merged")).tuning == "none"
+
+
+@pytest.mark.parametrize("format", ["adapter", "pyreft", "hf"])
+def test_a_connector_that_an_adapter_brings_goes_along(folder, tuned, tmp_path, format):
+    run = tuned("mores:rank=2,positions=image:f2")
+    model = mj.load(run)
+    kernel = model.mllm.connector.layers[0].kernel
+    kernel.set_value(kernel.get_value() + 0.5)
+    adapter = save_adapter(model.mllm, tmp_path / "ours", also_train=["connector"])
+    out = export_model(folder, tmp_path / "out", format, adapter=adapter)
+    back = mj.load(out if format == "hf" else folder)
+    if format != "hf":
+        pyreft = format == "pyreft"
+        spec = "mores:positions=image:f2" if pyreft else ""
+        back.load_adapter(out, edits=spec, allow_pickle=pyreft)
+    assert back.tuning == model.tuning
+    np.testing.assert_array_equal(back.mllm.connector.layers[0].kernel[...], kernel[...])
+
+
 def test_a_tokenizer_gets_an_image_token_where_there_is_room(tmp_path):
     llava().save_pretrained(tmp_path / "in")
     import_model(tmp_path / "in", tmp_path / "run")
@@ -217,7 +246,9 @@ def test_a_tokenizer_gets_an_image_token_where_there_is_room(tmp_path):
     full = tokenizer(image_token=False)
     full.add_tokens(["one more"])
     full.save_pretrained(tmp_path / "run" / "processor")
-    with pytest.raises(UserError, match="61 embeddings leave no place"):
+    with pytest.raises(
+        UserError, match="61 embeddings leave no place for one; use format tinyllava"
+    ):
         export_model(tmp_path / "run", tmp_path / "again", "hf")
 
 

@@ -21,6 +21,7 @@ from transformers import (
 
 import moresjax as mj
 from moresjax.core.errors import UserError
+from moresjax.core.row import Row
 from moresjax.data.digits import build_tokenizer
 from moresjax.inference.convert import export_model, import_model
 from moresjax.models.vision import OPENAI_MEAN, OPENAI_STD
@@ -128,8 +129,11 @@ def test_token_ids_without_an_embedding_are_refused(copy):
     model.processor.tokenizer.add_tokens(["zebra"])
     with pytest.raises(UserError, match=r"token 'zebra' has id 61, but the model has 61 embed"):
         model.generate("zebra ?", max_new_tokens=2)
-    with pytest.raises(UserError, match="token id 61 is none of the model's 61 embeddings"):
+    wrong = "token id 61 is none of the model's 61 embeddings"
+    with pytest.raises(UserError, match=wrong):
         model.logits(input_ids=[[3, 61]])
+    with pytest.raises(UserError, match=wrong):
+        model.service.generate_rows([Row.text([3, 61])], 2)
 
 
 @pytest.mark.parametrize("has_tokenizer", [True, False])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from moresjax.core.errors import UserError
 from moresjax.data.digits import vocabulary
@@ -16,9 +17,13 @@ from moresjax.generation.engine import Engine
 from moresjax.inference.load import load
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLM
+from moresjax.testing.hf_encoders import dinov2
 from moresjax.testing.hf_llavas import IMAGE_ID, NEW, PAD, VOCAB, Case, case_of
+from moresjax.testing.hf_llms import TEXT, opt, randomised
+from moresjax.testing.hf_llms import oracle_of as llm_of
 from moresjax.testing.models import digits_processor, tiny_model
 from moresjax.weights.export import export_hf
+from moresjax.weights.hf import load_pretrained
 
 # Every arithmetic, site, region and slice that the loader has, on three families.
 SPECS = {
@@ -102,6 +107,36 @@ def test_hooks_in_transformers_give_our_logits_and_our_greedy_answers(family, tm
     assert back.tuning == mllm.tuning.spec
     np.testing.assert_allclose(ours(back._mllm, case), expected, atol=1e-5 * scale)
     assert load(folder, tuning="none").tuning == "none"
+
+
+@pytest.mark.parametrize("kind", ["opt", "dinov2"])
+def test_modules_of_other_families(kind, tmp_path):
+    """An LLM without images, whose MLP is no module; an encoder with layer scales."""
+    if kind == "opt":
+        oracle, spec, visual = llm_of(opt()), "red:positions=prompt:l3/houlsby:bottleneck=4", 0
+    else:
+        config = LlavaConfig(
+            text_config=LlamaConfig(**TEXT),
+            vision_config=dinov2().config,
+            image_token_index=IMAGE_ID,
+        )
+        oracle, visual = randomised(LlavaForConditionalGeneration(config)), 9
+        spec = "red:site=vision.block.attn.out/red:site=vision.block.mlp.out,positions=image:f3"
+    oracle.save_pretrained(tmp_path / "in")
+    mllm = tuned(load_pretrained(tmp_path / "in"), spec)
+    folder = export_hf(mllm, tmp_path / "out")
+    ids = np.asarray([[IMAGE_ID] * visual + [7, 9, 11, 8]])
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 12, 12), np.float32)
+    images = {"pixel_values": pixels} if visual else {}
+    there = loader(folder).load(folder, attn_implementation="eager")
+    with torch.no_grad():
+        inputs = {"input_ids": torch.tensor(ids)} | {n: torch.tensor(x) for n, x in images.items()}
+        found, bare = there(**inputs).logits.numpy(), oracle(**inputs).logits.numpy()
+    expected = np.asarray(
+        Model(mllm, None).logits(input_ids=ids, image_token_id=IMAGE_ID, **images)
+    )
+    assert np.abs(expected - bare).max() > 0.1
+    assert np.abs(found - expected).max() <= 1e-5 * max(1.0, np.abs(expected).max())
 
 
 def test_edits_come_off_again_and_say_what_they_cannot_read(tmp_path):

@@ -124,6 +124,9 @@ class Saved:
     def to_dict(self) -> dict:
         return {"do_resize": False}
 
+    def __call__(self, **images) -> dict:
+        raise NotImplementedError("no image is opened here")
+
 
 @pytest.mark.parametrize("leaf", ["vector", "alpha"])
 def test_an_evaluation_does_not_go_on_with_another_steering_vector(leaf, tmp_path):

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    Gemma2Config,
+    GemmaConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -180,3 +182,17 @@ def test_quantized_folders_are_refused_in_one_sentence(part, source, tmp_path):
     folder = copied(source, tmp_path, **({part: config[part] | how} if part else how))
     with pytest.raises(UserError, match=r"is quantized \(fp8\), which is not supported"):
         mj.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        (GemmaConfig, {"hidden_act": "gelu"}),
+        (Gemma2Config, {"hidden_activation": "gelu", "hidden_act": "relu"}),
+    ],
+)
+def test_gemma_reads_the_activation_that_transformers_reads(family, changes, tmp_path):
+    config = family(**TEXT, num_key_value_heads=2, head_dim=8, **changes)
+    oracle = randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    oracle.save_pretrained(tmp_path)
+    check_equal(tmp_path, oracle)

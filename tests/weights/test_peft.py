@@ -81,6 +81,7 @@ def check_both_directions(base, config, spec, tmp_path):
     assert import_peft(tmp_path / "theirs", model) == spec
     assert model.tuning.spec == spec
     np.testing.assert_allclose(base.our_logits(model), expected, atol=1e-5)
+    model.llm.unstack()  # as after generating
     again = base.from_folder(export_peft(model, tmp_path / "ours"))
     np.testing.assert_allclose(base.their_logits(again), expected, atol=1e-5)
     return model
@@ -100,6 +101,17 @@ def test_all_norms_of_gemma_3_in_both_directions(tmp_path):
     base = AdaptedModel(Gemma3ForCausalLM, gemma3(vocab_size=VOCAB, pad_token_id=0))
     config = peft.LNTuningConfig(target_modules=r".*norm")
     check_both_directions(base, config, "ln:targets=all;k_norm;q_norm", tmp_path)
+
+
+def test_saved_embeddings_of_a_model_that_ties_its_head(tmp_path):
+    base = AdaptedModel(LlamaForCausalLM, LlamaConfig(**TEXT, tie_word_embeddings=True))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    base.adapted(config).save_pretrained(tmp_path / "untied")
+    with pytest.raises(UserError, match="embeddings and a head of different values"):
+        import_peft(tmp_path / "untied", base.ours())
+    config.ensure_weight_tying = True
+    spec = "lora:rank=2,alpha=8.0,targets=q/partial:train=embed"
+    check_both_directions(base, config, spec, tmp_path)
 
 
 def test_lora_on_a_llava_with_its_connector_leaves_the_vision_tower_alone(llava, tmp_path):

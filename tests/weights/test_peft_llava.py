@@ -52,9 +52,9 @@ ADAPTERS = {
         layers_to_transform=[1],
         modules_to_save=["multi_modal_projector", "lm_head", "embed_tokens"],
     ),
-    "ia3:targets=k;down;connector.1/partial:train=vision": peft.IA3Config(
+    "ia3:targets=k;down/ia3:targets=connector.1,inputs=1/partial:train=vision": peft.IA3Config(
         target_modules=r".*language_model.*(k_proj|down_proj)|.*linear_2",
-        feedforward_modules=r".*down_proj",
+        feedforward_modules=r".*down_proj|.*linear_2",
         modules_to_save=["embeddings", "layer_norm1"],
     ),
     "vera:rank=3,targets=q;vision.q;connector.0": peft.VeraConfig(
@@ -192,6 +192,14 @@ def test_what_would_load_as_something_else_is_refused(
     with pytest.raises(UserError, match=message):
         import_peft(tmp_path, model)
     assert model.tuning.spec == "none"
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_file_is_named(llava, plain, file, tmp_path):
+    write(tmp_path, *plain)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-40])
+    with pytest.raises(UserError, match=f"{tmp_path} cannot be read"):
+        import_peft(tmp_path, llava.ours())
 
 
 def test_a_file_without_what_its_settings_name_is_refused_in_that_part_only(llava, plain, tmp_path):

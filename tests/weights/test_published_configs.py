@@ -1,6 +1,7 @@
 """The `config.json` of published models is read: their keys are all listed, and mean what they did.
 
-The dictionaries have the keys of the files on the hub; sizes that no test needs are left out.
+The dictionaries were written down from memory of the files on the hub, not copied from them, and
+leave out sizes that no test needs: a key that is missing here may still be in a published file.
 """
 
 import json

@@ -1,5 +1,6 @@
 """Folders of pyreft: what its way of saving writes is read, and its way of loading reads ours."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -22,7 +23,7 @@ from moresjax.models.mllm import MLLM
 from moresjax.testing.models import tiny_config, tiny_model
 from moresjax.weights.adapter import attach_adapter, save_adapter
 from moresjax.weights.export import export_hf
-from moresjax.weights.pyreft import export_pyreft, import_pyreft
+from moresjax.weights.pyreft import KEYS, export_pyreft, import_pyreft
 
 DIM, LAYERS = 16, 3
 TYPE = "<class 'pyreft.interventions.LoreftIntervention'>"
@@ -219,6 +220,35 @@ def test_what_cannot_be_read_or_written_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs torch, which is not installed"):
         export_pyreft(described("loreft"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_key_of_a_folder_is_read_neutral_irrelevant_or_refused(tmp_path):
+    name = "layer_0_comp_block_output_unit_pos_nunit_1#0"
+    folder, model = write_folder(tmp_path / "reft", [(0, Loreft(2))], [name]), described()
+    config = (folder / "config.json").read_text()
+    keys = [*json.loads(config)]
+    assert KEYS.unlisted(keys) == ["intervention_constant_sources"]  # which is looked into
+    for old, new, message in (
+        ('"parallel"', '"serial"', r"config\.json: mode=serial is not supported, only parallel is"),
+        ('"mode"', '"moods"', r"the setting moods=parallel is not known"),
+        ("[true]", "[false]", r"has edits with a source"),
+        ("2, null", "2, [0, 1]", r"representations with field 6 = \[0, 1\]"),
+        ("1, 2, null", "1, 3, null", r"is of rank 2, not of 3"),
+    ):
+        assert old in config
+        (folder / "config.json").write_text(config.replace(old, new))
+        with pytest.raises(UserError, match=message):
+            import_pyreft(folder, model, allow_pickle=True)
+    fields = ("layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "moe_key")
+    entries = json.loads(config)["representations"]
+    named = [dict(zip(fields, entry, strict=False)) for entry in entries]
+    for moe, message in ((None, ""), (1, "field moe_key = 1")):
+        named[0]["moe_key"] = moe
+        (folder / "config.json").write_text(
+            json.dumps(json.loads(config) | {"representations": named})
+        )
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            assert import_pyreft(folder, model, allow_pickle=True) == "loreft:layers=0,rank=2"
 
 
 def test_adapter_folders_of_all_kinds_are_attached(tmp_path):

@@ -3,6 +3,8 @@
 Axis legend: D features in, F features out.
 
     k, v:   y = l * (x W + b)        down:   y = (l * x) W + b        l = 1 at the start
+
+Which linears are scaled on their input, `inputs` says; all others are on their output.
 """
 
 import dataclasses
@@ -10,24 +12,29 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from moresjax.core.errors import choice_error
 from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.sites import linear_sites
 
-# Linears rescaled on their input; every other one is rescaled on its output.
-ON_INPUT = ("down",)
+NO_INPUTS = "none"
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class IA3(WeightDelta):
-    """IA3 on the linears named by `targets`."""
+    """IA3 on the linears named by `targets`; those among `inputs` are scaled on their input."""
 
     name = "ia3"
     targets: str = "k;v;down"
+    inputs: str = "down"
 
     def sites(self, config: ModelConfig) -> Sites:
-        shapes = linear_sites(self, config, self.targets)
-        return {site: (*dims, site.split(".")[-1] in ON_INPUT) for site, dims in shapes.items()}
+        shapes, inputs = linear_sites(self, config, self.targets), self.inputs.split(";")
+        names = {*config.llm.linears(), *(site.split(".")[-1] for site in shapes), NO_INPUTS}
+        for name in inputs:
+            if name not in names:
+                raise choice_error("linear in ia3:inputs", name, sorted(names))
+        return {site: (*dims, site.split(".")[-1] in inputs) for site, dims in shapes.items()}
 
     def initial(self, key: PRNGKeyArray, d_in: int, d_out: int, on_input: bool) -> Params:
         return {"scale_in": jnp.ones(d_in)} if on_input else {"scale_out": jnp.ones(d_out)}

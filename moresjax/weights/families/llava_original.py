@@ -1,4 +1,8 @@
-"""LLaVA as its authors publish it (haotian-liu/LLaVA, c121f04): `liuhaotian/llava-v1.5-7b`.
+"""LLaVA as its authors publish it: `liuhaotian/llava-v1.5-7b`.
+
+Source: haotian-liu/LLaVA, `multimodal_projector/builder.py` (44e0562) for the connectors,
+`multimodal_encoder/clip_encoder.py` (380436b) for the choice of features, `llava_arch.py` (015f6b7)
+for the rest. No published folder was at hand.
 
 `config.json` is that of the LLM with keys `mm_*` added, its `model_type` is `llava` or
 `llava_llama`. The weights are those of the LLM and of the connector, `model.mm_projector`; the
@@ -62,7 +66,8 @@ class LlavaOriginal(MLLMFamily):
             **dict.fromkeys(("freeze_mm_vision_resampler", "tune_mm_vision_resampler"), TRAINING),
             **dict.fromkeys(("unfreeze_mm_vision_tower", "mm_vision_tower_lr"), TRAINING),
             **dict.fromkeys(("mm_projector_lr", "mm_tunable_parts", "pretrain_cfg"), TRAINING),
-            **dict.fromkeys(("tokenizer_model_max_length", "tokenizer_padding_side"), TRAINING),
+            "tokenizer_model_max_length": "rows that are too long are refused here, not cut",
+            "tokenizer_padding_side": "rows are padded otherwise here",
             **dict.fromkeys(("vision_tower_pretrained", "s2_scales"), TOWER),
         },
     )
