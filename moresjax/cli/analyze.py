@@ -5,11 +5,13 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moresjax.cli.options import (
     Commands,
     adapter_folders,
     add_command,
+    add_image_root,
     add_mesh,
     add_prompting,
     add_sample,
@@ -18,6 +20,9 @@ from moresjax.cli.options import (
     show,
 )
 from moresjax.core.errors import UserError
+
+if TYPE_CHECKING:
+    from moresjax.evaluation.tasks import BenchmarkTask
 
 LIMIT = 100  # questions of a task, where no number is given
 
@@ -36,8 +41,12 @@ def add_parser(commands: Commands) -> None:
         help="a model, and its name in the plots; may be repeated",
     )
     attention.add_argument(
-        "--tasks", default="digits", metavar="A,B", help="benchmarks (default: %(default)s)"
+        "--tasks",
+        metavar="A,B",
+        help="benchmarks, presets, questions of yours (FILE.jsonl or FILE.json), or code that "
+        "makes them (FILE.py:NAME); default: the runs' validation data",
     )
+    add_image_root(attention)
     attention.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
     attention.add_argument(
         "--limit", type=int, metavar="N", help=f"items per task (default: {LIMIT}, or --sample)"
@@ -65,15 +74,19 @@ def run_attention(args: argparse.Namespace) -> None:
     """Measures attention and draws it."""
     from moresjax.reports.attention import attention_report
 
+    models = _models(args)
+    limit = LIMIT if args.limit is None and args.sample is None else args.limit
     summaries = attention_report(
         [
             (name, functools.partial(load_model, args, folder, adapter))
-            for name, folder, adapter in _models(args)
+            for name, folder, adapter in models
         ],
-        args.tasks.split(","),
+        _tasks(args, [folder for _, folder, _ in models], limit),
         args.out,
+        {name: folder for name, folder, _ in models},
         data_root=args.data_root,
-        limit=LIMIT if args.limit is None and args.sample is None else args.limit,
+        image_root=args.image_root,
+        limit=limit,
         sample=args.sample,
         seed=args.seed,
         split=args.split,
@@ -85,6 +98,21 @@ def run_attention(args: argparse.Namespace) -> None:
         for name, s in summaries.items()
     ]
     show(args, summaries, "\n".join([*lines, f"plots: {args.out}"]))
+
+
+def _tasks(
+    args: argparse.Namespace, folders: Sequence[str], limit: int | None
+) -> "list[str] | list[BenchmarkTask]":
+    """The tasks that are named, or the runs' validation data."""
+    from moresjax.evaluation.validation import validation_task
+
+    if args.tasks:
+        return args.tasks.split(",")
+    for name in ("data_root", "image_root", "split"):
+        if getattr(args, name) is not None:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is about --tasks, which name what the models are asked")
+    return [validation_task(folders, limit=limit, sample=args.sample, seed=args.seed)]
 
 
 def _models(args: argparse.Namespace) -> list[tuple[str, str, str | None]]:

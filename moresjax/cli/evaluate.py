@@ -44,6 +44,9 @@ def add_parser(commands: Commands) -> None:
         "--num-fewshot", type=int, metavar="N", help="solved examples before each lm_eval question"
     )
     evaluate.add_argument(
+        "--include-path", metavar="DIR", help="folder with tasks of yours in lm_eval's format"
+    )
+    evaluate.add_argument(
         "--batch-size",
         type=int,
         default=64,
@@ -94,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
         options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
-        options |= {"download": args.download}
+        options |= {"download": args.download, "include_path": args.include_path}
         result = evaluate(load_model(args, adapter=adapter), tasks, **options)
     facts = {"model": args.model, "adapter": adapter, "tuning": args.tuning, "split": args.split}
     path = write_results(result, args.out, **facts, **sample_facts(args.sample, args.seed))

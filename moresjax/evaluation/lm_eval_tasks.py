@@ -6,6 +6,7 @@ HellaSwag, MMLU, GSM8K, ARC and hundreds more, a few about images among them. A 
 """
 
 import contextlib
+import difflib
 import functools
 import logging
 import math
@@ -39,8 +40,10 @@ _SEED = 1234  # draws the few-shot examples; the library's own
 
 
 @functools.cache
-def _manager() -> TaskManager:
-    return TaskManager()
+def _manager(include_path: str | None = None) -> TaskManager:
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"include path {include_path} is not a folder")
+    return TaskManager(include_path=include_path)
 
 
 def may_download(download: bool = False) -> bool:
@@ -69,7 +72,11 @@ def _libraries(offline: bool) -> Iterator[None]:
 
 
 def load_lm_eval_tasks(
-    name: str, data_root: str | Path | None = None, *, download: bool = False
+    name: str,
+    data_root: str | Path | None = None,
+    *,
+    download: bool = False,
+    include_path: str | None = None,
 ) -> list[Task | Group]:
     """The task, the group, or the tasks of a tag, with their data.
 
@@ -77,12 +84,14 @@ def load_lm_eval_tasks(
       name: The name in `lm_eval`.
       data_root: The folder that holds datasets under their names on the hub.
       download: Whether what is not at hand is fetched.
+      include_path: A folder with tasks of your own in the library's format.
 
     Raises:
       UserError: `lm_eval` does not know the name, or the dataset is not at hand.
     """
-    if name not in _manager().all_tasks:
-        raise unknown_task(name)
+    manager = _manager(include_path)
+    if name not in manager.all_tasks:
+        raise unknown_task(name, difflib.get_close_matches(name, manager.all_tasks, 5))
     try:
         with contextlib.ExitStack() as stack:
             # The library asks for datasets by their names: folders of that name come first.
@@ -90,7 +99,7 @@ def load_lm_eval_tasks(
             stack.enter_context(_libraries(offline=not may_download(download)))
             if not may_download(download):  # some tasks fetch by other means
                 stack.enter_context(closed_network())
-            loaded = _manager().load([name])
+            loaded = manager.load([name])
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -110,6 +119,7 @@ def run_lm_eval_tasks(
     num_fewshot: int | None = None,
     cache: Path | None = None,
     download: bool = False,
+    include_path: str | None = None,
 ) -> tuple[dict[str, dict[str, Any]], list[dict]]:
     """Runs a task, a group of tasks or a tag of `lm_eval`.
 
@@ -121,6 +131,7 @@ def run_lm_eval_tasks(
       num_fewshot: The examples before each question; by default those of the task, five for `mmlu`.
       cache: The file, without its ending, that keeps replies to texts while they are made.
       download: Whether metrics that are not at hand are fetched.
+      include_path: The folder that `load_lm_eval_tasks` was given.
 
     Returns:
       `scores` and `predictions` of an `EvaluationResult`. The entry `shots` of a score is the
@@ -136,7 +147,7 @@ def run_lm_eval_tasks(
     options: dict[str, Any] = {
         "model": lm,
         "tasks": list(tasks),
-        "task_manager": _manager(),
+        "task_manager": _manager(include_path),
         "num_fewshot": num_fewshot,
         "limit": limit,
         "use_cache": None if cache is None else str(cache),

@@ -29,6 +29,7 @@ from moresjax.evaluation.results import (
 from moresjax.evaluation.tasks import (
     BenchmarkTask,
     benchmark_names,
+    check_names,
     choice_letter,
     draw_examples,
     is_file,
@@ -40,7 +41,7 @@ from moresjax.inference.model import Model
 
 def evaluate(
     model: Model,
-    tasks: str | Sequence[str],
+    tasks: str | Sequence[str | BenchmarkTask],
     *,
     data_root: str | Path | None = None,
     limit: int | None = None,
@@ -55,6 +56,7 @@ def evaluate(
     judge: Judge | None = None,
     num_fewshot: int | None = None,
     download: bool = False,
+    include_path: str | Path | None = None,
 ) -> EvaluationResult:
     """Scores a model on benchmarks.
 
@@ -68,8 +70,9 @@ def evaluate(
       model: The model.
       tasks: Names of benchmarks and presets, of tasks of `lm_eval` (`hellaswag`, `mmlu`), and files
         with questions of yours (`questions.jsonl`, see `evaluation/questions.py`) or with code that
-        makes them (`my.py:NAME`): a list, or one text with commas. Of a preset those whose data are
-        at hand are run, and the others are in the result's `not_run`.
+        makes them (`my.py:NAME`): a list, which may also hold tasks themselves, or one text with
+        commas. Of a preset those whose data are at hand are run, and the others are in the result's
+        `not_run`.
       data_root: The folder of the benchmarks' official files.
       limit: The most examples per task, of which the first are taken.
       sample: How many examples of every task to draw at random, instead of a limit.
@@ -85,6 +88,7 @@ def evaluate(
       judge: Grades answers where a benchmark wants it.
       num_fewshot: The examples before a question of an `lm_eval` task; by default as published.
       download: Whether data of `lm_eval` tasks that are not at hand are fetched from the hub.
+      include_path: A folder with tasks of yours in the format of `lm_eval`.
 
     Raises:
       UserError: A task is unknown, a file is missing (of a benchmark in a preset: all are), the
@@ -95,10 +99,12 @@ def evaluate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if attention and out is not None:
         raise UserError("attention statistics cannot be continued; evaluate without out")
-    given = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    wanted = tasks.split(",") if isinstance(tasks, str) else list(tasks)
+    given = [name for name in wanted if isinstance(name, str)]
     names = expand_presets(given)
+    include = None if include_path is None else str(Path(include_path).resolve())
     texts = {
-        name: load_lm_eval_tasks(name, data_root, download=download)
+        name: load_lm_eval_tasks(name, data_root, download=download, include_path=include)
         for name in names
         if name not in benchmark_names() and not is_file(name)
     }
@@ -110,6 +116,9 @@ def evaluate(
     loaded, not_run = load_available_tasks(
         [name for name in given if name not in texts], data_root, limit, split, image_root
     )
+    made = [task for task in wanted if isinstance(task, BenchmarkTask)]
+    check_names([*loaded, *made])
+    loaded += [dataclasses.replace(task, examples=task.examples[:limit]) for task in made]
     loaded = draw_examples(loaded, sample, seed, limit)
     if not_run and not loaded and not texts:
         raise UserError(next(iter(not_run.values())))
@@ -146,6 +155,7 @@ def evaluate(
                 num_fewshot=num_fewshot,
                 cache=cache,
                 download=download,
+                include_path=include,
             )
         except Exception as error:  # of the library: what was scored before stays
             logging.getLogger(__name__).warning(f"{name} failed", exc_info=True)

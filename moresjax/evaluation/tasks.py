@@ -10,6 +10,7 @@ score (`scoring.py`), and in which format the benchmark's own tools save and exp
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -127,9 +128,16 @@ def benchmark_loader(name: str) -> Loader:
     return registry[name]
 
 
-def unknown_task(name: str) -> UnknownName:
-    """The error for a name that is no benchmark, preset or task of `lm_eval`."""
-    known = [*benchmark_names(), *PRESETS, "or a task of lm_eval"]
+def unknown_task(name: str, near: Sequence[str] = ()) -> UnknownName:
+    """The error for a name that is no benchmark, preset or task of `lm_eval`.
+
+    Args:
+      name: The name.
+      near: Tasks of `lm_eval` with names like it.
+    """
+    such = f" (such as {', '.join(near)})" if near else ""
+    known = [*benchmark_names(), *PRESETS, "FILE.jsonl", "FILE.py:NAME"]
+    known.append(f"or a task of lm_eval{such}")
     return choice_error("task", name, known)
 
 
@@ -148,6 +156,18 @@ def is_file(name: str) -> bool:
     (True, True, False)
     """
     return name.endswith((".json", ".jsonl", ".py")) or ".py:" in name
+
+
+def default_split(name: str) -> str | None:
+    """The split that a benchmark reads where none is named; None where it has no splits.
+
+    >>> default_split("digits"), default_split("questions.jsonl")
+    ('test', None)
+    """
+    if is_file(name) or name not in _registry():
+        return None
+    found = inspect.signature(benchmark_loader(name)).parameters.get("split")
+    return None if found is None else found.default
 
 
 def load_benchmark(
@@ -230,11 +250,11 @@ def load_available_tasks(
             if name in names:
                 raise
             missing[name] = str(error)
-    _check_names(tasks)
+    check_names(tasks)
     return tasks, missing
 
 
-def _check_names(tasks: Sequence[BenchmarkTask]) -> None:
+def check_names(tasks: Sequence[BenchmarkTask]) -> None:
     """Refuses two tasks of one name, one of which would be lost."""
     named: dict[str, str] = {}
     for task in tasks:

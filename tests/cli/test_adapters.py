@@ -107,6 +107,7 @@ def test_an_evaluation_with_an_adapter_is_that_of_the_tuned_model(tmp_path, caps
 
 def test_attention_of_several_adapters_on_one_model_and_of_one_on_each(tmp_path, capsys):
     command = ["analyze", "attention", "--limit", "1", "--json", "--out", str(tmp_path)]
+    command += ["--tasks", "digits"]
     one, two = (f"{name}={ADAPTERS / name}" for name in ("one", "two"))
 
     def shares(*arguments: str) -> dict:

@@ -87,6 +87,7 @@ def test_evaluate_and_analyze_run_on_what_the_demo_trained(demo, tmp_path, capsy
     assert [s["n"] for s in scores.values()] == [3] * len(FAMILIES)
     assert len((tmp_path / "e" / "predictions.jsonl").read_text().splitlines()) == 3 * len(FAMILIES)
     arguments = ["analyze", "attention", "--model", f"mores={model}", "--out", str(tmp_path / "a")]
+    arguments += ["--tasks", "digits"]
     assert main([*arguments, *common, "--mesh", "replicated"]) == 0
     summary = json.loads(capsys.readouterr().out)["mores"]
     assert summary["samples"] == 3 * len(FAMILIES)

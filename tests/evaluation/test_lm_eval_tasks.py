@@ -1,5 +1,6 @@
 """Tasks of lm_eval by their names, on a few local rows in the layout of the hub's datasets."""
 
+import functools
 import json
 import socket
 import sys
@@ -12,6 +13,7 @@ from lm_eval.config.group import GroupConfig
 from scipy.special import log_softmax
 
 from moresjax.core.errors import UserError
+from moresjax.evaluation import lm_eval_tasks
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.lm_eval_tasks import load_lm_eval_tasks, run_lm_eval_tasks
 from moresjax.evaluation.results import write_results
@@ -208,6 +210,33 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(root):
     small = talking_model("none", max_positions=48)
     result = evaluate(small, ["mmlu_abstract_algebra"], data_root=root)
     assert result.scores["mmlu_abstract_algebra"]["n"] == 3
+
+
+def test_an_unknown_name_is_told_what_is_like_it():
+    known = r"unknown task 'hellaswg'; choose from: .*mores-table1.*FILE.jsonl.*"
+    with pytest.raises(UserError, match=known + r"or a task of lm_eval \(such as hellaswag,"):
+        load_lm_eval_tasks("hellaswg")
+
+
+def test_tasks_of_ones_own_lie_in_an_include_path(model, root, tmp_path, monkeypatch):
+    load_lm_eval_tasks("hellaswag", root)  # its manager is held, and the next one is small
+    small = functools.partial(lm_eval_tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", small)
+    lines = (
+        "task: my_sums",
+        "dataset_path: openai/gsm8k",
+        "dataset_name: main",
+        "test_split: test",
+        'doc_to_text: "{{question}}"',
+        'doc_to_target: "{{answer}}"',
+        "output_type: loglikelihood",
+        "metric_list: [{metric: acc}]",
+    )
+    (tmp_path / "my.yaml").write_text("\n".join(lines))
+    result = evaluate(model, ["my_sums"], data_root=root, include_path=tmp_path, limit=1)
+    assert (result.scores["my_sums"]["metric"], result.scores["my_sums"]["n"]) == ("acc", 1)
+    with pytest.raises(UserError, match="none is not a folder"):
+        evaluate(model, ["my_sums"], data_root=root, include_path=tmp_path / "none")
 
 
 @pytest.mark.parametrize("read", [False, True])  # from the environment, when they were imported
