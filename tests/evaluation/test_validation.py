@@ -10,6 +10,7 @@ from PIL import Image
 from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.data.digits import DigitsSource
+from moresjax.data.samples import Sample
 from moresjax.evaluation.validation import validation_task
 
 BASE = Path(__file__).parents[1] / "fixtures" / "v0_1" / "base"
@@ -31,9 +32,11 @@ def runs(tmp_path_factory) -> Path:
 def test_validation_data_are_asked_question_by_question(runs):
     task = validation_task([runs / "one", runs / "two"], limit=5)
     source = DigitsSource("instruct", split="val", questions=2, size=5)
-    turns = [
-        (sample, turn) for sample in map(source.__getitem__, range(3)) for turn in sample.turns
-    ]
+    turns = []
+    for number in range(3):
+        sample = source[number]
+        assert isinstance(sample, Sample)
+        turns += [(sample, turn) for turn in sample.turns]
     assert len(task.examples) == 5
     for example, (sample, turn) in zip(task.examples, turns, strict=False):
         assert (example.prompt, example.answer) == (f"<image>\n{turn.question}", turn.answer)
