@@ -48,7 +48,7 @@ def keys_of(spec: str) -> tuple[str, ...]:
     """The keys of the last method of a spec; none where there is no such method.
 
     >>> keys_of("mores:rank=2/vera:rank=4")
-    ('rank', 'dropout', 'seed', 'targets', 'layers')
+    ('layers', 'rank', 'dropout', 'seed', 'targets')
     """
     load_plugins()
     name = _BETWEEN_METHODS.split(spec)[-1].partition(":")[0].strip()

@@ -32,6 +32,14 @@ def numeric_fields(kind):
             yield field.name, hints[field.name]
 
 
+def refused(allowed, hint):
+    """Numbers of a field's type that its range does not have."""
+    numbers = [] if str(allowed) == "a finite number" else outside(allowed)
+    if float in (hint, *typing.get_args(hint)):
+        return [math.nan, math.inf, *map(float, numbers)]
+    return [number for number in numbers if isinstance(number, int)]
+
+
 def outside(allowed):
     """The nearest numbers beyond each end of a range."""
     ends = [(allowed.least, -1), (allowed.most, 1), (allowed.above, 0), (allowed.below, 0)]
@@ -62,7 +70,7 @@ def test_the_walk_meets_every_depth():
 def test_every_number_of_a_configuration_has_a_range(key, kind, name, hint):
     allowed = ranges_of(kind).get(name)
     assert allowed, f"{key} has no range"
-    for number in (math.nan, math.inf, *outside(allowed)):
+    for number in refused(allowed, hint):
         value = (number,) if typing.get_origin(hint) is tuple else number
         with pytest.raises(UserError, match=rf"^x {name} must be .*, got {number}$"):
             check_ranges(dataclasses.replace(kind(), **{name: value}), "x ")
@@ -71,11 +79,10 @@ def test_every_number_of_a_configuration_has_a_range(key, kind, name, hint):
 @pytest.mark.parametrize("kind", [DecoderConfig, VisionConfig])
 def test_every_number_of_a_part_has_a_range(kind):
     assert len(list(numeric_fields(kind))) > 15
-    for name, _ in numeric_fields(kind):
+    for name, hint in numeric_fields(kind):
         allowed = ranges_of(kind).get(name)
         assert allowed, f"{name} has no range"
-        limits = outside(allowed) if str(allowed) != "a finite number" else []
-        for number in (math.nan, math.inf, *limits):
+        for number in refused(allowed, hint):
             with pytest.raises(UserError, match=f"^{name} of the part must be .*, got {number}$"):
                 check_fields("part", {name: number}, kind)
 
@@ -86,13 +93,11 @@ def test_every_number_of_a_tuning_method_has_a_range(name):
     for field, hint in numeric_fields(kind):
         allowed = ranges_of(kind).get(field)
         assert allowed, f"{name}:{field} has no range"
-        limits = outside(allowed) if str(allowed) != "a finite number" else []
-        for number in (math.nan, math.inf, *limits):
+        for number in refused(allowed, hint):
             with pytest.raises(UserError, match=rf"^{name}:{field} must be .*, got {number}$"):
                 kind(**{field: number})
-            if hint is float or isinstance(number, int):
-                with pytest.raises(UserError, match=f"{name}:{field} must be"):
-                    parse_spec(f"{name}:{field}={number}")
+            with pytest.raises(UserError, match=f"{name}:{field} must be"):
+                parse_spec(f"{name}:{field}={number}")
 
 
 @pytest.mark.parametrize(
