@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.metrics.vqa import vqa_accuracy
 from moresjax.evaluation.own_tasks import load_own
@@ -42,7 +43,7 @@ def model():
     return talking_model("none")
 
 
-def test_a_file_is_asked_scored_continued_and_scored_again(model, tmp_path):
+def test_a_file_is_asked_scored_continued_and_scored_again(model, tmp_path, capsys):
     for number in range(2):
         pixels = np.full((12, 12, 3), 99 * number, np.uint8)
         (tmp_path / "photos").mkdir(exist_ok=True)
@@ -65,7 +66,11 @@ def test_a_file_is_asked_scored_continued_and_scored_again(model, tmp_path):
     saved = tmp_path / "out" / "predictions.jsonl"
     again = rescore(name, saved, image_root=tmp_path / "photos").scores["mine"]
     assert again == {key: value for key, value in entry.items() if key != "errors"}
-    assert [evaluate(model, name, limit=1, **options).scores["mine"]["n"]] == [1]
+    command = ["evaluate", "--tasks", name, "--image-root", str(tmp_path / "photos")]
+    command += ["--predictions", str(saved), "--out", str(tmp_path / "again")]
+    assert main(command) == 0
+    assert "majority 1.000" in capsys.readouterr().out
+    assert evaluate(model, name, limit=1, **options).scores["mine"]["n"] == 1
 
 
 def test_exact_match_forgives_case_blanks_and_a_period_and_nothing_else(tmp_path):

@@ -12,6 +12,7 @@ from moresjax.core.errors import UserError
 from moresjax.data.digits import DigitsSource
 from moresjax.data.samples import Sample
 from moresjax.evaluation.validation import validation_task
+from moresjax.reports import attention
 
 BASE = Path(__file__).parents[1] / "fixtures" / "v0_1" / "base"
 DATA = {"name": "digits", "task": "instruct", "split": "val", "questions": 2, "size": 5}
@@ -56,8 +57,18 @@ def test_runs_without_the_same_validation_data_are_refused(runs, tmp_path):
             validation_task(folders, limit=1)
 
 
-def test_a_report_says_what_was_asked(runs, tmp_path, capsys):
-    command = ["analyze", "attention", "--limit", "2", "--json", "--out", str(tmp_path / "out")]
+def test_a_report_says_what_was_asked(runs, tmp_path, capsys, monkeypatch):
+    command = [
+        "analyze",
+        "attention",
+        "--limit",
+        "2",
+        "--batch-size",
+        "2",
+        "--json",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     model = ["--model", f"mine={runs / 'one'}"]
     assert main([*command, *model]) == 0
     found = json.loads(capsys.readouterr().out)["mine"]
@@ -65,6 +76,8 @@ def test_a_report_says_what_was_asked(runs, tmp_path, capsys):
     assert (found["model"], found["template"], found["n"]) == (str(runs / "one"), "bare", 2)
     (task,) = found["tasks"].items()
     assert (task[0], task[1]["split"], task[1]["n"]) == ("validation", "validation", 2)
+    assert (tmp_path / "out" / "attention_share.png").is_file()
+    monkeypatch.setattr(attention, "write_attention_plots", lambda summaries, out: [])
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     record = {"image": "a.png", "question": "how many digits ?", "answer": "four"}
     (tmp_path / "own.jsonl").write_text(json.dumps(record))
