@@ -317,9 +317,10 @@ def read_house() -> tuple[tuple[set[str], ...], dict[str, set[str]]]:
     from test_architecture import FLOORS, edges  # pyright: ignore[reportMissingImports]
 
     below: dict[str, set[str]] = defaultdict(set)
-    for one, other in sorted(edges()):
+    imports = sorted(edges())
+    for one, other in imports:
         below[one].add(other)
-    floors = tuple(floor & {name for edge in edges() for name in edge} for floor in FLOORS)
+    floors = tuple(floor & set(itertools.chain(*imports)) for floor in FLOORS)
 
     def reach(name: str) -> set[str]:
         return below[name].union(*(reach(other) for other in below[name]))
@@ -403,9 +404,8 @@ def draw_house() -> Picture:
     names = [name for layer in layers for name in layer]
     low = min(x[name] - (0 if ">" in name else box / 2) for name in names)
     high = max(x[name] + (0 if ">" in name else box / 2) for name in names)
-    width = high - low + 40
     total = step * len(layers) - 4
-    picture = Picture(width, total, "The packages of moresjax; every arrow is an import")
+    picture = Picture(high - low + 40, total, "The packages of moresjax; every arrow is an import")
     shift = 20 - low
     y = {name: total - 64 - step * n for n, layer in enumerate(layers) for name in layer}
     for route in routes:

@@ -40,6 +40,8 @@ def processor_facts(processor: Processor | None) -> dict[str, Any]:
         "image_aspect": image and image.aspect,
     }
     text = repr((facts, processor.template, processor.eos_ids, pixels))
+    if not names:  # of the named ones 0.1 and 0.2 did not note it
+        text += f" {processor.template.around_system}" if processor.template.around_system else ""
     if not processor.split_special_tokens:
         text += " special tokens in text"
     if (penalty := processor.generation.repetition_penalty) != 1:

@@ -36,7 +36,7 @@ def kinds(tmp_path_factory) -> dict[str, tuple[list[str], Model]]:
         spec, arguments = model.tuning, []
         folder = ADAPTERS / name
         if kind == "peft":
-            folder = export_peft(model.restack(), out / kind, connector=True)
+            folder = export_peft(model.restack(), out / kind, also_train=["connector"])
         if kind == "pyreft":
             folder = export_pyreft(model.restack(), out / kind)
             arguments = ["--edits", spec, "--allow-pickle"]

@@ -15,7 +15,7 @@ COMMANDS = """
 train --workdir run --config {digits}:stage=finetune --config.steps=1 {tiny}
 evaluate --model run --tasks digits --limit 1 --out scores
 generate --model run --prompt how --max-new-tokens 1
-analyze attention --model run=run --limit 1 --out plots
+analyze attention --model run=run --tasks digits --limit 1 --out plots
 train --workdir llm --config {digits}:stage=llm {head}
 export llm hf --format hf
 import hf imported

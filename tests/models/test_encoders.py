@@ -240,7 +240,7 @@ def test_encoder_sizes(name):
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     with torch.device("meta"):
         if kind == "siglip":
-            patch, image = map(int, name.split("-")[2:])
+            patch, image = map(int, name.split("-")[2:4])
             options = {"intermediate_size": mlp, "patch_size": patch, "image_size": image}
             model = siglip(**sizes, **options, vision_use_head=False)
         else:

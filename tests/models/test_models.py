@@ -212,7 +212,7 @@ def test_connector(name, shapes):
     assert_close(connector(jnp.asarray(x)), y)
 
 
-@pytest.mark.parametrize("name", ["mlp0x_gelu", "mlp2x_relu", "qformer2", "", "mlp2x_gelu "])
+@pytest.mark.parametrize("name", ["mlp0x_gelu", "mlp2x_softmax", "qformer2", "", "mlp2x_gelu "])
 def test_unknown_connector(name):
     with pytest.raises(UserError, match=r"unknown connector '.*'; choose from: identity, linear"):
         Connector(name, 5, 7)
