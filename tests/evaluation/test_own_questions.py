@@ -118,7 +118,7 @@ def test_choices_are_asked_with_letters(tmp_path):
 
 
 def test_groups_have_scores_with_intervals_by_image_and_baselines(tmp_path):
-    right = [1, 1, 0, 0, 1]
+    right = [1.0, 1.0, 0.0, 0.0, 1.0]
     records = [
         {"image": f"{i // 2}.png", "question": "?", "answer": "x" if i else "y", "group": group}
         for i, group in enumerate(["one", "one", "one", "one", 2])
