@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets.config
-import evaluate.config as hf_evaluate_config
 import huggingface_hub.constants
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
@@ -59,6 +58,8 @@ def _libraries(offline: bool) -> Iterator[None]:
     They read the environment once, when they are imported: what they have read is set here,
     whatever the environment says by now.
     """
+    import evaluate.config as hf_evaluate_config  # what loads tasks imports it
+
     places = (
         (datasets.config, "HF_HUB_OFFLINE"),
         (hf_evaluate_config, "HF_EVALUATE_OFFLINE"),

@@ -1,6 +1,6 @@
 """Evaluating visual questions: our path beside that of `transformers`, same weights and answers.
 
-    python benchmarks/evaluate.py [--rounds 3] [--batch-sizes 16 32 64] [--per-image 1 4]
+    python benchmarks/evaluation.py [--rounds 3] [--batch-sizes 16 32 64] [--per-image 1 4]
 
 A LLaVA of 40 million parameters with random weights (CLIP, 6 layers of 384, 112 pixels: 64 visual
 tokens; LLaMA, 8 layers of 512) answers 64 questions of different lengths about photos on disk, one
