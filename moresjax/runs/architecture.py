@@ -51,7 +51,9 @@ def new_model(config: RunConfig) -> AnyModel:
         found = "has none" if vision is None else "is a pair"
         raise UserError(f"objective {config.objective} needs one vision encoder, this {found}")
     if config.objective == "siglip":
-        return ContrastiveModel(vision, _llm_config(config.model.llm))
+        parts = model_config(config)  # with dtype, remat and the like
+        assert isinstance(parts.vision, VisionConfig)  # as above
+        return ContrastiveModel(parts.vision, parts.llm)
     return PatchClassifier(vision, config.model.classes)
 
 

@@ -121,3 +121,13 @@ def test_a_connector_starts_from_a_run_on_captions(tmp_path, capsys):
     packed = cli_arguments("stage=siglip", tmp_path / "none", settings | {"batching": "pack"})
     assert main(packed) == 2
     assert "objective siglip compares the rows" in capsys.readouterr().err
+
+
+def test_the_towers_are_as_the_configuration_says():
+    settings = TINY | {"dtype": "bfloat16", "remat": True, "also_train": "vision:last1"}
+    settings["model.vision.num_layers"] = 2
+    model = build_model(config_of("stage=siglip", settings))
+    assert model.llm.config.dtype == "bfloat16"
+    assert model.llm.config.remat
+    assert model.vision.config.remat
+    assert model.vision.config.num_trainable_blocks == 1
