@@ -108,13 +108,12 @@ def run_check(args: argparse.Namespace) -> None:
 def run_show(args: argparse.Namespace) -> None:
     """Shows samples of a configuration's training data."""
     from moresjax.core.errors import UserError
-    from moresjax.data.processor import word_ids
     from moresjax.data.samples import Sample
     from moresjax.data.sources import make_source
     from moresjax.reports.samples import sample_text, show_sample, write_samples_page
     from moresjax.runs.architecture import model_config
     from moresjax.runs.config import load_config
-    from moresjax.runs.processor import build_processor
+    from moresjax.runs.processor import build_processor, name_words
     from moresjax.tuning.attach import Tuning
 
     config = load_config(args.config, args.overrides)
@@ -125,7 +124,8 @@ def run_show(args: argparse.Namespace) -> None:
             f"of {len(source)}"
         )
     tuning = Tuning(config.tuning, model_config(config))
-    words = {word: word_ids(processor.tokenizer, word) for word in tuning.selected_words}
+    name_words(tuning, processor.tokenizer)
+    words = dict(tuning.words)
     shown = []
     for number in range(args.first, args.first + args.samples):
         sample = source[number]

@@ -5,13 +5,12 @@ is honoured by them. What they would not know, or what the code around them leav
 """
 
 import inspect
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
-from moresjax.core.errors import UserError
+from moresjax.core.json_files import read_object
 
 # Files in which transformers saves image processors.
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -82,7 +81,7 @@ def check_image_processor(folder: Path) -> bool:
     found = False
     for name in IMAGE_FILES:
         if (folder / name).is_file():
-            values = _read(folder / name)
+            values = read_object(folder / name)
             if name == "processor_config.json":
                 PROCESSOR_KEYS.check(values, str(folder / name))
                 values = values.get("image_processor") or {}
@@ -103,7 +102,7 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> None:
     """
     file = folder / "tokenizer_config.json"
     if file.is_file():
-        values = _read(file)
+        values = read_object(file)
         own = {*inspect.signature(type(tokenizer).__init__).parameters, *_tokens(values)}
         own -= TOKENIZER_KEYS.listed
         TOKENIZER_KEYS.check({k: x for k, x in values.items() if k not in own}, str(file))
@@ -112,13 +111,3 @@ def check_tokenizer(folder: Path, tokenizer: Any) -> None:
 def _tokens(names: Iterable[str]) -> set[str]:
     """The names of special tokens, which are the tokenizer's attributes."""
     return {name for name in names if name.endswith("_token") and not name.startswith("add_")}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} cannot be used: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} cannot be used: it is no object")
-    return values

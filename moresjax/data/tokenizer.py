@@ -1,5 +1,6 @@
 """Training a tokenizer on texts of one's own."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def train_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(**options) if bpe else trainers.UnigramTrainer(**options)
-    backend.train_from_iterator(_chain(first, iterator), trainer)
+    backend.train_from_iterator(itertools.chain((first,), iterator), trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", special.index("<s>"))]
     )
@@ -111,8 +112,3 @@ def _lines(path: Path) -> Iterator[str]:
             yield from (line for line in map(str.rstrip, file) if line)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as text: {error}") from None
-
-
-def _chain(first: str, rest: Iterable[str]) -> Iterator[str]:
-    yield first
-    yield from rest

@@ -12,6 +12,7 @@ from moresjax.testing.models import (
     TINY_VISION,
     digits_processor,
     talking_model,
+    terse_model,
     tiny_config,
     tiny_model,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "row_layout",
     "stack_layout",
     "talking_model",
+    "terse_model",
     "tiny_batch",
     "tiny_config",
     "tiny_model",

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -84,3 +91,13 @@ class AdaptedModel:
     def our_logits(self, mllm: MLLM) -> np.ndarray:
         """What our model makes of the inputs."""
         return np.asarray(Model(mllm, None).logits(image_token_id=IMAGE_ID, **self.inputs))
+
+
+def adapted_llava() -> AdaptedModel:
+    """A LLaVA of LLaMA and CLIP."""
+    config = LlavaConfig(
+        text_config=LlamaConfig(**TEXT),
+        vision_config=CLIPVisionConfig(**TOWER),
+        image_token_index=IMAGE_ID,
+    )
+    return AdaptedModel(LlavaForConditionalGeneration, config)

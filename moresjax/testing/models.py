@@ -112,3 +112,17 @@ def talking_model(tuning: str = "none", **llm: Any) -> Model:
     )
     nnx.update(mllm, state)
     return Model(mllm, digits_processor())
+
+
+def terse_model() -> Model:
+    """A `talking_model` without tuning that ends its answers, where it would say hundreds of words.
+
+    >>> from moresjax.testing import terse_model
+    >>> isinstance(terse_model().generate("how many ?", max_new_tokens=2), str)
+    True
+    """
+    model = talking_model()
+    kernel = model._mllm.llm.head.kernel  # pyright: ignore[reportOptionalMemberAccess]
+    end = model.processor.tokenizer.eos_token_id  # pyright: ignore[reportOptionalMemberAccess]
+    kernel[...] = kernel[...].at[:, end].multiply(3)
+    return model

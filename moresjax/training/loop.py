@@ -107,14 +107,15 @@ def train(
     get_objective(config.objective)  # an unknown name is told before anything is built
     check_budget(config)
     sources = None
+    make_processor = functools.cache(functools.partial(build_processor, config, root=workdir))
     if not config.steps:
         sources = build_sources(config)
-        make_processor = functools.partial(build_processor, config, root=workdir)
         config = with_steps(config, sources[0], make_processor)
     check_workdir(config, workdir, resume)
     if finished := _finished(config, workdir):
         return finished
-    run = _prepare(config, workdir, sources or build_sources(config), allow_pickle)
+    sources = sources or build_sources(config)
+    run = _prepare(config, workdir, sources, make_processor, allow_pickle)
     if run.first:
         logger.info("resuming %s at step %d", config.name, run.first)
     result, stopped = _loop(run)
@@ -171,6 +172,7 @@ def _prepare(
     config: RunConfig,
     workdir: Path,
     sources: tuple[Source, Source | None],
+    make_processor: Callable[[], Processor],
     allow_pickle: bool,
 ) -> _Run:
     """Builds the data, the model and the train step, and restores the newest checkpoint."""
@@ -178,7 +180,7 @@ def _prepare(
     check_numbers(config, batch_shards(mesh))
 
     # Data: before the model, whose reading takes longer than finding a mistake here.
-    processor = build_processor(config, root=workdir)
+    processor = make_processor()
     training, held_out = sources
     iterator = build_iterator(config, processor, training)
     evaluators = Evaluators(config, processor, mesh, training, held_out)

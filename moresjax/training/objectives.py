@@ -16,6 +16,7 @@ from moresjax.core.layout import Batch, TokenKind, loss_mask, valid_mask
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import registrar
 from moresjax.core.types import AnyArray, pytree_dataclass
+from moresjax.models.contrastive import caption_mask
 from moresjax.sharding.mesh import constrain_batch_sharding
 
 Objective = Callable[..., "Loss"]
@@ -95,7 +96,7 @@ def siglip(model: Any, batch: Batch, key: PRNGKeyArray | None = None) -> Loss:
     """
     logits = model(batch)
     tokens, kind = jnp.asarray(batch.tokens), jnp.asarray(batch.layout.kind)
-    caption = kind == TokenKind.ANSWER
+    caption = caption_mask(batch)
     rows = caption.any(1) & (kind == TokenKind.IMAGE).any(1)
     words = jnp.where(caption, tokens, -1)
     same = (words[:, None, :] == words[None, :, :]).all(-1)

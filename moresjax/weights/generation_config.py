@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
-from moresjax.core.errors import UserError
+from moresjax.core.json_files import read_object
 from moresjax.data.processor import GenerationDefaults
 
 FILE = "generation_config.json"
@@ -69,13 +69,13 @@ def read_generation_config(folder: Path) -> GenerationDefaults:
       UserError: The file is damaged, or has a setting that would be ignored.
     """
     if (folder / FILE).is_file():
-        values = _read(folder / FILE)
+        values = read_object(folder / FILE)
         GENERATION_KEYS.check(values, str(folder / FILE))
         penalty = values.get("repetition_penalty")
         return GenerationDefaults(_ids(values), 1.0 if penalty is None else float(penalty))
     if not (folder / "config.json").is_file():
         return GenerationDefaults()
-    config = _read(folder / "config.json")
+    config = read_object(folder / "config.json")
     text = config.get("text_config")
     return GenerationDefaults(_ids(config) or _ids(text if isinstance(text, dict) else {}))
 
@@ -89,16 +89,6 @@ def save_generation_config(folder: Path, defaults: GenerationDefaults) -> None:
         values["repetition_penalty"] = defaults.repetition_penalty
     if values:
         (folder / FILE).write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} cannot be used: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} cannot be used: it is no object")
-    return values
 
 
 def _ids(values: dict[str, Any]) -> tuple[int, ...]:

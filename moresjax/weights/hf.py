@@ -8,7 +8,6 @@ Source of the layouts: transformers 5 (`LlamaForCausalLM`, `PhiForCausalLM`, `CL
 import collections
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
+from moresjax.core.json_files import read_object
 from moresjax.core.types import AnyArray
 from moresjax.models.decoder import quantized
 from moresjax.models.initialize import set_params
@@ -87,12 +87,7 @@ class HFFolder:
         file = self.path / "config.json"
         if not file.is_file():
             raise UserError(f"{self.path} is not a Hugging Face checkpoint: it has no config.json")
-        try:
-            raw = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(f"{file} cannot be used: {error}") from None
-        if not isinstance(raw, dict):
-            raise UserError(f"{file} cannot be used: it is no object")
+        raw = read_object(file)
         for part in (raw, raw.get("text_config"), raw.get("vision_config")):
             if isinstance(part, dict) and (how := part.get("quantization_config")):
                 kind = how.get("quant_method", "") if isinstance(how, dict) else how

@@ -9,12 +9,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import (
-    CLIPVisionConfig,
     Gemma3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PhiConfig,
     PhiForCausalLM,
 )
@@ -22,7 +19,7 @@ from transformers import (
 from moresjax.core.errors import UserError
 from moresjax.generation.engine import Engine
 from moresjax.generation.hf_inputs import hf_batch
-from moresjax.testing.hf_adapters import IMAGE_ID, TEXT, TOWER, VOCAB, AdaptedModel
+from moresjax.testing.hf_adapters import IMAGE_ID, TEXT, VOCAB, AdaptedModel, adapted_llava
 from moresjax.testing.hf_llms import gemma3
 from moresjax.tuning.methods.vera import VeRA
 from moresjax.weights.peft import export_peft, import_peft
@@ -67,9 +64,7 @@ def phi():
 
 @pytest.fixture(scope="module")
 def llava():
-    text, vision = LlamaConfig(**TEXT), CLIPVisionConfig(**TOWER)
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_ID)
-    return AdaptedModel(LlavaForConditionalGeneration, config)
+    return adapted_llava()
 
 
 def check_both_directions(base, config, spec, tmp_path):

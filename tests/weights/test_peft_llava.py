@@ -8,15 +8,9 @@ import numpy as np
 import peft
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
 
 from moresjax.core.errors import UserError
-from moresjax.testing.hf_adapters import IMAGE_ID, TEXT, TOWER, AdaptedModel
+from moresjax.testing.hf_adapters import adapted_llava
 from moresjax.weights.adapter import load_adapter, save_adapter
 from moresjax.weights.peft import export_peft, import_peft
 from moresjax.weights.peft_keys import KEYS
@@ -84,9 +78,7 @@ ADAPTERS = {
 
 @pytest.fixture(scope="module")
 def llava():
-    text, vision = LlamaConfig(**TEXT), CLIPVisionConfig(**TOWER)
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE_ID)
-    return AdaptedModel(LlavaForConditionalGeneration, config)
+    return adapted_llava()
 
 
 @pytest.mark.parametrize("spec", ADAPTERS)
