@@ -3,10 +3,10 @@
     moresjax train --config laptop:stage=connector,llm=DIR,vision=DIR --workdir runs/connector
     moresjax train --config laptop:stage=tune,llm=DIR,vision=DIR --workdir runs/mores
 
-Architecture, tokenizer, conversation template and image processor are those of the folders, such as
-SmolLM2-135M, Qwen3-0.6B and siglip-base-patch16-224. The folder `data` is that of `scratch`, without
-`tokenizer` and `text.json`. The connector is the one new part; the last stage looks for the run that
-made it beside its own.
+Architecture, tokenizer, conversation template and image processor are those of the folders, such
+as SmolLM2-135M, Qwen3-0.6B and siglip-base-patch16-224. The folder `data` is that of `scratch`,
+without `tokenizer` and `text.json`. The connector is the one new part; the last stage looks for the
+run that made it beside its own.
 """
 
 import dataclasses
