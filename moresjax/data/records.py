@@ -24,29 +24,29 @@ _BETWEEN = re.compile("[\\s,\\[\\]\ufeff]*")
 
 @dataclasses.dataclass(frozen=True)
 class JsonRecords:
-    """Random access to the records of a file; 20 bytes are held for each.
+    """Random access to the records of a file; 12 bytes are held for each, and 4 for each number.
 
     Attributes:
       path: A JSON list, or JSON Lines.
       offsets: The number of bytes before each record.
       lengths: The number of bytes of each record.
-      sizes: Two numbers that `measure` gave for each record.
+      sizes: The numbers that `measure` gave for each record.
     """
 
     path: Path
     offsets: Int[np.ndarray, "n"]
     lengths: Int[np.ndarray, "n"]
-    sizes: Int[np.ndarray, "n 2"]
+    sizes: Int[np.ndarray, "n k"]
 
     @classmethod
     def scan(
-        cls, path: str | Path, measure: Callable[[Any], tuple[int, int]] = lambda _: (0, 0)
+        cls, path: str | Path, measure: Callable[[Any], tuple[int, ...]] = lambda _: ()
     ) -> "JsonRecords":
         """Finds the records of a file.
 
         Args:
           path: A JSON list, or JSON Lines.
-          measure: Gives two numbers for a record, which are kept as `sizes`.
+          measure: Gives k numbers for a record, which are kept as `sizes`.
 
         Raises:
           UserError: The file does not exist, is not JSON, or ends early.
