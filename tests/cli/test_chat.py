@@ -78,7 +78,8 @@ def test_a_banner_says_what_answers(talk):
     for words in ("runs/it\n  llm: 2 layers", "tuning: mores:positions=all", "adapters: one, two"):
         assert words in told
     assert "template: vicuna_v1/phi/gemma\n  system prompt: Be brief.\n  answering: one" in told
-    assert all(f"\n/{name}" in told for name in "image system adapter reset save help".split())
+    commands = ("image", "system", "adapter", "reset", "save", "help", "quit")
+    assert all(f"\n/{name}" in told for name in commands)
 
 
 def test_mistakes_cost_nothing_of_the_conversation(model, talk, photo, tmp_path):
