@@ -10,6 +10,7 @@ turn may be the system prompt.
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,12 +18,15 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.data.images import named_image
 from moresjax.data.records import JsonRecords
 from moresjax.data.samples import EARLY_TURNS, IMAGE_MARK, Sample, Turn
 
 ROLES = ("human", "gpt")
+# How the turns of a conversation are read: as its rounds, or each by itself on the shared image.
+TURNS = ("dialogue", "independent")
+_IMAGES_FIRST = re.compile(rf"(\s*{IMAGE_MARK})+")
 OTHER_ROLES = {"user": "human", "assistant": "gpt"}  # as OpenAI's format and others name them
 
 
@@ -107,6 +111,48 @@ def to_sample(record: Any, name: str, images: Sequence[Any], *, prompt: bool = F
 def has_rounds(record: Any) -> bool:
     """Whether a record is a conversation, well-formed or not."""
     return isinstance(record, Mapping) and _rounds(record) is not None
+
+
+def independent_turns(sample: Sample) -> Sample:
+    r"""The questions of a conversation about images, each asked by itself after the images.
+
+    Conversations without an image stay as they are: their turns share nothing but what was said.
+
+    >>> turns = Turn("<image>\nWho?", "Ann"), Turn("Where?", "Here")
+    >>> alone = independent_turns(Sample("1", turns, ("a.png",)))
+    >>> [alone.context + turn.question for turn in alone.turns]
+    ['<image>\nWho?', '<image>\nWhere?']
+
+    Raises:
+      UserError: The images do not all stand before the text of the first question.
+    """
+    if not sample.images or len(sample.turns) == 1:
+        return sample
+    first = sample.turns[0].question or ""
+    found = _IMAGES_FIRST.match(first)
+    if found is None or found.group().count(IMAGE_MARK) != len(sample.images):
+        raise UserError(
+            f"sample {sample.id}: turns=independent needs all {IMAGE_MARK} before the text of the "
+            "first question"
+        )
+    text = first[found.end() :]
+    gap = text[: len(text) - len(text.lstrip())] or "\n"
+    questions = [text, *(turn.question or "" for turn in sample.turns[1:])]
+    asked = (gap + question.strip() if question.strip() else "" for question in questions)
+    turns = (dataclasses.replace(t, question=q) for t, q in zip(sample.turns, asked, strict=True))
+    context = found.group().lstrip()
+    return dataclasses.replace(sample, turns=tuple(turns), context=context, independent=True)
+
+
+def is_independent(turns: str) -> bool:
+    """Whether the turns of a conversation are read as independent questions.
+
+    Raises:
+      UserError: The choice is unknown.
+    """
+    if turns not in TURNS:
+        raise choice_error("turns", turns, TURNS)
+    return turns == "independent"
 
 
 def _rounds(record: Mapping[str, Any]) -> Any:
@@ -211,14 +257,18 @@ class LlavaSource:
       image_root: The folder that image paths start from.
       weights: One number per file, joined by `;`: how much is read from each. Empty: every sample
         once per epoch.
+      turns: `dialogue`, or `independent`: each question of a conversation by itself on the shared
+        images.
     """
 
     files: str
     image_root: str = "."
     weights: str = ""
-    branches: ClassVar[bool] = False
+    turns: str = "dialogue"
+    branches: ClassVar[bool] = False  # of a source of dialogues
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "branches", is_independent(self.turns))
         if not Path(self.image_root).is_dir():
             raise UserError(f"image_root {self.image_root} is not a folder")
         if self.weights and len(self._weights) != len(self.files.split(";")):
@@ -288,4 +338,5 @@ class LlavaSource:
     def __getitem__(self, index: int) -> Sample:
         record, name = self.record(index)
         names = image_names(record, name)
-        return to_sample(record, name, self.named_images(names, name))
+        sample = to_sample(record, name, self.named_images(names, name))
+        return independent_turns(sample) if self.branches else sample
