@@ -67,7 +67,7 @@ def convert_llava(
                 bar.update()
             writer.close()
             files[name] = int(stop - start)
-    np.save(out / SIZES, np.concatenate([source.sizes, source.turns], axis=1))
+    np.save(out / SIZES, np.concatenate([source.sizes, source.turn_counts], axis=1))
     index = {"records": len(source), "shards": files}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return index
@@ -128,7 +128,7 @@ class ArrayRecordSource:
         return self._numbers[:, :2]
 
     @property
-    def turns(self) -> Int[np.ndarray, "n k"]:
+    def turn_counts(self) -> Int[np.ndarray, "n k"]:
         """As those of `LlavaSource`; version 0.2 did not note them, then k is 0."""
         return self._numbers[:, 2:]
 

@@ -61,7 +61,7 @@ def count_cut(source: Source, processor: Processor) -> dict[str, int]:
 
     Where the source does not know its turns, nothing is counted.
     """
-    turns = np.asarray(getattr(source, "turns", ()))
+    turns = np.asarray(getattr(source, "turn_counts", ()))
     if not turns.size:
         return {}
     early, questions = turns.T

@@ -308,7 +308,7 @@ class LlavaSource:
         return np.concatenate([records.sizes[:, :2] for records in self.records])
 
     @property
-    def turns(self) -> Int[np.ndarray, "n 2"]:
+    def turn_counts(self) -> Int[np.ndarray, "n 2"]:
         """The turns before the first question, which are left out, and all questions."""
         return np.concatenate([records.sizes[:, 2:] for records in self.records])
 

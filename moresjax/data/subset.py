@@ -36,9 +36,9 @@ class Subset:
         return getattr(self.source, "sizes")[self.indices]  # noqa: B009 (an optional attribute)
 
     @property
-    def turns(self) -> Int[np.ndarray, "n k"]:
+    def turn_counts(self) -> Int[np.ndarray, "n k"]:
         """The turns of every sample; an attribute only where the source has it."""
-        return getattr(self.source, "turns")[self.indices]  # noqa: B009 (an optional attribute)
+        return getattr(self.source, "turn_counts")[self.indices]  # noqa: B009 (an optional attribute)
 
     @property
     def branches(self) -> bool:

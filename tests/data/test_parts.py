@@ -136,12 +136,12 @@ def test_samples_of_a_file(source, tmp_path):
     rows = [PROCESSOR.row(source[number]) for number in (0, 1, 4)]
     for row in rows[1:]:
         np.testing.assert_array_equal(np.asarray(row.pixels), np.asarray(rows[0].pixels))
-    assert source.turns.tolist() == [[0, 1], [1, 1], [0, 1], [0, 1], [0, 1]]
+    assert source.turn_counts.tolist() == [[0, 1], [1, 1], [0, 1], [0, 1], [0, 1]]
     good = [source.record(number)[0] for number in (0, 1, 4)]
     files = write_list(tmp_path / "good.json", good)
     convert_llava(LlavaSource(files, str(tmp_path)), tmp_path / "new", shards=1, progress=False)
     converted = ArrayRecordSource(str(tmp_path / "new"))
-    assert converted.turns.tolist() == [[0, 1], [1, 1], [0, 1]]
+    assert converted.turn_counts.tolist() == [[0, 1], [1, 1], [0, 1]]
     assert converted.sizes.shape == (3, 2)
     for number, row in enumerate(rows):
         again = PROCESSOR.row(converted[number])
