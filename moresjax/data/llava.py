@@ -1,10 +1,10 @@
 """LLaVA's conversation files: pretraining captions (558k), the instruction mix (665k), task files.
 
 A record is `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}`; `image`
-is a path below the image root, a list of them, or left out for text alone. OpenAI's names are read
-too: `messages`, `role`, `content`, `user` and `assistant`, and a `content` that is a list of parts
-of the types `text`, `image` and `image_url`. Where a path stands, a `data:` URL may stand. A first
-turn may be the system prompt.
+(or `images`) is a path below the image root, a list of them, or left out for text alone. OpenAI's
+names are read too: `messages`, `role`, `content`, `user` and `assistant`, and a `content` that is a
+list of parts of the types `text`, `image` and `image_url`. Where a path stands, a `data:` URL may
+stand. A first turn may be the system prompt.
 """
 
 import dataclasses
@@ -38,7 +38,9 @@ def image_names(record: Any, name: str) -> tuple[str, ...]:
     """
     if not isinstance(record, Mapping):
         raise UserError(f"sample {name}: a record must be an object, not {type(record).__name__}")
-    value = record.get("image") or record.get("images") or ()
+    if record.get("image") and record.get("images"):
+        raise UserError(f"sample {name}: it has both `image` and `images`; give one of them")
+    value = _images(record)
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
         raise UserError(f"sample {name}: image {value!r} is neither a path nor a list of paths")
@@ -73,6 +75,8 @@ def to_sample(record: Any, name: str, images: Sequence[Any], *, prompt: bool = F
       UserError: The conversation is empty, its roles do not take turns, a value is not text, an
         answer has an image, or marks and images are not equally many.
     """
+    if not {"conversations", "messages"} & set(record):
+        raise UserError(f"sample {name}: {_foreign(record)}")
     rounds = _rounds(record)
     if not _is_list(rounds) or not rounds:
         raise UserError(f"sample {name}: the conversation is empty")
@@ -157,6 +161,20 @@ def is_independent(turns: str) -> bool:
 
 def _rounds(record: Mapping[str, Any]) -> Any:
     return record["conversations"] if "conversations" in record else record.get("messages")
+
+
+def _images(record: Mapping[str, Any]) -> Any:
+    return record.get("image") or record.get("images") or ()
+
+
+def _foreign(record: Mapping[str, Any]) -> str:
+    """What a record is that holds no conversation."""
+    if {"question", "text"} & set(record):
+        return (
+            "it is a question without a conversation; files of questions are for `evaluate --tasks`"
+            " and `generate --prompts`, and a sample to train on has `conversations`"
+        )
+    return f"it has neither `conversations` nor `messages`, but {', '.join(record) or 'nothing'}"
 
 
 def _role(item: Mapping[str, Any]) -> Any:

@@ -123,6 +123,7 @@ def score_task(
             "prediction": text,
             "answer": example.answer,
             "score": None if example.id in score.errors else value,
+            **example.own_limit,
             **provenance_of((provenance or {}).get(example.id, {})),
         }
         for example, text, value in zip(task.examples, texts, values, strict=True)

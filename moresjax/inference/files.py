@@ -17,6 +17,7 @@ from moresjax.inference.model import Model
 from moresjax.inference.prompts import mark_images
 from moresjax.tuning.multi_adapter import BASE
 
+PROMPTS = ("prompt", "question", "text")  # the fields with what is asked, the first one counts
 WINDOW = 32  # batches of records that are held at a time
 
 
@@ -48,8 +49,9 @@ def generate_file(
     Args:
       model: The model.
       source: Records `{"id", "prompt", "images"}`. `images` is a list of paths or `data:` URLs and
-        may be missing; so may `id`, whose place the record's number takes. In place of a prompt may
-        be a conversation that ends with a question, as `messages` or `conversations` (see
+        may be missing; so may `id`, whose place the record's number takes. Files of questions are
+        read, too: `question_id`, `question` or `text`, and `image`. In place of a prompt may be a
+        conversation that ends with a question, as `messages` or `conversations` (see
         `data/llava.py`). A record may have a `system` prompt, a `seed` for its draws and, where the
         model has several adapters, the name of one (`adapter_field`).
       out: JSON Lines in the same order, `{"id", "prompt", "images", "text"}`, and `adapter` where
@@ -92,8 +94,8 @@ def generate_file(
             lines, rows, known = [], [], {}
             for number in window:
                 record = records[number]
-                named = isinstance(record, dict) and "id" in record
-                lines.append({"id": record["id"] if named else number})
+                ids = record if isinstance(record, dict) else {}
+                lines.append({"id": ids.get("id", ids.get("question_id", number))})
                 try:
                     asked = _asked(record, number, str(lines[-1]["id"]))
                     lines[-1] |= _told(record, asked)
@@ -141,11 +143,12 @@ def _asked(record: Any, number: int, name: str) -> Sample:
     Raises:
       UserError: It has neither, or one that is malformed.
     """
-    prompt = record.get("prompt") if isinstance(record, dict) else None
+    record = record if isinstance(record, dict) else {}
+    prompt = next((record[key] for key in PROMPTS if key in record), None)
     if isinstance(prompt, list):  # parts of types
         record = record | {"messages": [{"role": "user", "content": prompt}]}
     elif not isinstance(prompt, str) and not has_rounds(record):
-        raise UserError(f"record {number} has no text as its 'prompt'")
+        raise UserError(f"record {number} has no text as its 'prompt', 'question' or 'text'")
     images = image_names(record, name)
     if not isinstance(prompt, str):
         return to_sample(record, name, images, prompt=True)
@@ -156,7 +159,7 @@ def _asked(record: Any, number: int, name: str) -> Sample:
 
 def _told(record: dict, asked: Sample) -> dict:
     """What an answer's line repeats of its record; of a `data:` URL the beginning."""
-    prompt = record.get("prompt")
+    prompt = next((record[key] for key in PROMPTS if key in record), None)
     urls = [image.startswith("data:") for image in asked.images]
     images = [f"{x[:40]}..." if url else x for x, url in zip(asked.images, urls, strict=True)]
     return {
