@@ -16,7 +16,13 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from moresjax.core.errors import UserError
-from moresjax.data.llava import LlavaSource, image_names, to_sample
+from moresjax.data.llava import (
+    LlavaSource,
+    image_names,
+    independent_turns,
+    is_independent,
+    to_sample,
+)
 from moresjax.data.samples import Sample
 
 INDEX = "index.json"  # written last: a folder without it is not complete
@@ -88,12 +94,16 @@ class ArrayRecordSource:
 
     Attributes:
       folder: The folder with the shards and their index.
+      turns: `dialogue`, or `independent`: each question of a conversation by itself on the shared
+        images.
     """
 
     folder: str
-    branches: ClassVar[bool] = False
+    turns: str = "dialogue"
+    branches: ClassVar[bool] = False  # of a source of dialogues
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "branches", is_independent(self.turns))
         _ = self._reader
 
     @functools.cached_property
@@ -128,4 +138,5 @@ class ArrayRecordSource:
         except Exception as error:  # a damaged shard: the library raises kinds of its own
             raise UserError(f"record {index} of {self.folder} is damaged: {error}") from None
         images = [rest[a:b] for a, b in itertools.pairwise(borders)]
-        return to_sample(record, name, images)
+        sample = to_sample(record, name, images)
+        return independent_turns(sample) if self.branches else sample

@@ -1,12 +1,14 @@
 """LLaVA's conversation files: pretraining captions (558k), the instruction mix (665k), task files.
 
 A record is `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, ...]}`; `image`
-is a path below the image root, a list of them, or left out for text alone. OpenAI's names are read
-too: `messages`, `role`, `content`, `user` and `assistant`. A first turn may be the system prompt.
+(or `images`) is a path below the image root, a list of them, or left out for text alone. OpenAI's
+names are read too: `messages`, `role`, `content`, `user` and `assistant`. A first turn may be the
+system prompt.
 """
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,12 +16,15 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Int
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.data.images import image_path
 from moresjax.data.records import JsonRecords
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 
 ROLES = ("human", "gpt")
+# How the turns of a conversation are read: as its rounds, or each by itself on the shared image.
+TURNS = ("dialogue", "independent")
+_IMAGES_FIRST = re.compile(rf"(\s*{IMAGE_MARK})+")
 OTHER_ROLES = {"user": "human", "assistant": "gpt"}  # as OpenAI's format and others name them
 
 
@@ -31,7 +36,9 @@ def image_names(record: Any, name: str) -> tuple[str, ...]:
     """
     if not isinstance(record, Mapping):
         raise UserError(f"sample {name}: a record must be an object, not {type(record).__name__}")
-    value = record.get("image") or ()
+    if record.get("image") and record.get("images"):
+        raise UserError(f"sample {name}: it has both `image` and `images`; give one of them")
+    value = _images(record)
     names = (value,) if isinstance(value, str) else value
     if not isinstance(names, Sequence) or not all(isinstance(item, str) for item in names):
         raise UserError(f"sample {name}: image {value!r} is neither a path nor a list of paths")
@@ -54,6 +61,8 @@ def to_sample(record: Any, name: str, images: Sequence[Any]) -> Sample:
       UserError: The conversation is empty, its roles do not take turns, a value is not text, an
         answer has an image, or marks and images are not equally many.
     """
+    if not {"conversations", "messages"} & set(record):
+        raise UserError(f"sample {name}: {_foreign(record)}")
     rounds = _rounds(record)
     if not isinstance(rounds, Sequence) or isinstance(rounds, str) or not rounds:
         raise UserError(f"sample {name}: the conversation is empty")
@@ -88,8 +97,64 @@ def to_sample(record: Any, name: str, images: Sequence[Any]) -> Sample:
     return Sample(name, tuple(turns), tuple(images), system=own, cut=cut)
 
 
+def independent_turns(sample: Sample) -> Sample:
+    r"""The questions of a conversation about images, each asked by itself after the images.
+
+    Conversations without an image stay as they are: their turns share nothing but what was said.
+
+    >>> turns = Turn("<image>\nWho?", "Ann"), Turn("Where?", "Here")
+    >>> alone = independent_turns(Sample("1", turns, ("a.png",)))
+    >>> [alone.context + turn.question for turn in alone.turns]
+    ['<image>\nWho?', '<image>\nWhere?']
+
+    Raises:
+      UserError: The images do not all stand before the text of the first question.
+    """
+    if not sample.images or len(sample.turns) == 1:
+        return sample
+    first = sample.turns[0].question or ""
+    found = _IMAGES_FIRST.match(first)
+    if found is None or found.group().count(IMAGE_MARK) != len(sample.images):
+        raise UserError(
+            f"sample {sample.id}: turns=independent needs all {IMAGE_MARK} before the text of the "
+            "first question"
+        )
+    text = first[found.end() :]
+    gap = text[: len(text) - len(text.lstrip())] or "\n"
+    questions = [text, *(turn.question or "" for turn in sample.turns[1:])]
+    asked = (gap + question.strip() if question.strip() else "" for question in questions)
+    turns = (dataclasses.replace(t, question=q) for t, q in zip(sample.turns, asked, strict=True))
+    context = found.group().lstrip()
+    return dataclasses.replace(sample, turns=tuple(turns), context=context, independent=True)
+
+
+def is_independent(turns: str) -> bool:
+    """Whether the turns of a conversation are read as independent questions.
+
+    Raises:
+      UserError: The choice is unknown.
+    """
+    if turns not in TURNS:
+        raise choice_error("turns", turns, TURNS)
+    return turns == "independent"
+
+
 def _rounds(record: Mapping[str, Any]) -> Any:
     return record["conversations"] if "conversations" in record else record.get("messages")
+
+
+def _images(record: Mapping[str, Any]) -> Any:
+    return record.get("image") or record.get("images") or ()
+
+
+def _foreign(record: Mapping[str, Any]) -> str:
+    """What a record is that holds no conversation."""
+    if {"question", "text"} & set(record):
+        return (
+            "it is a question without a conversation; files of questions are for `evaluate --tasks`"
+            " and `generate --prompts`, and a sample to train on has `conversations`"
+        )
+    return f"it has neither `conversations` nor `messages`, but {', '.join(record) or 'nothing'}"
 
 
 def _role(item: Mapping[str, Any]) -> Any:
@@ -110,7 +175,7 @@ def _image_first(question: str) -> str:
 def measure(record: Any) -> tuple[int, int]:
     """The words and images of a record, which is not checked; samples are grouped by them."""
     try:
-        rounds, images = _rounds(record), record.get("image") or ()
+        rounds, images = _rounds(record), _images(record)
         words = sum(len(_text(item).split()) for item in rounds)
         return words, 1 if isinstance(images, str) else len(images)
     except (TypeError, KeyError, AttributeError):
@@ -126,14 +191,18 @@ class LlavaSource:
       image_root: The folder that image paths start from.
       weights: One number per file, joined by `;`: how much is read from each. Empty: every sample
         once per epoch.
+      turns: `dialogue`, or `independent`: each question of a conversation by itself on the shared
+        images.
     """
 
     files: str
     image_root: str = "."
     weights: str = ""
-    branches: ClassVar[bool] = False
+    turns: str = "dialogue"
+    branches: ClassVar[bool] = False  # of a source of dialogues
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "branches", is_independent(self.turns))
         if not Path(self.image_root).is_dir():
             raise UserError(f"image_root {self.image_root} is not a folder")
         if self.weights and len(self._weights) != len(self.files.split(";")):
@@ -198,4 +267,5 @@ class LlavaSource:
     def __getitem__(self, index: int) -> Sample:
         record, name = self.record(index)
         names = image_names(record, name)
-        return to_sample(record, name, self.image_paths(names, name))
+        sample = to_sample(record, name, self.image_paths(names, name))
+        return independent_turns(sample) if self.branches else sample

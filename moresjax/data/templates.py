@@ -78,13 +78,16 @@ class Template:
             pieces = [Piece(images, TokenKind.QUESTION, control=True)]
             return [*pieces, *self._turn(caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
-        pieces = self._opening(sample.system)
-        pieces.append(Piece(sample.context, TokenKind.QUESTION))
+        pieces, (shared, gap) = self._opening(sample.system), _shared_context(sample)
+        pieces.append(Piece(shared, TokenKind.QUESTION))
         marker = self.user if self.next_user is None else self.next_user
         for number, turn in enumerate(sample.turns):
-            if number and not sample.independent:
+            branch = number + 1 if sample.independent else 0
+            if sample.independent:
+                pieces.append(Piece(gap, TokenKind.QUESTION, branch))
+            elif number:
                 pieces.append(Piece(marker, TokenKind.QUESTION, control=True))
-            pieces += self._turn(turn, end, number + 1 if sample.independent else 0)
+            pieces += self._turn(turn, end, branch)
         return [piece for piece in pieces if piece.text]
 
     def _opening(self, system: str | None) -> list[Piece]:
@@ -119,6 +122,18 @@ class Template:
         texts = (self.system, self.user, self.assistant, self.gap, self.end, self.next_user)
         texts += self.around_system or ()
         return "\n".join(text for text in texts if text)
+
+
+def _shared_context(sample: Sample) -> tuple[str, str]:
+    """What independent questions share of the context, and the blanks that each begins with.
+
+    Text behind an image is tokenised anew. Where it is blank it belongs to the questions, whose
+    tokens are then those that each has alone.
+    """
+    head, mark, gap = sample.context.rpartition(IMAGE_MARK)
+    if sample.independent and mark and not gap.strip():
+        return head + mark, gap
+    return sample.context, ""
 
 
 _SYSTEM = (

@@ -30,7 +30,10 @@ def task_requests(task: BenchmarkTask, examples: Sequence[Example]) -> list[Inst
     Their `doc` is the example. The model writes the conversation around a prompt itself.
     """
     kind = "loglikelihood" if task.ranks_choices else "generate_until"
-    settings = {"until": [], "max_gen_toks": task.max_new_tokens, "do_sample": False}
+
+    def settings(example: Example) -> dict[str, Any]:
+        return {"until": [], "max_gen_toks": task.length_limit(example), "do_sample": False}
+
     return [
         Instance(
             request_type=kind,
@@ -40,7 +43,7 @@ def task_requests(task: BenchmarkTask, examples: Sequence[Example]) -> list[Inst
             metadata=(task.name, index, 1),
         )
         for index, example in enumerate(examples)
-        for number, wanted in enumerate(example.choices or (settings,))
+        for number, wanted in enumerate(example.choices or (settings(example),))
     ]
 
 

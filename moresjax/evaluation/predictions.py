@@ -93,7 +93,7 @@ class PredictionLog:
             write_log(self._path, rows)
 
     def known(self, task: BenchmarkTask) -> dict[str, str]:
-        """Predictions by id for the task's questions that were asked in the same words."""
+        """Predictions by id for the task's questions that were asked in the same way."""
         return {name: row["prediction"] for name, row in self._rows(task).items()}
 
     def made(self, task: BenchmarkTask, found: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -105,15 +105,20 @@ class PredictionLog:
         return {name: earlier.get(name, self.provenance) for name in found}
 
     def _rows(self, task: BenchmarkTask) -> dict[str, dict]:
-        rows = {e.id: self._known.get((task.name, e.id, e.prompt)) for e in task.examples}
-        return {name: row for name, row in rows.items() if row is not None}
+        rows = {}
+        for example in task.examples:
+            row = self._known.get((task.name, example.id, example.prompt))
+            # Of a task's own limit, which is part of the code, rows say nothing.
+            if row is not None and row.get("max_new_tokens") == example.max_new_tokens:
+                rows[example.id] = row
+        return rows
 
     def add(self, task: str, example: Example, prediction: str) -> None:
         """Appends the prediction for an example of the task of that name."""
         if self._path is None:
             return
         row = {"task": task, "id": example.id, "prompt": example.prompt}
-        row |= {"prediction": prediction, **self.provenance}
+        row |= {"prediction": prediction, **example.own_limit, **self.provenance}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -145,6 +145,7 @@ def score_task(
             "answer": example.answer,
             "score": None if example.id in score.errors else value,
             "images": image_names(example.images),
+            **example.own_limit,
             **provenance_of((provenance or {}).get(example.id, {})),
         }
         for example, text, value in zip(task.examples, texts, values, strict=True)

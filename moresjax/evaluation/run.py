@@ -265,7 +265,7 @@ class _Asker:
         try:
             row = model.prompt(example.prompt, example.images, example.id)
             if not task.ranks_choices:
-                model.service.check_context(row, task.max_new_tokens)
+                model.service.check_context(row, task.length_limit(example))
             for choice in example.choices if task.ranks_choices else ():
                 pair = model.prompts.with_answer(row, example.prompt, example.images, choice)
                 model.service.check_answer(*pair)

@@ -13,6 +13,7 @@ from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.inference.model import Model
 from moresjax.tuning.multi_adapter import BASE
 
+PROMPTS = ("prompt", "question", "text")  # the fields with what is asked, the first one counts
 WINDOW = 32  # batches of records that are held at a time
 
 
@@ -43,7 +44,8 @@ def generate_file(
     Args:
       model: The model.
       source: Records `{"id", "prompt", "images"}`. `images` is a list of paths and may be missing;
-        so may `id`, whose place the record's number takes. A record may have a `seed` for its draws
+        so may `id`, whose place the record's number takes. Files of questions are read, too:
+        `question_id`, `question` or `text`, and `image`. A record may have a `seed` for its draws
         and, where the model has several adapters, the name of one (`adapter_field`).
       out: JSON Lines in the same order, `{"id", "prompt", "images", "text"}`, and `adapter` where
         the record names one; a record that cannot be answered has the reason as `error` instead of
@@ -82,8 +84,8 @@ def generate_file(
             lines, rows, known = [], [], {}
             for number in window:
                 record = records[number]
-                named = isinstance(record, dict) and "id" in record
-                lines.append({"id": record["id"] if named else number})
+                ids = record if isinstance(record, dict) else {}
+                lines.append({"id": ids.get("id", ids.get("question_id", number))})
                 try:
                     lines[-1] |= _checked(record, number, adapter_field if names else "", names)
                     rows.append(_row(model, lines[-1], root, max_new_tokens, known))
@@ -128,12 +130,15 @@ def _checked(record: object, number: int, adapter_field: str, adapters: Sequence
     Raises:
       UserError: when one is missing or of another type.
     """
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise UserError(f"record {number} has no text as its 'prompt'")
-    images, seed = record.get("images") or [], record.get("seed")
+    record = record if isinstance(record, dict) else {}
+    asked = next((record[key] for key in PROMPTS if key in record), None)
+    if not isinstance(asked, str):
+        raise UserError(f"record {number} has no text as its 'prompt', 'question' or 'text'")
+    image, seed = record.get("image"), record.get("seed")
+    images = record.get("images") or ([image] if isinstance(image, str) else image) or []
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise UserError(f"record {number}: 'images' must be a list of paths, got {images!r}")
-    line = {"prompt": record["prompt"], "images": images}
+    line = {"prompt": asked, "images": images}
     adapter = record.get(adapter_field) if adapter_field else None
     if adapter is not None:
         if adapter not in adapters:
