@@ -7,6 +7,7 @@ import base64
 import binascii
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from moresjax.core.errors import UserError, choice_error
@@ -48,6 +49,23 @@ ImageInput = str | Path | bytes | Image.Image | np.ndarray | UnusableImage
 def image_keys(images: Sequence) -> tuple:
     """Keys that tell images apart, as long as they exist, without opening them."""
     return tuple(x if isinstance(x, (str, Path, bytes)) else id(x) for x in images)
+
+
+def image_names(images: Sequence) -> list[str]:
+    """Names that tell images apart in files: those of files, digests of other images.
+
+    >>> image_names(["a.jpg", np.zeros((2, 2, 3), np.uint8)])
+    ['a.jpg', '15ec7bf0b50732b4']
+    """
+    return [x if isinstance(x, str) else _digest(x) for x in images]
+
+
+def _digest(image: object) -> str:
+    if isinstance(image, Image.Image):
+        image = getattr(image, "filename", "") or image.tobytes()
+    if isinstance(image, np.ndarray):
+        image = np.ascontiguousarray(image).tobytes()
+    return hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else str(image)
 
 
 class LazyPixels:
@@ -326,6 +344,16 @@ class ImageProcessor:
         if made != (size, size):
             raise UserError(f"{folder}: images become {made[0]} x {made[1]}, not {size} x {size}")
         return processor
+
+    def to_picture(self, pixels: Float[np.ndarray, "*N Y X 3"]) -> UInt8[np.ndarray, "*N Y X 3"]:
+        """Images as they were before they were normalised.
+
+        >>> processor = ImageProcessor(size=1)
+        >>> processor.to_picture(processor(np.full((1, 1, 3), 200, np.uint8))).tolist()
+        [[[200, 200, 200]]]
+        """
+        values = pixels * np.asarray(self.std) + np.asarray(self.mean)
+        return (values.clip(0, 1) * 255).round().astype(np.uint8)
 
     def __call__(self, source: ImageInput) -> Float[np.ndarray, "Y X 3"]:
         """The pixels of an image.

@@ -2,8 +2,8 @@
 
 A row has the task, the question's id and prompt, the prediction, and its provenance: the
 fingerprints of the model, of its processor and of its exact weights. A finished evaluation adds the
-true answer and the score. The names of these fields are those of version 0.1, whose files continue;
-they have no exact weights.
+true answer, the score, and names that tell its images apart. The names of the other fields are
+those of version 0.1, whose files continue; they have neither exact weights nor images.
 """
 
 import hashlib
