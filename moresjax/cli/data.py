@@ -98,6 +98,7 @@ def run_check(args: argparse.Namespace) -> None:
         *(f"  {first:6d}+ tokens  {count:10,d}" for first, count in report.histogram),
         *(f"useful tokens with {name}: {share:.1%}" for name, share in report.useful.items()),
         f"too long: {len(report.too_long)}; bad: {len(report.bad)}; cut: {len(report.cut)}",
+        *(f"  without {kind}: {count}" for kind, count in report.cut_kinds.items()),
         *report.too_long.values(),
         *report.bad.values(),
         *report.cut.values(),
