@@ -167,6 +167,7 @@ def _report_lines(report: "DataReport", tokens: bool = True) -> list[str]:
         *(f"  {first:6d}+ tokens  {count:10,d}" for first, count in bins),
         *(f"useful tokens with {name}: {share:.1%}" for name, share in useful.items()),
         f"too long: {len(report.too_long)}; bad: {len(report.bad)}; cut: {len(report.cut)}",
+        *(f"  without {kind}: {count}" for kind, count in report.cut_kinds.items()),
         *report.too_long.values(),
         *report.bad.values(),
         *report.cut.values(),

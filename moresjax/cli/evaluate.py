@@ -58,6 +58,11 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="fetch data of lm_eval tasks that are not at hand; otherwise nothing is",
     )
+    evaluate.add_argument(
+        "--attention",
+        action="store_true",
+        help="read in the same pass how much attention answers pay to the image, and LMAR",
+    )
     add_mesh(evaluate)
     add_prompting(evaluate)
     add_tuning(evaluate)
@@ -74,12 +79,14 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates a model, or scores saved predictions again."""
+    from moresjax.evaluation.attention_log import attention_line
     from moresjax.evaluation.presets import table
     from moresjax.evaluation.rescore import rescore
     from moresjax.evaluation.results import sample_facts, write_results
     from moresjax.evaluation.run import evaluate
 
     tasks, adapter = args.tasks.split(","), only_adapter(args)
+    name = Path(adapter or args.model or "").resolve().name
     options = {
         "data_root": args.data_root,
         "limit": args.limit,
@@ -90,18 +97,24 @@ def run(args: argparse.Namespace) -> None:
         "judge": _judge(args),
     }
     if args.predictions:
-        if len(tasks) != 1 or args.model or args.adapter or args.tuning:
-            raise UserError("--predictions scores one task of --tasks, without a model")
+        if len(tasks) != 1 or args.model or args.adapter or args.tuning or args.attention:
+            raise UserError(
+                "--predictions scores one task of --tasks, without a model or its attention"
+            )
         result = rescore(tasks[0], args.predictions, out=args.out, **options)
     elif not args.model:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
         options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
         options |= {"download": args.download, "include_path": args.include_path}
+        options |= {"attention": args.attention, "title": name}
         result = evaluate(load_model(args, adapter=adapter), tasks, **options)
     facts = {"model": args.model, "adapter": adapter, "tuning": args.tuning, "split": args.split}
-    path = write_results(result, args.out, **facts, **sample_facts(args.sample, args.seed))
+    facts |= sample_facts(args.sample, args.seed)
+    path = write_results(result, args.out, name=name, **facts)
     text = table(result.scores, tasks, result.not_run)
+    if result.attention is not None:
+        text += f"\n{attention_line(name, result.attention.to_dict())}"
     show(args, json.loads(path.read_text()), f"{text}\nresults: {path}")
     if result.not_run:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in result.not_run.items())

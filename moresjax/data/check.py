@@ -17,7 +17,7 @@ from moresjax.data.images import open_image
 from moresjax.data.packing import first_fit
 from moresjax.data.pipeline import PACK_WINDOW
 from moresjax.data.processor import Processor
-from moresjax.data.samples import Sample
+from moresjax.data.samples import EARLY_TURNS, LATER_TURNS, Sample
 from moresjax.data.sources import Source
 
 CHUNK = 64  # samples that a worker takes at once
@@ -40,7 +40,8 @@ class DataReport:
         samples that fit.
       too_long: The sizes of every sample that does not fit into a row, by its number.
       bad: The error of every other sample that cannot be used, by its number.
-      cut: What its source left out of a good sample, by its number.
+      cut: What is left out of a good sample, by its number.
+      cut_kinds: The number of good samples by what is left out of them.
       labels: The number of labels of every class, for images with labels.
     """
 
@@ -55,7 +56,22 @@ class DataReport:
     too_long: dict[int, str]
     bad: dict[int, str]
     cut: dict[int, str]
+    cut_kinds: dict[str, int]
     labels: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def count_cut(source: Source, processor: Processor) -> dict[str, int]:
+    """The number of samples by what is left out of them, without reading them.
+
+    Where the source does not know its turns, nothing is counted.
+    """
+    turns = np.asarray(getattr(source, "turn_counts", ()))
+    if not turns.size:
+        return {}
+    early, questions = turns.T
+    later = 0 if processor.template.keep_question else int((questions > 1).sum())
+    counts = {EARLY_TURNS: int((early > 0).sum()), LATER_TURNS: later}
+    return {kind: count for kind, count in counts.items() if count}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +163,7 @@ def _measure_one(
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from None
     answers = int((row.kind == TokenKind.ANSWER).sum())
-    cut = f"sample {sample.id}: {sample.cut}" if sample.cut else ""
+    cut = sample.cut if processor is None else processor.left_out(sample)
     return _Measured(index, sample.id, len(row), answers, len(sample.images), cut=cut)
 
 
@@ -211,7 +227,12 @@ def _report(
         else _useful(fits, max_seq_len, images_per_row),
         too_long=too_long,
         bad={m.index: m.error for m in found if m.error},
-        cut={m.index: m.cut for m in good if m.cut},
+        cut={m.index: f"sample {m.name}: {m.cut}" for m in good if m.cut},
+        cut_kinds={
+            kind: count
+            for kind in (EARLY_TURNS, LATER_TURNS)
+            if (count := sum(kind in m.cut for m in good))
+        },
     )
 
 

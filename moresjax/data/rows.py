@@ -106,8 +106,8 @@ class RowReader:
 
     def _element(self, number: int) -> Sample | Mapping[str, Any]:
         element = self.source[number]
-        if isinstance(element, Sample) and element.cut and number not in self.skip_policy.cut:
-            self.skip_policy.note_cut(number, element.id, element.cut)
+        if isinstance(element, Sample) and (cut := self.processor.left_out(element)):
+            self.skip_policy.note_cut(number, element.id, cut)
         return element
 
     def _sample(self, number: int) -> Sample:

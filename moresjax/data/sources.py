@@ -24,6 +24,8 @@ class Source(Protocol):
 
     A source may also have these attributes:
       sizes: The words and images of every sample `[n, 2]`; batching by length needs them.
+      turn_counts: The turns before the first question of every sample, and its questions `[n, 2]`;
+        training then says at its start how many samples are cut.
       mixture_weights: Pairs of an index range and its weight, where ranges are not read in
         proportion to their lengths.
       branches: False where no sample has independent turns; faster attention kernels may run then.

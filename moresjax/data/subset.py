@@ -36,6 +36,11 @@ class Subset:
         return getattr(self.source, "sizes")[self.indices]  # noqa: B009 (an optional attribute)
 
     @property
+    def turn_counts(self) -> Int[np.ndarray, "n k"]:
+        """The turns of every sample; an attribute only where the source has it."""
+        return getattr(self.source, "turn_counts")[self.indices]  # noqa: B009 (an optional attribute)
+
+    @property
     def branches(self) -> bool:
         """Whether a sample may have independent turns."""
         return getattr(self.source, "branches", True)
