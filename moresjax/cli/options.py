@@ -78,8 +78,8 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype",
         metavar="TYPE",
-        help="dtype of activations, a judge's too: float32, bfloat16, float16 or stored; default: a run's own; "
-        "Hugging Face folders: as stored on TPUs and GPUs, float32 on CPUs",
+        help="dtype of activations, a judge's too: float32, bfloat16, float16 or stored; default: "
+        "a run's own; Hugging Face folders: as stored on TPUs and GPUs, float32 on CPUs",
     )
 
 

@@ -109,8 +109,8 @@ class MoresjaxLM(LM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut at the first stop string.
 
-        Tokens are drawn where a request says so; the seed is that of its `seed` and prompt together,
-        without one its place in the list.
+        Tokens are drawn where a request says so; its `seed` and its prompt make the seed, without
+        one its place in the list does.
 
         Raises:
           UserError: A request wants a beam search.
