@@ -43,11 +43,11 @@ def add_command(
     return command
 
 
-def add_config(command: argparse.ArgumentParser) -> None:
+def add_config(command: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds `--config`; `app` then also takes `--config.key=value`."""
     command.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:args]",
         help="configuration file and its arguments; --config.key=value changes single keys",
     )
