@@ -14,7 +14,6 @@ SCRIPT = ROOT / "docs" / "examples" / "letters.py"
 QUICK = {
     "train": ["--config.steps=2", "--config.batch_size=8", "--config.model.llm.num_layers=1"],
     "evaluate": ["--limit", "8", "--batch-size", "8"],
-    "analyze": ["--limit", "8", "--batch-size", "8"],
 }
 
 
@@ -36,16 +35,18 @@ def test_tutorial(tmp_path, monkeypatch, capsys):
                     quick += ["--config.model.vision.num_layers=1"]
                 assert main([*words, *quick]) == 0, capsys.readouterr().err
             ran.append(words[0])
-    wanted = {"letters.py", "data", "train", "generate", "evaluate", "analyze", "export"}
+    wanted = {"letters.py", "data", "train", "generate", "evaluate", "export"}
     assert wanted <= {*ran}
-    check_attention(json.loads((tmp_path / "runs" / "attention" / "attention.json").read_text()))
+    evaluations = [tmp_path / "runs" / name / "eval" for name in ("mores", "lora", "none")]
+    check_attention([json.loads((out / "attention.json").read_text()) for out in evaluations])
 
 
-def check_attention(report):
+def check_attention(reports):
     """All models were asked the same questions of one's own, in the template they learned."""
-    assert len(report) == 3
-    asked = [model["tasks"]["questions"] for model in report.values()]
-    assert len({json.dumps(task["prompt_hash"]) for task in asked}) == 1
-    for model, task in zip(report.values(), asked, strict=True):
+    models = [model for report in reports for model in report.values()]
+    assert len(models) == 3
+    assert len({model["tasks"]["questions"]["prompt_hash"] for model in models}) == 1
+    for model in models:
         assert list(model["tasks"]) == ["questions"]
-        assert (model["template"], model["n"], task["n"], model["excluded"]) == ("bare", 8, 8, 0)
+        counts = model["n"], model["tasks"]["questions"]["n"], model["excluded"]
+        assert (model["template"], *counts) == ("bare", 8, 8, 0)
