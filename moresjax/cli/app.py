@@ -19,6 +19,7 @@ from moresjax.cli import (
     params,
     plan,
     recipes,
+    report,
     train,
     zoo,
 )
@@ -33,6 +34,7 @@ COMMANDS = (
     evaluate,
     generate,
     analyze,
+    report,
     import_,
     export,
     plan,
