@@ -68,6 +68,21 @@ def test_start_up_imports_no_arrays():
     assert done.stdout == "\n", done.stderr
 
 
+def test_a_run_imports_neither_torch_nor_scikit_learn(tmp_path):
+    code = """if True:
+        import sys
+        from moresjax.data.digits import load_instances
+        from moresjax.training.metrics import MetricWriter
+
+        load_instances()
+        MetricWriter(sys.argv[1]).close()
+        assert "tensorboardX" in sys.modules
+        print(*sorted({"torch", "sklearn"} & set(sys.modules)))"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
+    assert done.stdout == "\n", done.stderr
+
+
 def test_an_unknown_plug_in_is_told_at_once(capsys):
     assert main(["zoo", "--plugin", "nowhere.py"]) == 2
     assert "plug-in nowhere.py does not exist" in capsys.readouterr().err
