@@ -46,6 +46,11 @@ class Subset:
         return getattr(self.source, "branches", True)
 
     @property
+    def filler(self) -> Mapping[str, Any] | None:
+        """What stands for a skipped ready-made row."""
+        return getattr(self.source, "filler", None)
+
+    @property
     def mixture_weights(self) -> tuple[tuple[slice, float], ...]:
         """The source's index ranges and their weights, in numbers of the subset."""
 

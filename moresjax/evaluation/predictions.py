@@ -59,7 +59,8 @@ class PredictionLog:
 
     Args:
       out: The directory of `predictions.jsonl`; without one nothing is kept.
-      provenance: `model`, `processor` and `weights`, the fingerprints that every row carries.
+      provenance: `model`, `processor` and `weights`, the fingerprints that every row carries, and
+        `decoding` where answers are drawn.
 
     Raises:
       UserError: The directory holds predictions of another model.
@@ -87,6 +88,11 @@ class PredictionLog:
                 raise UserError(
                     f"{self._path} holds predictions of this model with other weights, such as "
                     "those of another step or precision; choose another directory"
+                )
+            if (made := decoding_of(row)) != (wanted := decoding_of(provenance)):
+                raise UserError(
+                    f"{self._path} holds predictions of this model by other decoding ({made}, not "
+                    f"{wanted}); choose another directory"
                 )
             self._known[row_key(row)] = row
         if rows:
@@ -128,9 +134,14 @@ def row_key(row: Mapping) -> tuple[str, str, str]:
     return row["task"], row["id"], row["prompt"]
 
 
+def decoding_of(row: Mapping) -> str:
+    """How the tokens behind a row, or behind results, were chosen."""
+    return row.get("decoding", "greedy")
+
+
 def provenance_of(row: Mapping) -> dict[str, str]:
     """The fingerprints behind a row; those of model and processor are empty where not known."""
-    exact = {"weights": row["weights"]} if "weights" in row else {}
+    exact = {name: row[name] for name in ("weights", "decoding") if name in row}
     return {name: row.get(name, "") for name in ("model", "processor")} | exact
 
 

@@ -44,7 +44,8 @@ class PartsConfig:
       vision: Name of a vision encoder, or fields of `VisionConfig` or `FusedVisionConfig`; empty
         for a plain LLM.
       connector: Name of the connector, such as `linear`, `mlp2x_gelu` or `qformer`.
-      classes: Number of classes of every label of a patch, for objective `patch_classes`.
+      classes: Number of classes of every label of a patch, for objective `patch_classes`; source
+        `labels` has one label of a patch.
     """
 
     llm: PartChoice = ""

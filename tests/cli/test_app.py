@@ -11,7 +11,7 @@ from moresjax._version import __version__
 from moresjax.cli import app, main
 
 EVERY = ["demo", "train", "evaluate", "generate", "analyze attention", "import", "export", "plan"]
-EVERY += ["data check", "data convert", "data build", "zoo", "params"]
+EVERY += ["data check", "data convert", "data build", "zoo", "params", "compare"]
 
 
 @pytest.mark.parametrize("command", EVERY)
