@@ -10,6 +10,7 @@ from typing import NoReturn
 from moresjax._version import __version__
 from moresjax.cli import (
     analyze,
+    compare,
     data,
     demo,
     evaluate,
@@ -32,6 +33,7 @@ COMMANDS = (
     demo,
     train,
     evaluate,
+    compare,
     generate,
     analyze,
     report,

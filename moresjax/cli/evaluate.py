@@ -36,7 +36,13 @@ def add_parser(commands: Commands) -> None:
     add_image_root(evaluate)
     evaluate.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
     evaluate.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
-    add_sample(evaluate)
+    add_sample(evaluate, " and --temperature")
+    evaluate.add_argument(
+        "--temperature", type=float, default=0.0, help="0 chooses the likeliest token (default)"
+    )
+    evaluate.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the likeliest with this probability"
+    )
     evaluate.add_argument(
         "--split", metavar="SPLIT | TASK=SPLIT,..", help="default: each benchmark's own"
     )
@@ -84,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.evaluation.rescore import rescore
     from moresjax.evaluation.results import sample_facts, write_results
     from moresjax.evaluation.run import evaluate
+    from moresjax.generation.sampling import Sampling
 
     tasks, adapter = args.tasks.split(","), only_adapter(args)
     name = Path(adapter or args.model or "").resolve().name
@@ -101,11 +108,16 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 "--predictions scores one task of --tasks, without a model or its attention"
             )
+        if args.temperature:
+            raise UserError("--predictions scores answers that are there; it draws none")
         result = rescore(tasks[0], args.predictions, out=args.out, **options)
     elif not args.model:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
         options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
+        options["sampling"] = Sampling(
+            temperature=args.temperature, top_p=args.top_p, seed=args.seed
+        )
         options |= {"download": args.download, "include_path": args.include_path}
         options |= {"attention": args.attention, "title": name}
         result = evaluate(load_model(args, adapter=adapter), tasks, **options)
@@ -131,4 +143,6 @@ def _judge(args: argparse.Namespace) -> "EndpointJudge | ModelJudge | None":
     if args.judge_url:
         return EndpointJudge(args.judge_url, args.judge_model)
     folder = args.judge_model
-    return ModelJudge(load(folder, mesh=mesh_of(args)), Path(folder).name) if folder else None
+    if not folder:
+        return None
+    return ModelJudge(load(folder, mesh=mesh_of(args), dtype=args.dtype), Path(folder).name)

@@ -3,6 +3,8 @@
 Axis legend: Y, X pixels, 3 colour channels.
 """
 
+import base64
+import binascii
 import dataclasses
 import functools
 import hashlib
@@ -128,6 +130,36 @@ def image_path(root: str | Path, image: str, name: str) -> Path:
     if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
         raise UserError(f"{name}: image {image} is outside of the image root")
     return Path(root) / path
+
+
+def named_image(root: str | Path, image: str, name: str) -> Path | bytes:
+    r"""The image behind a name in a file: a path below the root, or the bytes of a `data:` URL.
+
+    >>> named_image("photos", "data:image/png;base64,iVBORw==", "sample 7")
+    b'\x89PNG'
+
+    Args:
+      root: The folder that image paths start from.
+      image: The path or URL in the file.
+      name: What the message calls the item, such as `sample 7`.
+
+    Raises:
+      UserError: The path leads out of the root, the URL is damaged, or it is not a `data:` URL.
+    """
+    head, comma, body = image.partition(",")
+    if head.lower().startswith("data:"):
+        if not comma or not head.lower().endswith(";base64"):
+            raise UserError(f"{name}: a data: URL is data:TYPE;base64,..., not {image[:40]}...")
+        try:
+            return base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError):
+            raise UserError(f"{name}: the data: URL {image[:40]}... is not base64") from None
+    if "://" in image:
+        raise UserError(
+            f"{name}: image {image} is not fetched, since no command uses the network; give its "
+            "path below the image root, or a data: URL"
+        )
+    return image_path(root, image, name)
 
 
 def _check_exists(source: ImageInput) -> None:

@@ -31,29 +31,29 @@ _NEXT_KEY = re.compile(r"\s*," + _KEY)
 
 @dataclasses.dataclass(frozen=True)
 class JsonRecords:
-    """Random access to the records of a file; 20 bytes are held for each.
+    """Random access to the records of a file; 12 bytes are held for each, and 4 for each number.
 
     Attributes:
       path: A JSON list, an object with one under `data` or `questions`, or JSON Lines.
       offsets: The number of bytes before each record.
       lengths: The number of bytes of each record.
-      sizes: Two numbers that `measure` gave for each record.
+      sizes: The numbers that `measure` gave for each record.
     """
 
     path: Path
     offsets: Int[np.ndarray, "n"]
     lengths: Int[np.ndarray, "n"]
-    sizes: Int[np.ndarray, "n 2"]
+    sizes: Int[np.ndarray, "n k"]
 
     @classmethod
     def scan(
-        cls, path: str | Path, measure: Callable[[Any], tuple[int, int]] = lambda _: (0, 0)
+        cls, path: str | Path, measure: Callable[[Any], tuple[int, ...]] = lambda _: ()
     ) -> "JsonRecords":
         """Finds the records of a file.
 
         Args:
           path: A JSON list, an object with one under `data` or `questions`, or JSON Lines.
-          measure: Gives two numbers for a record, which are kept as `sizes`.
+          measure: Gives k numbers for a record, which are kept as `sizes`.
 
         Raises:
           UserError: The file does not exist, is not JSON, or ends early.

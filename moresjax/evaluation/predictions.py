@@ -15,7 +15,7 @@ from typing import Any
 from moresjax.core.errors import UserError
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.data.templates import OWN, TEMPLATES
+from moresjax.data.templates import OWN, template_name
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import SavedPredictions, Unlabelled, read_log, write_log
 from moresjax.evaluation.tasks import BenchmarkTask
@@ -31,16 +31,16 @@ def processor_facts(processor: Processor | None) -> dict[str, Any]:
     # What transformers saved does not always have a text that stays the same.
     saved = getattr(getattr(image, "reference", None), "to_dict", dict)()
     pixels = image and (image.mean, image.std, sorted(saved.items()))
-    names = [name for name, template in TEMPLATES.items() if template == processor.template]
+    name = template_name(processor.template)
     facts = {
-        "template": "/".join(names) or OWN,
+        "template": name,
         "vocabulary": short_hash(json.dumps(vocabulary)),
         "visual_tokens": processor.visual_tokens,
         "image_size": image and image.size,
         "image_aspect": image and image.aspect,
     }
     text = repr((facts, processor.template, processor.eos_ids, pixels))
-    if not names:  # of the named ones 0.1 and 0.2 did not note it
+    if name == OWN:  # of the named ones 0.1 and 0.2 did not note it
         text += f" {processor.template.around_system}" if processor.template.around_system else ""
     if not processor.split_special_tokens:
         text += " special tokens in text"
@@ -59,7 +59,8 @@ class PredictionLog:
 
     Args:
       out: The directory of `predictions.jsonl`; without one nothing is kept.
-      provenance: `model`, `processor` and `weights`, the fingerprints that every row carries.
+      provenance: `model`, `processor` and `weights`, the fingerprints that every row carries, and
+        `decoding` where answers are drawn.
 
     Raises:
       UserError: The directory holds predictions of another model.
@@ -87,6 +88,11 @@ class PredictionLog:
                 raise UserError(
                     f"{self._path} holds predictions of this model with other weights, such as "
                     "those of another step or precision; choose another directory"
+                )
+            if (made := decoding_of(row)) != (wanted := decoding_of(provenance)):
+                raise UserError(
+                    f"{self._path} holds predictions of this model by other decoding ({made}, not "
+                    f"{wanted}); choose another directory"
                 )
             self._known[row_key(row)] = row
         if rows:
@@ -128,9 +134,14 @@ def row_key(row: Mapping) -> tuple[str, str, str]:
     return row["task"], row["id"], row["prompt"]
 
 
+def decoding_of(row: Mapping) -> str:
+    """How the tokens behind a row, or behind results, were chosen."""
+    return row.get("decoding", "greedy")
+
+
 def provenance_of(row: Mapping) -> dict[str, str]:
     """The fingerprints behind a row; those of model and processor are empty where not known."""
-    exact = {"weights": row["weights"]} if "weights" in row else {}
+    exact = {name: row[name] for name in ("weights", "decoding") if name in row}
     return {name: row.get(name, "") for name in ("model", "processor")} | exact
 
 

@@ -18,7 +18,7 @@ from moresjax.evaluation.attention_log import attention_entry, write_attention
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log, replace_file, write_log
 from moresjax.evaluation.judges import Judge
-from moresjax.evaluation.predictions import FILE, provenance_of, row_key, short_hash
+from moresjax.evaluation.predictions import FILE, decoding_of, provenance_of, row_key, short_hash
 from moresjax.evaluation.scoring import TaskScore
 from moresjax.evaluation.statistics import clustered_stderr, image_clusters, interval
 from moresjax.evaluation.tasks import BenchmarkTask
@@ -57,6 +57,7 @@ class EvaluationResult:
     model: str = ""
     processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     not_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    decoding: str = "greedy"
     attention_by_task: Mapping[str, AttentionSummary] = dataclasses.field(default_factory=dict)
 
     @property
@@ -208,9 +209,9 @@ def write_results(
         **facts,
         "fingerprint": result.model,
         "processor": {**earlier.get("processor", {}), **result.processor},
-        "decoding": "greedy",
-        # What a benchmark draws has its seed in the details; requests of lm_eval that are drawn
-        # have their place in the list.
+        # Requests of lm_eval that are drawn without a temperature here have their place in the
+        # list as their seed; what a benchmark draws has its seed in the details.
+        "decoding": result.decoding,
         "seed": None,
         "version": __version__,
         "versions": {
@@ -252,15 +253,15 @@ def _earlier(result: EvaluationResult, path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    made = data.get("fingerprint"), data.get("processor", {}).get("hash", "")
+    made = data.get("fingerprint"), data.get("processor", {}).get("hash", ""), decoding_of(data)
     return data if made == _fingerprints_of(result) else {}
 
 
-def fingerprints(row: Mapping) -> tuple[str, str]:
-    """The fingerprints of the model and the processor behind a row."""
+def fingerprints(row: Mapping) -> tuple[str, str, str]:
+    """The fingerprints of the model and the processor behind a row, and its decoding."""
     made = provenance_of(row)
-    return made["model"], made["processor"]
+    return made["model"], made["processor"], decoding_of(row)
 
 
-def _fingerprints_of(result: EvaluationResult) -> tuple[str, str]:
-    return result.model, result.processor.get("hash", "")
+def _fingerprints_of(result: EvaluationResult) -> tuple[str, str, str]:
+    return result.model, result.processor.get("hash", ""), result.decoding

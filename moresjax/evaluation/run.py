@@ -18,7 +18,7 @@ from moresjax.evaluation.examples import Example
 from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.lm import MoresjaxLM, task_requests
 from moresjax.evaluation.lm_eval_tasks import failed_task, load_lm_eval_tasks, run_lm_eval_tasks
-from moresjax.evaluation.predictions import PredictionLog, processor_facts
+from moresjax.evaluation.predictions import PredictionLog, processor_facts, short_hash
 from moresjax.evaluation.presets import expand_presets
 from moresjax.evaluation.results import (
     EvaluationResult,
@@ -35,6 +35,7 @@ from moresjax.evaluation.tasks import (
     is_file,
     load_available_tasks,
 )
+from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scheduler import Completion
 from moresjax.inference.model import Model
 
@@ -57,6 +58,7 @@ def evaluate(
     num_fewshot: int | None = None,
     download: bool = False,
     include_path: str | Path | None = None,
+    sampling: Sampling = GREEDY,
 ) -> EvaluationResult:
     """Scores a model on benchmarks.
 
@@ -90,6 +92,8 @@ def evaluate(
       num_fewshot: The examples before a question of an `lm_eval` task; by default as published.
       download: Whether data of `lm_eval` tasks that are not at hand are fetched from the hub.
       include_path: A folder with tasks of yours in the format of `lm_eval`.
+      sampling: How tokens of written answers are chosen. What is drawn for a question depends on
+        the seed, the task and the question only. Greedy leaves it to tasks of `lm_eval`.
 
     Raises:
       UserError: A task is unknown, a file is missing (of a benchmark in a preset: all are), the
@@ -126,10 +130,14 @@ def evaluate(
     start = time.monotonic()
     facts = processor_facts(model.processor)
     provenance = {"model": model.fingerprint, "processor": facts["hash"]}
-    log = PredictionLog(out, provenance | {"weights": model.exact_fingerprint})
+    decoding = sampling.describe()
+    drawn = {} if decoding == GREEDY.describe() else {"decoding": decoding}
+    log = PredictionLog(out, provenance | {"weights": model.exact_fingerprint} | drawn)
     looked = AttentionLog(out, log.provenance) if attention else None
     judge = judge if judge is None or out is None else CachedJudge(judge, out)
-    result = EvaluationResult(model=log.provenance["model"], processor=facts, not_run=not_run)
+    result = EvaluationResult(
+        model=log.provenance["model"], processor=facts, not_run=not_run, decoding=decoding
+    )
 
     def finish(found: EvaluationResult) -> EvaluationResult:
         whole = dataclasses.replace(result.joined(found), seconds=time.monotonic() - start)
@@ -143,7 +151,7 @@ def evaluate(
 
     size = sum(len(task.examples) for task in loaded)
     with tqdm(total=size, desc=title or "evaluate", disable=None) as bar:
-        asker = _Asker(model, log, bar, batch_size, looked)
+        asker = _Asker(model, log, bar, batch_size, looked, sampling)
         for task in loaded:
             found, errors = asker.answer(task)
             provenance = log.made(task, found)
@@ -151,7 +159,8 @@ def evaluate(
                 score_task(task, found, errors=errors, provenance=provenance, judge=judge)
             )
     lm = MoresjaxLM(model, batch_size=batch_size)
-    cache = None if out is None else Path(out) / f"replies-{'-'.join(log.provenance.values())}"
+    made_by = [short_hash(x) if x == decoding else x for x in log.provenance.values()]
+    cache = None if out is None else Path(out) / f"replies-{'-'.join(made_by)}"
     for name, chosen in texts.items():
         try:
             scores, rows = run_lm_eval_tasks(
@@ -163,6 +172,7 @@ def evaluate(
                 cache=cache,
                 download=download,
                 include_path=include,
+                sampling=sampling,
             )
         except Exception as error:  # of the library: what was scored before stays
             logging.getLogger(__name__).warning(f"{name} failed", exc_info=True)
@@ -191,6 +201,7 @@ class _Asker:
       bar: A progress bar over all questions.
       batch_size: The rows of a batch.
       looked: The attention statistics that are known already; None where none are wanted.
+      sampling: How tokens are chosen.
     """
 
     def __init__(
@@ -200,9 +211,10 @@ class _Asker:
         bar: tqdm,
         batch_size: int,
         looked: AttentionLog | None,
+        sampling: Sampling,
     ) -> None:
         self._model, self._log, self._bar, self._looked = model, log, bar, looked
-        self._batch_size, self._probe = batch_size, AttentionProbe()
+        self._batch_size, self._probe, self._sampling = batch_size, AttentionProbe(), sampling
         probes = () if looked is None else (self._probe,)
         self._lm = MoresjaxLM(model, batch_size=batch_size, probes=probes, on_done=self._done)
         # By task and example id, also those before something went wrong.
@@ -277,7 +289,7 @@ class _Asker:
 
     def _ask(self, task: BenchmarkTask, examples: Sequence[Example]) -> dict[str, str]:
         if not task.ranks_choices:
-            requests = task_requests(task, examples)
+            requests = task_requests(task, examples, self._sampling)
             texts = self._lm.generate_until(requests, disable_tqdm=True)
             return {e.id: text for e, text in zip(examples, texts, strict=True)}
         scores = iter(self._lm.loglikelihood(task_requests(task, examples), disable_tqdm=True))

@@ -234,7 +234,7 @@ def test_a_record_of_another_kind_is_told_what_it_is(record, message):
 def test_images_may_be_under_images(corpus):
     record = {"images": ["part0/000.png"], "messages": conversation("<image> ?", "a")}
     assert image_names(record, "s-7") == ("part0/000.png",)
-    assert measure(record) == (3, 1)
+    assert measure(record) == (3, 1, 0, 1)
 
 
 def test_a_record_that_is_no_object_is_named(tmp_path):

@@ -184,7 +184,7 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
         {"id": "d"},
         {"id": "e", "prompt": "two", "images": ["../image.png"]},
         {"id": "f", "prompt": "is " * 3000},
-        {"id": "g", "prompt": "two", "images": "image.png"},
+        {"id": "g", "prompt": "two", "images": [5]},
         {"id": "h", "prompt": "two", "images": ["broken.png"]},
         {"question_id": 7, "text": "two", "image": "image.png", "category": "x"},
     ]
@@ -205,7 +205,7 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
         4: "record 4 has no text as its 'prompt'",
         5: "outside of the image root",
         6: "do not fit the model's 2048 positions",
-        7: "'images' must be a list of paths",
+        7: "image [5] is neither a path nor a list of paths",
         8: "broken.png cannot be read",
     }.items():
         assert reason in lines[number]["error"]
