@@ -20,6 +20,7 @@ from moresjax.cli import (
     params,
     plan,
     recipes,
+    report,
     train,
     zoo,
 )
@@ -35,6 +36,7 @@ COMMANDS = (
     compare,
     generate,
     analyze,
+    report,
     import_,
     export,
     plan,
