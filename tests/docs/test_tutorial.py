@@ -35,7 +35,7 @@ def test_tutorial(tmp_path, monkeypatch, capsys):
                     quick += ["--config.model.vision.num_layers=1"]
                 assert main([*words, *quick]) == 0, capsys.readouterr().err
             ran.append(words[0])
-    wanted = {"letters.py", "data", "train", "generate", "evaluate", "export"}
+    wanted = {"letters.py", "data", "train", "generate", "evaluate", "report", "export"}
     assert wanted <= {*ran}
     evaluations = [tmp_path / "runs" / name / "eval" for name in ("mores", "lora", "none")]
     check_attention([json.loads((out / "attention.json").read_text()) for out in evaluations])
