@@ -83,8 +83,9 @@ def run_check(args: argparse.Namespace) -> None:
     from moresjax.data.sources import make_source
     from moresjax.runs.config import load_config
     from moresjax.runs.processor import build_processor
+    from moresjax.runs.sources import with_sources
 
-    config = load_config(args.config, args.overrides)
+    config = with_sources(load_config(args.config, args.overrides), ".")
     report = check_data(
         make_source(**config.data),
         functools.partial(build_processor, config),
@@ -114,9 +115,10 @@ def run_show(args: argparse.Namespace) -> None:
     from moresjax.runs.architecture import model_config
     from moresjax.runs.config import load_config
     from moresjax.runs.processor import build_processor, name_words
+    from moresjax.runs.sources import with_sources
     from moresjax.tuning.attach import Tuning
 
-    config = load_config(args.config, args.overrides)
+    config = with_sources(load_config(args.config, args.overrides), ".")
     source, processor = make_source(**config.data), build_processor(config)
     if not 0 <= args.first < args.first + args.samples <= len(source):
         raise UserError(

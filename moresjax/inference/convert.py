@@ -13,8 +13,9 @@ from moresjax.core.parameter_names import named_parameters
 from moresjax.core.types import AnyArray
 from moresjax.data.images import saved_image_size, saved_processor
 from moresjax.data.processor import Processor
+from moresjax.data.saved_processors import has_tokenizer
 from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
-from moresjax.inference.load import attach_saved, has_tokenizer, load
+from moresjax.inference.load import attach_saved, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.build import build_model

@@ -9,6 +9,7 @@ from moresjax.core.errors import UserError
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
+from moresjax.data.saved_processors import has_tokenizer
 from moresjax.data.templates import get_template
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.model import Model
@@ -151,8 +152,3 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
         read_generation_config(path),
         config.llm.vocab_size,
     )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer of `transformers` was saved in a folder."""
-    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))

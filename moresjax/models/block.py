@@ -18,13 +18,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.ops import pick, write_at
 from moresjax.core.ranges import AtLeastZero, Finite, NonNegative, Positive
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs
-from moresjax.models.layers import ACTIVATIONS, Linear, Norm, Rope, apply_rope, param, unstack
+from moresjax.models.layers import (
+    ACTIVATIONS,
+    DTYPES,
+    NORMS,
+    Linear,
+    Norm,
+    Rope,
+    apply_rope,
+    param,
+    unstack,
+)
 from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.hooks import LayerHooks, TowerHooks
 
@@ -37,7 +47,8 @@ class BlockConfig:
     """Shape and wiring of a block.
 
     Raises:
-      UserError: for a pattern of local and global layers that cannot be.
+      UserError: for a name of a norm, an activation or a dtype that does not exist, heads that do
+        not divide, or a pattern of local and global layers that cannot be.
     """
 
     hidden_size: Positive
@@ -73,7 +84,19 @@ class BlockConfig:
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         if not self.head_dim:
+            if self.hidden_size % self.num_heads:
+                raise UserError(
+                    f"hidden_size {self.hidden_size} does not divide into num_heads "
+                    f"{self.num_heads}; give head_dim"
+                )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        for name, choices in (("norm", NORMS), ("activation", ACTIVATIONS), ("dtype", DTYPES)):
+            if getattr(self, name) not in choices:
+                raise choice_error(name, getattr(self, name), choices)
         pattern = self.attention_pattern
         if not pattern or set(pattern) - set("lg") or ("l" in pattern and self.window < 1):
             raise UserError(

@@ -32,7 +32,7 @@ class VisionConfig(BlockConfig):
     """A ViT. The defaults are those of SigLIP.
 
     Raises:
-      UserError: for an unknown `select`.
+      UserError: for an unknown `select`, images without a patch, or blocks that there are not.
     """
 
     image_size: Positive
@@ -60,6 +60,16 @@ class VisionConfig(BlockConfig):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.select not in SELECTIONS:
             raise choice_error("select of a vision encoder", self.select, SELECTIONS)
+        if self.patch_size > self.image_size:
+            raise UserError(
+                f"images of {self.image_size} pixels hold no patch of {self.patch_size} pixels; "
+                "change image_size or patch_size of the vision encoder"
+            )
+        if not 0 <= self.used_layers <= self.num_layers:
+            raise UserError(
+                f"feature_layer {self.feature_layer} of a vision encoder with {self.num_layers} "
+                f"blocks must be between {-self.num_layers - 1} and {self.num_layers}"
+            )
         if not 0 <= self.num_trainable_blocks < max(self.used_layers, 1):
             raise UserError(
                 f"the last {self.num_trainable_blocks} of {self.used_layers} vision blocks cannot "
