@@ -147,7 +147,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
     source = LlavaSource(args.files, args.image_root)
     index = convert_llava(source, args.out, shards=args.shards)
-    show(args, index, f"{args.out}: {len(source):,d} samples in {args.shards} files")
+    show(args, index, f"{args.out}: {len(source):,d} samples in {len(index['shards'])} files")
 
 
 def run_build(args: argparse.Namespace) -> None:

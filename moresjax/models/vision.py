@@ -157,7 +157,9 @@ class VisionEncoder(nnx.Module):
         config, hooks = self.config, hooks or TowerHooks()
         # Attention without mask or rotation does not know where in the row extra tokens stand.
         h = hooks.prepend(self.embed(pixels))
-        used = dataclasses.replace(config, num_layers=config.used_layers, num_trainable_blocks=0)
+        used = dataclasses.replace(
+            config, num_layers=config.used_layers, feature_layer=-1, num_trainable_blocks=0
+        )
         out = run_blocks(self.used_blocks(), h, None, None, hooks, used)
         h = out.hidden[:, hooks.num_extra_tokens :]
         if config.registers:

@@ -12,6 +12,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.types import Tokenizer
 from moresjax.data.images import saved_image_size
 from moresjax.data.saved_processors import has_tokenizer
+from moresjax.data.templates import OWN, get_template
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.models.zoo import ENCODERS, LLMS
@@ -162,6 +163,31 @@ def _part_of(part: str, source: Path) -> PartChoice:
         return folder.config.connector if folder.config.vision else ""
     found = getattr(folder.config, part)
     return dataclasses.asdict(found) if found else ""
+
+
+def earlier_template(config: RunConfig, root: str | Path) -> tuple[str, str]:
+    """The template that the LLM of a run was asked with before, and where it is from.
+
+    Args:
+      config: A run's configuration whose own template drops questions.
+      root: The run's directory.
+
+    Returns:
+      The name of the template and the folder; both empty where none is known.
+    """
+    source = config.init.source("llm")
+    if source == RANDOM:
+        return "", ""
+    folder = locate(source, root)
+    if is_workdir(folder):
+        run = read_config(folder / "config.json")
+        if not run.tokenizer:
+            return "", ""
+        template = get_template(run.template, load_tokenizer(run.tokenizer, folder))
+        return (run.template, source) if template.keep_question else earlier_template(run, folder)
+    if has_tokenizer(folder) and load_tokenizer(str(folder)).chat_template:
+        return OWN, source
+    return "", ""
 
 
 def _tokenizer(config: RunConfig, root: str | Path) -> str:
