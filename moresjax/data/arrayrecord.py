@@ -68,7 +68,7 @@ def convert_llava(
                 bar.update()
             writer.close()
             files[name] = int(stop - start)
-    np.save(out / SIZES, source.sizes)
+    np.save(out / SIZES, np.concatenate([source.sizes, source.turn_counts], axis=1))
     index = {"records": len(source), "shards": files}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return index
@@ -76,15 +76,15 @@ def convert_llava(
 
 def _pack(source: LlavaSource, index: int) -> bytes:
     record, name = source.record(index)
-    paths = source.image_paths(image_names(record, name), name)
-    to_sample(record, name, paths)  # a bad sample stops the conversion
+    found = source.named_images(image_names(record, name), name)
+    to_sample(record, name, found)  # a bad sample stops the conversion
     images = []
-    for path in paths:
+    for path in found:
         try:
-            images.append(path.read_bytes())
+            images.append(path if isinstance(path, bytes) else path.read_bytes())
         except (OSError, ValueError) as error:  # no path may hold a zero byte
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"sample {name}: image {path} cannot be read: {reason}") from None
+            raise UserError(f"sample {name}: image {path!s} cannot be read: {reason}") from None
     line = json.dumps(record | {"name": name, "image_bytes": [len(image) for image in images]})
     return b"\n".join([line.encode(), b"".join(images)])
 
@@ -126,6 +126,15 @@ class ArrayRecordSource:
     @property
     def sizes(self) -> Int[np.ndarray, "n 2"]:
         """The words and images of every sample."""
+        return self._numbers[:, :2]
+
+    @property
+    def turn_counts(self) -> Int[np.ndarray, "n k"]:
+        """As those of `LlavaSource`; version 0.2 did not note them, then k is 0."""
+        return self._numbers[:, 2:]
+
+    @functools.cached_property
+    def _numbers(self) -> Int[np.ndarray, "n k"]:
         return np.load(Path(self.folder) / SIZES)
 
     def __len__(self) -> int:

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 IMAGE_MARK = "<image>"
+# What may be left out of a conversation.
+EARLY_TURNS, LATER_TURNS = "turns before the first question", "turns after the first"
 
 
 @dataclasses.dataclass(frozen=True)

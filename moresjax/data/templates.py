@@ -7,7 +7,7 @@ from moresjax.core.layout import TokenKind
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import add_entry
 from moresjax.core.types import Tokenizer
-from moresjax.data.samples import IMAGE_MARK, Sample, Turn
+from moresjax.data.samples import IMAGE_MARK, LATER_TURNS, Sample, Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,11 @@ class Template:
                 pieces.append(Piece(marker, TokenKind.QUESTION, control=True))
             pieces += self._turn(turn, end, branch)
         return [piece for piece in pieces if piece.text]
+
+    def left_out(self, sample: Sample) -> str:
+        """What of a sample this template does not write, in a sentence; empty for nothing."""
+        more = 0 if self.keep_question else len(sample.turns) - 1
+        return f"{LATER_TURNS} are left out by the template: {more}" if more else ""
 
     def _opening(self, system: str | None) -> list[Piece]:
         if system is None or self.around_system is None:
@@ -219,6 +224,16 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     if name not in TEMPLATES:
         raise choice_error("template", name, (*TEMPLATES, OWN))
     return TEMPLATES[name]
+
+
+def template_name(template: Template) -> str:
+    """The names of a template, joined by `/`; `tokenizer` for one that has no name.
+
+    >>> template_name(get_template("phi"))
+    'vicuna_v1/phi/gemma'
+    """
+    names = [name for name, known in TEMPLATES.items() if known == template]
+    return "/".join(names) or OWN
 
 
 def chat_template(tokenizer: Tokenizer) -> Template:

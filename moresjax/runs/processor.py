@@ -32,17 +32,20 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
     if vision:
         # Where images do not enter the LLM, one token says that there is one.
         connected = config.is_language_model
-        name = config.model.connector or DEFAULT_CONNECTOR
-        tokens = connector_tokens(name, vision.num_tokens) if connected else 1
-    tokenizer = load_tokenizer(config.tokenizer, root)
+        connector = config.model.connector or DEFAULT_CONNECTOR
+        tokens = connector_tokens(connector, vision.num_tokens) if connected else 1
+    # Labels of images have no words.
+    wordless = config.objective == "patch_classes"
+    name = config.tokenizer or ("digits" if wordless else "")
+    tokenizer = load_tokenizer(name, root)
     return Processor(
         tokenizer=tokenizer,
         template=get_template(config.template, tokenizer),
         image=_image_processor(config, vision, Path(root)) if vision else None,
         visual_tokens=tokens,
         split_special_tokens=config.split_special_tokens,
-        generation=_generation(config, root),
-        vocab_size=llm_config(config.model.llm).vocab_size if config.model.llm else 0,
+        generation=GenerationDefaults() if wordless else _generation(config, root),
+        vocab_size=0 if wordless else llm_config(config.model.llm).vocab_size,
     )
 
 

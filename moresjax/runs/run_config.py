@@ -46,7 +46,8 @@ class PartsConfig:
         that of `init.vision`, and without such a source the model is a plain LLM.
       connector: Name of the connector, such as `linear`, `mlp2x_gelu` or `qformer`; empty: that of
         `init.connector`, else `mlp2x_gelu`.
-      classes: Number of classes of every label of a patch, for objective `patch_classes`.
+      classes: Number of classes of every label of a patch, for objective `patch_classes`; source
+        `labels` has one label of a patch.
     """
 
     llm: PartChoice = ""
@@ -179,7 +180,7 @@ class RunConfig:
       images_per_row: N, images per row; 0 for text.
       batching: `pad` (a sample per row), `pack` (several), or `bucket` (rows of like length).
       pack_window: Samples that are packed, or sorted by length, together; 0: a usual number.
-      buckets: Lengths of rows in buckets; empty: quarters of `max_seq_len`.
+      buckets: Lengths of rows in buckets, those up to `max_seq_len`; empty: its quarters.
       on_bad_sample: `raise`, or `skip`: go on, count and list them.
       num_workers: Threads of each process that read samples.
       batch_size: B, rows per step over all devices.

@@ -21,6 +21,7 @@ from jaxtyping import Array
 from moresjax.core.errors import UserError
 from moresjax.core.plugins import active_plugins
 from moresjax.core.ranges import check_ranges
+from moresjax.data.check import count_cut
 from moresjax.data.pipeline import Batches, to_device_batch
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source
@@ -193,6 +194,9 @@ def _prepare(
     training, held_out = sources
     iterator = build_iterator(config, processor, training)
     evaluators = Evaluators(config, processor, mesh, training, held_out)
+    for kind, count in count_cut(training, processor).items() if jax.process_index() == 0 else ():
+        samples = f"{count:,d} of {len(training):,d} samples"
+        logger.warning("%s go without their %s; `moresjax data check` lists them", samples, kind)
 
     # Model, split into what trains and what does not, each on the mesh.
     model = build_model(config, root=workdir, mesh=mesh, allow_pickle=allow_pickle)

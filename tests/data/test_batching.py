@@ -232,10 +232,12 @@ def test_one_kind_alone_can_be_grouped(source, tmp_path, kind):
 def test_lengths_of_buckets():
     assert bucket_lengths(2048, ()) == (512, 1024, 1536, 2048)
     assert bucket_lengths(100, (40, 20)) == (20, 40, 100)
-    with pytest.raises(
-        UserError, match=r"buckets \(40, 200\) must be between 1 and max_seq_len 100"
-    ):
-        bucket_lengths(100, (40, 200))
+    # A config's buckets stay what they are where rows are made shorter.
+    assert bucket_lengths(100, (40, 200)) == (40, 100)
+    assert bucket_lengths(100, (100, 200)) == (100,)
+    assert bucket_lengths(100, (200,)) == bucket_lengths(100, ()) == (25, 50, 75, 100)
+    with pytest.raises(UserError, match=r"buckets \(40, 0\) must be at least 1"):
+        bucket_lengths(100, (40, 0))
 
 
 def test_what_cannot_be_batched_is_refused(source, weighted):

@@ -52,7 +52,7 @@ def start(arg: str, settings: dict, **changes: object) -> None:
         ("stage=llm", {"model.llm.activation": "swish"}, "unknown activation 'swish'"),
         ("stage=llm", {"model.llm.norm": "batch"}, "unknown norm 'batch'; choose from: rms, layer"),
         ("stage=llm", {"dtype": "int32"}, "unknown dtype 'int32'"),
-        (PRETRAIN, {"model.vision.feature_layer": 4}, "feature_layer 4 .* between -2 and 1"),
+        (PRETRAIN, {"model.vision.feature_layer": 4}, "feature_layer=4 .* from -2 to 1"),
         (PRETRAIN, {"model.vision.patch_size": 64}, "32 pixels hold no patch of 64"),
     ],
 )
