@@ -105,6 +105,16 @@ def batch_divides(start: Start) -> Iterator[str]:
         )
 
 
+def data_has_a_source(start: Start) -> Iterator[str]:
+    """Samples come from a source with a name."""
+    for key, data in (
+        ("data", start.config.data),
+        ("validation.data", start.config.validation.data),
+    ):
+        if (data or key == "data") and not data.get("name"):
+            yield f"config key {key} needs a name of a source of samples, such as llava"
+
+
 def validation_has_data(start: Start) -> Iterator[str]:
     """What is measured has samples, from one place."""
     wanted = start.config.validation
@@ -252,6 +262,16 @@ def new_vocabularies_know_images(start: Start) -> Iterator[str]:
         )
 
 
+def edits_meet_tokens(start: Start) -> Iterator[str]:
+    """An edit of images alone needs images."""
+    config = start.config
+    if not isinstance(start.model, MLLM) or (config.model.vision and config.images_per_row):
+        return
+    for key, selector in start.model.tuning.selectors.items():
+        if all(region in ("image", "roi") for region, _ in selector.parts):
+            yield f"{key} edits tokens of images only (positions={selector}), which this run has not"
+
+
 def held_out_samples_are_measured(start: Start) -> Iterator[str]:
     """Samples that neither train nor are measured are lost."""
     wanted = start.config.validation
@@ -264,6 +284,7 @@ def held_out_samples_are_measured(start: Start) -> Iterator[str]:
 
 REFUSALS: tuple[Callable[[Start], Iterator[str]], ...] = (
     batch_divides,
+    data_has_a_source,
     validation_has_data,
     evaluators_fit_the_model,
     siglip_compares_rows,
@@ -278,6 +299,7 @@ WARNINGS: tuple[Callable[[Start], Iterator[str]], ...] = (
     rows_have_positions,
     answers_end,
     new_vocabularies_know_images,
+    edits_meet_tokens,
     held_out_samples_are_measured,
 )
 

@@ -62,6 +62,12 @@ def test_runs_that_cannot_be_right_are_refused(arg, settings, message):
         start(arg, own | settings)
 
 
+def test_data_without_a_source_is_refused():
+    config = config_of("stage=llm", TEXT_ONLY)
+    with pytest.raises(UserError, match="config key data needs a name of a source"):
+        check_start(dataclasses.replace(config, data={"files": "mine.json"}), 1)
+
+
 def test_fields_of_a_part_have_types_and_some_have_no_default():
     config = config_of("stage=llm", TEXT_ONLY)
     for llm, message in (
@@ -117,6 +123,11 @@ BOTH = "('vision', 'connector')"
             PRETRAIN,
             {"model.llm.max_positions": 20},
             ["rows of max_seq_len 25 tokens are longer than the 20 positions"],
+        ),
+        (
+            PRETRAIN,
+            {"tuning": "mores:rank=1,positions=image", "images_per_row": 0},
+            ["mores edits tokens of images only (positions=image), which this run has not"],
         ),
         (PRETRAIN, {"validation.share": 0.5}, ["nothing measures them: give validation.every"]),
     ],
