@@ -269,7 +269,7 @@ def edits_meet_tokens(start: Start) -> Iterator[str]:
         return
     for key, selector in start.model.tuning.selectors.items():
         if all(region in ("image", "roi") for region, _ in selector.parts):
-            yield f"{key} edits tokens of images only (positions={selector}), which this run has not"
+            yield f"{key} edits tokens of images only (positions={selector}); this run has none"
 
 
 def held_out_samples_are_measured(start: Start) -> Iterator[str]:

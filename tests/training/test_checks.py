@@ -127,7 +127,7 @@ BOTH = "('vision', 'connector')"
         (
             PRETRAIN,
             {"tuning": "mores:rank=1,positions=image", "images_per_row": 0},
-            ["mores edits tokens of images only (positions=image), which this run has not"],
+            ["mores edits tokens of images only (positions=image); this run has none"],
         ),
         (PRETRAIN, {"validation.share": 0.5}, ["nothing measures them: give validation.every"]),
     ],
