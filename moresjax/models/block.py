@@ -18,23 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.core.errors import UserError, choice_error
+from moresjax.core.errors import UserError
 from moresjax.core.ops import pick, write_at
 from moresjax.core.ranges import AtLeastZero, Finite, NonNegative, Positive
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
+from moresjax.models.block_checks import check_heads, check_kinds
 from moresjax.models.fused_attention import Runs
-from moresjax.models.layers import (
-    ACTIVATIONS,
-    DTYPES,
-    NORMS,
-    Linear,
-    Norm,
-    Rope,
-    apply_rope,
-    param,
-    unstack,
-)
+from moresjax.models.layers import ACTIVATIONS, Linear, Norm, Rope, apply_rope, param, unstack
 from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.hooks import LayerHooks, TowerHooks
 
@@ -83,20 +74,10 @@ class BlockConfig:
     def __post_init__(self) -> None:
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
+        check_heads(self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim)
+        check_kinds(self.norm, self.activation, self.dtype)
         if not self.head_dim:
-            if self.hidden_size % self.num_heads:
-                raise UserError(
-                    f"hidden_size {self.hidden_size} does not divide into num_heads "
-                    f"{self.num_heads}; give head_dim"
-                )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
-        for name, choices in (("norm", NORMS), ("activation", ACTIVATIONS), ("dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                raise choice_error(name, getattr(self, name), choices)
         pattern = self.attention_pattern
         if not pattern or set(pattern) - set("lg") or ("l" in pattern and self.window < 1):
             raise UserError(
