@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from moresjax.inference.prompts import Answer
     from moresjax.runs.config import load_config
     from moresjax.training.loop import train
+    from moresjax.training.many import train_many
 
 # The module of every public name; an empty name stands for the module itself.
 _PLACES = {
@@ -44,6 +45,7 @@ _PLACES = {
     "load": ("moresjax.inference.load", "load"),
     "load_config": ("moresjax.runs.config", "load_config"),
     "train": ("moresjax.training.loop", "train"),
+    "train_many": ("moresjax.training.many", "train_many"),
 }
 
 __all__ = [
@@ -61,6 +63,7 @@ __all__ = [
     "load",
     "load_config",
     "train",
+    "train_many",
 ]
 
 

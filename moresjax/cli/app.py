@@ -19,6 +19,7 @@ from moresjax.cli import (
     params,
     plan,
     recipes,
+    sweep,
     train,
     zoo,
 )
@@ -30,6 +31,7 @@ from moresjax.hardware.host import use_huge_pages
 COMMANDS = (
     demo,
     train,
+    sweep,
     evaluate,
     generate,
     analyze,
