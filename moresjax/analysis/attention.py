@@ -9,7 +9,7 @@ mean over its visible keys. Source: LLaVA Steering, figures 1 and 2, equation 2.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
+from moresjax.core.types import Ids
 from moresjax.models.attention import GROUPS, attention_probabilities, group_masses
 from moresjax.models.connector import parse_connector
 from moresjax.models.fusion import FusedVisionConfig
@@ -105,8 +106,12 @@ class AttentionSummary:
         """Share of attention on the image, mean over layers."""
         return float(self.share[:, IMAGE].mean())
 
-    def to_dict(self) -> dict:
-        """The statistics as JSON takes them, without those of single heads."""
+    def to_dict(self, *, by_head: bool = False) -> dict:
+        """The statistics as JSON takes them.
+
+        Args:
+          by_head: Whether to add those of single heads, `[L, N, C]` numbers.
+        """
         names = [group.name.lower() for group in GROUPS]
         return {
             "samples": self.samples,
@@ -116,7 +121,36 @@ class AttentionSummary:
             "average_visual_share": self.average_visual_share,
             "lmar": {name: x.tolist() for name, x in self.lmar.items()},
             "lmar_of_means": {name: x.tolist() for name, x in self.lmar_of_means.items()},
+            **({"share_by_head": self.share_by_head.tolist()} if by_head else {}),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerAttention:
+    """What one answer looked at.
+
+    Attributes:
+      mass: The masses of `AttentionProbe`, summed over the answer's tokens `[L, N, C]`.
+      score: Its scores, mean over tokens and heads `[L, 1 + variants]`.
+      tokens: The generated tokens, the end token included `[G]`.
+      has_image: Whether the question has an image.
+    """
+
+    mass: Float[np.ndarray, "L N C"]
+    score: Float[np.ndarray, "L _"]
+    tokens: Ids
+    has_image: bool
+
+    @classmethod
+    def of(cls, stats: Mapping[str, np.ndarray], tokens: Ids, has_image: bool) -> "AnswerAttention":
+        """The statistics of a row, summed over its tokens, as a completion has them."""
+        score = (stats["score"] / np.array([max(len(tokens), 1)])).mean(axis=1)
+        return cls(np.asarray(stats["mass"]), score, tokens, has_image)
+
+    @property
+    def visual_share(self) -> float:
+        """Share of the answer's attention on the image, mean over layers and heads."""
+        return float(self.mass[..., IMAGE].mean()) / max(len(self.tokens), 1)
 
 
 def summarize(
@@ -147,7 +181,24 @@ def summarize(
     kept = np.asarray(has_image) & (np.asarray(tokens) > 0)
     count = np.asarray(tokens)[kept][None, :, None, None]
     mass, score = np.asarray(mass)[:, kept] / count, np.asarray(score)[:, kept] / count
-    score = score.mean(axis=2)  # heads
+    return _summary(mass, score.mean(axis=2), int((~kept).sum()))
+
+
+def summarize_answers(answers: Sequence[AnswerAttention]) -> AttentionSummary | None:
+    """`summarize` for single answers; None where none of them has an image and a token."""
+    kept = [answer for answer in answers if answer.has_image and len(answer.tokens)]
+    if not kept:
+        return None
+    count = np.array([len(answer.tokens) for answer in kept])[None, :, None, None]
+    mass = np.stack([answer.mass for answer in kept], 1) / count
+    score = np.stack([answer.score for answer in kept], 1)
+    return _summary(mass, score, len(answers) - len(kept))
+
+
+def _summary(
+    mass: Float[np.ndarray, "L B N C"], score: Float[np.ndarray, "L B _"], excluded: int
+) -> AttentionSummary:
+    """Means over samples of what are means over each sample's tokens."""
     image, texts = score[..., 0], score[..., 1:]
     ratios, of_means = {}, {}
     for number, name in enumerate(TEXT_VARIANTS):
@@ -160,8 +211,8 @@ def summarize(
         share_by_head=mass.mean(axis=1),
         lmar=ratios,
         lmar_of_means=of_means,
-        samples=int(kept.sum()),
-        excluded=int((~kept).sum()),
+        samples=mass.shape[1],
+        excluded=excluded,
     )
 
 

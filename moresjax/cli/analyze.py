@@ -72,6 +72,7 @@ def add_parser(commands: Commands) -> None:
 
 def run_attention(args: argparse.Namespace) -> None:
     """Measures attention and draws it."""
+    from moresjax.evaluation.attention_log import attention_line
     from moresjax.reports.attention import attention_report
 
     models = _models(args)
@@ -84,6 +85,7 @@ def run_attention(args: argparse.Namespace) -> None:
         _tasks(args, [folder for _, folder, _ in models], limit),
         args.out,
         {name: folder for name, folder, _ in models},
+        {name: adapter for name, _, adapter in models},
         data_root=args.data_root,
         image_root=args.image_root,
         limit=limit,
@@ -92,11 +94,7 @@ def run_attention(args: argparse.Namespace) -> None:
         split=args.split,
         batch_size=args.batch_size,
     )
-    lines = [
-        f"{name:20s} average visual attention {s['average_visual_share']:.3f}  LMAR "
-        + " ".join(f"{x:.2f}" for x in s["lmar_of_means"]["text"])
-        for name, s in summaries.items()
-    ]
+    lines = [attention_line(name, summary) for name, summary in summaries.items()]
     show(args, summaries, "\n".join([*lines, f"plots: {args.out}"]))
 
 

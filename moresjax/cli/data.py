@@ -2,8 +2,14 @@
 
 import argparse
 import dataclasses
+import functools
+from typing import TYPE_CHECKING
 
 from moresjax.cli.options import Commands, add_command, add_config, show
+
+if TYPE_CHECKING:
+    from moresjax.data.check import DataReport
+    from moresjax.data.processor import Processor
 
 
 def add_parser(commands: Commands) -> None:
@@ -13,9 +19,28 @@ def add_parser(commands: Commands) -> None:
     )
     jobs = data.add_subparsers(dest="job", required=True, metavar="JOB")
 
-    help = "tokenise everything that a configuration would train on"
+    help = "read everything that a configuration would train on, or files of your own"
     check = add_command(jobs, "check", run_check, help)
-    add_config(check)
+    add_config(check, required=False)
+    check.add_argument(
+        "--files",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="check these instead: conversations, questions or labels in JSON",
+    )
+    check.add_argument(
+        "--image-root", metavar="DIR", help="folder of the images of --files; default: their own"
+    )
+    check.add_argument(
+        "--tokenizer", metavar="DIR", help="count the tokens of the texts of --files with it"
+    )
+    check.add_argument(
+        "--template",
+        default="vicuna_v1",
+        metavar="NAME",
+        help="conversation template of --tokenizer (default: %(default)s)",
+    )
     check.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes; default: one per core"
     )
@@ -76,14 +101,20 @@ def add_parser(commands: Commands) -> None:
 
 
 def run_check(args: argparse.Namespace) -> None:
-    """Tokenises a configuration's training data and reports what would not train."""
-    import functools
-
+    """Reads training data, or files, and reports what would not train."""
+    from moresjax.core.errors import UserError
     from moresjax.data.check import check_data
     from moresjax.data.sources import make_source
     from moresjax.runs.config import load_config
     from moresjax.runs.processor import build_processor
 
+    if bool(args.files) == bool(args.config):
+        raise UserError("data check needs either --config FILE or --files FILE ...")
+    if args.files:
+        _check_files(args)
+        return
+    if args.image_root or args.tokenizer:
+        raise UserError("--image-root and --tokenizer go with --files; a --config has its own")
     config = load_config(args.config, args.overrides)
     report = check_data(
         make_source(**config.data),
@@ -92,17 +123,55 @@ def run_check(args: argparse.Namespace) -> None:
         images_per_row=config.images_per_row,
         num_workers=args.workers,
     )
-    lines = [
-        f"{report.samples:,d} samples, {report.text_only:,d} of them text only; "
-        f"{report.images:,d} images; {report.tokens:,d} tokens, {report.answer_tokens:,d} trained",
-        *(f"  {first:6d}+ tokens  {count:10,d}" for first, count in report.histogram),
-        *(f"useful tokens with {name}: {share:.1%}" for name, share in report.useful.items()),
+    show(args, dataclasses.asdict(report), "\n".join(_report_lines(report)))
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Checks files one after the other; images have no tokens, since no model says how many."""
+    from moresjax.data.check import check_data
+    from moresjax.evaluation.data_files import open_file
+
+    make = functools.partial(_text_processor, args.tokenizer, args.template)
+    found, lines = {}, []
+    for path in (part for given in args.files for part in given.split(";")):
+        kind, source = open_file(path, args.image_root)
+        report = check_data(source, make if args.tokenizer else None, num_workers=args.workers)
+        found[path] = {"kind": kind} | dataclasses.asdict(report)
+        lines += [f"{path}: {kind}", *_report_lines(report, tokens=bool(args.tokenizer))]
+    show(args, {"files": found}, "\n".join(lines))
+
+
+def _text_processor(tokenizer: str, template: str) -> "Processor":
+    """What turns samples into tokens where no model says how many an image has."""
+    from moresjax.data.images import ImageProcessor
+    from moresjax.data.processor import Processor
+    from moresjax.data.templates import get_template
+    from moresjax.runs.processor import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    return Processor(loaded, get_template(template, loaded), image=ImageProcessor(1))
+
+
+def _report_lines(report: "DataReport", tokens: bool = True) -> list[str]:
+    """A report in lines, with or without what tokens tell."""
+    counts = f"{report.samples:,d} samples, {report.text_only:,d} of them text only; "
+    counts += f"{report.images:,d} images"
+    labels = ", ".join(f"{name} {count:,d}" for name, count in report.labels.items())
+    tokens = tokens and not report.labels
+    if tokens:
+        counts += f"; {report.tokens:,d} tokens, {report.answer_tokens:,d} trained"
+    bins, useful = (report.histogram, report.useful) if tokens else ((), {})
+    return [
+        counts,
+        *([f"labels: {labels}"] if labels else []),
+        *(f"  {first:6d}+ tokens  {count:10,d}" for first, count in bins),
+        *(f"useful tokens with {name}: {share:.1%}" for name, share in useful.items()),
         f"too long: {len(report.too_long)}; bad: {len(report.bad)}; cut: {len(report.cut)}",
+        *(f"  without {kind}: {count}" for kind, count in report.cut_kinds.items()),
         *report.too_long.values(),
         *report.bad.values(),
         *report.cut.values(),
     ]
-    show(args, dataclasses.asdict(report), "\n".join(lines))
 
 
 def run_show(args: argparse.Namespace) -> None:

@@ -36,7 +36,13 @@ def add_parser(commands: Commands) -> None:
     add_image_root(evaluate)
     evaluate.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
     evaluate.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
-    add_sample(evaluate)
+    add_sample(evaluate, " and --temperature")
+    evaluate.add_argument(
+        "--temperature", type=float, default=0.0, help="0 chooses the likeliest token (default)"
+    )
+    evaluate.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the likeliest with this probability"
+    )
     evaluate.add_argument(
         "--split", metavar="SPLIT | TASK=SPLIT,..", help="default: each benchmark's own"
     )
@@ -58,6 +64,11 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="fetch data of lm_eval tasks that are not at hand; otherwise nothing is",
     )
+    evaluate.add_argument(
+        "--attention",
+        action="store_true",
+        help="read in the same pass how much attention answers pay to the image, and LMAR",
+    )
     add_mesh(evaluate)
     add_prompting(evaluate)
     add_tuning(evaluate)
@@ -74,12 +85,15 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates a model, or scores saved predictions again."""
+    from moresjax.evaluation.attention_log import attention_line
     from moresjax.evaluation.presets import table
     from moresjax.evaluation.rescore import rescore
     from moresjax.evaluation.results import sample_facts, write_results
     from moresjax.evaluation.run import evaluate
+    from moresjax.generation.sampling import Sampling
 
     tasks, adapter = args.tasks.split(","), only_adapter(args)
+    name = Path(adapter or args.model or "").resolve().name
     options = {
         "data_root": args.data_root,
         "limit": args.limit,
@@ -90,18 +104,29 @@ def run(args: argparse.Namespace) -> None:
         "judge": _judge(args),
     }
     if args.predictions:
-        if len(tasks) != 1 or args.model or args.adapter or args.tuning:
-            raise UserError("--predictions scores one task of --tasks, without a model")
+        if len(tasks) != 1 or args.model or args.adapter or args.tuning or args.attention:
+            raise UserError(
+                "--predictions scores one task of --tasks, without a model or its attention"
+            )
+        if args.temperature:
+            raise UserError("--predictions scores answers that are there; it draws none")
         result = rescore(tasks[0], args.predictions, out=args.out, **options)
     elif not args.model:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
     else:
         options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
+        options["sampling"] = Sampling(
+            temperature=args.temperature, top_p=args.top_p, seed=args.seed
+        )
         options |= {"download": args.download, "include_path": args.include_path}
+        options |= {"attention": args.attention, "title": name}
         result = evaluate(load_model(args, adapter=adapter), tasks, **options)
     facts = {"model": args.model, "adapter": adapter, "tuning": args.tuning, "split": args.split}
-    path = write_results(result, args.out, **facts, **sample_facts(args.sample, args.seed))
+    facts |= sample_facts(args.sample, args.seed)
+    path = write_results(result, args.out, name=name, **facts)
     text = table(result.scores, tasks, result.not_run)
+    if result.attention is not None:
+        text += f"\n{attention_line(name, result.attention.to_dict())}"
     show(args, json.loads(path.read_text()), f"{text}\nresults: {path}")
     if result.not_run:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in result.not_run.items())
@@ -118,4 +143,6 @@ def _judge(args: argparse.Namespace) -> "EndpointJudge | ModelJudge | None":
     if args.judge_url:
         return EndpointJudge(args.judge_url, args.judge_model)
     folder = args.judge_model
-    return ModelJudge(load(folder, mesh=mesh_of(args)), Path(folder).name) if folder else None
+    if not folder:
+        return None
+    return ModelJudge(load(folder, mesh=mesh_of(args), dtype=args.dtype), Path(folder).name)

@@ -1,8 +1,6 @@
 """`moresjax generate`: answers a prompt, a file of prompts, or a person at the terminal."""
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from moresjax.cli.options import (
     Commands,
@@ -15,9 +13,6 @@ from moresjax.cli.options import (
     show,
 )
 from moresjax.core.errors import UserError
-
-if TYPE_CHECKING:
-    from moresjax.inference.model import Model
 
 EARLY_STOPPING = {"false": False, "true": True, "never": "never"}
 
@@ -51,12 +46,17 @@ def add_parser(commands: Commands) -> None:
         metavar="ROWS",
         help="prompts answered at a time (default: %(default)s)",
     )
+    generate.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="system prompt; default: the template's. Records of --prompts may have their own",
+    )
     add_mesh(generate)
     add_prompting(generate)
     add_tuning(
         generate,
-        "with names, several may be given beside the base model, and each record of --prompts "
-        "chooses one",
+        "with names, several may be given beside the base model; each record of --prompts "
+        "chooses one, and /adapter NAME in a chat",
     )
     generate.add_argument(
         "--adapter-for",
@@ -115,12 +115,14 @@ def _add_decoding(generate: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generates for `--prompt`, `--prompts` or a chat."""
+    from moresjax.cli.chat import chat_at_terminal
     from moresjax.generation.sampling import Sampling
     from moresjax.inference.files import generate_file
 
     names = "temperature", "top_k", "top_p", "repetition_penalty", "seed"
     sampling = Sampling(**{name: getattr(args, name) for name in names})
     options = {"max_new_tokens": args.max_new_tokens, "sampling": sampling, "stop": args.stop}
+    options["system"] = args.system
     if bool(args.prompts) != bool(args.out) or (args.prompts and args.prompt):
         raise UserError("a file of prompts needs --prompts and --out, and no --prompt")
     if args.num_beams != 1 and args.prompt is None:
@@ -135,9 +137,14 @@ def run(args: argparse.Namespace) -> None:
         counts = generate_file(model, args.prompts, args.out, details=details, **options)
         text = f"{args.out}: {counts['records']} prompts, {counts['errors']} errors"
         show(args, counts, text)
+        if counts["errors"]:
+            raise UserError(
+                f"{counts['errors']} of {counts['records']} prompts have no answer; {args.out} has "
+                "the reason of each"
+            )
         return
     if args.prompt is None:
-        _chat(model, args.image, options)
+        chat_at_terminal(model, args.model, args.image, options)
         return
     options |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
     options |= {"early_stopping": EARLY_STOPPING[args.early_stopping], "logprobs": args.logprobs}
@@ -147,37 +154,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _adapters(args: argparse.Namespace) -> str | dict[str, str] | None:
-    """The folder of the only `--adapter`, or those that the records of `--prompts` choose from."""
+    """The folder of the only `--adapter`, or those that records of `--prompts` or a chat choose."""
     pairs = adapter_folders(args)
     if len(pairs) > 1:
         if not all(name for name, _ in pairs):
             raise UserError("several --adapter need names of their own: --adapter NAME=DIR")
-        if not args.prompts:
-            raise UserError("several --adapter go with --prompts, whose records choose one each")
+        if args.prompt is not None:
+            raise UserError("a single --prompt takes one --adapter")
         if len(dict(pairs)) < len(pairs):
             raise UserError("two --adapter have the same name")
-    if args.prompts and any(name for name, _ in pairs):
+    if args.prompt is None and any(name for name, _ in pairs):
         return dict(pairs)
     return pairs[0][1] if pairs else None
-
-
-def _chat(model: "Model", images: Sequence[str], options: dict) -> None:
-    """Questions from the terminal until an empty one; the first is about the images."""
-    from moresjax.inference.chat import Chat
-
-    chat = Chat(model, **options)
-    while question := _ask():
-        try:
-            for piece in chat.ask(question, images):
-                print(piece, end="", flush=True)
-            images = ()
-        except UserError as error:  # the conversation stays as it was
-            print(error, end="")
-        print()
-
-
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""

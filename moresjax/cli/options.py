@@ -43,11 +43,11 @@ def add_command(
     return command
 
 
-def add_config(command: argparse.ArgumentParser) -> None:
+def add_config(command: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds `--config`; `app` then also takes `--config.key=value`."""
     command.add_argument(
         "--config",
-        required=True,
+        required=required,
         metavar="FILE[:args]",
         help="configuration file and its arguments; --config.key=value changes single keys",
     )
@@ -78,8 +78,8 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--dtype",
         metavar="TYPE",
-        help="dtype of activations: float32, bfloat16, float16 or stored; default: a run's own; "
-        "Hugging Face folders: as stored on TPUs and GPUs, float32 on CPUs",
+        help="dtype of activations, a judge's too: float32, bfloat16, float16 or stored; default: "
+        "a run's own; Hugging Face folders: as stored on TPUs and GPUs, float32 on CPUs",
     )
 
 
@@ -96,13 +96,18 @@ def add_image_root(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sample(command: argparse.ArgumentParser) -> None:
-    """Adds `--sample` and `--seed`, which draw the questions of benchmarks."""
+def add_sample(command: argparse.ArgumentParser, more: str = "") -> None:
+    """Adds `--sample` and `--seed`, which draw the questions of benchmarks.
+
+    Args:
+      command: The subcommand.
+      more: What else the seed is for, for the help.
+    """
     command.add_argument(
         "--sample", type=int, metavar="N", help="N questions of a task drawn at random"
     )
     command.add_argument(
-        "--seed", type=int, default=0, help="seed for --sample (default: %(default)s)"
+        "--seed", type=int, default=0, help=f"seed for --sample{more} (default: %(default)s)"
     )
 
 

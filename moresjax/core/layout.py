@@ -74,7 +74,6 @@ class TokenLayout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Rows and tokens per row."""
         """Rows and tokens, `(B, S)`."""
         return self.kind.shape
 
@@ -226,27 +225,42 @@ def last_prompt_mask(layout: TokenLayout, unfinished: bool = False) -> Bool[Arra
     return prompt & (ends | (following == TokenKind.ANSWER))
 
 
-def rank_in_run(
+def rank_in_conversation(
     layout: TokenLayout, region: Bool[AnyArray, "B S"]
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:
-    """How many tokens of `region` stand before and after each token of its document and branch.
+    """How many tokens of `region` stand before and after each token of its conversation.
 
-    For a token inside the region the two add up to the size of the region minus one.
+    For a token of a branch these are its trunk and the branch, so the numbers are those that the
+    same tokens have alone in a row. A token of the trunk counts the longest of its branches behind
+    it. For a token inside the region the two add up to the size of the region minus one.
     """
     document, branch = jnp.asarray(layout.document), jnp.asarray(layout.branch)
-    changes = (document[:, 1:] != document[:, :-1]) | (branch[:, 1:] != branch[:, :-1])
+    region = jnp.asarray(region).astype(jnp.int32)
+    other_document = document[:, 1:] != document[:, :-1]
+    other_branch = other_document | (branch[:, 1:] != branch[:, :-1])
     edge = jnp.ones((document.shape[0], 1), bool)
 
-    def count(region: Int[Array, "B S"], first: Bool[Array, "B S"]) -> Int[Array, "B S"]:
-        before = jnp.cumsum(region, axis=1) - region
+    def preceding(counted: Int[Array, "B S"], border: Bool[Array, "B T"]) -> Int[Array, "B S"]:
+        before, first = jnp.cumsum(counted, axis=1) - counted, jnp.concatenate([edge, border], 1)
         # `before` never falls, so its running maximum over run starts is the count at the
         # own start.
         return before - jax.lax.cummax(jnp.where(first, before, 0), axis=1)
 
-    region = jnp.asarray(region).astype(jnp.int32)
-    before = count(region, jnp.concatenate([edge, changes], axis=1))
-    after = count(region[:, ::-1], jnp.concatenate([edge, changes[:, ::-1]], axis=1))[:, ::-1]
-    return before, after
+    def following(counted: Int[Array, "B S"], border: Bool[Array, "B T"]) -> Int[Array, "B S"]:
+        return preceding(counted[:, ::-1], border[:, ::-1])[:, ::-1]
+
+    trunk = branch == 0
+    in_trunk = preceding(jnp.where(trunk, region, 0), other_document)
+    in_branch, after = preceding(region, other_branch), following(region, other_branch)
+    before = in_trunk + jnp.where(trunk, 0, in_branch)
+    # The largest branch of every document: a running maximum from the right, in which a document
+    # outweighs all those behind it.
+    length = document.shape[1] + 1
+    borders = jnp.pad(other_document.astype(jnp.int32), ((0, 0), (0, 1)))
+    number = jnp.cumsum(borders[:, ::-1], axis=1)[:, ::-1]
+    sizes = jnp.where(trunk, 0, in_branch + region + after)
+    largest = jax.lax.cummax(number * length + sizes, axis=1, reverse=True) - number * length
+    return before, after + jnp.where(trunk, largest, 0)
 
 
 @pytree_dataclass

@@ -16,7 +16,13 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from moresjax.core.errors import UserError
-from moresjax.data.llava import LlavaSource, image_names, to_sample
+from moresjax.data.llava import (
+    LlavaSource,
+    image_names,
+    independent_turns,
+    is_independent,
+    to_sample,
+)
 from moresjax.data.samples import Sample
 
 INDEX = "index.json"  # written last: a folder without it is not complete
@@ -61,7 +67,7 @@ def convert_llava(
                 bar.update()
             writer.close()
             files[name] = int(stop - start)
-    np.save(out / SIZES, source.sizes)
+    np.save(out / SIZES, np.concatenate([source.sizes, source.turn_counts], axis=1))
     index = {"records": len(source), "shards": files}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return index
@@ -69,15 +75,15 @@ def convert_llava(
 
 def _pack(source: LlavaSource, index: int) -> bytes:
     record, name = source.record(index)
-    paths = source.image_paths(image_names(record, name), name)
-    to_sample(record, name, paths)  # a bad sample stops the conversion
+    found = source.named_images(image_names(record, name), name)
+    to_sample(record, name, found)  # a bad sample stops the conversion
     images = []
-    for path in paths:
+    for path in found:
         try:
-            images.append(path.read_bytes())
+            images.append(path if isinstance(path, bytes) else path.read_bytes())
         except (OSError, ValueError) as error:  # no path may hold a zero byte
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"sample {name}: image {path} cannot be read: {reason}") from None
+            raise UserError(f"sample {name}: image {path!s} cannot be read: {reason}") from None
     line = json.dumps(record | {"name": name, "image_bytes": [len(image) for image in images]})
     return b"\n".join([line.encode(), b"".join(images)])
 
@@ -88,12 +94,16 @@ class ArrayRecordSource:
 
     Attributes:
       folder: The folder with the shards and their index.
+      turns: `dialogue`, or `independent`: each question of a conversation by itself on the shared
+        images.
     """
 
     folder: str
-    branches: ClassVar[bool] = False
+    turns: str = "dialogue"
+    branches: ClassVar[bool] = False  # of a source of dialogues
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "branches", is_independent(self.turns))
         _ = self._reader
 
     @functools.cached_property
@@ -115,6 +125,15 @@ class ArrayRecordSource:
     @property
     def sizes(self) -> Int[np.ndarray, "n 2"]:
         """The words and images of every sample."""
+        return self._numbers[:, :2]
+
+    @property
+    def turn_counts(self) -> Int[np.ndarray, "n k"]:
+        """As those of `LlavaSource`; version 0.2 did not note them, then k is 0."""
+        return self._numbers[:, 2:]
+
+    @functools.cached_property
+    def _numbers(self) -> Int[np.ndarray, "n k"]:
         return np.load(Path(self.folder) / SIZES)
 
     def __len__(self) -> int:
@@ -128,4 +147,5 @@ class ArrayRecordSource:
         except Exception as error:  # a damaged shard: the library raises kinds of its own
             raise UserError(f"record {index} of {self.folder} is damaged: {error}") from None
         images = [rest[a:b] for a, b in itertools.pairwise(borders)]
-        return to_sample(record, name, images)
+        sample = to_sample(record, name, images)
+        return independent_turns(sample) if self.branches else sample

@@ -46,17 +46,21 @@ def bucket_lengths(max_seq_len: int, buckets: Sequence[int]) -> tuple[int, ...]:
 
     >>> bucket_lengths(2048, ())
     (512, 1024, 1536, 2048)
+    >>> bucket_lengths(1000, (512, 768, 1024))
+    (512, 768, 1000)
 
     Args:
       max_seq_len: The number of tokens that a row may have.
-      buckets: The other lengths; empty for the quarters of `max_seq_len`.
+      buckets: The other lengths, of which those beyond `max_seq_len` hold nothing more than it does
+        and are left out; where none is left, the quarters of `max_seq_len`.
 
     Raises:
-      UserError: A length is below 1 or above `max_seq_len`.
+      UserError: A length is below 1.
     """
-    if any(not 1 <= bucket <= max_seq_len for bucket in buckets):
-        raise UserError(f"buckets {tuple(buckets)} must be between 1 and max_seq_len {max_seq_len}")
-    chosen = buckets or [-(-max_seq_len * quarters // 4) for quarters in (1, 2, 3)]
+    if any(bucket < 1 for bucket in buckets):
+        raise UserError(f"buckets {tuple(buckets)} must be at least 1")
+    chosen = [bucket for bucket in buckets if bucket <= max_seq_len]
+    chosen = chosen or [-(-max_seq_len * quarters // 4) for quarters in (1, 2, 3)]
     return tuple(sorted({*chosen, max_seq_len}))
 
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +12,12 @@ from tqdm import tqdm
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
+from moresjax.core.row import Row
 from moresjax.data.images import open_image
 from moresjax.data.packing import first_fit
 from moresjax.data.pipeline import PACK_WINDOW
 from moresjax.data.processor import Processor
-from moresjax.data.samples import Sample
+from moresjax.data.samples import EARLY_TURNS, LATER_TURNS, Sample
 from moresjax.data.sources import Source
 
 CHUNK = 64  # samples that a worker takes at once
@@ -38,7 +40,9 @@ class DataReport:
         samples that fit.
       too_long: The sizes of every sample that does not fit into a row, by its number.
       bad: The error of every other sample that cannot be used, by its number.
-      cut: What its source left out of a good sample, by its number.
+      cut: What is left out of a good sample, by its number.
+      cut_kinds: The number of good samples by what is left out of them.
+      labels: The number of labels of every class, for images with labels.
     """
 
     samples: int
@@ -52,6 +56,22 @@ class DataReport:
     too_long: dict[int, str]
     bad: dict[int, str]
     cut: dict[int, str]
+    cut_kinds: dict[str, int]
+    labels: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def count_cut(source: Source, processor: Processor) -> dict[str, int]:
+    """The number of samples by what is left out of them, without reading them.
+
+    Where the source does not know its turns, nothing is counted.
+    """
+    turns = np.asarray(getattr(source, "turn_counts", ()))
+    if not turns.size:
+        return {}
+    early, questions = turns.T
+    later = 0 if processor.template.keep_question else int((questions > 1).sum())
+    counts = {EARLY_TURNS: int((early > 0).sum()), LATER_TURNS: later}
+    return {kind: count for kind, count in counts.items() if count}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +89,10 @@ class _Measured:
 
 def check_data(
     source: Source,
-    make_processor: Callable[[], Processor],
+    make_processor: Callable[[], Processor] | None,
     *,
-    max_seq_len: int,
-    images_per_row: int,
+    max_seq_len: int | None = None,
+    images_per_row: int | None = None,
     num_workers: int = 0,
     decode: bool = True,
     progress: bool = True,
@@ -81,9 +101,10 @@ def check_data(
 
     Args:
       source: The samples.
-      make_processor: Builds the processor, once in every worker process (so it must be picklable).
-      max_seq_len: The number of tokens that a row holds.
-      images_per_row: The number of images that a row holds.
+      make_processor: Builds the processor, once in every worker process (so it must be picklable);
+        without one no tokens are counted.
+      max_seq_len: The number of tokens that a row holds; None for any number.
+      images_per_row: The number of images that a row holds; None for any number.
       num_workers: The number of processes; 0: one per core. One worker is this process.
       decode: Whether images are decoded, which takes most of the time; else they are not opened.
       progress: Whether to show a progress bar.
@@ -93,7 +114,9 @@ def check_data(
     """
     num_workers = num_workers or os.cpu_count() or 1
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
-    processor = make_processor()  # here as well: a mistake is told before workers start
+    processor = (
+        make_processor and make_processor()
+    )  # here as well: a mistake is told before workers start
     if num_workers == 1:
         results = (_measure(source, processor, chunk, decode) for chunk in chunks)
     else:
@@ -103,14 +126,23 @@ def check_data(
         for measured in results:
             found += measured
             bar.update(len(measured))
-    return _report(found, max_seq_len, images_per_row)
+    report = _report(found, max_seq_len, images_per_row)
+    return dataclasses.replace(report, labels=getattr(source, "label_counts", {}))
 
 
-def _measure(source: Source, processor: Processor, chunk: range, decode: bool) -> list[_Measured]:
+def _measure(
+    source: Source, processor: Processor | None, chunk: range, decode: bool
+) -> list[_Measured]:
     found = []
     for index in chunk:
         try:
-            found.append(_measure_one(index, source[index], processor, decode))
+            sample = source[index]
+            if hasattr(source, "label_counts"):
+                assert not isinstance(sample, Sample)
+                sample = Sample(sample["id"], (), (sample["pixels"],))
+                found.append(_measure_one(index, sample, None, decode))
+            else:
+                found.append(_measure_one(index, sample, processor, decode))
         except UserError as error:
             found.append(_Measured(index, error=str(error)))
         except Exception as error:  # one bad sample of a plug-in's source costs itself
@@ -119,27 +151,29 @@ def _measure(source: Source, processor: Processor, chunk: range, decode: bool) -
     return found
 
 
-def _measure_one(index: int, sample: object, processor: Processor, decode: bool) -> _Measured:
+def _measure_one(
+    index: int, sample: object, processor: Processor | None, decode: bool
+) -> _Measured:
     if not isinstance(sample, Sample):
         raise UserError(f"sample {index} of this source is no conversation")
-    row = processor.text_row(sample)
+    row = Row.text(()) if processor is None else processor.text_row(sample)
     try:
         for image in sample.images if decode else ():
             open_image(image)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from None
     answers = int((row.kind == TokenKind.ANSWER).sum())
-    cut = f"sample {sample.id}: {sample.cut}" if sample.cut else ""
+    cut = sample.cut if processor is None else processor.left_out(sample)
     return _Measured(index, sample.id, len(row), answers, len(sample.images), cut=cut)
 
 
 # The source and the processor of a worker process. They are set once when it starts, since sending
 # them with every chunk would cost more than the work.
-_worker: list[tuple[Source, Processor]] = []
+_worker: list[tuple[Source, Processor | None]] = []
 
 
-def _start_worker(source: Source, make_processor: Callable[[], Processor]) -> None:
-    _worker[:] = [(source, make_processor())]
+def _start_worker(source: Source, make_processor: Callable[[], Processor] | None) -> None:
+    _worker[:] = [(source, make_processor and make_processor())]
 
 
 def _work(chunk: range, decode: bool) -> list[_Measured]:
@@ -149,7 +183,7 @@ def _work(chunk: range, decode: bool) -> list[_Measured]:
 
 def _in_parallel(
     source: Source,
-    make_processor: Callable[[], Processor],
+    make_processor: Callable[[], Processor] | None,
     chunks: Sequence[range],
     num_workers: int,
     decode: bool,
@@ -163,14 +197,18 @@ def _in_parallel(
         yield from pool.map(_work, chunks, [decode] * len(chunks))
 
 
-def _report(found: Sequence[_Measured], max_seq_len: int, images_per_row: int) -> DataReport:
+def _report(
+    found: Sequence[_Measured], max_seq_len: int | None, images_per_row: int | None
+) -> DataReport:
     good = [m for m in found if not m.error]
-    fits = [m for m in good if m.tokens <= max_seq_len and m.images <= images_per_row]
+    most = math.inf if max_seq_len is None else max_seq_len
+    pictures = math.inf if images_per_row is None else images_per_row
+    fits = [m for m in good if m.tokens <= most and m.images <= pictures]
     sizes = f"rows hold {max_seq_len} tokens and {images_per_row} images"
     too_long = {
         m.index: f"sample {m.name}: {m.tokens} tokens and {m.images} images, but {sizes}"
         for m in good
-        if m.tokens > max_seq_len or m.images > images_per_row
+        if m.tokens > most or m.images > pictures
     }
     tokens = np.asarray([m.tokens for m in good], int)
     longest = int(tokens.max(initial=0))
@@ -184,10 +222,17 @@ def _report(found: Sequence[_Measured], max_seq_len: int, images_per_row: int) -
         answer_tokens=sum(m.answer_tokens for m in good),
         longest=longest,
         histogram=tuple((i * width, int(n)) for i, n in enumerate(counts)),
-        useful=_useful(fits, max_seq_len, images_per_row),
+        useful={}
+        if max_seq_len is None or images_per_row is None
+        else _useful(fits, max_seq_len, images_per_row),
         too_long=too_long,
         bad={m.index: m.error for m in found if m.error},
-        cut={m.index: m.cut for m in good if m.cut},
+        cut={m.index: f"sample {m.name}: {m.cut}" for m in good if m.cut},
+        cut_kinds={
+            kind: count
+            for kind in (EARLY_TURNS, LATER_TURNS)
+            if (count := sum(kind in m.cut for m in good))
+        },
     )
 
 

@@ -3,8 +3,11 @@
 Axis legend: Y, X pixels, 3 colour channels.
 """
 
+import base64
+import binascii
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from moresjax.core.errors import UserError, choice_error
@@ -46,6 +49,23 @@ ImageInput = str | Path | bytes | Image.Image | np.ndarray | UnusableImage
 def image_keys(images: Sequence) -> tuple:
     """Keys that tell images apart, as long as they exist, without opening them."""
     return tuple(x if isinstance(x, (str, Path, bytes)) else id(x) for x in images)
+
+
+def image_names(images: Sequence) -> list[str]:
+    """Names that tell images apart in files: those of files, digests of other images.
+
+    >>> image_names(["a.jpg", np.zeros((2, 2, 3), np.uint8)])
+    ['a.jpg', '15ec7bf0b50732b4']
+    """
+    return [x if isinstance(x, str) else _digest(x) for x in images]
+
+
+def _digest(image: object) -> str:
+    if isinstance(image, Image.Image):
+        image = getattr(image, "filename", "") or image.tobytes()
+    if isinstance(image, np.ndarray):
+        image = np.ascontiguousarray(image).tobytes()
+    return hashlib.sha256(image).hexdigest()[:16] if isinstance(image, bytes) else str(image)
 
 
 class LazyPixels:
@@ -110,6 +130,36 @@ def image_path(root: str | Path, image: str, name: str) -> Path:
     if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
         raise UserError(f"{name}: image {image} is outside of the image root")
     return Path(root) / path
+
+
+def named_image(root: str | Path, image: str, name: str) -> Path | bytes:
+    r"""The image behind a name in a file: a path below the root, or the bytes of a `data:` URL.
+
+    >>> named_image("photos", "data:image/png;base64,iVBORw==", "sample 7")
+    b'\x89PNG'
+
+    Args:
+      root: The folder that image paths start from.
+      image: The path or URL in the file.
+      name: What the message calls the item, such as `sample 7`.
+
+    Raises:
+      UserError: The path leads out of the root, the URL is damaged, or it is not a `data:` URL.
+    """
+    head, comma, body = image.partition(",")
+    if head.lower().startswith("data:"):
+        if not comma or not head.lower().endswith(";base64"):
+            raise UserError(f"{name}: a data: URL is data:TYPE;base64,..., not {image[:40]}...")
+        try:
+            return base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError):
+            raise UserError(f"{name}: the data: URL {image[:40]}... is not base64") from None
+    if "://" in image:
+        raise UserError(
+            f"{name}: image {image} is not fetched, since no command uses the network; give its "
+            "path below the image root, or a data: URL"
+        )
+    return image_path(root, image, name)
 
 
 def _check_exists(source: ImageInput) -> None:
@@ -294,6 +344,16 @@ class ImageProcessor:
         if made != (size, size):
             raise UserError(f"{folder}: images become {made[0]} x {made[1]}, not {size} x {size}")
         return processor
+
+    def to_picture(self, pixels: Float[np.ndarray, "*N Y X 3"]) -> UInt8[np.ndarray, "*N Y X 3"]:
+        """Images as they were before they were normalised.
+
+        >>> processor = ImageProcessor(size=1)
+        >>> processor.to_picture(processor(np.full((1, 1, 3), 200, np.uint8))).tolist()
+        [[[200, 200, 200]]]
+        """
+        values = pixels * np.asarray(self.std) + np.asarray(self.mean)
+        return (values.clip(0, 1) * 255).round().astype(np.uint8)
 
     def __call__(self, source: ImageInput) -> Float[np.ndarray, "Y X 3"]:
         """The pixels of an image.

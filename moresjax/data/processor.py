@@ -186,6 +186,10 @@ class Processor:
             raise UserError(f"sample {sample.id}: this model takes no images")
         return row
 
+    def left_out(self, sample: Sample) -> str:
+        """What its source and the template leave out of a sample; empty for nothing."""
+        return "; ".join(filter(None, (sample.cut, self.template.left_out(sample))))
+
     def _encode(self, pieces: Sequence[Piece], sample: Sample) -> Row:
         built = _RowBuilder()
         built.add(self._bos, [int(TokenKind.SYSTEM)] * len(self._bos), branch=0)

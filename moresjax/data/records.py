@@ -18,35 +18,42 @@ from jaxtyping import Int
 from moresjax.core.errors import UserError
 
 CHUNK = 1 << 22  # bytes read at once
+# The keys under which an object around the records may have their list, and where it must begin.
+WRAPPERS = ("data", "questions")
+HEAD = 1 << 16  # bytes
 # Between records: list brackets, commas, blanks, a byte order mark.
 _BETWEEN = re.compile("[\\s,\\[\\]\ufeff]*")
+# The key of an object, with what stands around it.
+_KEY = r'\s*("(?:[^"\\]|\\.)*")\s*:\s*'
+_OPENING = re.compile("[\\s\ufeff]*\\{" + _KEY)
+_NEXT_KEY = re.compile(r"\s*," + _KEY)
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonRecords:
-    """Random access to the records of a file; 20 bytes are held for each.
+    """Random access to the records of a file; 12 bytes are held for each, and 4 for each number.
 
     Attributes:
-      path: A JSON list, or JSON Lines.
+      path: A JSON list, an object with one under `data` or `questions`, or JSON Lines.
       offsets: The number of bytes before each record.
       lengths: The number of bytes of each record.
-      sizes: Two numbers that `measure` gave for each record.
+      sizes: The numbers that `measure` gave for each record.
     """
 
     path: Path
     offsets: Int[np.ndarray, "n"]
     lengths: Int[np.ndarray, "n"]
-    sizes: Int[np.ndarray, "n 2"]
+    sizes: Int[np.ndarray, "n k"]
 
     @classmethod
     def scan(
-        cls, path: str | Path, measure: Callable[[Any], tuple[int, int]] = lambda _: (0, 0)
+        cls, path: str | Path, measure: Callable[[Any], tuple[int, ...]] = lambda _: ()
     ) -> "JsonRecords":
         """Finds the records of a file.
 
         Args:
-          path: A JSON list, or JSON Lines.
-          measure: Gives two numbers for a record, which are kept as `sizes`.
+          path: A JSON list, an object with one under `data` or `questions`, or JSON Lines.
+          measure: Gives k numbers for a record, which are kept as `sizes`.
 
         Raises:
           UserError: The file does not exist, is not JSON, or ends early.
@@ -54,8 +61,11 @@ class JsonRecords:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"data file {path} does not exist")
-        _check_whole(path)
-        found = [(offset, length, *measure(record)) for offset, length, record in _records(path)]
+        start = _list_inside(path)
+        if start is None:
+            _check_whole(path)
+        records = _records(path, start)
+        found = [(offset, length, *measure(record)) for offset, length, record in records]
         if not found:
             raise UserError(f"data file {path} has no records")
         table = np.asarray(found, np.int64)
@@ -80,12 +90,35 @@ def _check_whole(path: Path) -> None:
         raise UserError(f"data file {path} ends in the middle of its list")
 
 
-def _records(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """The first byte, the number of bytes and the value of every record."""
+def _list_inside(path: Path) -> int | None:
+    """The first byte of the list that an object holds under one of `WRAPPERS`; None without one."""
+    with path.open("rb") as file:
+        text = codecs.getincrementaldecoder("utf-8")("ignore").decode(file.read(HEAD))
+    found = _OPENING.match(text)
+    while found is not None:
+        if found[1][1:-1] in WRAPPERS and text.startswith("[", found.end()):
+            return len(text[: found.end() + 1].encode())
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, found.end())
+        except json.JSONDecodeError:
+            return None
+        found = _NEXT_KEY.match(text, end)
+    return None
+
+
+def _records(path: Path, start: int | None) -> Iterator[tuple[int, int, Any]]:
+    """The first byte, the number of bytes and the value of every record.
+
+    Args:
+      path: The file.
+      start: The first byte of a list inside of an object; None where there is no such list.
+    """
     decode = json.JSONDecoder().raw_decode
     utf8 = codecs.getincrementaldecoder("utf-8")()
-    text, place, offset, number, ended = "", 0, 0, 0, False
+    text, place, offset, number, ended = "", 0, start or 0, 0, False
+    depth = 1  # of the list inside of an object, which ends at 0
     with path.open("rb") as file:
+        file.seek(offset)
         while not ended:
             chunk = file.read(CHUNK)
             ended = not chunk
@@ -96,7 +129,11 @@ def _records(path: Path) -> Iterator[tuple[int, int, Any]]:
             while True:
                 between = _BETWEEN.match(text, place)
                 end = place if between is None else between.end()
-                offset += len(text[place:end].encode())
+                skipped = text[place:end]
+                depth += skipped.count("[") - skipped.count("]")
+                if start is not None and depth <= 0:
+                    return
+                offset += len(skipped.encode())
                 place = end
                 if place == len(text):
                     break
@@ -112,3 +149,5 @@ def _records(path: Path) -> Iterator[tuple[int, int, Any]]:
                 length = len(text[place:end].encode())
                 yield offset, length, record
                 offset, place, number = offset + length, end, number + 1
+    if start is not None:
+        raise UserError(f"data file {path} ends in the middle of its list")

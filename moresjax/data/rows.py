@@ -65,12 +65,21 @@ class RowReader:
 
     def _padded(self, number: int) -> dict[str, Any]:
         arrays = self.skip_policy.attempt(number, lambda: self._arrays(self._element(number)))
-        return self.pad(EMPTY) if arrays is None else arrays
+        if arrays is not None:
+            return arrays
+        filler = getattr(self.source, "filler", None)
+        if filler is None or self.processor.image is None:
+            return self.pad(EMPTY)
+        size = self.processor.image.size
+        return dict(filler) | {"pixels": np.zeros((size, size, 3), np.float32)}
 
     def _arrays(self, element: Sample | Mapping[str, Any]) -> dict[str, Any]:
-        if not isinstance(element, Sample):
+        if isinstance(element, Sample):
+            return self.pad(self.processor.row(element))
+        try:
             return dict(element) | {"pixels": self.processor.normalise(element["pixels"])}
-        return self.pad(self.processor.row(element))
+        except UserError as error:
+            raise UserError(f"sample {element['id']}: {error}") from None
 
     def pad(
         self, row: Row, max_seq_len: int | None = None, images_per_row: int | None = None
@@ -97,8 +106,8 @@ class RowReader:
 
     def _element(self, number: int) -> Sample | Mapping[str, Any]:
         element = self.source[number]
-        if isinstance(element, Sample) and element.cut and number not in self.skip_policy.cut:
-            self.skip_policy.note_cut(number, element.id, element.cut)
+        if isinstance(element, Sample) and (cut := self.processor.left_out(element)):
+            self.skip_policy.note_cut(number, element.id, cut)
         return element
 
     def _sample(self, number: int) -> Sample:

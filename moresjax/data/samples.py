@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 IMAGE_MARK = "<image>"
+# What may be left out of a conversation.
+EARLY_TURNS, LATER_TURNS = "turns before the first question", "turns after the first"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Sample:
         uint8 array `[Y, X, 3]`.
       context: The text before the first question, shared by all turns; may contain `<image>`.
       independent: Whether the turns are separate questions about one context, none of which sees
-        another (they become branches of the layout), instead of rounds of one conversation.
+        another (they become branches of the layout), instead of rounds of one conversation. Where
+        the context ends with an image, each has the tokens that it has alone.
       system: The conversation's own system prompt; None for the template's.
       cut: What its source left out of it, in a sentence; empty for nothing.
     """

@@ -46,12 +46,14 @@ PROCESSOR_KEYS = ConfigKeys(
     },
 )
 
+_CLEAN_UP_ANYWAY = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 TOKENIZER_KEYS = ConfigKeys(
     implemented=(
         *("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
         *("added_tokens_decoder", "add_bos_token", "add_prefix_space", "legacy"),
         *("clean_up_tokenization_spaces", "spaces_between_special_tokens", "sp_model_kwargs"),
         *("do_lower_case", "errors", "trim_offsets", "chat_template", "from_slow", "use_fast"),
+        *("fix_mistral_regex", _CLEAN_UP_ANYWAY),
     ),
     neutral={"add_eos_token": (None, False)},
     irrelevant={
@@ -66,6 +68,11 @@ TOKENIZER_KEYS = ConfigKeys(
         **dict.fromkeys(("return_token_type_ids", "token_type_ids_disabled"), ROWS),
         "trust_remote_code": "code of a folder never runs",
         **dict.fromkeys(("cache_dir", "revision", "device_map"), CLASS),
+        **dict.fromkeys(("slow_tokenizer_class", "files_loaded", "gguf_file"), CLASS),
+        **dict.fromkeys(("max_len", "max_target_length"), ROWS),
+        **dict.fromkeys(("response_schema", "response_template"), "answers are not parsed"),
+        "verbose": "it changes what is logged only",
+        "chat_control_tokens": "control tokens in the text of users are text anyway",
         "use_default_system_prompt": "the conversation template says it",
         "split_special_tokens": "the conversation template says which texts have special tokens",
     },

@@ -63,6 +63,8 @@ class SkipPolicy:
 
     def note_cut(self, number: int, name: str, what: str) -> None:
         """Remembers what a sample goes without; the first one is told at once."""
+        if number in self.cut:
+            return
         if not self.cut:
             logger.warning("cut: sample %s: %s; all such samples are listed", name, what)
         self.cut[number] = f"sample {name}: {what}"

@@ -12,6 +12,7 @@ from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import registrar
 from moresjax.data.arrayrecord import ArrayRecordSource
 from moresjax.data.digits import DigitsSource
+from moresjax.data.labels import LabelsSource
 from moresjax.data.llava import LlavaSource
 from moresjax.data.samples import Sample
 from moresjax.data.tfds import TfdsSource
@@ -23,9 +24,12 @@ class Source(Protocol):
 
     A source may also have these attributes:
       sizes: The words and images of every sample `[n, 2]`; batching by length needs them.
+      turn_counts: The turns before the first question of every sample, and its questions `[n, 2]`;
+        training then says at its start how many samples are cut.
       mixture_weights: Pairs of an index range and its weight, where ranges are not read in
         proportion to their lengths.
       branches: False where no sample has independent turns; faster attention kernels may run then.
+      filler: Of a source of ready-made rows, the row without pixels that stands for a skipped one.
     """
 
     def __len__(self) -> int: ...
@@ -38,6 +42,7 @@ SourceClass = TypeVar("SourceClass", bound=Callable[..., Source])
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": DigitsSource,
     "llava": LlavaSource,
+    "labels": LabelsSource,
     "arrayrecord": ArrayRecordSource,
     "tfds": TfdsSource,
 }

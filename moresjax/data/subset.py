@@ -36,9 +36,19 @@ class Subset:
         return getattr(self.source, "sizes")[self.indices]  # noqa: B009 (an optional attribute)
 
     @property
+    def turn_counts(self) -> Int[np.ndarray, "n k"]:
+        """The turns of every sample; an attribute only where the source has it."""
+        return getattr(self.source, "turn_counts")[self.indices]  # noqa: B009 (an optional attribute)
+
+    @property
     def branches(self) -> bool:
         """Whether a sample may have independent turns."""
         return getattr(self.source, "branches", True)
+
+    @property
+    def filler(self) -> Mapping[str, Any] | None:
+        """What stands for a skipped ready-made row."""
+        return getattr(self.source, "filler", None)
 
     @property
     def mixture_weights(self) -> tuple[tuple[slice, float], ...]:

@@ -7,7 +7,7 @@ from moresjax.core.layout import TokenKind
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import add_entry
 from moresjax.core.types import Tokenizer
-from moresjax.data.samples import IMAGE_MARK, Sample, Turn
+from moresjax.data.samples import IMAGE_MARK, LATER_TURNS, Sample, Turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +78,22 @@ class Template:
             pieces = [Piece(images, TokenKind.QUESTION, control=True)]
             return [*pieces, *self._turn(caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
-        pieces = self._opening(sample.system)
-        pieces.append(Piece(sample.context, TokenKind.QUESTION))
+        pieces, (shared, gap) = self._opening(sample.system), _shared_context(sample)
+        pieces.append(Piece(shared, TokenKind.QUESTION))
         marker = self.user if self.next_user is None else self.next_user
         for number, turn in enumerate(sample.turns):
-            if number and not sample.independent:
+            branch = number + 1 if sample.independent else 0
+            if sample.independent:
+                pieces.append(Piece(gap, TokenKind.QUESTION, branch))
+            elif number:
                 pieces.append(Piece(marker, TokenKind.QUESTION, control=True))
-            pieces += self._turn(turn, end, number + 1 if sample.independent else 0)
+            pieces += self._turn(turn, end, branch)
         return [piece for piece in pieces if piece.text]
+
+    def left_out(self, sample: Sample) -> str:
+        """What of a sample this template does not write, in a sentence; empty for nothing."""
+        more = 0 if self.keep_question else len(sample.turns) - 1
+        return f"{LATER_TURNS} are left out by the template: {more}" if more else ""
 
     def _opening(self, system: str | None) -> list[Piece]:
         if system is None or self.around_system is None:
@@ -119,6 +127,18 @@ class Template:
         texts = (self.system, self.user, self.assistant, self.gap, self.end, self.next_user)
         texts += self.around_system or ()
         return "\n".join(text for text in texts if text)
+
+
+def _shared_context(sample: Sample) -> tuple[str, str]:
+    """What independent questions share of the context, and the blanks that each begins with.
+
+    Text behind an image is tokenised anew. Where it is blank it belongs to the questions, whose
+    tokens are then those that each has alone.
+    """
+    head, mark, gap = sample.context.rpartition(IMAGE_MARK)
+    if sample.independent and mark and not gap.strip():
+        return head + mark, gap
+    return sample.context, ""
 
 
 _SYSTEM = (
@@ -204,6 +224,16 @@ def get_template(name: str, tokenizer: Tokenizer | None = None) -> Template:
     if name not in TEMPLATES:
         raise choice_error("template", name, (*TEMPLATES, OWN))
     return TEMPLATES[name]
+
+
+def template_name(template: Template) -> str:
+    """The names of a template, joined by `/`; `tokenizer` for one that has no name.
+
+    >>> template_name(get_template("phi"))
+    'vicuna_v1/phi/gemma'
+    """
+    names = [name for name, known in TEMPLATES.items() if known == template]
+    return "/".join(names) or OWN
 
 
 def chat_template(tokenizer: Tokenizer) -> Template:

@@ -88,7 +88,9 @@ def train_tokenizer(
 
 
 def read_texts(files: str) -> Iterator[str]:
-    """The texts of files: every line of a text file, every question and answer of LLaVA JSON.
+    """The texts of files: every line of a text file, every turn of LLaVA JSON.
+
+    Answers follow their questions after a blank, as templates write them: ` no` is a word then.
 
     Args:
       files: Paths joined by `;`; those that end in `.txt` are texts.
@@ -103,7 +105,8 @@ def read_texts(files: str) -> Iterator[str]:
         source = LlavaSource(str(path))
         for number in range(len(source)):
             for turn in source[number].turns:
-                yield from (t.replace(IMAGE_MARK, "") for t in (turn.question, turn.answer) if t)
+                text = " ".join(filter(None, (turn.question, turn.answer)))
+                yield text.replace(IMAGE_MARK, "")
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ class Example:
         `UnusableImage`, over which only this question fails.
       choices: Texts that are ranked by log-likelihood; without any, the model writes the answer.
       metadata: What scorers and summaries need beside the answer, such as the question's type.
+      max_new_tokens: The length limit of this answer; None for the task's.
     """
 
     id: str
@@ -26,3 +27,9 @@ class Example:
     images: tuple[Any, ...] = ()
     choices: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    max_new_tokens: int | None = None
+
+    @property
+    def own_limit(self) -> dict[str, int]:
+        """The example's own length limit, as rows of predictions note it; empty without one."""
+        return {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}

@@ -86,6 +86,8 @@ class ModelJudge:
             "max_tokens": max_new_tokens,
             "fingerprint": model.fingerprint,
         }
+        if (dtype := model.config.llm.dtype) != "float32":
+            self.settings = {**self.settings, "dtype": dtype}
 
     def __call__(self, prompt: str, attempt: int) -> str:
         """The model's reply to a prompt."""

@@ -1,5 +1,6 @@
 """A moresjax model as an `lm_eval` model, on which every task of that library runs."""
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from moresjax.core.types import Ids
 from moresjax.data.images import image_keys
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.tasks import BenchmarkTask
-from moresjax.generation.sampling import Sampling
+from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scheduler import Completion
 from moresjax.generation.text import cut_at_stop
 from moresjax.inference.model import Model
@@ -24,13 +25,32 @@ from moresjax.tuning.base import Probe
 MAX_NEW_TOKENS = 256  # The default of the library's own models, where a task names no number.
 
 
-def task_requests(task: BenchmarkTask, examples: Sequence[Example]) -> list[Instance]:
+def gen_kwargs(sampling: Sampling) -> dict[str, Any]:
+    """The settings of `lm_eval` that differ from greedy ones."""
+    names = ("temperature", "top_k", "top_p", "seed") if sampling.temperature else ()
+    settings: dict[str, Any] = {name: getattr(sampling, name) for name in names}
+    if sampling.repetition_penalty is not None:
+        settings["repetition_penalty"] = sampling.repetition_penalty
+    return settings | ({"do_sample": True} if names else {})
+
+
+def task_requests(
+    task: BenchmarkTask, examples: Sequence[Example], sampling: Sampling = GREEDY
+) -> list[Instance]:
     """The requests of a benchmark's examples: one to generate, or one per choice to score.
 
-    Their `doc` is the example. The model writes the conversation around a prompt itself.
+    Their `doc` is the example. The model writes the conversation around a prompt itself. What is
+    drawn depends on the seed, the task and the example alone.
     """
     kind = "loglikelihood" if task.ranks_choices else "generate_until"
-    settings = {"until": [], "max_gen_toks": task.max_new_tokens, "do_sample": False}
+    drawn = gen_kwargs(sampling)
+
+    def settings(example: Example) -> dict[str, Any]:
+        own = {"until": [], "max_gen_toks": task.length_limit(example), "do_sample": False} | drawn
+        if "seed" in own:
+            own["seed"] = f"{own['seed']}/{task.name}/{example.id}"
+        return own
+
     return [
         Instance(
             request_type=kind,
@@ -40,7 +60,7 @@ def task_requests(task: BenchmarkTask, examples: Sequence[Example]) -> list[Inst
             metadata=(task.name, index, 1),
         )
         for index, example in enumerate(examples)
-        for number, wanted in enumerate(example.choices or (settings,))
+        for number, wanted in enumerate(example.choices or (settings(example),))
     ]
 
 
@@ -89,7 +109,8 @@ class MoresjaxLM(LM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, cut at the first stop string.
 
-        Tokens are drawn where a request says so; its place in the list is the seed.
+        Tokens are drawn where a request says so; its `seed` and its prompt make the seed, without
+        one its place in the list does.
 
         Raises:
           UserError: A request wants a beam search.
@@ -105,6 +126,10 @@ class MoresjaxLM(LM):
             if len(args) > 2
             else Row.text(self._ids(args[0])[-max(self.model.service.max_length - limit, 1) :])
             for number, (args, limit) in enumerate(zip(arguments, limits, strict=True))
+        ]
+        seeds = [
+            zlib.crc32(f"{own['seed']}\0{args[0]}".encode()) if "seed" in own else number
+            for number, (own, args) in enumerate(zip(settings, arguments, strict=True))
         ]
         texts = [""] * len(rows)
         groups: dict[tuple, list[int]] = {}
@@ -135,7 +160,7 @@ class MoresjaxLM(LM):
                     batch_size=self.batch_size,
                     probes=self._probes,
                     sampling=sampling,
-                    seeds=numbers,
+                    seeds=[seeds[i] for i in numbers],
                     stop=stops,
                     on_done=done,
                 )

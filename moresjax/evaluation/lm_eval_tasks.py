@@ -24,10 +24,11 @@ from lm_eval.tasks import TaskManager
 
 from moresjax.core.errors import UserError
 from moresjax.core.network import closed_network
-from moresjax.evaluation.lm import MoresjaxLM
+from moresjax.evaluation.lm import MoresjaxLM, gen_kwargs
 from moresjax.evaluation.predictions import short_hash
 from moresjax.evaluation.statistics import interval
 from moresjax.evaluation.tasks import unknown_task
+from moresjax.generation.sampling import GREEDY, Sampling
 
 # Few-shot examples by dataset, where a task names no number and published scores have some.
 _NUM_FEWSHOT = {"cais/mmlu": 5}
@@ -121,6 +122,7 @@ def run_lm_eval_tasks(
     cache: Path | None = None,
     download: bool = False,
     include_path: str | None = None,
+    sampling: Sampling = GREEDY,
 ) -> tuple[dict[str, dict[str, Any]], list[dict]]:
     """Runs a task, a group of tasks or a tag of `lm_eval`.
 
@@ -133,6 +135,7 @@ def run_lm_eval_tasks(
       cache: The file, without its ending, that keeps replies to texts while they are made.
       download: Whether metrics that are not at hand are fetched.
       include_path: The folder that `load_lm_eval_tasks` was given.
+      sampling: How tokens are chosen; greedy stands for what a task says itself.
 
     Returns:
       `scores` and `predictions` of an `EvaluationResult`. The entry `shots` of a score is the
@@ -154,6 +157,7 @@ def run_lm_eval_tasks(
         "use_cache": None if cache is None else str(cache),
         "bootstrap_iters": 1000,
         "fewshot_random_seed": _SEED,
+        "gen_kwargs": gen_kwargs(sampling) or None,
     }
     with _libraries(offline=not may_download(download)):
         found: dict[str, Any] = dict(simple_evaluate(**options) or {})

@@ -2,8 +2,8 @@
 
 A row has the task, the question's id and prompt, the prediction, and its provenance: the
 fingerprints of the model, of its processor and of its exact weights. A finished evaluation adds the
-true answer and the score. The names of these fields are those of version 0.1, whose files continue;
-they have no exact weights.
+true answer, the score, and names that tell its images apart. The names of the other fields are
+those of version 0.1, whose files continue; they have neither exact weights nor images.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 from moresjax.core.errors import UserError
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.data.templates import OWN, TEMPLATES
+from moresjax.data.templates import OWN, template_name
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import SavedPredictions, Unlabelled, read_log, write_log
 from moresjax.evaluation.tasks import BenchmarkTask
@@ -31,16 +31,16 @@ def processor_facts(processor: Processor | None) -> dict[str, Any]:
     # What transformers saved does not always have a text that stays the same.
     saved = getattr(getattr(image, "reference", None), "to_dict", dict)()
     pixels = image and (image.mean, image.std, sorted(saved.items()))
-    names = [name for name, template in TEMPLATES.items() if template == processor.template]
+    name = template_name(processor.template)
     facts = {
-        "template": "/".join(names) or OWN,
+        "template": name,
         "vocabulary": short_hash(json.dumps(vocabulary)),
         "visual_tokens": processor.visual_tokens,
         "image_size": image and image.size,
         "image_aspect": image and image.aspect,
     }
     text = repr((facts, processor.template, processor.eos_ids, pixels))
-    if not names:  # of the named ones 0.1 and 0.2 did not note it
+    if name == OWN:  # of the named ones 0.1 and 0.2 did not note it
         text += f" {processor.template.around_system}" if processor.template.around_system else ""
     if not processor.split_special_tokens:
         text += " special tokens in text"
@@ -59,7 +59,8 @@ class PredictionLog:
 
     Args:
       out: The directory of `predictions.jsonl`; without one nothing is kept.
-      provenance: `model`, `processor` and `weights`, the fingerprints that every row carries.
+      provenance: `model`, `processor` and `weights`, the fingerprints that every row carries, and
+        `decoding` where answers are drawn.
 
     Raises:
       UserError: The directory holds predictions of another model.
@@ -88,12 +89,17 @@ class PredictionLog:
                     f"{self._path} holds predictions of this model with other weights, such as "
                     "those of another step or precision; choose another directory"
                 )
+            if (made := decoding_of(row)) != (wanted := decoding_of(provenance)):
+                raise UserError(
+                    f"{self._path} holds predictions of this model by other decoding ({made}, not "
+                    f"{wanted}); choose another directory"
+                )
             self._known[row_key(row)] = row
         if rows:
             write_log(self._path, rows)
 
     def known(self, task: BenchmarkTask) -> dict[str, str]:
-        """Predictions by id for the task's questions that were asked in the same words."""
+        """Predictions by id for the task's questions that were asked in the same way."""
         return {name: row["prediction"] for name, row in self._rows(task).items()}
 
     def made(self, task: BenchmarkTask, found: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -105,15 +111,20 @@ class PredictionLog:
         return {name: earlier.get(name, self.provenance) for name in found}
 
     def _rows(self, task: BenchmarkTask) -> dict[str, dict]:
-        rows = {e.id: self._known.get((task.name, e.id, e.prompt)) for e in task.examples}
-        return {name: row for name, row in rows.items() if row is not None}
+        rows = {}
+        for example in task.examples:
+            row = self._known.get((task.name, example.id, example.prompt))
+            # Of a task's own limit, which is part of the code, rows say nothing.
+            if row is not None and row.get("max_new_tokens") == example.max_new_tokens:
+                rows[example.id] = row
+        return rows
 
     def add(self, task: str, example: Example, prediction: str) -> None:
         """Appends the prediction for an example of the task of that name."""
         if self._path is None:
             return
         row = {"task": task, "id": example.id, "prompt": example.prompt}
-        row |= {"prediction": prediction, **self.provenance}
+        row |= {"prediction": prediction, **example.own_limit, **self.provenance}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -123,9 +134,14 @@ def row_key(row: Mapping) -> tuple[str, str, str]:
     return row["task"], row["id"], row["prompt"]
 
 
+def decoding_of(row: Mapping) -> str:
+    """How the tokens behind a row, or behind results, were chosen."""
+    return row.get("decoding", "greedy")
+
+
 def provenance_of(row: Mapping) -> dict[str, str]:
     """The fingerprints behind a row; those of model and processor are empty where not known."""
-    exact = {"weights": row["weights"]} if "weights" in row else {}
+    exact = {name: row[name] for name in ("weights", "decoding") if name in row}
     return {name: row.get(name, "") for name in ("model", "processor")} | exact
 
 

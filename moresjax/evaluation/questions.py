@@ -3,12 +3,13 @@
 | field | what it is |
 |---|---|
 | `id` or `question_id` | the question's name in predictions; default: the record's number, from 0 |
-| `image` or `images` | a path below the image root, or a list of paths; left out for text alone |
+| `image` or `images` | a path below the image root, a `data:` URL, or a list; none for text alone |
 | `question` or `text` | what is asked, word for word; a single image comes before it |
 | `answer` | the answer; a list holds alternatives, any of which is right |
 | `answers` | the answers of several people, scored by VQA accuracy |
 | `choices` | the texts of options, which are asked with letters |
-| `group` | a name: the score is also given for each group |
+| `group` or `category` | a name: the score is also given for each group |
+| `max_new_tokens` | the length limit of this answer; default: 128 |
 
 Exact match compares as LLaVA's evaluation of GQA does: case, blanks around the text and a final
 period do not count. VQA accuracy is that of the challenge's tool (`people_accuracy`). A choice is
@@ -47,7 +48,7 @@ EXACT, PEOPLE, CHOICE = "exact match", "VQA accuracy", "multiple choice"
 MIN_PEOPLE = 4  # with fewer answers not even the right one can reach 1
 FIELDS = (
     *("id", "question_id", "image", "images", "question", "text"),
-    *("answer", "answers", "choices", "group"),
+    *("answer", "answers", "choices", "group", "category", "max_new_tokens"),
 )
 _UPPER = re.compile(r"\(?([A-H])(?:[).:,]|$)")
 _LOWER = re.compile(r"\(?([a-h])\)?\.?$")
@@ -80,7 +81,9 @@ def load_questions(
     if not root.is_dir():
         raise UserError(f"image root {root} is not a folder")
     examples, unread, numbers = [], Counter(), {}
-    for number, record in enumerate(_records(path, limit)):
+    records = JsonRecords.scan(path)
+    for number in range(len(records))[:limit]:
+        record = records[number]
         where = f"record {number} of {path}"
         example = _example(record, number, where, root)
         if example.id in numbers:
@@ -92,15 +95,6 @@ def load_questions(
         names = ", ".join(unread)
         logging.getLogger(__name__).warning(f"{path}: fields that are not read: {names}")
     return BenchmarkTask(path.stem, examples, scorer=score_questions, read=_read_saved)
-
-
-def _records(path: Path, limit: int | None) -> list[Any]:
-    records = JsonRecords.scan(path)
-    if len(records) == 1 and isinstance(only := records[0], Mapping):
-        inside = only.get("data", only.get("questions"))
-        if isinstance(inside, list) and inside:
-            return inside[:limit]
-    return [records[number] for number in range(len(records))[:limit]]
 
 
 def _example(record: Any, number: int, where: str, root: Path) -> Example:
@@ -118,32 +112,40 @@ def _example(record: Any, number: int, where: str, root: Path) -> Example:
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{where} has no question; it is a text under `question` or `text`")
     images = tuple(image_file(root, image, name) for image in names)
-    choices, kind = _choices(record, where), EXACT
-    answer: Any = None
+    choices = _choices(record, where)
+    kind, answer = _answer(record, choices, where)
+    if choices:
+        question = f"{with_options(question, choices)}\n{PICK_LETTER}"
+    metadata = {"kind": kind, "choices": choices}
+    group = record.get("group", record.get("category"))
+    if group is not None:
+        metadata["group"] = _text(group, "group", where)
+    prompt, limit = _prompt(question, len(names), where), record.get("max_new_tokens")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise UserError(f"{where}: max_new_tokens must be a whole number above 0, got {limit!r}")
+    return Example(name, prompt, answer, images, metadata=metadata, max_new_tokens=limit)
+
+
+def _answer(record: Mapping, choices: Sequence[str], where: str) -> tuple[str, Any]:
+    """The kind of a question, and its answer; None without one."""
     if record.get("answer") is not None and record.get("answers") is not None:
         raise UserError(f"{where} has both `answer` and `answers`; give one of them")
     if choices:
-        kind, answer = CHOICE, _letter(record, choices, where)
-        question = f"{with_options(question, choices)}\n{PICK_LETTER}"
-    elif record.get("answers") is not None:
-        answer = _texts(record["answers"], "answers", where)
-        if len(answer) == 1:
-            (answer,) = answer
-        elif len(answer) < MIN_PEOPLE:
+        return CHOICE, _letter(record, choices, where)
+    if record.get("answers") is not None:
+        answers = _texts(record["answers"], "answers", where)
+        if len(answers) == 1:
+            return EXACT, answers[0]
+        if len(answers) < MIN_PEOPLE:
             raise UserError(
-                f"{where} has the answers of {len(answer)} people, and VQA accuracy needs "
+                f"{where} has the answers of {len(answers)} people, and VQA accuracy needs "
                 f"{MIN_PEOPLE} at least; a list under `answer` holds alternatives"
             )
-        else:
-            kind = PEOPLE
-    elif isinstance(record.get("answer"), list):
-        answer = _texts(record["answer"], "answer", where)
-    elif record.get("answer") is not None:
-        answer = _text(record["answer"], "answer", where)
-    metadata = {"kind": kind, "choices": choices}
-    if record.get("group") is not None:
-        metadata["group"] = _text(record["group"], "group", where)
-    return Example(name, _prompt(question, len(names), where), answer, images, metadata=metadata)
+        return PEOPLE, answers
+    answer = record.get("answer")
+    if isinstance(answer, list):
+        return EXACT, _texts(answer, "answer", where)
+    return EXACT, None if answer is None else _text(answer, "answer", where)
 
 
 def _images(record: Mapping, where: str) -> tuple[str, ...]:

@@ -75,8 +75,10 @@ def rescore(
     for each, found, provenance in answered:
         result = result.joined(score_task(each, found, provenance=provenance, judge=judge))
     if len(made) == 1:
-        model, processor = made.pop()
-        result = dataclasses.replace(result, model=model, processor={"hash": processor})
+        model, processor, decoding = made.pop()
+        result = dataclasses.replace(
+            result, model=model, processor={"hash": processor}, decoding=decoding
+        )
     return dataclasses.replace(result, seconds=time.monotonic() - start)
 
 

@@ -13,10 +13,12 @@ import numpy as np
 
 from moresjax._version import __version__
 from moresjax.analysis.attention import AttentionSummary
+from moresjax.data.images import image_names
+from moresjax.evaluation.attention_log import attention_entry, write_attention
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log, replace_file, write_log
 from moresjax.evaluation.judges import Judge
-from moresjax.evaluation.predictions import FILE, provenance_of, row_key, short_hash
+from moresjax.evaluation.predictions import FILE, decoding_of, provenance_of, row_key, short_hash
 from moresjax.evaluation.scoring import TaskScore
 from moresjax.evaluation.statistics import clustered_stderr, image_clusters, interval
 from moresjax.evaluation.tasks import BenchmarkTask
@@ -44,6 +46,7 @@ class EvaluationResult:
       model: The model's fingerprint; empty for saved predictions that do not name one model.
       processor: Template, image size and the like, with their `hash`.
       not_run: By benchmark of a preset why it was not run: its data are not at hand.
+      attention_by_task: Attention statistics of each task with written answers about images.
     """
 
     scores: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -54,6 +57,8 @@ class EvaluationResult:
     model: str = ""
     processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     not_run: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    decoding: str = "greedy"
+    attention_by_task: Mapping[str, AttentionSummary] = dataclasses.field(default_factory=dict)
 
     @property
     def mean_accuracy(self) -> float | None:
@@ -69,6 +74,23 @@ class EvaluationResult:
             submissions=self.submissions | more.submissions,
             not_run={**self.not_run, **more.not_run},
         )
+
+    def with_attention(
+        self, attention: AttentionSummary | None, by_task: Mapping[str, AttentionSummary]
+    ) -> "EvaluationResult":
+        """This result with attention statistics over all of its questions and by task."""
+        return dataclasses.replace(self, attention=attention, attention_by_task=by_task)
+
+    def attention_entry(self, **facts: Any) -> dict[str, Any]:
+        """What `attention.json` says of the model.
+
+        Args:
+          facts: Where it comes from: `model`, `adapter`, `tuning` and `split`.
+        """
+        assert self.attention is not None
+        facts |= {"fingerprint": self.model, "template": self.processor.get("template")}
+        facts["accuracy"] = self.mean_accuracy
+        return attention_entry(self.attention, self.attention_by_task, self.scores, **facts)
 
 
 def _mean(scores: Mapping[str, Mapping]) -> float | None:
@@ -123,6 +145,8 @@ def score_task(
             "prediction": text,
             "answer": example.answer,
             "score": None if example.id in score.errors else value,
+            "images": image_names(example.images),
+            **example.own_limit,
             **provenance_of((provenance or {}).get(example.id, {})),
         }
         for example, text, value in zip(task.examples, texts, values, strict=True)
@@ -154,8 +178,12 @@ def sample_facts(sample: int | None, seed: int) -> dict[str, int]:
     return {} if sample is None else {"sample": sample, "sample_seed": seed}
 
 
-def write_results(result: EvaluationResult, out: str | Path, **facts: Any) -> Path:
+def write_results(
+    result: EvaluationResult, out: str | Path, *, name: str = "", **facts: Any
+) -> Path:
     """Writes `results.json`, `predictions.jsonl` and submission files into a directory.
+
+    Where attention was read, `attention.json` is written too.
 
     Predictions that are there stay there, unless the result has the same question, or another
     model has answered the task. Scores that are there stay there if they are of the same model.
@@ -163,6 +191,7 @@ def write_results(result: EvaluationResult, out: str | Path, **facts: Any) -> Pa
     Args:
       result: The result to write.
       out: The directory; it is made where it does not exist.
+      name: The model's name in `attention.json`.
       facts: Further entries of `results.json`, such as the model's folder.
 
     Returns:
@@ -180,9 +209,9 @@ def write_results(result: EvaluationResult, out: str | Path, **facts: Any) -> Pa
         **facts,
         "fingerprint": result.model,
         "processor": {**earlier.get("processor", {}), **result.processor},
-        "decoding": "greedy",
-        # What a benchmark draws has its seed in the details; requests of lm_eval that are drawn
-        # have their place in the list.
+        # Requests of lm_eval that are drawn without a temperature here have their place in the
+        # list as their seed; what a benchmark draws has its seed in the details.
+        "decoding": result.decoding,
         "seed": None,
         "version": __version__,
         "versions": {
@@ -198,6 +227,10 @@ def write_results(result: EvaluationResult, out: str | Path, **facts: Any) -> Pa
         data["not_run"] = dict(result.not_run)
     if result.attention is not None:
         data["attention"] = result.attention.to_dict()
+        where = {key: facts[key] for key in ("model", "adapter", "tuning", "split") if key in facts}
+        write_attention({name or "model": result.attention_entry(**where)}, out)
+    elif "attention" in earlier:
+        data["attention"] = earlier["attention"]
     replace_file(out / RESULTS, json.dumps(data, indent=2) + "\n")
     return out / RESULTS
 
@@ -220,15 +253,15 @@ def _earlier(result: EvaluationResult, path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    made = data.get("fingerprint"), data.get("processor", {}).get("hash", "")
+    made = data.get("fingerprint"), data.get("processor", {}).get("hash", ""), decoding_of(data)
     return data if made == _fingerprints_of(result) else {}
 
 
-def fingerprints(row: Mapping) -> tuple[str, str]:
-    """The fingerprints of the model and the processor behind a row."""
+def fingerprints(row: Mapping) -> tuple[str, str, str]:
+    """The fingerprints of the model and the processor behind a row, and its decoding."""
     made = provenance_of(row)
-    return made["model"], made["processor"]
+    return made["model"], made["processor"], decoding_of(row)
 
 
-def _fingerprints_of(result: EvaluationResult) -> tuple[str, str]:
-    return result.model, result.processor.get("hash", "")
+def _fingerprints_of(result: EvaluationResult) -> tuple[str, str, str]:
+    return result.model, result.processor.get("hash", ""), result.decoding

@@ -6,19 +6,19 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 from lm_eval.api.instance import Instance
 from tqdm import tqdm
 
-from moresjax.analysis.attention import AttentionProbe, AttentionSummary, summarize
+from moresjax.analysis.attention import AnswerAttention, AttentionProbe
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.data.images import image_keys
+from moresjax.evaluation.attention_log import AttentionLog, check_attention, write_maps
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.lm import MoresjaxLM, task_requests
 from moresjax.evaluation.lm_eval_tasks import failed_task, load_lm_eval_tasks, run_lm_eval_tasks
-from moresjax.evaluation.predictions import PredictionLog, processor_facts
+from moresjax.evaluation.predictions import PredictionLog, processor_facts, short_hash
 from moresjax.evaluation.presets import expand_presets
 from moresjax.evaluation.results import (
     EvaluationResult,
@@ -35,6 +35,7 @@ from moresjax.evaluation.tasks import (
     is_file,
     load_available_tasks,
 )
+from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scheduler import Completion
 from moresjax.inference.model import Model
 
@@ -51,12 +52,13 @@ def evaluate(
     image_root: str | Path | None = None,
     batch_size: int = 64,
     attention: bool = False,
-    title: str = "evaluate",
+    title: str = "",
     out: str | Path | None = None,
     judge: Judge | None = None,
     num_fewshot: int | None = None,
     download: bool = False,
     include_path: str | Path | None = None,
+    sampling: Sampling = GREEDY,
 ) -> EvaluationResult:
     """Scores a model on benchmarks.
 
@@ -81,24 +83,25 @@ def evaluate(
         each benchmark's own.
       image_root: The folder that images of files of questions start from; default: the file's own.
       batch_size: The rows of a batch.
-      attention: Whether to read the attention statistics of every generated token too.
-      title: The title of the progress bar.
-      out: The directory where predictions and a judge's replies are kept while they are made, and
-        scores after every task: a killed evaluation continues.
+      attention: Whether to read the attention statistics of every generated token too, in the same
+        pass. Answers that are in `out` without them are asked for again.
+      title: The title of the progress bar, and the model's name in `attention.json`.
+      out: The directory where predictions, their attention and a judge's replies are kept while
+        they are made, and scores after every task: a killed evaluation continues.
       judge: Grades answers where a benchmark wants it.
       num_fewshot: The examples before a question of an `lm_eval` task; by default as published.
       download: Whether data of `lm_eval` tasks that are not at hand are fetched from the hub.
       include_path: A folder with tasks of yours in the format of `lm_eval`.
+      sampling: How tokens of written answers are chosen. What is drawn for a question depends on
+        the seed, the task and the question only. Greedy leaves it to tasks of `lm_eval`.
 
     Raises:
       UserError: A task is unknown, a file is missing (of a benchmark in a preset: all are), the
-        limit or batch size is below 1, `attention` comes with `out`, or no question of any task
-        could be asked.
+        limit or batch size is below 1, no task has written answers about images to read the
+        attention of, or no question of any task could be asked.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    if attention and out is not None:
-        raise UserError("attention statistics cannot be continued; evaluate without out")
     wanted = tasks.split(",") if isinstance(tasks, str) else list(tasks)
     given = [name for name in wanted if isinstance(name, str)]
     names = expand_presets(given)
@@ -122,21 +125,33 @@ def evaluate(
     loaded = draw_examples(loaded, sample, seed, limit)
     if not_run and not loaded and not texts:
         raise UserError(next(iter(not_run.values())))
+    if attention:
+        check_attention(loaded)
     start = time.monotonic()
     facts = processor_facts(model.processor)
     provenance = {"model": model.fingerprint, "processor": facts["hash"]}
-    log = PredictionLog(out, provenance | {"weights": model.exact_fingerprint})
+    decoding = sampling.describe()
+    drawn = {} if decoding == GREEDY.describe() else {"decoding": decoding}
+    log = PredictionLog(out, provenance | {"weights": model.exact_fingerprint} | drawn)
+    looked = AttentionLog(out, log.provenance) if attention else None
     judge = judge if judge is None or out is None else CachedJudge(judge, out)
-    result = EvaluationResult(model=log.provenance["model"], processor=facts, not_run=not_run)
+    result = EvaluationResult(
+        model=log.provenance["model"], processor=facts, not_run=not_run, decoding=decoding
+    )
 
     def finish(found: EvaluationResult) -> EvaluationResult:
         whole = dataclasses.replace(result.joined(found), seconds=time.monotonic() - start)
+        if looked is not None:
+            own = [task for task in loaded if task.name in whole.scores]
+            whole = whole.with_attention(*looked.summaries(own))
         if out is not None:
-            write_results(whole, out, split=split, **sample_facts(sample, seed))
+            facts = {"split": split, **sample_facts(sample, seed)}
+            write_results(whole, out, name=title, **facts)
         return whole
 
-    with tqdm(total=sum(len(t.examples) for t in loaded), desc=title, disable=None) as bar:
-        asker = _Asker(model, log, bar, batch_size, attention)
+    size = sum(len(task.examples) for task in loaded)
+    with tqdm(total=size, desc=title or "evaluate", disable=None) as bar:
+        asker = _Asker(model, log, bar, batch_size, looked, sampling)
         for task in loaded:
             found, errors = asker.answer(task)
             provenance = log.made(task, found)
@@ -144,7 +159,8 @@ def evaluate(
                 score_task(task, found, errors=errors, provenance=provenance, judge=judge)
             )
     lm = MoresjaxLM(model, batch_size=batch_size)
-    cache = None if out is None else Path(out) / f"replies-{'-'.join(log.provenance.values())}"
+    made_by = [short_hash(x) if x == decoding else x for x in log.provenance.values()]
+    cache = None if out is None else Path(out) / f"replies-{'-'.join(made_by)}"
     for name, chosen in texts.items():
         try:
             scores, rows = run_lm_eval_tasks(
@@ -156,15 +172,16 @@ def evaluate(
                 cache=cache,
                 download=download,
                 include_path=include,
+                sampling=sampling,
             )
         except Exception as error:  # of the library: what was scored before stays
             logging.getLogger(__name__).warning(f"{name} failed", exc_info=True)
             scores, rows = failed_task(name, error), []
         result = finish(EvaluationResult(scores, [row | log.provenance for row in rows]))
     _check_any_answer(result)
-    return dataclasses.replace(
-        result, attention=asker.attention(), seconds=time.monotonic() - start
-    )
+    if looked is not None and out is not None:
+        write_maps(model, loaded, result.predictions, looked, out)
+    return dataclasses.replace(result, seconds=time.monotonic() - start)
 
 
 def _check_any_answer(result: EvaluationResult) -> None:
@@ -183,23 +200,32 @@ class _Asker:
       log: The predictions that are known already, to which new ones are added.
       bar: A progress bar over all questions.
       batch_size: The rows of a batch.
-      attention: Whether to collect attention statistics.
+      looked: The attention statistics that are known already; None where none are wanted.
+      sampling: How tokens are chosen.
     """
 
     def __init__(
-        self, model: Model, log: PredictionLog, bar: tqdm, batch_size: int, attention: bool
+        self,
+        model: Model,
+        log: PredictionLog,
+        bar: tqdm,
+        batch_size: int,
+        looked: AttentionLog | None,
+        sampling: Sampling,
     ) -> None:
-        self._model, self._log, self._bar = model, log, bar
-        self._batch_size, self._probe = batch_size, AttentionProbe() if attention else None
-        probes = () if self._probe is None else (self._probe,)
+        self._model, self._log, self._bar, self._looked = model, log, bar, looked
+        self._batch_size, self._probe, self._sampling = batch_size, AttentionProbe(), sampling
+        probes = () if looked is None else (self._probe,)
         self._lm = MoresjaxLM(model, batch_size=batch_size, probes=probes, on_done=self._done)
         # By task and example id, also those before something went wrong.
         self._replies: dict[tuple[str, str], str] = {}
-        self._collected: list[tuple] = []
 
     def answer(self, task: BenchmarkTask) -> tuple[dict[str, str], dict[str, str]]:
         """Predictions by id, and by id what is wrong with the questions that cannot be asked."""
         known, errors = self._log.known(task), {}
+        if self._looked is not None and not task.ranks_choices:
+            read = self._looked.known(task)
+            known = {name: text for name, text in known.items() if name in read}
         self._bar.update(len(known))
         pending = _in_order(example for example in task.examples if example.id not in known)
         knobs, scores = self._model.service.config, task.ranks_choices
@@ -215,25 +241,17 @@ class _Asker:
             self._bar.update(len(chunk) if task.ranks_choices else len(bad))
         return known, errors
 
-    def attention(self) -> AttentionSummary | None:
-        """The statistics over all questions; None where none were collected."""
-        if not self._collected:
-            return None
-        mass, score, tokens, has_image = zip(*self._collected, strict=True)
-        return summarize(
-            np.stack(mass, 1), np.stack(score, 1), np.asarray(tokens), np.asarray(has_image)
-        )
-
     def _done(self, request: Instance, row: Row, completion: Completion, text: str) -> None:
         task, example = request.task_name, request.doc
         assert task is not None
         assert isinstance(example, Example)
+        if self._looked is not None:  # before the prediction, without which it is asked again
+            stats = completion.stats[self._probe.name]
+            answer = AnswerAttention.of(stats, completion.tokens, row.pixels is not None)
+            self._looked.add(task, example, answer)
         self._log.add(task, example, text)
         self._replies[task, example.id] = text
         self._bar.update()
-        if self._probe is not None:
-            stats, tokens = completion.stats[self._probe.name], len(completion.tokens)
-            self._collected.append((stats["mass"], stats["score"], tokens, row.pixels is not None))
 
     def _answer_chunk(
         self, task: BenchmarkTask, examples: Sequence[Example]
@@ -259,7 +277,7 @@ class _Asker:
         try:
             row = model.prompt(example.prompt, example.images, example.id)
             if not task.ranks_choices:
-                model.service.check_context(row, task.max_new_tokens)
+                model.service.check_context(row, task.length_limit(example))
             for choice in example.choices if task.ranks_choices else ():
                 pair = model.prompts.with_answer(row, example.prompt, example.images, choice)
                 model.service.check_answer(*pair)
@@ -271,7 +289,7 @@ class _Asker:
 
     def _ask(self, task: BenchmarkTask, examples: Sequence[Example]) -> dict[str, str]:
         if not task.ranks_choices:
-            requests = task_requests(task, examples)
+            requests = task_requests(task, examples, self._sampling)
             texts = self._lm.generate_until(requests, disable_tqdm=True)
             return {e.id: text for e, text in zip(examples, texts, strict=True)}
         scores = iter(self._lm.loglikelihood(task_requests(task, examples), disable_tqdm=True))

@@ -59,6 +59,10 @@ class BenchmarkTask:
     )
     benchmark: str = ""
 
+    def length_limit(self, example: Example) -> int:
+        """The most tokens of the answer to one of the examples."""
+        return example.max_new_tokens or self.max_new_tokens
+
     @property
     def ranks_choices(self) -> bool:
         """Whether the model ranks the examples' choices instead of writing an answer."""

@@ -55,6 +55,18 @@ class Sampling:
             if not fits:
                 raise UserError(f"{name} must be {allowed}, got {getattr(self, name)}")
 
+    def describe(self) -> str:
+        """The settings that tell answers apart, in words.
+
+        >>> Sampling().describe(), Sampling(temperature=0.2, seed=3).describe()
+        ('greedy', 'temperature 0.2, seed 3')
+        """
+        drawn = ("temperature", "top_k", "top_p", "seed") if self.temperature else ()
+        usual = {"top_k": 0, "top_p": 1.0, "repetition_penalty": None}
+        values = {name: getattr(self, name) for name in (*drawn, "repetition_penalty")}
+        told = [f"{k} {x:g}" for k, x in values.items() if k not in usual or x != usual[k]]
+        return ", ".join(told if self.temperature else ["greedy", *told])
+
 
 GREEDY = Sampling()
 

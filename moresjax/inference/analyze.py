@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from moresjax.analysis.attention import (
     AttentionMaps,
@@ -18,6 +18,8 @@ from moresjax.analysis.attention import (
     to_grid,
 )
 from moresjax.core.errors import UserError
+from moresjax.core.row import Row
+from moresjax.core.types import Ids
 from moresjax.inference.model import Adapters, Model
 from moresjax.inference.prompts import Images, PromptImages, check_images, pair_images
 
@@ -128,12 +130,45 @@ def attention_map(
     generation = model.service.generate_rows([row], max_new_tokens)
     count = int(generation.length[0])
     tokens = np.asarray(generation.tokens)[0, :count]
+    texts = [model.prompts.tokenizer.decode([token]) for token in tokens]
+    return AttentionMap(texts, _grids(model, row, tokens, len(own)))
+
+
+def answer_map(
+    model: Model, prompt: str, image: PromptImages, tokens: Ids
+) -> tuple[UInt8[np.ndarray, "Y X 3"], Float[np.ndarray, "L _ _"]]:
+    """Where a given answer looks on the only image of its question, in one forward pass.
+
+    Args:
+      model: The model.
+      prompt: The question.
+      image: Its image.
+      tokens: The tokens of the answer.
+
+    Returns:
+      The image as the model is given it, and the attention on its patches: mean over heads and the
+      answer's tokens.
+
+    Raises:
+      UserError: As `attention_map`, and for several images.
+    """
+    own = check_images(image)
+    if len(own) != 1:
+        raise UserError(f"the map of an answer needs one image, got {len(own)}")
+    row = model.prompts.row(prompt, own)
+    (grid,) = _grids(model, row, tokens, 1)
+    processor = model.prompts.processor.image
+    assert processor is not None  # else the row had no image
+    return processor.to_picture(np.asarray(row.pixels)[0]), grid.mean(1)
+
+
+def _grids(model: Model, row: Row, tokens: Ids, images: int) -> Float[np.ndarray, "N L G Y X"]:
+    """The attention of each of the tokens that follow a prompt on the patches of its images."""
     whole = row.append(tokens)
     batch = model.service.batch([whole], len(whole))
-    queries = jnp.arange(len(row) - 1, len(row) - 1 + count)[None]
+    queries = jnp.arange(len(row) - 1, len(whole) - 1)[None]
     maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
     visual = np.flatnonzero(whole.image >= 0) + model.mllm.tuning.num_virtual_tokens
     values = np.asarray(maps)[:, 0][:, :, visual]
-    grids = [to_grid(part, model.config) for part in np.split(values, len(own), axis=-1)]
-    texts = [model.prompts.tokenizer.decode([token]) for token in tokens]
-    return AttentionMap(texts, np.stack(grids))
+    parts = np.split(values, images, axis=-1)
+    return np.stack([to_grid(part, model.config) for part in parts])

@@ -5,13 +5,17 @@ the cache does not hold yet: the tokens after the first that differs from what w
 before. What a turn gives is therefore what reading the whole conversation anew would give.
 """
 
-from collections.abc import Iterator, Sequence
+import json
+import shutil
+from collections.abc import Generator, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
-from moresjax.data.images import ImageInput
+from moresjax.data.images import ImageInput, open_image
+from moresjax.data.llava import to_record
 from moresjax.data.samples import Sample, Turn
 from moresjax.generation.engine import Engine
 from moresjax.generation.lengths import bucket
@@ -48,13 +52,16 @@ class Chat:
       stop: An answer ends before the first of these strings.
       chunk: The number of tokens between two pieces of a streamed answer.
       adapter: The name of the loaded adapter that answers; None for the base model.
+      system: The system prompt; None for the template's.
 
     Attributes:
       turns: The questions and answers so far.
+      images: The images of these questions, in the order of their marks.
       tokens_read: How many prompt tokens the last turn had to read, padding excluded.
 
     Raises:
-      UserError: A stop string is empty, or the adapter is unknown.
+      UserError: A stop string is empty, the adapter is unknown, or the template has no place for a
+        system prompt.
     """
 
     def __init__(
@@ -66,24 +73,81 @@ class Chat:
         stop: str | Sequence[str] = (),
         chunk: int = 4,
         adapter: str | None = None,
+        system: str | None = None,
     ) -> None:
         self._model, self._limit, self._sampling = model, max_new_tokens, sampling
         self._stops, self._chunk = check_stops(stop), chunk
-        self._adapters = None if adapter is None else [adapter]
-        adapter_ids(model.mllm.tuning, self._adapters, 1)
+        self._saved: set[Path] = set()
+        self.system = system
         self.reset()
+        self.adapter = adapter
 
     def reset(self) -> None:
         """Forgets the conversation."""
         self.turns: list[Turn] = []
         self.tokens_read = 0
-        self._images: tuple[ImageInput, ...] = ()
+        self.images: tuple[ImageInput, ...] = ()
         self._pixels: list[np.ndarray] = []
         self._made: tuple[Engine, int] | None = None  # the engine, as it was, that made the cache
         self._state: DecodeState | None = None
         self._held: Row | None = None  # tokens and layout of what the cache holds
 
-    def ask(self, question: str, images: PromptImages = ()) -> Iterator[str]:
+    @property
+    def system(self) -> str | None:
+        """The system prompt; it may be set at any turn, and earlier answers stay as they are."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._system = self._model.prompts.system_prompt(text)
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter that answers; it may be set at any turn, and earlier answers stay."""
+        return self._adapters[0] if self._adapters else None
+
+    @adapter.setter
+    def adapter(self, name: str | None) -> None:
+        names = None if name is None else [name]
+        adapter_ids(self._model.mllm.tuning, names, 1)
+        # What the cache holds was read with another adapter.
+        self._adapters, self._state = names, None
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The adapters to choose from, beside the base model."""
+        return self._model.adapters
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether questions may have images."""
+        return self._model.prompts.processor.image is not None
+
+    def save(self, file: str | Path) -> Path:
+        """Writes the conversation as a LLaVA file of one record, whose image root is its folder.
+
+        Images that lie elsewhere, or have no file, are copied into a folder beside it. Another file
+        of that name is not overwritten.
+
+        Raises:
+          UserError: There is no answer yet, or the file cannot be written.
+        """
+        file = Path(file)
+        if not self.turns:
+            raise UserError("there is no answer to save yet")
+        if file.exists() and file.resolve() not in self._saved:
+            raise UserError(f"{file} exists already; save under another name")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            names = [_image_name(x, n, file) for n, x in enumerate(self.images)]
+            record = to_record(file.stem, self.turns, names, self.system)
+            file.write_text(json.dumps([record], ensure_ascii=False, indent=1) + "\n", "utf-8")
+        except OSError as error:
+            raise UserError(f"{file} cannot be written: {error.strerror}") from None
+        self._saved.add(file.resolve())
+        return file
+
+    def ask(self, question: str, images: PromptImages = ()) -> Generator[str]:
         """Answers piece by piece; the turn counts once the answer has been read to its end.
 
         Args:
@@ -101,7 +165,8 @@ class Chat:
         prompts, service = self._model.prompts, self._model.service
         processor = prompts.processor
         turns = (*self.turns, Turn(question))
-        sample = Sample(f"turn {len(turns)}", turns, (*self._images, *new))
+        name = f"turn {len(turns)}"
+        sample = Sample(name, turns, (*self.images, *new), system=self.system)
         row = processor.text_row(sample)
         service.check_context(row, self._limit)
         pixels = [*self._pixels]
@@ -112,7 +177,7 @@ class Chat:
             row = row.replace(pixels=np.stack(pixels))
         engine = service.engine()
         state = self._read(row, engine)
-        self._state, self._made = None, (engine, engine.changes)
+        self._made = (engine, engine.changes)
         stream = TextStream(prompts.spell, self._stops)
         while True:
             ids = np.asarray(state.tokens[0, : int(state.length[0])])
@@ -123,7 +188,7 @@ class Chat:
                 break
             state = engine.advance(state, self._chunk)
         self._state, self._held = state, row.append(ids[:-1]).replace(pixels=None)
-        self._images, self._pixels = sample.images, pixels
+        self.images, self._pixels = sample.images, pixels
         self.turns = [*self.turns, Turn(question, stream.text)]
 
     def _read(self, row: Row, engine: Engine) -> DecodeState:
@@ -134,6 +199,7 @@ class Chat:
         cache_length = bucket(engine.num_virtual_tokens + length + self._limit)
         # A cache that another engine made, or this one with another vector, is of another tuning.
         state = self._state if self._made == (engine, engine.changes) else None
+        self._state = None  # whoever stops this turn leaves no cache behind
         if state is not None:
             cache_length = max(cache_length, state.cache_layout.shape[1])
         options = {
@@ -157,6 +223,23 @@ class Chat:
         if self._held is None or not keeps_cache(self._model.mllm.tuning):
             return 0
         return row.common_prefix(self._held)
+
+
+def _image_name(image: ImageInput, number: int, file: Path) -> str:
+    """The path of an image from a file's folder; it is copied there if it lies elsewhere."""
+    folder = file.parent.resolve()
+    path = Path(image).resolve() if isinstance(image, (str, Path)) else None
+    if path is not None and path.is_relative_to(folder):
+        return path.relative_to(folder).as_posix()
+    copies = folder / f"{file.stem}-images"
+    copies.mkdir(exist_ok=True)
+    if path is not None:
+        copy = copies / f"{number}-{path.name}"
+        shutil.copyfile(path, copy)
+    else:
+        copy = copies / f"{number}.png"
+        open_image(image).save(copy)
+    return copy.relative_to(folder).as_posix()
 
 
 def keeps_cache(tuning: Tuning) -> bool:

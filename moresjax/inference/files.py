@@ -1,18 +1,23 @@
 """Answers to a file of prompts."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.row import Row
-from moresjax.data.images import LazyPixels, image_path
+from moresjax.data.images import LazyPixels, named_image
+from moresjax.data.llava import has_rounds, image_names, to_sample
 from moresjax.data.records import JsonRecords
+from moresjax.data.samples import Sample, Turn
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.inference.model import Model
+from moresjax.inference.prompts import mark_images
 from moresjax.tuning.multi_adapter import BASE
 
+PROMPTS = ("prompt", "question", "text")  # the fields with what is asked, the first one counts
 WINDOW = 32  # batches of records that are held at a time
 
 
@@ -29,6 +34,7 @@ def generate_file(
     adapter_field: str = "adapter",
     details: bool = False,
     logprobs: bool = False,
+    system: str | None = None,
     on_answer: Callable[[dict], None] | None = None,
 ) -> dict[str, int]:
     """Answers every prompt of a JSON or JSON Lines file.
@@ -42,12 +48,15 @@ def generate_file(
 
     Args:
       model: The model.
-      source: Records `{"id", "prompt", "images"}`. `images` is a list of paths and may be missing;
-        so may `id`, whose place the record's number takes. A record may have a `seed` for its draws
-        and, where the model has several adapters, the name of one (`adapter_field`).
+      source: Records `{"id", "prompt", "images"}`. `images` is a list of paths or `data:` URLs and
+        may be missing; so may `id`, whose place the record's number takes. Files of questions are
+        read, too: `question_id`, `question` or `text`, and `image`. In place of a prompt may be a
+        conversation that ends with a question, as `messages` or `conversations` (see
+        `data/llava.py`). A record may have a `system` prompt, a `seed` for its draws and, where the
+        model has several adapters, the name of one (`adapter_field`).
       out: JSON Lines in the same order, `{"id", "prompt", "images", "text"}`, and `adapter` where
-        the record names one; a record that cannot be answered has the reason as `error` instead of
-        `text`.
+        the record names one; of a conversation `prompt` is the last question. A record that cannot
+        be answered has the reason as `error` instead of `text`.
       image_root: The folder that paths of images start from; default: the folder of `source`.
       max_new_tokens: An answer has at most this many tokens.
       batch_size: How many prompts are answered at a time.
@@ -57,13 +66,15 @@ def generate_file(
         base model.
       details: Whether lines also have `tokens` and `stop_reason`.
       logprobs: Whether these lines also have the `logprobs` of their tokens.
+      system: The system prompt of records without one of their own; default: the template's.
       on_answer: Called with every line.
 
     Returns:
       How many records there were (`records`) and how many of them failed (`errors`).
 
     Raises:
-      UserError: `source` cannot be read, `out` cannot be written, or an option is bad.
+      UserError: `source` cannot be read, `out` cannot be written, an option is bad, or the template
+        has no place for a system prompt.
     """
     if logprobs and not details:
         raise UserError("logprobs=True needs details=True: a text has no log-probabilities")
@@ -73,6 +84,7 @@ def generate_file(
             raise UserError(f"{name} must be at least 1, got {value}")
     if out.resolve() == source.resolve():
         raise UserError(f"{out} is the file of prompts; the answers need another one")
+    model.prompts.system_prompt(system)  # refused before anything is written
     root = source.parent if image_root is None else Path(image_root)
     records, errors = JsonRecords.scan(source), 0
     names = (*model.adapters, BASE) if model.adapters else ()
@@ -82,11 +94,14 @@ def generate_file(
             lines, rows, known = [], [], {}
             for number in window:
                 record = records[number]
-                named = isinstance(record, dict) and "id" in record
-                lines.append({"id": record["id"] if named else number})
+                ids = record if isinstance(record, dict) else {}
+                lines.append({"id": ids.get("id", ids.get("question_id", number))})
                 try:
-                    lines[-1] |= _checked(record, number, adapter_field if names else "", names)
-                    rows.append(_row(model, lines[-1], root, max_new_tokens, known))
+                    asked = _asked(record, number, str(lines[-1]["id"]))
+                    lines[-1] |= _told(record, asked)
+                    lines[-1] |= _choices(record, number, adapter_field if names else "", names)
+                    asked = _with_images(model, asked, root, record.get("system", system))
+                    rows.append(_row(model, asked, max_new_tokens, known))
                 except UserError as error:
                     lines[-1]["error"] = str(error)
                     errors += 1
@@ -122,34 +137,67 @@ def _create(path: Path) -> TextIO:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def _checked(record: object, number: int, adapter_field: str, adapters: Sequence[str]) -> dict:
-    """The known fields of a record; `adapter` is there when the record names one.
+def _asked(record: Any, number: int, name: str) -> Sample:
+    """The prompt or the conversation of a record, with its images as it names them.
 
     Raises:
-      UserError: when one is missing or of another type.
+      UserError: It has neither, or one that is malformed.
     """
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise UserError(f"record {number} has no text as its 'prompt'")
-    images, seed = record.get("images") or [], record.get("seed")
-    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        raise UserError(f"record {number}: 'images' must be a list of paths, got {images!r}")
-    line = {"prompt": record["prompt"], "images": images}
-    adapter = record.get(adapter_field) if adapter_field else None
+    record = record if isinstance(record, dict) else {}
+    prompt = next((record[key] for key in PROMPTS if key in record), None)
+    if isinstance(prompt, list):  # parts of types
+        record = record | {"messages": [{"role": "user", "content": prompt}]}
+    elif not isinstance(prompt, str) and not has_rounds(record):
+        raise UserError(f"record {number} has no text as its 'prompt', 'question' or 'text'")
+    images = image_names(record, name)
+    if not isinstance(prompt, str):
+        return to_sample(record, name, images, prompt=True)
+    if not prompt.strip() and not images:
+        raise UserError("the prompt is empty")
+    return Sample(name, (Turn(mark_images(prompt, images)),), images)
+
+
+def _told(record: dict, asked: Sample) -> dict:
+    """What an answer's line repeats of its record; of a `data:` URL the beginning."""
+    prompt = next((record[key] for key in PROMPTS if key in record), None)
+    urls = [image.startswith("data:") for image in asked.images]
+    images = [f"{x[:40]}..." if url else x for x, url in zip(asked.images, urls, strict=True)]
+    return {
+        "prompt": prompt if isinstance(prompt, str) else asked.turns[-1].question,
+        "images": images,
+    }
+
+
+def _choices(record: dict, number: int, adapter_field: str, adapters: Sequence[str]) -> dict:
+    """The `adapter` and the `seed` that a record asks for.
+
+    Raises:
+      UserError: The adapter is unknown, or the seed is none.
+    """
+    chosen = {}
+    adapter, seed = record.get(adapter_field) if adapter_field else None, record.get("seed")
     if adapter is not None:
         if adapter not in adapters:
             raise choice_error(f"adapter of record {number}", adapter, adapters)
-        line["adapter"] = adapter
-    if seed is None:
-        return line
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise UserError(f"record {number}: 'seed' must be a whole number below 2**32, got {seed!r}")
-    return line | {"seed": seed}
+        chosen["adapter"] = adapter
+    if seed is not None:
+        if not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise UserError(
+                f"record {number}: 'seed' must be a whole number below 2**32, got {seed!r}"
+            )
+        chosen["seed"] = seed
+    return chosen
 
 
-def _row(model: Model, line: dict, root: Path, max_new_tokens: int, known: dict) -> Row:
-    name = str(line["id"])
-    paths = [image_path(root, image, f"sample {name}") for image in line["images"]]
-    row = model.prompts.row(line["prompt"], paths, name, known)
+def _with_images(model: Model, asked: Sample, root: Path, system: str | None) -> Sample:
+    """The conversation with its images to be opened, and its system prompt."""
+    system = model.prompts.system_prompt(asked.system or system)
+    images = tuple(named_image(root, image, f"sample {asked.id}") for image in asked.images)
+    return dataclasses.replace(asked, images=images, system=system)
+
+
+def _row(model: Model, asked: Sample, max_new_tokens: int, known: dict) -> Row:
+    row = model.prompts.processor.row(asked, known)
     model.service.check_context(row, max_new_tokens)
     if isinstance(row.pixels, LazyPixels):
         row.pixels.open()  # a broken image is this record's error

@@ -47,6 +47,7 @@ class GenerateOptions(TypedDict, total=False):
     length_penalty: float
     early_stopping: bool | str
     logprobs: bool
+    system: str | None
 
 
 class Model(LoadedModel):
@@ -162,6 +163,7 @@ class Model(LoadedModel):
         early_stopping: bool | str = False,
         details: bool = False,
         logprobs: bool = False,
+        system: str | None = None,
     ) -> str | list[str] | Answer | list[Answer]:
         """Answers to prompts.
 
@@ -194,13 +196,15 @@ class Model(LoadedModel):
           early_stopping: When a beam search ends; see `Beams`.
           details: Whether to return `Answer`s, with tokens and stop reason, instead of texts.
           logprobs: Whether these answers have the log-probabilities of their tokens.
+          system: The system prompt of all prompts; default: the template's.
 
         Returns:
           One answer for one text, a list of answers for a list of texts.
 
         Raises:
           UserError: A prompt is empty or too long, an image cannot be read or assigned to a prompt,
-            an adapter is unknown, or options do not go together.
+            an adapter is unknown, the template has no place for a system prompt, or options do not
+            go together.
         """
         if logprobs and not details:
             raise UserError("logprobs=True needs details=True: a text has no log-probabilities")
@@ -208,7 +212,7 @@ class Model(LoadedModel):
         beams.check(sampling, stop=stop, batch_size=batch_size, logprobs=logprobs)
         texts, own = pair_images(prompts, images)
         names = self.adapter_names(adapters, len(texts))
-        rows = self.prompts.rows(texts, own)
+        rows = self.prompts.rows(texts, own, system)
         done = self.service.complete(
             rows,
             max_new_tokens,

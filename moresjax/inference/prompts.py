@@ -20,6 +20,7 @@ from moresjax.core.types import AnyArray, Ids
 from moresjax.data.images import ImageInput, LazyPixels, UnusableImage
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
+from moresjax.data.templates import template_name
 from moresjax.generation.state import Generation
 from moresjax.generation.text import check_stops, cut_at_stop, has_stop
 
@@ -193,6 +194,7 @@ class PromptEncoder:
         images: PromptImages = (),
         name: str = "prompt",
         known: dict[tuple, LazyPixels] | None = None,
+        system: str | None = None,
     ) -> Row:
         """The unpadded row of a one-turn prompt. Images without an `<image>` mark go first.
 
@@ -202,21 +204,47 @@ class PromptEncoder:
           name: What error messages call the prompt.
           known: Pixels of earlier prompts, see `Processor.row`. An image that several prompts are
             about is then read by the model once.
+          system: The system prompt; default: the template's.
 
         Raises:
-          UserError: when marks and images do not agree, or an image is missing or broken.
+          UserError: when marks and images do not agree, an image is missing or broken, or the
+            template has no place for a system prompt.
         """
         own = check_images(images, name)
         if not text.strip() and not own:
             raise UserError("the prompt is empty")
-        sample = Sample(name, (Turn(mark_images(text, own)),), own)
+        system = self.system_prompt(system)
+        sample = Sample(name, (Turn(mark_images(text, own)),), own, system=system)
         return self.processor.row(sample, known)
 
-    def rows(self, prompts: Sequence[str], images: Sequence[tuple[ImageInput, ...]]) -> list[Row]:
+    def rows(
+        self,
+        prompts: Sequence[str],
+        images: Sequence[tuple[ImageInput, ...]],
+        system: str | None = None,
+    ) -> list[Row]:
         """A row for every prompt; equal images are opened once."""
         known: dict[tuple, LazyPixels] = {}
-        pairs = zip(prompts, images, strict=True)
-        return [self.row(text, own, f"prompt {n}", known) for n, (text, own) in enumerate(pairs)]
+        pairs = enumerate(zip(prompts, images, strict=True))
+        return [self.row(text, own, f"prompt {n}", known, system) for n, (text, own) in pairs]
+
+    def system_prompt(self, text: str | None) -> str | None:
+        """The text as a system prompt; None for the template's own.
+
+        Raises:
+          UserError: It is blank, has an image, or the template has no place for it.
+        """
+        if text is None:
+            return None
+        if not isinstance(text, str) or not text.strip() or IMAGE_MARK in text:
+            raise UserError(f"a system prompt must be a text without {IMAGE_MARK}, got {text!r}")
+        template = self.processor.template
+        if template.around_system is None:
+            raise UserError(
+                f"template {template_name(template)} has no place for a system prompt; leave it "
+                "out, or choose another template"
+            )
+        return text
 
     def with_answer(
         self, row: Row, text: str, images: PromptImages, answer: str

@@ -28,7 +28,7 @@ class ContrastiveModel(nnx.Module):
 
     def __init__(self, vision: VisionConfig, llm: DecoderConfig) -> None:
         self.vision, self.llm = VisionEncoder(vision), Decoder(llm)
-        features = vision.hidden_size
+        features = vision.num_features
         self.vision_head = Linear(features, features, axes=("embed", None))
         self.text_head = Linear(llm.hidden_size, features, axes=("embed", None))
         self.log_temperature = param((), (), fill=math.log(TEMPERATURE))

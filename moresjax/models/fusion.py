@@ -43,7 +43,7 @@ class FusedVisionConfig:
         if len(self.encoders) != 2:
             raise UserError(f"fused vision encoders are two, got {len(self.encoders)}")
         same = ["image_size", "num_patches", "num_tokens"]
-        same += ["hidden_size"] if self.fusion == "interleave" else []
+        same += ["hidden_size", "num_features"] if self.fusion == "interleave" else []
         for name in same:
             first, second = (getattr(encoder, name) for encoder in self.encoders)
             if first != second:
@@ -77,7 +77,7 @@ class FusedVisionConfig:
     @property
     def num_features(self) -> int:
         """C, the features of a visual token."""
-        widths = [encoder.hidden_size for encoder in self.encoders]
+        widths = [encoder.num_features for encoder in self.encoders]
         return widths[0] if self.fusion == "interleave" else sum(widths)
 
 

@@ -213,9 +213,8 @@ class MLLM(nnx.Module):
             key_positions=positions,
             queries=queries,
         )
-        if queries is None:
-            out = dataclasses.replace(out, hidden=out.hidden[:, num_extra:])
-        return out
+        hidden = hooks.edit("llm.norm.out", out.hidden, queries)
+        return dataclasses.replace(out, hidden=hidden[:, num_extra:] if queries is None else hidden)
 
     def decode_step(
         self,
@@ -247,7 +246,7 @@ class MLLM(nnx.Module):
         )
         h = self.llm.embeddings(tokens)
         h = hooks.edit("llm.embed.out", h)
-        return self.llm(
+        out = self.llm(
             h,
             step.position,
             mask,
@@ -257,6 +256,7 @@ class MLLM(nnx.Module):
             keep_cache=True,
             key_positions=jnp.asarray(keys.position),
         )
+        return dataclasses.replace(out, hidden=hooks.edit("llm.norm.out", out.hidden))
 
     def attach(self, tuning: str, *, seed: int = 0) -> None:
         """Replaces the attached tuning by a freshly initialised one.

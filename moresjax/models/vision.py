@@ -1,11 +1,11 @@
 """Vision transformer: CLIP, SigLIP and DINOv2 from one configuration.
 
 Axis legend: B images, Y, X pixels, P patches, T encoder tokens (class token, registers, patches), V
-visual tokens (those handed to the connector), D hidden size.
+visual tokens (those handed to the connector), D hidden size, C features (D for each feature layer).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import jax
@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.ranges import FINITE, AnyInt, AtLeastZero, NonNegative, Positive, Range
+from moresjax.core.ranges import FINITE, AtLeastZero, NonNegative, Positive, Range
 from moresjax.models.block import Block, BlockConfig, run_blocks
 from moresjax.models.layers import Linear, Norm, param, stack
 from moresjax.tuning.hooks import TowerHooks
@@ -32,7 +32,7 @@ class VisionConfig(BlockConfig):
     """A ViT. The defaults are those of SigLIP.
 
     Raises:
-      UserError: for an unknown `select`.
+      UserError: for an unknown `select`, or a feature layer that there is not.
     """
 
     image_size: Positive
@@ -41,7 +41,8 @@ class VisionConfig(BlockConfig):
     registers: NonNegative = 0  # learned tokens between class token and patches, without a position
     pre_norm: bool = False  # norm before the first block (CLIP)
     patch_bias: bool = True  # all but CLIP
-    feature_layer: AnyInt = -2  # index into [embeddings, output of block 1, ...]
+    # Index into [embeddings, output of block 1, ...]; of several, the features stand side by side.
+    feature_layer: Annotated[int | Sequence[int], FINITE] = -2
     num_trainable_blocks: NonNegative = 0  # last used blocks, in a stack of their own
     select: str = "patch"  # patch | cls_patch; registers are always dropped
     drop_first_token: bool = False  # drop one token even without a class token (728 of 729)
@@ -58,6 +59,16 @@ class VisionConfig(BlockConfig):
         super().__post_init__()
         for name in ("pixel_mean", "pixel_std"):  # lists when read from JSON
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        layers = self.feature_layer
+        if isinstance(layers, list | tuple):
+            single = len(layers) == 1
+            object.__setattr__(self, "feature_layer", layers[0] if single else tuple(layers))
+        whole = all(isinstance(i, int) and abs(i + 0.5) < self.num_layers + 1 for i in self._chosen)
+        if not whole or not self._chosen:
+            raise UserError(
+                f"feature_layer={layers} of a vision encoder with {self.num_layers} blocks must be "
+                f"a number from {-self.num_layers - 1} to {self.num_layers}, or a list of them"
+            )
         if self.select not in SELECTIONS:
             raise choice_error("select of a vision encoder", self.select, SELECTIONS)
         if not 0 <= self.num_trainable_blocks < max(self.used_layers, 1):
@@ -97,19 +108,41 @@ class VisionConfig(BlockConfig):
 
     @property
     def num_features(self) -> int:
-        """Features of a visual token."""
-        return self.hidden_size
+        """C, the features of a visual token."""
+        return self.hidden_size * len(self._chosen)
+
+    @property
+    def _chosen(self) -> Sequence[int]:
+        layers = self.feature_layer
+        return (layers,) if isinstance(layers, int) else layers
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """The feature layers, counted from 0 for the embeddings, in the order of their features."""
+        return tuple(i + self.num_layers + 1 if i < 0 else i for i in self._chosen)
 
     @property
     def used_layers(self) -> int:
-        """Blocks below the feature layer; the others are kept for export but never run."""
-        negative = self.num_layers + 1 if self.feature_layer < 0 else 0
-        return self.feature_layer + negative
+        """Blocks below the last feature layer; the others are kept for export but never run."""
+        return max(self.feature_layers)
 
     @property
     def first_blocks(self) -> dict[str, int]:
         """Layer number of the first block of `last` and of `tail`."""
         return {"last": self.used_layers - self.num_trainable_blocks, "tail": self.used_layers}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockOutputs:
+    """The probe that keeps what every block returns."""
+
+    name: str = "hidden"
+    site: str = "out"
+
+    @property
+    def read(self) -> Callable[..., Float[Array, "B S D"]]:
+        """Returns the output of a block."""
+        return lambda context, h: h
 
 
 class VisionEncoder(nnx.Module):
@@ -138,8 +171,8 @@ class VisionEncoder(nnx.Module):
 
     def __call__(
         self, pixels: Float[Array, "B Y X 3"], hooks: TowerHooks | None = None
-    ) -> Float[Array, "B V D"]:
-        """Features of the visual tokens at the feature layer, before the final norm.
+    ) -> Float[Array, "B V C"]:
+        """Features of the visual tokens at the feature layers, before the final norm.
 
         Raises:
           UserError: for images of another size than the position embedding has.
@@ -147,9 +180,22 @@ class VisionEncoder(nnx.Module):
         config, hooks = self.config, hooks or TowerHooks()
         # Attention without mask or rotation does not know where in the row extra tokens stand.
         h = hooks.prepend(self.embed(pixels))
-        used = dataclasses.replace(config, num_layers=config.used_layers, num_trainable_blocks=0)
-        out = run_blocks(self.used_blocks(), h, None, None, hooks, used)
-        h = out.hidden[:, hooks.num_extra_tokens :]
+        layers = config.feature_layers
+        used = dataclasses.replace(
+            config, num_layers=config.used_layers, feature_layer=-1, num_trainable_blocks=0
+        )
+        if len(layers) == 1:
+            out = run_blocks(self.used_blocks(), h, None, None, hooks, used)
+            return self._visual(out.hidden[:, hooks.num_extra_tokens :])
+        hooks.probes = (BlockOutputs(),)
+        hidden = run_blocks(self.used_blocks(), h, None, None, hooks, used).stats["hidden"]
+        states = [hidden[i - 1] if i else h for i in layers]
+        kept = [self._visual(state[:, hooks.num_extra_tokens :]) for state in states]
+        return jnp.concatenate(kept, axis=-1)
+
+    def _visual(self, h: Float[Array, "B T D"]) -> Float[Array, "B V D"]:
+        """The visual tokens among those of the encoder."""
+        config = self.config
         if config.registers:
             first = int(config.class_token)
             h = jnp.concatenate([h[:, :first], h[:, config.prefix_tokens :]], axis=1)
@@ -204,7 +250,7 @@ class PatchClassifier(nnx.Module):
     def __init__(self, config: VisionConfig, classes: tuple[int, ...]) -> None:
         self.classes = tuple(classes)
         self.vision = VisionEncoder(config)
-        self.head = Linear(config.hidden_size, sum(classes), axes=("embed", None), bias=True)
+        self.head = Linear(config.num_features, sum(classes), axes=("embed", None), bias=True)
 
     def __call__(self, pixels: Float[Array, "B Y X 3"]) -> list[Float[Array, "B V _"]]:
         """Logits for each label set."""

@@ -154,6 +154,8 @@ def abstract_step(
     leaves = [step_shape, *jax.tree.leaves((trainable, moments))]
     state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     structure = structure_for(source_class(config.data["name"]), config.batching)
+    if config.data.get("turns") == "independent":
+        structure = RowStructure.ANY
     batch = abstract_batch(config, mesh, config.max_seq_len, structure)
     step = jitted_step(config, graphdef, optimizer, schedule, state, mesh)
     return state, frozen, batch, step

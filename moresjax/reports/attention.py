@@ -1,12 +1,12 @@
 """Attention statistics of several models on the same questions: numbers and plots."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moresjax.evaluation.tasks import BenchmarkTask, default_split
-from moresjax.evaluation.validation import NAME
+from moresjax.core.errors import UserError
+from moresjax.evaluation.attention_log import write_attention
+from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.inference.model import Model
 from moresjax.reports import plots
 
@@ -46,6 +46,7 @@ def attention_report(
     tasks: Sequence[str | BenchmarkTask],
     out: str | Path,
     folders: Mapping[str, str] | None = None,
+    adapters: Mapping[str, str | None] | None = None,
     **options: Any,
 ) -> dict[str, dict]:
     """Runs models on the same questions and writes `attention.json` and the plots.
@@ -55,40 +56,27 @@ def attention_report(
       tasks: What `moresjax.evaluation.run.evaluate` takes.
       out: The directory of the results.
       folders: By the models' names where they come from, which is noted beside the numbers.
+      adapters: By the models' names the folders of the adapters on them.
       options: Further arguments of `moresjax.evaluation.run.evaluate`.
 
     Returns:
       The statistics and the accuracy of every model by its name, with its folder, fingerprint and
       template, and the tasks with split, number of questions and the hash of their prompts.
+
+    Raises:
+      UserError: As `evaluate`, and for a model that answers no question about an image.
     """
     from moresjax.evaluation.run import evaluate
 
     summaries, split = {}, options.get("split")
     for name, load in models:
         result = evaluate(load(), tasks, attention=True, title=name, **options)
-        assert result.attention is not None
-        summaries[name] = result.attention.to_dict() | {
-            "accuracy": result.mean_accuracy,
-            "model": (folders or {}).get(name, name),
-            "fingerprint": result.model,
-            "template": result.processor.get("template"),
-            "n": sum(entry["n"] for entry in result.scores.values()),
-            "tasks": {task: _asked(entry, split) for task, entry in result.scores.items()},
-        }
+        if result.attention is None:
+            raise UserError(f"{name} answered no question about an image")
+        facts: dict[str, Any] = {"model": (folders or {}).get(name, name)}
+        if adapters and adapters.get(name):
+            facts["adapter"] = adapters[name]
+        summaries[name] = result.attention_entry(split=split, **facts)
     write_attention_plots(summaries, out)
-    (Path(out) / "attention.json").write_text(json.dumps(summaries, indent=2) + "\n")
+    write_attention(summaries, out)
     return summaries
-
-
-def _asked(entry: Mapping[str, Any], split: str | None) -> dict[str, Any]:
-    """What a model was asked in a task."""
-    benchmark = entry["benchmark"]
-    given = dict(pair.split("=", 1) for pair in (split or "").split(",") if "=" in pair)
-    own = given.get(benchmark) if given else split
-    return {
-        "benchmark": benchmark,
-        "split": NAME if benchmark == NAME else own or default_split(benchmark),
-        "n": entry["n"],
-        "score": entry["score"],
-        "prompt_hash": entry["prompt_hash"],
-    }

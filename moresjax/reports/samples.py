@@ -107,14 +107,8 @@ def show_sample(
         )
         tokens.append(token)
     images = () if row.pixels is None else np.asarray(row.pixels)
-    return ShownSample(sample.id, tuple(tokens), tuple(_colours(x, processor) for x in images))
-
-
-def _colours(pixels: np.ndarray, processor: Processor) -> UInt8[np.ndarray, "Y X 3"]:
-    """An image as it was before it was normalised."""
-    assert processor.image is not None  # else the sample had no pixels
-    values = pixels * np.asarray(processor.image.std) + np.asarray(processor.image.mean)
-    return (values.clip(0, 1) * 255).round().astype(np.uint8)
+    shown = () if processor.image is None else map(processor.image.to_picture, images)
+    return ShownSample(sample.id, tuple(tokens), tuple(shown))
 
 
 def sample_text(shown: ShownSample, processor: Processor) -> str:

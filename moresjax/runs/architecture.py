@@ -26,16 +26,25 @@ def model_config(config: RunConfig) -> MLLMConfig:
       UserError: for an unknown name or field.
     """
     llm = quantized(_llm_config(config.model.llm), config.quantize)
-    vision = vision_config(config.model.vision)
+    llm = dataclasses.replace(llm, **_changes(config), attention=config.attention)
+    return MLLMConfig(llm=llm, vision=_vision(config), connector=config.model.connector)
+
+
+def _changes(config: RunConfig) -> dict[str, Any]:
+    """What a run says of all parts."""
     changes: dict[str, Any] = {"dtype": config.dtype} if config.dtype else {}
-    changes |= {"remat": True} if config.remat else {}
-    llm = dataclasses.replace(llm, **changes, attention=config.attention)
-    vision = _with_changes(vision, changes) if vision else None
+    return changes | ({"remat": True} if config.remat else {})
+
+
+def _vision(config: RunConfig) -> AnyVisionConfig | None:
+    """The vision encoder as a run has it; None without one."""
+    vision = vision_config(config.model.vision)
+    vision = _with_changes(vision, _changes(config)) if vision else None
     if count := num_trainable_blocks(config.also_train):
         if not isinstance(vision, VisionConfig):
             raise UserError(f"also_train vision:last{count} needs one vision encoder")
         vision = dataclasses.replace(vision, num_trainable_blocks=count)
-    return MLLMConfig(llm=llm, vision=vision, connector=config.model.connector)
+    return vision
 
 
 def new_model(config: RunConfig) -> AnyModel:
@@ -46,14 +55,12 @@ def new_model(config: RunConfig) -> AnyModel:
     """
     if config.is_language_model:
         return MLLM(model_config(config), config.tuning)
-    vision = vision_config(config.model.vision)
+    vision = _vision(config)
     if not isinstance(vision, VisionConfig):
         found = "has none" if vision is None else "is a pair"
         raise UserError(f"objective {config.objective} needs one vision encoder, this {found}")
     if config.objective == "siglip":
-        parts = model_config(config)  # with dtype, remat and the like
-        assert isinstance(parts.vision, VisionConfig)  # as above
-        return ContrastiveModel(parts.vision, parts.llm)
+        return ContrastiveModel(vision, model_config(config).llm)
     return PatchClassifier(vision, config.model.classes)
 
 

@@ -195,7 +195,10 @@ def set_value(config: ml_collections.ConfigDict, key: str, text: str) -> None:
         default = default[name] if known else node.get(name)
         if name is not last:
             node = node[name]
-    node[last] = _literal(text) if default is None else _convert(key, text, default)
+    if key == "model.vision.feature_layer" and text.startswith("["):
+        default = None  # one layer or a list
+    with config.ignore_type():
+        node[last] = _literal(text) if default is None else _convert(key, text, default)
 
 
 def _name_to_fields(config: ml_collections.ConfigDict, parents: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """The samples of a run and the batches made of them."""
 
+from moresjax.core.errors import UserError
 from moresjax.data.pipeline import Batches, make_iterator
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source, make_source
@@ -11,12 +12,25 @@ def build_sources(config: RunConfig) -> tuple[Source, Source | None]:
     """Training samples of a configuration, and validation samples if it has any.
 
     Raises:
-      UserError: for an unknown source or option, or a share that cannot be held out.
+      UserError: for an unknown source or option, a share that cannot be held out, or other classes
+        than the model has.
     """
     source = make_source(**config.data)
+    if config.objective == "patch_classes":
+        _check_classes(config, source)
     if config.validation.share:
         return train_val_split(source, config.validation.share, config.seed)
     return source, make_source(**config.validation.data) if config.validation.data else None
+
+
+def _check_classes(config: RunConfig, source: Source) -> None:
+    """Refuses a model without classes, or with others than the labels of its samples."""
+    names, own = getattr(source, "class_names", None), tuple(config.model.classes)
+    if names is not None and own != (len(names),):
+        some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise UserError(f"model.classes is {own}, but the labels need ({len(names)},): {some}")
+    if not own:
+        raise UserError("objective patch_classes needs the number of classes, model.classes=(N,)")
 
 
 def build_iterator(

@@ -33,15 +33,18 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
         # Where images do not enter the LLM, one token says that there is one.
         connected = config.is_language_model
         tokens = connector_tokens(config.model.connector, vision.num_tokens) if connected else 1
-    tokenizer = load_tokenizer(config.tokenizer, root)
+    # Labels of images have no words.
+    wordless = config.objective == "patch_classes"
+    name = config.tokenizer or ("digits" if wordless else "")
+    tokenizer = load_tokenizer(name, root)
     return Processor(
         tokenizer=tokenizer,
         template=get_template(config.template, tokenizer),
         image=_image_processor(config, vision, Path(root)) if vision else None,
         visual_tokens=tokens,
         split_special_tokens=config.split_special_tokens,
-        generation=_generation(config, root),
-        vocab_size=model_config(config).llm.vocab_size,
+        generation=GenerationDefaults() if wordless else _generation(config, root),
+        vocab_size=0 if wordless else model_config(config).llm.vocab_size,
     )
 
 

@@ -44,7 +44,8 @@ class PartsConfig:
       vision: Name of a vision encoder, or fields of `VisionConfig` or `FusedVisionConfig`; empty
         for a plain LLM.
       connector: Name of the connector, such as `linear`, `mlp2x_gelu` or `qformer`.
-      classes: Number of classes of every label of a patch, for objective `patch_classes`.
+      classes: Number of classes of every label of a patch, for objective `patch_classes`; source
+        `labels` has one label of a patch.
     """
 
     llm: PartChoice = ""
@@ -176,7 +177,7 @@ class RunConfig:
       images_per_row: N, images per row; 0 for text.
       batching: `pad` (a sample per row), `pack` (several), or `bucket` (rows of like length).
       pack_window: Samples that are packed, or sorted by length, together; 0: a usual number.
-      buckets: Lengths of rows in buckets; empty: quarters of `max_seq_len`.
+      buckets: Lengths of rows in buckets, those up to `max_seq_len`; empty: its quarters.
       on_bad_sample: `raise`, or `skip`: go on, count and list them.
       num_workers: Threads of each process that read samples.
       batch_size: B, rows per step over all devices.

@@ -232,7 +232,8 @@ def random_llava(rng: Draws) -> LlavaConfig:
     """A LLaVA of a random LLM and a random vision encoder."""
     vision = random_tower(rng)
     layers = vision.num_hidden_layers
-    layer = rng.choice((-1, -2, layers, 1, [-2, -1], [1]) if rng.random() < 0.1 else (-1, -2))
+    several = ([-2, -1], [1], [layers, 0], [-1, 1, -2])
+    layer = rng.choice((layers, 1, *several) if rng.random() < 0.25 else (-1, -2))
     text = random_llm(rng)
     # The wrapper would tie its head to a place where OPT has no embedding.
     tied = text.model_type != "opt" and some(rng, 0.8, text.tie_word_embeddings, False)

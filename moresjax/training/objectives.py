@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from moresjax.core.errors import choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import Batch, TokenKind, loss_mask, valid_mask
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import registrar
@@ -77,10 +77,25 @@ def next_token(model: Any, batch: Batch, key: PRNGKeyArray | None = None) -> Los
 def patch_classes(
     model: Any, batch: Mapping[str, AnyArray], key: PRNGKeyArray | None = None
 ) -> Loss:
-    """Cross-entropy of every label set of every patch (vision pretraining)."""
+    """Cross-entropy of every label set of every patch (vision pretraining).
+
+    `classes` `[B, P, sets]` has a class for each patch, negative for none; P may be 1 for a label
+    of the whole image, which all of its patches are given.
+
+    Raises:
+      UserError: There are neither as many labels as patches nor one.
+    """
     labels = jnp.asarray(batch["classes"])
     logits = model(jnp.asarray(batch["pixels"]))
-    sums = [_cross_entropy(x, labels[..., i], True) for i, x in enumerate(logits)]
+    patches = logits[0].shape[1]
+    if labels.shape[1] not in (1, patches):
+        raise UserError(
+            f"an image has {labels.shape[1]} labels, but the vision encoder has {patches} patches"
+        )
+    labels = jnp.broadcast_to(labels, (len(labels), patches, labels.shape[2]))
+    sets = [labels[..., i] for i in range(len(logits))]
+    pairs = zip(logits, sets, strict=True)
+    sums = [_cross_entropy(x, jnp.maximum(y, 0), y >= 0) for x, y in pairs]
     totals: Any = map(sum, zip(*sums, strict=True))
     total, weight, correct = totals
     return Loss(total, weight, correct, jnp.float32(labels[..., 0].size))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from moresjax.core.plugins import active_plugins
 from moresjax.core.ranges import check_ranges
+from moresjax.data.check import count_cut
 from moresjax.data.pipeline import Batches
 from moresjax.data.processor import Processor
 from moresjax.data.sources import Source
@@ -35,6 +37,8 @@ from moresjax.training.evaluators import Evaluators
 from moresjax.training.objectives import get_objective
 from moresjax.training.optimizer import make_optimizer
 from moresjax.training.step import jitted_step, split_model
+
+logger = logging.getLogger(__name__)
 
 Sources = tuple[Source, Source | None]
 # `(state, frozen, batch) -> (state, metrics)`
@@ -152,6 +156,9 @@ def prepare(start: Start, make_step: MakeStep | None = None, *, allow_pickle: bo
     training, held_out = start.sources or build_sources(config)
     iterator = build_iterator(config, processor, training)
     evaluators = Evaluators(config, processor, mesh, training, held_out)
+    for kind, count in count_cut(training, processor).items() if jax.process_index() == 0 else ():
+        samples = f"{count:,d} of {len(training):,d} samples"
+        logger.warning("%s go without their %s; `moresjax data check` lists them", samples, kind)
 
     # Model, split into what trains and what does not, each on the mesh.
     model = build_model(config, root=workdir, mesh=mesh, allow_pickle=allow_pickle)

@@ -4,9 +4,9 @@ Axis legend: B rows, S tokens, D hidden size, K key heads, H head size, P virtua
 
 The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the
 plain linear, the identity and nothing. Sites are named `vision.block.X`, `connector.N` (its linear
-number N), `connector.out`, `llm.embed.out` and `llm.block.X`, X being a linear (`q k v o gate up
-down`) or `attn.out`, `mlp.out`, `out`. Virtual tokens are at `vision.embed`, `llm.embed`,
-`X.block.in` and `llm.block.kv`.
+number N), `connector.out`, `llm.embed.out`, `llm.norm.out` and `llm.block.X`, X being a linear
+(`q k v o gate up down`) or `attn.out`, `mlp.out`, `out`. Virtual tokens are at `vision.embed`,
+`llm.embed`, `X.block.in` and `llm.block.kv`.
 
 `Hooks` serve a whole forward pass, `TowerHooks` the blocks of the LLM or of the vision encoder,
 `LayerHooks` one of these blocks.
@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.core.ops import pick
+from moresjax.core.types import AnyArray
 from moresjax.tuning.base import (
     Edit,
     LinearLike,
@@ -344,10 +345,14 @@ class Hooks:
             return TowerHooks(items, key, self._probes, self._context)
         return TowerHooks(items, key)
 
-    def edit(self, site: str, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Edits at a site outside the blocks."""
+    def edit(
+        self, site: str, h: Float[Array, "B S D"], queries: Int[AnyArray, "B Q"] | None = None
+    ) -> Float[Array, "B S D"]:
+        """Edits at a site outside the blocks; `h` has the columns `queries`, or all."""
         for number, (name, item) in enumerate(self._items):
             if name == site and isinstance(item, AttachedEdit):
+                if queries is not None:
+                    item = dataclasses.replace(item, mask=pick(item.mask, queries))
                 h = item.apply(item.params, item.layer_mask, h, self._outside_key(number))
         return h
 

@@ -16,7 +16,11 @@
     token(cat)               every occurrence of a one-token word, with or without a space before it
     image|question:f4        the union of several selectors
 
-Slices count inside one image for `image`, and inside one document and branch for text regions.
+Slices count inside one image for `image`, and inside one conversation for other regions. Questions
+that share an image (branches) count as if each stood alone in a row, which holds to the last token
+for regions that lie in a branch, and for `prompt` and `all` as long as no slice reaches from the
+end of a question back into the tokens that questions share. Of shared tokens, slices that depend on
+the number of all tokens count the longest question.
 """
 
 import dataclasses
@@ -33,7 +37,7 @@ from moresjax.core.layout import (
     TokenKind,
     TokenLayout,
     last_prompt_mask,
-    rank_in_run,
+    rank_in_conversation,
     valid_mask,
 )
 from moresjax.core.types import AnyArray
@@ -168,7 +172,7 @@ def _region_mask(
     if region == "image":
         n = jnp.full_like(image, layout.visual_tokens)
         return inside & part(image % max(layout.visual_tokens, 1), n)
-    before, after = rank_in_run(layout, inside)
+    before, after = rank_in_conversation(layout, inside)
     return inside & part(before, before + after + 1)
 
 

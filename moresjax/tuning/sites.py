@@ -1,7 +1,7 @@
 """Sites: the named places of a model where methods act, checked against a model's configuration.
 
 Edits:    vision.block.{out,attn.out,mlp.out}  connector.out  llm.embed.out
-          llm.block.{out,attn.out,mlp.out}
+          llm.block.{out,attn.out,mlp.out}  llm.norm.out
 Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}  connector.{0,1,...}
 """
 
@@ -17,6 +17,7 @@ EDIT_SITES = (
     "connector.out",
     "llm.embed.out",
     *(f"llm.block.{o}" for o in _BLOCK_OUTPUTS),
+    "llm.norm.out",
 )
 
 

@@ -212,6 +212,8 @@ def _modules(config: MLLMConfig, hf: HFConfig, site: str, layers: list[int]) -> 
         if config.llm.positions == "learned":
             raise UserError(f"format hf has no place for edits at {site}; use format adapter")
         return [f"{first}0"]
+    if place == "norm.out":
+        return [names["norm"]]
     if place == "block.out":
         return [f"{first}{layer}" for layer in layers]
     linear, branch = _BRANCHES[place.removeprefix("block.")]

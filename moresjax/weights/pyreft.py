@@ -36,6 +36,7 @@ from moresjax.tuning.methods.mores import MoReS
 from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import format_spec, parse_spec
 from moresjax.weights import steering
+from moresjax.weights.families.keys import COMMON_KEYS
 from moresjax.weights.files import read_pickle
 from moresjax.weights.tensor_mapping import Tensor
 
@@ -47,18 +48,16 @@ _TYPES: dict[str, type[LoReFT | MoReS]] = {LOREFT: LoReFT, steering.MORES: MoReS
 CONNECTOR = "connector.safetensors"
 # How many fields an entry of `representations` has after layer, component, unit, units and rank.
 _UNUSED_FIELDS = 9
-# Every key of config.json.
-KEYS = ConfigKeys(
-    implemented=("representations", "intervention_types"),
+# Every key of config.json, whose class is one of transformers.
+KEYS = COMMON_KEYS | ConfigKeys(
+    implemented=("representations", "intervention_types", "intervention_constant_sources"),
     choices={"mode": ("parallel",)},
     irrelevant={
         "intervention_dimensions": "the tensors' shapes are checked",
         "sorted_keys": "the files are named after the entries of representations",
         "model_type": "the class of the model, whose shapes are checked",
-        "transformers_version": "the layout does not depend on it",
         "dtype": "of the model; the tensors are read as they are",
         "torch_dtype": "of the model; the tensors are read as they are",
-        "architectures": "the class of the model, whose shapes are checked",
     },
 )
 # The fields of an entry of `representations` with a name in every release, in this order; of those
@@ -188,7 +187,8 @@ def import_pyreft(
             raise choice_error("method for a folder of pyreft", method.name, METHOD_NAMES)
     method, groups = _read(folder, allow_pickle)
     if not edits:
-        chosen = _usual(method, folder, len(groups))
+        ranks = {len(tensors["bias"]) for layers in groups for tensors in layers.values()}
+        chosen = _usual(method, folder, len(groups), ranks)
     if len(chosen) != len(groups):
         raise UserError(
             f"{folder} has {len(groups)} edits per layer, but {edits!r} says it of {len(chosen)}"
@@ -224,10 +224,14 @@ def import_pyreft(
     return tuning.spec
 
 
-def _usual(kind: type[LoReFT | MoReS], folder: Path, count: int) -> list[LoReFT | MoReS]:
+def _usual(
+    kind: type[LoReFT | MoReS], folder: Path, count: int, ranks: set[int]
+) -> list[LoReFT | MoReS]:
     """Edits at the tokens that a folder notes, or else at those that are usual."""
     if kind is MoReS:
-        return [MoReS(positions=p) for p in steering.noted_positions(folder, count)]
+        dropout = steering.noted_dropout(folder, ranks)
+        noted = steering.noted_positions(folder, count)
+        return [MoReS(positions=p, dropout=dropout) for p in noted]
     pair = ("prompt:f4+l0", "prompt:f0+l4") if count == 2 else ()
     return [LoReFT(positions=p) for p in pair] or [LoReFT()] * count
 
@@ -241,7 +245,7 @@ def _read(
     config = json.loads((folder / "config.json").read_text())
     if not isinstance(config.get("representations"), list) or not config["representations"]:
         raise UserError(f"{folder} is not a folder of pyreft: config.json has no representations")
-    sources = config.pop("intervention_constant_sources", None)
+    sources = config.get("intervention_constant_sources")
     if sources is not None and not all([sources] if isinstance(sources, bool) else sources):
         raise UserError(f"{folder} has edits with a source, which are not supported")
     KEYS.check(config, str(folder / "config.json"))

@@ -13,6 +13,7 @@ from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError
+from moresjax.core.json_files import read_object
 from moresjax.tuning.base import Method
 from moresjax.tuning.methods.mores import MoReS
 
@@ -27,6 +28,18 @@ KEYS = ConfigKeys(
         "num_interventions": "config.json lists the edits",
         "img_embed_token_len": "the model's own",
     },
+)
+# Every key of what the edits are made from, of an entry of its list, and of that entry's edit.
+EDITS_KEYS = ConfigKeys(implemented=("representations",))
+ENTRY_KEYS = ConfigKeys(
+    implemented=("intervention", "low_rank_dimension"),
+    choices={"component": ("block_output",)},
+    irrelevant={"layer": "config.json lists the layers"},
+)
+EDIT_KEYS = ConfigKeys(
+    implemented=("low_rank_dimension", "dropout"),
+    choices={"type": ("mores",)},
+    irrelevant={"embed_dim": "the tensors' shapes are checked"},
 )
 # Their names of what is edited, and our regions.
 _REGIONS = {"vis": "image", "text": "question"}
@@ -60,6 +73,42 @@ def noted_positions(folder: Path, count: int) -> list[str]:
     if region and even and count == 1:
         return [f"{region}:uniform({even[1]})"]
     raise UserError(f"{file} names tokens that no selector is; say them with --edits")
+
+
+def noted_dropout(folder: Path, ranks: set[int]) -> float:
+    """The dropout that edits trained with, from what is noted; 0 without a note.
+
+    Args:
+      folder: The folder of the edits.
+      ranks: The ranks of the edits' tensors.
+
+    Raises:
+      UserError: for a note that is damaged, contradicts the tensors or would be ignored.
+    """
+    file = folder / EDITS
+    if not file.is_file():
+        return 0.0
+    values = read_object(file)
+    EDITS_KEYS.check(values, str(file))
+    found: set[float] = set()
+    entries = values.get("representations")
+    for entry in entries if isinstance(entries, list) else [entries]:
+        edit = entry.get("intervention") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or not isinstance(edit, dict):
+            raise UserError(f"{file} must list entries with an intervention, it has {entry}")
+        ENTRY_KEYS.check(entry, str(file))
+        EDIT_KEYS.check(edit, str(file))
+        for rank in (entry.get("low_rank_dimension"), edit.get("low_rank_dimension")):
+            if rank is not None and rank not in ranks:
+                tensors = " and ".join(map(str, sorted(ranks)))
+                raise UserError(f"{file} says low_rank_dimension={rank}, the edits have {tensors}")
+        dropout = edit.get("dropout") or 0.0
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise UserError(f"{file}: dropout={dropout} is no number")
+        found.add(float(dropout))
+    if len(found) > 1:
+        raise UserError(f"{file}: edits with different dropout, {sorted(found)}")
+    return found.pop()
 
 
 def unnoted(method: Method) -> str:

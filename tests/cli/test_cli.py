@@ -149,13 +149,14 @@ def test_a_chat_goes_on_after_a_question_that_cannot_be_asked(demo, monkeypatch,
     asked = ["is there a two ?", "is " * 3000, "what is the largest ?"]
     chat = Chat(load(model), max_new_tokens=3)
     first, last = ("".join(chat.ask(asked[i])) for i in (0, 2))
-    lines = iter([*asked, ""])
+    lines = iter([*asked, "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     capsys.readouterr()
     assert main(["generate", "--model", model, "--max-new-tokens", "3"]) == 0
-    printed = capsys.readouterr().out.split("\n")
-    assert (printed[0], printed[2]) == (first, last)
-    assert "do not fit the model's" in printed[1]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == [first, last]
+    assert "do not fit the model's" in printed.err
+    assert f"{model}\n  llm: " in printed.err
 
 
 def test_a_file_of_prompts_is_answered(demo, tmp_path, capsys):
@@ -165,10 +166,15 @@ def test_a_file_of_prompts_is_answered(demo, tmp_path, capsys):
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     base = ["generate", "--model", str(out / "finetune" / "ia3-seed0"), "--prompts", str(prompts)]
     command = [*base, "--out", str(answers), "--max-new-tokens", "4", "--batch-size", "2"]
-    assert main([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"records": 3, "errors": 1}
+    assert main([*command, "--json"]) == 2  # every answer is there, and one is missing
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"records": 3, "errors": 1}
+    told = f"1 of 3 prompts have no answer; {answers} has the reason of each"
+    assert printed.err.endswith(f"moresjax: error: {told}\n")
     whole = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert whole[2]["error"] == "the prompt is empty"
     said = whole[0]["text"].split()
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines[:2]))
     assert main([*command, "--stop", said[0]]) == 0
     cut = [json.loads(line) for line in answers.read_text().splitlines()]
     assert cut[0]["text"] == ""
@@ -184,8 +190,9 @@ def test_a_file_of_prompts_is_answered(demo, tmp_path, capsys):
         (["--out", str(tmp_path)], "cannot be written: Is a directory"),
     ):
         assert message in refused([*command, *changes], capsys)
-    assert len(prompts.read_text().splitlines()) == 3
-    assert len(answers.read_text().splitlines()) == 3
+    assert "no place for a system prompt" in refused([*command, "--system", "two ."], capsys)
+    assert len(prompts.read_text().splitlines()) == 2
+    assert len(answers.read_text().splitlines()) == 2
 
 
 def test_an_adapter_is_put_on_its_base(demo, capsys):
@@ -241,7 +248,7 @@ def test_one_file_of_prompts_mixes_adapters_and_the_base(demo, tmp_path, capsys)
     command = [*model, "--prompts", prompts, "--out", answers, "--adapter-for", "by", "--logprobs"]
     command += ["--batch-size", "20"]  # of which the five are read at once, to the same bit
     both = ["--adapter", f"one={lora}", "--adapter", f"two={other}", "--max-new-tokens", "4"]
-    assert main([str(x) for x in (*command, *both)]) == 0
+    assert main([str(x) for x in (*command, *both)]) == 2
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [line.get("adapter") for line in lines[:5]] == names[:5]
     assert "unknown adapter of record 5 'three'; choose from: one, two, base" in lines[5]["error"]
@@ -257,7 +264,8 @@ def test_one_file_of_prompts_mixes_adapters_and_the_base(demo, tmp_path, capsys)
     assert lines[4]["logprobs"] == lines[0]["logprobs"] != lines[1]["logprobs"]
     two = ["--adapter", lora, "--adapter", other]
     assert "several --adapter need names" in refused([*command, *two], capsys)
-    assert "several --adapter go with --prompts" in refused([*model, *both], capsys)
+    alone = [*model, *both, "--prompt", "two ?"]
+    assert "a single --prompt takes one --adapter" in refused(alone, capsys)
 
 
 def test_params_of_a_run(demo, capsys):

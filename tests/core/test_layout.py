@@ -13,7 +13,7 @@ from moresjax.core.layout import (
     count_documents,
     last_prompt_mask,
     loss_mask,
-    rank_in_run,
+    rank_in_conversation,
     valid_mask,
     visible,
 )
@@ -120,18 +120,17 @@ def test_region_masks_are_disjoint_and_leave_out_padding(layout):
 
 @settings(max_examples=40, deadline=None)
 @given(documents())
-def test_rank_counts_inside_document_and_branch(layout):
+def test_rank_counts_inside_the_conversation_of_a_branch(layout):
     kind, _, _, document, branch = fields_of(layout)
-    region = kind == QUESTION
-    before, after = (np.asarray(x)[0] for x in rank_in_run(layout, region[None]))
-    for i in np.flatnonzero(region):
-        own = [
-            k
-            for k in np.flatnonzero(region)
-            if document[k] == document[i] and branch[k] == branch[i]
-        ]
-        assert before[i] == own.index(i)
-        assert after[i] == len(own) - 1 - own.index(i)
+    for region in (kind == QUESTION, kind == ANSWER, kind != PAD):
+        before, after = (np.asarray(x)[0] for x in rank_in_conversation(layout, region[None]))
+        for i in np.flatnonzero(region):
+            same = region & (document == document[i])
+            # Of a trunk it is the conversation with its longest branch.
+            last = max(branch[same], key=lambda b: (b > 0) * (same & (branch == b)).sum())
+            own = np.flatnonzero(same & np.isin(branch, (0, branch[i] or last)))
+            assert before[i] == np.searchsorted(own, i)
+            assert after[i] == len(own) - 1 - before[i]
 
 
 @settings(max_examples=40, deadline=None)
@@ -206,7 +205,7 @@ def test_image_slices(selector, visual, expected):
     assert image_indices(selector, visual, images=3) == [expected] * 3
 
 
-def test_text_slices_count_inside_document_and_branch():
+def test_slices_count_as_if_every_branch_stood_alone():
     row = row_layout((SYSTEM, 1), (QUESTION, 3), (QUESTION, 3), (QUESTION, 3))
     row["branch"][4:7] = 1
     row["branch"][7:] = 2
@@ -215,9 +214,11 @@ def test_text_slices_count_inside_document_and_branch():
     def chosen(selector):
         return np.flatnonzero(np.asarray(parse_selector(selector)(layout))[0]).tolist()
 
-    assert chosen("question:f1") == [1, 4, 7]
-    assert chosen("question:l1") == [3, 6, 9]
-    assert chosen("question:f1+l1") == [1, 3, 4, 6, 7, 9]
+    assert chosen("question:f1") == [1]
+    assert chosen("question:f4") == [1, 2, 3, 4, 7]
+    assert chosen("question:l1") == [6, 9]
+    assert chosen("question:f1+l1") == [1, 6, 9]
+    assert chosen("all:at(0;5)") == [0, 5, 8]
 
 
 def test_words_regions_of_interest_and_last_prompt():

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
 
+from moresjax.cli import main
 from moresjax.core.layout import TokenKind
 from moresjax.data.check import check_data
 from moresjax.data.digits import DigitsSource
@@ -123,3 +125,43 @@ def test_what_is_no_conversation_is_bad(checked):
     report = check(checked[0], DigitsSource("patches", size=2))
     assert report.bad[0] == "sample 0 of this source is no conversation"
     assert (report.useful, report.tokens, report.histogram) == ({}, 0, ((0, 0),))
+
+
+def test_files_are_checked_without_a_configuration(tmp_path, capsys):
+    make_images(tmp_path, 1)
+    asked = [
+        {"question": "two three ?", "answer": "four", "image": "part0/000.png"},
+        {"text": "one ?"},
+    ]
+    questions = write_list(tmp_path / "asked.json", asked)
+    rounds = [conversation("<image> one two ?", "three"), conversation("two ?", "five")]
+    records = [{"conversations": rounds[0], "image": "none.png"}, {"conversations": rounds[1]}]
+    talk = write_list(tmp_path / "talk.json", records)
+    command = ["data", "check", "--workers", "1", "--json", "--files", f"{questions};{talk}"]
+    assert main(command) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert [(f["kind"], f["samples"], f["images"], f["tokens"]) for f in files.values()] == [
+        ("questions", 2, 1, 0),
+        ("conversations", 2, 0, 0),
+    ]
+    assert files[talk]["bad"]["0"].endswith("none.png does not exist")
+    assert main([*command, "--tokenizer", "digits", "--template", "bare"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    # <s> two three ? four </s>, <s> one ? and <s> two ? five </s>
+    assert [(f["tokens"], f["answer_tokens"]) for f in files.values()] == [(6 + 3, 2), (5, 2)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "needs either --config FILE or --files FILE"),
+        (["--config", "digits:stage=llm", "--files", "a.json"], "needs either --config FILE or"),
+        (["--config", "digits:stage=llm", "--tokenizer", "digits"], "--tokenizer go with --files"),
+        (["--files", "none.json"], "data file none.json does not exist"),
+        (["--files", "{odd}"], "odd.json has neither `conversations` nor .*fields: caption, id"),
+    ],
+)
+def test_a_check_of_nothing_known_is_refused(options, message, tmp_path, capsys):
+    odd = write_list(tmp_path / "odd.json", [{"id": 1, "caption": "a cat"}])
+    assert main(["data", "check", *(option.format(odd=odd) for option in options)]) == 2
+    assert re.search(message, capsys.readouterr().err)

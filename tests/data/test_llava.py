@@ -9,7 +9,7 @@ from PIL import Image
 
 from moresjax.core.errors import UserError
 from moresjax.data import records as records_module
-from moresjax.data.llava import LlavaSource, to_sample
+from moresjax.data.llava import LlavaSource, image_names, measure, to_sample
 from moresjax.data.pipeline import make_iterator
 from moresjax.data.records import JsonRecords
 from moresjax.data.samples import Sample, Turn
@@ -51,9 +51,39 @@ def test_records_are_those_of_the_file_wherever_chunks_end(
     assert found.sizes.tolist() == [[len(record), 1] for record in records]
 
 
+@pytest.mark.parametrize("chunk", [7, 1 << 22])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('{"data": ', "}"),
+        ('\ufeff{"info": {"data": [1, "]"]}, "a \\" b": 3,\n"questions" : ', ', "data": [5]}\n'),
+    ],
+)
+def test_a_list_inside_of_an_object_is_read_like_one_alone(
+    corpus, tmp_path, monkeypatch, before, after, chunk
+):
+    monkeypatch.setattr(records_module, "CHUNK", chunk)
+    records = corpus[1][:4]
+    path = tmp_path / "wrapped.json"
+    path.write_text(f"{before}{json.dumps(records, indent=1, ensure_ascii=False)}{after}")
+    found = JsonRecords.scan(path, lambda r: (len(r), 1))
+    assert [found[i] for i in range(len(found))] == records
+    source = LlavaSource(str(path), str(corpus[0] / "images"))
+    assert source[3].turns == corpus[2][3].turns
+
+
+def test_fields_of_other_names_are_no_list_of_records(tmp_path):
+    for record in ({"data": {"id": 1}}, {"id": [1], "answers": [{"data": []}]}, {"data": "["}):
+        path = write_lines(tmp_path / "lines.jsonl", [record] * 2)
+        assert [JsonRecords.scan(path)[i] for i in range(2)] == [record] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"data": [{"id": 1}, {"id": 2}', "ends in the middle of its list"),
+        ('{"info": 1, "data": []}', "has no records"),
+        ('{"info": 1, "data": [{"id": ]}', "record 0 is not JSON: Expecting value"),
         ('[{"id": 1}, {"id": 2}', "ends in the middle of its list"),
         ('[{"id": 1}, {"id": ]', "record 1 is not JSON: Expecting value"),
         ('{"id": 1}\n{"id": 2', "record 1 is not JSON"),
@@ -146,6 +176,7 @@ BAD = {
     "no mark": ({"image": "part0/000.png"}, ("?", "a"), "the text has 0 <image> but 1 images"),
     "image in the answer": ({}, ("?", "a <image>"), "an answer contains <image>"),
     "empty": ({}, (), "the conversation is empty"),
+    "both fields": ({"image": "part0/000.png", "images": ["x"]}, ("?", "a"), "both `image` and"),
     "no answer": ({}, ("?",), "roles must be human and gpt in turn, got human"),
     "roles": (
         {"conversations": [{"from": "human", "value": "?"}] * 2}, (), "got human, human",
@@ -178,6 +209,32 @@ def test_every_bad_sample_is_named(bad_corpus, number):
     place = rf"sample bad\.jsonl\[{number + 1}\] {name}: "
     with pytest.raises(UserError, match=place + ".*" + message):
         PROCESSOR.row(bad_corpus[number + 1])
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"question_id": 1, "text": "who ?", "image": "a.png"},
+            "a question without a conversation",
+        ),
+        (
+            {"question": "who ?", "answer": "me"},
+            "files of questions are for `evaluate --tasks` and",
+        ),
+        ({"id": 1, "caption": "a cat"}, "neither `conversations` nor `messages`, but id, caption"),
+        ({}, "neither `conversations` nor `messages`, but nothing"),
+    ],
+)
+def test_a_record_of_another_kind_is_told_what_it_is(record, message):
+    with pytest.raises(UserError, match=rf"^sample s-7: it (is|has) .*{message}"):
+        to_sample(record, "s-7", [])
+
+
+def test_images_may_be_under_images(corpus):
+    record = {"images": ["part0/000.png"], "messages": conversation("<image> ?", "a")}
+    assert image_names(record, "s-7") == ("part0/000.png",)
+    assert measure(record) == (3, 1, 0, 1)
 
 
 def test_a_record_that_is_no_object_is_named(tmp_path):

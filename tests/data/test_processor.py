@@ -162,14 +162,14 @@ def test_a_prompt_for_a_caption_has_no_answer():
 
 def test_text_without_markers():
     assert text_of(TALK, "bare") == "<image>\nwho ? me</s>why ? so</s>"
-    assert text_of(BRANCHES, "bare") == "<image>\nwho ? me</s>why ? so</s>"
+    assert text_of(BRANCHES, "bare") == "<image>\nwho ? me</s>\nwhy ? so</s>"
     goes_on = Sample("text", (Turn(None, "and on"), Turn("why ?", "so")), context="once ")
     assert text_of(goes_on, "bare") == "once and on\nwhy ? so</s>"
 
 
 def test_independent_questions_have_no_marker_between_them():
     assert text_of(BRANCHES, "vicuna_v1") == (
-        SYSTEM + "USER: <image>\nwho ? ASSISTANT: me</s>why ? ASSISTANT: so</s>"
+        SYSTEM + "USER: <image>\nwho ? ASSISTANT: me</s>\nwhy ? ASSISTANT: so</s>"
     )
 
 

@@ -63,7 +63,7 @@ def test_from_files_by_the_command_line(tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps(records))
     (tmp_path / "b.txt").write_text("first line\n\nsecond line\n")
     files = f"{tmp_path}/a.json;{tmp_path}/b.txt"
-    assert list(read_texts(files)) == ["\nwhich colour?", "red", "first line", "second line"]
+    assert list(read_texts(files)) == ["\nwhich colour? red", "first line", "second line"]
     command = ["data", "tokenizer", "--files", files, "--out", str(tmp_path / "tokenizer")]
     assert main([*command, "--vocab-size", "270", "--json"]) == 0
     tokens = json.loads(capsys.readouterr().out)["tokens"]

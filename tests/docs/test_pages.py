@@ -1,5 +1,6 @@
 """The pages of the documentation: their Python runs, and the command line knows their commands."""
 
+import dataclasses
 import importlib
 import re
 import shlex
@@ -9,6 +10,8 @@ from docs_pages import ROOT, blocks
 
 from moresjax.cli.app import make_parser
 from moresjax.core.errors import UserError
+from moresjax.models.decoder import DecoderConfig
+from moresjax.models.vision import VisionConfig
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), *sorted(ROOT.glob("[RC]*.md")), *ROOT.glob("[cl]*/**/*.md")]
@@ -63,3 +66,23 @@ def test_how_to_pages_are_short():
 def test_how_to_pages_are_listed():
     index = (DOCS / "index.md").read_text()
     assert all(f"(how-to/{page.name})" in index for page in HOW_TO)
+
+
+def test_fields_of_parts_are_listed_with_their_defaults():
+    text = (DOCS / "reference" / "models.md").read_text()
+    table = text.partition("## Parts by their fields")[2].partition("\n## ")[0]
+    kinds = DecoderConfig, VisionConfig
+    listed = [{}, {}]
+    for names, *defaults, _ in re.findall(r"^\| (`.+?) \|(.*?)\|(.*?)\|(.*)\|$", table, re.M):
+        for found, cell in zip(listed, defaults, strict=True):
+            own, names_of_row = re.findall(r"`([^`]+)`|(\w+)", cell), re.findall(r"`(\w+)`", names)
+            values = [code or {"empty": ""}.get(word, word) for code, word in own]
+            values *= len(names_of_row) if len(values) == 1 else 1
+            pairs = zip(names_of_row, values, strict=bool(values))
+            found |= {name: value for name, value in pairs if value != "none"}
+    for kind, found in zip(kinds, listed, strict=True):
+        fields = dataclasses.fields(kind)
+        needed = dataclasses.MISSING
+        assert found == {
+            f.name: "needed" if f.default is needed else str(f.default) for f in fields
+        }

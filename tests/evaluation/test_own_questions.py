@@ -117,6 +117,14 @@ def test_choices_are_asked_with_letters(tmp_path):
     assert entry["details"]["majority"] == 0.75
 
 
+def test_images_may_be_urls_that_hold_them_and_none_is_fetched(tmp_path):
+    urls = "data:image/png;base64,iVBORw==", "https://example.org/a.png"
+    path = write(tmp_path / "u.jsonl", *(EXACT | {"image": url} for url in urls))
+    here, away = (example.images[0] for example in load_questions(path).examples)
+    assert here == b"\x89PNG"
+    assert "question 1: image https://example.org/a.png is not fetched" in away.reason
+
+
 def test_groups_have_scores_with_intervals_by_image_and_baselines(tmp_path):
     right = [1.0, 1.0, 0.0, 0.0, 1.0]
     records = [
@@ -164,6 +172,31 @@ def test_without_answers_nothing_is_scored_and_the_table_says_so(model, tmp_path
     assert rescore(name, saved).scores["llava"]["score"] == 1
 
 
+def test_a_question_may_limit_its_answer(model, tmp_path):
+    records = [EXACT | {"id": name, "max_new_tokens": n} for name, n in (("one", 1), ("three", 3))]
+    path = write(tmp_path / "short.jsonl", *records, EXACT | {"category": "x"})
+    assert load_questions(path).examples[2].metadata["group"] == "x"
+    result = evaluate(model, str(path), out=tmp_path / "out", batch_size=4)
+    texts = [model.generate(EXACT["question"], max_new_tokens=limit) for limit in (1, 3, 128)]
+    assert [row["prediction"] for row in result.predictions] == texts
+    assert len(texts[0]) < len(texts[1]) < len(texts[2])
+    # A finished evaluation asks a question again whose limit is another one, and no other.
+    write(path, records[0], records[1] | {"max_new_tokens": 2}, EXACT | {"category": "x"})
+    asked = []
+    service = type(model.service)
+    original = service.generate_many
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            service,
+            "generate_many",
+            lambda s, rows, *a, **k: asked.append(len(rows)) or original(s, rows, *a, **k),
+        )
+        again = evaluate(model, str(path), out=tmp_path / "out", batch_size=4)
+    assert asked == [1]
+    shorter = model.generate(EXACT["question"], max_new_tokens=2)
+    assert [row["prediction"] for row in again.predictions] == [texts[0], shorter, texts[2]]
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -180,6 +213,7 @@ def test_without_answers_nothing_is_scored_and_the_table_says_so(model, tmp_path
         ({"question": "?", "choices": ["x", "y"], "answer": "C"}, "is none of the choices x, y"),
         ({"question": "?", "choices": ["B", "A"], "answer": "A"}, "may be several of the choices"),
         ({"question": "?", "id": 0}, "has the id '0' of record 0"),
+        ({"question": "?", "max_new_tokens": 0}, "must be a whole number above 0, got 0"),
     ],
 )
 def test_a_wrong_record_is_named(record, message, tmp_path):

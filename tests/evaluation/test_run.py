@@ -301,11 +301,6 @@ def test_fingerprints_tell_models_apart(model):
     assert len({first, fingerprint(tuned.mllm), fingerprint(model.mllm)}) == 3
 
 
-def test_attention_statistics_and_continuing_do_not_go_together(model, tmp_path):
-    with pytest.raises(UserError, match="attention statistics cannot be continued"):
-        evaluate(model, ["digits"], limit=1, attention=True, out=tmp_path)
-
-
 def test_a_model_can_judge(model):
     judge = ModelJudge(model, "tiny", max_new_tokens=2)
     assert judge("is there a two ?", 0) == model.generate("is there a two ?", max_new_tokens=2)

@@ -184,8 +184,9 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
         {"id": "d"},
         {"id": "e", "prompt": "two", "images": ["../image.png"]},
         {"id": "f", "prompt": "is " * 3000},
-        {"id": "g", "prompt": "two", "images": "image.png"},
+        {"id": "g", "prompt": "two", "images": [5]},
         {"id": "h", "prompt": "two", "images": ["broken.png"]},
+        {"question_id": 7, "text": "two", "image": "image.png", "category": "x"},
     ]
     (tmp_path / "broken.png").write_bytes((tmp_path / "image.png").read_bytes()[:60])
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
@@ -193,17 +194,18 @@ def test_prompts_of_a_file_are_answered_and_bad_ones_named(model, rows, together
         model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_new_tokens=NEW, batch_size=2
     )
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert counts == {"records": 9, "errors": 7}
-    assert [line["id"] for line in lines] == ["a", "b", 2, "c", "d", "e", "f", "g", "h"]
+    assert counts == {"records": 10, "errors": 7}
+    assert [line["id"] for line in lines] == ["a", "b", 2, "c", "d", "e", "f", "g", "h", 7]
     answers = model.prompts.decode(together)
     assert (lines[0]["text"], lines[2]["text"]) == (answers[0], answers[3])
+    assert lines[9]["text"] == model.generate("two", tmp_path / "image.png", max_new_tokens=NEW)
     for number, reason in {
         1: "missing.png does not exist",
         3: "the prompt is empty",
         4: "record 4 has no text as its 'prompt'",
         5: "outside of the image root",
         6: "do not fit the model's 2048 positions",
-        7: "'images' must be a list of paths",
+        7: "image [5] is neither a path nor a list of paths",
         8: "broken.png cannot be read",
     }.items():
         assert reason in lines[number]["error"]

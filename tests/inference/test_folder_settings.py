@@ -180,12 +180,6 @@ def test_settings_of_the_image_processor_that_would_be_ignored(copy):
         mj.load(copy)
 
 
-def test_features_of_several_layers_are_refused(copy):
-    change_json(copy / "config.json", vision_feature_layer=[-2, -1])
-    with pytest.raises(UserError, match=r"vision_feature_layer=\[-2, -1\] is not supported"):
-        mj.load(copy)
-
-
 @pytest.fixture
 def llm(folder, tmp_path):
     randomised(LlamaForCausalLM(LlamaConfig(**TEXT))).save_pretrained(tmp_path / "llm")

@@ -254,6 +254,28 @@ def test_noted_tokens(base, tmp_path, changes, spec):
         assert load(run, allow_pickle=True).tuning == spec
 
 
+@pytest.mark.parametrize(
+    ("changes", "spec"),
+    [
+        ({"dropout": 0.05}, "mores:dropout=0.05,rank=2"),
+        ({"type": "norot_mores"}, "type=norot_mores is not supported, only mores is"),
+        ({"low_rank_dimension": 4}, "says low_rank_dimension=4, the edits have 2"),
+        ({"act_fn": "relu"}, r"intervention_config\.json: the setting act_fn=relu is not known"),
+    ],
+)
+def test_what_the_authors_note_about_their_edits(base, tmp_path, changes, spec):
+    run, _ = steering_run(tmp_path / "run", base, None)
+    edit = {"type": "mores", "embed_dim": 32, "low_rank_dimension": 2} | changes
+    one = {"layer": "all", "component": "block_output", "intervention": edit}
+    file = run / "mores" / "language_model" / "intervention_config.json"
+    file.write_text(json.dumps({"representations": [one]}))
+    if not spec.startswith("mores:"):
+        with pytest.raises(UserError, match=spec):
+            load(run, allow_pickle=True)
+    else:
+        assert load(run, allow_pickle=True).tuning == spec
+
+
 def test_other_edits_of_the_authors_are_refused(base, tmp_path):
     run, _ = steering_run(tmp_path / "run", base, POSITIONS, "MultiMoReSIntervention")
     with pytest.raises(UserError, match=r"intervention type .*MultiMoReS.*; choose from: .*MoReSI"):

@@ -61,6 +61,22 @@ def test_what_is_set_acts_at_once_in_the_engine_that_is_there():
     assert answers(model) == answers(talking_model("none"))
 
 
+def test_a_vector_after_the_final_norm_acts_on_what_is_said_next():
+    chosen = "steer:positions=last_prompt|generated,site=llm.norm.out"
+    model = talking_model(f"prompt:length=2/{chosen}")
+    kernel = np.asarray(model.mllm.llm.head.kernel[...])
+    word = model.processor.tokenizer.convert_tokens_to_ids("seven")
+    model.set(vector=kernel[:, word], alpha=1000.0)
+    assert answers(model) == [" ".join(["seven"] * NEW)] * len(PROMPTS)
+    logits = []
+    for alpha in (0.0, 2.0):
+        model.set(alpha=alpha)
+        logits.append(np.asarray(model.logits(PROMPTS[0])[0]))
+    moved = logits[1] - logits[0]
+    np.testing.assert_allclose(moved[-1], 2 * kernel[:, word] @ kernel, rtol=1e-3, atol=1e-2)
+    np.testing.assert_array_equal(moved[:-1], 0)
+
+
 def test_every_prompt_chooses_a_vector():
     model = talking_model("none")
     model.load_vectors({"a": VECTORS[0], "b": VECTORS[1, 0]}, SPEC)

@@ -1,5 +1,6 @@
 """Analytic FLOPs, against the matrix products that JAX traces."""
 
+import dataclasses
 import math
 
 import jax
@@ -44,10 +45,15 @@ def products(jaxpr) -> float:
         ("full", ("connector",), {}),
         ("full", (), {"tie_embeddings": True}),
         ("none", ("connector", "vision"), {}),
+        ("none", ("connector", "vision"), {"feature_layer": (1, 2, 0)}),
     ],
 )
 def test_flops_are_those_of_the_products_in_the_traced_step(tuning, also_train, changes):
+    layer = changes.get("feature_layer", -2)
+    changes = {name: value for name, value in changes.items() if name != "feature_layer"}
     config = tiny_config(hidden_size=64, intermediate_size=96, **changes)
+    vision = dataclasses.replace(config.vision, feature_layer=layer)
+    config = dataclasses.replace(config, vision=vision)
     model = initialize(MLLM(config, tuning))
     graphdef, trainable, frozen = split_model(model, also_train)
     batch = tiny_batch(rows=2)

@@ -237,6 +237,8 @@ def test_patches_are_in_raster_order():
         ({}, 9, 1),
         ({"feature_layer": -1}, 9, 2),
         ({"feature_layer": 0}, 9, 0),
+        ({"feature_layer": [-1, 0, 1]}, 9, 2),
+        ({"feature_layer": [-2]}, 9, 1),
         ({"drop_first_token": True}, 8, 1),
         ({"class_token": True}, 9, 1),
         ({"class_token": True, "select": "cls_patch"}, 10, 1),
@@ -247,7 +249,9 @@ def test_features_of_an_image(options, tokens, used):
     assert (config.num_tokens, config.used_layers) == (tokens, used)
     if used:
         model = initialize(VisionEncoder(config))
-        assert jax.eval_shape(model, jnp.zeros((2, 12, 12, 3))).shape == (2, tokens, 8)
+        features = config.num_features
+        assert features == 8 * np.size(config.feature_layer)
+        assert jax.eval_shape(model, jnp.zeros((2, 12, 12, 3))).shape == (2, tokens, features)
 
 
 def test_layers_above_the_feature_layer_never_run():

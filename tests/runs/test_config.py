@@ -379,6 +379,11 @@ def test_every_part_of_every_config_is_swapped_by_name(name):
     found = model_config(config)
     assert (found.vision.feature_layer, found.vision.hidden_size) == (-1, 1024)
     assert (found.llm.num_layers, found.llm.hidden_size) == (3, 2048)
+    several = load_config(name, [changes[0], "model.vision.feature_layer=[-2,6]"])
+    assert model_config(several).connector_linears()["0"][0] == 2 * 1024
+    assert resolve(json.loads(json.dumps(several.to_dict()))) == several
+    with pytest.raises(UserError, match=r"feature_layer=\(9, 25\) .* from -25 to 24"):
+        model_config(load_config(name, [changes[0], "model.vision.feature_layer=[9,25]"]))
     with pytest.raises(UserError, match="unknown field of vision encoder 'depth'"):
         model_config(load_config(name, [changes[0], "model.vision.depth=3"]))
 

@@ -1,13 +1,25 @@
 """Every key of every configuration class that is read has its place in a table of ours."""
 
 import dataclasses
+import inspect
 import json
+import re
 
 import pytest
-from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, GenerationConfig, LlavaProcessor, PretrainedConfig
+from transformers.models.auto import image_processing_auto, tokenization_auto
+from transformers.models.auto.image_processing_auto import get_image_processor_class_from_name
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError
+from moresjax.data.digits import build_tokenizer
+from moresjax.data.saved_processors import (
+    IMAGE_KEYS,
+    PROCESSOR_KEYS,
+    TOKENIZER_KEYS,
+    check_tokenizer,
+)
 from moresjax.weights.families.base import (
     LLM_FAMILIES,
     MLLM_FAMILIES,
@@ -99,3 +111,62 @@ def test_settings_of_generation_that_would_be_ignored(setting, message, tmp_path
     (tmp_path / "generation_config.json").write_text(json.dumps(setting))
     with pytest.raises(UserError, match=rf"generation_config\.json: .*{message}"):
         read_generation_config(tmp_path)
+
+
+# Image processors and tokenizers
+
+IMAGE_PROCESSORS = {
+    names["pil"]
+    for family, names in image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES.items()
+    if family in {*VISION_FAMILIES, *MLLM_FAMILIES, "clip", "siglip", "dinov2"}
+}
+TOKENIZERS = {
+    name
+    for family, name in tokenization_auto.TOKENIZER_MAPPING_NAMES.items()
+    if family in {*LLM_FAMILIES, *MLLM_FAMILIES} and name is not None
+}
+# What the constructors of tokenizers read of their keywords.
+READ = re.compile(r"""kwargs(?:\.(?:pop|get|setdefault)\(\s*|\[)["'](\w+)["']""")
+# Those that a caller gives, or that a tokenizer hands to itself: no file has them.
+NOT_IN_FILES = {
+    *("_commit_hash", "_from_auto", "_from_pipeline", "commit_message", "proxies", "repo_id"),
+    *("subfolder", "token", "save_jinja_files", "use_source_tokenizer", "model_type", "type"),
+    *("tokenizer", "tokenizer_object", "vocab", "merges", "unk_id", "post_processor"),
+    *("tokenizer_padding", "tokenizer_truncation", "_json_padding", "_json_truncation"),
+    *("initial_alphabet", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("_spm_precompiled_charsmap", "sanitize_control_tokens", "init_inputs"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(IMAGE_PROCESSORS))
+def test_every_key_of_image_processors_is_listed(name):
+    kind = get_image_processor_class_from_name(name)
+    keys = {*kind().to_dict(), *inspect.get_annotations(kind.valid_kwargs)}
+    keys |= {key for base in kind.valid_kwargs.__mro__ for key in inspect.get_annotations(base)}
+    assert {"image_mean", "do_resize", "resample"} <= keys
+    assert IMAGE_KEYS.unlisted(sorted(keys)) == []
+
+
+def test_every_key_of_the_processor_is_listed():
+    parameters = {*inspect.signature(LlavaProcessor.__init__).parameters} - {"self", "kwargs"}
+    assert "patch_size" in parameters
+    assert PROCESSOR_KEYS.unlisted(sorted(parameters)) == []
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_every_key_of_tokenizers_is_listed(name):
+    kind = tokenizer_class_from_name(name)
+    classes = [each for each in kind.__mro__ if "transformers" in each.__module__]
+    keys = {key for each in classes for key in READ.findall(inspect.getsource(each))}
+    keys = {key for key in keys if not key.endswith("_token") or key.startswith("add_")}
+    assert {"add_bos_token", "chat_template", "extra_special_tokens"} <= keys
+    assert TOKENIZER_KEYS.unlisted(sorted(keys - NOT_IN_FILES)) == []
+
+
+def test_what_a_tokenizer_saves_is_read(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.response_template, tokenizer.chat_control_tokens = {"role": "x"}, ["<go>"]
+    tokenizer.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert {"response_template", "chat_control_tokens"} <= saved.keys()
+    check_tokenizer(tmp_path, tokenizer)

@@ -37,7 +37,8 @@ SPECS = {
     "phi + siglip": (
         "mrt:rank=2,visual_rank=2/red:site=vision.block.mlp.out,positions=image:l2/"
         "red:site=vision.block.attn.out/loreft:rank=1,site=connector.out,positions=image:f1/"
-        "loreft:rank=1,site=llm.embed.out/red:site=llm.block.attn.out"
+        "loreft:rank=1,site=llm.embed.out/red:site=llm.block.attn.out/"
+        "loreft:rank=1,site=llm.norm.out,positions=last_prompt|generated"
     ),
 }
 

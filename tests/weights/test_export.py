@@ -88,11 +88,13 @@ def test_exported_llms_have_equal_logits(name, tmp_path):
 @pytest.mark.parametrize("name", TOWERS)
 def test_exported_llavas_have_equal_logits(name, strategy, tmp_path):
     tower = ORACLES[name]().config
-    oracle = llava_of(tower, vision_feature_select_strategy=strategy)
+    layer = [-1, 1] if name == "clip" else -2
+    oracle = llava_of(tower, vision_feature_select_strategy=strategy, vision_feature_layer=layer)
     oracle.save_pretrained(tmp_path / "in")
     ours = load_pretrained(tmp_path / "in")
     export_hf(ours, tmp_path / "out")
     back = reloaded(LlavaForConditionalGeneration, tmp_path / "out")
+    assert back.config.vision_feature_layer == layer
     visual = ours.config.visual_tokens
     assert visual == 9 + (strategy == "full") - (name == "siglip")
     assert np.abs(logits(back, 2, visual) - logits(oracle, 2, visual)).max() <= 1e-5

@@ -223,6 +223,9 @@ def test_llava_logits(multimodal, images, left):
         (siglip(), "full", -2, 9),
         # "default" drops the first token, although it is no class token.
         (siglip(), "default", -3, 8),
+        # The features of several layers stand side by side, in the given order.
+        (clip(), "default", [-1, 0, -2], 9),
+        (siglip(), "full", [1, 1], 9),
     ],
 )
 def test_llava_features(tower, strategy, layer, visual):

@@ -26,6 +26,24 @@ from moresjax.weights.export import export_hf
 from moresjax.weights.pyreft import KEYS, export_pyreft, import_pyreft
 
 DIM, LAYERS = 16, 3
+# Every key of these two classes of pyvene 0.1.8, from `pip download --no-deps pyvene==0.1.8`: the
+# fields of the one, `sorted(IntervenableConfig().to_dict())` of the other with transformers 5.24.
+# The ReftConfig of pyreft 0.1.0 adds none.
+PYVENE = {
+    "RepresentationConfig": (
+        *("layer", "component", "unit", "max_number_of_units", "low_rank_dimension"),
+        *("intervention_type", "intervention", "subspace_partition", "group_key"),
+        *("intervention_link_key", "moe_key", "source_representation"),
+        *("hidden_source_representation", "latent_dim"),
+    ),
+    "IntervenableConfig": (
+        *("_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label"),
+        *("intervention_constant_sources", "intervention_dimensions", "intervention_types"),
+        *("is_encoder_decoder", "label2id", "mode", "model_type", "output_attentions"),
+        *("output_hidden_states", "problem_type", "representations", "return_dict"),
+        *("sorted_keys", "transformers_version"),
+    ),
+}
 TYPE = "<class 'pyreft.interventions.LoreftIntervention'>"
 
 
@@ -226,8 +244,7 @@ def test_every_key_of_a_folder_is_read_neutral_irrelevant_or_refused(tmp_path):
     name = "layer_0_comp_block_output_unit_pos_nunit_1#0"
     folder, model = write_folder(tmp_path / "reft", [(0, Loreft(2))], [name]), described()
     config = (folder / "config.json").read_text()
-    keys = [*json.loads(config)]
-    assert KEYS.unlisted(keys) == ["intervention_constant_sources"]  # which is looked into
+    assert KEYS.unlisted([*json.loads(config), *PYVENE["IntervenableConfig"]]) == []
     for old, new, message in (
         ('"parallel"', '"serial"', r"config\.json: mode=serial is not supported, only parallel is"),
         ('"mode"', '"moods"', r"the setting moods=parallel is not known"),
@@ -239,14 +256,15 @@ def test_every_key_of_a_folder_is_read_neutral_irrelevant_or_refused(tmp_path):
         (folder / "config.json").write_text(config.replace(old, new))
         with pytest.raises(UserError, match=message):
             import_pyreft(folder, model, allow_pickle=True)
-    fields = ("layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "moe_key")
-    entries = json.loads(config)["representations"]
-    named = [dict(zip(fields, entry, strict=False)) for entry in entries]
-    for moe, message in ((None, ""), (1, "field moe_key = 1")):
-        named[0]["moe_key"] = moe
+    fields = PYVENE["RepresentationConfig"]
+    (entry,) = json.loads(config)["representations"]
+    assert len(entry) == len(fields)
+    for field, value in (("low_rank_dimension", 2), *((field, 1) for field in fields[5:])):
+        named = [dict(zip(fields, entry, strict=True)) | {field: value}]
         (folder / "config.json").write_text(
             json.dumps(json.loads(config) | {"representations": named})
         )
+        message = "" if field == "low_rank_dimension" else f"field {field} = 1"
         with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
             assert import_pyreft(folder, model, allow_pickle=True) == "loreft:layers=0,rank=2"
 

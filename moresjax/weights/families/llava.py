@@ -142,17 +142,9 @@ def vision_tower(hf: HFConfig, keeps_all: bool) -> VisionConfig:
     Raises:
       UserError: for an encoder with register tokens, which the references hand to the LLM.
     """
-    layer = hf["vision_feature_layer"]
-    if isinstance(layer, list | tuple):
-        if len(layer) != 1:
-            raise UserError(
-                f"vision_feature_layer={layer} is not supported: the features of several layers "
-                "are put side by side; one layer is"
-            )
-        layer = layer[0]
     vision = vision_config(
         hf["vision_config"],
-        feature_layer=layer,
+        feature_layer=hf["vision_feature_layer"],
         select="cls_patch" if keeps_all else "patch",
     )
     if vision.registers:

@@ -111,6 +111,7 @@ class TinyLlava(MLLMFamily):
                 f"a TinyLLaVA Factory folder with connector {connector!r} is not supported; "
                 "identity, linear and mlp{n}x_gelu are"
             )
+        _check_one_layer(hf["vision_feature_layer"])
         keeps_all = hf["vision_feature_select_strategy"] == "cls_patch"
         llm = decoder_config(hf["text_config"])
         return MLLMConfig(llm=llm, vision=vision_tower(hf, keeps_all), connector=connector)
@@ -124,6 +125,7 @@ class TinyLlava(MLLMFamily):
         vision = config.vision
         if not isinstance(vision, VisionConfig) or vision.registers:
             raise UserError("a TinyLLaVA Factory model has one vision encoder without registers")
+        _check_one_layer(vision.feature_layer)
         if not re.fullmatch(r"identity|linear|mlp\d+x_gelu", config.connector):
             raise UserError(
                 f"a TinyLLaVA Factory model with connector {config.connector} is not supported"
@@ -171,3 +173,15 @@ class TinyLlava(MLLMFamily):
             return {"layers.0": "connector"}
         widths = linear_widths(connector, 1, 1) or []
         return {f"layers.{i}": f"connector.{2 * i}" for i in range(len(widths) - 1)}
+
+
+def _check_one_layer(layer: object) -> None:
+    """Refuses features of several layers.
+
+    Raises:
+      UserError: for a list of layers.
+    """
+    if not isinstance(layer, int):
+        raise UserError(
+            f"a TinyLLaVA Factory model has one feature layer, not vision_feature_layer={layer}"
+        )

@@ -1,0 +1,74 @@
+"""Evaluations whose answers are drawn: reproducible, told apart, never mixed with others."""
+
+import json
+
+import pytest
+
+from moresjax.cli import main
+from moresjax.core.errors import UserError
+from moresjax.evaluation.lm import MoresjaxLM
+from moresjax.evaluation.rescore import rescore
+from moresjax.evaluation.results import write_results
+from moresjax.evaluation.run import evaluate
+from moresjax.generation.sampling import Sampling
+from moresjax.testing.models import talking_model
+
+HOT = Sampling(temperature=5.0, top_p=0.95, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return talking_model()
+
+
+def answers(model, **options) -> dict[tuple[str, str], str]:
+    found = evaluate(model, ["digits"], **{"limit": 3, "batch_size": 4, "sampling": HOT} | options)
+    return {(row["task"], row["id"]): row["prediction"] for row in found.predictions}
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_question_alone(model):
+    drawn = answers(model)
+    assert answers(model, limit=2).items() <= drawn.items()
+    assert answers(model, sampling=Sampling(temperature=5.0, top_p=0.95, seed=6)) != drawn
+    assert answers(model, sampling=Sampling()) != drawn
+    assert len({text for (_, _), text in drawn.items()}) > len(drawn) // 2
+
+
+def test_the_folder_says_how_answers_were_drawn_and_takes_no_others(model, tmp_path, monkeypatch):
+    out, again = tmp_path / "out", tmp_path / "again"
+    drawn = answers(model, out=out)
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    told = "temperature 5, top_p 0.95, seed 5"
+    assert {row["decoding"] for row in rows} == {told}
+    assert json.loads((out / "results.json").read_text())["decoding"] == told
+    rescored = rescore("digits", out / "predictions.jsonl", limit=3)
+    assert (rescored.decoding, len(rescored.predictions)) == (told, len(drawn))
+    write_results(rescored, again)
+    assert json.loads((again / "results.json").read_text())["decoding"] == told
+    monkeypatch.setattr(MoresjaxLM, "generate_until", None)  # nothing is asked again
+    assert answers(model, out=out) == drawn
+    for other in (Sampling(), Sampling(temperature=5.0, top_p=0.95, seed=6)):
+        with pytest.raises(UserError, match=f"by other decoding \\({told}, not "):
+            answers(model, out=out, sampling=other)
+
+
+def test_lm_eval_is_told_too(model, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("moresjax.evaluation.run.load_lm_eval_tasks", lambda *_, **__: ["task"])
+
+    def run(lm, name, tasks, **options):
+        seen.update(options)
+        return {}, []
+
+    monkeypatch.setattr("moresjax.evaluation.run.run_lm_eval_tasks", run)
+    evaluate(model, ["some_task"], sampling=HOT)
+    assert seen["sampling"] == HOT
+
+
+def test_a_temperature_is_for_a_model(tmp_path, capsys):
+    command = ["evaluate", "--tasks", "digits", "--predictions", "x.jsonl", "--temperature", "1"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "scores answers that are there; it draws none" in capsys.readouterr().err
+    bad = ["evaluate", "--tasks", "digits", "--model", str(tmp_path), "--top-p", "0"]
+    assert main([*bad, "--out", str(tmp_path / "out")]) == 2
+    assert "top_p must be above 0" in capsys.readouterr().err
