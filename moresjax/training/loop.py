@@ -16,17 +16,15 @@ from jaxtyping import Array
 
 from moresjax.core.errors import UserError
 from moresjax.data.pipeline import to_device_batch
-from moresjax.runs.run_config import AnyConfig, RunConfig
+from moresjax.runs.run_config import AnyConfig
 from moresjax.sharding.mesh import batch_sharding
 from moresjax.sharding.processes import PreemptionHandler
 from moresjax.training.metrics import MetricWriter, ProgressBar
-from moresjax.training.prepare import Run, check, prepare
+from moresjax.training.prepare import RESULT, Run, TrainResult, check, prepare
 from moresjax.training.throughput import ThroughputMeter
 
 logger = logging.getLogger(__name__)
 
-# Written at the end of a run.
-RESULT = "train.json"
 # Samples that could not be used, by process.
 SKIPPED = "skipped_samples_{}.json"
 # Steps that may be under way before their loss is looked at.
@@ -35,23 +33,6 @@ IN_FLIGHT = 2
 
 class Diverged(UserError):
     """The loss or the gradient of a run is not finite any more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """Where a run ended.
-
-    Attributes:
-      step: Steps done.
-      metrics: The metrics of the last step, and the last ones of every evaluator.
-      seconds: Time of this process in the loop, without compilation.
-      compile_seconds: Time of the first step, which compiles.
-    """
-
-    step: int
-    metrics: dict[str, float]
-    seconds: float
-    compile_seconds: float
 
 
 def train(
@@ -80,10 +61,10 @@ def train(
     Raises:
       UserError: for a configuration that cannot run, or a directory of another run.
     """
-    start = check(config, workdir, resume)
-    if finished := finished_result(start.config, start.workdir):
-        return finished
-    run = prepare(start, allow_pickle=allow_pickle)
+    checked = check(config, workdir, resume)
+    if checked.finished:
+        return checked.finished
+    run = prepare(checked, allow_pickle=allow_pickle)
     with contextlib.closing(PreemptionHandler()) as preemption:
         return train_prepared(run, preemption)
 
@@ -201,14 +182,6 @@ class _StepReports:
         """Ends the progress bar and the files."""
         self._progress.close()
         self.writer.close()
-
-
-def finished_result(config: RunConfig, workdir: Path) -> TrainResult | None:
-    """The result of a run that has nothing left to do."""
-    if not (workdir / RESULT).is_file():
-        return None
-    result = TrainResult(**json.loads((workdir / RESULT).read_text()))
-    return result if result.step >= config.steps else None
 
 
 def _finite(step: int, measured: Mapping[str, Array], ids: Any, workdir: Path) -> dict[str, float]:

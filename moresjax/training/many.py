@@ -31,9 +31,17 @@ from moresjax.runs.run_config import AnyConfig, RunConfig
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import shard_params
 from moresjax.sharding.processes import PreemptionHandler
-from moresjax.training.loop import Diverged, TrainResult, finished_result, train_prepared
+from moresjax.training.loop import Diverged, train_prepared
 from moresjax.training.optimizer import CONSTANTS, hyperparameters, optimizer_of
-from moresjax.training.prepare import Sources, Start, StepFunction, check, new_state, prepare
+from moresjax.training.prepare import (
+    Checked,
+    Sources,
+    StepFunction,
+    TrainResult,
+    check,
+    new_state,
+    prepare,
+)
 from moresjax.training.programs import OneCompiler
 from moresjax.training.step import compiled_step, shared_step
 
@@ -105,9 +113,6 @@ def train_many(
     shared = _Shared()
     starts = [check(config, place, resume, shared.sources) for place, config in runs.items()]
     shared.configs = [start.config for start in starts]
-    for start in starts:
-        if not finished_result(start.config, start.workdir):
-            start.sources = shared.sources(start.config)
     outcomes: dict[Path, Outcome] = {}
     if begin is not None:
         begin()
@@ -134,11 +139,11 @@ def _default_at_once() -> int:
 
 
 def _train_one(
-    start: Start, shared: "_Shared", preemption: PreemptionHandler, allow_pickle: bool
+    start: Checked, shared: "_Shared", preemption: PreemptionHandler, allow_pickle: bool
 ) -> Outcome:
     """Trains one run, in a thread of its own."""
-    if finished := finished_result(start.config, start.workdir):
-        return Outcome(DONE, finished)
+    if start.finished:
+        return Outcome(DONE, start.finished)
     if preemption.asked:
         return Outcome(STOPPED)
     with shared.preparing:

@@ -1,7 +1,7 @@
 """What a run needs before its first step: data, model, train step, and the newest checkpoint."""
 
 import dataclasses
-import functools
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +30,10 @@ from moresjax.runs.init_tuning import save_shared
 from moresjax.runs.paths import with_absolute_paths
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import AnyConfig, RunConfig, resolve
+from moresjax.runs.sources import check_same_tokenizer, check_sources, with_sources
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import batch_shards, make_mesh, replicated, shard_params
-from moresjax.training.checks import check_numbers, check_workdir
+from moresjax.training.checks import check_samples, check_start, check_workdir
 from moresjax.training.evaluators import Evaluators
 from moresjax.training.objectives import get_objective
 from moresjax.training.optimizer import make_optimizer
@@ -48,20 +49,43 @@ StepFunction = Callable[..., Any]
 MakeStep = Callable[..., tuple[TrainState, nnx.State, StepFunction]]
 
 
-@dataclasses.dataclass
-class Start:
-    """A run whose settings and directory have been checked; nothing is built or written yet.
+# Written at the end of a run.
+RESULT = "train.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Where a run ended.
+
+    Attributes:
+      step: Steps done.
+      metrics: The metrics of the last step, and the last ones of every evaluator.
+      seconds: Time of this process in the loop, without compilation.
+      compile_seconds: Time of the first step, which compiles.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    seconds: float
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A run whose settings, data and directory have been checked; nothing is written yet.
 
     Attributes:
       config: The run's configuration, with its length in steps.
       workdir: The run's directory.
-      make_processor: Makes the processor of the model, once.
-      sources: Training samples, and validation samples if there are any; None: not read yet.
+      finished: The result of a run that has nothing left to do; the rest is None then.
+      processor: The processor of the model.
+      sources: Training samples, and validation samples if there are any.
     """
 
     config: RunConfig
     workdir: Path
-    make_processor: Callable[[], Processor]
+    finished: TrainResult | None = None
+    processor: Processor | None = None
     sources: Sources | None = None
 
 
@@ -112,48 +136,72 @@ def check(
     workdir: str | Path,
     resume: str = "auto",
     read_sources: Callable[[RunConfig], Sources] = build_sources,
-) -> Start:
+) -> Checked:
     """Resolves a run's configuration and refuses what cannot run, before anything is written.
 
     Args:
       config: What `train` takes.
       workdir: The run's directory.
       resume: `auto` or `never`.
-      read_sources: Reads the samples, which a length in samples or epochs needs.
+      read_sources: Reads the samples.
 
     Raises:
       UserError: for a configuration that cannot run, or a directory of another run.
     """
     config = load_config(config) if isinstance(config, str) else resolve(config)
-    workdir, config = Path(workdir), with_absolute_paths(config)
-    config = dataclasses.replace(config, plugins=tuple(active_plugins()))
+    workdir, config = Path(workdir), dataclasses.replace(config, plugins=tuple(active_plugins()))
     check_ranges(config, "config key ")
     get_objective(config.objective)  # an unknown name is told before anything is built
     check_budget(config)
-    check_numbers(config, batch_shards(make_mesh(**dataclasses.asdict(config.mesh))))
-    sources = None
-    make_processor = functools.cache(functools.partial(build_processor, config, root=workdir))
+    asked = with_sources(config, workdir)
+    config = with_absolute_paths(asked)
+    if config.steps and (finished := _finished(config, workdir, resume)):
+        return Checked(config, workdir, finished)
+    processor = _checked_start(asked, workdir)
+    sources = read_sources(config)
+    check_samples(config, sources[0])
     if not config.steps:
-        sources = read_sources(config)
-        config = with_steps(config, sources[0], make_processor)
+        config = with_steps(config, sources[0], lambda: processor)
+        if finished := _finished(config, workdir, resume):
+            return Checked(config, workdir, finished)
+    return Checked(config, workdir, None, processor, sources)
+
+
+def _checked_start(config: RunConfig, workdir: Path) -> Processor:
+    """The processor of a run that may start; everything is looked at that needs no data."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    processor = build_processor(config, root=workdir)
+    check_start(config, batch_shards(mesh), processor)
+    check_sources(config, workdir)
+    check_same_tokenizer(config, workdir, processor.tokenizer)
+    return processor
+
+
+def _finished(config: RunConfig, workdir: Path, resume: str) -> TrainResult | None:
+    """The result of a run that has nothing left to do; refuses the directory of another one."""
     check_workdir(config, workdir, resume)
-    return Start(config, workdir, make_processor, sources)
+    if not (workdir / RESULT).is_file():
+        return None
+    result = TrainResult(**json.loads((workdir / RESULT).read_text()))
+    return result if result.step >= config.steps else None
 
 
-def prepare(start: Start, make_step: MakeStep | None = None, *, allow_pickle: bool = False) -> Run:
+def prepare(
+    checked: Checked, make_step: MakeStep | None = None, *, allow_pickle: bool = False
+) -> Run:
     """Builds the data, the model and the train step, and restores the newest checkpoint.
 
     Args:
-      start: What `check` has found.
+      checked: What `check` has found of a run that is not finished.
       make_step: Makes the state and the step; default: a compiled step of the run's own.
       allow_pickle: Whether pickles of base parts and adapters may be read.
     """
-    config, workdir = start.config, start.workdir
+    config, workdir, processor = checked.config, checked.workdir, checked.processor
+    assert processor is not None and checked.sources is not None  # it is not finished
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
 
     # Data: before the model, whose reading takes longer than finding a mistake here.
-    processor = start.make_processor()
-    training, held_out = start.sources or build_sources(config)
+    training, held_out = checked.sources
     iterator = build_iterator(config, processor, training)
     evaluators = Evaluators(config, processor, mesh, training, held_out)
     for kind, count in count_cut(training, processor).items() if jax.process_index() == 0 else ():
