@@ -197,7 +197,8 @@ def prepare(
       allow_pickle: Whether pickles of base parts and adapters may be read.
     """
     config, workdir, processor = checked.config, checked.workdir, checked.processor
-    assert processor is not None and checked.sources is not None  # it is not finished
+    assert processor is not None  # a finished run has neither
+    assert checked.sources is not None
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
 
     # Data: before the model, whose reading takes longer than finding a mistake here.
