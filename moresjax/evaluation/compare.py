@@ -67,7 +67,16 @@ class Comparison:
 
 
 def compare(folders: Sequence[str | Path], *, resamples: int = 10_000) -> list[Comparison]:
-    """All pairs of evaluations on every task that all of them have.
+    r"""All pairs of evaluations on every task that all of them have.
+
+    >>> import json, tempfile
+    >>> folders = [Path(tempfile.mkdtemp()) for _ in range(2)]
+    >>> for folder, score in zip(folders, (0, 1)):
+    ...     rows = [{"task": "mine", "id": str(i), "score": score} for i in range(9)]
+    ...     _ = (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    >>> (found,) = compare(folders)
+    >>> found.difference, found.p, found.test
+    (1.0, 0.00390625, 'exact McNemar')
 
     Args:
       folders: Directories of evaluations, or their `results.json` or `predictions.jsonl`.
