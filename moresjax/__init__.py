@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from moresjax.inference.load import load
     from moresjax.inference.model import Model
     from moresjax.inference.prompts import Answer
+    from moresjax.reports.report import report
     from moresjax.runs.config import load_config
     from moresjax.training.loop import train
 
@@ -43,6 +44,7 @@ _PLACES = {
     "evaluate": ("moresjax.evaluation.run", "evaluate"),
     "load": ("moresjax.inference.load", "load"),
     "load_config": ("moresjax.runs.config", "load_config"),
+    "report": ("moresjax.reports.report", "report"),
     "train": ("moresjax.training.loop", "train"),
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_config",
+    "report",
     "train",
 ]
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 from moresjax._version import __version__
 from moresjax.cli import (
     analyze,
+    compare,
     data,
     demo,
     evaluate,
@@ -19,6 +20,7 @@ from moresjax.cli import (
     params,
     plan,
     recipes,
+    report,
     train,
     zoo,
 )
@@ -31,8 +33,10 @@ COMMANDS = (
     demo,
     train,
     evaluate,
+    compare,
     generate,
     analyze,
+    report,
     import_,
     export,
     plan,

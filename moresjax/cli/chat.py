@@ -158,6 +158,8 @@ def _read() -> str | None:
         try:
             line = input(". " if lines else "> ")
         except EOFError:
+            if sys.stdin.isatty():
+                _tell("")  # what comes next begins a line of its own
             return "\n".join(lines).strip() if lines else None
         except KeyboardInterrupt:
             _tell("\n(Ctrl-D or /quit ends the conversation)")

@@ -107,6 +107,7 @@ def run_check(args: argparse.Namespace) -> None:
     from moresjax.data.sources import make_source
     from moresjax.runs.config import load_config
     from moresjax.runs.processor import build_processor
+    from moresjax.runs.sources import with_sources
 
     if bool(args.files) == bool(args.config):
         raise UserError("data check needs either --config FILE or --files FILE ...")
@@ -115,7 +116,7 @@ def run_check(args: argparse.Namespace) -> None:
         return
     if args.image_root or args.tokenizer:
         raise UserError("--image-root and --tokenizer go with --files; a --config has its own")
-    config = load_config(args.config, args.overrides)
+    config = with_sources(load_config(args.config, args.overrides), ".")
     report = check_data(
         make_source(**config.data),
         functools.partial(build_processor, config),
@@ -183,9 +184,10 @@ def run_show(args: argparse.Namespace) -> None:
     from moresjax.runs.architecture import model_config
     from moresjax.runs.config import load_config
     from moresjax.runs.processor import build_processor, name_words
+    from moresjax.runs.sources import with_sources
     from moresjax.tuning.attach import Tuning
 
-    config = load_config(args.config, args.overrides)
+    config = with_sources(load_config(args.config, args.overrides), ".")
     source, processor = make_source(**config.data), build_processor(config)
     if not 0 <= args.first < args.first + args.samples <= len(source):
         raise UserError(
@@ -214,7 +216,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
     source = LlavaSource(args.files, args.image_root)
     index = convert_llava(source, args.out, shards=args.shards)
-    show(args, index, f"{args.out}: {len(source):,d} samples in {args.shards} files")
+    show(args, index, f"{args.out}: {len(source):,d} samples in {len(index['shards'])} files")
 
 
 def run_build(args: argparse.Namespace) -> None:

@@ -37,23 +37,24 @@ def convert_llava(
     Args:
       source: The samples to write, in their order.
       out: A folder that is new or empty.
-      shards: The number of files.
+      shards: The number of files; no more than there are samples.
       progress: Whether to show a progress bar.
 
     Returns:
       The content of the index: the number of records, and every shard with its number of records.
 
     Raises:
-      UserError: A sample is bad, an image cannot be read, the folder has files, or the number of
-        shards is below 1 or above the number of samples.
+      UserError: A sample is bad, an image cannot be read, the folder has files, there are no
+        samples, or the number of shards is below 1.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty")
-    if not 1 <= shards <= len(source):
-        raise UserError(f"shards must be between 1 and {len(source)}, got {shards}")
+    if shards < 1 or not len(source):
+        raise UserError(f"{len(source)} samples cannot be written in {shards} shards")
+    shards = min(shards, len(source))
     out.mkdir(parents=True, exist_ok=True)
     borders = np.linspace(0, len(source), shards + 1).round().astype(int)
     files = {}

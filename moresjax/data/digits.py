@@ -9,13 +9,15 @@ into train, val and test, so a test scene shows handwriting that no stage has se
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from moresjax.core.errors import choice_error
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.types import Tokenizer
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 
@@ -29,12 +31,19 @@ FAMILIES = ("presence", "count", "position", "largest", "compare", "same", "smal
 UNSEEN = "smallest"  # asked in visual instruction tuning only, never in the text stage
 
 
+def _digits_file() -> Path:
+    """The file of scikit-learn that `load_digits` reads; to import it takes seconds."""
+    found = importlib.util.find_spec("sklearn")
+    if not (found and found.origin):
+        raise UserError("the digits are a file of scikit-learn: pip install scikit-learn")
+    return Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+
+
 @functools.cache
 def load_instances() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Enlarged digits `[n, 16, 16]` uint8 and their labels per split; classes are balanced."""
-    from sklearn.datasets import load_digits
-
-    images, labels = (np.asarray(x) for x in load_digits(return_X_y=True))
+    table = np.loadtxt(_digits_file(), delimiter=",")
+    images, labels = table[:, :-1], table[:, -1].astype(int)
     images = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
     resize = lambda x: Image.fromarray(x).resize((CELL, CELL), Image.Resampling.BILINEAR)  # noqa: E731
     images = np.stack([np.asarray(resize(x)) for x in images])

@@ -216,6 +216,11 @@ def _opened(source: ImageInput) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
+        if source.dtype.kind == "f":
+            raise UserError(
+                f"an image is an array of {source.dtype}; give uint8, which is (255 * x)"
+                ".round().astype(np.uint8) for values from 0 to 1"
+            )
         return Image.fromarray(source)
     assert not isinstance(source, UnusableImage)  # it was asked whether it exists
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)

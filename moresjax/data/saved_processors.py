@@ -97,6 +97,11 @@ def check_image_processor(folder: Path) -> bool:
     return found
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer of `transformers` was saved in a folder."""
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+
+
 def check_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Refuses keys of a tokenizer's file that neither its class nor the code here honours.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.data.images import UnusableImage, image_path
+from moresjax.data.images import UnusableImage, named_image
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
 
@@ -127,7 +127,7 @@ def limit_rows(
     return list(rows[:limit])
 
 
-def image_file(folder: Path, name: object, example: object) -> Path | UnusableImage:
+def image_file(folder: Path, name: object, example: object) -> Path | bytes | UnusableImage:
     """The image that an official file names.
 
     Args:
@@ -136,10 +136,11 @@ def image_file(folder: Path, name: object, example: object) -> Path | UnusableIm
       example: The id of the question, for the error message.
 
     Returns:
-      The path; where the name leads out of the folder, what costs only this question.
+      The path, or the bytes of a `data:` URL; where the name leads out of the folder or to the
+      network, what costs only this question.
     """
     try:
-        return image_path(folder, str(name), f"question {example}")
+        return named_image(folder, str(name), f"question {example}")
     except UserError as error:
         return UnusableImage(str(error))
 

@@ -3,7 +3,7 @@
 | field | what it is |
 |---|---|
 | `id` or `question_id` | the question's name in predictions; default: the record's number, from 0 |
-| `image` or `images` | a path below the image root, or a list of paths; left out for text alone |
+| `image` or `images` | a path below the image root, a `data:` URL, or a list; none for text alone |
 | `question` or `text` | what is asked, word for word; a single image comes before it |
 | `answer` | the answer; a list holds alternatives, any of which is right |
 | `answers` | the answers of several people, scored by VQA accuracy |

@@ -10,6 +10,7 @@ In the written file image paths start from one folder for all tasks, which is wh
 """
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from moresjax.data.task_names import task_name
 from moresjax.evaluation.files import replace_file
 
 SEED = 42
+# Photos that several downloads share lie beside them; a record names them from its own download.
+SHARED = "../coco/"
 # Sizes of the multi-scale experiments, by name.
 SIZES = {"1K": 1_000, "5K": 5_000, "10K": 10_000}
 
@@ -111,8 +114,17 @@ def _below(root: Path, image_root: Path) -> Path:
 
 def _placed(record: Record, prefix: Path) -> Record:
     """A record whose image path starts from the image root instead of the download."""
-    path = image_path(prefix, record["image"], f"sample {record['id']}")
-    return record | {"image": path.as_posix()}
+    name, sample = record["image"], f"sample {record['id']}"
+    if not name.startswith(SHARED):
+        return record | {"image": image_path(prefix, name, sample).as_posix()}
+    image_path(prefix, name.removeprefix(SHARED), sample)
+    path = os.path.normpath(prefix / name)
+    if path.startswith(os.pardir):
+        raise UserError(
+            f"{sample}: its photo is in the folder `coco` beside the download; start image paths "
+            "above both: --image-root"
+        )
+    return record | {"image": Path(path).as_posix()}
 
 
 def subset(records: Sequence[Record], size: int) -> list[Record]:

@@ -13,8 +13,9 @@ from moresjax.core.parameter_names import named_parameters
 from moresjax.core.types import AnyArray
 from moresjax.data.images import saved_image_size, saved_processor
 from moresjax.data.processor import Processor
+from moresjax.data.saved_processors import has_tokenizer
 from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
-from moresjax.inference.load import attach_saved, has_tokenizer, load
+from moresjax.inference.load import attach_saved, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.build import build_model
@@ -216,9 +217,11 @@ def export_model(
     check_new(Path(out), "export")
     # Whole weights go out; what was trained beside them goes out over any.
     quantize = None if format in ADAPTER_FORMATS else ""
-    loaded = load(model, quantize=quantize, allow_pickle=allow_pickle)
-    config = Path(model) / "config.json"
-    also = read_config(config).also_train if is_workdir(Path(model)) else ()
+    run = read_config(Path(model) / "config.json") if is_workdir(Path(model)) else RunConfig()
+    # Its own template also where that drops questions: nothing is asked here.
+    template = run.template if run.tokenizer else None
+    loaded = load(model, template=template, quantize=quantize, allow_pickle=allow_pickle)
+    also = run.also_train if is_workdir(Path(model)) else ()
     if adapter is not None:
         before = {name: x.get_value() for name, x in named_parameters(loaded.mllm).items()}
         loaded.load_adapter(adapter, edits=edits, allow_pickle=allow_pickle)
@@ -248,7 +251,7 @@ def export_loaded(
     """
     if format not in FORMATS:
         raise choice_error("export format", format, FORMATS)
-    trained = Trained.of(mllm, also_train, processor)
+    trained = Trained.of(mllm, also_train)
     with checked(format, trained), new_folder(out, "export") as new:
         if format in ADAPTER_FORMATS:
             _export_adapter(trained, new, format)

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from moresjax.core.errors import UserError
 from moresjax.core.parameter_names import matches, named_parameters
-from moresjax.data.processor import Processor
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.base import Method, WeightDelta
 from moresjax.tuning.methods.steer import Steer
 from moresjax.weights.edits import unheld
-from moresjax.weights.export import hf_config, tinyllava_config, with_image_token
+from moresjax.weights.export import hf_config, tinyllava_config
 from moresjax.weights.pyreft import METHOD_NAMES, SITE
 from moresjax.weights.steering import unnoted
 
@@ -27,21 +26,17 @@ class Trained:
     Attributes:
       mllm: The model with its tuning.
       also_train: Patterns of parameters outside the tuning that trained and that the model has.
-      processor: What goes along with whole models.
     """
 
     mllm: MLLM
     also_train: tuple[str, ...] = ()
-    processor: Processor | None = None
 
     @classmethod
-    def of(
-        cls, mllm: MLLM, also_train: Sequence[str], processor: Processor | None = None
-    ) -> "Trained":
+    def of(cls, mllm: MLLM, also_train: Sequence[str]) -> "Trained":
         """The same without patterns that no parameter of the model has."""
         names = [*named_parameters(mllm)]
         own = (p for p in also_train if any(matches(name, p) for name in names))
-        return cls(mllm, tuple(own), processor)
+        return cls(mllm, tuple(own))
 
     @property
     def methods(self) -> list[Method]:
@@ -87,21 +82,13 @@ def _refusal(format: str, model: Trained) -> str:
 
 
 def _hf(model: Trained) -> str:
-    _check_llava(model)
+    hf_config(model.mllm.config)
     return _edits(model.mllm)
 
 
 def _merged(model: Trained) -> str:
-    _check_llava(model)
+    hf_config(model.mllm.config)
     return _edits(model.mllm, lambda method: not _can_merge(method))
-
-
-def _check_llava(model: Trained) -> None:
-    """Raises a `UserError` where `transformers` has no such model, or no place for its images."""
-    config = model.mllm.config
-    hf_config(config)
-    if config.vision is not None and model.processor is not None:
-        with_image_token(model.processor.tokenizer, config)
 
 
 def _tinyllava(model: Trained) -> str:

@@ -1,6 +1,7 @@
 """Folders to models: those of runs and of Hugging Face."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -9,18 +10,23 @@ from moresjax.core.errors import UserError
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
+from moresjax.data.saved_processors import has_tokenizer
 from moresjax.data.templates import get_template
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.runs.config import read_config
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import load_tokenizer
+from moresjax.runs.sources import earlier_template
 from moresjax.runs.workdir import load_workdir
 from moresjax.weights import steering
 from moresjax.weights.edits import has_edits, read_edits
 from moresjax.weights.generation_config import read_generation_config
 from moresjax.weights.hf import HFFolder, load_pretrained
 from moresjax.weights.pyreft import import_pyreft
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -49,7 +55,8 @@ def load(
     Args:
       path: The folder.
       template: The conversation template; default: a run's own, and `vicuna_v1` for a Hugging Face
-        folder.
+        folder. A run whose own one drops questions (`plain`) is asked with that of the LLM it
+        started from, where that is known; a warning says so.
       tuning: The spec of a tuning to attach, freshly initialised; `none` gives the model without
         tuning. Default: a run's own with its trained parameters, for a Hugging Face folder the
         edits that lie beside its weights.
@@ -87,6 +94,8 @@ def load(
             processor = dataclasses.replace(
                 processor, template=get_template(template, processor.tokenizer)
             )
+        elif processor is not None and not processor.template.keep_question:
+            processor = _that_can_be_asked(processor, path)
     else:
         folder = HFFolder(path, allow_pickle=allow_pickle, vision_tower=vision_tower)
         mllm = load_pretrained(
@@ -107,6 +116,20 @@ def load(
     if mesh is not None:
         model.shard(mesh)
     return model
+
+
+def _that_can_be_asked(processor: Processor, workdir: Path) -> Processor:
+    """The processor of a run that was trained with captions, with its LLM's earlier template."""
+    config = read_config(workdir / "config.json")
+    name, source = earlier_template(config, workdir)
+    told = f"{workdir} was trained with template {config.template}, which drops every question"
+    if not name:
+        logger.warning("%s; to ask it some, give a template", told)
+        return processor
+    logger.warning(
+        "%s; it is asked with template %s of %s, or the one you give", told, name, source
+    )
+    return dataclasses.replace(processor, template=get_template(name, processor.tokenizer))
 
 
 def attach_saved(mllm: MLLM, path: Path, *, allow_pickle: bool = False) -> None:
@@ -151,8 +174,3 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
         read_generation_config(path),
         config.llm.vocab_size,
     )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a tokenizer of `transformers` was saved in a folder."""
-    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))

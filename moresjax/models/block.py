@@ -23,6 +23,7 @@ from moresjax.core.ops import pick, write_at
 from moresjax.core.ranges import AtLeastZero, Finite, NonNegative, Positive
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
+from moresjax.models.block_checks import check_heads, check_kinds
 from moresjax.models.fused_attention import Runs
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, Rope, apply_rope, param, unstack
 from moresjax.sharding.mesh import constrain_batch_sharding
@@ -37,7 +38,8 @@ class BlockConfig:
     """Shape and wiring of a block.
 
     Raises:
-      UserError: for a pattern of local and global layers that cannot be.
+      UserError: for a name of a norm, an activation or a dtype that does not exist, heads that do
+        not divide, or a pattern of local and global layers that cannot be.
     """
 
     hidden_size: Positive
@@ -72,6 +74,8 @@ class BlockConfig:
     def __post_init__(self) -> None:
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
+        check_heads(self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim)
+        check_kinds(self.norm, self.activation, self.dtype)
         if not self.head_dim:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         pattern = self.attention_pattern

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind, visible
 from moresjax.models.decoder import Decoder, DecoderConfig
 from moresjax.models.layers import Linear, param
@@ -36,7 +37,8 @@ class ContrastiveModel(nnx.Module):
 
     def __call__(self, batch: Batch) -> Float[Array, "B B"]:
         """The logit of every image (rows) with every caption (columns); one image per row."""
-        assert batch.pixels is not None  # runs with this model have images
+        if batch.pixels is None:
+            raise UserError("objective siglip has met a batch without any image")
         images = self.embed_images(jnp.asarray(batch.pixels)[:, 0])
         captions = self.embed_captions(batch)
         return jnp.exp(self.log_temperature[...]) * images @ captions.T + self.bias[...]

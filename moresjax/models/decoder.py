@@ -49,7 +49,8 @@ class DecoderConfig(BlockConfig):
     """A decoder-only LLM. The defaults are LLaMA's.
 
     Raises:
-      UserError: for a kind of positions, rope scaling or attention that does not exist.
+      UserError: for a kind of positions, rope scaling or attention that does not exist, or an odd
+        number of rotated features.
     """
 
     vocab_size: Positive
@@ -78,6 +79,12 @@ class DecoderConfig(BlockConfig):
             raise choice_error("rope scaling", self.rope_scaling, ROPE_SCALINGS)
         if self.attention not in KERNELS:
             raise choice_error("attention", self.attention, KERNELS)
+        rotated = int(self.head_dim * self.rotary_fraction)
+        if self.positions == "rope" and self.rotary_fraction and (rotated < 2 or rotated % 2):
+            raise UserError(
+                f"rotary positions turn pairs of features: {rotated} of a head's {self.head_dim} "
+                "features are no pairs; change num_heads, head_dim or rotary_fraction"
+            )
 
     def norms(self) -> tuple[str, ...]:
         """The names of the norms of a block and of the final norm."""

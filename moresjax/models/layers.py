@@ -31,6 +31,9 @@ ACTIVATIONS: dict[str, Callable] = {
     "relu": jax.nn.relu,
 }
 
+NORMS = ("rms", "layer")
+# Dtypes that activations may have.
+DTYPES = ("float32", "bfloat16", "float16")
 ROPE_SCALINGS = ("default", "linear", "llama3")
 # Cosines and sines of the rotary embedding, one row per token.
 Rope = tuple[Float[Array, "B 1 S H2"], Float[Array, "B 1 S H2"]]
@@ -94,8 +97,8 @@ class Norm(nnx.Module):
         offset: float = 0.0,
         axes: tuple = ("embed",),
     ) -> None:
-        if kind not in ("rms", "layer"):
-            raise ValueError(f"unknown norm {kind!r}")
+        if kind not in NORMS:
+            raise choice_error("norm", kind, NORMS)
         self.eps, self.offset = eps, offset
         self.scale = param((dim,), axes, fill=1.0 - offset)
         self.bias = param((dim,), axes, fill=0.0) if kind == "layer" else None

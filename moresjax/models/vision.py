@@ -32,7 +32,8 @@ class VisionConfig(BlockConfig):
     """A ViT. The defaults are those of SigLIP.
 
     Raises:
-      UserError: for an unknown `select`, or a feature layer that there is not.
+      UserError: for an unknown `select`, images without a patch, or a feature layer that there is
+        not.
     """
 
     image_size: Positive
@@ -71,6 +72,11 @@ class VisionConfig(BlockConfig):
             )
         if self.select not in SELECTIONS:
             raise choice_error("select of a vision encoder", self.select, SELECTIONS)
+        if self.patch_size > self.image_size:
+            raise UserError(
+                f"images of {self.image_size} pixels hold no patch of {self.patch_size} pixels; "
+                "change image_size or patch_size of the vision encoder"
+            )
         if not 0 <= self.num_trainable_blocks < max(self.used_layers, 1):
             raise UserError(
                 f"the last {self.num_trainable_blocks} of {self.used_layers} vision blocks cannot "

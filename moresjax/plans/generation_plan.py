@@ -22,6 +22,7 @@ from moresjax.plans.program import Plan, Program, bytes_per_chip, weight_bytes
 from moresjax.plans.train_plan import abstract_batch, abstract_model, find_mesh
 from moresjax.runs.architecture import model_config
 from moresjax.runs.run_config import AnyConfig, RunConfig, resolve
+from moresjax.runs.sources import with_sources
 from moresjax.sharding.mesh import batch_shards, use_mesh
 
 SETTING = ("batch_size", "images_per_row", "quantize", "attention", "tuning")
@@ -51,7 +52,7 @@ def plan_generation(
       UserError: for sizes that do not go together, a configuration that cannot run, or without
         libtpu.
     """
-    config = resolve(config)
+    config = with_sources(resolve(config), ".")
     target, mesh = find_mesh(config, topology)
     prompt = config.max_seq_len - new if prompt is None else prompt
     engine = abstract_engine(config, mesh)

@@ -35,6 +35,7 @@ from moresjax.models.mllm import MLLM
 from moresjax.plans.program import Plan, Program, bytes_per_chip, shaped, weight_bytes
 from moresjax.runs.architecture import model_config
 from moresjax.runs.run_config import AnyConfig, MeshConfig, RunConfig, resolve
+from moresjax.runs.sources import with_sources
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import (
     PRESETS,
@@ -45,7 +46,7 @@ from moresjax.sharding.mesh import (
     parameter_shardings,
     replicated,
 )
-from moresjax.training.checks import check_numbers
+from moresjax.training.checks import check_start
 from moresjax.training.optimizer import make_optimizer
 from moresjax.training.step import jitted_step, split_model
 
@@ -71,17 +72,25 @@ def plan(config: AnyConfig, topology: str, quick: bool = False) -> Plan:
       True
 
     Args:
-      config: A run's configuration; its folders are not read.
+      config: A run's configuration; its folders are not read, but for what the architecture is
+        where only they say it.
       topology: `v5e-8` or `v5e:2x4`, see `find_slice`.
       quick: Whether to compile with the least effort (see `program.QUICK`).
 
     Raises:
       UserError: for a configuration that cannot run, or without libtpu.
     """
-    config = resolve(config)
+    config = with_sources(resolve(config), ".")
     check_ranges(config, "config key ")
+    mesh = find_mesh(config, topology)[1]
+    check_language_model(config)
+    check_start(config, batch_shards(mesh))
+    return _plan(config, topology, quick)
+
+
+def _plan(config: RunConfig, topology: str, quick: bool) -> Plan:
+    """The plan of a configuration that was checked."""
     target, mesh = find_mesh(config, topology)
-    check_numbers(config, batch_shards(mesh))
     state, frozen, batch, step = abstract_step(config, mesh)
     flops = train_flops(
         model_config(config),
@@ -105,6 +114,16 @@ def plan(config: AnyConfig, topology: str, quick: bool = False) -> Plan:
     )
 
 
+def check_language_model(config: RunConfig) -> None:
+    """Refuses a configuration without a language model.
+
+    Raises:
+      UserError: for such a configuration.
+    """
+    if not config.is_language_model:
+        raise UserError(f"plans are for language models, not for objective {config.objective}")
+
+
 def find_mesh(config: RunConfig, topology: str) -> tuple[TpuSlice, Mesh]:
     """A slice by name, and the mesh of a configuration over its chips."""
     target = find_slice(topology)
@@ -119,8 +138,7 @@ def abstract_model(config: RunConfig, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.Sta
     Raises:
       UserError: for a configuration without a language model.
     """
-    if not config.is_language_model:
-        raise UserError(f"plans are for language models, not for objective {config.objective}")
+    check_language_model(config)
     architecture = model_config(config)
     model = MLLM(architecture, config.tuning)
     graphdef, trainable, frozen = split_model(model, config.also_train)
@@ -218,7 +236,7 @@ def search(
     Raises:
       UserError: for a configuration that cannot run, without libtpu, or when no batch size divides.
     """
-    config, size = resolve(config), find_slice(topology).size
+    config, size = with_sources(resolve(config), "."), find_slice(topology).size
     found: list[Plan] = []
     for preset, remat in itertools.product(presets, (False, True)):
         for batch in sorted(batches):
@@ -227,7 +245,8 @@ def search(
             shards = tried.mesh.data * tried.mesh.fsdp * tried.microbatches
             if batch % shards:
                 continue
-            found.append(plan(tried, topology, quick))
+            # The first one is checked; the others differ in what was checked here.
+            found.append((_plan if found else plan)(tried, topology, quick))
             if not found[-1].fits:
                 break
     if not found:

@@ -7,12 +7,15 @@ import base64
 import io
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FIGURES = (
     "accuracy",
@@ -33,10 +36,15 @@ def write_demo_report(results: dict, out: str | Path) -> Path:
 
 def render(template: str, path: str | Path, **values: Any) -> Path:
     """Writes a page from one of the package's templates; values are escaped."""
-    source = resources.files("moresjax.reports").joinpath(template).read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+
+    def source(name: str) -> str:
+        return resources.files("moresjax.reports").joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(source)
+    )
     path = Path(path)
-    path.write_text(environment.from_string(source).render(**values), encoding="utf-8")
+    path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
     return path
 
 
@@ -44,6 +52,15 @@ def image_uri(image: UInt8[np.ndarray, "Y X 3"]) -> str:
     """An image as a `data:` address that a page may hold."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
+    return _png_uri(buffer.getvalue())
+
+
+def figure_uri(figure: "Figure") -> str:
+    """A figure as a `data:` address, and closes it."""
+    from moresjax.reports import plots  # matplotlib takes a while
+
+    buffer = io.BytesIO()
+    plots.save(figure, buffer, dpi=150)
     return _png_uri(buffer.getvalue())
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from moresjax.runs.run_config import PartChoice, RunConfig
 
 # What a run may train.
 AnyModel = MLLM | PatchClassifier | ContrastiveModel
+# The connector of a run that does not name one.
+DEFAULT_CONNECTOR = "mlp2x_gelu"
 
 
 def model_config(config: RunConfig) -> MLLMConfig:
@@ -25,9 +28,10 @@ def model_config(config: RunConfig) -> MLLMConfig:
     Raises:
       UserError: for an unknown name or field.
     """
-    llm = quantized(_llm_config(config.model.llm), config.quantize)
+    llm = quantized(llm_config(config.model.llm), config.quantize)
     llm = dataclasses.replace(llm, **_changes(config), attention=config.attention)
-    return MLLMConfig(llm=llm, vision=_vision(config), connector=config.model.connector)
+    connector = config.model.connector or DEFAULT_CONNECTOR
+    return MLLMConfig(llm=llm, vision=_vision(config), connector=connector)
 
 
 def _changes(config: RunConfig) -> dict[str, Any]:
@@ -101,8 +105,16 @@ def _with_changes(vision: AnyVisionConfig, changes: Mapping[str, Any]) -> AnyVis
     return dataclasses.replace(vision, **changes)
 
 
-def _llm_config(choice: PartChoice) -> DecoderConfig:
-    """The LLM of that name, or one of these fields."""
+def llm_config(choice: PartChoice) -> DecoderConfig:
+    """The LLM of that name, or one of these fields.
+
+    Raises:
+      UserError: for an unknown name or field, or neither.
+    """
+    if not choice:
+        raise UserError(
+            "the run has no LLM: give config key model.llm, or init.llm, which says what it is"
+        )
     if isinstance(choice, str):
         if choice not in LLMS:
             raise choice_error("LLM", choice, LLMS)
@@ -115,10 +127,27 @@ def check_fields(what: str, values: Mapping[str, Any], kind: type) -> None:
     """Refuses names that are no fields of a part's configuration, and numbers out of range.
 
     Raises:
-      UserError: names the field, and those there are or its range.
+      UserError: names the field, and those there are, its type or its range; or the fields that are
+        missing.
     """
-    fields, ranges = [field.name for field in dataclasses.fields(kind)], ranges_of(kind)
+    ranges, types = ranges_of(kind), typing.get_type_hints(kind)
     for key, value in values.items():
-        if key not in fields:
-            raise choice_error(f"field of {what}", key, fields)
+        if key not in types:
+            raise choice_error(f"field of {what}", key, types)
+        wanted = types[key]
+        whole = type(value) is int and wanted is float
+        if wanted in (int, float, bool, str) and type(value) is not wanted and not whole:
+            raise UserError(f"{key} of the {what} must be {wanted.__name__}, got {value!r}")
         check_value(f"{key} of the {what}", value, ranges.get(key, FINITE))
+    if missing := missing_fields(values, kind):
+        raise UserError(f"{what} needs {', '.join(missing)}")
+
+
+def missing_fields(values: Mapping[str, Any], kind: type) -> list[str]:
+    """The fields without a default that a part's configuration still needs."""
+    return [
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is field.default_factory is dataclasses.MISSING
+        and field.name not in values
+    ]

@@ -16,6 +16,7 @@ from moresjax.runs.init_weights import load_parts
 from moresjax.runs.paths import is_workdir, locate
 from moresjax.runs.processor import load_tokenizer, name_words
 from moresjax.runs.run_config import PARTS, RANDOM, RunConfig
+from moresjax.runs.sources import with_sources
 from moresjax.weights.hf import HFFolders
 
 # Tunings without parameters of their own: what they trained is in the parts themselves.
@@ -49,6 +50,7 @@ def build_model(
     Raises:
       UserError: when a part's source does not exist or does not fit.
     """
+    config = with_sources(config, root)
     model = new_model(config)
     if isinstance(model, MLLM) and model.tuning.selected_words:
         name_words(model.tuning, load_tokenizer(config.tokenizer, root))
@@ -56,11 +58,11 @@ def build_model(
     folders = HFFolders(allow_pickle=allow_pickle) if folders is None else folders
     load_parts(model, sources, Path(root), mesh=mesh, folders=folders)
     initialize(model, config.seed)
-    if config.init.tuning == RANDOM:
+    if (tuning := config.init.source("tuning")) == RANDOM:
         _tell_what_is_left_out(config, Path(root))
     elif isinstance(model, MLLM):
-        load_tuning(model, locate(config.init.tuning, root), allow_pickle=allow_pickle)
-    if not isinstance(model, MLLM) and (config.init.tuning, config.tuning) != (RANDOM, "none"):
+        load_tuning(model, locate(tuning, root), allow_pickle=allow_pickle)
+    if not isinstance(model, MLLM) and (tuning, config.tuning) != (RANDOM, "none"):
         raise UserError(f"objective {config.objective} has no tuning; leave it and init.tuning out")
     return model
 

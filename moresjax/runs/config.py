@@ -9,11 +9,13 @@ named with arguments after a colon, and single values are overridden on the comm
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,12 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     if spec is None or spec.loader is None:
         raise UserError(f"config file {path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _told_with_its_line(path):
+        spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"config file {path} defines no get_config(arg)")
-    config = module.get_config(argument or None)
+    with _told_with_its_line(path):
+        config = module.get_config(argument or None)
     if not isinstance(config, RunConfig | ml_collections.ConfigDict | Mapping):
         raise UserError(f"get_config of {path} returned {config!r}, which is no configuration")
     if not isinstance(config, ml_collections.ConfigDict):
@@ -87,6 +91,23 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     check_ranges(resolved, "config key ")
     use_plugins(resolved.plugins)
     return resolved
+
+
+@contextlib.contextmanager
+def _told_with_its_line(path: Path) -> Iterator[None]:
+    """Where a config file runs: what goes wrong in it is told with its line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else [None, *lines][-1]
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"config file {path}, line {line}: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def _clear_budget(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:

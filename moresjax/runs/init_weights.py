@@ -1,7 +1,6 @@
 """Initial weights: parts of a model from earlier runs and Hugging Face folders."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.core.parameter_names import named_parameters
-from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import FusedVisionEncoder
 from moresjax.models.initialize import abstract_params, initialize, set_params
 from moresjax.models.mllm import MLLM
@@ -21,11 +19,9 @@ from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import read_config
 from moresjax.runs.paths import is_workdir, locate
 from moresjax.runs.run_config import PARTS, RANDOM
-from moresjax.weights.fingerprint import FREE_FIELDS
+from moresjax.runs.same_parts import PartConfig, check_same_part
 from moresjax.weights.hf import HFFolder, HFFolders
-from moresjax.weights.vision_folder import check_same_encoder, load_vision
-
-logger = logging.getLogger(__name__)
+from moresjax.weights.vision_folder import load_vision
 
 
 @dataclasses.dataclass
@@ -120,7 +116,9 @@ def _load_part(model: AnyModel, part: str, source: Path, opened: _Open) -> None:
     elif part.startswith("vision") and folder.is_vision:
         found = _vision_parameters(model, part, folder, opened.mesh)
     elif (source / "config.json").is_file():
-        found = folder.parameters(part.split(".")[0], opened.mesh)
+        top = part.split(".")[0]
+        found = folder.parameters(top, opened.mesh)
+        _check_same_part(model, top, getattr(folder.config, top), source)
     else:
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
     set_params(model, split_trainable_blocks(model, part, found), str(source), part)
@@ -139,7 +137,7 @@ def _run_parameters(
     top = part.split(".")[0]
     if getattr(run, top, None) is None:
         raise UserError(f"init.{part}: {workdir} holds no weights for {top}: its model has none")
-    _check_same_part(model, run, top, workdir)
+    _check_same_part(model, top, _architecture(run, top), workdir)
     set_params(run, trained, str(workdir), part)
     if abstract_params(run, part):
         _load_parts(run, {top: config.init.source(top)}, workdir, opened)
@@ -150,32 +148,17 @@ def _run_parameters(
     return found if _num_last(run) == _num_last(model) else _join_trainable_blocks(found)
 
 
-def _check_same_part(model: AnyModel, run: AnyModel, part: str, workdir: Path) -> None:
+def _architecture(model: AnyModel, part: str) -> PartConfig | None:
+    """What the model has as a part."""
+    if part == "connector":
+        return model.config.connector if isinstance(model, MLLM) else None
+    return getattr(model, part).config
+
+
+def _check_same_part(model: AnyModel, part: str, theirs: PartConfig | None, source: Path) -> None:
     """Refuses a part of another architecture, which shapes alone may not show."""
-    ours, theirs = model.vision, run.vision
-    if part == "vision" and isinstance(ours, VisionEncoder) and isinstance(theirs, VisionEncoder):
-        check_same_encoder(ours.config, theirs.config, str(workdir))
-    if not (isinstance(model, MLLM) and isinstance(run, MLLM)):
-        return
-    if part == "llm":
-        _check_same_llm(model.config.llm, run.config.llm, workdir)
-    kinds = run.config.connector, model.config.connector
-    if part == "connector" and kinds[0] != kinds[1]:
-        raise UserError(f"init.connector: {workdir} has a {kinds[0]}, the model a {kinds[1]}")
-
-
-def _check_same_llm(ours: DecoderConfig, theirs: DecoderConfig, workdir: Path) -> None:
-    free = {*FREE_FIELDS, "max_positions"}
-    if "default" == ours.rope_scaling == theirs.rope_scaling:  # what scaling alone uses
-        free |= {"rope_factor", "rope_low_turns", "rope_high_turns", "rope_original_positions"}
-    for name, value in dataclasses.asdict(theirs).items():
-        own = getattr(ours, name)
-        if name in free or own == value:
-            continue
-        message = f"init.llm: {workdir} has another LLM: its {name} is {value}, the model's {own}"
-        if name != "norm_eps":  # which releases of one family differ in
-            raise UserError(message)
-        logger.warning(message)
+    if theirs is not None and (ours := _architecture(model, part)) is not None:
+        check_same_part(part, ours, theirs, source, warn=True)
 
 
 def _num_last(model: AnyModel) -> int:
@@ -230,7 +213,7 @@ def _vision_parameters(
         feature_layer=config.feature_layer,
         image_size=config.image_size,
     )
-    check_same_encoder(config, found, source)
+    check_same_part("vision", config, found, folder.path)
     return parameters
 
 

@@ -20,8 +20,12 @@ def locate(name: str, root: str | Path) -> Path:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """A configuration whose folders can be found from anywhere.
 
-    Paths that start from where the command runs are made absolute.
+    Paths that start from where the command runs are made absolute; a part without a source is
+    `random`.
     """
+    sources = {
+        field.name: config.init.source(field.name) for field in dataclasses.fields(InitConfig)
+    }
 
     def absolute(name: str) -> str:
         kept = not name or name in (RANDOM, "digits") or name.startswith(".")
@@ -29,7 +33,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     return dataclasses.replace(
         config,
-        init=InitConfig(**{k: absolute(v) for k, v in dataclasses.asdict(config.init).items()}),
+        init=InitConfig(**{part: absolute(source) for part, source in sources.items()}),
         tokenizer=absolute(config.tokenizer),
         image_processor=absolute(config.image_processor),
     )

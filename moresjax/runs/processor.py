@@ -10,7 +10,7 @@ from moresjax.data.saved_processors import check_tokenizer
 from moresjax.data.templates import get_template
 from moresjax.models.connector import connector_tokens
 from moresjax.models.fusion import AnyVisionConfig
-from moresjax.runs.architecture import model_config, vision_config
+from moresjax.runs.architecture import DEFAULT_CONNECTOR, llm_config, vision_config
 from moresjax.runs.paths import locate
 from moresjax.runs.run_config import RunConfig
 from moresjax.tuning.attach import Tuning
@@ -32,7 +32,8 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
     if vision:
         # Where images do not enter the LLM, one token says that there is one.
         connected = config.is_language_model
-        tokens = connector_tokens(config.model.connector, vision.num_tokens) if connected else 1
+        connector = config.model.connector or DEFAULT_CONNECTOR
+        tokens = connector_tokens(connector, vision.num_tokens) if connected else 1
     # Labels of images have no words.
     wordless = config.objective == "patch_classes"
     name = config.tokenizer or ("digits" if wordless else "")
@@ -44,7 +45,7 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
         visual_tokens=tokens,
         split_special_tokens=config.split_special_tokens,
         generation=GenerationDefaults() if wordless else _generation(config, root),
-        vocab_size=0 if wordless else model_config(config).llm.vocab_size,
+        vocab_size=0 if wordless else llm_config(config.model.llm).vocab_size,
     )
 
 
@@ -81,8 +82,10 @@ def load_tokenizer(name: str, root: str | Path = ".") -> Any:
         return build_tokenizer()
     from transformers import AutoTokenizer
 
+    if not name:
+        raise UserError("the run has no tokenizer: give config key tokenizer, 'digits' or a folder")
     folder = locate(name, root)
-    if not name or not folder.is_dir():
+    if not folder.is_dir():
         raise UserError(f"tokenizer {name!r} is neither 'digits' nor a folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(

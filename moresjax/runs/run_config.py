@@ -40,17 +40,19 @@ class PartsConfig:
     """The parts that a model is put together from; `moresjax zoo` lists their names.
 
     Attributes:
-      llm: Name of a decoder LLM, or fields of `DecoderConfig`.
-      vision: Name of a vision encoder, or fields of `VisionConfig` or `FusedVisionConfig`; empty
-        for a plain LLM.
-      connector: Name of the connector, such as `linear`, `mlp2x_gelu` or `qformer`.
+      llm: Name of a decoder LLM, or fields of `DecoderConfig`; empty: that of `init.llm`. Fields
+        that are no whole LLM change some of that one's.
+      vision: Name of a vision encoder, or fields of `VisionConfig` or `FusedVisionConfig`; empty:
+        that of `init.vision`, and without such a source the model is a plain LLM.
+      connector: Name of the connector, such as `linear`, `mlp2x_gelu` or `qformer`; empty: that of
+        `init.connector`, else `mlp2x_gelu`.
       classes: Number of classes of every label of a patch, for objective `patch_classes`; source
         `labels` has one label of a patch.
     """
 
     llm: PartChoice = ""
     vision: PartChoice = ""
-    connector: str = "mlp2x_gelu"
+    connector: str = ""
     classes: Annotated[tuple[int, ...], Range(1)] = ()
 
 
@@ -60,7 +62,8 @@ class InitConfig:
 
     `random`, the workdir of an earlier run, or a Hugging Face folder. A path with a leading dot
     starts from the run's own workdir. Two vision encoders are `FOLDER;FOLDER`. An earlier run gives
-    what it trained, and whatever it left frozen from its own sources.
+    what it trained, and whatever it left frozen from its own sources. A part without a source is
+    `random`; where such a part does not train either, a run that does not say `random` warns.
 
     Attributes:
       llm: Source of the LLM.
@@ -70,14 +73,14 @@ class InitConfig:
         starts afresh.
     """
 
-    llm: str = RANDOM
-    vision: str = RANDOM
-    connector: str = RANDOM
-    tuning: str = RANDOM
+    llm: str = ""
+    vision: str = ""
+    connector: str = ""
+    tuning: str = ""
 
     def source(self, part: str) -> str:
         """The source of `llm`, `vision`, `connector` or `tuning`."""
-        return dataclasses.asdict(self)[part]
+        return getattr(self, part) or RANDOM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +168,7 @@ class RunConfig:
         patches or from captions), or one that a plug-in registered.
       tuning: Spec of the tuning, such as `mores:rank=1,positions=image`.
       also_train: Base parameters that train beside it: path prefixes or regular expressions.
-      tokenizer: `digits`, or a folder that `transformers` can load.
+      tokenizer: `digits`, or a folder that `transformers` can load; empty: that of `init.llm`.
       image_processor: Folder with an image processor of `transformers`; empty: images are scaled
         to the encoder's square.
       image_aspect: `square`, or `pad`: first made square with the mean colour.

@@ -10,6 +10,7 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import explain_missing
 from moresjax.data.processor import Processor
 from moresjax.models.initialize import abstract_params, initialize, set_params
+from moresjax.models.layers import DTYPES
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.architecture import model_config
 from moresjax.runs.config import read_config
@@ -20,7 +21,6 @@ from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import PARTS, RANDOM, RunConfig
 from moresjax.tuning.methods.qlora import without_qlora
 from moresjax.tuning.spec import parse_spec
-from moresjax.weights.dtypes import DTYPES
 from moresjax.weights.hf import HFFolders, pretrained_config
 
 

@@ -24,7 +24,6 @@ from moresjax.models.count import count_parameters
 from moresjax.reports import plots
 from moresjax.reports.attention import write_attention_plots
 from moresjax.reports.html import write_demo_report
-from moresjax.runs.run_config import RANDOM
 from moresjax.training.loop import TrainResult, train
 from moresjax.weights.adapter import save_adapter
 
@@ -112,7 +111,7 @@ def _train(workdir: Path, fast: bool, **arguments: object) -> TrainResult:
     if arguments["stage"] == "finetune":
         # Folders of stage 2 are one level deeper.
         init = config.to_dict()["init"]
-        moved = {part: f"../{x}" for part, x in init.items() if x != RANDOM}
+        moved = {part: f"../{x}" for part, x in init.items() if x}
         config.update({"init": moved})
     if fast:
         config.update(FAST)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import time
@@ -37,10 +36,11 @@ from moresjax.runs.init_tuning import save_shared
 from moresjax.runs.paths import with_absolute_paths
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import AnyConfig, RunConfig, resolve
+from moresjax.runs.sources import check_same_tokenizer, check_sources, with_sources
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import batch_sharding, batch_shards, make_mesh, replicated, shard_params
 from moresjax.sharding.processes import PreemptionHandler
-from moresjax.training.checks import check_numbers, check_workdir
+from moresjax.training.checks import check_samples, check_start, check_workdir
 from moresjax.training.evaluators import Evaluators
 from moresjax.training.metrics import MetricWriter, ProgressBar
 from moresjax.training.objectives import get_objective
@@ -102,21 +102,22 @@ def train(
       UserError: for a configuration that cannot run, or a directory of another run.
     """
     config = load_config(config) if isinstance(config, str) else resolve(config)
-    workdir, config = Path(workdir), with_absolute_paths(config)
-    config = dataclasses.replace(config, plugins=tuple(active_plugins()))
+    workdir, config = Path(workdir), dataclasses.replace(config, plugins=tuple(active_plugins()))
     check_ranges(config, "config key ")
     get_objective(config.objective)  # an unknown name is told before anything is built
     check_budget(config)
-    sources = None
-    make_processor = functools.cache(functools.partial(build_processor, config, root=workdir))
-    if not config.steps:
-        sources = build_sources(config)
-        config = with_steps(config, sources[0], make_processor)
-    check_workdir(config, workdir, resume)
-    if finished := _finished(config, workdir):
+    asked = with_sources(config, workdir)
+    config = with_absolute_paths(asked)
+    if config.steps and (finished := _finished(config, workdir, resume)):
         return finished
-    sources = sources or build_sources(config)
-    run = _prepare(config, workdir, sources, make_processor, allow_pickle)
+    processor = _checked_start(asked, workdir)
+    sources = build_sources(config)
+    check_samples(config, sources[0])
+    if not config.steps:
+        config = with_steps(config, sources[0], lambda: processor)
+        if finished := _finished(config, workdir, resume):
+            return finished
+    run = _prepare(config, workdir, sources, processor, allow_pickle)
     if run.first:
         logger.info("resuming %s at step %d", config.name, run.first)
     result, stopped = _loop(run)
@@ -125,6 +126,16 @@ def train(
     elif run.speaks:
         (workdir / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return result
+
+
+def _checked_start(config: RunConfig, workdir: Path) -> Processor:
+    """The processor of a run that may start; everything is looked at that needs no data."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    processor = build_processor(config, root=workdir)
+    check_start(config, batch_shards(mesh), processor)
+    check_sources(config, workdir)
+    check_same_tokenizer(config, workdir, processor.tokenizer)
+    return processor
 
 
 @dataclasses.dataclass
@@ -173,15 +184,13 @@ def _prepare(
     config: RunConfig,
     workdir: Path,
     sources: tuple[Source, Source | None],
-    make_processor: Callable[[], Processor],
+    processor: Processor,
     allow_pickle: bool,
 ) -> _Run:
     """Builds the data, the model and the train step, and restores the newest checkpoint."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    check_numbers(config, batch_shards(mesh))
 
     # Data: before the model, whose reading takes longer than finding a mistake here.
-    processor = make_processor()
     training, held_out = sources
     iterator = build_iterator(config, processor, training)
     evaluators = Evaluators(config, processor, mesh, training, held_out)
@@ -327,8 +336,9 @@ class _StepReports:
         self.writer.close()
 
 
-def _finished(config: RunConfig, workdir: Path) -> TrainResult | None:
-    """The result of a run that has nothing left to do."""
+def _finished(config: RunConfig, workdir: Path, resume: str) -> TrainResult | None:
+    """The result of a run that has nothing left to do; refuses the directory of another one."""
+    check_workdir(config, workdir, resume)
     if not (workdir / RESULT).is_file():
         return None
     result = TrainResult(**json.loads((workdir / RESULT).read_text()))

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,10 +43,8 @@ class MetricWriter:
         path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
             board = str(Path(directory) / "tensorboard")
-            self._board = SummaryWriter(board, purge_step=done + 1 if done else None)
+            self._board = _summary_writer()(board, purge_step=done + 1 if done else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of one step."""
@@ -63,6 +61,20 @@ class MetricWriter:
             self._file.close()
         if self._board:
             self._board.close()
+
+
+def _summary_writer() -> Callable[..., Any]:
+    """The class of `tensorboardX`, imported without torch, which takes seconds and is not used."""
+    modules: dict[str, Any] = sys.modules
+    without = "torch" not in modules
+    if without:
+        modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if without:
+            del modules["torch"]
+    return SummaryWriter
 
 
 class ProgressBar:

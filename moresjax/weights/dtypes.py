@@ -5,10 +5,10 @@ import dataclasses
 import jax
 
 from moresjax.core.errors import choice_error
+from moresjax.models.layers import DTYPES
 from moresjax.models.mllm import MLLMConfig
 from moresjax.models.vision import VisionConfig
 
-DTYPES = ("float32", "bfloat16", "float16")
 DTYPE_CHOICES = ("auto", "stored", *DTYPES)
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ from moresjax.weights.tensor_mapping import TensorMapping
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 SHARD_SIZE = "5GB"
 
 
@@ -42,7 +45,8 @@ def export_hf(
 
     Attached edits lie beside them (see `moresjax.weights.edits`). The padding that `aspect="pad"`
     adds to images has no place in the format: whoever loads the folder elsewhere pads before the
-    image processor.
+    image processor. A LLaVA whose vocabulary has no place for `<image>`, which the format needs and
+    never reads, gets one: the mean of all embeddings.
 
     Args:
       mllm: The model.
@@ -58,13 +62,15 @@ def export_hf(
         attached, or the folder is not empty; nothing is written then.
     """
     with new_folder(folder, "export") as new:
-        hf = hf_config(mllm.config)
+        config, hf = mllm.config, hf_config(mllm.config)
         tokenizer: Any = None if processor is None else processor.tokenizer
         if hf["model_type"] == Llava.model_type:
-            tokenizer, hf["image_token_index"] = with_image_token(tokenizer, mllm.config)
-        _write_model(mllm, hf, new, shard_size)
+            tokenizer, image_token = with_image_token(tokenizer, config)
+            config = _with_rows(config, image_token + 1)
+            hf = hf_config(config) | {"image_token_index": image_token}
+        _write_model(mllm, config, hf, new, shard_size)
         if processor is not None and tokenizer is not None:
-            _write_processor(processor, tokenizer, mllm.config, hf, new)
+            _write_processor(processor, tokenizer, config, hf, new)
         if any(key in mllm.tuning.params for key, _ in mllm.tuning.methods):
             system_ids = () if processor is None else processor.system_ids
             write_edits(mllm, new, hf, system_ids=system_ids)
@@ -101,7 +107,7 @@ def export_tinyllava(
         hf = tinyllava_config(mllm.config)
         if processor is not None and processor.image is not None:
             hf["image_aspect_ratio"] = processor.image.aspect
-        _write_model(mllm, hf, new, shard_size)
+        _write_model(mllm, mllm.config, hf, new, shard_size)
         if processor is not None:
             _write_generation(processor, processor.tokenizer, new)
             processor.tokenizer.save_pretrained(new)
@@ -149,12 +155,25 @@ def _as_stored(config: MLLMConfig) -> MLLMConfig:
     return dataclasses.replace(config, llm=llm, vision=vision)
 
 
-def _write_model(mllm: MLLM, hf: dict[str, Any], folder: Path, shard_size: str) -> None:
-    """Writes `config.json` and the weights."""
+def _with_rows(config: MLLMConfig, rows: int) -> MLLMConfig:
+    """The architecture with a vocabulary of so many tokens, at least."""
+    if rows <= config.llm.vocab_size:
+        return config
+    logger.warning(
+        "the LLM has %d embeddings and none for %s: the folder gets %d, new ones being the mean",
+        *(config.llm.vocab_size, IMAGE_MARK, rows),
+    )
+    return dataclasses.replace(config, llm=dataclasses.replace(config.llm, vocab_size=rows))
+
+
+def _write_model(
+    mllm: MLLM, config: MLLMConfig, hf: dict[str, Any], folder: Path, shard_size: str
+) -> None:
+    """Writes `config.json` and the weights, whose vocabulary may grow to that of `config`."""
     hf["dtype"] = str(mllm.llm.embed.table[...].dtype)
     family = MLLM_FAMILIES.get(hf["model_type"])
     name = family.written_name if family else str
-    _write_tensors(mllm, model_mappings(mllm.config, hf), folder, shard_size, name)
+    _write_tensors(mllm, model_mappings(config, hf), folder, shard_size, name)
     (folder / "config.json").write_text(json.dumps(hf, indent=2, default=str) + "\n")
 
 
@@ -185,8 +204,9 @@ def _write_tensors(
         for path, mapping in needed.items():
             # One array per layer where the model has generated and holds its blocks one by one.
             layers = [np.asarray(variable.get_value()) for variable in values[path]]
-            whole = layers[0] if layers[0].shape == mapping.shape else np.stack(layers)
-            made = mapping.to_hf(whole)
+            stacked = layers[0].ndim == len(mapping.shape)
+            whole = layers[0] if stacked else np.stack(layers)
+            made = mapping.to_hf(_grown(whole, mapping.shape))
             tensors |= {written_name(name): tensor for name, tensor in made.items()}
         tensors = {name: np.ascontiguousarray(tensors[name]) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -195,25 +215,31 @@ def _write_tensors(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _grown(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A table, head or bias of a vocabulary of another size; the new tokens are the mean of all.
+
+    So their logits are never the highest, and the softmax of the others changes by less than one
+    part in as many as there are tokens.
+    """
+    changed = [i for i, (old, new) in enumerate(zip(x.shape, shape, strict=True)) if old != new]
+    if not changed:
+        return x
+    [axis] = changed
+    mean = np.asarray(x, np.float32).mean(axis, keepdims=True).astype(x.dtype)
+    return np.concatenate([x, np.repeat(mean, shape[axis] - x.shape[axis], axis)], axis)
+
+
 def with_image_token(
     tokenizer: "PreTrainedTokenizerBase | None", config: MLLMConfig
 ) -> "tuple[PreTrainedTokenizerBase | None, int]":
     """The tokenizer, with a token that stands for a visual token, and that token's id.
 
-    Without a tokenizer it is the last id.
-
-    Raises:
-      UserError: when the model has no embedding for another token.
+    Without a tokenizer it is the last id. A token that is new comes after the tokenizer's others,
+    even where the model has no embedding for it.
     """
-    vocab = config.llm.vocab_size
     if tokenizer is None:
-        return None, vocab - 1
+        return None, config.llm.vocab_size - 1
     if IMAGE_MARK not in tokenizer.get_vocab():
-        if len(tokenizer) >= vocab:
-            raise UserError(
-                f"the tokenizer has no {IMAGE_MARK} token, and the LLM's {vocab} embeddings leave "
-                "no place for one"
-            )
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
     return tokenizer, tokenizer.get_vocab()[IMAGE_MARK]

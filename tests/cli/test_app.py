@@ -11,7 +11,8 @@ from moresjax._version import __version__
 from moresjax.cli import app, main
 
 EVERY = ["demo", "train", "evaluate", "generate", "analyze attention", "import", "export", "plan"]
-EVERY += ["data check", "data convert", "data build", "zoo", "params"]
+EVERY += ["data check", "data convert", "data build", "zoo", "params", "compare"]
+EVERY += ["report"]
 
 
 @pytest.mark.parametrize("command", EVERY)
@@ -64,6 +65,21 @@ def test_a_command_ends_quietly_when_nobody_reads_on(words):
 def test_start_up_imports_no_arrays():
     code = "import sys, moresjax.cli; print(*sorted({'jax', 'numpy', 'orbax'} & set(sys.modules)))"
     command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
+    assert done.stdout == "\n", done.stderr
+
+
+def test_a_run_imports_neither_torch_nor_scikit_learn(tmp_path):
+    code = """if True:
+        import sys
+        from moresjax.data.digits import load_instances
+        from moresjax.training.metrics import MetricWriter
+
+        load_instances()
+        MetricWriter(sys.argv[1]).close()
+        assert "tensorboardX" in sys.modules
+        print(*sorted({"torch", "sklearn"} & set(sys.modules)))"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=clean_environment())
     assert done.stdout == "\n", done.stderr
 

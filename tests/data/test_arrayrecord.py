@@ -65,12 +65,19 @@ def test_batches_are_those_of_the_files(files, converted, batching):
             np.testing.assert_array_equal(batch[name], wanted[name])
 
 
+def test_there_are_no_more_shards_than_samples(tmp_path):
+    turns = [{"from": "human", "value": "who ?"}, {"from": "gpt", "value": "me"}]
+    records = [{"id": str(i), "conversations": turns} for i in range(3)]
+    few = LlavaSource(write_list(tmp_path / "few.json", records), str(tmp_path))
+    index = convert_llava(few, tmp_path / "few", progress=False)
+    assert list(index["shards"].values()) == [1, 1, 1]
+
+
 def test_conversions_that_cannot_be_are_refused(files, converted, tmp_path):
     with pytest.raises(UserError, match="records is not empty"):
         convert_llava(files, converted[0])
-    for shards in (0, COUNT + 1):
-        with pytest.raises(UserError, match=f"shards must be between 1 and {COUNT}, got {shards}"):
-            convert_llava(files, tmp_path / "new", shards=shards)
+    with pytest.raises(UserError, match=f"{COUNT} samples cannot be written in 0 shards"):
+        convert_llava(files, tmp_path / "new", shards=0)
     assert not (tmp_path / "new").exists()
     record = {"id": "7", "image": "none.png", "conversations": []}
     bad = LlavaSource(write_list(tmp_path / "bad.json", [record]), str(tmp_path))

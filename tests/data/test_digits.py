@@ -17,6 +17,7 @@ from moresjax.data.digits import (
     UNSEEN,
     WORDS,
     DigitsSource,
+    _digits_file,
     ask,
     build_tokenizer,
     describe,
@@ -32,6 +33,13 @@ from moresjax.evaluation.examples import Example
 TASKS = ("text", "patches", "caption", "instruct")
 scenes = st.tuples(*[st.integers(0, 9)] * 4)
 seeds = st.integers(0, 2**32 - 1)
+
+
+def test_the_file_is_what_scikit_learn_loads():
+    table = np.loadtxt(_digits_file(), delimiter=",")
+    images, labels = load_digits(return_X_y=True)
+    np.testing.assert_array_equal(table[:, :-1], images)
+    np.testing.assert_array_equal(table[:, -1], labels)
 
 
 def true_answer(question: str, digits) -> str:

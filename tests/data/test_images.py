@@ -229,3 +229,8 @@ def test_thin_images_are_read_up_to_a_limit(tmp_path):
     Image.fromarray(np.zeros((1, 201, 3), np.uint8)).save(tmp_path / "thin.png")
     with pytest.raises(UserError, match=r"thin\.png has 201 x 1 pixels.*200-fold"):
         open_image(tmp_path / "thin.png")
+
+
+def test_arrays_of_floats_are_told_what_to_be():
+    with pytest.raises(UserError, match=r"an array of float32; give uint8, which is \(255 \* x\)"):
+        open_image(np.zeros((4, 4, 3), np.float32))

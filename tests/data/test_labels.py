@@ -1,6 +1,7 @@
 """Images with labels from JSON: read, checked, trained on, and the encoder handed on."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -106,21 +107,22 @@ def test_the_loss_is_over_labelled_patches():
     model = PatchClassifier(VisionConfig(**TINY_VISION), (3,))
     initialize(model, 0)
     pixels = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
-    (logits,) = model(pixels)
-    whole = patch_classes(model, {"pixels": pixels, "classes": jnp.asarray([[[2]], [[-1]]])})
+    (logits,) = jax.jit(model)(pixels)
+    loss = jax.jit(functools.partial(patch_classes, model))
+    whole = loss({"pixels": pixels, "classes": jnp.asarray([[[2]], [[-1]]])})
     expected = -jax.nn.log_softmax(logits[0])[:, 2].sum()
     assert float(whole.total) == pytest.approx(float(expected), rel=1e-6)
     assert (float(whole.weight), float(whole.tokens)) == (9, 18)
     labels = np.full((2, 9, 1), -1)
     labels[0, 4], labels[1, 8] = 1, 0
-    some = patch_classes(model, {"pixels": pixels, "classes": labels})
+    some = loss({"pixels": pixels, "classes": labels})
     chosen = optax.softmax_cross_entropy_with_integer_labels(
         jnp.stack([logits[0, 4], logits[1, 8]]), jnp.asarray([1, 0])
     )
     assert float(some.total) == pytest.approx(float(chosen.sum()), rel=1e-6)
     assert float(some.weight) == 2
     with pytest.raises(UserError, match="an image has 4 labels, but the vision encoder has 9 pat"):
-        patch_classes(model, {"pixels": pixels, "classes": labels[:, :4]})
+        loss({"pixels": pixels, "classes": labels[:, :4]})
 
 
 def config_of(folder, **changes):

@@ -1,53 +1,23 @@
-"""Every benchmark from its official files to its score, with given predictions and known scores."""
+"""Every benchmark with short answers or choices, from its official files to its score."""
 
-import inspect
 import json
 import random
-import sys
 
 import numpy as np
 import pytest
+from benchmark_helpers import LETTER, LIMIT, SHORT, official, rescored, sent, the_task
 
 from moresjax.core.errors import UserError
-from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.lm import task_requests
-from moresjax.evaluation.metrics.hallusionbench import parse_verdict
 from moresjax.evaluation.metrics.yes_no import COGNITION, PERCEPTION
 from moresjax.evaluation.rescore import rescore
-from moresjax.evaluation.results import EvaluationResult, write_results
+from moresjax.evaluation.results import write_results
 from moresjax.evaluation.tasks import (
-    benchmark_loader,
-    benchmark_names,
     choice_letter,
     load_benchmark,
 )
 from moresjax.testing import benchmark_files as downloads
-from moresjax.testing.benchmark_files import FOUR, THREE, lines, photo, write
-
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-LIMIT = 100  # a part of a benchmark need not have the published number of questions
-
-
-def the_task(name: str, root, **options):
-    (task,) = load_benchmark(name, data_root=root, limit=LIMIT, **options)
-    return task
-
-
-def official(name: str, root, content, file: str = "predictions.json", **options) -> dict:
-    """Scores of a result file in the benchmark's own format."""
-    return rescored(name, root, content, file, **options).scores
-
-
-def sent(name: str, root, content, **options) -> str:
-    """What goes to the benchmark's server or its own tool with these predictions."""
-    (text,) = rescored(name, root, content, "predictions.json", **options).submissions.values()
-    return text
-
-
-def rescored(name: str, root, content, file: str, **options) -> EvaluationResult:
-    write(root, {file: content})
-    return rescore(name, root / file, data_root=root, limit=LIMIT, **options)
+from moresjax.testing.benchmark_files import lines, photo, write
 
 
 def test_vqav2(tmp_path):
@@ -164,44 +134,6 @@ def test_textvqa(tmp_path):
     ]
 
 
-class WordJudge:
-    """Replies in turn, and remembers what it was asked."""
-
-    name, settings = "words", {"temperature": 0}
-
-    def __init__(self, *replies: str):
-        self.replies, self.prompts, self.attempts = list(replies), [], []
-
-    def __call__(self, prompt: str, attempt: int) -> str:
-        self.prompts.append(prompt)
-        self.attempts.append(attempt)
-        return self.replies.pop(0)
-
-
-def test_mm_vet_with_and_without_a_judge(tmp_path):
-    write(tmp_path, downloads.mm_vet())
-    assert the_task("mm_vet", tmp_path).examples[0].prompt == "<image>\nWho?"
-    saved = {"v1_0": "ann", "v1_1": "Bob and Ann"}
-    entry = official("mm_vet", tmp_path, saved)["mm_vet"]
-    assert entry["score"] == 0.75
-    assert entry["judge"] == {"name": "rule", "comparable": False}
-    judge = WordJudge("no idea", "0.4", "1.0")
-    result = rescore(
-        "mm_vet", tmp_path / "predictions.json", data_root=tmp_path, limit=LIMIT, judge=judge
-    )
-    entry = result.scores["mm_vet"]
-    assert entry["score"] == pytest.approx(0.7)
-    assert entry["details"]["only_ocr"] == 100
-    assert entry["details"]["ocr_rec"] == 40
-    assert entry["judge"]["name"] == "words"
-    assert entry["judge"]["settings"] == {"temperature": 0}
-    assert len(entry["judge"]["prompt_hash"]) == 12
-    assert judge.attempts == [0, 1, 0]
-    assert judge.prompts[0].endswith("Who? | Ann <AND> Bob | ann | ")
-    assert judge.prompts[1].startswith(judge.prompts[0])
-    assert json.loads(result.submissions["mm_vet-submission.json"]) == saved
-
-
 def test_pope_kinds_are_scored_apart_and_silence_is_wrong(tmp_path):
     write(tmp_path, downloads.pope())
     task = load_benchmark("pope", data_root=tmp_path, limit=LIMIT)[0]
@@ -264,28 +196,6 @@ def test_iconqa(tmp_path):
     assert official("iconqa_blank", tmp_path, saved, "a.jsonl")["iconqa_blank"]["score"] == 0
 
 
-def test_hallusionbench(tmp_path):
-    write(tmp_path, downloads.hallusionbench())
-    task = the_task("hallusionbench", tmp_path)
-    folder = tmp_path / "hallusionbench/hallusion_bench"
-    assert task.examples[0].prompt == "<image>\nIs it equal?"
-    assert task.examples[0].images == (folder / "VD/math/0_1.png",)
-    assert (task.examples[1].prompt, task.examples[1].images) == ("Is it equal?", ())
-    answers = ("Yes, they are.", "I cannot know.", "Yes again")
-    rows = json.loads((folder.parent / "HallusionBench.json").read_text())
-    saved = [row | {"model_prediction": text} for row, text in zip(rows, answers, strict=True)]
-    entry = official("hallusionbench", tmp_path, saved)["hallusionbench"]
-    assert entry["score"] == pytest.approx(1 / 3)
-    assert (entry["details"]["easy aAcc"], entry["details"]["hard aAcc"]) == (50, 0)
-    judge = WordJudge("incorrect", "unclear", "correct")
-    score = task.scorer(task.examples, answers, judge)
-    assert list(score.per_example) == [0, 1, 1]
-    assert score.details["hard aAcc"] == 100
-    assert "They differ." in judge.prompts[0]
-    assert parse_verdict("unclear") == 2
-    assert json.loads(sent("hallusionbench", tmp_path, saved)) == saved
-
-
 def test_mme(tmp_path):
     write(tmp_path, downloads.mme())
     task = the_task("mme", tmp_path)
@@ -319,17 +229,6 @@ def test_answers_of_several_lines_are_one_line_of_mme(tmp_path):
             ["7.jpg", f"Is it a {it}? Please answer yes or no.", gold, "Yes,  it is. "]
             for it, gold in downloads.PAIRS
         ], name
-
-
-def test_vsr_and_its_judge(tmp_path):
-    write(tmp_path, downloads.vsr())
-    task = the_task("vsr", tmp_path)
-    assert task.examples[0].prompt == "<image>\nThe cat is on the mat. Please answer yes or no."
-    saved = lines({"prediction": text} for text in ("Yes.", "yes or no"))
-    assert official("vsr", tmp_path, saved, "a.jsonl")["vsr"]["score"] == 0.5
-    judge = WordJudge("yes", "Yes, the same")
-    assert task.scorer(task.examples, ["Yes.", "It is not."], judge).value == 1
-    assert IMAGE_MARK not in judge.prompts[0]
 
 
 def test_snli_ve(tmp_path):
@@ -392,199 +291,3 @@ def test_seed_bench_generated_and_ranked(tmp_path):
     requests = task_requests(ranked, ranked.examples[:1])
     assert [request.args[1] for request in requests] == [f"text {letter}" for letter in "abcd"]
     assert choice_letter([-3.0, -2.5, -2.0, -2.0]) == "C"
-
-
-def captions_score(name, root, saved):
-    return official(name, root, saved)[name]["score"]
-
-
-def test_coco_caption(tmp_path):
-    write(tmp_path, downloads.coco_caption())
-    task = the_task("coco_caption", tmp_path)
-    assert (
-        task.examples[0].prompt == "<image>\nProvide a one-sentence caption for the provided image."
-    )
-    assert task.examples[1].images == (tmp_path / "coco/val2014/3.jpg",)
-    saved = [{"image_id": 1, "caption": "A red kite."}, {"image_id": 3, "caption": FOUR}]
-    assert captions_score("coco_caption", tmp_path, saved) == pytest.approx(8.75)
-    assert captions_score("coco_caption", tmp_path, saved[:1]) == pytest.approx(7.5 / 2)
-
-
-def test_flickr30k(tmp_path):
-    write(tmp_path, downloads.flickr30k())
-    saved = [{"image_id": 0, "caption": THREE}, {"image_id": 1, "caption": "a cat"}]
-    assert captions_score("flickr30k", tmp_path, saved) == pytest.approx(7.5 / 2)
-
-
-def test_textcaps(tmp_path):
-    write(tmp_path, downloads.textcaps())
-    task = the_task("textcaps", tmp_path)
-    assert [example.id for example in task.examples] == ["aa", "bb"]
-    assert task.examples[0].prompt.endswith("provided image.\nReference OCR token: STOP, 4")
-    saved = [{"image_id": "aa", "caption": THREE}, {"image_id": "bb", "caption": FOUR}]
-    assert captions_score("textcaps", tmp_path, saved) == pytest.approx(8.75)
-    assert json.loads(sent("textcaps", tmp_path, saved, split="test")) == saved[:1]
-
-
-def test_chair(tmp_path):
-    write(tmp_path, downloads.chair())
-    task = the_task("chair", tmp_path)
-    assert {example.id: example.answer for example in task.examples} == {"1": ["dog"], "2": ["cat"]}
-    assert task.examples[0].prompt == "<image>\nPlease describe this image in detail."
-    saved = lines(
-        [{"image_id": 1, "caption": "Dogs and a man."}, {"image_id": 2, "caption": "A kitten."}]
-    )
-    entry = official("chair", tmp_path, saved, "a.jsonl")["chair"]
-    assert entry["score"] == entry["details"]["CHAIRs"] == 0.5
-    assert entry["details"]["CHAIRi"] == pytest.approx(1 / 3)
-    assert (entry["details"]["lemmatiser"], entry["details"]["seed"]) == ("vocabulary", 42)
-    assert not entry["fraction"]  # lower is better
-
-
-def test_mmhal_needs_a_judge(tmp_path):
-    write(tmp_path, downloads.mmhal())
-    task = the_task("mmhal", tmp_path)
-    assert task.examples[0].images == (tmp_path / "mmhal/images/b.jpg",)
-    rows = json.loads((tmp_path / "mmhal/response_template.json").read_text())
-    texts = ("Blue.", "It is red.")
-    saved = [row | {"model_answer": text} for row, text in zip(rows, texts, strict=True)]
-    entry = official("mmhal", tmp_path, saved)["mmhal"]
-    assert (entry["score"], entry["judge"]) == (None, {"name": "none"})
-    judge = WordJudge("Wrong. Rating: 1", "Rating: 5")
-    result = rescore(
-        "mmhal", tmp_path / "predictions.json", data_root=tmp_path, limit=LIMIT, judge=judge
-    )
-    entry = result.scores["mmhal"]
-    assert entry["score"] == 0.5
-    assert entry["details"]["average_score"] == 3
-    assert entry["details"]["hallucination_rate"] == 0.5
-    assert "cup, table" in judge.prompts[0]
-    filled = json.loads(result.submissions["mmhal-responses.json"])
-    assert filled == saved
-
-
-# Benchmark and split (the default first), published number of questions, most new tokens, metric,
-# and how the first prompt ends: as LLaVA and LLaVA Steering ask, where they do.
-CAPTION = "Provide a one-sentence caption for the provided image."
-CHOOSE = "Choose an option from the choices to answer the question."
-CONTRACTS = [
-    ("vqav2", "val", 214_354, 128, "VQA accuracy", SHORT),
-    ("vqav2", "test", 447_793, 128, "VQA accuracy", SHORT),
-    ("vqav2", "test-dev", 107_394, 128, "VQA accuracy", SHORT),
-    ("okvqa", "val", 5_046, 128, "VQA accuracy", SHORT),
-    ("gqa", "testdev_balanced", 12_578, 128, "accuracy", SHORT),
-    ("vizwiz", "val", 4_319, 128, "VQA accuracy", SHORT),
-    ("vizwiz", "test", 8_000, 128, "VQA accuracy", SHORT),
-    ("vizwiz_ft", "val", 4_319, 128, "VQA accuracy", f'"Unanswerable". {SHORT}'),
-    ("textvqa", "val", 5_000, 128, "VQA accuracy", f"STOP, 4\n{SHORT}"),
-    ("textvqa_judged", "val", 5_000, 128, "accuracy", f"STOP, 4\n{SHORT}"),
-    ("scienceqa", "test", 4_241, 1024, "accuracy", LETTER),
-    ("scienceqa", "minitest", 424, 1024, "accuracy", LETTER),
-    ("scienceqa_img", "test", 2_017, 1024, "accuracy", LETTER),
-    ("scienceqa_img_ft", "test", 2_017, 1024, "accuracy", "A.salt, B.tea"),
-    ("iconqa_txt", "test", 6_316, 1024, "accuracy", CHOOSE),
-    ("iconqa_blank", "test", 3_638, 1024, "accuracy", "answer this question"),
-    ("mmmu", "validation", 900, 1024, "accuracy", f"(B) y\n\n{LETTER}"),
-    ("mmmu", "test", 10_500, 1024, "accuracy", f"(B) y\n\n{LETTER}"),
-    ("seed_bench", "test", 19_242, 128, "accuracy", LETTER),
-    ("seed_bench_rank", "test", 19_242, 128, "accuracy", "Where?"),
-    ("pope", "test", 3_000, 128, "accuracy", f"in the image?\n{SHORT}"),
-    ("mme", "test", 2_374, 128, "perception + cognition", f"Is it a cat?\n{SHORT}"),
-    ("hallusionbench", "test", 1_129, 512, "aAcc", "\nIs it equal?"),
-    ("vsr", "zeroshot_test", 1_222, 128, "accuracy", "Please answer yes or no."),
-    ("snli_ve", "test", 17_901, 128, "accuracy", SHORT),
-    ("cifar10", "test", 10_000, 16, "accuracy", SHORT),
-    ("cifar100", "test", 10_000, 16, "accuracy", SHORT),
-    ("mnist", "test", 10_000, 16, "accuracy", SHORT),
-    ("mm_vet", "test", 218, 1024, "grade", "\nWho?"),
-    ("mmhal", "test", 96, 512, "rating", "\nWhat colour is the cup?"),
-    ("coco_caption", "test", 5_000, 25, "CIDEr", CAPTION),
-    ("flickr30k", "test", 1_000, 64, "CIDEr", CAPTION),
-    ("textcaps", "val", None, 1024, "CIDEr", f"{CAPTION}\nReference OCR token: STOP, 4"),
-    ("textcaps", "test", None, 1024, "CIDEr", f"{CAPTION}\nReference OCR token: STOP, 4"),
-    ("chair", "val", 500, 512, "CHAIRs", "describe this image in detail."),
-    ("digits", "test", None, 2, "accuracy", "?"),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "questions", "tokens", "metric", "ending"),
-    CONTRACTS,
-    ids=[f"{row[0]}-{row[1]}" for row in CONTRACTS],
-)
-def test_contract(tmp_path, caplog, name, split, questions, tokens, metric, ending):
-    write(tmp_path, downloads.DOWNLOADS[name]())
-    for task in load_benchmark(name, data_root=tmp_path, limit=1, split=split):
-        assert task.max_new_tokens == tokens
-        assert task.scorer(task.examples, [""] * len(task.examples)).metric == metric
-        assert task.examples[0].prompt.endswith(ending)
-    if questions is not None:
-        # Another number is an error, or a warning where the published one is quoted from memory.
-        message = ""
-        try:
-            load_benchmark(name, data_root=tmp_path, limit=None, split=split)
-        except UserError as error:
-            message = str(error)
-        assert f"the published set {questions:,d};" in message + caplog.text
-
-
-def test_every_benchmark_has_a_contract_that_names_its_default_split():
-    defaults = {name: split for name, split, *_ in reversed(CONTRACTS)}
-    assert defaults == {
-        name: inspect.signature(benchmark_loader(name)).parameters["split"].default
-        for name in benchmark_names()
-    }
-
-
-NEEDS = {name: name for name in benchmark_names() if name != "digits"} | {
-    "vizwiz_ft": "vizwiz",
-    "scienceqa_img": "scienceqa",
-    "scienceqa_img_ft": "scienceqa",
-    "iconqa_txt": "iconqa",
-    "iconqa_blank": "iconqa",
-    "textvqa_judged": "textvqa",
-    "seed_bench_rank": "seed_bench",
-}
-
-
-@pytest.mark.parametrize("name", NEEDS)
-def test_missing_files_are_named(tmp_path, name):
-    with pytest.raises(UserError, match=f"task {NEEDS[name]} .*--data-root"):
-        load_benchmark(name, data_root=None, limit=1)
-    folder = tmp_path / NEEDS[name]
-    with pytest.raises(UserError, match=f"{folder} does not exist; task {NEEDS[name]}"):
-        load_benchmark(name, data_root=tmp_path, limit=1)
-    folder.mkdir()
-    with pytest.raises(UserError, match=rf"{folder}/\S+ (does not exist|has no )") as error:
-        load_benchmark(name, data_root=tmp_path, limit=1)
-    assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"unknown split of \w+ 'nonsense'; choose from: \w+"):
-        load_benchmark(name, data_root=tmp_path, limit=1, split="nonsense")
-
-
-def test_incomplete_downloads_are_refused_unless_a_part_is_asked_for(tmp_path, caplog):
-    write(tmp_path, downloads.okvqa())
-    with pytest.raises(UserError, match=r"okvqa val: the files hold 2 questions.*5,046"):
-        load_benchmark("okvqa", data_root=tmp_path, limit=None)
-    row = {"imagename": "a", "question": "?", "answer": "b", "capability": ["rec"]}
-    write(tmp_path, {"mm_vet/mm-vet.json": {"v1_0": row}})
-    load_benchmark("mm_vet", data_root=tmp_path, limit=None)
-    assert "mm_vet: the files hold 1 questions, the published set 218" in caplog.text
-
-
-def test_saved_predictions_that_do_not_fit_are_refused(tmp_path):
-    write(tmp_path, downloads.okvqa())
-    with pytest.raises(UserError, match=r"predictions\.json does not exist"):
-        rescore("okvqa", tmp_path / "predictions.json", data_root=tmp_path, limit=2)
-    with pytest.raises(UserError, match=r"row 0 of .* has no field 'answer'"):
-        official("okvqa", tmp_path, [{"question_id": 1}])
-    with pytest.raises(UserError, match="no prediction for any question of okvqa"):
-        official("okvqa", tmp_path, [{"question_id": 1, "answer": "x"}])
-    with pytest.raises(UserError, match=r"line 2 of .* is not JSON"):
-        official("okvqa", tmp_path, '{"question_id": 1, "answer": "x"}\n{]\n', "a.jsonl")
-
-
-def test_every_benchmark_says_where_its_files_come_from():
-    for name in benchmark_names():
-        load = benchmark_loader(name)
-        assert name == "digits" or "https://" in sys.modules[load.__module__].__doc__, name

@@ -117,6 +117,14 @@ def test_choices_are_asked_with_letters(tmp_path):
     assert entry["details"]["majority"] == 0.75
 
 
+def test_images_may_be_urls_that_hold_them_and_none_is_fetched(tmp_path):
+    urls = "data:image/png;base64,iVBORw==", "https://example.org/a.png"
+    path = write(tmp_path / "u.jsonl", *(EXACT | {"image": url} for url in urls))
+    here, away = (example.images[0] for example in load_questions(path).examples)
+    assert here == b"\x89PNG"
+    assert "question 1: image https://example.org/a.png is not fetched" in away.reason
+
+
 def test_groups_have_scores_with_intervals_by_image_and_baselines(tmp_path):
     right = [1.0, 1.0, 0.0, 0.0, 1.0]
     records = [

@@ -11,6 +11,7 @@ from moresjax.core.errors import UserError
 from moresjax.data.llava import LlavaSource
 from moresjax.data.task_names import TASK_NAMES
 from moresjax.evaluation.benchmarks import flickr30k
+from moresjax.evaluation.tasks import load_benchmark
 from moresjax.evaluation.training_files import (
     SIZES,
     build_training_file,
@@ -144,6 +145,27 @@ def test_vqav2(tmp_path):
     image = "train2014/COCO_train2014_000000000042.jpg"
     wanted = ("420", image, f"What is it? {SHORT}", "a cat")
     assert parts(build(tmp_path, "vqav2")[0]) == wanted
+
+
+ANSWERED = {
+    "multiple_choice_answer": "a cat",
+    "answers": [{"answer": "dog"}],
+    "answer_type": "other",
+    "question_type": "what",
+}
+
+
+def test_photos_of_coco_are_those_of_evaluations(tmp_path):
+    (tmp_path / "coco" / "train2014").mkdir(parents=True)
+    root, out = tmp_path / "vqav2", tmp_path / "vqav2.json"
+    write_coco(root, "v2_", **ANSWERED)
+    build_training_file("vqav2", root, out)
+    (record,) = json.loads(out.read_text())
+    assert record["image"] == "coco/train2014/COCO_train2014_000000000042.jpg"
+    (task,) = load_benchmark("vqav2", data_root=tmp_path, limit=1, split="train")
+    assert LlavaSource(str(out), str(tmp_path))[0].images == task.examples[0].images
+    with pytest.raises(UserError, match="420: its photo is in the folder `coco` beside the down"):
+        build_training_file("vqav2", root, out, image_root=root)
 
 
 def test_okvqa(tmp_path):

@@ -233,7 +233,7 @@ def test_a_connector_that_an_adapter_brings_goes_along(folder, tuned, tmp_path, 
     np.testing.assert_array_equal(back.mllm.connector.layers[0].kernel[...], kernel[...])
 
 
-def test_a_tokenizer_gets_an_image_token_where_there_is_room(tmp_path):
+def test_a_tokenizer_gets_an_image_token_and_a_row_where_there_is_none(tmp_path, caplog):
     llava().save_pretrained(tmp_path / "in")
     import_model(tmp_path / "in", tmp_path / "run")
     tokenizer(image_token=False).save_pretrained(tmp_path / "run" / "processor")
@@ -246,10 +246,18 @@ def test_a_tokenizer_gets_an_image_token_where_there_is_room(tmp_path):
     full = tokenizer(image_token=False)
     full.add_tokens(["one more"])
     full.save_pretrained(tmp_path / "run" / "processor")
-    with pytest.raises(
-        UserError, match="61 embeddings leave no place for one; use format tinyllava"
-    ):
-        export_model(tmp_path / "run", tmp_path / "again", "hf")
+    export_model(tmp_path / "run", tmp_path / "again", "hf")
+    assert "61 embeddings and none for <image>: the folder gets 62" in caplog.text
+    made = LlavaProcessor.from_pretrained(tmp_path / "again").tokenizer
+    assert made.convert_tokens_to_ids("<image>") == 61
+    whole = LlavaForConditionalGeneration.from_pretrained(tmp_path / "again")
+    for table in (whole.get_input_embeddings().weight, whole.get_output_embeddings().weight):
+        assert len(table) == 62
+        torch.testing.assert_close(table[61], table[:61].mean(0))
+    ids = [[5, 6, 7]]
+    theirs = whole(input_ids=torch.tensor(ids)).logits.detach()[..., :61]
+    ours = mj.load(tmp_path / "run").logits(input_ids=np.asarray(ids))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_a_tokenizer_without_the_image_token_is_not_a_llavas(folder, tmp_path):

@@ -411,3 +411,18 @@ def test_an_unknown_config_names_the_packaged_ones(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=f"{name} does not exist.* digits, forkme, llava_steering"):
         load_config(name)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("config.model.lm = 3\n    return config.nothing", "line 5: AttributeError: .*nothing"),
+        ("return 1 / 0", "line 4: ZeroDivisionError: division by zero"),
+        ("retrun config", "line 4: SyntaxError: invalid syntax"),
+    ],
+)
+def test_errors_in_a_config_file_are_told_with_their_line(line, message, tmp_path):
+    text = "from moresjax.runs.config import base_config\ndef get_config(arg=None):\n"
+    (tmp_path / "mine.py").write_text(f"{text}    config = base_config()\n    {line}\n")
+    with pytest.raises(UserError, match=f"config file .*mine.py, {message}"):
+        load_config(str(tmp_path / "mine.py"))

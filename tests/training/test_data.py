@@ -10,7 +10,7 @@ from run_helpers import curve
 from moresjax.core.errors import UserError
 from moresjax.runs.config import base_config
 from moresjax.runs.init_weights import trained_parameters
-from moresjax.testing.llava_files import make_images, make_records, write_list
+from moresjax.testing.llava_files import conversation, make_images, make_records, write_list
 from moresjax.testing.models import TINY_LLM, TINY_VISION
 from moresjax.training.loop import train
 
@@ -71,6 +71,21 @@ def test_a_run_of_an_epoch_shows_every_sample_once(config, tmp_path):
     saved = json.loads((tmp_path / "config.json").read_text())
     assert (saved["steps"], saved["samples"], saved["epochs"]) == (result.step, 0, 0)
     assert train(with_settings(config, **settings), tmp_path) == result  # nothing is left to do
+
+
+def test_a_run_says_at_its_start_how_many_samples_are_cut(config, tmp_path, monkeypatch, caplog):
+    talk = conversation("how many ?", "two")
+    all_rounds = (talk, [{"from": "gpt", "value": "one"}, *talk], talk * 2)
+    files = write_list(tmp_path / "cut.json", [{"conversations": made} for made in all_rounds])
+    data = {"name": "llava", "files": files, "image_root": str(tmp_path)}
+    monkeypatch.setattr("moresjax.training.loop.build_model", None)  # what is called after the data
+    with pytest.raises(TypeError):
+        train(with_settings(config, template="plain", data=data), tmp_path / "run")
+    told = [each.getMessage() for each in caplog.records if "go without" in each.getMessage()]
+    assert told == [
+        f"1 of 3 samples go without their turns {which}; `moresjax data check` lists them"
+        for which in ("before the first question", "after the first")
+    ]
 
 
 def test_a_bad_sample_ends_a_run_that_does_not_skip(config, tmp_path):

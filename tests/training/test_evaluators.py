@@ -274,7 +274,7 @@ def test_lmar_is_logged_per_layer(watched):
         (TUNED, {"validation.every": -1}, r"validation\.every must be at least 0, got -1"),
         (TUNED, {"lmar_every": -2}, "lmar_every must be at least 0, got -2"),
         (TUNED, {"validation.share": 1.0}, r"validation\.share must be .* got 1\.0"),
-        (TUNED, {"validation.share": 0.001, "data.size": 40}, "of 40 samples is 0"),
+        ("stage=llm", {"validation.share": 0.001, "data.size": 40}, "of 40 samples is 0"),
         (TUNED, {"validation.share": 0.1, "validation.data.name": "digits"}, "give one"),
         ("stage=llm", {"lmar_every": 2}, "attention to images; this run has none"),
         (

@@ -2,7 +2,7 @@
 
 Files in `okvqa/`, from https://okvqa.allenai.org/download.html:
 `OpenEnded_mscoco_val2014_questions.json` and `mscoco_val2014_annotations.json`.
-Photos in `coco/val2014/`.
+Photos in `coco/val2014/`, for training files in `coco/train2014/` or in `okvqa/train2014/`.
 """
 
 import random
@@ -24,7 +24,7 @@ from moresjax.evaluation.files import (
 from moresjax.evaluation.metrics.vqa import vqa_accuracy
 from moresjax.evaluation.scoring import example_scorer, percent_by
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
-from moresjax.evaluation.training_files import Record, llava_record, training_records
+from moresjax.evaluation.training_files import SHARED, Record, llava_record, training_records
 
 SIZE = 5_046
 
@@ -43,11 +43,15 @@ def coco_questions(folder: Path, split: str, prefix: str) -> Iterator[tuple[dict
     asked = read_json(folder, f"{prefix}OpenEnded_mscoco_{split}2014_questions.json")["questions"]
     file = f"{prefix}mscoco_{split}2014_annotations.json"
     answered = {a["question_id"]: a for a in read_json(folder, file)["annotations"]}
+    # Where evaluations find them, if they are there.
+    photos = f"{split}2014"
+    if (folder.parent / "coco" / photos).is_dir():
+        photos = f"{SHARED}{photos}"
     for question in asked:
         number = question["question_id"]
         if number not in answered:
             raise UserError(f"question {number} has no annotation in {folder / file}")
-        image = f"{split}2014/COCO_{split}2014_{question['image_id']:012d}.jpg"
+        image = f"{photos}/COCO_{split}2014_{question['image_id']:012d}.jpg"
         yield question, answered[number], image
 
 

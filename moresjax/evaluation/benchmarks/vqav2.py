@@ -3,7 +3,8 @@
 Files in `vqav2/`, from https://visualqa.org/download.html:
 `v2_OpenEnded_mscoco_val2014_questions.json` and `v2_mscoco_val2014_annotations.json`, or those of
 `train2014`; for the server `v2_OpenEnded_mscoco_test2015_questions.json` and, for test-dev, the
-file of `test-dev2015`. Photos in `coco/val2014/`, `coco/train2014/` and `coco/test2015/`.
+file of `test-dev2015`. Photos in `coco/val2014/`, `coco/train2014/` and `coco/test2015/`; training
+files also take them from `vqav2/train2014/`.
 """
 
 import json
