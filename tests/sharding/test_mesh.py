@@ -30,9 +30,9 @@ from moresjax.sharding.mesh import (
 from moresjax.testing.batches import tiny_batch
 from moresjax.testing.models import tiny_model
 from moresjax.training.loop import train
-from moresjax.training.prepare import place_optimizer
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
+from moresjax.training.prepare import place_optimizer
 from moresjax.training.step import make_train_step, split_model
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.py"
