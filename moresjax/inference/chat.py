@@ -147,7 +147,7 @@ class Chat:
         self._saved.add(file.resolve())
         return file
 
-    def ask(self, question: str, images: PromptImages = ()) -> Generator[str]:
+    def ask(self, question: str, images: PromptImages = ()) -> Generator[str, None, None]:
         """Answers piece by piece; the turn counts once the answer has been read to its end.
 
         Args:

@@ -28,7 +28,7 @@ def model(tmp_path_factory) -> Model:
     talking = talking_model("mores:positions=all")
     folders = {}
     for seed, name in enumerate(("one", "two")):
-        randomised_tuning(talking.mllm, seed, 9)
+        randomised_tuning(talking.mllm, seed, 9.0)
         folders[name] = save_adapter(talking.mllm, tmp_path_factory.mktemp(name))
     processor = dataclasses.replace(talking.processor, template=get_template("vicuna_v1"))
     model = Model(talking.mllm, processor)

@@ -1,19 +1,22 @@
 """Evaluations whose answers are drawn: reproducible, told apart, never mixed with others."""
 
+import argparse
 import json
 
 import pytest
 
+from moresjax.cli import evaluate as command
 from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.lm import MoresjaxLM
 from moresjax.evaluation.rescore import rescore
 from moresjax.evaluation.results import write_results
 from moresjax.evaluation.run import evaluate
+from moresjax.evaluation.tasks import load_benchmark
 from moresjax.generation.sampling import Sampling
 from moresjax.testing.models import talking_model
 
-HOT = Sampling(temperature=5.0, top_p=0.95, seed=5)
+HOT = Sampling(temperature=1000.0, top_p=0.95, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +25,17 @@ def model():
 
 
 def answers(model, **options) -> dict[tuple[str, str], str]:
-    found = evaluate(model, ["digits"], **{"limit": 3, "batch_size": 4, "sampling": HOT} | options)
+    options = {"tasks": ["digits"], "limit": 1, "batch_size": 4, "sampling": HOT} | options
+    found = evaluate(model, **options)
     return {(row["task"], row["id"]): row["prediction"] for row in found.predictions}
 
 
 def test_what_is_drawn_depends_on_the_seed_and_the_question_alone(model):
-    drawn = answers(model)
-    assert answers(model, limit=2).items() <= drawn.items()
-    assert answers(model, sampling=Sampling(temperature=5.0, top_p=0.95, seed=6)) != drawn
-    assert answers(model, sampling=Sampling()) != drawn
+    options = {"tasks": load_benchmark("digits", limit=6)[:1], "limit": 6}
+    drawn = answers(model, **options)
+    assert answers(model, **options | {"limit": 2}).items() <= drawn.items()
+    for other in (Sampling(), Sampling(temperature=1000.0, top_p=0.95, seed=6)):
+        assert answers(model, **options, sampling=other) != drawn
     assert len({text for (_, _), text in drawn.items()}) > len(drawn) // 2
 
 
@@ -38,16 +43,16 @@ def test_the_folder_says_how_answers_were_drawn_and_takes_no_others(model, tmp_p
     out, again = tmp_path / "out", tmp_path / "again"
     drawn = answers(model, out=out)
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    told = "temperature 5, top_p 0.95, seed 5"
+    told = "temperature 1000, top_p 0.95, seed 5"
     assert {row["decoding"] for row in rows} == {told}
     assert json.loads((out / "results.json").read_text())["decoding"] == told
-    rescored = rescore("digits", out / "predictions.jsonl", limit=3)
+    rescored = rescore("digits", out / "predictions.jsonl", limit=1)
     assert (rescored.decoding, len(rescored.predictions)) == (told, len(drawn))
     write_results(rescored, again)
     assert json.loads((again / "results.json").read_text())["decoding"] == told
     monkeypatch.setattr(MoresjaxLM, "generate_until", None)  # nothing is asked again
     assert answers(model, out=out) == drawn
-    for other in (Sampling(), Sampling(temperature=5.0, top_p=0.95, seed=6)):
+    for other in (Sampling(), Sampling(temperature=1000.0, top_p=0.95, seed=6)):
         with pytest.raises(UserError, match=f"by other decoding \\({told}, not "):
             answers(model, out=out, sampling=other)
 
@@ -72,3 +77,13 @@ def test_a_temperature_is_for_a_model(tmp_path, capsys):
     bad = ["evaluate", "--tasks", "digits", "--model", str(tmp_path), "--top-p", "0"]
     assert main([*bad, "--out", str(tmp_path / "out")]) == 2
     assert "top_p must be above 0" in capsys.readouterr().err
+
+
+def test_a_judges_folder_computes_in_the_dtype_that_was_asked_for(monkeypatch):
+    loaded = "moresjax.inference.load.load"
+    monkeypatch.setattr(loaded, lambda folder, mesh, dtype: talking_model(dtype=dtype))
+    options = {"judge_url": None, "judge_model": "runs/judge", "mesh": None}
+    judge = command._judge(argparse.Namespace(**options, dtype="bfloat16"))
+    assert (judge.name, judge.settings["dtype"]) == ("judge", "bfloat16")
+    usual = command._judge(argparse.Namespace(**options, dtype="float32"))
+    assert "dtype" not in usual.settings  # as cached replies of earlier versions have it
