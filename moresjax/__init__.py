@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moresjax.reports.report import report
     from moresjax.runs.config import load_config
     from moresjax.training.loop import train
+    from moresjax.training.many import train_many
 
 # The module of every public name; an empty name stands for the module itself.
 _PLACES = {
@@ -46,6 +47,7 @@ _PLACES = {
     "load_config": ("moresjax.runs.config", "load_config"),
     "report": ("moresjax.reports.report", "report"),
     "train": ("moresjax.training.loop", "train"),
+    "train_many": ("moresjax.training.many", "train_many"),
 }
 
 __all__ = [
@@ -64,6 +66,7 @@ __all__ = [
     "load_config",
     "report",
     "train",
+    "train_many",
 ]
 
 

@@ -21,6 +21,7 @@ from moresjax.cli import (
     plan,
     recipes,
     report,
+    sweep,
     train,
     zoo,
 )
@@ -32,6 +33,7 @@ from moresjax.hardware.host import use_huge_pages
 COMMANDS = (
     demo,
     train,
+    sweep,
     evaluate,
     compare,
     generate,

@@ -7,7 +7,6 @@ constant (Liang & Zeger 1986; Cameron & Miller 2015). Where no image is shared i
 `s^2 / n`.
 """
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -16,9 +15,6 @@ from scipy.special import stdtrit
 
 from moresjax.data.images import image_keys
 from moresjax.evaluation.examples import Example
-
-# Independent draws that the interval of a difference needs; fewer may agree by chance.
-LEAST_CLUSTERS = 10
 
 
 def image_clusters(examples: Sequence[Example]) -> list[int]:
@@ -89,50 +85,3 @@ def interval(
     width = float(stdtrit(degrees, 0.975)) * stderr
     low, high = mean - width, mean + width
     return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The mean difference of two models' values for the same questions.
-
-    Attributes:
-      mean: The mean of the first model's values less the second's.
-      low: Where its 95% confidence interval begins.
-      high: Where it ends.
-      n: The number of questions.
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
-
-
-def paired_difference(
-    first: Sequence[float], second: Sequence[float], clusters: Sequence[Hashable]
-) -> Difference | None:
-    """The mean of paired differences with its interval; None for too few independent questions.
-
-    >>> paired_difference([1.0, 1.0, 0.0, 1.0] * 5, [0.0, 1.0, 0.0, 1.0] * 5, range(20)).is_shown
-    True
-    >>> paired_difference([1.0] * 4, [0.0] * 4, range(4)) is None
-    True
-
-    Args:
-      first: A value of the first model for every question.
-      second: The values of the second model for the same questions.
-      clusters: For every question the name of its cluster.
-    """
-    count = len(set(clusters))
-    if count < LEAST_CLUSTERS:
-        return None
-    differences = [one - other for one, other in zip(first, second, strict=True)]
-    mean = math.fsum(differences) / len(differences)
-    error = clustered_stderr(differences, clusters)
-    assert error is not None  # there are several clusters
-    return Difference(mean, *interval(mean, error, count), len(differences))

@@ -30,7 +30,10 @@ def attention_probabilities(
     batch, heads, queries, dim = q.shape
     # Query heads of one key head are stacked along the queries: everything stays four-dimensional.
     grouped = q.reshape(batch, k.shape[1], -1, dim)
-    logits = jnp.matmul(grouped, k.swapaxes(-1, -2)).astype(jnp.float32) * dim**-0.5
+    # Products of queries and keys exceed what float16 can hold.
+    wide = jnp.float32 if q.dtype == jnp.float16 else None
+    logits = jnp.matmul(grouped, k.swapaxes(-1, -2), preferred_element_type=wide)
+    logits = logits.astype(jnp.float32) * dim**-0.5
     logits = soft_cap(logits, softcap)
     logits = logits.reshape(batch, heads, queries, -1)
     return _softmax(logits, None if mask is None else mask[:, None])

@@ -218,7 +218,9 @@ def share_against_size(
     for name, (size, value) in points.items():
         style = own[name]
         color, marker = style.colour, style.marker
-        axis.scatter(size, value, s=44, zorder=3, color=color, marker=marker, label=name)
+        axis.scatter(
+            size, value, s=44, zorder=3, alpha=0.85, color=color, marker=marker, label=name
+        )
         if name in outside and np.isfinite(value):
             _at_border(axis, size, value, (low, high), style)
     axis.set_xscale("symlog", linthresh=100)
@@ -340,10 +342,11 @@ def accuracy_bars(
     """
     families = list(baseline)
     figure, axis = plt.subplots(figsize=(1.35 * len(families) + 1, 3.4))
-    width = 0.85 / len(accuracy)
+    width, own = 0.85 / len(accuracy), styles(accuracy)
     for number, (method, scores) in enumerate(accuracy.items()):
         x = np.arange(len(families)) + (number - (len(accuracy) - 1) / 2) * width
-        axis.bar(x, [scores[f] for f in families], width=width, label=method)
+        heights, colour = [scores[f] for f in families], own[method].colour
+        axis.bar(x, heights, width=width, label=method, color=colour)
     for number, family in enumerate(families):
         label = "majority" if number == 0 else None
         axis.plot(

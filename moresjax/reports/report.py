@@ -13,13 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from moresjax.evaluation.compare import LEVEL
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.statistics import (
-    LEAST_CLUSTERS,
-    Difference,
-    image_clusters,
-    paired_difference,
-)
+from moresjax.evaluation.paired import bootstrap_interval, holm, sign_flip
+from moresjax.evaluation.statistics import image_clusters
 from moresjax.reports import plots
 from moresjax.reports.html import figure_uri, render
 from moresjax.reports.runs import CURVES, AskedQuestion, ReportedRun, gather
@@ -198,9 +195,34 @@ def warnings(runs: Sequence[ReportedRun]) -> list[str]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A run's values less the first run's, over the questions that both answered.
+
+    Attributes:
+      mean: The mean difference.
+      low: Where its 95% interval begins, from drawing images again.
+      high: Where it ends.
+      n: The number of questions.
+      p: The p-value of no difference, from sign flips of images.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    p: float
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the interval excludes zero, and so does the test."""
+        return (self.low > 0 or self.high < 0) and self.p < LEVEL
+
+
 def findings(runs: Sequence[ReportedRun]) -> list[str]:
-    """How every run differs from the first one, as far as paired intervals tell."""
+    """How every run differs from the first one, as far as paired intervals and tests tell."""
     reference, *others = runs
+    made: list[tuple[str, str, float, Difference]] = []
     found = []
     for measure, of, unit in (
         ("accuracy", lambda asked: asked.score, 100),
@@ -210,14 +232,17 @@ def findings(runs: Sequence[ReportedRun]) -> list[str]:
         for run in others:
             difference = _difference(run, reference, of)
             if isinstance(difference, Difference):
-                names = run.name, reference.name
-                found.append(difference_sentence(*names, measure, difference, unit))
+                made.append((run.name, measure, unit, difference))
             elif difference:
                 reasons.setdefault(difference, []).append(run.name)
         for reason, names in reasons.items():
             pair = f"{', '.join(names)} and {reference.name}"
             found.append(f"The {measure} of {pair} is not compared: {reason}.")
-    return found
+    corrected = holm([one.p for *_, one in made])
+    return [
+        difference_sentence(name, reference.name, measure, dataclasses.replace(one, p=p), unit)
+        for (name, measure, unit, one), p in zip(made, corrected, strict=True)
+    ] + found
 
 
 def _difference(
@@ -227,34 +252,33 @@ def _difference(
 
     The reason is empty where one of them has no such values.
     """
-    answers = {key: (own, reference.answers.get(key)) for key, own in run.answers.items()}
+    answers = [(own, reference.answers.get(key)) for key, own in run.answers.items()]
     pairs = [
-        (one, other, own.images or theirs.images)
-        for own, theirs in answers.values()
+        (one - other, own.images or theirs.images)
+        for own, theirs in answers
         if theirs is not None and (one := of(own)) is not None and (other := of(theirs)) is not None
     ]
     if not pairs:
         return ""
-    first, second, images = zip(*pairs, strict=True)
+    differences, images = zip(*pairs, strict=True)
     if None in images:
         return "the predictions do not say which questions share images; evaluate again"
     clusters = image_clusters([Example(str(n), "", images=x) for n, x in enumerate(images)])
-    difference = paired_difference(first, second, clusters)
-    if difference is None:
-        return (
-            f"{len(pairs)} common questions about {len(set(clusters))} different images are fewer "
-            f"than {LEAST_CLUSTERS}"
-        )
-    return difference
+    bounds = bootstrap_interval(differences, clusters)
+    if bounds is None:
+        return "all common questions are about one image"
+    p = sign_flip(differences, clusters)
+    return Difference(float(np.mean(differences)), *bounds, len(differences), p)
 
 
 def difference_sentence(
     first: str, second: str, measure: str, difference: Difference, unit: float = 1
 ) -> str:
-    """What an interval says of two runs.
+    """What an interval and a test say of two runs.
 
-    >>> difference_sentence("a", "b", "accuracy", Difference(0.05, -0.01, 0.11, 80), 100)
-    'No difference in accuracy could be shown between a and b: +5.0 points, 95% interval -1.0 to +11.0, n = 80.'
+    >>> difference = Difference(mean=0.5, low=-0.125, high=1, n=8, p=0.25)
+    >>> difference_sentence("a", "b", "share", difference)[:49]
+    'No difference in share could be shown between a a'
 
     Args:
       first: The name of the first run.
@@ -262,12 +286,14 @@ def difference_sentence(
       measure: What was measured.
       difference: The first run's mean less the second's.
       unit: 100 for points of accuracy, 1 for shares.
-    """  # noqa: E501
+    """
     digits, of = (1, " points") if unit == 100 else (3, "")
     mean, low, high = (
         f"{unit * x:+.{digits}f}" for x in (difference.mean, difference.low, difference.high)
     )
-    numbers = f"{mean}{of}, 95% interval {low} to {high}, n = {difference.n}"
+    numbers = (
+        f"{mean}{of}, 95% interval {low} to {high}, n = {difference.n}, p = {difference.p:.2g}"
+    )
     if not difference.is_shown:
         return f"No difference in {measure} could be shown between {first} and {second}: {numbers}."
     side = "higher" if difference.mean > 0 else "lower"

@@ -7,6 +7,7 @@ array; one that does not come back with the same bytes counts as damaged.
 
 import json
 import logging
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from moresjax.runs.state import TrainState
 
 logger = logging.getLogger(__name__)
 Arrays = dict[str, jax.Array]
+# Orbax numbers its operations by a counter of the process: one thread at a time.
+_orbax = threading.RLock()
 # A step, its arrays by item and name, and what was saved beside them.
 Restored = tuple[int, dict[str, Arrays], dict[str, Any]]
 
@@ -62,9 +65,10 @@ class Checkpoints:
             "params": ocp.PyTreeCheckpointHandler(use_compression=False),
             "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
         }
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers
-        )
+        with _orbax:
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=handlers
+            )
 
     @property
     def steps(self) -> list[int]:
@@ -73,6 +77,8 @@ class Checkpoints:
 
     def save(self, state: TrainState, data: Mapping) -> None:
         """Saves in the background; a later save or `close` waits for it.
+
+        Outside of the main thread, where other runs may want to save, it waits itself.
 
         Args:
           state: what trains.
@@ -84,7 +90,10 @@ class Checkpoints:
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if tree}
         saved = {"data": data, "checksums": checksums, "identity": dict(self.identity)}
         meta = ocp.args.JsonSave(saved)
-        self._manager.save(int(state.step), args=ocp.args.Composite(meta=meta, **items))
+        with _orbax:
+            self._manager.save(int(state.step), args=ocp.args.Composite(meta=meta, **items))
+            if threading.current_thread() is not threading.main_thread():
+                self._manager.wait_until_finished()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """The newest intact checkpoint: state and data position; None when there is none at all.
@@ -125,7 +134,8 @@ class Checkpoints:
         """The newest checkpoint that is intact; None when there is none at all."""
         for step in reversed(self.steps):
             try:
-                return self._read(step, abstract)
+                with _orbax:
+                    return self._read(step, abstract)
             except Exception as error:  # Orbax raises many kinds for broken files
                 reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 logger.warning("checkpoint %d is damaged and is passed over: %s", step, reason)
@@ -178,8 +188,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for a running save."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _orbax:
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def saved_identity(directory: str | Path) -> tuple[int, dict[str, Any]]:

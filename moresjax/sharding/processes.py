@@ -66,6 +66,15 @@ class PreemptionHandler:
             raise KeyboardInterrupt
         self._asked = True
 
+    def ask(self) -> None:
+        """Asks the process to end, as a signal does."""
+        self._asked = True
+
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked to end."""
+        return self._asked
+
     def at(self, step: int) -> bool:
         """Whether to stop after this step; the same in all processes."""
         return self._asked if self._alone else multihost_utils.reached_preemption_sync_point(step)

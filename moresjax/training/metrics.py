@@ -84,8 +84,10 @@ class ProgressBar:
     or when any step ends and the line before is `SILENT_SECONDS` old, and at the end.
     """
 
-    def __init__(self, total: int, done: int, title: str, *, active: bool = True) -> None:
-        self._terminal = sys.stderr.isatty() and active
+    def __init__(
+        self, total: int, done: int, title: str, *, active: bool = True, bar: bool = True
+    ) -> None:
+        self._terminal = sys.stderr.isatty() and active and bar
         self._title, self._total, self._active = title, total, active
         self._bar = tqdm(total=total, initial=done, desc=title, disable=not self._terminal)
         self._start, self._first = time.monotonic(), done

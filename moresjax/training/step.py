@@ -21,6 +21,7 @@ from moresjax.runs.run_config import RunConfig
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import use_mesh
 from moresjax.training.objectives import Loss, get_objective
+from moresjax.training.optimizer import Hyperparameters, optimizer_of
 
 
 def split_model(
@@ -76,14 +77,14 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     mesh: Mesh | None = None,
-    seed: int = 0,
+    seed: int | PRNGKeyArray = 0,
     microbatches: int = 1,
 ) -> Callable:
     """`step(state, frozen, batch) -> (state, metrics)`, to be jitted with `state` donated.
 
     Gradients and label counts are summed over `microbatches` slices of the batch and divided once,
     so the loss is the mean over labels however the batch is cut or sharded. On a `mesh` activations
-    are split by rows.
+    are split by rows. `seed` is of dropout, as a number or as the key made of it.
     """
 
     def loss_sum(
@@ -115,7 +116,8 @@ def make_train_step(
         return jax.lax.scan(add, zeros, jnp.arange(microbatches))[0]
 
     def step(state: TrainState, frozen: nnx.State, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        own = jax.random.key(seed) if isinstance(seed, int) else seed
+        key = jax.random.fold_in(own, state.step)
         compute = gradients if microbatches == 1 else accumulated
         grads, loss = compute(state.trainable, frozen, batch, key)
         weight = jnp.maximum(loss.weight, 1.0)
@@ -165,5 +167,41 @@ def jitted_step(
         seed=config.seed,
         microbatches=config.microbatches,
     )
+    return compiled_step(step, state, donate=0)
+
+
+def compiled_step(
+    step: Callable[..., Any], state: TrainState, *, donate: int
+) -> Callable[..., Any]:
+    """A step, jitted: it takes over the memory of one argument and leaves a state where one is.
+
+    Args:
+      step: A function that returns a new state and metrics.
+      state: Arrays or their shapes, for their shardings.
+      donate: The number of the argument that is the old state.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=donate, out_shardings=(shardings, None))
+
+
+def shared_step(config: RunConfig, graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
+    """A train step for all runs that differ in their `Hyperparameters`, data and weights only.
+
+    `(numbers, state, frozen, batch) -> (state, metrics)`, to be jitted with `state` donated.
+
+    Args:
+      config: The configuration of one of the runs.
+      graphdef: Definition of their model.
+      mesh: The devices.
+    """
+    objective, microbatches = get_objective(config.objective), config.microbatches
+
+    def step(
+        numbers: Hyperparameters, state: TrainState, frozen: nnx.State, batch: Any
+    ) -> tuple[TrainState, dict[str, Any]]:
+        optimizer, schedule = optimizer_of(numbers, config.optimizer, state.trainable)
+        options = {"mesh": mesh, "seed": numbers.key, "microbatches": microbatches}
+        own = make_train_step(graphdef, objective, optimizer, schedule, **options)
+        return own(state, frozen, batch)
+
+    return step

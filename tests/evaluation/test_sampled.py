@@ -1,9 +1,11 @@
 """Evaluations whose answers are drawn: reproducible, told apart, never mixed with others."""
 
+import argparse
 import json
 
 import pytest
 
+from moresjax.cli import evaluate as command
 from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.lm import MoresjaxLM
@@ -75,3 +77,13 @@ def test_a_temperature_is_for_a_model(tmp_path, capsys):
     bad = ["evaluate", "--tasks", "digits", "--model", str(tmp_path), "--top-p", "0"]
     assert main([*bad, "--out", str(tmp_path / "out")]) == 2
     assert "top_p must be above 0" in capsys.readouterr().err
+
+
+def test_a_judges_folder_computes_in_the_dtype_that_was_asked_for(monkeypatch):
+    loaded = "moresjax.inference.load.load"
+    monkeypatch.setattr(loaded, lambda folder, mesh, dtype: talking_model(dtype=dtype))
+    options = {"judge_url": None, "judge_model": "runs/judge", "mesh": None}
+    judge = command._judge(argparse.Namespace(**options, dtype="bfloat16"))
+    assert (judge.name, judge.settings["dtype"]) == ("judge", "bfloat16")
+    usual = command._judge(argparse.Namespace(**options, dtype="float32"))
+    assert "dtype" not in usual.settings  # as cached replies of earlier versions have it

@@ -1,5 +1,6 @@
 """Plans for TPU slices: what is compiled is the train step, sharded as the mesh rules say."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from cuts import CUT_LLM, CUT_VISION, cut
 
 from moresjax.core.errors import UserError
+from moresjax.core.layout import RowStructure
 from moresjax.hardware.chips import GIB, find_slice
 from moresjax.models.count import count_parameters
 from moresjax.plans.program import Plan, _needed, describe
@@ -86,6 +88,16 @@ def test_what_a_chip_holds_is_its_share_of_the_parameters(steered):
     share = 2 * (2 * per_layer + tables) / 8
     batch = 2 * 4 * (6 * 128 + 56 * 56 * 3)
     assert share + batch < steered.memory.arguments < 2.5 * (share + batch)
+
+
+@pytest.mark.parametrize(
+    ("turns", "structure"), [("dialogue", RowStructure.SINGLE), ("independent", RowStructure.ANY)]
+)
+def test_rows_with_independent_questions_are_planned_as_such(turns, structure):
+    config = cut("none")  # a source of files that need not be there
+    config = dataclasses.replace(config, data={"name": "llava", "files": "a.json", "turns": turns})
+    mesh = make_mesh(devices=jax.devices()[:1])
+    assert abstract_step(config, mesh)[2].structure == structure
 
 
 def test_objectives_without_a_language_model_have_no_plan():

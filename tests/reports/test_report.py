@@ -12,8 +12,8 @@ import moresjax as mj
 from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.examples import Example
+from moresjax.evaluation.paired import bootstrap_interval
 from moresjax.evaluation.run import evaluate
-from moresjax.evaluation.statistics import paired_difference
 from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.reports import plots
 from moresjax.reports.report import findings
@@ -100,7 +100,7 @@ def test_the_page_has_every_number_of_its_sources(evaluated, tmp_path):
         assert missing in text
     assert text.count("The accuracy of two is higher than that of first: +75.0 points") == 1
     shares = "No difference in share of attention on the image could be shown between two and first"
-    assert f"{shares}: +0.000, 95% interval +0.000 to +0.000, n = 12." in text
+    assert f"{shares}: +0.000, 95% interval +0.000 to +0.000, n = 12, p = 1." in text
     assert "trained parameters" in text
 
 
@@ -187,21 +187,20 @@ def test_findings_follow_from_paired_intervals():
         for name, values in (("base", base), ("better", better), ("other", other))
     ]
     first, second = findings(runs)
-    difference = paired_difference(list(better), list(base), range(200))
-    assert difference is not None
-    assert difference.low > 0
-    assert first.startswith(
-        f"The accuracy of better is higher than that of base: {100 * difference.mean:+.1f}"
-    )
+    low, high = bootstrap_interval(list(better - base), range(200)) or (0, 0)
+    assert low > 0
+    mean = 100 * np.mean(better - base)
+    told = f"{mean:+.1f} points, 95% interval {100 * low:+.1f} to {100 * high:+.1f}, n = 200"
+    assert first.startswith(f"The accuracy of better is higher than that of base: {told}")
     assert second.startswith("No difference in accuracy could be shown between other and base")
-    # The same answers about nine images tell too little, whatever they are.
+    # The same difference in every question about three images may be chance.
     few = [
-        ReportedRun(name, Path(name), answers=asked(list(values), np.arange(200) % 9))
+        ReportedRun(name, Path(name), answers=asked(list(values), np.arange(200) % 3))
         for name, values in (("base", base), ("better", base + 1))
     ]
     assert findings(few) == [
-        "The accuracy of better and base is not compared: 200 common questions about 9 different "
-        "images are fewer than 10."
+        "No difference in accuracy could be shown between better and base: +100.0 points, 95% "
+        "interval +100.0 to +100.0, n = 200, p = 0.25."
     ]
     few[0].answers = {key: AskedQuestion(0.0, None, None) for key in few[0].answers}
     few[1].answers = dict(few[0].answers)

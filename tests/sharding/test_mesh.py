@@ -29,9 +29,10 @@ from moresjax.sharding.mesh import (
 )
 from moresjax.testing.batches import tiny_batch
 from moresjax.testing.models import tiny_model
-from moresjax.training.loop import _place_optimizer, train
+from moresjax.training.loop import train
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
+from moresjax.training.prepare import place_optimizer
 from moresjax.training.step import make_train_step, split_model
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.py"
@@ -62,7 +63,7 @@ def start(case: str, mesh):
     optimizer, schedule = make_optimizer(config, STEPS, trainable)
     trainable, frozen = shard_params(trainable, mesh), shard_params(frozen, mesh)
     zero = jax.device_put(jnp.zeros((), jnp.int32), replicated(mesh))
-    state = TrainState(zero, trainable, _place_optimizer(optimizer, trainable, mesh))
+    state = TrainState(zero, trainable, place_optimizer(optimizer, trainable, mesh))
     step = make_train_step(graphdef, next_token, optimizer, schedule)
     places = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))

@@ -78,7 +78,9 @@ def test_a_run_says_at_its_start_how_many_samples_are_cut(config, tmp_path, monk
     all_rounds = (talk, [{"from": "gpt", "value": "one"}, *talk], talk * 2)
     files = write_list(tmp_path / "cut.json", [{"conversations": made} for made in all_rounds])
     data = {"name": "llava", "files": files, "image_root": str(tmp_path)}
-    monkeypatch.setattr("moresjax.training.loop.build_model", None)  # what is called after the data
+    monkeypatch.setattr(
+        "moresjax.training.prepare.build_model", None
+    )  # what is called after the data
     with pytest.raises(TypeError):
         train(with_settings(config, template="plain", data=data), tmp_path / "run")
     told = [each.getMessage() for each in caplog.records if "go without" in each.getMessage()]
@@ -106,7 +108,7 @@ def test_a_bad_sample_ends_a_run_that_does_not_skip(config, tmp_path):
 def test_settings_of_the_data_are_checked_before_the_model_is_built(
     config, tmp_path, monkeypatch, settings, message
 ):
-    monkeypatch.setattr("moresjax.training.loop.build_model", None)
+    monkeypatch.setattr("moresjax.training.prepare.build_model", None)
     with pytest.raises(UserError, match=message):
         train(with_settings(config, **settings), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -39,7 +39,7 @@ from moresjax.runs.checkpoint import Checkpoints, named
 from moresjax.runs.config import read_config
 from moresjax.runs.init_weights import trained_parameters
 from moresjax.runs.workdir import load_workdir
-from moresjax.training import loop
+from moresjax.training import prepare
 from moresjax.training.loop import train
 from moresjax.training.metrics import MetricWriter
 from moresjax.training.objectives import OBJECTIVES, next_token
@@ -175,7 +175,9 @@ def test_a_run_recovers_from_a_damaged_last_checkpoint(finished, tmp_path):
 
 def test_a_finished_run_is_not_repeated(finished, monkeypatch):
     before = contents(finished)
-    monkeypatch.setattr(loop, "build_model", lambda *_, **__: pytest.fail("it was started again"))
+    monkeypatch.setattr(
+        prepare, "build_model", lambda *_, **__: pytest.fail("it was started again")
+    )
     result = train(head_config(), finished)
     assert result.step == 4
     assert result.metrics["loss"] == logged(finished)[-1]["loss"]

@@ -3,12 +3,14 @@
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     Gemma3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -17,11 +19,14 @@ from transformers import (
 )
 
 from moresjax.core.errors import UserError
+from moresjax.core.parameter_names import matches, named_parameters
 from moresjax.generation.engine import Engine
 from moresjax.generation.hf_inputs import hf_batch
+from moresjax.inference.model import Model
 from moresjax.testing.hf_adapters import IMAGE_ID, TEXT, VOCAB, AdaptedModel, adapted_llava
-from moresjax.testing.hf_llms import gemma3
+from moresjax.testing.hf_llms import FAMILIES, gemma3, oracle_of, padded, text_rows
 from moresjax.tuning.methods.vera import VeRA
+from moresjax.weights.hf import load_pretrained
 from moresjax.weights.peft import export_peft, import_peft
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -96,6 +101,42 @@ def test_all_norms_of_gemma_3_in_both_directions(tmp_path):
     base = AdaptedModel(Gemma3ForCausalLM, gemma3(vocab_size=VOCAB, pad_token_id=0))
     config = peft.LNTuningConfig(target_modules=r".*norm")
     check_both_directions(base, config, "ln:targets=all;k_norm;q_norm", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "count"),
+    [("gemma 2", "ln", 5), ("gemma 3", "ln", 5), ("gemma 3", "ln:targets=all;k_norm;q_norm", 7)],
+)
+def test_norms_that_trained_on_a_bf16_folder_go_out_and_come_back(name, spec, count, tmp_path):
+    """Scales of Gemma are added to one; trained ones are fp32 beside weights in bf16."""
+    oracle_of(FAMILIES[name]).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = load_pretrained(tmp_path / "base", spec)
+    trains = [pattern for _, method in model.tuning.methods for pattern in method.trains]
+    rng, rows = np.random.default_rng(0), padded(text_rows(9, 5), left=True)
+    named = named_parameters(model).items()
+    scales = [x for path, x in named if any(matches(path, pattern) for pattern in trains)]
+    assert len(scales) == count
+    for scale in scales:
+        moved = np.asarray(scale.get_value(), np.float32)
+        scale.set_value(jnp.asarray(moved + 0.2 * rng.standard_normal(moved.shape, np.float32)))
+    ids, mask = rows
+
+    def logits(model):
+        return np.asarray(Model(model, None).logits(input_ids=ids, attention_mask=mask))[mask > 0]
+
+    expected = logits(model)
+    assert np.abs(expected - logits(load_pretrained(tmp_path / "base"))).max() > 1
+    export_peft(model, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32, attn_implementation="eager"
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        out = theirs(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+    np.testing.assert_allclose(out.numpy()[mask > 0], expected, atol=1e-5)
+    again = load_pretrained(tmp_path / "base")
+    import_peft(tmp_path / "adapter", again)
+    np.testing.assert_array_equal(logits(again), expected)
 
 
 def test_saved_embeddings_of_a_model_that_ties_its_head(tmp_path):

@@ -1,0 +1,97 @@
+"""Several runs at once: each equals its run alone, shares its program, and ends alone."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from run_helpers import HEAD, TEXT_ONLY, config_of, logged
+
+from moresjax.core.errors import UserError
+from moresjax.runs.checkpoint import named
+from moresjax.runs.init_weights import trained_parameters
+from moresjax.training import many
+from moresjax.training.loop import train
+from moresjax.training.many import train_many
+
+# Dropout needs each run's own key; the frozen weights of another seed are others.
+TUNED = TEXT_ONLY | {"tuning": "lora:rank=2,dropout=0.3,targets=q", "also_train": "llm.head"}
+RUNS = {
+    "seed and rates": {"seed": 1, "optimizer.lr": 1e-2, "optimizer.schedule": "linear"},
+    "decay and clip": {"optimizer.weight_decay": 0.1, "optimizer.clip": 0.0, "steps": 40},
+}
+
+
+def tuned(**changes):
+    return config_of("stage=llm", TUNED | {"steps": 50, "log_every": 25} | changes)
+
+
+def head(**changes):
+    return config_of("stage=llm", HEAD | changes)
+
+
+def compilations(caplog) -> int:
+    texts = [record.getMessage() for record in caplog.records]
+    return sum(text.startswith("Finished XLA compilation of jit(step)") for text in texts)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Directories of runs that trained at once, by name."""
+    folder = tmp_path_factory.mktemp("together")
+    places = {name: folder / name for name in RUNS}
+    outcomes = train_many({places[name]: tuned(**RUNS[name]) for name in RUNS})
+    assert [outcome.state for outcome in outcomes.values()] == ["done"] * len(RUNS)
+    return places
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_among_others_equals_the_run_alone(name, together, tmp_path):
+    train(tuned(**RUNS[name]), tmp_path)
+    found, wanted = trained_parameters(together[name]), trained_parameters(tmp_path)
+    assert set(found) == set(wanted)
+    for key, x in wanted.items():
+        limit = 1e-6 * np.abs(x).max()
+        np.testing.assert_allclose(found[key], x, rtol=0, atol=limit, err_msg=key)
+    for one, other in zip(logged(together[name]), logged(tmp_path), strict=True):
+        assert one["lr"] == pytest.approx(other["lr"], rel=1e-6)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_runs_of_a_shape_compile_one_step(tmp_path, caplog):
+    runs = {
+        tmp_path / str(seed): head(seed=seed, **{"optimizer.lr": 1e-3 + seed}) for seed in (0, 1)
+    }
+    with caplog.at_level(logging.DEBUG), jax.log_compiles():
+        train_many(runs)
+    assert compilations(caplog) == 1
+
+
+def test_runs_that_no_program_fits_together_have_one_each(tmp_path, caplog):
+    runs = {tmp_path / "one": head(steps=1), tmp_path / "two": head(steps=2, batch_size=16)}
+    with caplog.at_level(logging.DEBUG), jax.log_compiles():
+        outcomes = train_many(runs)
+    assert [outcome.state for outcome in outcomes.values()] == ["done", "done"]
+    assert compilations(caplog) == 2
+
+
+def test_equal_frozen_weights_are_held_once():
+    shared = many._Shared()
+
+    def frozen(seed: int) -> dict[str, jax.Array]:
+        values = {"same": jnp.ones(3), "own": jnp.full(3, seed)}
+        state = nnx.State({name: nnx.Param(x) for name, x in values.items()})
+        return named(shared._known(state))
+
+    one, other = frozen(0), frozen(1)
+    assert other["same"] is one["same"]
+    assert other["own"].tolist() == [1, 1, 1]
+
+
+def test_a_mistake_is_told_before_anything_is_written(tmp_path):
+    runs = {tmp_path / "runs" / "good": head(), tmp_path / "runs" / "bad": head(batch_size=12)}
+    with pytest.raises(UserError, match="batch_size 12"):
+        train_many(runs)
+    assert not (tmp_path / "runs").exists()
