@@ -14,7 +14,7 @@ from it, all but the first in LLaVA's format:
 | `tokenizer/` | a tokenizer, such as `moresjax data tokenizer` makes | all |
 | `text.json` | conversations without images | `llm` |
 | `captions.json` | images, each with a caption as its answer | `vision`, `connector` |
-| `train.json` | questions and answers about images | `tune` |
+| `train.json` | questions and answers about images, each asked by itself | `tune` |
 | `validation.json` | the same, only measured; may be missing | `tune` |
 """
 
@@ -82,9 +82,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config
 
 
-def _files(args: ConfigDict, name: str) -> dict[str, str]:
+def _files(args: ConfigDict, name: str, **options: str) -> dict[str, str]:
     """The samples of a file."""
-    return {"name": "llava", "files": str(Path(args.data, name)), "image_root": args.data}
+    path = Path(args.data, name)
+    return {"name": "llava", "files": str(path), "image_root": args.data, **options}
 
 
 def _llm(config: ConfigDict, args: ConfigDict) -> None:
@@ -102,7 +103,7 @@ def _vision(config: ConfigDict, args: ConfigDict) -> None:
     config.also_train = ("vision", "llm", "vision_head", "text_head", "log_temperature", "bias")
     config.template = CAPTIONS
     config.data = _files(args, "captions.json")
-    config.batch_size, config.max_seq_len, config.steps = 64, CAPTION_LENGTH, 600
+    config.batch_size, config.max_seq_len, config.steps = 64, CAPTION_LENGTH, 800
     config.optimizer.lr = 2e-3
 
 
@@ -118,10 +119,10 @@ def _tune(config: ConfigDict, args: ConfigDict) -> None:
     config.init.update({"llm": "../llm", "vision": "../vision", "connector": "../connector"})
     config.template = TEMPLATE
     config.tuning = args.tuning
-    config.data = _files(args, "train.json")
+    config.data = _files(args, "train.json", turns="independent")
     if Path(args.data, "validation.json").is_file():
-        config.validation.data = _files(args, "validation.json")
+        config.validation.data = _files(args, "validation.json", turns="independent")
+        config.validation.every = 100
     config.steps = 300
-    config.validation.every = 0
     config.optimizer.lr = LEARNING_RATES.get(args.tuning.split(":")[0], OTHER_LR)
     config.optimizer.lr_by_component = f"connector={CONNECTOR_LR}"

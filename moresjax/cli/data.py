@@ -42,7 +42,11 @@ def add_parser(commands: Commands) -> None:
         help="conversation template of --tokenizer (default: %(default)s)",
     )
     check.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes; default: one per core"
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes; default: one per core at most",
     )
 
     help = "show samples as the model is given them: tokens, labels, edits, images"
@@ -165,7 +169,7 @@ def _report_lines(report: "DataReport", tokens: bool = True) -> list[str]:
     return [
         counts,
         *([f"labels: {labels}"] if labels else []),
-        *(f"  {first:6d}+ tokens  {count:10,d}" for first, count in bins),
+        *(f"  {first:6d}+ tokens  {count:10,d}" for first, count in bins if count),
         *(f"useful tokens with {name}: {share:.1%}" for name, share in useful.items()),
         f"too long: {len(report.too_long)}; bad: {len(report.bad)}; cut: {len(report.cut)}",
         *(f"  without {kind}: {count}" for kind, count in report.cut_kinds.items()),

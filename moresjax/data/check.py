@@ -21,6 +21,7 @@ from moresjax.data.samples import EARLY_TURNS, LATER_TURNS, Sample
 from moresjax.data.sources import Source
 
 CHUNK = 64  # samples that a worker takes at once
+STARTING = 40  # chunks that are read while a worker starts
 BINS = 16
 
 
@@ -105,15 +106,16 @@ def check_data(
         without one no tokens are counted.
       max_seq_len: The number of tokens that a row holds; None for any number.
       images_per_row: The number of images that a row holds; None for any number.
-      num_workers: The number of processes; 0: one per core. One worker is this process.
+      num_workers: The number of processes; 0: one per core, fewer for few samples. One worker is
+        this process.
       decode: Whether images are decoded, which takes most of the time; else they are not opened.
       progress: Whether to show a progress bar.
 
     Raises:
       UserError: The processor cannot be built.
     """
-    num_workers = num_workers or os.cpu_count() or 1
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
+    num_workers = num_workers or min(os.cpu_count() or 1, -(-len(chunks) // STARTING))
     processor = (
         make_processor and make_processor()
     )  # here as well: a mistake is told before workers start

@@ -94,6 +94,11 @@ def test_workers_find_the_same(checked):
     assert check(config, source, num_workers=2) == report
 
 
+def test_few_samples_start_no_process(checked, monkeypatch):
+    monkeypatch.setattr("moresjax.data.check._in_parallel", None)  # which cannot be called
+    assert check(*checked[:2], num_workers=0) == checked[2]
+
+
 def test_images_need_not_be_opened(checked):
     assert list(check(*checked[:2], decode=False).bad) == [152, 155]
 

@@ -185,7 +185,7 @@ def test_a_run_takes_architecture_and_tokenizer_from_its_sources(runs):
     check_sources(found, runs / "next")
     # Some fields change the source's, as far as the weights allow.
     some = dataclasses.replace(config, model=PartsConfig(llm={"max_positions": 9}))
-    assert with_sources(some, runs / "next").model.llm["max_positions"] == 9
+    assert model_config(with_sources(some, runs / "next")).llm.max_positions == 9
     check_sources(with_sources(some, runs / "next"), runs / "next")
 
 
@@ -234,9 +234,10 @@ def test_folders_of_hugging_face_say_what_they_are(tmp_path):
     build_tokenizer().save_pretrained(folder)
     found = with_sources(RunConfig(init=InitConfig(*[str(folder)] * 3)), tmp_path)
     assert model_config(found).llm.num_kv_heads == model.config.llm.num_kv_heads
-    assert model_config(found).vision.image_size == model.config.vision.image_size
+    assert model_config(found).visual_tokens == model.config.visual_tokens
     assert found.model.connector == "mlp2x_gelu"
     assert found.tokenizer == str(folder)
+    assert not isinstance(found.model.llm, str)
     other = dataclasses.replace(found.model, llm={**found.model.llm, "rope_theta": 5.0})
     with pytest.raises(UserError, match=r"llava has another LLM: its rope_theta is 10000\.0"):
         check_sources(dataclasses.replace(found, model=other), tmp_path)
