@@ -35,9 +35,8 @@ def add_parser(commands: Commands) -> None:
     )
     command.add_argument(
         "--template",
-        default="vicuna_v1",
         metavar="NAME",
-        help="conversation template (default: %(default)s)",
+        help="conversation template; default: the one that export noted, else vicuna_v1",
     )
     command.add_argument(
         "--quantize", default="", metavar="int8", help="store the frozen weights in 8 bits"

@@ -5,13 +5,17 @@ is honoured by them. What they would not know, or what the code around them leav
 """
 
 import inspect
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.json_files import read_object
+from moresjax.data.templates import Template, template_name
 
+# The file beside an exported model that names its conversation template; not of transformers.
+TEMPLATE_FILE = "conversation.json"
 # Files in which transformers saves image processors.
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 CLASS = "it names a class or says where the file comes from"
@@ -95,6 +99,23 @@ def check_image_processor(folder: Path) -> bool:
             IMAGE_KEYS.check(values, str(folder / name))
             found |= bool(values)
     return found
+
+
+def save_template(template: Template, folder: Path) -> None:
+    """Notes the template that a model was trained in, unless it is one that drops questions."""
+    if template.keep_question:
+        name = template_name(template).split("/")[0]
+        (folder / TEMPLATE_FILE).write_text(json.dumps({"template": name}) + "\n")
+
+
+def saved_template(folder: Path) -> str:
+    """The name of the template that `save_template` has noted; empty without a note.
+
+    Raises:
+      UserError: The file is damaged.
+    """
+    file = folder / TEMPLATE_FILE
+    return str(read_object(file).get("template", "")) if file.is_file() else ""
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -13,7 +13,7 @@ from moresjax.core.parameter_names import named_parameters
 from moresjax.core.types import AnyArray
 from moresjax.data.images import saved_image_size, saved_processor
 from moresjax.data.processor import Processor
-from moresjax.data.saved_processors import has_tokenizer
+from moresjax.data.saved_processors import has_tokenizer, saved_template
 from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
 from moresjax.inference.load import attach_saved, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
@@ -23,7 +23,14 @@ from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import read_config, save_config
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import build_processor, load_tokenizer
-from moresjax.runs.run_config import PARTS, RANDOM, InitConfig, PartsConfig, RunConfig
+from moresjax.runs.run_config import (
+    DEFAULT_TEMPLATE,
+    PARTS,
+    RANDOM,
+    InitConfig,
+    PartsConfig,
+    RunConfig,
+)
 from moresjax.runs.state import TrainState
 from moresjax.tuning.merge import merged
 from moresjax.weights.adapter import save_adapter
@@ -48,7 +55,7 @@ def import_model(
     connector: str = "mlp2x_gelu",
     drop_first_token: bool = False,
     image_processor: str | Path | None = None,
-    template: str = "vicuna_v1",
+    template: str | None = None,
     quantize: str = "",
     allow_pickle: bool = False,
 ) -> MLLM:
@@ -71,7 +78,8 @@ def import_model(
       drop_first_token: Whether the connector reads all tokens of an encoder without class token but
         the first, as LLaVA Steering 3B does (728 of SigLIP's 729).
       image_processor: A folder with the image processor; default: that of `vision` or of `source`.
-      template: The name of the conversation template.
+      template: The name of the conversation template; default: the one that `export` noted in the
+        folder, else `vicuna_v1`.
       quantize: `int8` stores the LLM's blocks in eight bits.
       allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
 
@@ -103,7 +111,7 @@ def import_model(
     config = RunConfig(
         name=source.name,
         model=parts,
-        template=template,
+        template=template or saved_template(source) or DEFAULT_TEMPLATE,
         quantize=quantize,
         # TinyLLaVA Factory notes how images are made square; other formats do not.
         image_aspect=folders[source].raw.get("image_aspect_ratio", "square"),

@@ -10,7 +10,7 @@ from moresjax.core.errors import UserError
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.data.saved_processors import has_tokenizer
+from moresjax.data.saved_processors import has_tokenizer, saved_template
 from moresjax.data.templates import get_template
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.model import Model
@@ -18,6 +18,7 @@ from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.config import read_config
 from moresjax.runs.paths import is_workdir
 from moresjax.runs.processor import load_tokenizer
+from moresjax.runs.run_config import DEFAULT_TEMPLATE
 from moresjax.runs.sources import earlier_template
 from moresjax.runs.workdir import load_workdir
 from moresjax.weights import steering
@@ -54,9 +55,9 @@ def load(
 
     Args:
       path: The folder.
-      template: The conversation template; default: a run's own, and `vicuna_v1` for a Hugging Face
-        folder. A run whose own one drops questions (`plain`) is asked with that of the LLM it
-        started from, where that is known; a warning says so.
+      template: The conversation template; default: a run's own; for a Hugging Face folder the one
+        that `export` noted in it, else `vicuna_v1`. A run whose own one drops questions (`plain`)
+        is asked with that of the LLM it started from, where that is known; a warning says so.
       tuning: The spec of a tuning to attach, freshly initialised; `none` gives the model without
         tuning. Default: a run's own with its trained parameters, for a Hugging Face folder the
         edits that lie beside its weights.
@@ -103,7 +104,8 @@ def load(
         )
         if tuning is None:
             attach_saved(mllm, path, allow_pickle=allow_pickle)
-        processor = _saved_processor(folder, mllm.config, template or "vicuna_v1")
+        template = template or saved_template(path) or DEFAULT_TEMPLATE
+        processor = _saved_processor(folder, mllm.config, template)
         image_token_id = folder.hf.get("image_token_index") if folder.is_llava else None
     if image_aspect is not None:
         if processor is None or processor.image is None:

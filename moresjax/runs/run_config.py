@@ -29,6 +29,8 @@ RANDOM = "random"
 PARTS = ("llm", "vision", "connector")
 # A part by its name in the zoo, or by the fields of its configuration.
 PartChoice = str | Mapping[str, Any]
+# The conversation template of what does not name one: LLaVA-1.5's.
+DEFAULT_TEMPLATE = "vicuna_v1"
 # How long a run is: exactly one of these keys says it.
 BUDGET = ("steps", "samples", "epochs")
 
@@ -215,7 +217,7 @@ class RunConfig:
     tokenizer: str = ""
     image_processor: str = ""
     image_aspect: str = "square"
-    template: str = "vicuna_v1"
+    template: str = DEFAULT_TEMPLATE
     split_special_tokens: bool = True
     data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "digits"})
     max_seq_len: Positive = 2048

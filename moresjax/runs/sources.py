@@ -11,7 +11,7 @@ from typing import Any
 from moresjax.core.errors import UserError
 from moresjax.core.types import Tokenizer
 from moresjax.data.images import saved_image_size
-from moresjax.data.saved_processors import has_tokenizer
+from moresjax.data.saved_processors import has_tokenizer, saved_template
 from moresjax.data.templates import OWN, get_template
 from moresjax.models.decoder import DecoderConfig
 from moresjax.models.vision import VisionConfig
@@ -185,6 +185,8 @@ def earlier_template(config: RunConfig, root: str | Path) -> tuple[str, str]:
             return "", ""
         template = get_template(run.template, load_tokenizer(run.tokenizer, folder))
         return (run.template, source) if template.keep_question else earlier_template(run, folder)
+    if noted := saved_template(folder):
+        return noted, source
     if has_tokenizer(folder) and load_tokenizer(str(folder)).chat_template:
         return OWN, source
     return "", ""

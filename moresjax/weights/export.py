@@ -18,6 +18,7 @@ from moresjax.core.parameter_names import layered_parameters, path_name
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
+from moresjax.data.saved_processors import save_template
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.tuning.methods.mores import MoReS
@@ -71,6 +72,7 @@ def export_hf(
         _write_model(mllm, config, hf, new, shard_size)
         if processor is not None and tokenizer is not None:
             _write_processor(processor, tokenizer, config, hf, new)
+            save_template(processor.template, new)
         if any(key in mllm.tuning.params for key, _ in mllm.tuning.methods):
             system_ids = () if processor is None else processor.system_ids
             write_edits(mllm, new, hf, system_ids=system_ids)
@@ -110,6 +112,7 @@ def export_tinyllava(
         _write_model(mllm, mllm.config, hf, new, shard_size)
         if processor is not None:
             _write_generation(processor, processor.tokenizer, new)
+            save_template(processor.template, new)
             processor.tokenizer.save_pretrained(new)
             if processor.image is not None:
                 _image_processor(processor.image).save_pretrained(new)

@@ -26,10 +26,13 @@ from moresjax.cli.options import load_model
 from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer
 from moresjax.data.samples import Sample, Turn
+from moresjax.data.templates import get_template
 from moresjax.inference.convert import export_model, import_model
 from moresjax.testing.hf_encoders import clip, dinov2, siglip
 from moresjax.testing.hf_llms import IMAGE_ID, TEXT, randomised
+from moresjax.testing.models import talking_model
 from moresjax.weights.adapter import save_adapter
+from moresjax.weights.export import export_hf
 from moresjax.weights.hf import load_pretrained
 
 SQUARE = {"height": 12, "width": 12}
@@ -231,6 +234,18 @@ def test_a_connector_that_an_adapter_brings_goes_along(folder, tuned, tmp_path, 
         back.load_adapter(out, edits=spec, allow_pickle=pyreft)
     assert back.tuning == model.tuning
     np.testing.assert_array_equal(back.mllm.connector.layers[0].kernel[...], kernel[...])
+
+
+def test_the_template_comes_along(tmp_path):
+    bare = talking_model()
+    assert bare.processor.template == get_template("bare")
+    folder = export_hf(bare.mllm, tmp_path / "hf", bare.processor)
+    assert mj.load(folder).processor.template == get_template("bare")
+    assert mj.load(folder, template="phi").processor.template == get_template("phi")
+    import_model(folder, tmp_path / "run")
+    assert mj.load(tmp_path / "run").processor.template == get_template("bare")
+    (folder / "conversation.json").unlink()
+    assert mj.load(folder).processor.template == get_template("vicuna_v1")
 
 
 def test_a_tokenizer_gets_an_image_token_and_a_row_where_there_is_none(tmp_path, caplog):
