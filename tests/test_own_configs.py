@@ -93,7 +93,7 @@ def test_laptop_takes_what_the_folders_say(disk):
     assert qwen.model.vision["image_size"] == SIDE
     assert qwen.init.connector == "../connector"
     first = load_config(laptop(disk, "qwen", stage="connector"))
-    assert (first.template, first.init.connector, first.tuning) == ("plain", "random", "none")
+    assert (first.template, first.init.connector, first.tuning) == ("plain", "", "none")
     assert first.data["files"] == str(disk / "mine" / "captions.json")
     assert load_config(laptop(disk, "qwen", tuning="full")).optimizer.lr < qwen.optimizer.lr
     assert load_config(laptop(disk, "qwen", template="plain")).template == "plain"

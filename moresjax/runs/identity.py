@@ -4,6 +4,7 @@ Every checkpoint carries it, and a run that resumes compares its own. Versions 0
 write it; such a run resumes by the settings in its `config.json`.
 """
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -49,8 +50,14 @@ def changed_settings(
       paths_may_change: Whether what paths hold is compared elsewhere.
     """
     free = MAY_CHANGE + (PATHS if paths_may_change else ())
-    found = differences(resolve(present_names(earlier)).to_dict(), config.to_dict())
+    found = differences(_comparable(resolve(present_names(earlier))), _comparable(config))
     return [key for key in found if not any(matches(key, pattern) for pattern in free)]
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """The settings with the source of every part, which up to version 0.2 was always written."""
+    parts = (field.name for field in dataclasses.fields(config.init))
+    return config.to_dict() | {"init": {part: config.init.source(part) for part in parts}}
 
 
 def run_identity(

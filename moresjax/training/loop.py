@@ -46,6 +46,7 @@ def train(
 
     Example:
       >>> import tempfile
+      >>> from moresjax.runs.config import load_config
       >>> config = load_config("digits:stage=llm", ["steps=1", "batch_size=8", "tensorboard=False"])
       >>> train(config, tempfile.mkdtemp()).step
       1

@@ -15,8 +15,12 @@ COMMANDS = """
 train --workdir run --config {digits}:stage=finetune --config.steps=1 {tiny}
 evaluate --model run --tasks digits --limit 1 --out scores
 generate --model run --prompt how --max-new-tokens 1
+evaluate --model run --tasks digits --limit 1 --out again --temperature 1
+compare scores again
+report run --out report.html
 analyze attention --model run=run --tasks digits --limit 1 --out plots
 train --workdir llm --config {digits}:stage=llm {head}
+sweep --workdir sweep --seeds 1 --config {digits}:stage=llm {head}
 export llm hf --format hf
 import hf imported
 plan --topology v5e:1x1 --quick --config {digits}:stage=llm {head}

@@ -169,7 +169,7 @@ def test_a_tower_is_trained_and_taken_by_a_later_run(folder, tmp_path):
     ("classes", "message"),
     [
         ((3,), r"model.classes is \(3,\), but the labels need \(2,\): dark, light"),
-        ((), r"model.classes is \(\), but the labels need \(2,\): dark, light"),
+        ((), "patch_classes needs model.classes, the number of classes of every label"),
     ],
 )
 def test_other_classes_than_the_models_are_refused(folder, tmp_path, classes, message):

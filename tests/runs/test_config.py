@@ -409,7 +409,7 @@ def test_a_file_wins_over_the_packaged_config_of_its_name(tmp_path, monkeypatch)
 @pytest.mark.parametrize("name", ["digitz", "elsewhere/digits.py", "configs/none.py", "__init__"])
 def test_an_unknown_config_names_the_packaged_ones(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"{name} does not exist.* digits, forkme, llava_steering"):
+    with pytest.raises(UserError, match=f"{name} does not exist.* digits, forkme, laptop, llava_"):
         load_config(name)
 
 

@@ -51,10 +51,10 @@ def test_llm_logits(llm, left):
 
 
 def test_config_of_transformers_4():
-    hf = phi(rope_theta=300.0, partial_rotary_factor=0.4).to_dict()
+    hf = phi(rope_theta=300.0, partial_rotary_factor=0.25).to_dict()
     del hf["rope_parameters"]
-    config = decoder_config(hf | {"rope_theta": 300.0, "partial_rotary_factor": 0.4})
-    assert (config.rope_theta, config.rotary_fraction) == (300.0, 0.4)
+    config = decoder_config(hf | {"rope_theta": 300.0, "partial_rotary_factor": 0.25})
+    assert (config.rope_theta, config.rotary_fraction) == (300.0, 0.25)
 
 
 def test_tied_embeddings_have_no_head():
