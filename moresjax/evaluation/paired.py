@@ -19,7 +19,7 @@ CHUNK = 1 << 22  # draws held at a time
 
 
 def cluster_sums(
-    values: Sequence[float], clusters: Sequence[Hashable]
+    values: Sequence[int | float], clusters: Sequence[Hashable]
 ) -> tuple[Float[np.ndarray, " G"], Float[np.ndarray, " G"]]:
     """The sum and the number of the values of every cluster."""
     numbers: dict[Hashable, int] = {}
@@ -29,7 +29,7 @@ def cluster_sums(
 
 
 def bootstrap_interval(
-    differences: Sequence[float],
+    differences: Sequence[int | float],
     clusters: Sequence[Hashable],
     *,
     resamples: int = RESAMPLES,
@@ -66,7 +66,7 @@ def _chunks(total: int, width: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
+def mcnemar(first: Sequence[int | float], second: Sequence[int | float]) -> float:
     """The two-sided p-value of McNemar's exact test of paired scores of 0 and 1.
 
     >>> mcnemar([1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0])
@@ -82,7 +82,7 @@ def mcnemar(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def sign_flip(
-    differences: Sequence[float],
+    differences: Sequence[int | float],
     clusters: Sequence[Hashable],
     *,
     resamples: int = RESAMPLES,
@@ -114,7 +114,7 @@ def sign_flip(
     return (count + 1) / (resamples + 1)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[int | float]) -> list[float]:
     """P-values corrected for their number, in the same order.
 
     >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]

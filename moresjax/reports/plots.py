@@ -6,9 +6,10 @@ marked at the border (`limits`).
 """
 
 import dataclasses
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -60,7 +61,7 @@ def styles(names: Iterable[str]) -> dict[str, Style]:
 
 
 def limits(
-    values: Mapping[str, Sequence[float]], pad: float = 0.07
+    values: Mapping[str, Sequence[int | float]], pad: float = 0.07
 ) -> tuple[float, float, list[str]]:
     """The limits of an axis, and the names of what lies far away outside of them.
 
@@ -93,7 +94,7 @@ def limits(
     return min(every) - room, max(every) + room, outside
 
 
-def attention_shares(shares: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+def attention_shares(shares: Mapping[str, Sequence[Sequence[int | float]]]) -> Figure:
     """Share of attention on every key group per layer, one panel per method (figure 1, left).
 
     Args:
@@ -126,7 +127,7 @@ def attention_shares(shares: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
 
 
 def lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[int | float], Sequence[int | float]]],
     labels: tuple[str, str],
     *,
     drawn: Mapping[str, Style] | None = None,
@@ -198,7 +199,7 @@ def _finish(figure: Figure, axis: Axes, legend: bool) -> None:
 
 
 def lmar_lines(
-    lmar: Mapping[str, Sequence[float]], title: str, drawn: Mapping[str, Style] | None = None
+    lmar: Mapping[str, Sequence[int | float]], title: str, drawn: Mapping[str, Style] | None = None
 ) -> Figure:
     """LMAR per layer and method (figure 2)."""
     series = {name: (range(len(values)), values) for name, values in lmar.items()}
@@ -394,7 +395,7 @@ def _overlay(axis: Axes, image: np.ndarray, attention: np.ndarray) -> None:
     axis.imshow(attention, cmap="inferno", alpha=0.65, extent=extent, vmin=0)
 
 
-def save(figure: Figure, path: str | Path | BinaryIO, dpi: int = 110) -> None:
+def save(figure: Figure, path: str | Path | io.BytesIO, dpi: int = 110) -> None:
     """Writes a figure as PNG and closes it."""
     figure.savefig(path, dpi=dpi, format="png")
     plt.close(figure)

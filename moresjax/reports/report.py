@@ -272,7 +272,7 @@ def _difference(
 
 
 def difference_sentence(
-    first: str, second: str, measure: str, difference: Difference, unit: float = 1
+    first: str, second: str, measure: str, difference: Difference, unit: int | float = 1
 ) -> str:
     """What an interval and a test say of two runs.
 
