@@ -116,9 +116,8 @@ def check_data(
     """
     chunks = [range(i, min(i + CHUNK, len(source))) for i in range(0, len(source), CHUNK)]
     num_workers = num_workers or min(os.cpu_count() or 1, -(-len(chunks) // STARTING))
-    processor = (
-        make_processor and make_processor()
-    )  # here as well: a mistake is told before workers start
+    # Here as well: a mistake is told before workers start.
+    processor = make_processor and make_processor()
     if num_workers == 1:
         results = (_measure(source, processor, chunk, decode) for chunk in chunks)
     else:

@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from moresjax.core.errors import UserError
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log, replace_file, write_log
 from moresjax.evaluation.predictions import row_key
-from moresjax.evaluation.tasks import BenchmarkTask, default_split
+from moresjax.evaluation.tasks import BenchmarkTask, default_split, named_splits
 from moresjax.evaluation.validation import NAME as VALIDATION
 from moresjax.inference.analyze import answer_map
 from moresjax.inference.model import Model
@@ -149,7 +148,7 @@ def split_of(benchmark: str, split: str | None) -> str | None:
       benchmark: The name that its tasks were loaded under.
       split: What `evaluate` was given.
     """
-    given = dict(pair.split("=", 1) for pair in (split or "").split(",") if "=" in pair)
+    given = named_splits(split or "")
     own = given.get(benchmark) if given else split
     return VALIDATION if benchmark == VALIDATION else own or default_split(benchmark)
 
@@ -245,11 +244,9 @@ def write_maps(
         for name in ("image", "grid")
     }
     arrays["items"] = json.dumps([{name: getattr(one, name) for name in about} for one in found])
-    buffer, path = io.BytesIO(), Path(out) / MAPS
+    buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    fresh = path.with_suffix(".tmp")
-    fresh.write_bytes(buffer.getvalue())
-    os.replace(fresh, path)
+    replace_file(Path(out) / MAPS, buffer.getvalue())
 
 
 def read_maps(path: Path) -> list[AnswerOnImage]:

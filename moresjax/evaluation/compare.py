@@ -7,14 +7,12 @@ from pathlib import Path
 from statistics import fmean
 
 from moresjax.core.errors import UserError
-from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log
-from moresjax.evaluation.paired import bootstrap_interval, holm, mcnemar, sign_flip
+from moresjax.evaluation.paired import bootstrap_interval, holm, is_shown, mcnemar, sign_flip
 from moresjax.evaluation.predictions import FILE
 from moresjax.evaluation.results import RESULTS
-from moresjax.evaluation.statistics import image_clusters
+from moresjax.evaluation.statistics import clusters_of
 
-LEVEL = 0.05  # of p-values after the correction
 MCNEMAR, SIGN_FLIP = "exact McNemar", "sign flips of images"
 
 # By task, and by id and prompt of a question: its row in `predictions.jsonl`.
@@ -54,8 +52,7 @@ class Comparison:
     @property
     def shown(self) -> bool:
         """Whether a difference is shown: the interval is without zero, and so is the test."""
-        low, high = self.interval95 or (0.0, 0.0)
-        return (low > 0 or high < 0) and self.p_holm < LEVEL
+        return is_shown(self.interval95, self.p_holm)
 
     @property
     def finding(self) -> str:
@@ -139,8 +136,7 @@ def _compare(
             f"alone, {right} in the second; evaluate both on the same"
         )
     scores = [[float(side[key]["score"]) for key in rows] for side in (rows, others)]
-    images = [tuple(row.get("images") or ()) for row in rows.values()]
-    clusters = image_clusters([Example("", "", images=own) for own in images])
+    clusters = clusters_of([row.get("images") or () for row in rows.values()])
     differences = [b - a for a, b in zip(*scores, strict=True)]
     if len(set(clusters)) == len(clusters) and {*scores[0], *scores[1]} <= {0.0, 1.0}:
         test, p = MCNEMAR, mcnemar(scores[1], scores[0])

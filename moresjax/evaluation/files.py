@@ -279,8 +279,8 @@ def write_log(path: Path, rows: Iterable[Mapping]) -> None:
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Writes a file such that a killed process leaves the old one or the new one."""
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(text, encoding="utf-8")
+    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(fresh, path)

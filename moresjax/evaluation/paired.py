@@ -16,6 +16,7 @@ from scipy.special import bdtr
 RESAMPLES = 10_000
 EXACT = 14  # clusters of which all sign patterns are tried
 CHUNK = 1 << 22  # draws held at a time
+LEVEL = 0.05  # of p-values after the correction
 
 
 def cluster_sums(
@@ -125,3 +126,13 @@ def holm(p_values: Sequence[int | float]) -> list[float]:
         largest = max(largest, min(1.0, (count - rank) * p_values[number]))
         adjusted[number] = largest
     return adjusted
+
+
+def is_shown(interval: tuple[float, float] | None, p: float) -> bool:
+    """Whether a difference is shown: its interval is without zero, and so is the corrected test.
+
+    >>> is_shown((0.1, 0.3), 0.01), is_shown((0.1, 0.3), 0.2), is_shown(None, 0.01)
+    (True, False, False)
+    """
+    low, high = interval or (0.0, 0.0)
+    return (low > 0 or high < 0) and p < LEVEL

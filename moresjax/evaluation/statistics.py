@@ -28,8 +28,17 @@ def image_clusters(examples: Sequence[Example]) -> list[int]:
     >>> image_clusters(questions)
     [0, 1, 0]
     """
+    return clusters_of([example.images for example in examples])
+
+
+def clusters_of(images: Sequence[Sequence]) -> list[int]:
+    """`image_clusters` of examples that are known by their images alone.
+
+    >>> clusters_of([("a.jpg",), (), ("a.jpg", "b.jpg")])
+    [0, 1, 0]
+    """
     first_with: dict[Hashable, int] = {}
-    parents = list(range(len(examples)))
+    parents = list(range(len(images)))
 
     def root(number: int) -> int:
         while parents[number] != number:
@@ -37,11 +46,11 @@ def image_clusters(examples: Sequence[Example]) -> list[int]:
             number = parents[number]
         return number
 
-    for number, example in enumerate(examples):
-        for key in image_keys(example.images):
+    for number, shown in enumerate(images):
+        for key in image_keys(shown):
             low, high = sorted((root(number), root(first_with.setdefault(key, number))))
             parents[high] = low
-    return [root(number) for number in range(len(examples))]
+    return [root(number) for number in range(len(images))]
 
 
 def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:

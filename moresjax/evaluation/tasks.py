@@ -299,14 +299,21 @@ def draw_examples(
     return drawn
 
 
+def named_splits(split: str) -> dict[str, str]:
+    """The splits of `BENCHMARK=SPLIT,...` by benchmark; empty for one split for all.
+
+    >>> named_splits("digits=val,gqa=train"), named_splits("val")
+    ({'digits': 'val', 'gqa': 'train'}, {})
+    """
+    pairs = [pair.partition("=") for pair in split.split(",")] if "=" in split else []
+    return {name: chosen for name, _, chosen in pairs}
+
+
 def _splits(split: str | None, names: Sequence[str]) -> dict[str, str]:
     """The split of every benchmark that does not use its default one."""
     if split is None or "=" not in split:
         return {} if split is None else dict.fromkeys(names, split)
-    splits = {}
-    for pair in split.split(","):
-        name, _, chosen = pair.partition("=")
-        splits[name] = chosen
+    splits = named_splits(split)
     for name in splits:
         if name not in names:
             raise choice_error("task of a split", name, names)

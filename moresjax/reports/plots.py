@@ -234,8 +234,20 @@ def share_against_size(
     return figure
 
 
+Scores = Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]]
+
+
+def scores_by_run(scores: Scores) -> dict[str, list[float]]:
+    """Every run's scores and the ends of their intervals, for the limits of an axis."""
+    found: dict[str, list[float]] = {}
+    for own in scores.values():
+        for name, (score, bounds) in own.items():
+            found.setdefault(name, []).extend([score, *(bounds or ())])
+    return found
+
+
 def scores_with_intervals(
-    scores: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]],
+    scores: Scores,
     drawn: Mapping[str, Style],
 ) -> Figure:
     """Scores of runs with their 95% intervals, a band of dots for every task.
@@ -247,11 +259,7 @@ def scores_with_intervals(
     count = max(map(len, scores.values()))
     height = 0.9 + len(scores) * (0.125 * count + 0.15)
     figure, axis = plt.subplots(figsize=(8.2, height))
-    found: dict[str, list[float]] = {}
-    for own in scores.values():
-        for name, (score, bounds) in own.items():
-            found.setdefault(name, []).extend([score, *(bounds or ())])
-    low, high, outside = limits(found)
+    low, high, outside = limits(scores_by_run(scores))
     for row, own in enumerate(scores.values()):
         for number, (name, (score, bounds)) in enumerate(own.items()):
             y, style = row + (number - (len(own) - 1) / 2) * 0.8 / count, drawn[name]

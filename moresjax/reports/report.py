@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from moresjax.evaluation.compare import LEVEL
-from moresjax.evaluation.examples import Example
-from moresjax.evaluation.paired import bootstrap_interval, holm, sign_flip
-from moresjax.evaluation.statistics import image_clusters
+from moresjax.evaluation.paired import bootstrap_interval, holm, is_shown, sign_flip
+from moresjax.evaluation.statistics import clusters_of
 from moresjax.reports import plots
 from moresjax.reports.html import figure_uri, render
 from moresjax.reports.runs import CURVES, AskedQuestion, ReportedRun, gather
@@ -216,7 +214,7 @@ class Difference:
     @property
     def is_shown(self) -> bool:
         """Whether the interval excludes zero, and so does the test."""
-        return (self.low > 0 or self.high < 0) and self.p < LEVEL
+        return is_shown((self.low, self.high), self.p)
 
 
 def findings(runs: Sequence[ReportedRun]) -> list[str]:
@@ -263,7 +261,7 @@ def _difference(
     differences, images = zip(*pairs, strict=True)
     if None in images:
         return "the predictions do not say which questions share images; evaluate again"
-    clusters = image_clusters([Example(str(n), "", images=x) for n, x in enumerate(images)])
+    clusters = clusters_of(images)
     bounds = bootstrap_interval(differences, clusters)
     if bounds is None:
         return "all common questions are about one image"
@@ -327,12 +325,9 @@ def draw(
         for task in dict.fromkeys(task for run in runs for task in run.tasks)
     }
     if scores := {task: own for task, own in scores.items() if own}:
-        every: dict[str, list[float]] = {}
-        for own in scores.values():
-            for name, (score, bounds) in own.items():
-                every.setdefault(name, []).extend([score, *(bounds or ())])
         figure = plots.scores_with_intervals(scores, drawn)
-        add("scores", figure, "score and 95% interval by task and run", every, 860)
+        values, alt = plots.scores_by_run(scores), "score and 95% interval by task and run"
+        add("scores", figure, alt, values, 860)
 
     looked = {run.name: run.attention for run in runs if run.attention is not None}
     if looked:

@@ -24,13 +24,11 @@ def build_sources(config: RunConfig) -> tuple[Source, Source | None]:
 
 
 def _check_classes(config: RunConfig, source: Source) -> None:
-    """Refuses a model without classes, or with others than the labels of its samples."""
+    """Refuses a model with other classes than the labels of its samples."""
     names, own = getattr(source, "class_names", None), tuple(config.model.classes)
     if names is not None and own != (len(names),):
         some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
         raise UserError(f"model.classes is {own}, but the labels need ({len(names)},): {some}")
-    if not own:
-        raise UserError("objective patch_classes needs the number of classes, model.classes=(N,)")
 
 
 def build_iterator(

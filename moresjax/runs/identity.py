@@ -4,7 +4,6 @@ Every checkpoint carries it, and a run that resumes compares its own. Versions 0
 write it; such a run resumes by the settings in its `config.json`.
 """
 
-import dataclasses
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -56,8 +55,7 @@ def changed_settings(
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """The settings with the source of every part, which up to version 0.2 was always written."""
-    parts = (field.name for field in dataclasses.fields(config.init))
-    return config.to_dict() | {"init": {part: config.init.source(part) for part in parts}}
+    return config.to_dict() | {"init": config.init.sources}
 
 
 def run_identity(

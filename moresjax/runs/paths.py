@@ -23,9 +23,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     Paths that start from where the command runs are made absolute; a part without a source is
     `random`.
     """
-    sources = {
-        field.name: config.init.source(field.name) for field in dataclasses.fields(InitConfig)
-    }
 
     def absolute(name: str) -> str:
         kept = not name or name in (RANDOM, "digits") or name.startswith(".")
@@ -33,7 +30,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     return dataclasses.replace(
         config,
-        init=InitConfig(**{part: absolute(source) for part, source in sources.items()}),
+        init=InitConfig(**{part: absolute(source) for part, source in config.init.sources.items()}),
         tokenizer=absolute(config.tokenizer),
         image_processor=absolute(config.image_processor),
     )

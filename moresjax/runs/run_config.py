@@ -84,6 +84,11 @@ class InitConfig:
         """The source of `llm`, `vision`, `connector` or `tuning`."""
         return getattr(self, part) or RANDOM
 
+    @property
+    def sources(self) -> dict[str, str]:
+        """The sources of all four."""
+        return {field.name: self.source(field.name) for field in dataclasses.fields(self)}
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:

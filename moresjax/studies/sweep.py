@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moresjax.core.errors import UserError
+from moresjax.evaluation.files import replace_file
 from moresjax.evaluation.statistics import interval
 from moresjax.runs.config import load_config
 from moresjax.runs.run_config import InitConfig, RunConfig
@@ -256,9 +257,7 @@ def _split(setting: str) -> tuple[str, str, str]:
 def _write(folder: Path, runs: Sequence[SweepRun], outcomes: Mapping[Path, Outcome]) -> None:
     """Writes the summary so that no half of it is ever seen."""
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"{SUMMARY}.new"
-    new.write_text(json.dumps(summarize(folder, runs, outcomes), indent=2) + "\n")
-    new.replace(folder / SUMMARY)
+    replace_file(folder / SUMMARY, json.dumps(summarize(folder, runs, outcomes), indent=2) + "\n")
 
 
 def _number(x: float | None) -> str:

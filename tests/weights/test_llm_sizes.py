@@ -2,9 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
+from hf_models import assert_same_logits, imported
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -19,47 +19,18 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from moresjax.inference.model import Model
 from moresjax.models.count import count_parameters
 from moresjax.models.decoder import DecoderConfig
-from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.zoo import LLMS, mllm_config
 from moresjax.testing.hf_llms import (
-    IMAGE_ID,
     LLAMA3,
     PAD,
-    VOCAB,
     WINDOW,
     oracle_of,
     padded,
     text_rows,
 )
 from moresjax.weights.families.base import decoder_config
-from moresjax.weights.hf import (
-    build_mllm,
-    import_params,
-)
-
-TOLERANCE = 1e-4
-NEW = 32
-NEVER = (VOCAB + 1,)  # an end token that no row can produce
-LENGTHS = (11, 6, 1)  # of the rows: longer than the window, and padded
-
-
-def run(oracle, ids, mask, **options):
-    with torch.no_grad():
-        return oracle(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), **options)
-
-
-def assert_same_logits(oracle, ours: MLLM, ids, mask, pixels=None):
-    images = {} if pixels is None else {"pixel_values": torch.tensor(pixels)}
-    theirs = run(oracle, ids, mask, **images).logits.numpy()
-    logits = Model(ours, None).logits(
-        input_ids=ids, attention_mask=mask, pixel_values=pixels, image_token_id=IMAGE_ID
-    )
-    real = mask.astype(bool)
-    assert theirs[real].std() > 0.2, "the oracle's logits say nothing"
-    assert np.abs(np.asarray(logits) - theirs)[real].max() <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -201,11 +172,7 @@ def test_full_width_logits(name):
         for parameter in oracle.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(0.15)
-    hf = oracle.config.to_dict()
-    tensors = {n: x.detach().numpy() for n, x in oracle.state_dict().items()}
-    ours = MLLMConfig(llm=decoder_config(hf))
-    ours = build_mllm(ours, import_params(ours, hf, tensors))
-    assert_same_logits(oracle, ours, *padded(text_rows(10, 7), left=True))
+    assert_same_logits(oracle, imported(oracle), *padded(text_rows(10, 7), left=True))
 
 
 @pytest.mark.parametrize("name", LLMS)
