@@ -326,12 +326,6 @@ def check_samples(config: RunConfig, source: Source) -> None:
             f"objective {config.objective} trains on conversations and captions, but "
             f"config.data.name={config.data['name']} gives labels of patches (patch_classes)"
         )
-    elif isinstance(sample, Sample) and config.template == "plain" and len(sample.turns) > 1:
-        logger.warning(
-            "template plain trains the first answer of a sample and drops all questions; sample "
-            "%s has %d turns",
-            *(sample.id, len(sample.turns)),
-        )
 
 
 def _check_labels(config: RunConfig, sample: Sample | Mapping) -> None:
