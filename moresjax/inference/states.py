@@ -1,0 +1,278 @@
+"""Hidden states of a model's answers, read while it generates.
+
+Axis legend: L layers, N states, D features.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from moresjax._version import __version__
+from moresjax.analysis.capture import (
+    CANDIDATES,
+    MATCHES,
+    AnswerState,
+    StateProbe,
+    Take,
+    answer_states,
+    begins_word,
+    site_layers,
+    word_ids,
+)
+from moresjax.analysis.states import Key, States, StatesWriter
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.types import Ids
+from moresjax.data.images import image_names
+from moresjax.data.processor_facts import processor_facts
+from moresjax.generation.scheduler import Completion
+from moresjax.inference.model import Adapters, Model
+from moresjax.inference.prompts import check_images
+from moresjax.tuning.sites import num_layers
+
+NEW = 16  # new tokens of an answer, where no number is given
+FIELDS = ("id", "prompt", "images", "answers", "metadata")
+Item = str | Mapping[str, Any]
+Layers = str | int | Sequence[int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """What is read of each answer.
+
+    Attributes:
+      keys: The sites and layers.
+      probes: A probe for each site.
+      take: Which state of an answer.
+      match: How words of take `token` are found.
+    """
+
+    keys: tuple[Key, ...]
+    probes: tuple[StateProbe, ...]
+    take: Take
+    match: str
+
+    @classmethod
+    def of(
+        cls, model: Model, site: str | Sequence[str], layers: Layers, take: str, match: str
+    ) -> "Capture":
+        """What `states` is asked for.
+
+        Raises:
+          UserError: The model has no such site or layer, the take or the match is none, or they do
+            not go together.
+        """
+        if match not in MATCHES:
+            raise choice_error("match", match, MATCHES)
+        sites = [site] if isinstance(site, str) else list(site)
+        chosen, probes, keys = Take.parse(take), [], []
+        ids = word_ids(model.prompts.tokenizer, chosen.words) if chosen.words else ()
+        for one in sites:
+            own = site_layers(one, layers, model.config)
+            if not one.startswith("llm.") and chosen.kind != "prompt":
+                raise UserError(
+                    f"states at {one} are means over the tokens of the images, which no token of "
+                    "an answer changes; take=prompt"
+                )
+            layered = num_layers(one, model.config)
+            options = {"take": chosen.kind, "ids": ids}
+            options["candidates"] = CANDIDATES if match == "word" else 1
+            probes.append(StateProbe(one, own if layered else None, **options))
+            keys += [(one, layer) for layer in own]
+        return cls(tuple(keys), tuple(probes), chosen, match)
+
+    def size(self, model: Model) -> int:
+        """D, the number of features of a state.
+
+        Raises:
+          UserError: The sites have different numbers of features.
+        """
+        vision, llm = model.config.vision, model.config.llm.hidden_size
+        sizes = {
+            getattr(vision, "hidden_size", 0) if site.startswith("vision.") else llm
+            for site, _ in self.keys
+        }
+        if len(sizes) > 1:
+            raise UserError("sites of different widths need a call and a folder each")
+        return sizes.pop()
+
+    def read(
+        self, completion: Completion, spell: Callable[[Ids], str]
+    ) -> list[tuple[AnswerState, dict[Key, np.ndarray]]]:
+        """The states of one answer: one, or one for each of its tokens, at every key."""
+
+        def begins(place: int) -> bool:
+            if self.match == "first-token":
+                return True
+            return begins_word(spell, completion.tokens, place, self.take.words)
+
+        each = [
+            answer_states(completion.stats[probe.name], self.take, begins) for probe in self.probes
+        ]
+        found = []
+        for own in zip(*each, strict=True):
+            rows = [row for one in own for row in one.state]
+            found.append((own[0], dict(zip(self.keys, rows, strict=True))))
+        return found
+
+
+def states(
+    model: Model,
+    items: Sequence[Item],
+    *,
+    site: str | Sequence[str] = "llm.block.out",
+    layers: Layers = None,
+    take: str = "prompt",
+    match: str = "word",
+    max_new_tokens: int | None = None,
+    batch_size: int = 64,
+    adapters: Adapters = None,
+    out: str | Path | None = None,
+    dtype: str = "float32",
+    meta: Mapping[str, Any] | None = None,
+) -> States:
+    """Hidden states of answers; `Model.states` documents the arguments.
+
+    Args:
+      meta: What else `states.json` is to say of the states.
+
+    Raises:
+      UserError: See `Model.states`.
+    """
+    capture = Capture.of(model, site, layers, take, match)
+    if max_new_tokens is None:
+        max_new_tokens = 1 if capture.take.kind == "prompt" else NEW
+    whole = [_item(item, number) for number, item in enumerate(items)]
+    _check_different([item["id"] for item in whole])
+    names = model.adapter_names(adapters, len(whole))
+    facts = {
+        "take": str(capture.take),
+        "match": match,
+        "max_new_tokens": max_new_tokens,
+        "model": model.fingerprint,
+        "weights": model.exact_fingerprint,
+        "tuning": model.tuning,
+        "processor": processor_facts(model.processor)["hash"],
+        "version": __version__,
+        **(meta or {}),
+    }
+    if out is None:
+        return _in_memory(model, whole, names, capture, max_new_tokens, batch_size, facts)
+    process = jax.process_index()
+    with StatesWriter(
+        out, capture.keys, capture.size(model), facts, dtype=dtype, process=process
+    ) as writer:
+        pending = [number for number, item in enumerate(whole) if item["id"] not in writer.done]
+        asked = [whole[number] for number in pending]
+        own = names and [names[number] for number in pending]
+        for found in _answers(model, asked, own, capture, max_new_tokens, batch_size):
+            writer.extend(found)
+    return States(out)
+
+
+def _item(item: Item, number: int) -> dict[str, Any]:
+    """An item with all of its fields.
+
+    Raises:
+      UserError: It has no prompt, or a field that is none.
+    """
+    fields = {"prompt": item} if isinstance(item, str) else dict(item)
+    for name in fields:
+        if name not in FIELDS:
+            raise choice_error(f"field of item {number}", name, FIELDS)
+    if not isinstance(fields.get("prompt"), str):
+        raise UserError(f"item {number} needs a prompt, which is a text")
+    name = fields.get("id")
+    whole = {"images": (), "answers": None, "metadata": {}} | fields
+    images = check_images(whole["images"], f"item {number}")
+    return whole | {"id": str(number if name is None else name), "images": images}
+
+
+def _check_different(ids: Sequence[str]) -> None:
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise UserError(f"two items have the id {twice!r}; states are told apart by ids")
+
+
+def _in_memory(
+    model: Model,
+    items: Sequence[Mapping[str, Any]],
+    adapters: Sequence[str | None] | None,
+    capture: Capture,
+    limit: int,
+    batch_size: int,
+    facts: Mapping[str, Any],
+) -> States:
+    """States of items in the order of these."""
+    found: dict[str, list] = {item["id"]: [] for item in items}
+    for pairs in _answers(model, items, adapters, capture, limit, batch_size):
+        found[pairs[0][0]["id"]] += pairs
+    rows = [pair for own in found.values() for pair in own]
+    if not rows:
+        raise UserError("there is no item to read the states of")
+    arrays = {key: np.stack([states[key] for _, states in rows]) for key in capture.keys}
+    return States.from_arrays(arrays, [row for row, _ in rows], facts)
+
+
+Found = tuple[dict[str, Any], dict[Key, Float[np.ndarray, " D"]]]
+
+
+def _answers(
+    model: Model,
+    items: Sequence[Mapping[str, Any]],
+    adapters: Sequence[str | None] | None,
+    capture: Capture,
+    limit: int,
+    batch_size: int,
+) -> Iterator[list[Found]]:
+    """The rows of the index and the states of each item, as soon as it has been answered."""
+    size = batch_size * model.service.config.batches_per_chunk
+    for start in range(0, len(items), size):
+        known: dict = {}
+        chunk = items[start : start + size]
+        rows = [
+            model.prompts.row(item["prompt"], item["images"], f"item {item['id']}", known)
+            for item in chunk
+        ]
+        for number, completion in model.service.stream(
+            rows,
+            limit,
+            batch_size=batch_size,
+            probes=capture.probes,
+            adapters=adapters and adapters[start : start + size],
+        ):
+            item = chunk[number]
+            prediction = model.prompts.text(completion.tokens)
+            found = capture.read(completion, model.prompts.spell)
+            yield [(_row(item, prediction, state), _finite(own, item)) for state, own in found]
+
+
+def _row(item: Mapping[str, Any], prediction: str, state: AnswerState) -> dict[str, Any]:
+    """The row of the index for a state."""
+    return {
+        "id": item["id"],
+        "images": image_names(item["images"]),
+        "prompt": item["prompt"],
+        "answers": item["answers"],
+        "prediction": prediction,
+        "found": state.found,
+        "place": state.place,
+        "count": state.count,
+        "metadata": dict(item["metadata"]),
+    }
+
+
+def _finite(states: dict[Key, np.ndarray], item: Mapping[str, Any]) -> dict[Key, np.ndarray]:
+    """The states of an item.
+
+    Raises:
+      UserError: Some of them are no finite numbers.
+    """
+    for (site, layer), state in states.items():
+        if not np.isfinite(state).all():
+            raise UserError(f"the state of item {item['id']} at {site} {layer} is not finite")
+    return states
