@@ -23,8 +23,9 @@ from jaxtyping import Float, UInt8
 
 from moresjax.analysis.attention import AnswerAttention, AttentionSummary, summarize_answers
 from moresjax.core.errors import UserError
+from moresjax.core.folders import replace_file
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.files import read_log, replace_file, write_log
+from moresjax.evaluation.files import read_log, write_log
 from moresjax.evaluation.predictions import row_key
 from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.inference.analyze import answer_map
