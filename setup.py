@@ -30,7 +30,7 @@ setup(
         "moresjax.configs",
     ],
     package_dir={"moresjax.configs": "configs"},
-    package_data={"": ["py.typed", "*.j2"]},
+    package_data={"": ["py.typed", "*.j2", "words/*.txt"]},
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.8,<0.13",

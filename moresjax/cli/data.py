@@ -5,11 +5,17 @@ import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
-from moresjax.cli.options import Commands, add_command, add_config, show
+from moresjax.cli.options import Commands, add_command, add_config, add_planned_workdir, show
 
 if TYPE_CHECKING:
     from moresjax.data.check import DataReport
     from moresjax.data.processor import Processor
+
+
+RESHAPED = (
+    "images are far from square: they are squeezed or cropped to one; image_aspect=pad keeps all "
+    "of them"
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -22,6 +28,7 @@ def add_parser(commands: Commands) -> None:
     help = "read everything that a configuration would train on, or files of your own"
     check = add_command(jobs, "check", run_check, help)
     add_config(check, required=False)
+    add_planned_workdir(check)
     check.add_argument(
         "--files",
         nargs="+",
@@ -52,6 +59,7 @@ def add_parser(commands: Commands) -> None:
     help = "show samples as the model is given them: tokens, labels, edits, images"
     show_job = add_command(jobs, "show", run_show, help)
     add_config(show_job)
+    add_planned_workdir(show_job)
     show_job.add_argument(
         "--samples", type=int, default=3, metavar="N", help="how many (default: %(default)s)"
     )
@@ -120,10 +128,10 @@ def run_check(args: argparse.Namespace) -> None:
         return
     if args.image_root or args.tokenizer:
         raise UserError("--image-root and --tokenizer go with --files; a --config has its own")
-    config = with_sources(load_config(args.config, args.overrides), ".")
+    config = with_sources(load_config(args.config, args.overrides), args.workdir)
     report = check_data(
         make_source(**config.data),
-        functools.partial(build_processor, config),
+        functools.partial(build_processor, config, root=args.workdir),
         max_seq_len=config.max_seq_len,
         images_per_row=config.images_per_row,
         num_workers=args.workers,
@@ -154,7 +162,7 @@ def _text_processor(tokenizer: str, template: str) -> "Processor":
     from moresjax.runs.processor import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
-    return Processor(loaded, get_template(template, loaded), image=ImageProcessor(1))
+    return Processor(loaded, get_template(template, loaded), image=ImageProcessor(1, aspect="pad"))
 
 
 def _report_lines(report: "DataReport", tokens: bool = True) -> list[str]:
@@ -173,6 +181,7 @@ def _report_lines(report: "DataReport", tokens: bool = True) -> list[str]:
         *(f"useful tokens with {name}: {share:.1%}" for name, share in useful.items()),
         f"too long: {len(report.too_long)}; bad: {len(report.bad)}; cut: {len(report.cut)}",
         *(f"  without {kind}: {count}" for kind, count in report.cut_kinds.items()),
+        *([f"{report.reshaped:,d} {RESHAPED}"] if report.reshaped else []),
         *report.too_long.values(),
         *report.bad.values(),
         *report.cut.values(),
@@ -191,8 +200,8 @@ def run_show(args: argparse.Namespace) -> None:
     from moresjax.runs.sources import with_sources
     from moresjax.tuning.attach import Tuning
 
-    config = with_sources(load_config(args.config, args.overrides), ".")
-    source, processor = make_source(**config.data), build_processor(config)
+    config = with_sources(load_config(args.config, args.overrides), args.workdir)
+    source, processor = make_source(**config.data), build_processor(config, root=args.workdir)
     if not 0 <= args.first < args.first + args.samples <= len(source):
         raise UserError(
             f"--first {args.first} and --samples {args.samples} do not name samples of a data set "

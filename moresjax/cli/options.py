@@ -53,6 +53,16 @@ def add_config(command: argparse.ArgumentParser, required: bool = True) -> None:
     )
 
 
+def add_planned_workdir(command: argparse.ArgumentParser) -> None:
+    """Adds `--workdir` to what looks at a run that need not exist."""
+    command.add_argument(
+        "--workdir",
+        default=".",
+        metavar="DIR",
+        help="the run's directory, from which paths such as ../llm start (default: here)",
+    )
+
+
 def add_mesh(command: argparse.ArgumentParser) -> None:
     """Adds `--mesh`, which `mesh_of` reads."""
     names = "replicated, fsdp or fsdp+tensor"

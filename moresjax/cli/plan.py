@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 
-from moresjax.cli.options import Commands, add_command, add_config, show
+from moresjax.cli.options import Commands, add_command, add_config, add_planned_workdir, show
 from moresjax.core.errors import UserError
 
 
@@ -12,6 +12,7 @@ def add_parser(commands: Commands) -> None:
     help = "compile a run for a TPU slice, without one: does it fit, how fast is it"
     plan = add_command(commands, "plan", run, help)
     add_config(plan)
+    add_planned_workdir(plan)
     plan.add_argument(
         "--topology", required=True, metavar="SLICE", help="chips, such as v5e:4x4 or v5e-16"
     )
@@ -48,8 +49,9 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.plans.program import describe
     from moresjax.plans.train_plan import plan, search
     from moresjax.runs.config import load_config
+    from moresjax.runs.sources import with_sources
 
-    config = load_config(args.config, args.overrides)
+    config = with_sources(load_config(args.config, args.overrides), args.workdir)
     batches = args.batch or [config.batch_size]
     if args.search and args.generate is not None:
         raise UserError("--search is for train steps, not for --generate")

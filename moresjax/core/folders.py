@@ -1,4 +1,4 @@
-"""New folders that are complete or not there."""
+"""New folders and files that are complete or not there."""
 
 import contextlib
 import os
@@ -53,3 +53,10 @@ def new_folder(folder: str | Path, what: str) -> Iterator[Path]:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes a file such that a killed process leaves the old one or the new one."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(fresh, path)

@@ -23,6 +23,7 @@ from moresjax.data.sources import Source
 CHUNK = 64  # samples that a worker takes at once
 STARTING = 40  # chunks that are read while a worker starts
 BINS = 16
+FAR_FROM_SQUARE = 1.25  # the longer side by the shorter one, from which a shape is told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,8 @@ class DataReport:
       bad: The error of every other sample that cannot be used, by its number.
       cut: What is left out of a good sample, by its number.
       cut_kinds: The number of good samples by what is left out of them.
+      reshaped: The number of images whose sides differ by a quarter or more and that become squares
+        without padding: squeezed, or cropped.
       labels: The number of labels of every class, for images with labels.
     """
 
@@ -58,6 +61,7 @@ class DataReport:
     bad: dict[int, str]
     cut: dict[int, str]
     cut_kinds: dict[str, int]
+    reshaped: int = 0
     labels: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -84,6 +88,7 @@ class _Measured:
     tokens: int = 0
     answer_tokens: int = 0
     images: int = 0
+    reshaped: int = 0
     error: str = ""
     cut: str = ""
 
@@ -158,14 +163,17 @@ def _measure_one(
     if not isinstance(sample, Sample):
         raise UserError(f"sample {index} of this source is no conversation")
     row = Row.text(()) if processor is None else processor.text_row(sample)
+    kept = processor is None or processor.image is None or processor.image.aspect != "square"
+    reshaped = 0
     try:
         for image in sample.images if decode else ():
-            open_image(image)
+            width, height = open_image(image).size
+            reshaped += not kept and max(width, height) >= FAR_FROM_SQUARE * min(width, height)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from None
     answers = int((row.kind == TokenKind.ANSWER).sum())
     cut = sample.cut if processor is None else processor.left_out(sample)
-    return _Measured(index, sample.id, len(row), answers, len(sample.images), cut=cut)
+    return _Measured(index, sample.id, len(row), answers, len(sample.images), reshaped, cut=cut)
 
 
 # The source and the processor of a worker process. They are set once when it starts, since sending
@@ -229,6 +237,7 @@ def _report(
         too_long=too_long,
         bad={m.index: m.error for m in found if m.error},
         cut={m.index: f"sample {m.name}: {m.cut}" for m in good if m.cut},
+        reshaped=sum(m.reshaped for m in good),
         cut_kinds={
             kind: count
             for kind in (EARLY_TURNS, LATER_TURNS)

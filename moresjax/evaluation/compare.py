@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -69,7 +70,8 @@ def compare(folders: Sequence[str | Path], *, resamples: int = 10_000) -> list[C
     >>> import json, tempfile
     >>> folders = [Path(tempfile.mkdtemp()) for _ in range(2)]
     >>> for folder, score in zip(folders, (0, 1)):
-    ...     rows = [{"task": "mine", "id": str(i), "score": score} for i in range(9)]
+    ...     rows = [{"task": "mine", "id": str(i), "images": [], "score": score}
+    ...             for i in range(9)]
     ...     _ = (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     >>> (found,) = compare(folders)
     >>> found.difference, found.p, found.test
@@ -121,6 +123,11 @@ def read_scores(path: str | Path) -> Scored:
         key = str(row.get("id")), str(row.get("prompt"))
         tasks.setdefault(task, {})[key] = row
     scored = {task: rows for task, rows in tasks.items() if task not in unscored}
+    if any("images" not in row for rows in scored.values() for row in rows.values()):
+        logging.getLogger(__name__).warning(
+            f"{folder / FILE} was written before rows named their images; its questions are taken "
+            "as having images of their own"
+        )
     if not scored:
         raise UserError(f"{folder / FILE} has no task whose questions all have a score")
     return scored

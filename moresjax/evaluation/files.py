@@ -6,12 +6,12 @@ in `DATA_ROOT/coco/val2014/`, `DATA_ROOT/coco/test2015/` and so on.
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.folders import replace_file
 from moresjax.data.images import UnusableImage, named_image
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
@@ -277,10 +277,3 @@ def read_log(path: Path) -> list[dict]:
 def write_log(path: Path, rows: Iterable[Mapping]) -> None:
     """Replaces a log as a whole."""
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes a file such that a killed process leaves the old one or the new one."""
-    fresh = path.with_suffix(".tmp")
-    fresh.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(fresh, path)

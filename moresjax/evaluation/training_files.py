@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.folders import replace_file
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import registrar
 from moresjax.data.images import image_path
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.task_names import task_name
-from moresjax.evaluation.files import replace_file
 
 SEED = 42
 # Photos that several downloads share lie beside them; a record names them from its own download.

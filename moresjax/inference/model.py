@@ -237,6 +237,7 @@ class Model(LoadedModel):
         continuations: Sequence[str],
         images: Images = None,
         *,
+        system: str | None = None,
         adapters: Adapters = None,
         batch_size: int = 8,
     ) -> list[ContinuationScore]: ...
@@ -247,6 +248,7 @@ class Model(LoadedModel):
         continuations: Sequence[Sequence[str]],
         images: Images = None,
         *,
+        system: str | None = None,
         adapters: Adapters = None,
         batch_size: int = 8,
     ) -> list[list[ContinuationScore]]: ...
@@ -256,6 +258,7 @@ class Model(LoadedModel):
         continuations: Sequence[str] | Sequence[Sequence[str]],
         images: Images = None,
         *,
+        system: str | None = None,
         adapters: Adapters = None,
         batch_size: int = 8,
     ) -> list[ContinuationScore] | list[list[ContinuationScore]]:
@@ -274,6 +277,7 @@ class Model(LoadedModel):
           continuations: For one text its answers, for a list of texts a list of answers for each.
           images: For one text an image or a list of images; for a list of texts a list that has an
             image, a list of images or None for each.
+          system: The system prompt of all prompts; default: the template's.
           adapters: The name of the loaded adapter that scores, or for every prompt its name or None
             for the base model.
           batch_size: How many prompts are read at a time.
@@ -288,9 +292,9 @@ class Model(LoadedModel):
         texts, own = pair_images(prompts, images)
         lists = pair_continuations(prompts, continuations, len(texts))
         names = self.adapter_names(adapters, len(texts))
-        rows = self.prompts.rows(texts, own)
+        rows = self.prompts.rows(texts, own, system)
         pairs = [
-            self.prompts.with_answer(row, text, images, answer)
+            self.prompts.with_answer(row, text, images, answer, system)
             for row, text, images, answers in zip(rows, texts, own, lists, strict=True)
             for answer in answers
         ]
@@ -305,6 +309,7 @@ class Model(LoadedModel):
         prompts: str | Sequence[str] | None = None,
         images: Images = None,
         *,
+        system: str | None = None,
         input_ids: ArrayLike | None = None,
         attention_mask: ArrayLike | None = None,
         pixel_values: ArrayLike | None = None,
@@ -326,6 +331,7 @@ class Model(LoadedModel):
           prompts: What the user says, one text (then B is 1) or a list of texts.
           images: For one text an image or a list of images; for a list of texts a list that has an
             image, a list of images or None for each.
+          system: The system prompt of all prompts; default: the template's.
           input_ids: Token ids `[B, S]` with one `image_token_id` per visual token.
           attention_mask: `[B, S]`, 0 for padding on either side; default: all ones.
           pixel_values: The images of all rows in order, `[images, 3, height, width]`.
@@ -338,7 +344,7 @@ class Model(LoadedModel):
             not match the images.
         """
         if prompts is not None:
-            rows = self.prompts.rows(*pair_images(prompts, images))
+            rows = self.prompts.rows(*pair_images(prompts, images), system)
             if not rows:
                 raise UserError("logits need at least one prompt")
             batch = self.prompts.batch(rows, max(map(len, rows)))

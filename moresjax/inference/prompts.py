@@ -247,7 +247,12 @@ class PromptEncoder:
         return text
 
     def with_answer(
-        self, row: Row, text: str, images: PromptImages, answer: str
+        self,
+        row: Row,
+        text: str,
+        images: PromptImages,
+        answer: str,
+        system: str | None = None,
     ) -> tuple[Row, np.ndarray]:
         """A prompt's row and the token ids of an answer to it, tokenised together.
 
@@ -256,6 +261,7 @@ class PromptEncoder:
           text: The prompt.
           images: One image or a list of images.
           answer: The answer, without the token that ends it.
+          system: The system prompt that the row has; default: the template's.
 
         Raises:
           UserError: for an empty answer.
@@ -263,7 +269,7 @@ class PromptEncoder:
         if not answer.strip():
             raise UserError(f"an answer to score is empty: {text!r}")
         own = check_images(images)
-        sample = Sample("answer", (Turn(mark_images(text, own), answer),), own)
+        sample = Sample("answer", (Turn(mark_images(text, own), answer),), own, system=system)
         whole = self.processor.without_end.text_row(sample)
         head = int(np.argmax(whole.kind == TokenKind.ANSWER))
         return whole[:head].replace(pixels=row.pixels), whole.tokens[head:]

@@ -202,7 +202,8 @@ class Difference:
       low: Where its 95% interval begins, from drawing images again.
       high: Where it ends.
       n: The number of questions.
-      p: The p-value of no difference, from sign flips of images.
+      p: The p-value of no difference, from sign flips of images, corrected for all comparisons of a
+        report by Holm's method.
     """
 
     mean: float
@@ -289,9 +290,8 @@ def difference_sentence(
     mean, low, high = (
         f"{unit * x:+.{digits}f}" for x in (difference.mean, difference.low, difference.high)
     )
-    numbers = (
-        f"{mean}{of}, 95% interval {low} to {high}, n = {difference.n}, p = {difference.p:.2g}"
-    )
+    numbers = f"{mean}{of}, 95% interval {low} to {high}, n = {difference.n}"
+    numbers += f", p = {difference.p:.2g} (Holm)"
     if not difference.is_shown:
         return f"No difference in {measure} could be shown between {first} and {second}: {numbers}."
     side = "higher" if difference.mean > 0 else "lower"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moresjax.core.errors import UserError
-from moresjax.evaluation.files import replace_file
+from moresjax.core.folders import replace_file
 from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.runs.config import load_config
 from moresjax.runs.run_config import InitConfig, RunConfig

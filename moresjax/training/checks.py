@@ -7,9 +7,10 @@ A check of a start is a function that yields a sentence for everything it object
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from moresjax.core.errors import UserError, choice_error
@@ -197,6 +198,18 @@ def the_vocabulary_has_all_words(start: Start) -> Iterator[str]:
         )
 
 
+def attention_runs_here(start: Start) -> Iterator[str]:
+    """Kernels belong to one kind of device."""
+    # A plan has no processor; it is made for devices that are not here.
+    wanted, platform = start.config.attention, jax.default_backend()
+    at_home = {"splash": "tpu", "cudnn": "gpu"}.get(wanted, platform)
+    if start.processor is not None and at_home != platform:
+        yield (
+            f"config key attention={wanted} is a kernel of {at_home.upper()}s, and this is a "
+            f"{platform.upper()}; leave it out, or give xla"
+        )
+
+
 # ---- What is warned of.
 
 NAMES = {"llm": "LLM", "vision": "vision encoder", "connector": "connector"}
@@ -292,6 +305,7 @@ REFUSALS: tuple[Callable[[Start], Iterator[str]], ...] = (
     an_image_fits_a_row,
     rows_have_learned_positions,
     the_vocabulary_has_all_words,
+    attention_runs_here,
 )
 WARNINGS: tuple[Callable[[Start], Iterator[str]], ...] = (
     random_parts_train,
@@ -308,7 +322,9 @@ WARNINGS: tuple[Callable[[Start], Iterator[str]], ...] = (
 
 
 def check_samples(config: RunConfig, source: Source) -> None:
-    """Refuses samples that the objective cannot train on; looks at the first one only.
+    """Refuses samples that the objective cannot train on.
+
+    It looks at the first one, and at the number of classes where the source knows it.
 
     Raises:
       UserError: says what the objective needs.
@@ -321,6 +337,7 @@ def check_samples(config: RunConfig, source: Source) -> None:
         return
     if config.objective == "patch_classes":
         _check_labels(config, sample)
+        _check_classes(config, getattr(source, "class_names", ()))
     elif config.objective in ("next_token", "siglip") and not isinstance(sample, Sample):
         raise UserError(
             f"objective {config.objective} trains on conversations and captions, but "
@@ -340,6 +357,14 @@ def _check_labels(config: RunConfig, sample: Sample | Mapping) -> None:
         raise UserError(
             f"model.classes is {list(classes)}, but sample {sample['id']} has {sets} labels of a "
             f"patch, up to {labels.reshape(-1, sets).max(0).tolist()}"
+        )
+
+
+def _check_classes(config: RunConfig, names: Sequence[str]) -> None:
+    if names and config.model.classes[0] < len(names):
+        raise UserError(
+            f"model.classes is {list(config.model.classes)}, but the labels of the data are "
+            f"{len(names)}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
         )
 
 

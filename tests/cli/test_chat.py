@@ -189,3 +189,14 @@ def test_a_saved_conversation_is_data(model, talk, photo, tmp_path):
         assert source[0].system == "two ."
         assert [turn.answer for turn in source[0].turns] == said
         assert Path(source[0].images[0]).read_bytes() == Path(photo).read_bytes()
+
+
+def test_scores_and_logits_are_those_of_the_system_prompt(model):
+    asked, own = "is there a two ?", {"system": "two .", "adapters": "one"}
+    (answer,) = model.generate([asked], details=True, logprobs=True, max_new_tokens=1, **own)
+    logits = model.logits(asked, **own)
+    assert int(logits[0, -1].argmax()) == answer.tokens[0]
+    text = model.prompts.tokenizer.decode(answer.tokens)
+    (scored,) = model.score(asked, [text], **own)
+    np.testing.assert_allclose(scored.logprob, answer.logprobs[0], atol=1e-5)
+    assert model.logits(asked, adapters="one").shape[1] != logits.shape[1]

@@ -12,6 +12,7 @@ from moresjax.cli import main
 from moresjax.core.layout import TokenKind
 from moresjax.data.check import check_data
 from moresjax.data.digits import DigitsSource
+from moresjax.data.images import open_image
 from moresjax.data.llava import LlavaSource
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import PartsConfig, RunConfig
@@ -69,6 +70,10 @@ def test_counts_are_those_of_the_rows(checked):
     counts = np.histogram(lengths, [*starts, starts[-1] + starts[1]])[0]
     assert [count for _, count in report.histogram] == counts.tolist()
     assert len(starts) <= 16
+    sizes = [open_image(image).size for i in [*range(150), 153] for image in source[i].images]
+    assert report.reshaped == sum(max(size) >= 1.25 * min(size) for size in sizes) > 0
+    padded = dataclasses.replace(config, image_aspect="pad")
+    assert check(padded, source).reshaped == 0
     fits = lengths[lengths <= 100]
     assert report.useful["pad"] == pytest.approx(fits.sum() / (len(fits) * 100))
     assert report.useful["pad"] < 0.6 < 0.9 < report.useful["pack"] <= 1

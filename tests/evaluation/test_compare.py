@@ -90,7 +90,7 @@ def evaluation(folder, scores, task="mine", images=None):
     folder.mkdir(exist_ok=True)
     rows = [
         {"task": task, "id": str(i), "prompt": "?", "prediction": "x", "score": score}
-        | ({"images": [images[i]]} if images else {})
+        | {"images": [images[i]] if images else []}
         for i, score in enumerate(scores)
     ]
     with (folder / "predictions.jsonl").open("a") as file:
@@ -132,6 +132,17 @@ def test_questions_about_one_image_count_together(tmp_path):
     assert (one.images, one.test, one.p) == (4, SIGN_FLIP, 0.5)
     assert one.finding == "no difference could be shown"  # two images of four
     assert "in 4 groups by image" in compare_table([one])
+
+
+def test_rows_without_images_are_told(tmp_path, caplog):
+    a = evaluation(tmp_path / "a", [1, 0])
+    compare([a, evaluation(tmp_path / "b", [0, 0])])
+    assert not caplog.records
+    (tmp_path / "c").mkdir()
+    old = (tmp_path / "a" / "predictions.jsonl").read_text().replace(', "images": []', "")
+    (tmp_path / "c" / "predictions.jsonl").write_text(old)
+    compare([a, tmp_path / "c"])
+    assert "c/predictions.jsonl was written before rows named their images" in caplog.text
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path, capsys):

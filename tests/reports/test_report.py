@@ -100,7 +100,7 @@ def test_the_page_has_every_number_of_its_sources(evaluated, tmp_path):
         assert missing in text
     assert text.count("The accuracy of two is higher than that of first: +75.0 points") == 1
     shares = "No difference in share of attention on the image could be shown between two and first"
-    assert f"{shares}: +0.000, 95% interval +0.000 to +0.000, n = 12, p = 1." in text
+    assert f"{shares}: +0.000, 95% interval +0.000 to +0.000, n = 12, p = 1 (Holm)." in text
     assert "trained parameters" in text
 
 
@@ -200,7 +200,7 @@ def test_findings_follow_from_paired_intervals():
     ]
     assert findings(few) == [
         "No difference in accuracy could be shown between better and base: +100.0 points, 95% "
-        "interval +100.0 to +100.0, n = 200, p = 0.25."
+        "interval +100.0 to +100.0, n = 200, p = 0.25 (Holm)."
     ]
     few[0].answers = {key: AskedQuestion(0.0, None, None) for key in few[0].answers}
     few[1].answers = dict(few[0].answers)

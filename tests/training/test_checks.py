@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from run_helpers import TEXT_ONLY, TINY, config_of
 
+from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer
 from moresjax.data.sources import make_source
@@ -52,6 +53,8 @@ def start(arg: str, settings: dict, **changes: object) -> None:
         ("stage=llm", {"model.llm.activation": "swish"}, "unknown activation 'swish'"),
         ("stage=llm", {"model.llm.norm": "batch"}, "unknown norm 'batch'; choose from: rms, layer"),
         ("stage=llm", {"dtype": "int32"}, "unknown dtype 'int32'"),
+        (PRETRAIN, {"attention": "splash"}, "attention=splash is a kernel of TPUs, .* is a CPU"),
+        (PRETRAIN, {"attention": "cudnn"}, "attention=cudnn is a kernel of GPUs, .* is a CPU"),
         (PRETRAIN, {"model.vision.feature_layer": 4}, "feature_layer=4 .* from -2 to 1"),
         (PRETRAIN, {"model.vision.patch_size": 64}, "32 pixels hold no patch of 64"),
     ],
@@ -92,6 +95,29 @@ def test_samples_that_no_objective_takes_are_refused(arg, settings, message):
     config = config_of(arg, TINY | settings)
     with pytest.raises(UserError, match=message):
         check_samples(config, make_source(**config.data))
+
+
+def test_all_labels_have_a_class(tmp_path):
+    """The first sample alone would pass."""
+    labels = [{"image": "a.png", "label": name} for name in "abc"]
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    data = {"name": "labels", "files": str(tmp_path / "labels.json"), "image_root": str(tmp_path)}
+    config = config_of("stage=vit", TINY | {"model.classes": "(2,)"})
+    with pytest.raises(UserError, match=r"model.classes is \[2\], but .* are 3: a, b, c"):
+        check_samples(dataclasses.replace(config, data=data), make_source(**data))
+
+
+def test_commands_look_at_a_run_that_has_not_begun(tmp_path, monkeypatch, capsys):
+    """Paths with a leading dot start from the directory that the run will have."""
+    words = tmp_path / "runs" / "words"
+    build_tokenizer().save_pretrained(words)
+    command = ["data", "check", "--config", "digits:stage=llm", "--config.data.size=2"]
+    command += ["--config.tokenizer=../words", "--workers", "1"]
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert "neither 'digits' nor a folder" in capsys.readouterr().err
+    assert main([*command, "--workdir", "runs/llm"]) == 0
+    assert "2 samples, 2 of them text only" in capsys.readouterr().out
 
 
 # ---- Warned of.
