@@ -27,8 +27,7 @@ from moresjax.core.folders import replace_file
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log, write_log
 from moresjax.evaluation.predictions import row_key
-from moresjax.evaluation.tasks import BenchmarkTask, default_split, named_splits
-from moresjax.evaluation.validation import NAME as VALIDATION
+from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.inference.analyze import answer_map
 from moresjax.inference.model import Model
 
@@ -127,40 +126,22 @@ def attention_entry(
       attention: The statistics over all questions.
       by_task: Those of each task.
       scores: The tasks' scores.
-      facts: Where the model comes from: `model`, `adapter`, `fingerprint`, `template`, `accuracy`
-        and `split`.
+      facts: Where the model comes from: `model`, `adapter`, `fingerprint`, `template`
+        and `accuracy`.
     """
-    split = facts.pop("split", None)
     return {
         **attention.to_dict(by_head=True),
         **facts,
         "n": sum(entry["n"] for entry in scores.values()),
-        "tasks": {name: _asked(entry, split, by_task.get(name)) for name, entry in scores.items()},
+        "tasks": {name: _asked(entry, by_task.get(name)) for name, entry in scores.items()},
     }
 
 
-def split_of(benchmark: str, split: str | None) -> str | None:
-    """The split that a benchmark was asked on; None where it has none.
-
-    >>> split_of("digits", "digits=val,gqa=train"), split_of("digits", None)
-    ('val', 'test')
-
-    Args:
-      benchmark: The name that its tasks were loaded under.
-      split: What `evaluate` was given.
-    """
-    given = named_splits(split or "")
-    own = given.get(benchmark) if given else split
-    return VALIDATION if benchmark == VALIDATION else own or default_split(benchmark)
-
-
-def _asked(
-    entry: Mapping[str, Any], split: str | None, attention: AttentionSummary | None
-) -> dict[str, Any]:
+def _asked(entry: Mapping[str, Any], attention: AttentionSummary | None) -> dict[str, Any]:
     """What a model was asked in a task."""
     asked = {
         "benchmark": entry["benchmark"],
-        "split": split_of(entry["benchmark"], split),
+        "split": entry["split"],
         "n": entry["n"],
         "score": entry["score"],
         "prompt_hash": entry["prompt_hash"],

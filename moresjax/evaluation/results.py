@@ -86,7 +86,7 @@ class EvaluationResult:
         """What `attention.json` says of the model.
 
         Args:
-          facts: Where it comes from: `model`, `adapter`, `tuning` and `split`.
+          facts: Where it comes from: `model`, `adapter` and `tuning`.
         """
         assert self.attention is not None
         facts |= {"fingerprint": self.model, "template": self.processor.get("template")}
@@ -125,6 +125,7 @@ def score_task(
     errors = {**(errors or {}), **score.errors}
     entry = {
         "benchmark": task.benchmark,
+        "split": task.split,
         "metric": score.metric,
         "score": score.value,
         "fraction": score.fraction and score.total is None,
@@ -228,7 +229,7 @@ def write_results(
         data["not_run"] = dict(result.not_run)
     if result.attention is not None:
         data["attention"] = result.attention.to_dict()
-        where = {key: facts[key] for key in ("model", "adapter", "tuning", "split") if key in facts}
+        where = {key: facts[key] for key in ("model", "adapter", "tuning") if key in facts}
         write_attention({name or "model": result.attention_entry(**where)}, out)
     elif "attention" in earlier:
         data["attention"] = earlier["attention"]

@@ -46,6 +46,7 @@ class BenchmarkTask:
       submissions: By file name, a function from predictions by id to the file's content: what the
         benchmark's server or its own tool takes.
       benchmark: The name that the task was loaded under.
+      split: The split of the data that the examples are of; None where there are no splits.
     """
 
     name: str
@@ -58,6 +59,7 @@ class BenchmarkTask:
         default_factory=dict
     )
     benchmark: str = ""
+    split: str | None = None
 
     def length_limit(self, example: Example) -> int:
         """The most tokens of the answer to one of the examples."""
@@ -194,7 +196,8 @@ def load_benchmark(
         tasks = load_own(name, data_root=data_root, limit=limit, image_root=image_root, **chosen)
     else:
         tasks = benchmark_loader(name)(data_root=data_root, limit=limit, **chosen)
-    return [dataclasses.replace(task, benchmark=name) for task in tasks]
+    own = {"benchmark": name, "split": split or default_split(name)}
+    return [dataclasses.replace(task, **own) for task in tasks]
 
 
 def load_tasks(

@@ -63,7 +63,7 @@ def validation_task(
     samples = (source[int(number)] for number in numbers)
     count = limit if sample is None else sample
     examples = list(islice((e for one in samples for e in _examples(one, first)), count))
-    return BenchmarkTask(NAME, examples, benchmark=NAME)
+    return BenchmarkTask(NAME, examples, benchmark=NAME, split=NAME)
 
 
 def _examples(sample: Any, run: str) -> Iterator[Example]:

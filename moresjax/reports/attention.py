@@ -68,7 +68,7 @@ def attention_report(
     """
     from moresjax.evaluation.run import evaluate
 
-    summaries, split = {}, options.get("split")
+    summaries = {}
     for name, load in models:
         result = evaluate(load(), tasks, attention=True, title=name, **options)
         if result.attention is None:
@@ -76,7 +76,7 @@ def attention_report(
         facts: dict[str, Any] = {"model": (folders or {}).get(name, name)}
         if adapters and adapters.get(name):
             facts["adapter"] = adapters[name]
-        summaries[name] = result.attention_entry(split=split, **facts)
+        summaries[name] = result.attention_entry(**facts)
     write_attention_plots(summaries, out)
     write_attention(summaries, out)
     return summaries

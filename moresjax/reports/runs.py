@@ -25,11 +25,12 @@ from moresjax.evaluation.attention_log import (
     SUMMARY,
     AnswerOnImage,
     read_maps,
-    split_of,
 )
 from moresjax.evaluation.files import read_log
 from moresjax.evaluation.predictions import FILE, row_key
 from moresjax.evaluation.results import RESULTS
+from moresjax.evaluation.tasks import default_split, named_splits
+from moresjax.evaluation.validation import NAME as VALIDATION
 from moresjax.models.count import ParameterReport, count_parameters
 from moresjax.runs.architecture import model_config
 from moresjax.runs.config import read_config
@@ -290,6 +291,17 @@ def _of_model(facts: Mapping[str, Any], folder: Path, name: str, inside: Path | 
     return _key(model, adapter, tuning), own
 
 
+def _earlier_split(benchmark: str, split: str | None) -> str | None:
+    """The split of a task in a `results.json` of version 0.2, which has one for all tasks.
+
+    >>> _earlier_split("digits", "digits=val,gqa=train"), _earlier_split("digits", None)
+    ('val', 'test')
+    """
+    given = named_splits(split or "")
+    own = given.get(benchmark) if given else split
+    return VALIDATION if benchmark == VALIDATION else own or default_split(benchmark)
+
+
 def _evaluation(folder: Path, name: str, inside: Path | None = None) -> Keyed:
     """What an evaluation tells of its model."""
     data = read_object(folder / RESULTS)
@@ -298,7 +310,7 @@ def _evaluation(folder: Path, name: str, inside: Path | None = None) -> Keyed:
     split = data.get("split")
     run.tasks = {}
     for task, entry in data["scores"].items():
-        own = split_of(entry["benchmark"], split)
+        own = entry["split"] if "split" in entry else _earlier_split(entry["benchmark"], split)
         title = f"{task} ({own})" if own else task
         bounds = entry.get("interval95")
         run.tasks[title] = TaskResult(

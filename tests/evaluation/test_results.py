@@ -62,6 +62,8 @@ def test_a_part_and_another_split_leave_what_was_answered(model, tmp_path, asked
     assert len(asked) == before
     assert len(part.predictions) == len(whole.predictions) // 2
     run_digits(model, tmp_path, limit=2, split="val")
+    scores = saved(tmp_path, "results.json")["scores"]
+    assert {entry["split"] for entry in scores.values()} == {"val"}
     rows = saved(tmp_path, "predictions.jsonl")
     assert len(rows) == len(whole.predictions) + len(part.predictions)
     asked.clear()
