@@ -81,13 +81,16 @@ def demo(out: Path) -> dict:
 
 def methods(out: Path) -> dict:
     """Loss and gradient norm of every step."""
-    if not (out / "demo" / "pretrain").is_dir():
+    if not (out / "demo" / "seed0" / "pretrain").is_dir():
         demo(out)
     found = {}
     for spec in METHODS.split():
         workdir = out / "methods" / "".join(c if c.isalnum() else "-" for c in spec)
         sources = {"llm": "llm", "vision": "vit", "connector": "pretrain"}
-        init = [f"--config.init.{p}={(out / 'demo' / s).resolve()}" for p, s in sources.items()]
+        init = [
+            f"--config.init.{p}={(out / 'demo' / 'seed0' / s).resolve()}"
+            for p, s in sources.items()
+        ]
         short = [f"--config.{k}" for k in ("steps=60", "log_every=1", "tensorboard=False")]
         config = f"{config_file()}:stage=finetune,tuning={spec}"
         result = run("train", "--config", config, "--workdir", workdir, *init, *short)
@@ -136,9 +139,9 @@ def llava(out: Path) -> dict:
             logits = np.asarray(model.logits(**inputs))
             digest = hashlib.sha256(logits.tobytes()).hexdigest()
             found[f"{name} {tuning}"] = [digest, logits.argmax(-1).tolist()]
-    if not (out / "demo" / "pretrain").is_dir():
+    if not (out / "demo" / "seed0" / "pretrain").is_dir():
         demo(out)
-    model = moresjax.load(out / "demo" / "pretrain", template="bare")
+    model = moresjax.load(out / "demo" / "seed0" / "pretrain", template="bare")
     prompts = ["what is at top-left ?", "how many digits ?", "what is the sum ?"]
     image = (np.arange(32 * 32 * 3).reshape(32, 32, 3) % 251).astype(np.uint8)
     images = [[image], [image], [image]]

@@ -13,7 +13,9 @@ def add_parser(commands: Commands) -> None:
     demo.add_argument(
         "--out", default="runs/demo", help="directory for the report (default: %(default)s)"
     )
-    demo.add_argument("--seeds", type=int, default=1, help="how often stage 2 is repeated")
+    demo.add_argument(
+        "--seeds", type=int, default=1, metavar="N", help="how often the whole pipeline is repeated"
+    )
     demo.add_argument("--fast", action="store_true", help="a few steps per stage, for tests")
 
 
@@ -22,4 +24,5 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.studies.demo import run_demo
 
     results = run_demo(args.out, seeds=args.seeds, fast=args.fast)
-    show(args, results, f"report: {Path(args.out) / 'report.html'}")
+    findings = "\n".join(results["findings"])
+    show(args, results, f"{findings}\nreport: {Path(args.out) / 'report.html'}")

@@ -8,6 +8,7 @@ constant (Liang & Zeger 1986; Cameron & Miller 2015). Where no image is shared i
 """
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
@@ -94,3 +95,26 @@ def interval(
     width = float(stdtrit(degrees, 0.975)) * stderr
     low, high = mean - width, mean + width
     return (max(low, 0.0), min(high, 1.0)) if share else (low, high)
+
+
+def mean_with_interval(
+    values: Sequence[float], *, share: bool = False
+) -> tuple[float, tuple[float, float] | None]:
+    """The mean of independent draws, such as seeds, and its 95% interval by Student's t.
+
+    >>> mean, (low, high) = mean_with_interval([1.0, 2.0, 3.0])
+    >>> mean, round(low, 3), round(high, 3)
+    (2.0, -0.484, 4.484)
+
+    Args:
+      values: The draws.
+      share: Whether each is a share, which lies between 0 and 1.
+
+    Returns:
+      The mean and the interval; None in its place for fewer than two draws.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    stderr = statistics.stdev(values) / len(values) ** 0.5
+    return mean, interval(mean, stderr, len(values), share=share)

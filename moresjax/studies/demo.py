@@ -1,45 +1,44 @@
 """`moresjax demo`: the paper's three stages on handwritten digits, as a list of ordinary runs.
 
-Every stage is `train(config)` with `configs/digits.py`, every score comes from `evaluate`, every
-figure from `moresjax.analysis`; this file says in which order, and collects the numbers.
+Every stage is a run of `configs/digits.py`, every score comes from `evaluate`, every figure from
+`moresjax.analysis`; this file says in which order, and collects the numbers.
 """
 
 import json
-import re
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 
 from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
 from moresjax.core.errors import UserError
 from moresjax.data.digits import FAMILIES, UNSEEN
-from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT, majority_accuracy, make_examples
-from moresjax.evaluation.results import EvaluationResult, write_results
-from moresjax.evaluation.run import evaluate
+from moresjax.evaluation.benchmarks.digits import majority_accuracy, make_examples
+from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.inference.analyze import attention_map
-from moresjax.inference.load import load
 from moresjax.inference.model import Model
 from moresjax.models.count import count_parameters
 from moresjax.reports import plots
 from moresjax.reports.attention import write_attention_plots
 from moresjax.reports.html import write_demo_report
-from moresjax.training.loop import TrainResult, train
+from moresjax.studies.findings import PairedDifference, compare_with, explain
+from moresjax.studies.pipeline import ZERO_SHOT, Finetuning, Pipeline, slug
+from moresjax.studies.provenance import describe, provenance
+from moresjax.training.prepare import TrainResult
 from moresjax.weights.adapter import save_adapter
-
-ZERO_SHOT = "zero-shot"
-STAGES = ("llm", "vit", "pretrain")
-FAST = {"steps": 4, "batch_size": 8}
 
 
 def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool = False) -> dict:
     """Runs all stages into `out` and writes `results.json`, plots, adapters and `report.html`.
 
-    An interrupted demo goes on where it stopped.
+    An interrupted demo goes on where it stopped, and one with more seeds adds runs.
 
     Args:
       out: The directory of everything that the demo makes.
-      seeds: How often stage 2 is repeated.
+      seeds: How often the whole pipeline, stages 0 to 2, is repeated.
       split: The handwriting that is scored; `val` is what the recipe was tuned on.
       fast: Runs a few steps of everything, to test the plumbing.
 
@@ -47,81 +46,50 @@ def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool
       What `results.json` has.
 
     Raises:
-      UserError: for fewer than one seed, or a directory that holds something else.
+      UserError: for fewer than one seed, a directory that holds something else, or a run that
+        diverged or was stopped.
     """
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")
     out, start = Path(out), time.monotonic()
-    if out.exists() and any(out.iterdir()) and not (out / STAGES[0]).is_dir():
+    if out.exists() and any(out.iterdir()) and not (out / "seed0").is_dir():
         raise UserError(f"{out} is not empty and holds no demo to go on with")
-    limit = 20 if fast else DEFAULT_LIMIT
+    pipeline = Pipeline(out, range(seeds), split, fast)
 
-    # Stages 0 and 1, then the model that every method starts from.
-    stages = {stage: _train(out / stage, fast, stage=stage) for stage in STAGES}
-    base = load(out / "pretrain", template=recipe.TEMPLATE)
-    scored = {ZERO_SHOT: [_evaluate(base, out / ZERO_SHOT, ZERO_SHOT, split, limit)]}
-    trained: dict[str, list[TrainResult]] = {ZERO_SHOT: []}
-    models = {ZERO_SHOT: base}
-
-    # Stage 2: every method with the same steps.
-    for name, spec in recipe.METHODS.items():
-        scored[name], trained[name] = [], []
-        for seed in range(seeds):
-            workdir = out / "finetune" / f"{slug(name)}-seed{seed}"
-            result = _train(workdir, fast, stage="finetune", tuning=spec, seed=seed)
-            model = load(workdir)
-            models.setdefault(name, model)
-            trained[name].append(result)
-            title = f"{name}, seed {seed}"
-            scored[name].append(_evaluate(model.merge(), workdir, title, split, limit))
+    # Stages 0 and 1, then stage 2: every method with the same steps.
+    stages = pipeline.train_stages()
+    specs = {ZERO_SHOT: "none", **recipe.METHODS}
+    trained = pipeline.finetune([Finetuning(*pair) for pair in recipe.METHODS.items()])
+    models = {name: pipeline.model(0, name) for name in specs}
+    scored = {
+        name: [pipeline.scores(n, name, None if n else models[name]) for n in range(seeds)]
+        for name in specs
+    }
+    for name in recipe.METHODS:
         save_adapter(models[name].mllm, out / "adapters" / slug(name), also_train=("connector",))
 
-    specs = {ZERO_SHOT: "none", **recipe.METHODS}
-    methods = {
-        name: _summary(specs[name], base, name != ZERO_SHOT, scored[name], trained[name])
-        for name in scored
-    }
-    questions = make_examples(split, limit)
-    results = {
+    questions = make_examples(split, pipeline.limit)
+    results: dict[str, Any] = {
+        "made_with": provenance(),
         "split": split,
-        "scenes": limit,
+        "scenes": pipeline.limit,
         "seeds": seeds,
         "families": list(FAMILIES),
         "unseen": UNSEEN,
         "majority": {family: majority_accuracy(questions[family]) for family in FAMILIES},
-        "methods": methods,
-        "stages": {name: _seconds(result) for name, result in stages.items()},
+        "methods": {
+            name: _summary(specs[name], models[name], scored[name], trained.get(name, ()))
+            for name in specs
+        },
+        "stages": {name: [_seconds(result) for result in own] for name, own in stages.items()},
     }
-    results["finding"] = finding(results)
+    add_differences(results)
+    results["findings"] = findings(results)
     results["heat_map"] = _plots(out, results, models, questions)
     results["seconds"] = round(time.monotonic() - start, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    write_demo_report(results, out)
+    write_demo_report(results | {"made": describe(results["made_with"])}, out)
     return results
-
-
-def slug(name: str) -> str:
-    """A method's name as a folder name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _train(workdir: Path, fast: bool, **arguments: object) -> TrainResult:
-    config = recipe.get_config(",".join(f"{key}={value}" for key, value in arguments.items()))
-    config.name = workdir.name
-    if arguments["stage"] == "finetune":
-        # Folders of stage 2 are one level deeper.
-        init = config.to_dict()["init"]
-        moved = {part: f"../{x}" for part, x in init.items() if x}
-        config.update({"init": moved})
-    if fast:
-        config.update(FAST)
-    return train(config, workdir)
-
-
-def _evaluate(model: Model, out: Path, title: str, split: str, limit: int) -> EvaluationResult:
-    result = evaluate(model, ["digits"], split=split, limit=limit, attention=True, title=title)
-    write_results(result, out / f"eval-{split}", split=split, tuning=model.tuning)
-    return result
 
 
 def _seconds(result: TrainResult) -> dict[str, float]:
@@ -129,54 +97,75 @@ def _seconds(result: TrainResult) -> dict[str, float]:
 
 
 def _summary(
-    spec: str, base: Model, tuned: bool, runs: list[EvaluationResult], trained: list[TrainResult]
-) -> dict:
-    """Means over seeds of one method, with their standard deviations."""
-    attention = [run.attention for run in runs if run.attention is not None]
-    count = count_parameters(base.config, spec)
-    accuracy = {f: [run.scores[f"digits_{f}"]["score"] for run in runs] for f in FAMILIES}
-    means = [run.mean_accuracy for run in runs if run.mean_accuracy is not None]
+    spec: str, model: Model, runs: Sequence[Mapping[str, Any]], trained: Sequence[TrainResult]
+) -> dict[str, Any]:
+    """What the seeds of one method say: values of every seed, means, and 95% intervals."""
+    count = count_parameters(model.config, spec)
+    scores = {f: [run["scores"][f"digits_{f}"]["score"] for run in runs] for f in FAMILIES}
+    means = [run["mean_accuracy"] for run in runs]
+    mean, interval95 = mean_with_interval(means, share=True)
     return {
         "tuning": spec,
-        "accuracy": {family: float(np.mean(values)) for family, values in accuracy.items()},
-        "accuracy_std": {family: float(np.std(values)) for family, values in accuracy.items()},
-        "mean": float(np.mean(means)),
-        "mean_std": float(np.std(means)),
+        "accuracy": {family: fmean(values) for family, values in scores.items()},
+        "accuracy_by_seed": scores,
+        "mean": mean,
+        "mean_interval95": interval95,
         "mean_by_seed": means,
-        "trainable_in_llm": count.trainable_in_llm if tuned else 0,
-        "trainable": count.trainable if tuned else 0,
+        "trainable_in_llm": count.trainable_in_llm if trained else 0,
+        "trainable": count.trainable if trained else 0,
         "train_seconds": [_seconds(result) for result in trained],
-        "evaluate_seconds": [round(run.seconds, 1) for run in runs],
-        "attention": attention[0].to_dict(),
-        "visual_share_by_seed": [summary.average_visual_share for summary in attention],
+        "evaluate_seconds": [round(run["seconds"], 1) for run in runs],
+        "attention": _mean_attention([run["attention"] for run in runs]),
+        "visual_share_by_seed": [run["attention"]["average_visual_share"] for run in runs],
     }
 
 
-def finding(results: dict) -> str:
-    """What the numbers say, in words that follow from them alone."""
+def _mean_attention(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Attention statistics, their means over seeds."""
+
+    def mean(values: Sequence[Any]) -> Any:
+        return np.mean(np.asarray(values, float), axis=0).tolist()
+
+    first = runs[0]
+    names = ("lmar", "lmar_of_means")
+    lmar = {n: {key: mean([run[n][key] for run in runs]) for key in first[n]} for n in names}
+    share = mean([run["share"] for run in runs])
+    return {"groups": first["groups"], "share": share, **lmar}
+
+
+def plain_method(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """The name of connector-only training, which the others are compared with."""
+    return next(n for n, m in methods.items() if m["tuning"] == "none" and n != ZERO_SHOT)
+
+
+def add_differences(results: Mapping[str, Any]) -> None:
+    """Adds to every method its paired differences from connector-only training."""
+    methods = results["methods"]
+    plain = methods[plain_method(methods)]
+    for method in methods.values():
+        for key in ("mean", "visual_share"):
+            own, other = method[f"{key}_by_seed"], plain[f"{key}_by_seed"]
+            found = PairedDifference.of(own, other)
+            entry = {"mean": found.mean, "interval95": found.interval95}
+            method.setdefault("from_connector_only", {})[key] = entry
+
+
+def findings(results: Mapping[str, Any]) -> list[str]:
+    """What the numbers say: sentences that follow from paired intervals over seeds alone."""
     methods = {name: m for name, m in results["methods"].items() if name != ZERO_SHOT}
-    mean = {name: m["mean"] for name, m in methods.items()}
-    ranking = sorted(mean, key=lambda name: mean[name], reverse=True)
-    share = {name: float(np.mean(m["visual_share_by_seed"])) for name, m in methods.items()}
-    mores = max((n for n in mean if n.startswith("mores")), key=lambda name: mean[name])
-    plain = next(name for name in mean if methods[name]["tuning"] == "none")
-    gain = 100 * (mean[mores] - mean[plain])
-    better = [name for name in ranking if mean[name] > mean[mores]]
-    unseen = results["unseen"]
-    unseen_gain = 100 * (methods[mores]["accuracy"][unseen] - methods[plain]["accuracy"][unseen])
-    (zero,) = results["methods"][ZERO_SHOT]["visual_share_by_seed"]
-    direction = "above" if share[mores] > share[plain] else "below"
-    most = max(share, key=lambda name: share[name])
-    least = min(share, key=lambda name: share[name])
-    ahead = f"{', '.join(better)} stay ahead of it" if better else "no method is ahead of it"
-    return (
-        f"With {methods[mores]['trainable_in_llm']:,} parameters in the LLM, {mores} changes the "
-        f"mean accuracy of the {plain} model by {gain:+.1f} points ({unseen_gain:+.1f} on "
-        f"{unseen!r}, which the LLM never met as text); {ahead}. Of the attention of generated "
-        f"tokens, {share[mores]:.1%} goes to the image with {mores}, {direction} {plain} "
-        f"({share[plain]:.1%}) and against {zero:.1%} before stage 2; the most is "
-        f"{share[most]:.1%} with {most}, the least {share[least]:.1%} with {least}."
-    )
+    plain, unseen = plain_method(methods), results["unseen"]
+    mores = [name for name in methods if name.startswith("mores")]
+    means = {name: m["mean_by_seed"] for name, m in methods.items()}
+    share = {name: m["visual_share_by_seed"] for name, m in methods.items()}
+    new = {name: m["accuracy_by_seed"][unseen] for name, m in methods.items()}
+    others = {name: own for name, own in means.items() if name not in (plain, *mores[:-1])}
+    return [
+        explain(results["seeds"]),
+        compare_with(plain, "Mean accuracy", means),
+        compare_with(mores[-1], "Mean accuracy", others),
+        compare_with(plain, f"Accuracy on {unseen!r}, which the LLM never met as text,", new),
+        compare_with(plain, "Share of the image in the attention of generated tokens", share),
+    ]
 
 
 def _plots(out: Path, results: dict, models: dict[str, Model], questions: dict) -> dict:
@@ -186,7 +175,7 @@ def _plots(out: Path, results: dict, models: dict[str, Model], questions: dict) 
     accuracy = {name: m["accuracy"] for name, m in methods.items()}
     plots.save(plots.accuracy_bars(accuracy, results["majority"]), out / "accuracy.png")
     points = {
-        name: (m["trainable_in_llm"], float(np.mean(m["visual_share_by_seed"])))
+        name: (m["trainable_in_llm"], fmean(m["visual_share_by_seed"]))
         for name, m in methods.items()
     }
     figure = plots.share_against_size(points, "average share of attention on the image")

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import re
-import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
-from moresjax.evaluation.statistics import interval
+from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.runs.config import load_config
 from moresjax.runs.run_config import InitConfig, RunConfig
 from moresjax.training.many import DIVERGED, DONE, Outcome, train_many
@@ -220,10 +219,7 @@ def _cell(values: dict[str, str], rows: Sequence[Mapping[str, Any]]) -> dict[str
     for name in SHOWN:
         if done and all(name in metrics for metrics in done):
             numbers = [metrics[name] for metrics in done]
-            mean, low_high = statistics.fmean(numbers), None
-            if (count := len(numbers)) > 1:
-                stderr = statistics.stdev(numbers) / count**0.5
-                low_high = interval(mean, stderr, count, share=name.endswith("accuracy"))
+            mean, low_high = mean_with_interval(numbers, share=name.endswith("accuracy"))
             cell[name] = {"mean": mean, "interval95": low_high}
     return cell
 

@@ -68,7 +68,7 @@ def test_the_demos_numbers_are_those_of_its_runs(demo):
         assert len(method["attention"]["lmar"]["text"]) == layers
         if name != "zero-shot":
             folder = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
-            saved = out / "finetune" / f"{folder}-seed0" / "eval-test" / "results.json"
+            saved = out / "seed0" / "finetune" / folder / "eval-test" / "results.json"
             assert json.loads(saved.read_text())["mean_accuracy"] == pytest.approx(method["mean"])
             adapter = json.loads((out / "adapters" / folder / "tuning.json").read_text())
             assert adapter["parameters"] == method["trainable"]
@@ -79,7 +79,7 @@ def test_the_demos_numbers_are_those_of_its_runs(demo):
 
 def test_evaluate_and_analyze_run_on_what_the_demo_trained(demo, tmp_path, capsys):
     out, _ = demo
-    model = str(out / "finetune" / "mores-r-1-seed0")
+    model = str(out / "seed0" / "finetune" / "mores-r-1")
     common = ["--limit", "3", "--batch-size", "21", "--json"]
     evaluate = ["evaluate", "--model", model, "--tasks", "digits", "--out", str(tmp_path / "e")]
     assert main([*evaluate, *common]) == 0
@@ -104,7 +104,7 @@ def test_a_model_in_a_folder_judges(demo, tmp_path, capsys):
     (tmp_path / "said.jsonl").write_text(said)
     command = ["evaluate", "--tasks", "mm_vet", "--predictions", tmp_path / "said.jsonl", "--json"]
     command += ["--data-root", tmp_path / "root", "--limit", "1", "--out", tmp_path / "e"]
-    model = out / "finetune" / "lora-r-8-seed0"
+    model = out / "seed0" / "finetune" / "lora-r-8"
     assert main([*map(str, command), "--judge-model", str(model)]) == 0
     score = json.loads(capsys.readouterr().out)["scores"]["mm_vet"]
     assert score["judge"]["name"] == model.name
@@ -117,7 +117,7 @@ def test_a_model_in_a_folder_judges(demo, tmp_path, capsys):
 def test_generate_answers_about_an_image_file(demo, tmp_path, capsys):
     out, _ = demo
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "scene.png")
-    arguments = ["generate", "--model", str(out / "finetune" / "lora-r-8-seed0")]
+    arguments = ["generate", "--model", str(out / "seed0" / "finetune" / "lora-r-8")]
     arguments += ["--image", str(tmp_path / "scene.png"), "--prompt", "what is the largest ?"]
     assert main([*arguments, "--max-new-tokens", "2", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -127,7 +127,7 @@ def test_generate_answers_about_an_image_file(demo, tmp_path, capsys):
 
 def test_template_and_image_aspect_can_be_said(demo, tmp_path, capsys):
     out, _ = demo
-    folder, wide = str(out / "finetune" / "ia3-seed0"), np.zeros((16, 48, 3), np.uint8)
+    folder, wide = str(out / "seed0" / "finetune" / "ia3"), np.zeros((16, 48, 3), np.uint8)
     wide[:, :24] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
     model = load(folder, image_aspect="pad", template="vicuna_v1")
@@ -145,7 +145,7 @@ def test_template_and_image_aspect_can_be_said(demo, tmp_path, capsys):
 
 def test_a_chat_goes_on_after_a_question_that_cannot_be_asked(demo, monkeypatch, capsys):
     out, _ = demo
-    model = str(out / "finetune" / "ia3-seed0")
+    model = str(out / "seed0" / "finetune" / "ia3")
     asked = ["is there a two ?", "is " * 3000, "what is the largest ?"]
     chat = Chat(load(model), max_new_tokens=3)
     first, last = ("".join(chat.ask(asked[i])) for i in (0, 2))
@@ -164,7 +164,13 @@ def test_a_file_of_prompts_is_answered(demo, tmp_path, capsys):
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "new" / "answers.jsonl"
     lines = [{"prompt": "is there a two ?"}, {"prompt": "what is the largest ?"}, {"prompt": " "}]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    base = ["generate", "--model", str(out / "finetune" / "ia3-seed0"), "--prompts", str(prompts)]
+    base = [
+        "generate",
+        "--model",
+        str(out / "seed0" / "finetune" / "ia3"),
+        "--prompts",
+        str(prompts),
+    ]
     command = [*base, "--out", str(answers), "--max-new-tokens", "4", "--batch-size", "2"]
     assert main([*command, "--json"]) == 2  # every answer is there, and one is missing
     printed = capsys.readouterr()
@@ -201,21 +207,21 @@ def test_an_adapter_is_put_on_its_base(demo, capsys):
     options = ["--template", recipe.TEMPLATE]
     texts = []
     for model in (
-        ["--model", str(out / "pretrain"), "--adapter", str(folder), *options],
-        ["--model", str(out / "finetune" / f"{folder.name}-seed0")],
+        ["--model", str(out / "seed0" / "pretrain"), "--adapter", str(folder), *options],
+        ["--model", str(out / "seed0" / "finetune" / folder.name)],
     ):
         command = ["generate", *model, "--prompt", "what is the largest ?", "--json"]
         capsys.readouterr()
         assert main([*command, "--max-new-tokens", "6"]) == 0
         texts.append(json.loads(capsys.readouterr().out)["text"])
     assert texts[0] == texts[1] != ""
-    bad = ["generate", "--model", out / "pretrain", "--adapter", out, "--prompt", "two ?"]
+    bad = ["generate", "--model", out / "seed0" / "pretrain", "--adapter", out, "--prompt", "two ?"]
     assert "is not an adapter folder" in refused(bad, capsys)
 
 
 def test_json_carries_tokens_stop_reason_and_log_probabilities(demo, capsys):
     out, _ = demo
-    folder = str(out / "finetune" / "ia3-seed0")
+    folder = str(out / "seed0" / "finetune" / "ia3")
     command = ["generate", "--model", folder, "--prompt", "is there a two ?", "--json"]
     assert main([*command, "--max-new-tokens", "3", "--logprobs"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -244,7 +250,7 @@ def test_one_file_of_prompts_mixes_adapters_and_the_base(demo, tmp_path, capsys)
     records = [{"prompt": "what is the largest ?", "by": name} for name in names]
     prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
     # The run that the adapter came from: its connector is the adapters', too.
-    model = ["generate", "--model", out / "finetune" / f"{lora.name}-seed0"]
+    model = ["generate", "--model", out / "seed0" / "finetune" / lora.name]
     command = [*model, "--prompts", prompts, "--out", answers, "--adapter-for", "by", "--logprobs"]
     command += ["--batch-size", "20"]  # of which the five are read at once, to the same bit
     both = ["--adapter", f"one={lora}", "--adapter", f"two={other}", "--max-new-tokens", "4"]
@@ -270,7 +276,7 @@ def test_one_file_of_prompts_mixes_adapters_and_the_base(demo, tmp_path, capsys)
 
 def test_params_of_a_run(demo, capsys):
     out, printed = demo
-    assert main(["params", "--model", str(out / "finetune" / "ia3-seed0"), "--json"]) == 0
+    assert main(["params", "--model", str(out / "seed0" / "finetune" / "ia3"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["trainable"] == printed["methods"]["ia3"]["trainable"]
 
@@ -323,14 +329,14 @@ def test_a_wrong_training_command_is_one_sentence(config, overrides, words, tmp_
 
 def test_models_and_tasks_that_do_not_exist(demo, tmp_path, capsys):
     out, _ = demo
-    model, empty = out / "finetune" / "ia3-seed0", tmp_path / "empty"
+    model, empty = out / "seed0" / "finetune" / "ia3", tmp_path / "empty"
     empty.mkdir()
     evaluate = ["evaluate", "--tasks", "digits", "--out", tmp_path / "e", "--model"]
     assert "--tasks" in refused(["evaluate", "--model", model, "--out", tmp_path / "e"], capsys)
     assert "does not exist" in refused([*evaluate, tmp_path / "nothing"], capsys)
     assert "config.json" in refused([*evaluate, empty], capsys)
     assert "'digit'" in refused([*evaluate, model, "--tasks", "digit"], capsys)
-    assert "patch_classes" in refused([*evaluate, out / "vit"], capsys)
+    assert "patch_classes" in refused([*evaluate, out / "seed0" / "vit"], capsys)
     assert not (tmp_path / "e").exists()
     assert "'phi-3'" in refused(["params", "--llm", "phi-3"], capsys)
     assert "--nonsense" in refused(["params", "--nonsense"], capsys)
@@ -338,7 +344,7 @@ def test_models_and_tasks_that_do_not_exist(demo, tmp_path, capsys):
 
 def test_prompts_and_images_that_do_not_agree(demo, tmp_path, capsys):
     out, _ = demo
-    generate = ["generate", "--model", out / "finetune" / "ia3-seed0", "--prompt"]
+    generate = ["generate", "--model", out / "seed0" / "finetune" / "ia3", "--prompt"]
     (tmp_path / "broken.png").write_bytes(b"not an image")
     image = ["--image", tmp_path / "broken.png"]
     assert "broken.png cannot be read" in refused([*generate, "is there a two ?", *image], capsys)
@@ -352,7 +358,7 @@ def test_prompts_and_images_that_do_not_agree(demo, tmp_path, capsys):
 def test_a_damaged_run_is_refused_and_left_as_it_is(demo, tmp_path, capsys):
     out, _ = demo
     run = tmp_path / "llm"
-    shutil.copytree(out / "llm", run)
+    shutil.copytree(out / "seed0" / "llm", run)
     (run / "train.json").unlink()
     arrays = [
         p for p in (run / "checkpoints").rglob("*") if p.is_file() and p.stat().st_size > 4096

@@ -1,0 +1,165 @@
+"""The three stages on the digits world, whole for every seed, in folders that studies share.
+
+    OUT/seed0/{llm,vit,pretrain}     stages 0 and 1
+    OUT/seed0/finetune/METHOD        stage 2, with its evaluations inside
+
+Every run is an ordinary one; what is there is not trained or asked again.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
+from moresjax.core.errors import UserError
+from moresjax.core.json_files import read_object
+from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT
+from moresjax.evaluation.results import RESULTS, write_results
+from moresjax.evaluation.run import evaluate
+from moresjax.inference.load import load
+from moresjax.inference.model import Model
+from moresjax.training.many import DONE, train_many
+from moresjax.training.prepare import RESULT as TRAINED
+from moresjax.training.prepare import TrainResult
+
+ZERO_SHOT = "zero-shot"
+STAGES = ("llm", "vit", "pretrain")
+FAST = {"steps": 4, "batch_size": 8}
+
+
+def slug(name: str) -> str:
+    """A method's name as a folder name.
+
+    >>> slug("mores r=4")
+    'mores-r-4'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetuning:
+    """Runs of stage 2, one for every seed.
+
+    Attributes:
+      name: The name of the method.
+      tuning: Its tuning spec.
+      settings: Config keys beside those of the recipe, and their values.
+    """
+
+    name: str
+    tuning: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """The runs of a demo or of studies.
+
+    Attributes:
+      out: The folder of all seeds.
+      seeds: The seeds; each is that of all three stages.
+      split: The handwriting that is scored; `val` is what the recipe was tuned on.
+      fast: Runs a few steps of everything, to test the plumbing.
+    """
+
+    out: Path
+    seeds: Sequence[int]
+    split: str = "test"
+    fast: bool = False
+
+    @property
+    def limit(self) -> int:
+        """Scenes that are asked about in each family of questions."""
+        return 20 if self.fast else DEFAULT_LIMIT
+
+    def folder(self, seed: int, name: str) -> Path:
+        """The run of a stage, or of a method in stage 2; that of zero-shot is stage 1."""
+        home = self.out / f"seed{seed}"
+        name = STAGES[-1] if name == ZERO_SHOT else name
+        return home / name if name in STAGES else home / "finetune" / slug(name)
+
+    def train_stages(self) -> dict[str, list[TrainResult]]:
+        """Stages 0 and 1 of every seed, several runs at a time; by stage the result of each seed.
+
+        Raises:
+          UserError: A run diverged, or the process was asked to stop.
+        """
+        results: dict[str, list[TrainResult]] = {}
+        for group in (STAGES[:-1], STAGES[-1:]):
+            runs = {
+                self.folder(seed, stage): recipe.get_config(f"stage={stage},seed={seed}")
+                for stage in group
+                for seed in self.seeds
+            }
+            done = self._train(runs)
+            for stage in group:
+                results[stage] = [done[self.folder(seed, stage)] for seed in self.seeds]
+        return results
+
+    def finetune(self, methods: Sequence[Finetuning]) -> dict[str, list[TrainResult]]:
+        """Stage 2 with every method and seed, several runs at a time; by name those of each seed.
+
+        Raises:
+          UserError: A run diverged, or the process was asked to stop.
+        """
+        runs = {
+            self.folder(seed, method.name): self._finetuning(method, seed)
+            for method in methods
+            for seed in self.seeds
+        }
+        done = self._train(runs)
+        return {
+            method.name: [done[self.folder(seed, method.name)] for seed in self.seeds]
+            for method in methods
+        }
+
+    def model(self, seed: int, name: str) -> Model:
+        """A trained model."""
+        return load(self.folder(seed, name), template=recipe.TEMPLATE)
+
+    def scores(self, seed: int, name: str, model: Model | None = None) -> dict[str, Any]:
+        """Accuracy and attention of a model on the pipeline's handwriting.
+
+        Args:
+          seed: The seed.
+          name: The method.
+          model: The model, where it is loaded already.
+
+        Returns:
+          What `results.json` of the evaluation has; one that is there is read.
+        """
+        folder = self.folder(seed, name)
+        path, trained = folder / f"eval-{self.split}" / RESULTS, folder / TRAINED
+        if path.is_file() and path.stat().st_mtime > trained.stat().st_mtime:
+            known = read_object(path)
+            if all(entry["n"] == self.limit for entry in known["scores"].values()):
+                return known
+        model = model or self.model(seed, name)
+        options: dict[str, Any] = {"limit": self.limit, "title": f"{name}, seed {seed}"}
+        found = evaluate(model.merge(), ["digits"], split=self.split, attention=True, **options)
+        write_results(found, path.parent, split=self.split, tuning=model.tuning)
+        return read_object(path)
+
+    def _finetuning(self, method: Finetuning, seed: int) -> ConfigDict:
+        config = recipe.get_config(f"stage=finetune,tuning={method.tuning},seed={seed}")
+        # Folders of stage 2 are one level deeper.
+        init = config.to_dict()["init"]
+        config.update({"init": {part: f"../{path}" for part, path in init.items() if path}})
+        config.update_from_flattened_dict(dict(method.settings))
+        return config
+
+    def _train(self, runs: Mapping[Path, ConfigDict]) -> dict[Path, TrainResult]:
+        for folder, config in runs.items():
+            config.name = folder.name
+            if self.fast:
+                config.update(FAST)
+        results: dict[Path, TrainResult] = {}
+        for folder, outcome in train_many({**runs}).items():
+            if outcome.state != DONE or outcome.result is None:
+                raise UserError(f"{folder} {outcome.state}: {outcome.message or 'start it again'}")
+            results[folder] = outcome.result
+        return results
