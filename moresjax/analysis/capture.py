@@ -96,7 +96,7 @@ class StateProbe:
     @property
     def name(self) -> str:
         """The key of the states in statistics."""
-        return f"states at {self.site}"
+        return f"{self.take} states at {self.site}"
 
     def read(self, context: ProbeContext, h: Float[Array, "..."]) -> Float[Array, "B D"]:
         """The activation at the query, or the mean over the tokens of a row's images."""

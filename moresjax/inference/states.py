@@ -6,7 +6,7 @@ Axis legend: L layers, N states, D features.
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import jax
 import numpy as np
@@ -30,14 +30,31 @@ from moresjax.core.types import Ids
 from moresjax.data.images import image_names
 from moresjax.data.processor_facts import processor_facts
 from moresjax.generation.scheduler import Completion
-from moresjax.inference.model import Adapters, Model
 from moresjax.inference.prompts import check_images
 from moresjax.tuning.sites import num_layers
+
+if TYPE_CHECKING:
+    from moresjax.inference.model import Model
 
 NEW = 16  # new tokens of an answer, where no number is given
 FIELDS = ("id", "prompt", "images", "answers", "metadata")
 Item = str | Mapping[str, Any]
 Layers = str | int | Sequence[int] | None
+
+
+class StatesOptions(TypedDict, total=False):
+    """Keyword arguments of `states`, which documents them."""
+
+    site: str | Sequence[str]
+    layers: Layers
+    take: str
+    match: str
+    max_new_tokens: int | None
+    batch_size: int
+    adapters: str | Sequence[str | None] | None
+    out: str | Path | None
+    dtype: str
+    meta: Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +75,7 @@ class Capture:
 
     @classmethod
     def of(
-        cls, model: Model, site: str | Sequence[str], layers: Layers, take: str, match: str
+        cls, model: "Model", site: str | Sequence[str], layers: Layers, take: str, match: str
     ) -> "Capture":
         """What `states` is asked for.
 
@@ -85,7 +102,7 @@ class Capture:
             keys += [(one, layer) for layer in own]
         return cls(tuple(keys), tuple(probes), chosen, match)
 
-    def size(self, model: Model) -> int:
+    def size(self, model: "Model") -> int:
         """D, the number of features of a state.
 
         Raises:
@@ -121,7 +138,7 @@ class Capture:
 
 
 def states(
-    model: Model,
+    model: "Model",
     items: Sequence[Item],
     *,
     site: str | Sequence[str] = "llm.block.out",
@@ -130,18 +147,43 @@ def states(
     match: str = "word",
     max_new_tokens: int | None = None,
     batch_size: int = 64,
-    adapters: Adapters = None,
+    adapters: str | Sequence[str | None] | None = None,
     out: str | Path | None = None,
     dtype: str = "float32",
     meta: Mapping[str, Any] | None = None,
 ) -> States:
-    """Hidden states of answers; `Model.states` documents the arguments.
+    """Hidden states of a model's answers.
 
     Args:
+      model: The model that answers.
+      items: What it is asked: texts, or mappings with `prompt` and, where there are some, `images`
+        (as `Model.generate` takes those of one text), `id` (default: the number), `answers` and
+        `metadata`, which the index of the states then has too.
+      site: A site, or several of one width: `llm.embed.out`, `llm.block.out`, `llm.block.attn.out`,
+        `llm.block.mlp.out`, `llm.norm.out`, and the means over the tokens of a prompt's images at
+        `vision.block.out` and `connector.out`. States are what edits have left.
+      layers: The layers of a site inside the blocks: a number, numbers, or a choice as methods take
+        it (`31`, `0-3`, `4;5`); default: all.
+      take: `prompt`, the state of the query of the first new token; `answer`, the mean over the
+        queries of all new tokens but the end token; `token(WORD;WORD)`, the query of the first
+        token of one of these words, where one first occurs; `each`, a state for every new token.
+      match: `word`: an answer has a word where its text has it as a whole word, in any case;
+        `first-token`: where a token occurs that the word may begin with.
+      max_new_tokens: Answers have at most this many tokens; default: 16, and 1 for `prompt`.
+      batch_size: How many prompts are answered at a time.
+      adapters: The name of the loaded adapter that answers, or for every item its name or None for
+        the base model.
+      out: A folder to write the states to while they are read. A call that was killed goes on: it
+        asks only what the folder does not have.
+      dtype: Of the folder: `float16`, `bfloat16` or `float32`.
       meta: What else `states.json` is to say of the states.
 
+    Returns:
+      The states in the order of the items, or in that of the folder.
+
     Raises:
-      UserError: See `Model.states`.
+      UserError: As `Model.generate`; the model has no such site or layer, two items have one id, a
+        word has no tokens, a state is not finite, or the folder holds other states.
     """
     capture = Capture.of(model, site, layers, take, match)
     if max_new_tokens is None:
@@ -163,9 +205,8 @@ def states(
     if out is None:
         return _in_memory(model, whole, names, capture, max_new_tokens, batch_size, facts)
     process = jax.process_index()
-    with StatesWriter(
-        out, capture.keys, capture.size(model), facts, dtype=dtype, process=process
-    ) as writer:
+    size, options = capture.size(model), {"dtype": dtype, "process": process}
+    with StatesWriter(out, capture.keys, size, facts, **options) as writer:
         pending = [number for number, item in enumerate(whole) if item["id"] not in writer.done]
         asked = [whole[number] for number in pending]
         own = names and [names[number] for number in pending]
@@ -199,7 +240,7 @@ def _check_different(ids: Sequence[str]) -> None:
 
 
 def _in_memory(
-    model: Model,
+    model: "Model",
     items: Sequence[Mapping[str, Any]],
     adapters: Sequence[str | None] | None,
     capture: Capture,
@@ -222,7 +263,7 @@ Found = tuple[dict[str, Any], dict[Key, Float[np.ndarray, " D"]]]
 
 
 def _answers(
-    model: Model,
+    model: "Model",
     items: Sequence[Mapping[str, Any]],
     adapters: Sequence[str | None] | None,
     capture: Capture,
