@@ -2,11 +2,15 @@
 
 from moresjax.cli import (
     analyze_attention,
+    analyze_states,
 )
 from moresjax.cli.options import Commands
 
 # In the order of `moresjax analyze --help`; each has `register`, which adds its command.
-KINDS = (analyze_attention,)
+KINDS = (
+    analyze_attention,
+    analyze_states,
+)
 
 
 def add_parser(commands: Commands) -> None:

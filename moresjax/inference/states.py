@@ -4,6 +4,7 @@ Axis legend: L layers, N states, D features.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -26,6 +27,7 @@ from moresjax.analysis.capture import (
 )
 from moresjax.analysis.states import Key, States, StatesWriter
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.data.images import image_names
 from moresjax.data.processor_facts import processor_facts
@@ -54,6 +56,7 @@ class StatesOptions(TypedDict, total=False):
     adapters: str | Sequence[str | None] | None
     out: str | Path | None
     dtype: str
+    skip_bad: bool
     meta: Mapping[str, Any] | None
 
 
@@ -150,6 +153,7 @@ def states(
     adapters: str | Sequence[str | None] | None = None,
     out: str | Path | None = None,
     dtype: str = "float32",
+    skip_bad: bool = False,
     meta: Mapping[str, Any] | None = None,
 ) -> States:
     """Hidden states of a model's answers.
@@ -176,6 +180,8 @@ def states(
       out: A folder to write the states to while they are read. A call that was killed goes on: it
         asks only what the folder does not have.
       dtype: Of the folder: `float16`, `bfloat16` or `float32`.
+      skip_bad: Whether items that cannot be asked, such as those with a broken image, are left out
+        with a warning.
       meta: What else `states.json` is to say of the states.
 
     Returns:
@@ -185,6 +191,8 @@ def states(
       UserError: As `Model.generate`; the model has no such site or layer, two items have one id, a
         word has no tokens, a state is not finite, or the folder holds other states.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     capture = Capture.of(model, site, layers, take, match)
     if max_new_tokens is None:
         max_new_tokens = 1 if capture.take.kind == "prompt" else NEW
@@ -202,15 +210,16 @@ def states(
         "version": __version__,
         **(meta or {}),
     }
+    asking = _Asking(max_new_tokens, batch_size, skip_bad)
     if out is None:
-        return _in_memory(model, whole, names, capture, max_new_tokens, batch_size, facts)
+        return _in_memory(model, whole, names, capture, asking, facts)
     process = jax.process_index()
     size, options = capture.size(model), {"dtype": dtype, "process": process}
     with StatesWriter(out, capture.keys, size, facts, **options) as writer:
         pending = [number for number, item in enumerate(whole) if item["id"] not in writer.done]
         asked = [whole[number] for number in pending]
         own = names and [names[number] for number in pending]
-        for found in _answers(model, asked, own, capture, max_new_tokens, batch_size):
+        for found in _answers(model, asked, own, capture, asking):
             writer.extend(found)
     return States(out)
 
@@ -244,13 +253,12 @@ def _in_memory(
     items: Sequence[Mapping[str, Any]],
     adapters: Sequence[str | None] | None,
     capture: Capture,
-    limit: int,
-    batch_size: int,
+    asking: "_Asking",
     facts: Mapping[str, Any],
 ) -> States:
     """States of items in the order of these."""
     found: dict[str, list] = {item["id"]: [] for item in items}
-    for pairs in _answers(model, items, adapters, capture, limit, batch_size):
+    for pairs in _answers(model, items, adapters, capture, asking):
         found[pairs[0][0]["id"]] += pairs
     rows = [pair for own in found.values() for pair in own]
     if not rows:
@@ -262,34 +270,75 @@ def _in_memory(
 Found = tuple[dict[str, Any], dict[Key, Float[np.ndarray, " D"]]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asking:
+    """The most new tokens, the rows at a time, and whether bad items are skipped."""
+
+    limit: int
+    batch_size: int
+    skip_bad: bool
+
+
 def _answers(
     model: "Model",
     items: Sequence[Mapping[str, Any]],
     adapters: Sequence[str | None] | None,
     capture: Capture,
-    limit: int,
-    batch_size: int,
+    asking: _Asking,
 ) -> Iterator[list[Found]]:
     """The rows of the index and the states of each item, as soon as it has been answered."""
-    size = batch_size * model.service.config.batches_per_chunk
+    size = asking.batch_size * model.service.config.batches_per_chunk
     for start in range(0, len(items), size):
-        known: dict = {}
-        chunk = items[start : start + size]
-        rows = [
-            model.prompts.row(item["prompt"], item["images"], f"item {item['id']}", known)
-            for item in chunk
-        ]
-        for number, completion in model.service.stream(
-            rows,
-            limit,
-            batch_size=batch_size,
-            probes=capture.probes,
-            adapters=adapters and adapters[start : start + size],
-        ):
-            item = chunk[number]
-            prediction = model.prompts.text(completion.tokens)
-            found = capture.read(completion, model.prompts.spell)
-            yield [(_row(item, prediction, state), _finite(own, item)) for state, own in found]
+        rows, known = {}, {}
+        for number, item in enumerate(items[start : start + size], start):
+            name = f"item {item['id']}"
+            try:
+                rows[number] = model.prompts.row(item["prompt"], item["images"], name, known)
+                model.service.check_context(rows[number], asking.limit)
+            except UserError as error:
+                rows.pop(number, None)
+                _skip(item, error, asking)
+        while rows:
+            names = adapters and [adapters[number] for number in rows]
+            numbers = list(rows)
+            stream = model.service.stream(
+                list(rows.values()),
+                asking.limit,
+                batch_size=asking.batch_size,
+                probes=capture.probes,
+                adapters=names,
+            )
+            try:
+                for place, completion in stream:
+                    item = items[numbers[place]]
+                    prediction = model.prompts.text(completion.tokens)
+                    found = capture.read(completion, model.prompts.spell)
+                    pairs = [(_row(item, prediction, state), own) for state, own in found]
+                    del rows[numbers[place]]
+                    yield [(row, _finite(own, item)) for row, own in pairs]
+            except Exception:  # of an image that cannot be read, which costs its items only
+                broken = {n: error for n, row in rows.items() if (error := _broken(row))}
+                if not broken or not asking.skip_bad:
+                    raise
+                for number, error in broken.items():
+                    rows.pop(number)
+                    _skip(items[number], error, asking)
+
+
+def _skip(item: Mapping[str, Any], error: Exception, asking: _Asking) -> None:
+    """Says that an item cannot be asked, or raises the error."""
+    if not asking.skip_bad:
+        raise error
+    logging.getLogger(__name__).warning(f"item {item['id']} is left out: {error}")
+
+
+def _broken(row: Row) -> Exception | None:
+    """Why the images of a row cannot be read."""
+    try:
+        np.asarray(row.pixels)
+    except Exception as error:
+        return error
+    return None
 
 
 def _row(item: Mapping[str, Any], prediction: str, state: AnswerState) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from moresjax.models.vision import VisionEncoder, image_batch
 from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.attach import Tuning, extend_layout
 from moresjax.tuning.base import Probe, ProbeContext, reads_attention, reads_images
-from moresjax.tuning.hooks import Hooks
+from moresjax.tuning.hooks import AttachedWrite, Hooks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,7 @@ class MLLM(nnx.Module):
         keep_cache: bool = False,
         chunk: PrefillChunk | None = None,
         unfinished: bool = False,
+        writes: Sequence[tuple[str, AttachedWrite]] = (),
     ) -> BlocksOutput:
         """Runs a whole batch (training, scoring, prefill).
 
@@ -163,6 +164,7 @@ class MLLM(nnx.Module):
           keep_cache: Returns the keys and values of every layer.
           chunk: The tokens to read, which the queries are among; default: all.
           unfinished: Whether the rows are prefixes of prompts, of which more follows.
+          writes: What replaces activations, with its sites.
 
         Returns:
           Hidden states after the final norm for the queries. Caches and statistics include what
@@ -198,6 +200,7 @@ class MLLM(nnx.Module):
             context=context,
             cut=chunk and chunk.select,
             unfinished=unfinished,
+            writes=writes,
         )
         tower = hooks.tower("llm")
         h = self.embed(batch, hooks, chunk)

@@ -106,7 +106,24 @@ class AttachedTokens:
     params: Params
 
 
-Attached = AttachedEdit | AttachedDelta | AttachedTokens
+@dataclasses.dataclass(frozen=True)
+class AttachedWrite:
+    """What replaces the activations at one site, after all edits, in one pass.
+
+    Attributes:
+      write: `write(params, h)` gives what the activations are to be.
+      params: arrays; at layered sites with a leading layer axis.
+    """
+
+    write: Callable[[Params, Array], Array]
+    params: Params
+
+    def apply(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The activations of the layer that `params` belong to."""
+        return self.write(params, h).astype(h.dtype)
+
+
+Attached = AttachedEdit | AttachedDelta | AttachedTokens | AttachedWrite
 # Parameters and layer mask of one method in one layer, or stacked over layers.
 LayerParams = tuple[Params, Array | None]
 
@@ -204,6 +221,8 @@ class LayerHooks:
         for number, item in self._tower.at(name):
             if isinstance(item, AttachedEdit):
                 h = item.apply(*self._params[number], h, self._key(number))
+            elif isinstance(item, AttachedWrite):
+                h = item.apply(self._params[number][0], h)
         self._read(self._tower.context, name, h=h)
         return h
 
@@ -307,8 +326,7 @@ class TowerHooks:
     @property
     def needs_all_tokens(self) -> bool:
         """Whether some method or probe reads tokens that it was not asked about."""
-        methods = (item.method for _, item in self._items)
-        return any(getattr(method, "sees_tokens", False) for method in methods) or any(
+        return any(_sees_all(item) for _, item in self._items) or any(
             not (reads_attention(probe) or getattr(probe, "at_queries", False))
             for probe in self.probes
         )
@@ -338,6 +356,11 @@ class TowerHooks:
     def layer(self, layer_params: Sequence[LayerParams], layer: int | Array) -> LayerHooks:
         """The hooks of one layer, whose share of `stacked` is `layer_params`."""
         return LayerHooks(self, layer_params, layer)
+
+
+def _sees_all(item: Attached) -> bool:
+    """Whether something reads or writes all tokens at once."""
+    return isinstance(item, AttachedWrite) or getattr(item.method, "sees_tokens", False)
 
 
 def stack_layers(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -384,6 +407,8 @@ class Hooks:
                 if queries is not None:
                     item = dataclasses.replace(item, mask=pick(item.mask, queries))
                 h = item.apply(item.params, item.layer_mask, h, self._outside_key(number))
+            elif name == site and isinstance(item, AttachedWrite):
+                h = item.apply(item.params, h)
         for probe in self._probes:
             if probe.site == site and self._context is not None:
                 context = self._context

@@ -20,7 +20,7 @@ from moresjax.core.errors import UserError
 from moresjax.generation.engine import Engine
 from moresjax.inference.model import Model
 from moresjax.testing.batches import tiny_batch
-from moresjax.testing.hf_llavas import NEW, Case, case_of
+from moresjax.testing.hf_llavas import NEW, PAD, Case, case_of
 from moresjax.testing.models import (
     digits_processor,
     randomised_tuning,
@@ -103,7 +103,7 @@ def test_reduced_states_are_those_of_all_tokens(model, run, word):
     by_take = {probe.take: stats for probe, stats in found.items() if probe.take != "each"}
     for number, ids in enumerate(tokens):
         own, ends = expected[number]["llm.block.out"][1], np.isin(ids, model.processor.eos_ids)
-        stats = {take: jax.tree.map(lambda x: x[:, number], s) for take, s in by_take.items()}
+        stats = jax.tree.map(lambda x, n=number: x[:, n], by_take)
         (prompt,) = answer_states(stats["prompt"], Take("prompt"), bool)
         close(prompt.state[0], own[0])
         (answer,) = answer_states(stats["answer"], Take("answer"), bool)
@@ -164,15 +164,25 @@ def test_states_are_those_of_transformers(llava, left):
     engine = Engine(llava.model, eos_ids=(-1,), probes=probes)
     done = engine.generate(llava.batch(left=left, extra=3), NEW)
     block, answer = (np.asarray(done.stats[probe.name]["state"]) for probe in probes)
-    for number, row in enumerate(llava.rows):
-        ids = torch.tensor([row + np.asarray(done.tokens)[number].tolist()[:-1]])
-        pixels = torch.tensor(llava.pixels[number])
-        given = {"pixel_values": pixels} if len(pixels) else {}
-        with torch.no_grad():
-            hidden = llava.oracle(input_ids=ids, output_hidden_states=True, **given).hidden_states
-        first, last = (hidden[n][0, len(row) - 1 :].numpy() for n in (1, -1))
-        np.testing.assert_allclose(block[0, number], first, atol=1e-4, rtol=1e-4)
-        np.testing.assert_allclose(answer[0, number] / NEW, last.mean(0), atol=1e-4, rtol=1e-4)
+    ids, mask, pixels = (torch.tensor(x) for x in llava.arrays())
+    with torch.no_grad():
+        oracle = llava.oracle.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=pixels,
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=PAD,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+    np.testing.assert_array_equal(done.tokens, oracle.sequences[:, ids.shape[1] :])
+    first, last = (
+        np.stack([step[layer][:, -1].numpy() for step in oracle.hidden_states], 1)
+        for layer in (1, -1)
+    )
+    np.testing.assert_allclose(block[0], first, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(answer[0] / NEW, last.mean(1), atol=1e-4, rtol=1e-4)
 
 
 def test_layers_that_are_not_chosen_and_states_of_prompts_cost_nothing():
@@ -236,7 +246,7 @@ def test_items_are_checked(model):
         model.states([])
 
 
-def test_a_folder_goes_on_where_it_stopped(model, word, tmp_path, monkeypatch):
+def test_a_folder_goes_on_where_it_stopped(model, run, word, tmp_path, monkeypatch):
     items = [item | {"answers": ["yes"], "metadata": {"type": "x"}} for item in ITEMS]
     options = {"layers": 1, "take": f"token({word.upper()};never)", "max_new_tokens": LIMIT}
     options |= {"batch_size": 2, "match": "first-token"}
@@ -245,7 +255,7 @@ def test_a_folder_goes_on_where_it_stopped(model, word, tmp_path, monkeypatch):
     options["take"] = f"token({word.upper()})"
     whole = model.states(items, **options)
     assert whole.index[0]["found"]
-    assert whole.index[0]["place"] == 1
+    assert model.prompts.spell(run[2][0][[whole.index[0]["place"]]]) == word
     assert whole.index[0]["prediction"].split()[1] == word
     out = tmp_path / "s"
     stream, asked = model.service.stream, []
