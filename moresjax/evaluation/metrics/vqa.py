@@ -168,3 +168,20 @@ def normalize_gqa(text: str) -> str:
 def gqa_accuracy(prediction: str, answer: str) -> float:
     """1 if the cleaned prediction is the answer, else 0."""
     return float(normalize_gqa(prediction) == answer)
+
+
+def matches_of_three(prediction: str, answers: Sequence[str]) -> float:
+    """`min(1, matches / 3)` with everything normalised: VQA accuracy without leaving one out.
+
+    Source: the accuracy that "Analyzing Fine-tuning Representation Shift for Multimodal LLMs
+    Steering" reports.
+
+    >>> matches_of_three("Blue.", ["red"] * 8 + ["blue"] * 2) == 2 / 3
+    True
+
+    Args:
+      prediction: The model's answer.
+      answers: The answers of the annotators.
+    """
+    said = normalize_vqa(prediction)
+    return min(1.0, sum(normalize_vqa(answer) == said for answer in answers) / 3)
