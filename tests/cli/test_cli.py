@@ -205,17 +205,21 @@ def test_a_file_of_prompts_is_answered(demo, tmp_path, capsys):
 def test_an_adapter_is_put_on_its_base(demo, capsys):
     out, _ = demo
     (folder,) = out.glob("adapters/lora*")
-    options = ["--template", recipe.TEMPLATE]
-    texts = []
+    base = ["--model", str(out / "seed0" / "pretrain"), "--template", recipe.TEMPLATE]
+    answers = []
     for model in (
-        ["--model", str(out / "seed0" / "pretrain"), "--adapter", str(folder), *options],
+        [*base, "--adapter", str(folder)],
         ["--model", str(out / "seed0" / "finetune" / folder.name)],
+        base,
     ):
-        command = ["generate", *model, "--prompt", "what is the largest ?", "--json"]
+        command = ["generate", *model, "--prompt", "what is the largest ?", "--json", "--logprobs"]
         capsys.readouterr()
         assert main([*command, "--max-new-tokens", "6"]) == 0
-        texts.append(json.loads(capsys.readouterr().out)["text"])
-    assert texts[0] == texts[1] != ""
+        answers.append(json.loads(capsys.readouterr().out))
+    put_on, trained, before = answers
+    assert put_on["tokens"] == trained["tokens"]
+    np.testing.assert_allclose(put_on["logprobs"], trained["logprobs"], atol=1e-5)
+    assert abs(put_on["logprobs"][0] - before["logprobs"][0]) > 1e-3
     bad = ["generate", "--model", out / "seed0" / "pretrain", "--adapter", out, "--prompt", "two ?"]
     assert "is not an adapter folder" in refused(bad, capsys)
 
