@@ -2,11 +2,17 @@
 
 from moresjax.cli import (
     analyze_attention,
+    analyze_separability,
+    analyze_steer,
 )
 from moresjax.cli.options import Commands
 
 # In the order of `moresjax analyze --help`; each has `register`, which adds its command.
-KINDS = (analyze_attention,)
+KINDS = (
+    analyze_attention,
+    analyze_steer,
+    analyze_separability,
+)
 
 
 def add_parser(commands: Commands) -> None:

@@ -108,14 +108,12 @@ def test_numbers_and_answers_are_written_and_a_killed_run_goes_on(run, monkeypat
 
 
 def test_a_model_keeps_its_own_tuning_while_it_is_steered():
-    model = talking_model("lora:rank=2")
-    trials = TRIALS[:2]
-    answers = steer(model, [TASK], trials, STEERING, batch_size=4).answers["questions"]
-    assert model.tuning == "lora:rank=2"
-    assert answers[BASELINE] == answers_of(model)
-    assert answers[trials[1].key] == answers[BASELINE]
-    alone = talking_model(f"lora:rank=2/{trials[0].spec}")
-    assert answers[trials[0].key] == answers_of(alone, trials[0]) != answers[BASELINE]
+    model, trial = talking_model("red"), TRIALS[0]
+    answers = steer(model, [TASK], [trial], STEERING, batch_size=4).answers["questions"]
+    assert model.tuning == "red"
+    alone = talking_model(f"red/{trial.spec}")
+    assert answers[BASELINE] == answers_of(alone)
+    assert answers[trial.key] == answers_of(alone, trial) != answers[BASELINE]
 
 
 def test_first_tokens_follow_from_states_of_the_last_block(run):

@@ -62,6 +62,7 @@ def steer(
     *,
     batch_size: int = 64,
     out: str | Path | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> SteeringResult:
     """Asks the questions without steering and under every trial, and counts what changes.
 
@@ -83,6 +84,7 @@ def steer(
       batch_size: The rows of a batch.
       out: The directory of `predictions.jsonl`, which grows while answers come, so that a killed
         run goes on, and of `steering.json`.
+      facts: What else `steering.json` is to say.
 
     Raises:
       UserError: Two trials are the same, the directory has other answers, or a vector does not fit.
@@ -90,7 +92,7 @@ def steer(
     if len({trial.key for trial in trials}) < len(trials):
         raise UserError("two trials have one name, layer, strength and positions")
     log = _Log(out, model, trials)
-    result = SteeringResult([], {}, {"steering": steering.name, **log.facts})
+    result = SteeringResult([], {}, {"steering": steering.name, **log.facts, **(facts or {})})
     for task in tasks:
         if not task.examples:
             raise UserError(f"task {task.name} has no questions")
