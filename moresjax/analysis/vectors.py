@@ -61,8 +61,8 @@ def save_vectors(
         for name, vector in arrays.items()
     }
     buffer = io.BytesIO()
-    # Names may be those of arguments of `savez`, which takes no mapping.
-    np.savez(buffer, **{name: vector for name, vector in arrays.items()})
+    save: Any = np.savez  # whose type has names of its own
+    save(buffer, **arrays)
     replace_file(folder / FACTS, json.dumps(content, indent=2) + "\n")
     replace_file(folder / ARRAYS, buffer.getvalue())
     return folder / ARRAYS

@@ -96,24 +96,24 @@ def coarse_plan(
         raise UserError(f"source and target states have no layer of {site} in common")
     vectors, facts, trials = {}, {}, []
     made: dict[str, Any] = {}
-    sides = source, target
+    sides: list[np.ndarray] = []
     for layer in layers:
         provenance = check_same_source(source, target, site, layer)
-        sides = tuple(_found(states, site, layer) for states in (source, target))
+        sides = [_found(states, site, layer) for states in (source, target)]
         own = name if len(layers) == 1 else f"{name}@{layer}"
         made = {"site": site, "layer": layer, "n": [len(side) for side in sides], **provenance}
-        vectors[own], facts[own] = coarse(*sides), made
+        vectors[own], facts[own] = coarse(sides[0], sides[1]), made
         for alpha, chosen in itertools.product(alphas, positions):
             trials.append(Trial(own, vectors[own], layer, alpha, site, chosen))
     alpha = 1.0 if 1.0 in alphas else max(alphas, key=abs)
     rest = {"layer": layers[-1], "site": site, "positions": positions[0]}
     whole = vectors[trials[-1].name]
-    for control, vector in controls(*sides, seed=seed).items():
+    for control, vector in controls(sides[0], sides[1], seed).items():
         vectors[control], facts[control] = vector, made | {"control": control, "seed": seed}
         trials.append(Trial(control, vector, alpha=alpha, **rest))
     trials.append(Trial(ZERO, whole, alpha=0.0, **rest))
     cosines = {}
-    for size, drawn in subsampled(*sides, sizes, draws=DRAWS, seed=seed).items():
+    for size, drawn in subsampled(sides[0], sides[1], sizes, draws=DRAWS, seed=seed).items():
         norms = np.linalg.norm(drawn, axis=1) * np.linalg.norm(whole)
         cosines[size] = (drawn @ whole / np.where(norms > 0, norms, 1)).tolist()
         for number, vector in enumerate(drawn):

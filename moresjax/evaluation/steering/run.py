@@ -224,7 +224,7 @@ class _Log:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         rows = read_log(self._path)
         for row in rows:
-            trial = row.get("trial")
+            trial = str(row.get("trial"))
             if self._made.get(trial, row.get("made")) != row.get("made"):
                 raise UserError(
                     f"{self._path} holds answers of another model or vector ({trial}); choose "
