@@ -122,9 +122,11 @@ def test_first_tokens_follow_from_states_at_the_end_of_the_llm():
     length = max(map(len, rows))
     hidden = np.asarray(model.mllm(model.service.batch(rows, length)).hidden)
     states = np.stack([own[len(row) - 1] for row, own in zip(rows, hidden, strict=True)])
-    trial = Trial("a", VECTORS[0], 0, site=site)
+    word = model.processor.tokenizer.convert_tokens_to_ids("seven")
+    vector = 20 * np.asarray(model.mllm.llm.head.kernel[:, word])
+    trial = Trial("a", vector, 0, site=site)
     found = steer(model, [TASK], [trial], STEERING, batch_size=4).answers["questions"]
-    vectors = np.stack([VECTORS[0], 0 * VECTORS[0]])
+    vectors = np.stack([vector, 0 * vector])
     tokens = first_tokens(model, states, vectors, site=site)
     for row, key in zip(tokens, (trial.key, BASELINE), strict=True):
         said = [model.prompts.spell([token]).strip() for token in row]
