@@ -149,7 +149,7 @@ def control_shifts(
     one = shift_vectors(a, b, np.zeros(len(a), int), 1, how)
     drawn = [shift_vectors(a, b, rng.permutation(labels), concepts, how) for _ in range(SHUFFLES)]
     own = shift_vectors(a, b, labels, concepts, how)
-    there = np.isfinite(own).all(1)[:, None]
+    there = np.bincount(labels, minlength=concepts)[:, None] > 0
     return {
         "original": [np.zeros_like(own)],
         "own": [np.nan_to_num(own)],
@@ -315,7 +315,7 @@ def correlation(x: Sequence[float | None], y: Sequence[float | None]) -> dict[st
     both = [(u, v) for u, v in zip(x, y, strict=True) if u is not None and v is not None]
     pairs = np.array(both, np.float64).reshape(-1, 2)
     pairs = pairs[np.isfinite(pairs).all(1)]
-    if len(pairs) < 3 or not np.ptp(pairs, axis=0).all():
+    if len(pairs) < 3 or (pairs.std(0) <= 1e-9 * np.abs(pairs).max(0)).any():
         return {"r": None, "p": None, "n": len(pairs)}
     found: Any = pearsonr(pairs[:, 0], pairs[:, 1])
     return {"r": float(found.statistic), "p": float(found.pvalue), "n": len(pairs)}
