@@ -1,5 +1,6 @@
 """What all tests share: fake devices, kept programs, shape checks, the command line."""
 
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 # run), no network.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 "
+    "--xla_force_host_platform_device_count=8 --xla_cpu_parallel_codegen_split_count=1 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 jaxlib = importlib.metadata.version("jaxlib")
@@ -24,6 +25,8 @@ FLAGS = hashlib.sha256(os.environ["XLA_FLAGS"].encode()).hexdigest()[:8]
 CACHE = Path.home() / ".cache" / "moresjax" / "tests" / f"{jaxlib}-{FLAGS}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # no operation needs to know its line
+os.environ["OMP_NUM_THREADS"] = "1"  # torch: as many processes as cores run already
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
@@ -31,6 +34,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import hypothesis
 import jax
 import pytest
+from one_context import forget_context, use_one_context
 
 # No test fails because the machine is busy.
 SLOW = hypothesis.HealthCheck.too_slow
@@ -39,7 +43,11 @@ hypothesis.settings.load_profile("busy")
 
 TESTS = Path(__file__).parent
 FAST = set((TESTS / "fast.txt").read_text().split())
-MAPS = 20_000
+MAPS = 30_000
+use_one_context()
+# The packages make hundreds of thousands of objects that stay, and tracing a model as many that
+# go at once: to look through them seldom saves a tenth of the time.
+gc.set_threshold(100_000, 20, 50)
 
 
 def clean_environment() -> dict[str, str]:
@@ -67,6 +75,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]):
     items.sort(key=lambda item: item.get_closest_marker("fast") is not None)
 
 
+def pytest_collection_finish():
+    """What the imports made is never looked through again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup():
     """Every test draws the same weights, whichever tests its process ran before."""
@@ -82,6 +96,7 @@ def few_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_text().count("\n") > MAPS:
         jax.clear_caches()
+        forget_context()
 
 
 @pytest.fixture(scope="session")

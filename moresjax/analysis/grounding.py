@@ -73,6 +73,7 @@ class WordFilter:
         stop = _english() if self.stop_words is None else set(word_list(self.stop_words))
         inside = allowed is None and _has_starts(tokenizer)
 
+        @functools.cache
         def word_of(token: int) -> str:
             word = tokenizer.decode([token], skip_special_tokens=True).strip().lower()
             if word.isdecimal():

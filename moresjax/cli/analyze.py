@@ -2,7 +2,11 @@
 
 from moresjax.cli import (
     analyze_attention,
+    analyze_concepts,
+    analyze_separability,
+    analyze_shift,
     analyze_states,
+    analyze_steer,
 )
 from moresjax.cli.options import Commands
 
@@ -10,6 +14,10 @@ from moresjax.cli.options import Commands
 KINDS = (
     analyze_attention,
     analyze_states,
+    analyze_concepts,
+    analyze_shift,
+    analyze_steer,
+    analyze_separability,
 )
 
 

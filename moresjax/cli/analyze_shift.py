@@ -1,0 +1,115 @@
+"""`moresjax analyze shift`: how tuning moves concepts, and what shifts of the original recover."""
+
+import argparse
+
+from moresjax.cli.analyze_concepts import add_dictionary, add_words, reading_model, word_filter
+from moresjax.cli.options import Commands, add_command, show
+from moresjax.core.errors import UserError
+
+
+def register(kinds: Commands) -> None:
+    """Adds the command to the kinds of analysis."""
+    help = "how tuning moves concepts, with what a global shift and shuffled samples would give"
+    shift = add_command(kinds, "shift", run, help, compiles=True)
+    shift.add_argument(
+        "--base", required=True, metavar="DIR", help="the original model's states (analyze states)"
+    )
+    shift.add_argument(
+        "--tuned",
+        action="append",
+        required=True,
+        metavar="[NAME=]DIR",
+        help="a tuned model's states for the same questions; may be repeated; names that are "
+        "numbers are steps of one training",
+    )
+    add_dictionary(shift)
+    shift.add_argument(
+        "--concepts", metavar="DIR", help="the original concepts (analyze concepts); default: new"
+    )
+    shift.add_argument(
+        "--num-concepts",
+        default="20",
+        metavar="K,K",
+        help="concepts; more numbers are a sweep (default: %(default)s)",
+    )
+    shift.add_argument(
+        "--layers", default="", metavar="L,L", help="the last one counts; others are a sweep"
+    )
+    shift.add_argument(
+        "--alpha",
+        default="0,.25,.5,1,1.5,2",
+        metavar="A,A",
+        help="strengths of the shift (default: %(default)s)",
+    )
+    shift.add_argument(
+        "--mean",
+        default="mean",
+        metavar="HOW",
+        help="mean, median, trimmed, difference-of-medians or difference-of-trimmed "
+        "(default: %(default)s)",
+    )
+    shift.add_argument(
+        "--assign",
+        default="activation",
+        metavar="HOW",
+        help="samples go to a concept by activation, cosine or l2 (default: %(default)s)",
+    )
+    shift.add_argument(
+        "--samples", type=int, default=50, metavar="N", help="most activating (default: 50)"
+    )
+    shift.add_argument(
+        "--keywords",
+        metavar="LIST",
+        help="words of the task: colors, places, sentiments, positive, negative or a file",
+    )
+    add_words(shift, words=15, candidates=200)
+    shift.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures the shifts and prints recovery beside its controls."""
+    from moresjax.analysis.concepts import Concepts
+    from moresjax.analysis.shift_study import ShiftOptions
+    from moresjax.analysis.states import States
+    from moresjax.data.word_lists import word_list
+    from moresjax.reports.concept_figures import file_pictures
+    from moresjax.reports.shift import named_states, shift_lines, shift_report
+
+    options = ShiftOptions(
+        alphas=_numbers("--alpha", args.alpha),
+        how=args.mean,
+        by=args.assign,
+        words=args.words,
+        candidates=args.candidates,
+        norm=args.norm,
+        word_filter=word_filter(args),
+        samples=args.samples,
+        keywords=word_list(args.keywords) if args.keywords else (),
+    )
+    result = shift_report(
+        States(args.base),
+        named_states(args.tuned),
+        args.out,
+        method=args.method,
+        concepts=[int(k) for k in _numbers("--num-concepts", args.num_concepts, whole=True)],
+        dictionary=Concepts.load(args.concepts) if args.concepts else None,
+        seed=args.seed,
+        site=args.site,
+        layers=[int(x) for x in _numbers("--layers", args.layers, whole=True)],
+        options=options,
+        model=reading_model(args),
+        pictures=file_pictures(args.image_root),
+    )
+    show(args, result, "\n".join([*shift_lines(result), f"shift: {args.out}"]))
+
+
+def _numbers(option: str, text: str, whole: bool = False) -> list[float]:
+    """The numbers of an option, between commas.
+
+    Raises:
+      UserError: A part is no number, or none is given where some are needed.
+    """
+    try:
+        return [int(x) if whole else float(x) for x in text.split(",") if x]
+    except ValueError:
+        raise UserError(f"{option} takes numbers between commas, got {text!r}") from None
