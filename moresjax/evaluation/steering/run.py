@@ -13,10 +13,10 @@ from moresjax.analysis.steering import count_changes, selection, side_effects
 from moresjax.analysis.vectors import vector_hash
 from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
+from moresjax.data.processor_facts import processor_facts, short_hash
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log, write_log
 from moresjax.evaluation.metrics.vqa import matches_of_three
-from moresjax.evaluation.predictions import processor_facts, short_hash
 from moresjax.evaluation.steering.ask import Trial, ask_steered
 from moresjax.evaluation.steering.tasks import SteeringTask
 from moresjax.evaluation.tasks import BenchmarkTask
