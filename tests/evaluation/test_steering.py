@@ -121,8 +121,10 @@ def test_first_tokens_follow_from_states_at_the_end_of_the_llm(site, layer):
     model = talking_model()
     items = [{"prompt": e.prompt, "images": e.images} for e in QUESTIONS]
     states = model.states(items, site=site, take="prompt", batch_size=4).matrix(site, layer)
-    word = model.processor.tokenizer.convert_tokens_to_ids("seven")
-    vector = 20 * np.asarray(model.mllm.llm.head.kernel[:, word])
+    word = model.prompts.tokenizer.convert_tokens_to_ids("seven")
+    head = model.mllm.llm.head
+    assert head is not None
+    vector = 20 * np.asarray(head.kernel[:, word])
     trial = Trial("a", vector, layer, site=site)
     found = steer(model, [TASK], [trial], STEERING, batch_size=4).answers["questions"]
     vectors = np.stack([vector, 0 * vector])
