@@ -206,6 +206,7 @@ class LayerHooks:
         self, name: str, linear: LinearLike, x: Float[Array, "B S D"]
     ) -> Float[Array, "B S F"]:
         """The output of a linear, with the weight deltas that are attached to it."""
+        self._read(self._tower.context, f"{name}.in", h=x)
         items = [(n, i) for n, i in self._tower.at(name) if isinstance(i, AttachedDelta)]
         if not items:
             return linear(x)
