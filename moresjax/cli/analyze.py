@@ -3,12 +3,22 @@
 from moresjax.cli import (
     analyze_attention,
     analyze_concepts,
+    analyze_separability,
     analyze_shift,
+    analyze_states,
+    analyze_steer,
 )
 from moresjax.cli.options import Commands
 
 # In the order of `moresjax analyze --help`; each has `register`, which adds its command.
-KINDS = (analyze_attention, analyze_concepts, analyze_shift)
+KINDS = (
+    analyze_attention,
+    analyze_states,
+    analyze_concepts,
+    analyze_shift,
+    analyze_steer,
+    analyze_separability,
+)
 
 
 def add_parser(commands: Commands) -> None:

@@ -21,6 +21,7 @@ from moresjax.cli import (
     plan,
     recipes,
     report,
+    study,
     sweep,
     train,
     zoo,
@@ -44,6 +45,7 @@ COMMANDS = (
     plan,
     data,
     recipes,
+    study,
     zoo,
     params,
 )

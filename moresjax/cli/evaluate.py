@@ -3,7 +3,7 @@
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moresjax.cli.options import (
     TASKS_HELP,
@@ -23,6 +23,8 @@ from moresjax.core.errors import UserError
 
 if TYPE_CHECKING:
     from moresjax.evaluation.judges import EndpointJudge, ModelJudge
+    from moresjax.evaluation.results import EvaluationResult
+    from moresjax.inference.model import Model
 
 
 def add_parser(commands: Commands) -> None:
@@ -69,6 +71,11 @@ def add_parser(commands: Commands) -> None:
         action="store_true",
         help="read in the same pass how much attention answers pay to the image, and LMAR",
     )
+    evaluate.add_argument(
+        "--forgetting",
+        metavar="BASE",
+        help="folder of the model before tuning: asks it the same, and prints both side by side",
+    )
     add_mesh(evaluate)
     add_prompting(evaluate)
     add_tuning(evaluate)
@@ -93,6 +100,7 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.generation.sampling import Sampling
 
     tasks, adapter = args.tasks.split(","), only_adapter(args)
+    model = base = None
     name = Path(adapter or args.model or "").resolve().name
     options = {
         "data_root": args.data_root,
@@ -104,7 +112,8 @@ def run(args: argparse.Namespace) -> None:
         "judge": _judge(args),
     }
     if args.predictions:
-        if len(tasks) != 1 or args.model or args.adapter or args.tuning or args.attention:
+        asked = args.model or args.adapter or args.tuning or args.attention or args.forgetting
+        if len(tasks) != 1 or asked:
             raise UserError(
                 "--predictions scores one task of --tasks, without a model or its attention"
             )
@@ -120,17 +129,60 @@ def run(args: argparse.Namespace) -> None:
         )
         options |= {"download": args.download, "include_path": args.include_path}
         options |= {"attention": args.attention, "title": name}
-        result = evaluate(load_model(args, adapter=adapter), tasks, **options)
+        model = load_model(args, adapter=adapter)
+        base = _base(args, model)
+        result = evaluate(model, tasks, **options)
     facts = {"model": args.model, "adapter": adapter, "tuning": args.tuning, "split": args.split}
     facts |= sample_facts(args.sample, args.seed)
     path = write_results(result, args.out, name=name, **facts)
     text = table(result.scores, tasks, result.not_run)
     if result.attention is not None:
         text += f"\n{attention_line(name, result.attention.to_dict())}"
-    show(args, json.loads(path.read_text()), f"{text}\nresults: {path}")
+    data = json.loads(path.read_text())
+    if model is not None and base is not None:
+        data["forgetting"], more = _forgetting(args, (model, base), tasks, options, result)
+        text += f"\n\n{more}"
+    show(args, data, f"{text}\nresults: {path}")
     if result.not_run:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in result.not_run.items())
         raise UserError(f"not run were {reasons}; the results of the others are in {path}")
+
+
+def _base(args: argparse.Namespace, model: "Model") -> "Model | None":
+    """The model of `--forgetting`, asked as the tuned one is."""
+    from moresjax.data.templates import OWN, template_name
+    from moresjax.inference.load import load
+
+    if not args.forgetting:
+        return None
+    own = template_name(model.prompts.processor.template).split("/")[0]
+    template = args.template or (None if own == OWN else own)
+    return load(args.forgetting, template=template, mesh=mesh_of(args), dtype=args.dtype)
+
+
+def _forgetting(
+    args: argparse.Namespace,
+    models: "tuple[Model, Model]",
+    tasks: list[str],
+    options: dict[str, Any],
+    result: "EvaluationResult",
+) -> tuple[dict[str, Any], str]:
+    """Asks the model before tuning the same; what changed, and the same as text."""
+    from moresjax.core.folders import replace_file
+    from moresjax.evaluation import forgetting
+    from moresjax.evaluation.results import write_results
+    from moresjax.evaluation.run import evaluate
+
+    folder = Path(args.out) / forgetting.BEFORE
+    options |= {"out": folder, "attention": False, "title": Path(args.forgetting).resolve().name}
+    before = evaluate(models[1], tasks, **options)
+    write_results(before, folder, model=args.forgetting, split=args.split)
+    prompts = [row["prompt"] for row in result.predictions if not row.get("images")]
+    same = forgetting.same_logits(*models, prompts) if prompts else None
+    rows = forgetting.forgetting(before, result, args.out)
+    facts = forgetting.forgetting_facts(rows, same)
+    replace_file(Path(args.out) / "forgetting.json", json.dumps(facts, indent=2) + "\n")
+    return facts, forgetting.forgetting_table(facts)
 
 
 def _judge(args: argparse.Namespace) -> "EndpointJudge | ModelJudge | None":

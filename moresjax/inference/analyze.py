@@ -20,6 +20,8 @@ from moresjax.analysis.attention import (
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.core.types import Ids
+from moresjax.inference.attribution import attribute_logit as attribute_logit
+from moresjax.inference.attribution import attribute_tokens as attribute_tokens
 from moresjax.inference.model import Adapters, Model
 from moresjax.inference.prompts import Images, PromptImages, check_images, pair_images
 

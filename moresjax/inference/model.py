@@ -13,6 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
+from moresjax.analysis.states import States
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.generation.beam import Beams
@@ -28,6 +29,7 @@ from moresjax.inference.prompts import (
     pair_continuations,
     pair_images,
 )
+from moresjax.inference.states import Item, StatesOptions, states
 from moresjax.tuning.merge import merged
 from moresjax.tuning.multi_adapter import adapter_ids
 
@@ -362,6 +364,27 @@ class Model(LoadedModel):
             )
         names = self.adapter_names(adapters, len(batch.tokens))
         return self.service.logits(self.service.choose_adapters(batch, names))
+
+    def states(self, items: Sequence[Item], **options: Unpack[StatesOptions]) -> States:
+        """Hidden states of answers, read while they are generated.
+
+        >>> from moresjax.testing import talking_model
+        >>> questions = ["is there a two ?", "what is the largest ?"]
+        >>> states = talking_model().states(questions, site="llm.block.out", layers=1)
+        >>> states.matrix().shape
+        (2, 16)
+
+        Args:
+          items: What the model is asked: texts, or mappings with `prompt`, `images`, `id`,
+            `answers` and `metadata`.
+          options: `site`, `layers`, `take`, `match`, `max_new_tokens`, `batch_size`, `adapters`,
+            `out`, `dtype` and `meta` of `moresjax.inference.states.states`.
+
+        Raises:
+          UserError: As `generate`; the model has no such site or layer, a word has no tokens, or
+            the folder `out` holds other states.
+        """
+        return states(self, items, **options)
 
     def adapter_names(self, adapters: Adapters, rows: int) -> Sequence[str | None] | None:
         """The adapter of every row, from one name for all rows or a list of names.

@@ -77,9 +77,9 @@ def compare_with(base: str, what: str, values: Mapping[str, Sequence[float]]) ->
         if name != base:
             difference = PairedDifference.of(own, values[base])
             found[difference.direction].append(f"{name} ({difference.points})")
-    parts = [f"{word} with {_listed(found[word])}" for word in ("higher", "lower") if found[word]]
+    parts = [f"{word} with {listed(found[word])}" for word in ("higher", "lower") if found[word]]
     if found[""]:
-        parts.append(f"{NOT_SHOWN} for {_listed(found[''])}")
+        parts.append(f"{NOT_SHOWN} for {listed(found[''])}")
     return f"{what} against {base}: {'; '.join(parts)}."
 
 
@@ -98,5 +98,10 @@ def explain(seeds: int) -> str:
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence.
+
+    >>> listed(["a", "b", "c"])
+    'a, b and c'
+    """
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

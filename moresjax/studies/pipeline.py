@@ -22,13 +22,27 @@ from moresjax.evaluation.results import RESULTS, write_results
 from moresjax.evaluation.run import evaluate
 from moresjax.inference.load import load
 from moresjax.inference.model import Model
+from moresjax.models.count import count_parameters
+from moresjax.runs.architecture import model_config
+from moresjax.runs.config import read_config
 from moresjax.training.many import DONE, train_many
 from moresjax.training.prepare import RESULT as TRAINED
 from moresjax.training.prepare import TrainResult
 
 ZERO_SHOT = "zero-shot"
 STAGES = ("llm", "vit", "pretrain")
-FAST = {"steps": 4, "batch_size": 8}
+FAST = {
+    "steps": 4,
+    "batch_size": 8,
+    "model.llm.num_layers": 2,
+    "model.llm.hidden_size": 32,
+    "model.llm.intermediate_size": 32,
+    "model.llm.num_heads": 2,
+    "model.vision.num_layers": 1,
+    "model.vision.hidden_size": 16,
+    "model.vision.intermediate_size": 16,
+    "model.vision.num_heads": 2,
+}
 
 
 def slug(name: str) -> str:
@@ -63,18 +77,20 @@ class Pipeline:
       out: The folder of all seeds.
       seeds: The seeds; each is that of all three stages.
       split: The handwriting that is scored; `val` is what the recipe was tuned on.
-      fast: Runs a few steps of everything, to test the plumbing.
+      fast: Runs a few steps of everything on tiny models, to test the plumbing.
+      scenes: Scenes that are asked about in each family of questions.
     """
 
     out: Path
     seeds: Sequence[int]
     split: str = "test"
     fast: bool = False
+    scenes: int = DEFAULT_LIMIT
 
     @property
     def limit(self) -> int:
-        """Scenes that are asked about in each family of questions."""
-        return 20 if self.fast else DEFAULT_LIMIT
+        """The scenes that are asked about: `scenes`, a few of them where `fast`."""
+        return min(self.scenes, 20) if self.fast else self.scenes
 
     def folder(self, seed: int, name: str) -> Path:
         """The run of a stage, or of a method in stage 2; that of zero-shot is stage 1."""
@@ -121,6 +137,11 @@ class Pipeline:
         """A trained model."""
         return load(self.folder(seed, name), template=recipe.TEMPLATE)
 
+    def trainable_in_llm(self, tuning: str) -> int:
+        """The parameters that a method trains in the LLM."""
+        config = model_config(read_config(self.folder(self.seeds[0], STAGES[-1]) / "config.json"))
+        return count_parameters(config, tuning).trainable_in_llm
+
     def scores(self, seed: int, name: str, model: Model | None = None) -> dict[str, Any]:
         """Accuracy and attention of a model on the pipeline's handwriting.
 
@@ -152,11 +173,17 @@ class Pipeline:
         config.update_from_flattened_dict(dict(method.settings))
         return config
 
+    def _fast(self, config: ConfigDict) -> dict[str, Any]:
+        """The settings of a few steps of a tiny model."""
+        model = config.to_dict()["model"]
+        absent = tuple(f"model.{part}." for part in ("llm", "vision") if not model[part])
+        return {key: value for key, value in FAST.items() if not key.startswith(absent)}
+
     def _train(self, runs: Mapping[Path, ConfigDict]) -> dict[Path, TrainResult]:
         for folder, config in runs.items():
             config.name = folder.name
             if self.fast:
-                config.update(FAST)
+                config.update_from_flattened_dict(self._fast(config))
         results: dict[Path, TrainResult] = {}
         for folder, outcome in train_many({**runs}).items():
             if outcome.state != DONE or outcome.result is None:

@@ -401,6 +401,7 @@ DOWNLOADS: dict[str, Callable[[], dict]] = {
     "cifar100": cifar,
     "coco_caption": coco_caption,
     "digits": dict,  # built in
+    "digits_text": dict,  # built in
     "flickr30k": flickr30k,
     "gqa": gqa,
     "hallusionbench": hallusionbench,

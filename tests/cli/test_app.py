@@ -12,7 +12,7 @@ from moresjax.cli import app, main
 
 EVERY = ["demo", "train", "evaluate", "generate", "analyze attention", "import", "export", "plan"]
 EVERY += ["data check", "data convert", "data build", "zoo", "params", "compare"]
-EVERY += ["report"]
+EVERY += ["report", "analyze steer", "analyze separability"]
 
 
 @pytest.mark.parametrize("command", EVERY)

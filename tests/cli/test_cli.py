@@ -17,6 +17,7 @@ from moresjax.cli import main
 from moresjax.configs import digits as recipe
 from moresjax.data.digits import FAMILIES
 from moresjax.inference.chat import Chat
+from moresjax.studies.pipeline import FAST
 
 CONFIG = recipe.__file__
 CLOSED = Path(__file__).parents[1] / "closed"
@@ -58,7 +59,7 @@ def test_the_demos_numbers_are_those_of_its_runs(demo):
     assert results["split"] == "test"
     assert list(results["methods"]) == ["zero-shot", *recipe.METHODS]
     assert set(results["majority"]) == set(FAMILIES)
-    layers = recipe.LLM["num_layers"]
+    layers, width = FAST["model.llm.num_layers"], FAST["model.llm.hidden_size"]
     for name, method in results["methods"].items():
         assert set(method["accuracy"]) == set(FAMILIES)
         assert method["mean"] == pytest.approx(np.mean(list(method["accuracy"].values())))
@@ -72,7 +73,7 @@ def test_the_demos_numbers_are_those_of_its_runs(demo):
             assert json.loads(saved.read_text())["mean_accuracy"] == pytest.approx(method["mean"])
             adapter = json.loads((out / "adapters" / folder / "tuning.json").read_text())
             assert adapter["parameters"] == method["trainable"]
-    width, rank = recipe.LLM["hidden_size"], 4
+    rank = 4
     assert results["methods"]["mores r=4"]["trainable_in_llm"] == layers * (2 * width * rank + rank)
     assert results["methods"]["connector only"]["trainable_in_llm"] == 0
 
@@ -204,17 +205,21 @@ def test_a_file_of_prompts_is_answered(demo, tmp_path, capsys):
 def test_an_adapter_is_put_on_its_base(demo, capsys):
     out, _ = demo
     (folder,) = out.glob("adapters/lora*")
-    options = ["--template", recipe.TEMPLATE]
-    texts = []
+    base = ["--model", str(out / "seed0" / "pretrain"), "--template", recipe.TEMPLATE]
+    answers = []
     for model in (
-        ["--model", str(out / "seed0" / "pretrain"), "--adapter", str(folder), *options],
+        [*base, "--adapter", str(folder)],
         ["--model", str(out / "seed0" / "finetune" / folder.name)],
+        base,
     ):
-        command = ["generate", *model, "--prompt", "what is the largest ?", "--json"]
+        command = ["generate", *model, "--prompt", "what is the largest ?", "--json", "--logprobs"]
         capsys.readouterr()
         assert main([*command, "--max-new-tokens", "6"]) == 0
-        texts.append(json.loads(capsys.readouterr().out)["text"])
-    assert texts[0] == texts[1] != ""
+        answers.append(json.loads(capsys.readouterr().out))
+    put_on, trained, before = answers
+    assert put_on["tokens"] == trained["tokens"]
+    np.testing.assert_allclose(put_on["logprobs"], trained["logprobs"], atol=1e-5)
+    assert abs(put_on["logprobs"][0] - before["logprobs"][0]) > 1e-3
     bad = ["generate", "--model", out / "seed0" / "pretrain", "--adapter", out, "--prompt", "two ?"]
     assert "is not an adapter folder" in refused(bad, capsys)
 

@@ -32,6 +32,7 @@ data tokenizer --files records.json --vocab-size 300 --out tokenizer
 zoo
 params --llm phi-2
 recipes
+study list
 """
 
 

@@ -58,6 +58,7 @@ CONTRACTS = [
     ("textcaps", "test", None, 1024, "CIDEr", f"{CAPTION}\nReference OCR token: STOP, 4"),
     ("chair", "val", 500, 512, "CHAIRs", "describe this image in detail."),
     ("digits", "test", None, 2, "accuracy", "?"),
+    ("digits_text", "test", None, 2, "accuracy", "?"),
 ]
 
 
@@ -99,7 +100,7 @@ def test_every_benchmark_has_a_contract_that_names_its_default_split():
     }
 
 
-NEEDS = {name: name for name in benchmark_names() if name != "digits"} | {
+NEEDS = {name: name for name in benchmark_names() if not name.startswith("digits")} | {
     "vizwiz_ft": "vizwiz",
     "scienceqa_img": "scienceqa",
     "scienceqa_img_ft": "scienceqa",
@@ -149,4 +150,4 @@ def test_saved_predictions_that_do_not_fit_are_refused(tmp_path):
 
 def test_every_benchmark_says_where_its_files_come_from():
     for name, load in packaged():
-        assert name == "digits" or "https://" in sys.modules[load.__module__].__doc__, name
+        assert name.startswith("digits") or "https://" in sys.modules[load.__module__].__doc__, name

@@ -1,11 +1,23 @@
-"""The built-in benchmark: questions about scenes of handwritten digits, one task per family."""
+"""The built-in benchmarks: questions about scenes of handwritten digits, one task per family.
+
+`digits` shows a scene; `digits_text` describes it in words, as the text stage does.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from moresjax.data.digits import FAMILIES, ask, make_scene
+from moresjax.core.errors import choice_error
+from moresjax.data.digits import (
+    FAMILIES,
+    SPLITS,
+    UNSEEN,
+    ask,
+    describe,
+    make_scene,
+    random_digits,
+)
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import DataRoot
@@ -53,4 +65,27 @@ def load(
     return [
         BenchmarkTask(f"digits_{family}", questions, max_new_tokens=2, scorer=scorer)
         for family, questions in by_family.items()
+    ]
+
+
+@benchmark("digits_text")
+def load_text(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
+    """One task per question family of the text stage, about scenes that are described in words."""
+    if split not in SPLITS:
+        raise choice_error("split", split, SPLITS)
+    families = [family for family in FAMILIES if family != UNSEEN]
+    found: dict[str, list[Example]] = {family: [] for family in families}
+    for number in range(limit or DEFAULT_LIMIT):
+        rng = np.random.default_rng((SEED, number, 2, list(SPLITS).index(split)))
+        digits = random_digits(rng)
+        for family in families:
+            turn = ask(family, digits, rng)
+            prompt = f"{describe(digits, rng)}\n{turn.question}"
+            found[family].append(Example(f"{family}-text-{split}-{number}", prompt, turn.answer))
+    scorer = example_scorer(details=lambda *_: {"seed": SEED})
+    return [
+        BenchmarkTask(f"digits_text_{family}", own, max_new_tokens=2, scorer=scorer)
+        for family, own in found.items()
     ]

@@ -47,6 +47,20 @@ class AnswerTask(SteeringTask):
         return {"answers": {answer: [before[answer], after[answer]] for answer in ranked[:20]}}
 
 
+class AnyTask(SteeringTask):
+    """From no answer in particular: what fine vectors lead to is in their selection."""
+
+    name = "fine"
+
+    def is_source(self, answer: str) -> bool:
+        """No answer is the source's, so that all count as others."""
+        return False
+
+    def is_target(self, answer: str) -> bool:
+        """No answer is the target's."""
+        return False
+
+
 class AnswerTypeTask(SteeringTask):
     """From all other types of answers to one type, as the questions of the states have them.
 

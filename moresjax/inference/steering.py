@@ -1,0 +1,137 @@
+"""What steering a model needs of it: a tuning with one more edit, and first tokens from states.
+
+Axis legend: N states, V vectors, D hidden size.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moresjax.core.errors import UserError
+from moresjax.core.types import AnyArray
+from moresjax.inference.model import Model
+from moresjax.runs.processor import name_words
+from moresjax.sharding.mesh import use_mesh
+from moresjax.tuning.attach import Tuning
+
+CHUNK = 1 << 26  # bytes of logits at a time
+
+
+@contextlib.contextmanager
+def with_steering(model: Model, spec: str) -> Iterator[str]:
+    """Inside, the model also has a `steer`, whose vector `Model.set` changes; then it is as before.
+
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("mores:rank=1")
+    >>> with with_steering(model, "steer:positions=generated") as method:
+    ...     method, model.tuning
+    ('steer', 'mores:rank=1/steer:positions=generated')
+    >>> model.tuning
+    'mores:rank=1'
+
+    Args:
+      model: The model.
+      spec: The spec of the `steer`, without a vector.
+
+    Yields:
+      The key of the method, for `Model.set`.
+    """
+    before, extra = model.mllm.tuning, Tuning(spec, model.config)
+    ((key, method),) = extra.methods
+    tuning, name = nnx.clone(before), key
+    taken = {own for own, _ in before.methods}
+    number = 2
+    while name in taken:
+        name, number = f"{key}_{number}", number + 1
+    tuning.methods = (*tuning.methods, (name, method))
+    tuning.params[name], tuning.layer_masks[name] = extra.params[key], extra.layer_masks[key]
+    with _replaced(model, tuning):
+        yield name
+
+
+@contextlib.contextmanager
+def kept_tuning(model: Model) -> Iterator[None]:
+    """Afterwards the model has the tuning that it had, whatever was attached inside."""
+    with _replaced(model, model.mllm.tuning):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(model: Model, tuning: Tuning) -> Iterator[None]:
+    before = model.mllm.tuning
+    if tuning is not before:
+        if model.processor is not None:
+            name_words(tuning, model.processor.tokenizer)
+        model.mllm.tuning = tuning
+        model.service.reset()
+    try:
+        yield
+    finally:
+        if model.mllm.tuning is not before:
+            model.mllm.tuning = before
+            model.service.reset()
+
+
+def first_tokens(
+    model: Model,
+    states: Float[AnyArray, "N D"],
+    vectors: Float[AnyArray, "V D"],
+    *,
+    alpha: float = 1.0,
+    site: str = "llm.block.out",
+) -> Int[np.ndarray, "V N"]:
+    """The first new token after each prompt for each vector, without reading a prompt again.
+
+    An edit of the last block at the last prompt token leaves all keys and values as they were, so
+    the token is the largest logit of `head(norm(h + alpha v))`.
+
+    >>> from moresjax.testing import talking_model
+    >>> first_tokens(talking_model(), np.ones((3, 16)), np.zeros((2, 16))).shape
+    (2, 3)
+
+    Args:
+      model: The model that the states are of; what is attached to it before the site is in them.
+      states: Its states at the query of the first new token (`take=prompt`).
+      vectors: The steering vectors.
+      alpha: The strength.
+      site: `llm.block.out`, of the last block, or `llm.norm.out`.
+
+    Raises:
+      UserError: The site is another one, or sizes do not agree.
+    """
+    size = model.config.llm.hidden_size
+    if site not in ("llm.block.out", "llm.norm.out"):
+        raise UserError(f"first tokens follow from states of the last block, not from {site}")
+    if states.shape[1] != size or vectors.shape[1] != size:
+        found = f"states of {states.shape[1]} and vectors of {vectors.shape[1]} features"
+        raise UserError(f"{found} for a model of {size}")
+    rows = max(CHUNK // (4 * model.config.llm.vocab_size), 1)
+    graphdef, state = nnx.split(model.mllm.llm)
+    whole = jnp.asarray(states, jnp.float32)
+    chunks = [whole[start : start + rows] for start in range(0, len(whole), rows)]
+    normed = site == "llm.norm.out"
+    found = []
+    with use_mesh(model.mesh):
+        for vector in alpha * jnp.asarray(vectors, jnp.float32):
+            own = [_first_tokens(graphdef, normed, state, chunk, vector) for chunk in chunks]
+            found.append(np.concatenate([np.asarray(tokens) for tokens in own]))
+    return np.stack(found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first_tokens(
+    graphdef: nnx.GraphDef,
+    normed: bool,
+    state: nnx.State,
+    h: Float[Array, "N D"],
+    moved_by: Float[Array, " D"],
+) -> Int[Array, " N"]:
+    llm = nnx.merge(graphdef, state)
+    moved = (h + moved_by).astype(llm.config.dtype)[:, None]
+    return llm.logits(moved if normed else llm.norm(moved))[:, 0].argmax(-1)

@@ -1,0 +1,171 @@
+"""Figures and pages about steering: strengths, counts of answers, probes, answers on their images.
+
+Axis legend: Y, X pixels.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from moresjax.analysis.separability import Separability
+from moresjax.evaluation.steering.ask import Trial
+from moresjax.evaluation.steering.run import BASELINE, SteeringResult
+from moresjax.evaluation.tasks import BenchmarkTask
+from moresjax.inference.model import Model
+from moresjax.reports.html import image_uri, render
+from moresjax.reports.plots import lines, save, styles
+
+SHOWN = 24  # questions on a page
+DRAW = re.compile(r"n\d+\.\d+")  # the names of vectors of few states
+PANELS = 12  # planes of a figure
+
+
+def strength_figure(rows: Sequence[Mapping[str, Any]], value: str) -> Figure:
+    """A number of every vector against its strength.
+
+    Args:
+      rows: Rows of vectors, of one task; those of few states are left out.
+      value: The name of the number, such as `success` or `kept`.
+    """
+    series: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    kept = [row for row in rows if row.get(value) is not None and not DRAW.fullmatch(row["vector"])]
+    several = len({row["positions"] for row in kept}) > 1
+    for row in sorted(kept, key=lambda row: row["alpha"]):
+        name = f"{row['vector']}, {row['positions']}" if several else row["vector"]
+        series[name][0].append(row["alpha"])
+        series[name][1].append(row[value])
+    return lines(dict(series), ("alpha", value.replace("_", " ")), title="")
+
+
+def change_figure(row: Mapping[str, Any]) -> Figure:
+    """How much more often the answers are given that a vector changes most."""
+    changes = row["selection"]["changes"]
+    main = {*row["selection"]["targets"]}
+    figure, axis = plt.subplots(figsize=(5.2, 0.6 + 0.35 * max(len(changes), 1)))
+    names = [*changes][::-1]
+    colours = ["#0072B2" if name in main else "#BBBBBB" for name in names]
+    axis.barh(names, [changes[name] for name in names], color=colours)
+    axis.axvline(0, color="#444444", linewidth=0.8)
+    axis.set_xlabel("answers more than without steering")
+    axis.set_title(f"{row['vector']}, alpha {row['alpha']:g}", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+def size_figure(cosines: Mapping[int, Sequence[float]]) -> Figure:
+    """The cosine of vectors of few states with that of all, against the number of states."""
+    sizes = sorted(cosines)
+    means = [float(np.mean(cosines[size])) for size in sizes]
+    series = {"mean of draws": (sizes, means)}
+    return lines(series, ("states of each side", "cosine with the vector of all"), title="")
+
+
+def probe_figure(layers: Sequence[Separability]) -> Figure:
+    """The accuracy of linear probes by layer, beside always guessing the most frequent class."""
+    series: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
+    for layer in layers:
+        for name, value in (("probe", layer.test), ("most frequent class", layer.majority)):
+            series[f"{layer.site}: {name}"][0].append(layer.layer)
+            series[f"{layer.site}: {name}"][1].append(value)
+    return lines(dict(series), ("layer", "accuracy on test states"), title="")
+
+
+def plane_figure(layers: Sequence[Separability], labels: Sequence[str]) -> Figure:
+    """The states of some layers on their two first principal components, coloured by class."""
+    places = np.unique(np.linspace(0, len(layers) - 1, min(PANELS, len(layers))).astype(int))
+    chosen = [layers[place] for place in places]
+    columns = min(4, len(chosen))
+    count = -(-len(chosen) // columns)
+    shape = (2.4 * columns, 2.4 * count)
+    figure, axes = plt.subplots(count, columns, figsize=shape, squeeze=False)
+    drawn, classes = styles(sorted({*labels})), np.asarray(labels)
+    for axis in axes.flat[len(chosen) :]:
+        axis.remove()
+    for axis, layer in zip(axes.flat, chosen, strict=False):
+        for name, style in drawn.items():
+            points = layer.plane[classes == name]
+            axis.scatter(*points.T, s=6, alpha=0.6, color=style.colour, label=name)
+        axis.set_title(f"{layer.site} {layer.layer}: {layer.test:.2f}", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
+    options = {"fontsize": 7, "frameon": False, "loc": "lower center"}
+    figure.legend(handles, names, ncol=min(len(names), 6), **options)
+    return figure
+
+
+def steering_report(
+    model: Model,
+    tasks: Sequence[BenchmarkTask],
+    trials: Sequence[Trial],
+    result: SteeringResult,
+    out: str | Path,
+    cosines: Mapping[int, Sequence[float]] | None = None,
+) -> list[Path]:
+    """Figures over all questions of a steering run, and a page of answers on their images per task.
+
+    Args:
+      model: The model, which shows images as it is given them.
+      tasks: The questions.
+      trials: The trials; the page shows the largest strength of the first one's vector.
+      result: What they did.
+      out: The directory.
+      cosines: Cosines of vectors of few states with that of all.
+
+    Returns:
+      The files.
+    """
+    out = Path(out)
+    rows = [row for row in result.overall if row["vector"] != BASELINE]
+    name = trials[0].name
+    strongest = max((t for t in trials if t.name == name), key=lambda trial: trial.alpha)
+    shown = next(r for r in rows if (r["vector"], r["alpha"]) == (name, strongest.alpha))
+    figures = {"changes": change_figure(shown)}
+    for value in ("success", "kept"):
+        if any(row[value] is not None for row in rows):
+            figures[value] = strength_figure(rows, value)
+    if cosines:
+        figures["sizes"] = size_figure(cosines)
+    for file, figure in figures.items():
+        save(figure, out / f"{file}.png", dpi=150)
+    pages = [_page(model, task, strongest, result, out / f"{task.name}.html") for task in tasks]
+    return [*(out / f"{file}.png" for file in figures), *pages]
+
+
+def _page(
+    model: Model, task: BenchmarkTask, trial: Trial, result: SteeringResult, path: Path
+) -> Path:
+    """Questions whose answer a trial changes, with both answers."""
+    answers = result.answers[task.name]
+    pairs = zip(task.examples, answers[BASELINE], answers[trial.key], strict=True)
+    changed = [own for own in pairs if own[1] != own[2]]
+    shown = [
+        {
+            "question": example.prompt.replace("<image>", "").strip(),
+            "before": before,
+            "after": after,
+            "answer": example.answer,
+            "images": [image_uri(image) for image in _pictures(model, example)],
+        }
+        for example, before, after in changed[:SHOWN]
+    ]
+    values = {"trial": trial, "shown": shown, "changed": len(changed), "n": len(task.examples)}
+    return render("steering.html.j2", path, task=task.name, **values)
+
+
+def _pictures(model: Model, example: Any) -> list[UInt8[np.ndarray, "Y X 3"]]:
+    """The images of a question as the model is given them."""
+    processor = model.prompts.processor.image
+    row = model.prompts.row(example.prompt, example.images, example.id)
+    if processor is None or row.pixels is None:
+        return []
+    return [processor.to_picture(pixels) for pixels in np.asarray(row.pixels)]

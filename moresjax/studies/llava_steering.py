@@ -1,0 +1,258 @@
+"""Tables and figures of LLaVA Steering (arXiv 2412.12359) on the digits world.
+
+`paper` of every study holds what the paper prints, or claims where a figure has no numbers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
+from moresjax.reports import plots
+from moresjax.studies.findings import compare_with
+from moresjax.studies.pipeline import Finetuning, Pipeline
+from moresjax.studies.study import (
+    Outcome,
+    Study,
+    Table,
+    Values,
+    agreement,
+    values_table,
+    with_interval,
+)
+from moresjax.studies.text_only import text_only
+
+PLAIN, MORES = "connector only", "mores r=1"
+_METHODS = {
+    **recipe.METHODS,
+    "mores r=2": "mores:rank=2,positions=image,init=identity",
+    "mores r=8": "mores:rank=8,positions=image,init=identity",
+    "adapter": "adapter:bottleneck=16",
+    "oft": "oft:block_size=8",
+}
+_THREE_LAYERS = "Three layers and a thousandth of the paper's hidden states say nothing about 32."
+
+
+def _runs(*names: str) -> tuple[Finetuning, ...]:
+    return tuple(Finetuning(name, _METHODS[name]) for name in names)
+
+
+def _values(pipeline: Pipeline, study: Study, key: str) -> dict[str, list[float]]:
+    """A number of the evaluation of every run: `mean_accuracy`, or one of its attention."""
+
+    def read(scores: Mapping[str, Any]) -> float:
+        return scores["mean_accuracy"] if key == "mean_accuracy" else scores["attention"][key]
+
+    return {
+        run.name: [float(read(pipeline.scores(seed, run.name))) for seed in pipeline.seeds]
+        for run in study.runs
+    }
+
+
+def _accuracy(pipeline: Pipeline, study: Study, base: str, paper: Mapping[str, float]) -> Outcome:
+    """Mean accuracy of methods, and whether they are ordered as in the paper."""
+    values = _values(pipeline, study, "mean_accuracy")
+    tables = [values_table("Mean accuracy", {"accuracy": values}, base)]
+    sentences = [agreement("Mean accuracy", base, paper, values)]
+    if PLAIN in values:
+        sentences.append(compare_with(PLAIN, "Mean accuracy", values))
+    return Outcome(tables, sentences, {"mean_accuracy": values})
+
+
+# Table 1 and the figures about the same runs ----------------------------------------------------
+
+TABLE_1 = {
+    "full": 61.5,
+    "adapter": 58.2,
+    "lora r=8": 59.9,
+    "oft": 58.3,
+    "ia3": 57.1,
+    "mores r=1": 56.9,
+    "mores r=2": 57.3,
+    "mores r=4": 57.4,
+}
+_COMPARED = _runs(PLAIN, *TABLE_1)
+
+
+def _table1(pipeline: Pipeline, study: Study) -> Outcome:
+    return _accuracy(pipeline, study, MORES, TABLE_1)
+
+
+def _mean_lines(pipeline: Pipeline, study: Study, *keys: str) -> dict[str, np.ndarray]:
+    """By method an entry of the attention statistics, its mean over seeds."""
+    found = {}
+    for run in study.runs:
+        entries = [pipeline.scores(seed, run.name)["attention"] for seed in pipeline.seeds]
+        for key in keys:
+            entries = [entry[key] for entry in entries]
+        found[run.name] = np.mean(np.asarray(entries, float), axis=0)
+    return found
+
+
+def _fig1(pipeline: Pipeline, study: Study) -> Outcome:
+    values = _values(pipeline, study, "average_visual_share")
+    sizes = {run.name: pipeline.trainable_in_llm(run.tuning) for run in study.runs}
+    by_size = [_rank_correlation(sizes, values, n) for n in range(len(pipeline.seeds))]
+    shares = {name: share.tolist() for name, share in _mean_lines(pipeline, study, "share").items()}
+    points = {name: (sizes[name], float(np.mean(values[name]))) for name in values}
+    label = "average share of attention on the image"
+    sentences = [
+        agreement("Share of the image", MORES, {"full": 0, "lora r=8": 0, MORES: 1}, values),
+        compare_with(PLAIN, "Share of the image", values),
+        "Rank correlation of the share with the number of tuned parameters, mean over seeds with "
+        f"its 95% interval: {with_interval(by_size, 2)}; the paper's figure claims a negative one.",
+    ]
+    return Outcome(
+        [values_table("Share of attention on the image", {"share": values}, PLAIN)],
+        sentences,
+        {"visual_share": values, "rank_correlation": by_size},
+        {
+            "attention by layer and method": plots.attention_shares(shares),
+            "share of the image against parameters": plots.share_against_size(points, label),
+        },
+    )
+
+
+def _rank_correlation(sizes: Mapping[str, int], values: Values, seed: int) -> float:
+    """Spearman's correlation over methods; equal sizes share their rank."""
+
+    def ranks(numbers: np.ndarray) -> np.ndarray:
+        lower, same = numbers[:, None] > numbers, numbers[:, None] == numbers
+        return lower.sum(1) + (same.sum(1) - 1) / 2
+
+    size = np.asarray([sizes[name] for name in values], float)
+    share = np.asarray([own[seed] for own in values.values()], float)
+    return float(np.corrcoef(ranks(size), ranks(share))[0, 1])
+
+
+def _fig2(pipeline: Pipeline, study: Study) -> Outcome:
+    lines = _mean_lines(pipeline, study, "lmar_of_means", "text")
+    values = {
+        run.name: [
+            float(np.mean(pipeline.scores(seed, run.name)["attention"]["lmar_of_means"]["text"]))
+            for seed in pipeline.seeds
+        ]
+        for run in study.runs
+    }
+    layers = range(len(next(iter(lines.values()))))
+    rows = [[name, *(f"{value:.2f}" for value in line)] for name, line in lines.items()]
+    claim = {name: float(name.startswith("mores")) for name in values if name != PLAIN}
+    drawn = {name: line.tolist() for name, line in lines.items()}
+    return Outcome(
+        [
+            values_table("LMAR, mean over layers (ratio of means)", {"LMAR": values}, PLAIN),
+            Table("LMAR by layer, mean over seeds", ["method", *map(str, layers)], rows),
+        ],
+        [agreement("LMAR", MORES, claim, values), compare_with(PLAIN, "LMAR", values)],
+        {"lmar": values},
+        {"LMAR by layer and method": plots.lmar_lines(drawn, "LMAR, ratio of means")},
+    )
+
+
+# Tables 3, 4 and 7 ------------------------------------------------------------------------------
+
+# Scenes by the paper's name of a scale, and its means over SciQA-IMG, VizWiz and IconQA.
+SCALES = {"Small": 50, "Medium": 250, "Large": 500}
+TABLE_3 = {
+    "Small": {"full": 51.0, "adapter": 70.3, "lora r=8": 72.2, "oft": 52.8, "ia3": 67.8},
+    "Medium": {"full": 76.4, "adapter": 82.0, "lora r=8": 82.0, "oft": 58.8, "ia3": 79.9},
+    "Large": {"full": 81.3, "adapter": 83.0, "lora r=8": 83.9, "oft": 58.1, "ia3": 80.7},
+}
+for _scale, _mean in {"Small": 67.6, "Medium": 79.5, "Large": 80.3}.items():
+    TABLE_3[_scale]["mores r=2"] = _mean
+_SCALED = tuple(
+    Finetuning(f"{name}, {size} scenes", _METHODS[name], {"data.size": size})
+    for size in SCALES.values()
+    for name in TABLE_3["Small"]
+)
+
+
+def _table3(pipeline: Pipeline, study: Study) -> Outcome:
+    values = _values(pipeline, study, "mean_accuracy")
+    columns, sentences = {}, []
+    for scale, size in SCALES.items():
+        ending = f", {size} scenes"
+        own = {n.removesuffix(ending): v for n, v in values.items() if n.endswith(ending)}
+        columns[f"{scale}, {size} scenes"] = own
+        sentences.append(agreement(f"{scale}: accuracy", "full", TABLE_3[scale], own))
+    tables = [values_table("Mean accuracy by number of training scenes", columns, "full")]
+    return Outcome(tables, sentences, {"mean_accuracy": values})
+
+
+TABLE_4 = {"lora r=8": 70.5, "adapter": 66.4, "oft": 69.1, "ia3": 71.8, MORES: 71.9}
+TABLE_7 = {"mores r=1": 81.8, "mores r=2": 81.7, "mores r=4": 81.5, "mores r=8": 81.5}
+
+
+def _table4(pipeline: Pipeline, study: Study) -> Outcome:
+    return text_only(pipeline, study, MORES, TABLE_4)
+
+
+def _table7(pipeline: Pipeline, study: Study) -> Outcome:
+    return _accuracy(pipeline, study, MORES, TABLE_7)
+
+
+def _paper(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    names = list(next(iter(columns.values())))
+    rows = [[name, *(f"{own[name]:g}" for own in columns.values())] for name in names]
+    return Table(f"The paper: {title}", ["method", *columns], rows)
+
+
+def _claim(text: str) -> Table:
+    return Table("The paper", ["claim"], [[text]])
+
+
+STUDIES = (
+    Study(
+        "table1",
+        "LLaVA Steering, Table 1: methods",
+        _COMPARED,
+        _paper("mean of seven benchmarks, 3B", {"Avg": TABLE_1}),
+        "One task of seven question families stands for seven benchmarks. Rates of adapter, oft "
+        f"and ranks 2 and 8 are not searched for. {_THREE_LAYERS}",
+        _table1,
+    ),
+    Study(
+        "fig1",
+        "LLaVA Steering, Figure 1: attention on the image",
+        _COMPARED,
+        _claim(
+            "MoReS uses visual representations more than full fine-tuning and LoRA do; methods "
+            "with a higher visual share tend to have fewer parameters."
+        ),
+        _THREE_LAYERS,
+        _fig1,
+    ),
+    Study(
+        "fig2",
+        "LLaVA Steering, Figure 2: LMAR",
+        _COMPARED,
+        _claim("MoReS has the highest LMAR in most layers."),
+        _THREE_LAYERS,
+        _fig2,
+    ),
+    Study(
+        "table3",
+        "LLaVA Steering, Table 3: sizes of training data",
+        _SCALED,
+        _paper("mean of SciQA-IMG, VizWiz and IconQA, 3B", TABLE_3),
+        "The steps are the same for every size, so that few scenes come often. " + _THREE_LAYERS,
+        _table3,
+    ),
+    Study(
+        "table4",
+        "LLaVA Steering, Table 4: text-only tasks after tuning",
+        _runs(*TABLE_4),
+        _paper("HellaSwag, 3B", {"HellaSwag": TABLE_4}),
+        "The text task is what the LLM was trained on in stage 0.",
+        _table4,
+    ),
+    Study(
+        "table7",
+        "LLaVA Steering, Table 7: subspace rank",
+        _runs(*TABLE_7),
+        _paper("mean of four tasks, 3B", {"Avg": TABLE_7}),
+        _THREE_LAYERS,
+        _table7,
+    ),
+)

@@ -1,0 +1,152 @@
+"""`analyze steer` and `analyze separability`: from stores of states to vectors and numbers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moresjax.analysis.concepts import Concepts
+from moresjax.analysis.states import StatesWriter
+from moresjax.analysis.vectors import read_vector_facts
+from moresjax.cli import main
+from moresjax.inference.load import load
+
+BASE = str(Path(__file__).parents[1] / "fixtures" / "v0_1" / "base")
+SITE, D = "llm.block.out", 8
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    """Folders of states and concepts, and a file of questions, by name."""
+    root = tmp_path_factory.mktemp("steer")
+    model = load(BASE)
+    facts = {"model": model.fingerprint, "weights": model.exact_fingerprint, "take": "prompt"}
+    sides = {
+        "yes": ["yes"] * 8,
+        "no": ["no"] * 8,
+        "both": ["yes"] * 8 + ["no"] * 8,
+        "other": ["no"] * 4,
+    }
+    for name, answers in sides.items():
+        meta = facts | ({"model": "another"} if name == "other" else {})
+        with StatesWriter(root / name, [(SITE, 0), (SITE, 1)], D, meta, dtype="float32") as writer:
+            for number, answer in enumerate(answers):
+                row = {"id": f"{number}", "prediction": answer, "found": True}
+                shift = 3.0 * (answer == "yes")
+                states = {(SITE, n): RNG.standard_normal(D) + n * shift for n in (0, 1)}
+                writer.add(row, states)
+    concepts = Concepts("kmeans", 30 * np.eye(3, D), np.ones(3, int))
+    concepts.save(root / "concepts", {"site": SITE, "layer": 1, "states": facts})
+    questions = [{"question": f"is there a {x} ?", "answer": "yes"} for x in ("two", "six")]
+    (root / "asked.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    return {path.stem: str(path) for path in root.iterdir()}
+
+
+def command(data, out, *arguments) -> list[str]:
+    common = ["--model", BASE, "--tasks", data["asked"] + ".jsonl", "--out", str(out), "--json"]
+    return ["analyze", "steer", *common, *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def asked(data):
+    return {**data, "asked": str(Path(data["asked"]).with_suffix(""))}
+
+
+def test_two_stores_become_a_vector_with_its_controls(asked, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--source", asked["yes"], "--target", asked["no"], "--layers", "1"]
+    options += ["--alpha", "0.5,1", "--sizes", "4", "--gguf"]
+    assert main(command(asked, out, *options)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steering"] == "yes>no"
+    by_name = {(row["vector"], row.get("alpha")): row for row in found["rows"]}
+    assert {name for name, _ in by_name} == {
+        *("baseline", "yes>no", "random", "shuffled", "reversed", "zero"),
+        *(f"n4.{n}" for n in range(5)),
+    }
+    assert by_name["zero", 0.0]["changed"] == 0
+    assert by_name["yes>no", 0.5]["n"] == 2
+    assert len(found["cosines"]["4"]) == 5
+    facts = read_vector_facts(out)
+    assert (facts["yes>no"]["layer"], facts["yes>no"]["n"]) == (1, [8, 8])
+    names = {path.name for path in out.iterdir()}
+    assert {"vectors.npz", "steering.json", "predictions.jsonl", "yes-to-no.gguf"} <= names
+    assert {"changes.png", "kept.png", "asked.html", "sizes.png"} <= names
+    # The file feeds the method, whose answers are those of the run.
+    spec = f"steer:vector={out}/vectors.npz:yes>no,layers=1,positions=last_prompt|generated"
+    model = load(BASE, tuning=spec)
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    own = {row["id"]: row for row in rows if row["trial"].startswith("yes>no layer=1 alpha=1 ")}
+    for row in own.values():
+        assert model.generate(row["prompt"]) == row["prediction"]
+    assert len(own) == 2
+    assert main(command(asked, out, *options)) == 0  # a finished run asks nothing again
+    assert json.loads(capsys.readouterr().out)["rows"] == found["rows"]
+
+
+def test_one_store_and_a_task_or_concepts_with_first_tokens(asked, tmp_path, capsys):
+    options = ["--states", asked["both"], "--steer", "answers:yes>no", "--limit", 1]
+    assert main(command(asked, tmp_path / "a", *options)) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["vector"] for row in rows} >= {"yes>no@0", "yes>no@1", "random"}
+    options = ["--fine", asked["concepts"], "--states", asked["both"], "--keep", 1, "--limit", 1]
+    assert main(command(asked, tmp_path / "b", *options)) == 0
+    found = json.loads(capsys.readouterr().out)
+    (name,) = found["chosen"]
+    assert {row["vector"] for row in found["rows"]} == {"baseline", name}
+    assert [*read_vector_facts(tmp_path / "b")] == [name]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "vectors are made of --source and --target states"),
+        (["--source", "{yes}"], "vectors are made of --source and --target states"),
+        (["--states", "{both}"], "--states needs --steer TASK"),
+        (["--source", "{yes}", "--target", "{yes}"], "the answer 'yes' is the source's and the ta"),
+        (["--source", "{yes}", "--target", "{other}"], "are of different models: model is"),
+        (["--source", "{yes}", "--target", "{no}", "--layers", "x"], "--layers takes numbers"),
+        (["--source", "{yes}", "--target", "{no}", "--layers", "7"], "layer of the states"),
+        (["--source", "{yes}", "--target", "{no}", "--sizes", "9"], "there are 1 to 8"),
+        (["--source", "{yes}", "--target", "{no}", "--gguf"], "blocks from 1 on, and vector"),
+        (["--fine", "{concepts}", "--steer", "gender"], "--fine makes vectors of concepts"),
+        (["--fine", "{yes}"], "holds no concepts"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(asked, tmp_path, capsys, options, message):
+    options = [option.format(**asked) for option in options]
+    assert main(command(asked, tmp_path / "out", *options)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_states_of_another_model_are_refused_unless_that_is_meant(asked, tmp_path, capsys):
+    options = ["--states", asked["both"], "--steer", "answers:yes>no", "--limit", 1]
+    changed = ["--tuning", "steer:alpha=0"]
+    assert main([*command(asked, tmp_path / "a", *options), *changed]) == 2
+    assert "is made of states of another model or tuning" in capsys.readouterr().err
+
+
+def test_separability_is_written_with_its_figures(asked, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["--states", asked["both"], "--by", "prediction", "--out", str(out)]
+    assert main(["analyze", "separability", *arguments]) == 0
+    assert "llm.block.out 1: test accuracy" in capsys.readouterr().out
+    found = json.loads((out / "separability.json").read_text())
+    tests = [layer["test"] for layer in found["layers"]]
+    assert tests[1] == 1.0 >= tests[0]
+    assert len(found["labels"]) == len(found["layers"][0]["plane"]) == 16
+    assert {path.name for path in out.iterdir()} == {
+        *("separability.json", "probes.png", "planes.png")
+    }
+    for more, message in (
+        (["--by", "kind"], "no state has the field 'kind'"),
+        (["--by", "prediction", "--classes", "yes,maybe"], "no state has prediction 'maybe'"),
+        (["--by", "prediction", "--classes", "yes"], "there is only yes"),
+    ):
+        rest = ["--states", asked["both"], "--out", str(tmp_path / "new"), *more]
+        assert main(["analyze", "separability", *rest]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()

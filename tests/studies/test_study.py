@@ -1,0 +1,126 @@
+"""`moresjax study`: the papers in miniature, their pages, and what is said about them."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+from moresjax.cli import main
+from moresjax.studies import papers
+from moresjax.studies.papers import STUDIES
+from moresjax.studies.study import agreement, run_study
+
+SHORT = {"lora r=8", "mores r=1"}
+
+
+class CannedPipeline:
+    """Scores without training: a method's accuracy, share and LMAR are a number of its own."""
+
+    seeds = range(5)
+
+    def __init__(self, levels):
+        self.levels = levels
+
+    def scores(self, seed, name):
+        value = next(v for start, v in self.levels.items() if name.startswith(start)) + seed / 1000
+        share = np.full((2, 4), (1 - value) / 3)
+        share[:, 1] = value
+        attention = {"share": share.tolist(), "average_visual_share": value}
+        return {
+            "mean_accuracy": value,
+            "attention": attention | {"lmar_of_means": {"text": [value, value]}},
+        }
+
+    def trainable_in_llm(self, tuning):
+        return 10 * len(tuning)
+
+
+LEVELS = {"full": 0.9, "lora": 0.8, "adapter": 0.6, "oft": 0.3, "ia3": 0.7}
+LEVELS |= {"mores r=1": 0.55, "mores": 0.5, "connector": 0.4}
+
+
+@pytest.mark.parametrize("name", [name for name in STUDIES if name != "table4"])
+def test_a_study_says_what_agrees_with_the_paper(name):
+    study = STUDIES[name]
+    outcome = study.make(CannedPipeline(LEVELS), study)
+    said = " ".join(outcome.findings)
+    assert {
+        "table1": "as in the paper for full, adapter, lora r=8 and ia3; against the paper "
+        "for oft, mores r=2 and mores r=4",
+        "fig1": "against the paper for full and lora r=8",
+        "fig2": "against the paper for full, adapter, lora r=8 and ia3",
+        "table3": "Small: accuracy against full: against the paper for adapter",
+        "table7": "as in the paper for mores r=2, mores r=4 and mores r=8",
+    }[name] in said
+    for table in (*outcome.tables, study.paper):
+        assert all(len(row) == len(table.head) for row in table.rows), table.title
+    json.dumps(outcome.values)
+
+
+def test_the_papers_order_is_compared_only_where_it_has_one():
+    here = {"a": [0.5] * 5, "b": [0.6] * 5, "c": [0.5] * 5}
+    said = agreement("Score", "a", {"a": 1, "b": 1, "c": 2, "d": 3}, here)
+    assert said == (
+        "Score against a: no difference could be shown, where the paper has one, for c."
+    )
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    """The study of text-only tasks with two methods, on tiny models."""
+    out = tmp_path_factory.mktemp("studies")
+    study = STUDIES["table4"]
+    runs = tuple(run for run in study.runs if run.name in SHORT)
+    study = dataclasses.replace(study, runs=runs)
+    return out, study, run_study(study, out, seeds=2, fast=True)
+
+
+def test_mores_leaves_text_alone_to_the_bit(page):
+    out, _, path = page
+    found = json.loads((out / "table4.json").read_text())
+    assert found["values"]["bit_equal"] == {"zero-shot": True, "lora r=8": False, "mores r=1": True}
+    text = found["values"]["text_accuracy"]
+    assert text["mores r=1"] == text["zero-shot"]
+    assert len(text["zero-shot"]) == found["seeds"] == 2
+    changed = {row[0]: row[1] for row in found["tables"][1]["rows"]}
+    assert changed["mores r=1"].startswith("0 of ")
+    html = path.read_text()
+    assert not re.findall(r'(?:src|href)="http', html)
+    for words in (found["command"], "HellaSwag", "no difference could be shown", "71.9"):
+        assert words in html
+
+
+def test_a_study_takes_over_what_another_one_trained(page):
+    out, study, _ = page
+    trained = sorted(out.glob("runs/*/**/train.json"))
+    assert len(trained) == 2 * (3 + len(SHORT))
+    before = {path: path.stat().st_mtime_ns for path in trained}
+    run_study(dataclasses.replace(study, name="again"), out, seeds=2, fast=True)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/**/train.json")} == before
+
+
+def test_studies_are_listed_with_their_budgets(capsys):
+    assert main(["study", "list"]) == 0
+    text = capsys.readouterr().out
+    for name, study in STUDIES.items():
+        assert re.search(rf"^{name} +\d+ min  {study.title}$", text, re.M)
+    assert main(["study", "list", "--json"]) == 0
+    assert [s["name"] for s in json.loads(capsys.readouterr().out)["studies"]] == list(STUDIES)
+    assert [study.name for study in papers.select_studies("all")] == list(STUDIES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["table99", "--out", "x"], "'table99'; choose from: table1"),
+        (["table1"], "--out DIR"),
+        (["table1", "--out", "x", "--seeds", "1"], "at least 2, got 1"),
+    ],
+)
+def test_studies_that_cannot_be_are_refused(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
