@@ -66,6 +66,13 @@ def pytest_configure(config: pytest.Config):
         install_import_hook("moresjax", "beartype.beartype")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m fast` does not even import other files, among them those that take torch."""
+    if config.option.markexpr == "fast" and collection_path.suffix == ".py":
+        return str(collection_path.relative_to(TESTS)) not in FAST or None
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]):
     """Marks the tests of the files that `fast.txt` names and leaves them for the end, when workers
     would wait for each other's long files."""

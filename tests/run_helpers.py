@@ -64,11 +64,15 @@ def curve(workdir: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
+def quick_environment() -> dict[str, str]:
+    """A user's one device, but the quick compilation of the tests."""
+    flags = os.environ["XLA_FLAGS"].split()
+    return clean_environment() | {"XLA_FLAGS": " ".join(f for f in flags if "device" not in f)}
+
+
 def start(arguments: list[str]) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    flags = os.environ["XLA_FLAGS"].split()  # one device, but the same quick compilation
-    env = clean_environment() | {"XLA_FLAGS": " ".join(f for f in flags if "device" not in f)}
-    return subprocess.Popen(arguments, env=env, **pipes)
+    return subprocess.Popen(arguments, env=quick_environment(), **pipes)
 
 
 def free_address() -> str:

@@ -52,6 +52,7 @@ class AttentionProbe:
             q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
         probabilities = attention_probabilities(q, k, context.mask, context.softcap)
         masses = group_masses(probabilities, context.kind)  # [B, N, Q, C]
+        assert context.mask is not None  # because attention is read
         members = (context.kind[:, :, None] == jnp.asarray(GROUPS)).astype(jnp.float32)
         counts = jnp.einsum("bqs,bsc->bqc", context.mask.astype(jnp.float32), members)[:, None]
 

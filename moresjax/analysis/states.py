@@ -274,8 +274,31 @@ class StatesWriter:
           row: The facts, `id` among them.
           states: The states.
         """
-        self._waiting.append((dict(row), {key: np.asarray(states[key]) for key in self._keys}))
-        self.done.add(row["id"])
+        self.extend([(row, states)])
+
+    def extend(
+        self, pairs: Sequence[tuple[Mapping[str, Any], Mapping[Key, Float[np.ndarray, " D"]]]]
+    ) -> None:
+        """Several states of one sample, which are written together or not at all.
+
+        Args:
+          pairs: As `add` takes them.
+
+        Raises:
+          UserError: A state does not fit the dtype.
+        """
+        if len(self._waiting) + len(pairs) > self._limit:
+            self.flush()
+        for row, states in pairs:
+            own = {key: np.asarray(states[key]) for key in self._keys}
+            largest = max(float(np.abs(state).max()) for state in own.values())
+            if largest > float(ml_dtypes.finfo(self._dtype).max):
+                raise UserError(
+                    f"the states of {row['id']} reach {largest:.3g}, which {self._dtype.name} "
+                    "does not hold; choose bfloat16 or float32"
+                )
+            self._waiting.append((dict(row), own))
+        self.done |= {row["id"] for row, _ in pairs}
         if len(self._waiting) >= self._limit or time.monotonic() - self._since > SECONDS:
             self.flush()
 

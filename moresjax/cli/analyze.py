@@ -5,6 +5,7 @@ from moresjax.cli import (
     analyze_concepts,
     analyze_separability,
     analyze_shift,
+    analyze_states,
     analyze_steer,
 )
 from moresjax.cli.options import Commands
@@ -12,6 +13,7 @@ from moresjax.cli.options import Commands
 # In the order of `moresjax analyze --help`; each has `register`, which adds its command.
 KINDS = (
     analyze_attention,
+    analyze_states,
     analyze_concepts,
     analyze_shift,
     analyze_steer,

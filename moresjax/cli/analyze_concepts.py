@@ -23,17 +23,19 @@ def register(kinds: Commands) -> None:
     """Adds the command to the kinds of analysis."""
     help = "learn concepts from states; name them by words and samples"
     concepts = add_command(kinds, "concepts", run, help, compiles=True)
-    concepts.add_argument("--states", required=True, metavar="DIR", help="of analyze states")
+    concepts.add_argument(
+        "--states", required=True, metavar="DIR", help="folder of `analyze states`"
+    )
     add_dictionary(concepts)
     concepts.add_argument("--concepts", type=int, default=20, metavar="K", help="default: 20")
     concepts.add_argument(
         "--layer", type=int, metavar="L", help="the layer, where there are several"
     )
     concepts.add_argument(
-        "--active", type=int, default=4, metavar="N", help="of sae: concepts per state (default: 4)"
+        "--active", type=int, default=4, metavar="N", help="concepts per state of sae (default: 4)"
     )
     concepts.add_argument(
-        "--epochs", type=int, default=50, metavar="N", help="of sae: reads of a state (default: 50)"
+        "--epochs", type=int, default=50, metavar="N", help="reads of a state of sae (default: 50)"
     )
     concepts.add_argument(
         "--seeds", type=int, default=0, metavar="N", help="compare dictionaries of N seeds"
@@ -66,7 +68,11 @@ def add_words(command: argparse.ArgumentParser, words: int, candidates: int) -> 
     add_prompting(command)
     add_tuning(command)
     command.add_argument(
-        "--words", type=int, default=words, metavar="N", help="of a concept (default: %(default)s)"
+        "--words",
+        type=int,
+        default=words,
+        metavar="N",
+        help="words per concept (default: %(default)s)",
     )
     command.add_argument(
         "--candidates",

@@ -141,7 +141,7 @@ def run_steer(args: argparse.Namespace) -> None:
     facts |= {"cosines": plan.cosines, "sample": args.sample, "seed": args.seed}
     result = steer(model, tasks, plan.trials, steering, facts=facts, **options)
     steering_report(model, tasks, plan.trials, result, args.out, plan.cosines)
-    lines = [_line(row) for row in result.rows if row["vector"] != BASELINE]
+    lines = [_line(row) for row in result.overall if row["vector"] != BASELINE]
     lines += [note] if note else []
     show(args, result.facts | {"rows": result.rows}, "\n".join([*lines, f"results: {args.out}"]))
 
@@ -225,10 +225,10 @@ def _chosen(
     else:
         trials = [trial for trial in plan.trials if trial.alpha == alpha]
         first = {trial.name: trial for trial in reversed(trials)}
-        result = steer(model, tasks[:1], [*first.values()], steering, batch_size=args.batch_size)
+        result = steer(model, tasks, [*first.values()], steering, batch_size=args.batch_size)
         found = {
             row["vector"]: Selection(**row["selection"])
-            for row in result.rows
+            for row in result.overall
             if row["vector"] != BASELINE
         }
     options = {"targets": args.targets, "keep": args.keep, "unique": args.unique}
@@ -261,12 +261,12 @@ def _check_gguf(plan: "Plan") -> None:
 
 
 def _write_gguf(out: str, plan: "Plan") -> None:
-    """A control vector for llama.cpp of each vector that is no control, beside `vectors.npz`."""
+    """Control vectors for llama.cpp beside `vectors.npz`; none of controls and draws."""
     from moresjax.weights.control_vector import save_control_vector
 
     for name, vector in plan.vectors.items():
         facts = plan.facts[name]
-        if not facts.get("control"):
+        if not facts.keys() & {"control", "draw"}:
             file = name.replace(">", "-to-").replace("/", "-").replace(":", "-")
             save_control_vector(Path(out) / f"{file}.gguf", {facts["layer"]: vector})
 

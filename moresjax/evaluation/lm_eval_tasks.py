@@ -24,8 +24,8 @@ from lm_eval.tasks import TaskManager
 
 from moresjax.core.errors import UserError
 from moresjax.core.network import closed_network
+from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.lm import MoresjaxLM, gen_kwargs
-from moresjax.evaluation.predictions import short_hash
 from moresjax.evaluation.statistics import interval
 from moresjax.evaluation.tasks import unknown_task
 from moresjax.generation.sampling import GREEDY, Sampling

@@ -6,52 +6,17 @@ true answer, the score, and names that tell its images apart. The names of the o
 those of version 0.1, whose files continue; they have neither exact weights nor images.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from moresjax.core.errors import UserError
-from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK
-from moresjax.data.templates import OWN, template_name
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import SavedPredictions, Unlabelled, read_log, write_log
 from moresjax.evaluation.tasks import BenchmarkTask
 
 FILE = "predictions.jsonl"
-
-
-def processor_facts(processor: Processor | None) -> dict[str, Any]:
-    """Template, image size and the like, with a hash that tells them and the vocabulary apart."""
-    if processor is None:
-        return {"hash": ""}
-    image, vocabulary = processor.image, sorted(processor.tokenizer.get_vocab().items())
-    # What transformers saved does not always have a text that stays the same.
-    saved = getattr(getattr(image, "reference", None), "to_dict", dict)()
-    pixels = image and (image.mean, image.std, sorted(saved.items()))
-    name = template_name(processor.template)
-    facts = {
-        "template": name,
-        "vocabulary": short_hash(json.dumps(vocabulary)),
-        "visual_tokens": processor.visual_tokens,
-        "image_size": image and image.size,
-        "image_aspect": image and image.aspect,
-    }
-    text = repr((facts, processor.template, processor.eos_ids, pixels))
-    if name == OWN:  # of the named ones 0.1 and 0.2 did not note it
-        text += f" {processor.template.around_system}" if processor.template.around_system else ""
-    if not processor.split_special_tokens:
-        text += " special tokens in text"
-    if (penalty := processor.generation.repetition_penalty) != 1:
-        text += f" penalty {penalty}"
-    return facts | {"hash": short_hash(text)}
-
-
-def short_hash(text: str) -> str:
-    """Twelve hexadecimal digits that tell texts apart."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class PredictionLog:

@@ -15,11 +15,12 @@ from moresjax._version import __version__
 from moresjax.analysis.attention import AttentionSummary
 from moresjax.core.folders import replace_file
 from moresjax.data.images import image_names
+from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.attention_log import attention_entry, write_attention
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log, write_log
 from moresjax.evaluation.judges import Judge
-from moresjax.evaluation.predictions import FILE, decoding_of, provenance_of, row_key, short_hash
+from moresjax.evaluation.predictions import FILE, decoding_of, provenance_of, row_key
 from moresjax.evaluation.scoring import TaskScore
 from moresjax.evaluation.statistics import clustered_stderr, image_clusters, interval
 from moresjax.evaluation.tasks import BenchmarkTask

@@ -13,12 +13,13 @@ from moresjax.analysis.attention import AnswerAttention, AttentionProbe
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.data.images import image_keys
+from moresjax.data.processor_facts import processor_facts, short_hash
 from moresjax.evaluation.attention_log import AttentionLog, check_attention, write_maps
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.lm import MoresjaxLM, task_requests
 from moresjax.evaluation.lm_eval_tasks import failed_task, load_lm_eval_tasks, run_lm_eval_tasks
-from moresjax.evaluation.predictions import PredictionLog, processor_facts, short_hash
+from moresjax.evaluation.predictions import PredictionLog
 from moresjax.evaluation.presets import expand_presets
 from moresjax.evaluation.results import (
     EvaluationResult,

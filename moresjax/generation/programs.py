@@ -23,7 +23,7 @@ from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.generation.beam import Beams, beam_search
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG
 from moresjax.generation.lengths import lengthened
-from moresjax.generation.state import DecodeConfig, DecodeState, RowBudgets, count_stats
+from moresjax.generation.state import DecodeConfig, DecodeState, RowBudgets, fold_stats
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, PrefillChunk
 from moresjax.sharding.mesh import batch_shards, constrain_batch_sharding
@@ -174,8 +174,8 @@ class DecodeStatic:
 def prefill(static: PrefillStatic, data: PromptData) -> DecodeState:
     """Reads the prompts and chooses the first new token of each."""
     model = nnx.merge(static.graphdef, data.params)
-    state, logits = _read_prompts(static, model, data)
-    return state.append(logits)
+    state, logits, stats = _read_prompts(static, model, data)
+    return fold_stats(static.probes, stats, state, state.append(logits))
 
 
 @functools.partial(jax.jit, static_argnames="static")
@@ -227,8 +227,8 @@ def decode(static: DecodeStatic, params: nnx.State, state: DecodeState) -> Decod
     model = nnx.merge(static.graphdef, params)
 
     def one_step(state: DecodeState) -> DecodeState:
-        state, logits = _step(model, static.probes, state)
-        return state.append(logits)
+        read, logits, stats = _step(model, static.probes, state)
+        return fold_stats(static.probes, stats, read, read.append(logits))
 
     return jax.lax.while_loop(lambda state: state.unfinished, one_step, state)
 
@@ -239,8 +239,12 @@ def prefill_and_search(
 ) -> tuple[Int[AnyArray, "B G"], Int[AnyArray, " B"]]:
     """Tokens and length of each row's best continuation: prefill and all steps of a beam search."""
     model = nnx.merge(static.prefill.graphdef, data.params)
-    state, logits = _read_prompts(static.prefill, model, PromptData(data.params, data.batch))
-    step = functools.partial(_step, nnx.merge(static.decode_graphdef, data.decode_params), ())
+    state, logits, _ = _read_prompts(static.prefill, model, PromptData(data.params, data.batch))
+    decoder = nnx.merge(static.decode_graphdef, data.decode_params)
+
+    def step(state: DecodeState) -> tuple[DecodeState, Float[Array, "..."]]:
+        return _step(decoder, (), state)[:2]
+
     return beam_search(state, logits, static.beams, step)
 
 
@@ -343,8 +347,8 @@ def _prefill_chunk(
 
 def _read_prompts(
     static: PrefillStatic, model: MLLM, data: PromptData
-) -> tuple[DecodeState, Float[Array, "B V"]]:
-    """The state after the prompts, and the logits of the first new token."""
+) -> tuple[DecodeState, Float[Array, "B V"], dict]:
+    """The state after the prompts, the first new token's logits, and what probes read."""
     chunk = _prefill_chunk(model, data.batch, data.prefix, static.suffix_length)
     last = _last_column(data.batch)
     out = model(
@@ -353,8 +357,7 @@ def _read_prompts(
     assert out.cache is not None  # because it is to be kept
     state = _begin(static, data, out.cache, last)
     logits = model.llm.logits(out.hidden[:, 0])
-    state = state.replace(stats=count_stats(out.stats, ~state.done))
-    return _with_seen(state, data.batch, logits), logits
+    return _with_seen(state, data.batch, logits), logits, out.stats
 
 
 def _begin(
@@ -396,8 +399,12 @@ def _begin(
 
 def _step(
     model: MLLM, probes: tuple[Probe, ...], state: DecodeState
-) -> tuple[DecodeState, Float[Array, "B V"]]:
-    """Reads the tokens chosen last: the state after them, and the logits of the next ones."""
+) -> tuple[DecodeState, Float[Array, "B V"], dict]:
+    """Reads the tokens chosen last.
+
+    Returns:
+      The state after them, the logits of the next ones, and what the probes read.
+    """
     index = state.cache_index
     kind = jnp.where(state.done, int(TokenKind.PAD), int(TokenKind.ANSWER))
     position = state.position + 1
@@ -406,9 +413,8 @@ def _step(
     out = model.decode_step(
         state.last_token, step, state.caches, layout, index, probes, state.adapter
     )
-    stats = jax.tree.map(jnp.add, state.stats, count_stats(out.stats, ~state.done))
-    state = state.replace(position=position, cache_layout=layout, caches=out.cache, stats=stats)
-    return state, model.llm.logits(out.hidden[:, 0])
+    state = state.replace(position=position, cache_layout=layout, caches=out.cache)
+    return state, model.llm.logits(out.hidden[:, 0]), out.stats
 
 
 def _with_seen(state: DecodeState, batch: Batch, logits: Float[Array, "B V"]) -> DecodeState:

@@ -181,7 +181,8 @@ class Completion:
     Attributes:
       tokens: The new token ids, the end token included `[G]`.
       logprobs: Their natural log-probabilities `[G]`; None when not asked for.
-      stats: For each probe its statistics, summed over the queries; leaves have a leading axis L.
+      stats: For each probe its statistics, summed over the queries or as it folds them; leaves have
+        a leading axis L.
     """
 
     tokens: Int[AnyArray, " G"]
@@ -258,5 +259,11 @@ def generate_continuously(
         state = state.replace(done=done)
         for slot, (number, ids) in finished.items():
             chosen = None if state.logprobs is None else state.logprobs[slot, : len(ids)]
-            stats = jax.tree.map(lambda x, slot=slot: np.asarray(x[:, slot]), state.stats)
+            stats = jax.device_get(_of_row(state.stats, slot)) if state.stats else {}
             yield number, Completion(ids, None if chosen is None else np.asarray(chosen), stats)
+
+
+@jax.jit
+def _of_row(stats: dict, row: int | Int[AnyArray, ""]) -> dict:
+    """The statistics of one row: one program for all rows, and one copy to the host."""
+    return jax.tree.map(lambda x: x[:, row], stats)

@@ -5,6 +5,8 @@ before a row, T cache length, L layers, K key/value heads, H head size, V vocabu
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from moresjax.core.ops import write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.generation.sampling import GREEDY, Sampling, choose_token
 from moresjax.models.block import LayerCache
+from moresjax.tuning.base import ChosenToken, Probe
 
 
 @pytree_dataclass
@@ -29,8 +32,8 @@ class Generation:
     Attributes:
       tokens: The new token ids `[B, G]`, the pad id after the end of a row.
       length: The number of new tokens per row, the end token included `[B]`.
-      stats: For each probe its statistics, summed over the queries that gave the new tokens;
-        leaves have leading axes `[L, B]`.
+      stats: For each probe its statistics of the queries that gave the new tokens, summed or as it
+        folds them; leaves have leading axes `[L, B]`.
       logprobs: Natural log-probabilities of the new tokens under the model, before any sampling
         setting `[B, G]`, 0 after the end of a row; None when not asked for.
     """
@@ -193,10 +196,37 @@ class DecodeState:
         )
 
 
-def count_stats(stats: dict, rows: Bool[AnyArray, " B"]) -> dict:
-    """Statistics of one query per row, zero where `rows` is False."""
+def fold_stats(
+    probes: Sequence[Probe], stats: dict, before: DecodeState, after: DecodeState
+) -> DecodeState:
+    """The state after a token with what the probes make of its query.
+
+    Args:
+      probes: The probes.
+      stats: What they read at the query that the token was chosen at.
+      before: The state before the token, whose statistics are empty at the first.
+      after: The state after it.
+    """
+    if not probes:
+        return after
+    ids = after.last_token[:, 0]
+    ends = jnp.isin(ids, jnp.asarray(after.config.eos_ids, jnp.int32))
+    most = after.tokens.shape[1]
+    alive = ~jnp.asarray(before.done)
+    token = ChosenToken(ids, jnp.asarray(before.length), alive, ends, most)
+    totals = dict(before.stats)
+    for probe in probes:
+        if probe.name in stats:  # decoding reads no images
+            fold = getattr(probe, "fold", add_stats)
+            totals[probe.name] = fold(totals.get(probe.name), stats[probe.name], token)
+    return after.replace(stats=totals)
+
+
+def add_stats(total: Any, new: Any, token: ChosenToken) -> Any:
+    """The sum of statistics over the queries of each row; rows that have ended add nothing."""
 
     def keep(x: Array) -> Array:
-        return jnp.where(rows.reshape(1, -1, *[1] * (x.ndim - 2)), x, 0)
+        return jnp.where(token.alive.reshape(1, -1, *[1] * (x.ndim - 2)), x, 0)
 
-    return jax.tree.map(keep, stats)
+    new = jax.tree.map(keep, new)
+    return new if total is None else jax.tree.map(jnp.add, total, new)

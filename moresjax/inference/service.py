@@ -4,7 +4,8 @@ Axis legend: B rows, S tokens.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Required, TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -37,8 +38,20 @@ from moresjax.inference.prompts import PromptEncoder
 from moresjax.models.fused_attention import kernel_for
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import batch_shards, use_mesh
-from moresjax.tuning.base import Probe
+from moresjax.tuning.base import Probe, reads_images
 from moresjax.tuning.multi_adapter import adapter_ids
+
+
+class StreamOptions(TypedDict, total=False):
+    """Keyword arguments of `GenerationService.stream`, which documents them."""
+
+    batch_size: Required[int]
+    probes: Sequence[Probe]
+    adapters: Sequence[str | None] | None
+    sampling: Sampling
+    seeds: Sequence[int] | None
+    logprobs: bool
+    stop: str | Sequence[str]
 
 
 class GenerationService:
@@ -165,6 +178,32 @@ class GenerationService:
         rows: Sequence[Row],
         max_new_tokens: int | Sequence[int],
         *,
+        on_done: Callable[[int, Completion], None] | None = None,
+        **options: Unpack[StreamOptions],
+    ) -> list[Completion]:
+        """Continues any number of rows, `batch_size` at a time, and refills the batch.
+
+        Args:
+          rows: the prompts, unpadded.
+          max_new_tokens: one limit for all rows, or a limit for each.
+          on_done: called with number and completion of every row as soon as it has ended.
+          options: those of `stream`.
+
+        Raises:
+          UserError: for a row that leaves no room for the new tokens, or a batch size below 1.
+        """
+        results: dict[int, Completion] = {}
+        for number, completion in self.stream(rows, max_new_tokens, **options):
+            results[number] = completion
+            if on_done is not None:
+                on_done(number, completion)
+        return [results[number] for number in range(len(rows))]
+
+    def stream(
+        self,
+        rows: Sequence[Row],
+        max_new_tokens: int | Sequence[int],
+        *,
         batch_size: int,
         probes: Sequence[Probe] = (),
         adapters: Sequence[str | None] | None = None,
@@ -172,9 +211,8 @@ class GenerationService:
         seeds: Sequence[int] | None = None,
         logprobs: bool = False,
         stop: str | Sequence[str] = (),
-        on_done: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
-        """Continues any number of rows, `batch_size` at a time, and refills the batch.
+    ) -> Iterator[tuple[int, Completion]]:
+        """Number and completion of every row, as soon as it has ended; none is kept.
 
         Args:
           rows: the prompts, unpadded.
@@ -186,7 +224,6 @@ class GenerationService:
           seeds: the seed of every row's draws; default: `sampling.seed` for all.
           logprobs: whether to return the log-probabilities of the new tokens.
           stop: a row ends soon after one of these strings; its tokens are not cut there.
-          on_done: called with number and completion of every row as soon as it has ended.
 
         Raises:
           UserError: for a row that leaves no room for the new tokens, or a batch size below 1.
@@ -203,23 +240,19 @@ class GenerationService:
         _check_seeds(seeds, rows)
         stops = check_stops(stop)
         shared = self._shared_prefixes(rows, adapters)
+        if any(map(reads_images, probes)):  # which are read with each prompt then
+            shared = SharedPrefixes([-1] * len(rows))
         spell, size = self._prompts.spell, -(-batch_size // self.config.prefills_per_batch)
-        slots = rounded_rows(len(rows), batch_size, self._num_shards)
-        results: dict[int, Completion] = {}
-        for number, completion in generate_continuously(
+        return generate_continuously(
             self.engine(probes),
             self._scheduler(rows, size, adapters, shared, probes),
             limits,
-            batch_size=slots,
+            batch_size=rounded_rows(len(rows), batch_size, self._num_shards),
             sampling=self._as_the_folder_says(sampling),
             seeds=seeds,
             logprobs=logprobs,
             ended=(lambda ids: has_stop(spell(ids), stops)) if stops else None,
-        ):
-            results[number] = completion
-            if on_done is not None:
-                on_done(number, completion)
-        return [results[number] for number in range(len(rows))]
+        )
 
     def complete(
         self,

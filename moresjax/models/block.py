@@ -27,7 +27,7 @@ from moresjax.models.block_checks import check_heads, check_kinds
 from moresjax.models.fused_attention import Runs
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, Rope, apply_rope, param, unstack
 from moresjax.sharding.mesh import constrain_batch_sharding
-from moresjax.tuning.hooks import LayerHooks, TowerHooks
+from moresjax.tuning.hooks import LayerHooks, TowerHooks, stack_layers
 
 # What every query sees: a mask that is True at its keys, or the runs of a fused kernel.
 Mask = Bool[Array, "B S T"] | Runs
@@ -284,9 +284,7 @@ class Block(nnx.Module):
             mlp = self.mlp(normed(h, self.mlp_norm), hooks)
             mlp = scaled(normed(mlp, self.mlp_post_norm), self.mlp_scale)
             h = h + hooks.edit("mlp.out", mlp)
-        h = hooks.edit("out", h)
-        hooks.read("out", h=h)
-        return h, cache
+        return hooks.edit("out", h), cache
 
 
 @dataclasses.dataclass
@@ -373,6 +371,7 @@ def run_blocks(
         raise ValueError("decoding needs unstacked blocks: call `unstack` on the model first")
     else:
         h, kept, stats = _scan(one_layer, h, blocks, hooks, config)
+        stats = hooks.chosen_layers(stats)
     if queries is not None and last_queries is None:
         h = pick(h, queries)
     return BlocksOutput(h, kept if keep_cache else None, stats)
@@ -416,7 +415,7 @@ def _loop(
         h, cache, stat = step(h, block, params, i, caches and caches[i], queries)
         kept.append(cache)
         stats.append(stat)
-    return h, kept, jax.tree.map(lambda *x: jnp.stack(x), *stats) if stats else {}
+    return h, kept, stack_layers(stats)
 
 
 def _scan(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenLayout, visible
@@ -29,8 +29,8 @@ from moresjax.models.fusion import AnyVisionConfig, FusedVisionEncoder, vision_m
 from moresjax.models.vision import VisionEncoder, image_batch
 from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.attach import Tuning, extend_layout
-from moresjax.tuning.base import Probe, ProbeContext
-from moresjax.tuning.hooks import Hooks
+from moresjax.tuning.base import Probe, ProbeContext, reads_attention, reads_images
+from moresjax.tuning.hooks import AttachedWrite, Hooks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,7 @@ class MLLM(nnx.Module):
         keep_cache: bool = False,
         chunk: PrefillChunk | None = None,
         unfinished: bool = False,
+        writes: Sequence[tuple[str, AttachedWrite]] = (),
     ) -> BlocksOutput:
         """Runs a whole batch (training, scoring, prefill).
 
@@ -158,16 +159,19 @@ class MLLM(nnx.Module):
           batch: Tokens, layout and images.
           key: Turns dropout on, in training.
           probes: Statistics to read on the way, returned in `stats` by name.
-          queries: Row indices of the tokens whose hidden states are returned and whose attention
-            the probes read; default: all.
+          queries: Row indices of the tokens whose hidden states are returned, and which the probes
+            read; default: all.
           keep_cache: Returns the keys and values of every layer.
           chunk: The tokens to read, which the queries are among; default: all.
           unfinished: Whether the rows are prefixes of prompts, of which more follows.
+          writes: What replaces activations, with its sites.
 
         Returns:
           Hidden states after the final norm for the queries. Caches and statistics include what
           attached `VirtualTokens` put before the tokens of the batch.
         """
+        if any(map(reads_images, probes)):
+            batch = self._with_images(batch)
         num_extra, num_virtual = self.tuning.num_extra_tokens, self.tuning.num_virtual_tokens
         full = extend_layout(batch.layout, num_virtual)
         rows, length = full.shape
@@ -176,7 +180,7 @@ class MLLM(nnx.Module):
         if chunk is not None:
             start, count, num_extra = num_virtual + chunk.first, chunk.count, 0
         mask: Mask | None = None
-        if not (probes or num_virtual or chunk):
+        if not (any(map(reads_attention, probes)) or num_virtual or chunk):
             mask = visible_runs(batch, self.config.llm)
         if mask is None:
             mask = visible(full, jnp.broadcast_to(start + jnp.arange(count), (rows, count)))
@@ -184,8 +188,11 @@ class MLLM(nnx.Module):
             queries = jnp.asarray(queries) + num_virtual - start
         context = None
         if probes:
-            seen = dense(mask) if queries is None else visible(full, queries + start)
-            context = ProbeContext(jnp.asarray(full.kind), seen, queries)
+            seen = None
+            if any(map(reads_attention, probes)):
+                seen = dense(mask) if queries is None else visible(full, queries + start)
+            images = self._images(batch)
+            context = ProbeContext(jnp.asarray(full.kind), seen, queries, *images)
         hooks = self.tuning.hooks(
             batch,
             key=key,
@@ -193,6 +200,7 @@ class MLLM(nnx.Module):
             context=context,
             cut=chunk and chunk.select,
             unfinished=unfinished,
+            writes=writes,
         )
         tower = hooks.tower("llm")
         h = self.embed(batch, hooks, chunk)
@@ -214,7 +222,25 @@ class MLLM(nnx.Module):
             queries=queries,
         )
         hidden = hooks.edit("llm.norm.out", out.hidden, queries)
-        return dataclasses.replace(out, hidden=hidden[:, num_extra:] if queries is None else hidden)
+        hidden = hidden[:, num_extra:] if queries is None else hidden
+        return dataclasses.replace(out, hidden=hidden, stats=out.stats | hooks.stats)
+
+    def _with_images(self, batch: Batch) -> Batch:
+        """The batch with black images that no token stands for, where it has none."""
+        if batch.pixels is not None and batch.pixels.shape[1]:
+            return batch
+        assert self.config.vision is not None  # else there is no site that reads images
+        size = self.config.vision.image_size
+        pixels = jnp.zeros((len(batch.tokens), 1, size, size, 3), jnp.float32)
+        return dataclasses.replace(batch, pixels=pixels)
+
+    def _images(self, batch: Batch) -> tuple[Bool[Array, "B N"] | None, int]:
+        """Which images there are in the places of a batch, and the patches of an image."""
+        if batch.pixels is None or not self.config.visual_tokens:
+            return None, 0
+        count = (jnp.asarray(batch.layout.image).max(axis=1) + 1) // self.config.visual_tokens
+        patches = getattr(self.config.vision, "num_patches", 0)
+        return jnp.arange(batch.pixels.shape[1]) < count[:, None], patches
 
     def decode_step(
         self,
@@ -240,7 +266,10 @@ class MLLM(nnx.Module):
         queries = jnp.reshape(index, (-1, 1)) + jnp.arange(tokens.shape[1])
         queries = jnp.broadcast_to(queries, tokens.shape)
         mask = visible(keys, queries)
-        context = ProbeContext(jnp.asarray(keys.kind), mask, None) if probes else None
+        context = None
+        if probes:
+            attended = mask if any(map(reads_attention, probes)) else None
+            context = ProbeContext(jnp.asarray(keys.kind), attended, None)
         hooks = self.tuning.hooks(
             Batch(tokens, step, adapter=adapter), decoding=True, probes=probes, context=context
         )
@@ -256,7 +285,8 @@ class MLLM(nnx.Module):
             keep_cache=True,
             key_positions=jnp.asarray(keys.position),
         )
-        return dataclasses.replace(out, hidden=hooks.edit("llm.norm.out", out.hidden))
+        hidden = hooks.edit("llm.norm.out", out.hidden)
+        return dataclasses.replace(out, hidden=hidden, stats=out.stats | hooks.stats)
 
     def attach(self, tuning: str, *, seed: int = 0) -> None:
         """Replaces the attached tuning by a freshly initialised one.

@@ -192,9 +192,12 @@ class VisionEncoder(nnx.Module):
         )
         if len(layers) == 1:
             out = run_blocks(self.used_blocks(), h, None, None, hooks, used)
+            hooks.stats |= out.stats
             return self._visual(out.hidden[:, hooks.num_extra_tokens :])
-        hooks.probes = (BlockOutputs(),)
-        hidden = run_blocks(self.used_blocks(), h, None, None, hooks, used).stats["hidden"]
+        hooks.probes = (*hooks.probes, BlockOutputs())
+        stats = run_blocks(self.used_blocks(), h, None, None, hooks, used).stats
+        hidden = stats.pop(BlockOutputs.name)
+        hooks.stats |= stats
         states = [hidden[i - 1] if i else h for i in layers]
         kept = [self._visual(state[:, hooks.num_extra_tokens :]) for state in states]
         return jnp.concatenate(kept, axis=-1)

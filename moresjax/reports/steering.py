@@ -3,6 +3,7 @@
 Axis legend: Y, X pixels.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from moresjax.reports.html import image_uri, render
 from moresjax.reports.plots import lines, save, styles
 
 SHOWN = 24  # questions on a page
+DRAW = re.compile(r"n\d+\.\d+")  # the names of vectors of few states
 PANELS = 12  # planes of a figure
 
 
@@ -29,15 +31,16 @@ def strength_figure(rows: Sequence[Mapping[str, Any]], value: str) -> Figure:
     """A number of every vector against its strength.
 
     Args:
-      rows: Rows of a steering run, of one task.
+      rows: Rows of vectors, of one task; those of few states are left out.
       value: The name of the number, such as `success` or `kept`.
     """
     series: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-    for row in sorted(rows, key=lambda row: row.get("alpha", 0)):
-        if row["vector"] != BASELINE and row.get(value) is not None:
-            name = f"{row['vector']} (layer {row['layer']}, {row['positions']})"
-            series[name][0].append(row["alpha"])
-            series[name][1].append(row[value])
+    kept = [row for row in rows if row.get(value) is not None and not DRAW.fullmatch(row["vector"])]
+    several = len({row["positions"] for row in kept}) > 1
+    for row in sorted(kept, key=lambda row: row["alpha"]):
+        name = f"{row['vector']}, {row['positions']}" if several else row["vector"]
+        series[name][0].append(row["alpha"])
+        series[name][1].append(row[value])
     return lines(dict(series), ("alpha", value.replace("_", " ")), title="")
 
 
@@ -108,12 +111,12 @@ def steering_report(
     out: str | Path,
     cosines: Mapping[int, Sequence[float]] | None = None,
 ) -> list[Path]:
-    """Figures of a steering run, and a page with answers before and after on their images.
+    """Figures over all questions of a steering run, and a page of answers on their images per task.
 
     Args:
       model: The model, which shows images as it is given them.
       tasks: The questions.
-      trials: The trials.
+      trials: The trials; the page shows the largest strength of the first one's vector.
       result: What they did.
       out: The directory.
       cosines: Cosines of vectors of few states with that of all.
@@ -121,24 +124,21 @@ def steering_report(
     Returns:
       The files.
     """
-    out, files = Path(out), []
-    for task in tasks:
-        rows = [
-            row for row in result.rows if row["task"] == task.name and row["vector"] != BASELINE
-        ]
-        found = {"changes": change_figure(rows[0])} if rows else {}
-        for value in ("success", "kept"):
-            if any(row.get(value) is not None for row in rows):
-                found[value] = strength_figure(rows, value)
-        for name, figure in found.items():
-            save(figure, out / f"{task.name}-{name}.png", dpi=150)
-            files.append(out / f"{task.name}-{name}.png")
-        if trials:
-            files.append(_page(model, task, trials[0], result, out / f"{task.name}.html"))
+    out = Path(out)
+    rows = [row for row in result.overall if row["vector"] != BASELINE]
+    name = trials[0].name
+    strongest = max((t for t in trials if t.name == name), key=lambda trial: trial.alpha)
+    shown = next(r for r in rows if (r["vector"], r["alpha"]) == (name, strongest.alpha))
+    figures = {"changes": change_figure(shown)}
+    for value in ("success", "kept"):
+        if any(row[value] is not None for row in rows):
+            figures[value] = strength_figure(rows, value)
     if cosines:
-        save(size_figure(cosines), out / "sizes.png", dpi=150)
-        files.append(out / "sizes.png")
-    return files
+        figures["sizes"] = size_figure(cosines)
+    for file, figure in figures.items():
+        save(figure, out / f"{file}.png", dpi=150)
+    pages = [_page(model, task, strongest, result, out / f"{task.name}.html") for task in tasks]
+    return [*(out / f"{file}.png" for file in figures), *pages]
 
 
 def _page(

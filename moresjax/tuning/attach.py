@@ -25,7 +25,14 @@ from moresjax.tuning.base import (
     VirtualTokens,
     WeightDelta,
 )
-from moresjax.tuning.hooks import Attached, AttachedDelta, AttachedEdit, AttachedTokens, Hooks
+from moresjax.tuning.hooks import (
+    Attached,
+    AttachedDelta,
+    AttachedEdit,
+    AttachedTokens,
+    AttachedWrite,
+    Hooks,
+)
 from moresjax.tuning.selectors import Selector, parse_layers, parse_selector
 from moresjax.tuning.sites import check_selector, is_per_image, num_layers
 from moresjax.tuning.spec import format_spec, parse_spec
@@ -232,6 +239,7 @@ class Tuning(nnx.Module):
         context: ProbeContext | None = None,
         cut: Callable[[Array], Array] | None = None,
         unfinished: bool = False,
+        writes: Sequence[tuple[str, AttachedWrite]] = (),
     ) -> Hooks:
         """The hooks of one forward pass over a batch.
 
@@ -245,6 +253,7 @@ class Tuning(nnx.Module):
           cut: Cuts out of masks of the whole batch what the LLM reads of it, where that is not the
             beginning of the batch.
           unfinished: Whether the rows are prefixes of prompts, of which more follows.
+          writes: What replaces activations, with its sites.
         """
         # What virtual tokens do to the beginning of a row is in the caches of what comes later.
         later = decoding or cut is not None
@@ -285,7 +294,7 @@ class Tuning(nnx.Module):
             for name, method, site in self._sites()
             if (item := attached(name, method, site)) is not None
         ]
-        return Hooks(items, key, probes, context)
+        return Hooks([*items, *writes], key, probes, context)
 
     def _sites(self) -> Iterator[tuple[str, Method, str]]:
         """Key, method and site of everything that is attached."""

@@ -319,20 +319,53 @@ class ProbeContext:
 
     Attributes:
       kind: kind of every key, `[B, S]`.
-      mask: which keys each chosen query sees, `[B, Q, S]`.
+      mask: which keys each chosen query sees, `[B, Q, S]`; None where no probe reads attention.
       queries: row index of each chosen query, `[B, Q]`; None when the pass has only chosen queries.
+      images: which of the images that a row has place for are there, `[B, N]`; None without any.
+      patches: the patches of an image, the last tokens of the vision encoder (static).
       softcap: the soft cap on the attention logits; 0: none (static).
     """
 
     kind: Int[Array, "B S"]
-    mask: Bool[Array, "B Q S"]
+    mask: Bool[Array, "B Q S"] | None
     queries: Int[Array, "B Q"] | None
+    images: Bool[Array, "B N"] | None = None
+    patches: int = dataclasses.field(default=0, metadata={"static": True})
     softcap: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+
+@pytree_dataclass
+class ChosenToken:
+    """The token that each row has just been given, as probes are told.
+
+    Attributes:
+      ids: the tokens `[B]`; meaningless in rows that have ended before.
+      number: how many new tokens each row had before this one `[B]`.
+      alive: whether the row had not ended before `[B]`.
+      ends: whether it is an end token `[B]`.
+      most: G, the most new tokens of a row (static).
+    """
+
+    ids: Int[Array, " B"]
+    number: Int[Array, " B"]
+    alive: Bool[Array, " B"]
+    ends: Bool[Array, " B"]
+    most: int = dataclasses.field(metadata={"static": True})
 
 
 @runtime_checkable
 class Probe(Protocol):
-    """Read-only: returns reduced statistics of one layer, stacked over layers by the framework."""
+    """Read-only: returns reduced statistics of one layer, stacked over layers by the framework.
+
+    A probe may also have:
+
+      `layers`: the numbers of the layers that it reads, in order; default: all.
+      `fold(total, new, token)`: what generation accumulates. `total` is what the queries so far
+        gave, None at the first; `new` is what `read` gave for the query that the `ChosenToken` was
+        chosen at; leaves of both have leading axes `[L, B]`, or `[1, B]`. Default: the sum.
+      `at_queries`: whether `read` looks at nothing but the context's queries, so that the last
+        layer is computed there only; default: False.
+    """
 
     @property
     def name(self) -> str:
@@ -341,10 +374,28 @@ class Probe(Protocol):
 
     @property
     def site(self) -> str:
-        """`attn` (tensors `q`, `k`) or `out` (tensor `h`) of the decoder's blocks."""
+        """`attn` (tensors `q`, `k`), `out` of the LLM's blocks, or a site of an edit (tensor `h`).
+
+        What it reads is what edits have left.
+        """
         ...
 
     @property
     def read(self) -> Callable[..., Any]:
         """`read(context, **tensors)`, with a `ProbeContext`: statistics of one layer."""
         ...
+
+
+def probe_layers(probe: Probe) -> tuple[int, ...] | None:
+    """The layers that a probe reads; None: all of them."""
+    return getattr(probe, "layers", None)
+
+
+def reads_attention(probe: Probe) -> bool:
+    """Whether a probe reads queries and keys."""
+    return probe.site == "attn"
+
+
+def reads_images(probe: Probe) -> bool:
+    """Whether a probe reads what is made of the images, before the LLM."""
+    return probe.site.startswith(("vision.", "connector."))

@@ -2,11 +2,12 @@
 
 Axis legend: B rows, S tokens, D hidden size, K key heads, H head size, P virtual tokens.
 
-The models call `linear`, `edit` and `read` at their sites; with nothing attached these are the
-plain linear, the identity and nothing. Sites are named `vision.block.X`, `connector.N` (its linear
-number N), `connector.out`, `llm.embed.out`, `llm.norm.out` and `llm.block.X`, X being a linear
-(`q k v o gate up down`) or `attn.out`, `mlp.out`, `out`. Virtual tokens are at `vision.embed`,
-`llm.embed`, `X.block.in` and `llm.block.kv`.
+The models call `linear` and `edit` at their sites; with nothing attached these are the plain linear
+and the identity. What `edit` returns is shown to the probes of the site. Sites are named
+`vision.block.X`, `connector.N` (its linear number N), `connector.out`, `llm.embed.out`,
+`llm.norm.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
+`mlp.out`, `out`. Virtual tokens are at `vision.embed`, `llm.embed`, `X.block.in` and
+`llm.block.kv`.
 
 `Hooks` serve a whole forward pass, `TowerHooks` the blocks of the LLM or of the vision encoder,
 `LayerHooks` one of these blocks.
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -31,6 +33,8 @@ from moresjax.tuning.base import (
     ProbeContext,
     VirtualTokens,
     WeightDelta,
+    probe_layers,
+    reads_attention,
 )
 
 TOWERS = ("vision", "llm")
@@ -102,7 +106,24 @@ class AttachedTokens:
     params: Params
 
 
-Attached = AttachedEdit | AttachedDelta | AttachedTokens
+@dataclasses.dataclass(frozen=True)
+class AttachedWrite:
+    """What replaces the activations at one site, after all edits, in one pass.
+
+    Attributes:
+      write: `write(params, h)` gives what the activations are to be.
+      params: arrays; at layered sites with a leading layer axis.
+    """
+
+    write: Callable[[Params, Array], Array]
+    params: Params
+
+    def apply(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The activations of the layer that `params` belong to."""
+        return self.write(params, h).astype(h.dtype)
+
+
+Attached = AttachedEdit | AttachedDelta | AttachedTokens | AttachedWrite
 # Parameters and layer mask of one method in one layer, or stacked over layers.
 LayerParams = tuple[Params, Array | None]
 
@@ -185,6 +206,7 @@ class LayerHooks:
         self, name: str, linear: LinearLike, x: Float[Array, "B S D"]
     ) -> Float[Array, "B S F"]:
         """The output of a linear, with the weight deltas that are attached to it."""
+        self._read(self._tower.context, f"{name}.in", h=x)
         items = [(n, i) for n, i in self._tower.at(name) if isinstance(i, AttachedDelta)]
         if not items:
             return linear(x)
@@ -200,6 +222,9 @@ class LayerHooks:
         for number, item in self._tower.at(name):
             if isinstance(item, AttachedEdit):
                 h = item.apply(*self._params[number], h, self._key(number))
+            elif isinstance(item, AttachedWrite):
+                h = item.apply(self._params[number][0], h)
+        self._read(self._tower.context, name, h=h)
         return h
 
     def enter(self, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -233,7 +258,7 @@ class LayerHooks:
           softcap: The soft cap on the layer's attention logits.
         """
         context = self._tower.context
-        if context is None or not any(probe.site == "attn" for probe in self._tower.probes):
+        if context is None or not any(map(reads_attention, self._tower.probes)):
             return
         context = dataclasses.replace(context, softcap=softcap)
         if mask is not None:
@@ -242,13 +267,13 @@ class LayerHooks:
             context = dataclasses.replace(context, mask=mask)
         self._read(context, "attn", q=q, k=k)
 
-    def read(self, name: str, **tensors: Array) -> None:
-        """Shows tensors to the probes of a site."""
-        self._read(self._tower.context, name, **tensors)
-
     def _read(self, context: ProbeContext | None, name: str, **tensors: Array) -> None:
+        """Shows tensors to the probes of a site; in a scan, whatever layers they choose."""
         for probe in self._tower.probes:
-            if probe.site == name:
+            layers = probe_layers(probe)
+            if layers is not None and isinstance(self._layer, int) and self._layer not in layers:
+                continue
+            if probe.site in (name, f"{self._tower.name}.block.{name}"):
                 self.stats[probe.name] = probe.read(context, **tensors)
 
 
@@ -261,9 +286,13 @@ class TowerHooks:
         key: PRNGKeyArray | None = None,
         probes: Sequence[Probe] = (),
         context: ProbeContext | None = None,
+        name: str = "llm",
+        stats: dict[str, Any] | None = None,
     ) -> None:
         self._items = list(items)
-        self.key, self.probes, self.context = key, probes, context
+        self.key, self.probes, self.context, self.name = key, probes, context, name
+        # Of the whole pass, for what the tower itself does not return.
+        self.stats: dict[str, Any] = {} if stats is None else stats
         self.stacked: list[LayerParams] = []
         self.num_extra_tokens = 0
         self._first_column: dict[int, int] = {}  # of the extra tokens of an item
@@ -298,10 +327,20 @@ class TowerHooks:
     @property
     def needs_all_tokens(self) -> bool:
         """Whether some method or probe reads tokens that it was not asked about."""
-        methods = (item.method for _, item in self._items)
-        return any(getattr(method, "sees_tokens", False) for method in methods) or any(
-            probe.site == "out" for probe in self.probes
+        return any(_sees_all(item) for _, item in self._items) or any(
+            not (reads_attention(probe) or getattr(probe, "at_queries", False))
+            for probe in self.probes
         )
+
+    def chosen_layers(self, stats: dict[str, Any]) -> dict[str, Any]:
+        """Statistics of all layers, cut down to those that each probe chooses."""
+        stats = dict(stats)
+        for probe in self.probes:
+            layers = probe_layers(probe)
+            if layers is not None and probe.name in stats:
+                chosen = np.asarray(layers)
+                stats[probe.name] = jax.tree.map(lambda x, c=chosen: x[c], stats[probe.name])
+        return stats
 
     def of(self, queries: Int[Array, "B Q"]) -> "TowerHooks":
         """The hooks of some tokens of every row, which are those that the probes read."""
@@ -313,15 +352,30 @@ class TowerHooks:
 
         items = [(site, chosen(item)) for site, item in self._items]
         context = self.context and dataclasses.replace(self.context, queries=None)
-        return TowerHooks(items, self.key, self.probes, context)
+        return TowerHooks(items, self.key, self.probes, context, self.name, self.stats)
 
     def layer(self, layer_params: Sequence[LayerParams], layer: int | Array) -> LayerHooks:
         """The hooks of one layer, whose share of `stacked` is `layer_params`."""
         return LayerHooks(self, layer_params, layer)
 
 
+def _sees_all(item: Attached) -> bool:
+    """Whether something reads or writes all tokens at once."""
+    return isinstance(item, AttachedWrite) or getattr(item.method, "sees_tokens", False)
+
+
+def stack_layers(each: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What probes read in single layers, with a leading axis of the layers that they read."""
+    names = dict.fromkeys(name for stats in each for name in stats)
+    own = {name: [stats[name] for stats in each if name in stats] for name in names}
+    return {name: jax.tree.map(lambda *x: jnp.stack(x), *stats) for name, stats in own.items()}
+
+
 class Hooks:
-    """The hooks of a whole forward pass, built by `Tuning.hooks`."""
+    """The hooks of a whole forward pass, built by `Tuning.hooks`.
+
+    `stats` collects what the probes read outside the LLM's blocks, with a leading layer axis.
+    """
 
     def __init__(
         self,
@@ -331,6 +385,7 @@ class Hooks:
         context: ProbeContext | None = None,
     ) -> None:
         self._items, self._key, self._probes, self._context = items, key, probes, context
+        self.stats: dict[str, Any] = {}
 
     def tower(self, name: str) -> TowerHooks:
         """The hooks of the blocks of `vision` or `llm`."""
@@ -341,9 +396,8 @@ class Hooks:
             if site.startswith(prefix) or site == f"{name}.embed"
         ]
         key = None if self._key is None else jax.random.fold_in(self._key, TOWERS.index(name))
-        if name == "llm":
-            return TowerHooks(items, key, self._probes, self._context)
-        return TowerHooks(items, key)
+        probes = [p for p in self._probes if p.site.startswith("vision.") == (name == "vision")]
+        return TowerHooks(items, key, probes, self._context, name, self.stats)
 
     def edit(
         self, site: str, h: Float[Array, "B S D"], queries: Int[AnyArray, "B Q"] | None = None
@@ -354,6 +408,14 @@ class Hooks:
                 if queries is not None:
                     item = dataclasses.replace(item, mask=pick(item.mask, queries))
                 h = item.apply(item.params, item.layer_mask, h, self._outside_key(number))
+            elif name == site and isinstance(item, AttachedWrite):
+                h = item.apply(item.params, h)
+        for probe in self._probes:
+            if probe.site == site and self._context is not None:
+                context = self._context
+                if queries is not None:
+                    context = dataclasses.replace(context, queries=None)
+                self.stats[probe.name] = jax.tree.map(lambda x: x[None], probe.read(context, h=h))
         return h
 
     def linear(

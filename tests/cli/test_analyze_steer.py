@@ -73,7 +73,7 @@ def test_two_stores_become_a_vector_with_its_controls(asked, tmp_path, capsys):
     assert (facts["yes>no"]["layer"], facts["yes>no"]["n"]) == (1, [8, 8])
     names = {path.name for path in out.iterdir()}
     assert {"vectors.npz", "steering.json", "predictions.jsonl", "yes-to-no.gguf"} <= names
-    assert {"asked-changes.png", "asked-kept.png", "asked.html", "sizes.png"} <= names
+    assert {"changes.png", "kept.png", "asked.html", "sizes.png"} <= names
     # The file feeds the method, whose answers are those of the run.
     spec = f"steer:vector={out}/vectors.npz:yes>no,layers=1,positions=last_prompt|generated"
     model = load(BASE, tuning=spec)

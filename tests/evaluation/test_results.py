@@ -10,10 +10,10 @@ from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
+from moresjax.data.processor_facts import processor_facts
 from moresjax.data.templates import get_template
 from moresjax.evaluation import results
 from moresjax.evaluation.lm import MoresjaxLM
-from moresjax.evaluation.predictions import processor_facts
 from moresjax.evaluation.rescore import rescore
 from moresjax.evaluation.results import EvaluationResult, score_task, write_results
 from moresjax.evaluation.run import evaluate

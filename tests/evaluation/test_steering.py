@@ -116,15 +116,16 @@ def test_a_model_keeps_its_own_tuning_while_it_is_steered():
     assert answers[trial.key] == answers_of(alone, trial) != answers[BASELINE]
 
 
-def test_first_tokens_follow_from_states_at_the_end_of_the_llm():
-    model, site = talking_model(), "llm.norm.out"
-    rows = model.prompts.rows([e.prompt for e in QUESTIONS], [[*e.images] for e in QUESTIONS])
-    length = max(map(len, rows))
-    hidden = np.asarray(model.mllm(model.service.batch(rows, length)).hidden)
-    states = np.stack([own[len(row) - 1] for row, own in zip(rows, hidden, strict=True)])
-    word = model.processor.tokenizer.convert_tokens_to_ids("seven")
-    vector = 20 * np.asarray(model.mllm.llm.head.kernel[:, word])
-    trial = Trial("a", vector, 0, site=site)
+@pytest.mark.parametrize(("site", "layer"), [("llm.block.out", 1), ("llm.norm.out", 0)])
+def test_first_tokens_follow_from_states_at_the_end_of_the_llm(site, layer):
+    model = talking_model()
+    items = [{"prompt": e.prompt, "images": e.images} for e in QUESTIONS]
+    states = model.states(items, site=site, take="prompt", batch_size=4).matrix(site, layer)
+    word = model.prompts.tokenizer.convert_tokens_to_ids("seven")
+    head = model.mllm.llm.head
+    assert head is not None
+    vector = 20 * np.asarray(head.kernel[:, word])
+    trial = Trial("a", vector, layer, site=site)
     found = steer(model, [TASK], [trial], STEERING, batch_size=4).answers["questions"]
     vectors = np.stack([vector, 0 * vector])
     tokens = first_tokens(model, states, vectors, site=site)
@@ -154,6 +155,16 @@ def test_vqa_accuracy_also_comes_as_it_was_published():
         "yes/no": 0.0,
         "mean_over_types": 0.0,
     }
+
+
+def test_several_tasks_are_also_counted_together(run):
+    model, result, *_ = run
+    halves = [BenchmarkTask(f"half{n}", QUESTIONS[n::2], max_new_tokens=3) for n in (0, 1)]
+    found = steer(model, halves, TRIALS[:1], STEERING, batch_size=4)
+    assert [row["task"] for row in found.rows] == ["half0"] * 2 + ["half1"] * 2 + ["all"] * 2
+    whole = [row | {"task": "all"} for row in result.rows[:2]]
+    assert found.overall == whole
+    assert result.overall == result.rows
 
 
 def rows(*predictions: str, **fields) -> list[dict]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.analysis.capture import StateProbe
 from moresjax.core.errors import UserError
 from moresjax.data.digits import build_tokenizer, vocabulary
 from moresjax.data.images import ImageProcessor
@@ -45,7 +46,7 @@ def rows(model) -> list:
     return [model.prompts.row(p, [IMAGE] if i % 2 else []) for i, p in enumerate(PROMPTS)]
 
 
-PROBES = (AttentionProbe(),)
+PROBES = AttentionProbe(), StateProbe("llm.norm.out", None, "each")
 
 
 @pytest.fixture(scope="module")

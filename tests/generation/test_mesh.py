@@ -6,6 +6,7 @@ import pytest
 
 from moresjax import load
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.analysis.capture import StateProbe
 from moresjax.cli import main
 from moresjax.generation.sampling import Sampling
 from moresjax.inference.chat import Chat
@@ -17,6 +18,7 @@ from moresjax.weights.fingerprint import fingerprint
 
 NEW = 4
 TUNING = "lora:rank=2/mores:rank=1,positions=image:f4+l5"
+STATES = StateProbe(layers=(1,), take="each")
 IMAGES = list(np.random.default_rng(0).integers(0, 255, (3, 12, 12, 3)).astype(np.uint8))
 HEAD = "how many times two ? three . "
 PROMPTS = [
@@ -34,7 +36,7 @@ def answers(model: Model) -> dict:
     """What a model gives in every way there is."""
     rows = [model.prompts.row(*prompt) for prompt in PROMPTS]
     texts, images = zip(*PROMPTS, strict=True)
-    probes = (AttentionProbe(),)
+    probes = AttentionProbe(), STATES
     # More rows than devices, fewer, and as many; groups that do not divide.
     whole = model.service.generate_rows(rows + rows[:3], NEW, probes)
     left = model.service.generate_many(rows, [NEW, 1, 2, NEW, NEW], batch_size=2)
@@ -50,7 +52,8 @@ def answers(model: Model) -> dict:
     scores = model.score(texts[:2], [["three .", "no ."], ["seven ."]], images[:2])
     return {
         "tokens": np.asarray(whole.tokens).tolist(),
-        "stats": jax.tree.map(np.asarray, whole.stats),
+        "stats": jax.tree.map(np.asarray, whole.stats["attention"]),
+        "states": np.asarray(whole.stats[STATES.name]["state"]),
         "refilled": [completion.tokens.tolist() for completion in left],
         "about": model.generate(asked, about, max_new_tokens=NEW, batch_size=16),
         "ranked": [
@@ -84,8 +87,9 @@ def test_a_mesh_changes_no_token(preset, expected):
     assert len(set(map(tuple, expected["tokens"]))) >= 4
     for name in ("tokens", "drawn", "refilled", "beams", "about", "chat"):
         assert found[name] == expected[name], name
-    scale = np.abs(expected["logits"]).max()
-    np.testing.assert_allclose(found["logits"] / scale, expected["logits"] / scale, atol=1e-5)
+    for name in ("logits", "states"):
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(found[name] / scale, expected[name] / scale, atol=1e-5)
     for one, other in zip(found["scores"], expected["scores"], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4)
     np.testing.assert_allclose(found["ranked"], expected["ranked"], rtol=1e-4)

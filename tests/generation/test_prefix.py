@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from moresjax.analysis.attention import AttentionProbe
+from moresjax.analysis.capture import StateProbe
 from moresjax.core.layout import TokenKind
 from moresjax.generation import programs
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
@@ -36,7 +37,8 @@ TUNING = (
 
 
 def test_a_shared_prefix_changes_no_token_and_no_statistic():
-    model, probes = talking_model(TUNING), (AttentionProbe(),)
+    states = StateProbe("llm.norm.out", None, "each")
+    model, probes = talking_model(TUNING), (AttentionProbe(), states)
     rows = [model.prompts.row(*prompt) for prompt in PROMPTS]
     apart = jax.tree.map(np.asarray, model.service.generate_rows(rows, NEW, probes, logprobs=True))
     assert len({tuple(tokens) for tokens in apart.tokens.tolist()}) == len(rows)
@@ -51,6 +53,8 @@ def test_a_shared_prefix_changes_no_token_and_no_statistic():
         np.testing.assert_array_equal(found.tokens, apart.tokens[row, :count])
         np.testing.assert_allclose(found.logprobs, apart.logprobs[row, :count], atol=1e-4)
         expected = jax.tree.map(lambda x, row=row: x[:, row], apart.stats)
+        own, state = (stats.pop(states.name)["state"] for stats in (found.stats, expected))
+        np.testing.assert_allclose(own, state, atol=1e-5 * np.abs(state).max())
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), found.stats, expected
         )

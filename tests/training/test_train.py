@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -25,9 +24,13 @@ from run_helpers import (
     cli_arguments,
     config_of,
     logged,
+    quick_environment,
     rewind,
+    start,
+    wait_for,
 )
 
+from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.data.digits import SPECIAL, DigitsSource
 from moresjax.data.images import ImageProcessor
@@ -83,13 +86,21 @@ KILLED = {
 }
 
 
-def run_and_kill(arguments: list[str], workdir: Path, step: int, env: dict) -> None:
-    """Starts a run and kills it when its checkpoint of `step` is there."""
+# Two commands, one after the other, in one process, which imports and compiles once.
+BOTH = """
+import sys
+from moresjax.cli import main
+cut = sys.argv.index("--")
+sys.exit(main(sys.argv[1:cut]) or main(sys.argv[cut + 1 :]))
+"""
+
+
+def run_and_kill(first: list[str], second: list[str], workdir: Path, step: int) -> None:
+    """Runs the first command, and kills the second when its checkpoint of `step` is there."""
+    command = [sys.executable, "-c", BOTH, *first, "--", *second]
     log = workdir.with_suffix(".log")
     with open(log, "w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moresjax.cli", *arguments], env=env, stdout=file, stderr=file
-        )
+        process = subprocess.Popen(command, env=quick_environment(), stdout=file, stderr=file)
         while not any((workdir / "checkpoints" / str(s)).is_dir() for s in (step, step + 4)):
             assert process.poll() is None, log.read_text()
             time.sleep(0.005)
@@ -98,23 +109,19 @@ def run_and_kill(arguments: list[str], workdir: Path, step: int, env: dict) -> N
 
 
 @pytest.mark.parametrize("stage", KILLED)
-def test_a_killed_run_resumes_to_the_same_weights(stage, tmp_path, run_moresjax):
+def test_a_killed_run_resumes_to_the_same_weights(stage, tmp_path):
     arg, settings = KILLED[stage]
     settings = settings | {"steps": 40, "log_every": 4, "checkpoint.every": 4}
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    # The three processes compile the same program.
-    env |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-    done = run_moresjax(*cli_arguments(arg, whole, settings), env=env)
-    assert done.returncode == 0, done.stderr
-    run_and_kill(cli_arguments(arg, killed, settings), killed, 8, env)
+    again = cli_arguments(arg, killed, settings)
+    run_and_kill(cli_arguments(arg, whole, settings), again, killed, 8)
+    assert (whole / "train.json").exists()
     assert not (killed / "train.json").exists()
     folders = (killed / "checkpoints").iterdir()
     started_again_at = max(int(p.name) for p in folders if p.name.isdigit())
     assert 8 <= started_again_at < 40
-    done = run_moresjax(*cli_arguments(arg, killed, settings), env=env)
-    assert done.returncode == 0, done.stderr
+    wait_for(start([sys.executable, "-m", "moresjax.cli", *again]))
 
     assert_equal_weights(killed, whole)
     lines = {line["step"]: line for line in logged(whole)}
@@ -234,13 +241,13 @@ def test_never_resuming_wants_an_empty_directory(finished):
     assert contents(finished) == before
 
 
-def test_never_resuming_on_the_command_line(tmp_path, run_moresjax):
+def test_never_resuming_on_the_command_line(tmp_path, capsys):
     (tmp_path / "notes").write_text("")
-    done = run_moresjax(*cli_arguments("stage=llm", tmp_path, HEAD), "--resume", "never")
-    assert done.returncode == 2
-    assert done.stderr.startswith("moresjax: error: ")
-    assert "--resume" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert main([*cli_arguments("stage=llm", tmp_path, HEAD), "--resume", "never"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("moresjax: error: ")
+    assert "--resume" in error
+    assert "Traceback" not in error
 
 
 # ---- Metrics.

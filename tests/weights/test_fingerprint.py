@@ -12,8 +12,8 @@ from moresjax.core.parameter_names import path_name
 from moresjax.data.digits import build_tokenizer
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import GenerationDefaults, Processor
+from moresjax.data.processor_facts import processor_facts
 from moresjax.data.templates import Template
-from moresjax.evaluation.predictions import processor_facts
 from moresjax.evaluation.run import evaluate
 from moresjax.models.mllm import MLLM
 from moresjax.testing.models import talking_model, tiny_config, tiny_model

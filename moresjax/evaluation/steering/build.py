@@ -118,7 +118,8 @@ def coarse_plan(
         cosines[size] = (drawn @ whole / np.where(norms > 0, norms, 1)).tolist()
         for number, vector in enumerate(drawn):
             few = f"n{size}.{number}"
-            vectors[few], facts[few] = vector, made | {"n": [size, size], "seed": seed}
+            vectors[few] = vector
+            facts[few] = made | {"n": [size, size], "draw": number, "seed": seed}
             trials.append(Trial(few, vector, alpha=alpha, **rest))
     return Plan(vectors, facts, trials, cosines)
 

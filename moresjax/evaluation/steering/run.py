@@ -13,17 +13,19 @@ from moresjax.analysis.steering import count_changes, selection, side_effects
 from moresjax.analysis.vectors import vector_hash
 from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
+from moresjax.data.processor_facts import processor_facts, short_hash
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log, write_log
+from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.metrics.vqa import matches_of_three
-from moresjax.evaluation.predictions import processor_facts, short_hash
+from moresjax.evaluation.scoring import Predictions, TaskScore
 from moresjax.evaluation.steering.ask import Trial, ask_steered
 from moresjax.evaluation.steering.tasks import SteeringTask
 from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.inference.model import Model
 
 RESULTS, LOG = "steering.json", "predictions.jsonl"
-BASELINE = "baseline"
+BASELINE, ALL = "baseline", "all"
 VQA = "VQA accuracy"
 
 
@@ -32,7 +34,8 @@ class SteeringResult:
     """What vectors do to the answers of a model.
 
     Attributes:
-      rows: For each task the answers without steering and then for each trial a row of numbers.
+      rows: For each task the answers without steering and then for each trial a row of numbers;
+        of several tasks then the same rows of the task `all`, over the questions of all of them.
       answers: By task and by trial (`baseline` is without steering) the answers, in the order of
         the questions.
       facts: What was steered.
@@ -41,6 +44,12 @@ class SteeringResult:
     rows: list[dict[str, Any]]
     answers: dict[str, dict[str, list[str]]]
     facts: dict[str, Any]
+
+    @property
+    def overall(self) -> list[dict[str, Any]]:
+        """The rows over all questions."""
+        last = self.rows[-1]["task"]
+        return [row for row in self.rows if row["task"] == last]
 
     def row(self, vector: str, **wanted: Any) -> dict[str, Any]:
         """The first row of a vector with some values, such as `alpha=1`.
@@ -91,6 +100,8 @@ def steer(
     """
     if len({trial.key for trial in trials}) < len(trials):
         raise UserError("two trials have one name, layer, strength and positions")
+    if twice := {task.name for task in tasks} & {ALL}:
+        raise UserError(f"no task may have the name {twice.pop()!r}, which stands for all of them")
     log = _Log(out, model, trials)
     result = SteeringResult([], {}, {"steering": steering.name, **log.facts, **(facts or {})})
     for task in tasks:
@@ -114,10 +125,40 @@ def steer(
         }
         result.answers[task.name] = found
         result.rows.extend(summarize(task, trials, steering, found))
-        if out is not None:
-            content = result.facts | {"rows": result.rows}
-            replace_file(Path(out) / RESULTS, json.dumps(content, indent=2) + "\n")
+    if len(tasks) > 1:
+        result.rows.extend(_over_all(tasks, trials, steering, result.answers))
+    if out is not None:
+        content = result.facts | {"rows": result.rows}
+        replace_file(Path(out) / RESULTS, json.dumps(content, indent=2) + "\n")
     return result
+
+
+def _over_all(
+    tasks: Sequence[BenchmarkTask],
+    trials: Sequence[Trial],
+    steering: SteeringTask,
+    answers: Mapping[str, Mapping[str, Sequence[str]]],
+) -> list[dict[str, Any]]:
+    """Rows over the questions of all tasks, with a score where every question has one."""
+    keys = [BASELINE, *(trial.key for trial in trials)]
+    joined = {key: [text for task in tasks for text in answers[task.name][key]] for key in keys}
+
+    def scorer(
+        examples: Sequence[Example], predictions: Predictions, /, judge: Judge | None = None
+    ) -> TaskScore:
+        rest, parts = list(predictions), []
+        for task in tasks:
+            count = len(task.examples)
+            parts.append(task.scorer(task.examples, rest[:count]))
+            rest = rest[count:]
+        metrics = {part.metric for part in parts}
+        scores = [score for part in parts for score in part.per_example]
+        if len(metrics) > 1 or any(part.total is not None for part in parts):
+            return TaskScore("several" if len(metrics) > 1 else metrics.pop())
+        return TaskScore(metrics.pop(), scores if len(scores) == len(predictions) else ())
+
+    examples = [example for task in tasks for example in task.examples]
+    return summarize(BenchmarkTask(ALL, examples, scorer=scorer), trials, steering, joined)
 
 
 def summarize(
