@@ -6,6 +6,7 @@ Axis legend: L layers, B rows, S tokens, D features, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,6 @@ from moresjax.tuning.base import Params
 from moresjax.tuning.hooks import AttachedWrite
 from moresjax.tuning.sites import num_layers
 
-# A site, or a site and one of its layers.
-Place = str | tuple[str, int]
 Write = Numbers | Callable[[Array], Array]
 
 
@@ -56,7 +55,7 @@ def run_batch(
     mllm: MLLM,
     batch: Batch,
     read: Sequence[str],
-    edits: Mapping[Place, Write],
+    edits: Mapping[Any, Write],
     mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Float[Array, "B S V"], dict[str, Float[Array, "..."]]]:
     """Logits and activations of a batch; see `Model.run`.

@@ -22,7 +22,9 @@ from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.inference.attribution import attribute_logit as attribute_logit
 from moresjax.inference.attribution import attribute_tokens as attribute_tokens
+from moresjax.inference.lens import logit_lens as logit_lens
 from moresjax.inference.model import Adapters, Model
+from moresjax.inference.patching import patching as patching
 from moresjax.inference.prompts import Images, PromptImages, check_images, pair_images
 
 

@@ -7,9 +7,10 @@
 Axis legend: B rows, S tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
+import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
@@ -20,6 +21,7 @@ from moresjax.generation.beam import Beams
 from moresjax.generation.hf_inputs import hf_batch
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scoring import ContinuationScore
+from moresjax.inference.activations import Activations, Write, run_batch
 from moresjax.inference.describe import describe_model
 from moresjax.inference.loaded_model import LoadedModel
 from moresjax.inference.prompts import (
@@ -364,6 +366,56 @@ class Model(LoadedModel):
             )
         names = self.adapter_names(adapters, len(batch.tokens))
         return self.service.logits(self.service.choose_adapters(batch, names))
+
+    def run(
+        self,
+        prompts: str | Sequence[str],
+        images: Images = None,
+        *,
+        read: str | Sequence[str] = (),
+        edits: Mapping[Any, Write] | None = None,
+        adapters: Adapters = None,
+        system: str | None = None,
+    ) -> Activations:
+        """One pass over prompts that reads activations at named sites, and writes them at others.
+
+        >>> from moresjax.testing import talking_model
+        >>> model = talking_model()
+        >>> before = model.run("is there a two ?", read="llm.block.out")
+        >>> before.states["llm.block.out"].shape  # layers, rows, tokens, features
+        (2, 1, 6, 16)
+        >>> halved = model.run("is there a two ?", edits={("llm.block.out", 0): lambda h: h / 2})
+        >>> bool((halved.logits != before.logits).any())
+        True
+
+        What is written comes after the attached tuning's edits; what is read comes last.
+
+        Args:
+          prompts: What the user says, one text (then B is 1) or a list of texts.
+          images: For one text an image or a list of images; for a list of texts a list that has an
+            image, a list of images or None for each.
+          read: The sites to read: `vision.block.out`, `connector.out`, `llm.embed.out`,
+            `llm.block.out`, `llm.block.attn.out`, `llm.block.mlp.out`, `llm.norm.out`.
+          edits: By a site, or by `(site, layer)`, what its activations are to be: a function of
+            them, which JAX can trace, or an array that can be broadcast to them, in which nan
+            leaves an activation as it is. A site inside the blocks stands for all of its layers.
+          adapters: The name of the loaded adapter to use, or for every row its name or None.
+          system: The system prompt of all prompts; default: the template's.
+
+        Raises:
+          UserError: As `generate`; the model has no such site or layer, or an array or what a
+            function gives has another shape than the activations.
+        """
+        rows = self.prompts.rows(*pair_images(prompts, images), system)
+        if not rows:
+            raise UserError("a pass needs at least one prompt")
+        names = self.adapter_names(adapters, len(rows))
+        batch = self.service.batch(rows, max(map(len, rows)), names)
+        sites = [read] if isinstance(read, str) else list(read)
+        logits, found = run_batch(self.mllm, batch, sites, edits or {}, self.mesh)
+        arrays = {site: np.asarray(x, np.float32) for site, x in found.items()}
+        lengths = np.asarray([len(row) for row in rows])
+        return Activations(np.asarray(logits), np.asarray(batch.tokens), lengths, arrays)
 
     def states(self, items: Sequence[Item], **options: Unpack[StatesOptions]) -> States:
         """Hidden states of answers, read while they are generated.

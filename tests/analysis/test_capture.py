@@ -109,7 +109,7 @@ def test_reduced_states_are_those_of_all_tokens(model, run, word):
         (answer,) = answer_states(stats["answer"], Take("answer"), bool)
         close(answer.state[0], own[~ends].mean(0))
         assert answer.count == (~ends).sum()
-        words = [model.prompts.spell([i]) for i in ids]
+        words = [model.prompts.spell([i]) for i in ids.tolist()]
         (token,) = answer_states(stats["token"], Take("token", (word,)), lambda _: True)
         assert token.found == (word in words)
         if token.found:

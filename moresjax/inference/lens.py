@@ -1,0 +1,133 @@
+"""What every layer would say next: the logit lens, for text tokens and on the grid of an image.
+
+Axis legend: L layers, S tokens, K most likely tokens, W words, N images, D features, Y, X patches.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moresjax.analysis.attention import to_grid
+from moresjax.analysis.capture import OutputProbe
+from moresjax.core.errors import UserError
+from moresjax.core.layout import Batch
+from moresjax.inference.model import Adapters, Model
+from moresjax.inference.prompts import PromptImages, check_images
+from moresjax.models.mllm import MLLM
+from moresjax.sharding.mesh import use_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitLens:
+    """The next tokens that each layer's states stand for, at every token of a prompt.
+
+    Attributes:
+      tokens: The prompt's tokens as text; `<image>` for visual ones.
+      top: The most likely next tokens as text, `top[layer][token][rank]`.
+      logprobs: Their natural log-probabilities `[L, S, K]`.
+      words: The words that were asked about.
+      word_logprobs: The log-probabilities of the words' first tokens `[L, S, W]`.
+      grids: For every image the words' log-probabilities at its visual tokens, on its patches
+        `[N, W, L, Y, X]`; nan where a patch has no token. None where the connector's tokens have no
+        place on the image, without images, and without words.
+    """
+
+    tokens: list[str]
+    top: list[list[list[str]]]
+    logprobs: Float[np.ndarray, "L S K"]
+    words: tuple[str, ...]
+    word_logprobs: Float[np.ndarray, "L S W"]
+    grids: Float[np.ndarray, "N W L Y X"] | None
+
+
+def logit_lens(
+    model: Model,
+    prompt: str,
+    images: PromptImages = (),
+    *,
+    words: Sequence[str] = (),
+    top: int = 5,
+    adapters: Adapters = None,
+) -> LogitLens:
+    """Reads each layer's output through the final norm and the vocabulary head.
+
+    >>> import numpy as np
+    >>> from moresjax.testing import talking_model
+    >>> image = np.zeros((12, 12, 3), np.uint8)
+    >>> lens = logit_lens(talking_model(), "how many ?", image, words=["two"])
+    >>> lens.logprobs.shape, lens.grids.shape  # 2 layers, 13 tokens; 3 x 3 patches
+    ((2, 13, 5), (1, 1, 2, 3, 3))
+
+    In the last layer these are the model's own log-probabilities.
+
+    Args:
+      model: The model.
+      prompt: What the user says.
+      images: An image or a list of images.
+      words: Words whose first tokens are looked at in every layer, and on the images.
+      top: K, how many of the most likely tokens are kept.
+      adapters: The name of the loaded adapter to use.
+
+    Raises:
+      UserError: As `Model.generate`, for a word without tokens, and for `top` below 1.
+    """
+    vocab = model.config.llm.vocab_size
+    if not 1 <= top <= vocab:
+        raise UserError(f"top must be from 1 to {vocab}, got {top}")
+    own = check_images(images)
+    row = model.prompts.row(prompt, own)
+    pairs = [model.prompts.with_answer(row, prompt, own, word) for word in words]
+    chosen = [int(ids[0]) for _, ids in pairs]
+    names = model.adapter_names(adapters, 1)
+    batch = model.service.batch([row], len(row), names)
+    graphdef, state = nnx.split(model.mllm)
+    with use_mesh(model.mesh):
+        found = _lens(graphdef, top, state, batch, jnp.asarray(chosen, jnp.int32))
+    ids, logprobs, asked = (np.asarray(x) for x in found)
+    decode = model.prompts.tokenizer.decode
+    visual = row.image >= 0
+    tokens = [
+        "<image>" if is_visual else decode([token])
+        for token, is_visual in zip(row.tokens, visual, strict=True)
+    ]
+    texts = [[[decode([i]) for i in place] for place in layer] for layer in ids]
+    return LogitLens(
+        tokens, texts, logprobs, tuple(words), asked, _grids(model, asked[:, visual], len(own))
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lens(
+    graphdef: nnx.GraphDef, top: int, state: nnx.State, batch: Batch, chosen: Int[Array, " W"]
+) -> tuple[Int[Array, "L S K"], Float[Array, "L S K"], Float[Array, "L S W"]]:
+    """The most likely tokens, their log-probabilities, and those of the chosen tokens."""
+    model: MLLM = nnx.merge(graphdef, state)
+    probe = OutputProbe("llm.block.out")
+    h = model(batch, probes=(probe,)).stats[probe.name][:, 0, model.tuning.num_extra_tokens :]
+
+    def one_layer(h: Float[Array, "S D"]) -> tuple[Array, Array, Array]:
+        logits = model.llm.logits(model.llm.norm(h[None]))[0]
+        logprobs = jax.nn.log_softmax(logits)
+        values, ids = jax.lax.top_k(logprobs, top)
+        return ids, values, logprobs[:, chosen]
+
+    return jax.lax.map(one_layer, h)  # one layer's logits are in memory at a time
+
+
+def _grids(
+    model: Model, values: Float[np.ndarray, "L V W"], images: int
+) -> Float[np.ndarray, "N W L Y X"] | None:
+    """Values of the visual tokens of all images on their patches."""
+    if not images or not values.shape[-1]:
+        return None
+    parts = np.split(np.moveaxis(values, -1, 0), images, axis=-1)
+    try:
+        return np.stack([to_grid(part, model.config) for part in parts])
+    except UserError:  # learned queries have no place on the image
+        return None
