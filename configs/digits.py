@@ -25,7 +25,7 @@ METHODS = {
 }
 
 # Stage 2, by method; chosen on validation handwriting by `benchmarks/digits_sweep.py`.
-LEARNING_RATES = {"none": 8e-3, "mores": 1e-2, "lora": 3e-3, "ia3": 3e-2, "full": 1e-3}
+LEARNING_RATES = {"none": 8e-3, "mores": 1e-2, "lora": 1e-2, "ia3": 3e-2, "full": 1e-3}
 LEARNING_RATES |= {"adapter": 3e-3, "oft": 3e-3}  # as for full; not searched for
 CONNECTOR_LR = 8e-3
 

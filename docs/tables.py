@@ -98,12 +98,27 @@ def rates(results: Results) -> str:
     rows = []
     for entry in results["settings"]:
         values = entry["mean_by_seed"]
-        setting = ", ".join(f"{name} {value:g}" for name, value in entry["setting"].items())
+        setting = named(entry["setting"])
         if entry["chosen"]:
             setting = f"**{setting}**"
         by_seed = " ".join(map(share, values))
         rows.append([entry["method"], setting, share(fmean(values)), share(min(values)), by_seed])
     return table(head, rows)
+
+
+def causes(results: Results) -> str:
+    """What MoReS of rank 4 keeps of two families of questions with seed 0, by setting."""
+    head = ["setting", "mean", "compare", "same"]
+    names = ("mean", "compare", "same")
+    return table(
+        head,
+        [[named(e["setting"]), *(share(e[name]) for name in names)] for e in results["causes"]],
+    )
+
+
+def named(setting: Mapping[str, float]) -> str:
+    """A setting in words."""
+    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 
 BLOCKS: Mapping[str, Callable[[Results], str]] = {
@@ -113,6 +128,7 @@ BLOCKS: Mapping[str, Callable[[Results], str]] = {
     "findings": sentences,
     "made": made,
     "rates": rates,
+    "causes": causes,
 }
 
 
