@@ -86,8 +86,9 @@ def measure_shift(
     >>> index, key = [{"id": str(n)} for n in range(27)], ("llm.norm.out", 0)
     >>> base, tuned = (States.from_arrays({key: x}, index) for x in (a, a + a[:, ::-1]))
     >>> found = measure_shift(base, tuned, learn(base, concepts=3), learn(tuned, concepts=3))
-    >>> found["n"], [round(rows[3]["cosine"], 2) for rows in found["recovery"].values()]
-    (27, [0.71, 1.0, 0.83, 0.83])
+    >>> cosine = {name: rows[3]["cosine"] for name, rows in found["recovery"].items()}
+    >>> found["n"], cosine["own"] > cosine["global"] > cosine["original"]
+    (27, True)
 
     Args:
       base: The original model's states.

@@ -178,11 +178,9 @@ def _plan(args: argparse.Namespace) -> "tuple[Plan, SteeringTask]":
         source, target = split_states(States(args.states), steering)
     else:
         source, target = States(args.source), States(args.target)
-        if args.steer:
-            steering = parse_steering_task(args.steer)
-            steering.learn([*source.index, *target.index])
-        else:
-            steering = task_of_states(source, target)
+        named = parse_steering_task(args.steer) if args.steer else None
+        steering = named or task_of_states(source, target)
+        steering.learn([*source.index, *target.index])
     plan = coarse_plan(
         source,
         target,

@@ -150,6 +150,8 @@ def test_vqa_accuracy_also_comes_as_it_was_published():
         "vqa", questions, max_new_tokens=2, scorer=example_scorer(vqa_accuracy, name="VQA accuracy")
     )
     result = steer(talking_model(), [task], [], STEERING)
+    counts = STEERING.metrics(questions, ["2", "blue"], ["yes", "yes"])["answer_types"]
+    assert counts == {"number": [1, 0], "yes/no": [0, 2], "unrecognised": [1, 0]}
     assert result.row(BASELINE)["matches_of_three"] == {
         "number": 0.0,
         "yes/no": 0.0,

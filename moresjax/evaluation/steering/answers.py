@@ -29,6 +29,11 @@ class AnswerTask(SteeringTask):
         if both := sorted(self.source & self.target):
             raise UserError(f"the answer {both[0]!r} is the source's and the target's")
         self.name = f"{'+'.join(sorted(self.source))}>{'+'.join(sorted(self.target))}"
+        self._typed: list[tuple[str, str]] = []
+
+    def learn(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps true answers with the types of their questions, where the states tell them."""
+        self._typed = _typed(rows)
 
     def is_source(self, answer: str) -> bool:
         """Whether it is one of the source's answers."""
@@ -41,10 +46,17 @@ class AnswerTask(SteeringTask):
     def metrics(
         self, examples: Sequence[Example], baseline: Sequence[str], steered: Sequence[str]
     ) -> dict[str, Any]:
-        """Counts of the answers that steering changed most, before and after."""
+        """Counts of the answers that steering changed most, and of types, before and after.
+
+        Types come from the true answers behind the states and of these questions, of VQAv2.
+        """
         before, after = (Counter(map(normalize_vqa, x)) for x in (baseline, steered))
         ranked = sorted({**before, **after}, key=lambda x: (-abs(after[x] - before[x]), x))
-        return {"answers": {answer: [before[answer], after[answer]] for answer in ranked[:20]}}
+        found: dict[str, Any] = {"answers": {x: [before[x], after[x]] for x in ranked[:20]}}
+        asked = [{"answers": e.answer, "metadata": e.metadata} for e in examples]
+        if types := type_map([*self._typed, *_typed(asked)]):
+            found["answer_types"] = _both_counts(baseline, steered, types)
+        return found
 
 
 class AnyTask(SteeringTask):
@@ -78,13 +90,7 @@ class AnswerTypeTask(SteeringTask):
         Raises:
           UserError: No row has a type, or none has the wanted one.
         """
-        pairs = [
-            (answer, kind)
-            for row in rows
-            if (kind := (row.get("metadata") or {}).get("answer_type"))
-            for answer in _texts(row.get("answers"))
-        ]
-        self.types = type_map(pairs)
+        self.types = type_map(_typed(rows))
         if self.wanted not in self.types.values():
             raise choice_error("answer type", self.wanted, sorted({*self.types.values()}))
 
@@ -105,8 +111,25 @@ class AnswerTypeTask(SteeringTask):
         self, examples: Sequence[Example], baseline: Sequence[str], steered: Sequence[str]
     ) -> dict[str, Any]:
         """Counts of types, before and after."""
-        before, after = (type_counts(answers, self.types) for answers in (baseline, steered))
-        return {"answer_types": {kind: [before[kind], after[kind]] for kind in before}}
+        return {"answer_types": _both_counts(baseline, steered, self.types)}
+
+
+def _typed(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """True answers with the type of their question, of rows that have both."""
+    return [
+        (answer, kind)
+        for row in rows
+        if (kind := (row.get("metadata") or {}).get("answer_type"))
+        for answer in _texts(row.get("answers"))
+    ]
+
+
+def _both_counts(
+    baseline: Sequence[str], steered: Sequence[str], types: Mapping[str, str]
+) -> dict[str, list[int]]:
+    """How many answers have each type, before and after."""
+    before, after = (type_counts(answers, types) for answers in (baseline, steered))
+    return {kind: [before[kind], after[kind]] for kind in before}
 
 
 def _texts(answers: Any) -> list[str]:
