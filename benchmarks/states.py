@@ -30,6 +30,14 @@ IMAGE_ID, VOCAB, TOLERANCE = 8_000, 8_192, 1e-4
 ROWS, TEXT = 8, 24  # rows of the first table; tokens of a question
 
 
+def program_cost(model: MLLM, ids: np.ndarray, new: int, probes: tuple) -> tuple[float, float]:
+    """Operations and bytes of a compiled decode step, by XLA's count."""
+    engine = Engine(model, eos_ids=(-1,), probes=probes)
+    batch = hf_batch(np.repeat(ids, ROWS, axis=0))
+    cost = engine.lower_decode(batch, new).compile().cost_analysis()
+    return cost["flops"], cost["bytes accessed"]
+
+
 def decode_cost(rounds: int, prompt: int, new: int, small: bool) -> None:
     oracle = make_oracle(small)
     model = imported(oracle)
@@ -42,8 +50,9 @@ def decode_cost(rounds: int, prompt: int, new: int, small: bool) -> None:
     }
     runs = {name: ours(model, ids, ROWS, new, own) for name, own in probes.items()}
     seconds = measure(runs, rounds)
-    print("| states of | prefill, ms | ms a step | prefill | decode |")
-    print("|---|---:|---:|---:|---:|")
+    costs = {name: program_cost(model, ids, new, own) for name, own in probes.items()}
+    print("| states of | prefill, ms | ms a step | prefill | decode | operations | bytes |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
     for name in probes:
         pair = {n: seconds[n] for n in dict.fromkeys(("no states", name))}
         ratios = [
@@ -51,9 +60,10 @@ def decode_cost(rounds: int, prompt: int, new: int, small: bool) -> None:
             for phase in ("prefill", "decode")
         ]
         first, step = (statistics.median(seconds[name][phase]) for phase in ("prefill", "decode"))
-        print(
-            f"| {name} | {1e3 * first:.1f} | {1e3 * step / (new - 1):.1f} | {' | '.join(ratios)} |"
-        )
+        pairs = zip(costs[name], costs["no states"], strict=True)
+        ratios += [f"{x / y:.4f}" if name != "no states" else "" for x, y in pairs]
+        cells = [f"{1e3 * first:.1f}", f"{1e3 * step / (new - 1):.1f}", *ratios]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def make_llava() -> LlavaForConditionalGeneration:
