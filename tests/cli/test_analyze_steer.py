@@ -32,7 +32,7 @@ def data(tmp_path_factory) -> dict[str, str]:
         "other": ["no"] * 4,
     }
     for name, answers in sides.items():
-        meta = facts | ({"model": "another"} if name == "other" else {})
+        meta = facts | (dict.fromkeys(("model", "weights"), "another") if name == "other" else {})
         with StatesWriter(root / name, [(SITE, 0), (SITE, 1)], D, meta, dtype="float32") as writer:
             for number, answer in enumerate(answers):
                 row = {"id": f"{number}", "prediction": answer, "found": True}
