@@ -17,13 +17,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from moresjax.studies.demo import findings
+from moresjax.studies.demo import findings, plain_method
 from moresjax.studies.findings import PairedDifference
 from moresjax.studies.provenance import describe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 BLOCK = re.compile(r"(<!-- (\w+)\.(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+FROM = "from_connector_only"
 
 Results = Mapping[str, Any]
 
@@ -49,13 +51,14 @@ def accuracy(results: Results) -> str:
     """Accuracy of every method by family, with paired differences from connector-only training."""
     families, majority = results["families"], results["majority"]
     head = ["", "LLM parameters", "mean", "from connector only", *families]
+    plain = plain_method(results["methods"])
     most = [share(fmean(majority.values())), "", *(share(majority[f]) for f in families)]
     rows = [["most frequent answer", "", *most]]
     for name, m in results["methods"].items():
         mean, bounds = share(m["mean"]), m["mean_interval95"]
         if bounds:
             mean += f" [{share(bounds[0])}, {share(bounds[1])}]"
-        own = difference(m["from_connector_only"]["mean"], results["seeds"])
+        own = "" if name == plain else difference(m[FROM]["mean"], results["seeds"])
         scores = [share(m["accuracy"][family]) for family in families]
         rows.append([name, f"{m['trainable_in_llm']:,}", mean, own, *scores])
     return table(head, rows)
@@ -70,11 +73,12 @@ def seeds(results: Results) -> str:
 
 def attention(results: Results) -> str:
     """How much attention goes to the image."""
+    plain = plain_method(results["methods"])
     layers = len(next(iter(results["methods"].values()))["attention"]["share"])
     lmar = [f"LMAR, layer {number}" for number in range(layers)]
     rows = []
     for name, m in results["methods"].items():
-        own = difference(m["from_connector_only"]["visual_share"], results["seeds"])
+        own = "" if name == plain else difference(m[FROM]["visual_share"], results["seeds"])
         ratios = [f"{ratio:.2f}" for ratio in m["attention"]["lmar_of_means"]["text"]]
         rows.append([name, share(fmean(m["visual_share_by_seed"])), own, *ratios])
     return table(["", "image share", "from connector only", *lmar], rows)

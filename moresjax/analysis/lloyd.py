@@ -25,7 +25,7 @@ MAX_ITERATIONS = 5_000
 TOLERANCE = 1e-4  # of squared movement, as a share of the features' mean variance
 SAMPLE = 20_000  # states that the first centres are drawn from
 HELD_BYTES = 1 << 31  # states of fewer bytes stay on the devices between iterations
-BLOCK_BYTES = 1 << 20  # states that one device reads for its two products
+BLOCK_BYTES = 1 << 22  # states that one device reads at a time for its two products
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -116,9 +116,11 @@ class Pieces:
         devices = jax.local_devices()
         self._rows, self._mean = rows, mean
         self._sharding = NamedSharding(Mesh(np.asarray(devices), ("rows",)), PartitionSpec("rows"))
-        # A device reads whole blocks, whose rows lie in its cache for the second product.
-        block = max(BLOCK_BYTES // (4 * rows.size), 8)
         wanted = min(chunk_rows or rows.chunk_rows, len(rows))
+        cpu = (
+            jax.default_backend() == "cpu"
+        )  # others need no cache of their own, but large products
+        block = max(BLOCK_BYTES // (4 * rows.size), 8) if cpu else wanted
         self._block = min(block, -(-wanted // len(devices)))
         whole = self._block * len(devices)
         self._chunk = -(-wanted // whole) * whole

@@ -6,6 +6,7 @@ from moresjax.core.errors import choice_error
 TASK_NAMES = (
     *("scienceqa", "vizwiz", "iconqa_txt", "iconqa_blank"),
     *("flickr30k", "okvqa", "textcaps", "vqav2"),
+    *("vg_color", "vg_place", "vg_sentiment"),
 )
 
 

@@ -158,14 +158,20 @@ def findings(results: Mapping[str, Any]) -> list[str]:
     means = {name: m["mean_by_seed"] for name, m in methods.items()}
     share = {name: m["visual_share_by_seed"] for name, m in methods.items()}
     new = {name: m["accuracy_by_seed"][unseen] for name, m in methods.items()}
-    others = {name: own for name, own in means.items() if name not in (plain, *mores[:-1])}
+    last, first = mores[-1], (plain, *mores[:-1])
+    looked = "Share of the image in the attention of generated tokens"
     return [
         explain(results["seeds"]),
         compare_with(plain, "Mean accuracy", means),
-        compare_with(mores[-1], "Mean accuracy", others),
+        compare_with(last, "Mean accuracy", _without(means, first)),
         compare_with(plain, f"Accuracy on {unseen!r}, which the LLM never met as text,", new),
-        compare_with(plain, "Share of the image in the attention of generated tokens", share),
+        compare_with(plain, looked, share),
+        compare_with(last, looked, _without(share, first)),
     ]
+
+
+def _without(values: Mapping[str, list[float]], names: Sequence[str]) -> dict[str, list[float]]:
+    return {name: own for name, own in values.items() if name not in names}
 
 
 def _plots(out: Path, results: dict, models: dict[str, Model], questions: dict) -> dict:

@@ -246,6 +246,14 @@ def test_items_are_checked(model):
         model.states([])
 
 
+def test_states_that_are_no_numbers_are_refused():
+    model = talking_model()
+    table = model.mllm.llm.embed.table
+    table[...] = jnp.full_like(table[...], jnp.nan)
+    with pytest.raises(UserError, match=r"the state of item 0 at llm\.block\.out 1 is not finite"):
+        model.states(["two ?"], layers=1)
+
+
 def test_a_folder_goes_on_where_it_stopped(model, run, word, tmp_path, monkeypatch):
     items = [item | {"answers": ["yes"], "metadata": {"type": "x"}} for item in ITEMS]
     options = {"layers": 1, "take": f"token({word.upper()};never)", "max_new_tokens": LIMIT}

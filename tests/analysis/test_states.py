@@ -118,6 +118,8 @@ def test_mistakes_are_told(tmp_path):
     with pytest.raises(UserError, match="another process writes states into"):
         StatesWriter(folder, KEYS, 4, META)
     add(writer, range(2))
+    with pytest.raises(UserError, match=r"reach 7e\+04, which float16 does not hold"):
+        writer.add({"id": "large"}, {key: np.full(4, 7e4) for key in KEYS})
     writer.close()
     with pytest.raises(UserError, match="holds states with model='abc', not 'def'"):
         StatesWriter(folder, KEYS, 4, META | {"model": "def"})
