@@ -8,7 +8,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +30,7 @@ STARTS = ("▁", "Ġ")  # what tokens that begin a word begin with, in vocabular
 SHORTEST = 3  # letters of a word
 
 
+@runtime_checkable
 class ReadingModel(Protocol):
     """What is needed of a `Model`: its module and its tokenizer."""
 

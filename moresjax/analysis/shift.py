@@ -299,7 +299,7 @@ def _paired_cosines(a: np.ndarray, b: np.ndarray) -> Float[np.ndarray, " K"]:
     return np.array([cosines(x[None], y[None])[0, 0] for x, y in zip(a, b, strict=True)])
 
 
-def correlation(x: Sequence[float | None], y: Sequence[float | None]) -> dict[str, Any]:
+def correlation(x: Sequence[int | float | None], y: Sequence[int | float | None]) -> dict[str, Any]:
     """Pearson's r and its p-value over the pairs that are numbers.
 
     >>> round(correlation([1, 2, 3, None], [2, 4, 6, 1])["r"], 6)
@@ -373,7 +373,7 @@ class Comparison:
 
 def recoveries(
     comparison: Comparison,
-    alphas: Sequence[float] = (1.0,),
+    alphas: Sequence[int | float] = (1.0,),
     how: str = "mean",
     *,
     seed: int = 0,

@@ -53,7 +53,7 @@ class ShiftOptions:
       keywords: Words of the task that a model was tuned on.
     """
 
-    alphas: Sequence[float] = ALPHAS
+    alphas: Sequence[int | float] = ALPHAS
     how: str = "mean"
     by: str = "activation"
     seed: int = 0

@@ -72,7 +72,7 @@ def fine(concepts: Float[np.ndarray, "K D"]) -> Float[np.ndarray, "K K D"]:
 
 
 def contrast(
-    positive: Float[np.ndarray, "N D"], negative: Float[np.ndarray, "N D"], method: str = "mean"
+    positive: Float[np.ndarray, "N D"], negative: Float[np.ndarray, "M D"], method: str = "mean"
 ) -> Float[np.ndarray, " D"]:
     """The direction of pairs of states, from the negative to the positive ones.
 
@@ -121,7 +121,7 @@ class Selection:
       changes: The largest changes of counts, by answer.
     """
 
-    score: float
+    score: int | float
     targets: tuple[str, ...]
     changes: dict[str, int]
 
@@ -310,7 +310,7 @@ def side_effects(
     steered: Sequence[str],
     is_source: Callable[[str], bool],
     is_target: Callable[[str], bool],
-    scores: tuple[Sequence[float], Sequence[float]] | None = None,
+    scores: tuple[Sequence[int | float], Sequence[int | float]] | None = None,
 ) -> SideEffects:
     """How many answers of the source become the target's, and what happens to the others.
 

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     show(args, result, "\n".join([*shift_lines(result), f"shift: {args.out}"]))
 
 
-def _numbers(option: str, text: str, whole: bool = False) -> list[float]:
+def _numbers(option: str, text: str, whole: bool = False) -> list[int | float]:
     """The numbers of an option, between commas.
 
     Raises:

@@ -81,7 +81,7 @@ def _replaced(model: Model, tuning: Tuning) -> Iterator[None]:
 def first_tokens(
     model: Model,
     states: Float[AnyArray, "N D"],
-    vectors: Float[AnyArray, "V D"],
+    vectors: Float[AnyArray, "V _"],
     *,
     alpha: float = 1.0,
     site: str = "llm.block.out",

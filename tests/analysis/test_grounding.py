@@ -1,5 +1,6 @@
 """Words and samples of concepts."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -31,7 +32,7 @@ def test_words_are_those_with_the_largest_logits():
     wanted = ["seven", "largest", "two"]
     vectors = np.stack([head_column(word) for word in wanted])
     found = ground_text(MODEL, vectors, words=4, candidates=37, site=NORM)
-    logits = np.asarray(MODEL.mllm.llm.logits(vectors))
+    logits = np.asarray(MODEL.mllm.llm.logits(jnp.asarray(vectors)))
     names = {number: word for word, number in VOCABULARY.items()}
     for own, row in zip(found.words, logits, strict=True):
         order = [names[number] for number in np.argsort(-row)]
@@ -44,7 +45,7 @@ def test_words_are_those_with_the_largest_logits():
 
 def test_the_final_norm_is_applied_to_states_of_blocks_only():
     vectors = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32) * 9
-    normed = np.asarray(MODEL.mllm.llm.norm(vectors))
+    normed = np.asarray(MODEL.mllm.llm.norm(jnp.asarray(vectors)))
     options = {"words": 5, "candidates": 37}
     expected = ground_text(MODEL, normed, norm="raw", **options).words
     block = ground_text(MODEL, vectors, site="llm.block.out", **options)

@@ -168,7 +168,7 @@ def test_a_concept_without_common_samples_is_left_out():
 def test_correlations_are_scipys():
     x, y = RNG.normal(size=9), RNG.normal(size=9)
     expected = scipy.stats.pearsonr(x, y)
-    found = correlations({"a": (x[:5], y[:5]), "b": (x[5:], y[5:])})
+    found = correlations({"a": ([*x[:5]], [*y[:5]]), "b": ([*x[5:]], [*y[5:]])})
     assert found["overall"]["r"] == pytest.approx(expected.statistic)
     assert found["overall"]["p"] == pytest.approx(expected.pvalue)
     assert found["b"]["n"] == 4

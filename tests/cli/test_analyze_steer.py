@@ -10,6 +10,8 @@ from moresjax.analysis.concepts import Concepts
 from moresjax.analysis.states import StatesWriter
 from moresjax.analysis.vectors import read_vector_facts
 from moresjax.cli import main
+from moresjax.core.errors import UserError
+from moresjax.evaluation.steering.build import check_model
 from moresjax.inference.load import load
 
 BASE = str(Path(__file__).parents[1] / "fixtures" / "v0_1" / "base")
@@ -30,7 +32,7 @@ def data(tmp_path_factory) -> dict[str, str]:
         "other": ["no"] * 4,
     }
     for name, answers in sides.items():
-        meta = facts | ({"model": "another"} if name == "other" else {})
+        meta = facts | (dict.fromkeys(("model", "weights"), "another") if name == "other" else {})
         with StatesWriter(root / name, [(SITE, 0), (SITE, 1)], D, meta, dtype="float32") as writer:
             for number, answer in enumerate(answers):
                 row = {"id": f"{number}", "prediction": answer, "found": True}
@@ -127,6 +129,11 @@ def test_states_of_another_model_are_refused_unless_that_is_meant(asked, tmp_pat
     changed = ["--tuning", "steer:alpha=0"]
     assert main([*command(asked, tmp_path / "a", *options), *changed]) == 2
     assert "is made of states of another model or tuning" in capsys.readouterr().err
+    model, own = load(BASE), {"model": "x", "weights": load(BASE).exact_fingerprint}
+    assert "of a twin of this model" in check_model({"v": own}, model)
+    assert check_model({"v": own | {"model": model.fingerprint}}, model) == ""
+    with pytest.raises(UserError, match="another template, tokenizer or image size"):
+        check_model({"v": {"processor": "x"}}, model)
 
 
 def test_separability_is_written_with_its_figures(asked, tmp_path, capsys):

@@ -130,7 +130,7 @@ def test_first_tokens_follow_from_states_at_the_end_of_the_llm(site, layer):
     vectors = np.stack([vector, 0 * vector])
     tokens = first_tokens(model, states, vectors, site=site)
     for row, key in zip(tokens, (trial.key, BASELINE), strict=True):
-        said = [model.prompts.spell([token]).strip() for token in row]
+        said = [model.prompts.spell([int(token)]).strip() for token in row]
         first = [text.split(" ")[0] for text in found[key]]
         # Answers leave special tokens out.
         assert [a for a in said if a] == [b for a, b in zip(said, first, strict=True) if a]

@@ -23,6 +23,7 @@ from moresjax.analysis.steering import (
 )
 from moresjax.analysis.vectors import PROVENANCE, check_same_source
 from moresjax.core.errors import UserError
+from moresjax.data.processor_facts import processor_facts
 from moresjax.evaluation.steering.answers import AnswerTask
 from moresjax.evaluation.steering.ask import POSITIONS, Trial
 from moresjax.evaluation.steering.tasks import SteeringTask
@@ -234,15 +235,25 @@ def check_model(facts: Mapping[str, Mapping[str, Any]], model: Model) -> str:
     Raises:
       UserError: The states are of another model or tokenizer.
     """
-    now = {"model": model.fingerprint, "weights": model.exact_fingerprint}
+    now = {
+        "model": model.fingerprint,
+        "weights": model.exact_fingerprint,
+        "processor": processor_facts(model.processor)["hash"],
+    }
     for name, own in facts.items():
-        if own.get("model", now["model"]) != now["model"]:
+        same = {key: own.get(key, value) == value for key, value in now.items()}
+        if not same["processor"]:
+            raise UserError(
+                f"vector {name} is made of states with another template, tokenizer or image size "
+                "than the steered model's; --other-model steers all the same"
+            )
+        if not same["model"] and not (same["weights"] and "weights" in own):
             raise UserError(
                 f"vector {name} is made of states of another model or tuning ({own['model']}) than "
                 f"the steered one ({now['model']}); --other-model steers all the same"
             )
-        if own.get("weights", now["weights"]) != now["weights"]:
-            return "the states are of a twin of this model: other precision or step"
+        if not all(same.values()):
+            return "the states are of a twin of this model: another precision or step"
     return ""
 
 
