@@ -28,12 +28,12 @@ def with_steering(model: Model, spec: str) -> Iterator[str]:
     """Inside, the model also has a `steer`, whose vector `Model.set` changes; then it is as before.
 
     >>> from moresjax.testing import talking_model
-    >>> model = talking_model("mores:rank=1")
+    >>> model = talking_model("mores")
     >>> with with_steering(model, "steer:positions=generated") as method:
     ...     method, model.tuning
-    ('steer', 'mores:rank=1/steer:positions=generated')
+    ('steer', 'mores/steer:positions=generated')
     >>> model.tuning
-    'mores:rank=1'
+    'mores'
 
     Args:
       model: The model.

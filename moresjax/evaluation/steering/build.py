@@ -72,8 +72,8 @@ def coarse_plan(
     >>> index = [{"id": str(n)} for n in range(4)]
     >>> store = States.from_arrays({("llm.block.out", 1): np.eye(4, 8)}, index)
     >>> plan = coarse_plan(store.take([0, 1]), store.take([2, 3]), "yes>no", alphas=[0.5, 1])
-    >>> [(trial.name, trial.alpha) for trial in plan.trials]  # doctest: +NORMALIZE_WHITESPACE
-    [('yes>no', 0.5), ('yes>no', 1), ('random', 1), ('shuffled', 1), ('reversed', 1), ('zero', 0.0)]
+    >>> [trial.name for trial in plan.trials]
+    ['yes>no', 'yes>no', 'random', 'shuffled', 'reversed', 'zero']
 
     Args:
       source: The states to steer away from.
