@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from moresjax.core.errors import choice_error
-from moresjax.studies import llava_steering
+from moresjax.studies import llava_steering, representations
 from moresjax.studies.study import STAGE_MINUTES, Study
 
-STUDIES = {study.name: study for study in llava_steering.STUDIES}
+STUDIES = {study.name: study for study in (*llava_steering.STUDIES, *representations.STUDIES)}
 ALL = "all"
 
 

@@ -65,6 +65,7 @@ class Study:
       paper: The paper's own numbers or claims.
       limits: What the miniature cannot tell, in a sentence.
       make: Says what came out of the runs.
+      more_minutes: About how long what `make` asks of the models takes for a seed.
     """
 
     name: str
@@ -73,11 +74,12 @@ class Study:
     paper: Table
     limits: str
     make: Callable[[Pipeline, "Study"], Outcome]
+    more_minutes: float = 0.0
 
     @property
     def minutes(self) -> float:
         """About how long a seed takes on two quiet cores, once stages 0 and 1 are there."""
-        return RUN_MINUTES * len(self.runs)
+        return RUN_MINUTES * len(self.runs) + self.more_minutes
 
 
 def run_study(study: Study, out: str | Path, *, seeds: int = 5, fast: bool = False) -> Path:
