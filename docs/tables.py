@@ -43,7 +43,8 @@ def share(value: float) -> str:
 
 def difference(entry: Mapping[str, Any], seeds: int) -> str:
     """A paired difference in points, in bold where it is shown."""
-    found = PairedDifference(entry["mean"], entry["interval95"], seeds)
+    bounds = entry["interval95"]
+    found = PairedDifference(entry["mean"], None if bounds is None else tuple(bounds), seeds)
     return f"**{found.points}**" if found.direction else found.points
 
 
