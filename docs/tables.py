@@ -5,7 +5,7 @@
 
 A page holds a block between `<!-- FILE.BLOCK -->` and `<!-- end -->`: the block BLOCK of
 `docs/results/FILE.json`. `moresjax demo` writes `demo.json` (as `results.json`),
-`benchmarks/digits_sweep.py` writes `rates.json`.
+`benchmarks/digits_sweep.py` writes `rates.json`, `moresjax study NAME` writes `NAME.json`.
 """
 
 import argparse
@@ -126,6 +126,16 @@ def named(setting: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 
+def miniature(results: Results) -> str:
+    """Everything that a study found: sentences, tables, and what they were made with."""
+    lines = [f"- {sentence}" for sentence in results["findings"]]
+    for own in results["tables"][:-1]:  # the last is the paper's
+        lines += ["", f"{own['title']}:", "", table(own["head"], own["rows"])]
+    seeds = results["seeds"]
+    facts = f"Seeds 0 to {seeds - 1} of the whole pipeline; {describe(results['made_with'])}."
+    return "\n".join([*lines, "", facts])
+
+
 BLOCKS: Mapping[str, Callable[[Results], str]] = {
     "accuracy": accuracy,
     "seeds": seeds,
@@ -134,6 +144,7 @@ BLOCKS: Mapping[str, Callable[[Results], str]] = {
     "made": made,
     "rates": rates,
     "causes": causes,
+    "miniature": miniature,
 }
 
 

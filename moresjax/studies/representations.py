@@ -238,7 +238,7 @@ STUDIES = (
         "20 concepts of the answers to seven families of questions, after stage 1 and after stage "
         "2. Three layers of 96 features say nothing about LLaVA-1.5.",
         _shift,
-        more_minutes=0.6,
+        more_minutes=0.3,
     ),
     Study(
         "steering",
@@ -250,6 +250,6 @@ STUDIES = (
         ),
         "Yes and no, and ten digits, in a model of three layers.",
         _steering,
-        more_minutes=0.6,
+        more_minutes=0.4,
     ),
 )

@@ -27,7 +27,8 @@ def test_pages_agree_with_their_results(tables):
 
 def test_readme_and_the_demos_page_have_blocks(tables):
     used = {p.name: tables.BLOCK.findall(p.read_text()) for p in tables.pages()}
-    assert {name for _, _, name, _ in used["demo.md"]} == set(tables.BLOCKS)
+    names = {name for page in ("demo.md", "representations.md") for *_, name, _ in used[page]}
+    assert names == set(tables.BLOCKS)
     assert [name for _, _, name, _ in used["README.md"]] == ["findings", "made"]
 
 
