@@ -19,6 +19,11 @@ evaluate --model run --tasks digits --limit 1 --out again --temperature 1
 compare scores again
 report run --out report.html
 analyze attention --model run=run --tasks digits --limit 1 --out plots
+analyze states --model run --tasks digits --limit 4 --layers 0 --out states
+analyze concepts --states states --concepts 2 --out concepts
+analyze shift --base states --tuned same=states --num-concepts 2 --out shift
+analyze separability --states states --by task --out apart
+analyze steer --model run --fine concepts --tasks digits --limit 1 --out steered
 train --workdir llm --config {digits}:stage=llm {head}
 sweep --workdir sweep --seeds 1 --config {digits}:stage=llm {head}
 export llm hf --format hf

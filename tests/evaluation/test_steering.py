@@ -238,19 +238,19 @@ def test_refusals_count_on_harmful_and_on_harmless_questions():
 
 
 def test_plug_ins_register_steering_tasks():
-    @steering_task("short")
+    @steering_task("brief")
     def make(argument: str) -> SteeringTask:
         class Short(SteeringTask):
-            name = f"short:{argument}"
+            name = f"brief:{argument}"
 
             def is_target(self, answer: str) -> bool:
                 return len(answer) <= int(argument)
 
         return Short()
 
-    assert parse_steering_task("short:3").is_source("four")
+    assert parse_steering_task("brief:3").is_source("four")
     for text, message in (
-        ("nothing", "unknown steering task 'nothing'; choose from: answer_type, answers, gender"),
+        ("nothing", "unknown steering task 'nothing'; choose from: answer_type, answers"),
         ("answers:yes", "takes SOURCE>TARGET, got 'yes'"),
         ("answers:yes>the", "needs answers to steer from and to"),
         ("answers:yes>Yes.", "the answer 'yes' is the source's and the target's"),
