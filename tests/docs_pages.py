@@ -1,8 +1,10 @@
-"""Code blocks of the documentation's pages."""
+"""Code blocks of the documentation's pages, and the scripts beside them."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
@@ -27,3 +29,13 @@ def commands(text: str) -> list[list[str]]:
     joined = re.sub(r"\\\n *", "", text)  # lines that go on
     lines = [line[2:] for line in joined.splitlines() if line.startswith("$ ")]
     return [shlex.split(line.removesuffix("&"), comments=True) for line in lines]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script beside the documentation as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

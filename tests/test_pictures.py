@@ -1,10 +1,10 @@
 """The documentation's pictures: they can be drawn, and the house names every package."""
 
-import importlib.util
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+from docs_pages import load_script
 from test_architecture import FACE, FLOORS, MODULES, package
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "pictures.py"
@@ -12,10 +12,7 @@ SCRIPT = Path(__file__).parents[1] / "docs" / "pictures.py"
 
 @pytest.fixture(scope="module")
 def pictures():
-    spec = importlib.util.spec_from_file_location("pictures", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.mark.parametrize("name", ["row", "block", "house"])

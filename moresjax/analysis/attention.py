@@ -253,3 +253,15 @@ def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.n
     first = 0 if vision.class_token else vision.first_feature
     grid[..., first:] = values[..., classes:]
     return grid.reshape(*values.shape[:-1], side, side)
+
+
+def image_grids(
+    values: Float[np.ndarray, "*L NV"], images: int, config: MLLMConfig
+) -> Float[np.ndarray, "N *L Y X"]:
+    """`to_grid` of each of several images, whose tokens follow each other.
+
+    Raises:
+      UserError: As `to_grid`.
+    """
+    parts = np.split(values, images, axis=-1)
+    return np.stack([to_grid(part, config) for part in parts])

@@ -42,8 +42,7 @@ class StateRows:
             self.numbers = np.flatnonzero(states.found)
             self._source: States | AnyArray = states.take(self.numbers)
             self._key = site, layer
-            chunk = next(self._source.chunks(site, layer, 1), None)
-            self.size = 0 if chunk is None else chunk.shape[1]
+            self.size = states.width(site, layer)
         else:
             if states.ndim != 2:
                 raise UserError(f"states are a matrix [N, D], got shape {tuple(states.shape)}")

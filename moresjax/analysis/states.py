@@ -155,6 +155,15 @@ class States:
             return np.empty((0, self.meta["size"]), np.dtype(self.meta["dtype"]))
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
+    def width(self, site: str | None = None, layer: int | None = None) -> int:
+        """D of the states of a site and layer; nothing is read.
+
+        Raises:
+          UserError: There are no states of this site and layer.
+        """
+        arrays = self._arrays[self._key(site, layer)]
+        return arrays[0].shape[1] if arrays else self.meta["size"]
+
     def chunks(
         self, site: str | None = None, layer: int | None = None, rows: int = ROWS
     ) -> Iterator[Float[np.ndarray, "M D"]]:

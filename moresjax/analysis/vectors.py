@@ -100,7 +100,7 @@ def check_same_source(one: States, other: States, site: str, layer: int) -> dict
     Raises:
       UserError: A store has no such site or layer, or they are of different models.
     """
-    sizes = [states.matrix(site, layer).shape[1] for states in (one, other)]
+    sizes = [states.width(site, layer) for states in (one, other)]
     twins = one.meta.get("weights", one) == other.meta.get("weights", other)
     for name in PROVENANCE:
         found = [states.meta.get(name) for states in (one, other)]

@@ -11,15 +11,16 @@ from moresjax.cli.options import (
     Commands,
     adapter_folders,
     add_command,
-    add_image_root,
     add_mesh,
     add_prompting,
+    add_questions,
     add_sample,
     add_tuning,
     load_model,
     show,
 )
 from moresjax.core.errors import UserError
+from moresjax.core.folders import named_folder
 
 if TYPE_CHECKING:
     from moresjax.evaluation.tasks import BenchmarkTask
@@ -44,20 +45,11 @@ def register(kinds: Commands) -> None:
         help="benchmarks, presets, questions of yours (FILE.jsonl or FILE.json), or code that "
         "makes them (FILE.py:NAME); default: the runs' validation data",
     )
-    add_image_root(attention)
-    attention.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
+    add_questions(attention)
     attention.add_argument(
         "--limit", type=int, metavar="N", help=f"items per task (default: {LIMIT}, or --sample)"
     )
     add_sample(attention)
-    attention.add_argument("--split", help="default: each benchmark's own")
-    attention.add_argument(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="ROWS",
-        help="prompts answered at a time (default: %(default)s)",
-    )
     add_mesh(attention)
     add_prompting(attention)
     add_tuning(
@@ -113,7 +105,7 @@ def _tasks(
 
 def _models(args: argparse.Namespace) -> list[tuple[str, str, str | None]]:
     """Name, folder and adapter folder of everything that is asked."""
-    models = [_named(value) for value in args.model]
+    models = [named_folder(value) for value in args.model]
     adapters = adapter_folders(args)
     found: list[tuple[str, str, str | None]]
     if len(models) == 1 and adapters:
@@ -132,12 +124,6 @@ def _models(args: argparse.Namespace) -> list[tuple[str, str, str | None]]:
         found = [(n, folder, of.get(n)) for n, (_, folder) in zip(names, models, strict=True)]
     _check_different([name for name, _, _ in found], "models")
     return found
-
-
-def _named(value: str) -> tuple[str, str]:
-    """Name and folder of a `--model`; the name is empty for a folder without one."""
-    name, equals, folder = value.partition("=")
-    return (name, folder) if equals and not Path(value).is_dir() else ("", value)
 
 
 def _check_different(names: Sequence[str], what: str) -> None:

@@ -1,10 +1,17 @@
 """`moresjax analyze shift`: how tuning moves concepts, and what shifts of the original recover."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moresjax.cli.analyze_concepts import add_dictionary, add_words, reading_model, word_filter
-from moresjax.cli.options import Commands, add_command, show
+from moresjax.cli.options import Commands, add_command, numbers, show
 from moresjax.core.errors import UserError
+from moresjax.core.folders import named_folder
+
+if TYPE_CHECKING:
+    from moresjax.analysis.states import States
 
 
 def register(kinds: Commands) -> None:
@@ -73,10 +80,10 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.analysis.states import States
     from moresjax.data.word_lists import word_list
     from moresjax.reports.concept_figures import file_pictures
-    from moresjax.reports.shift import named_states, shift_lines, shift_report
+    from moresjax.reports.shift import shift_lines, shift_report
 
     options = ShiftOptions(
-        alphas=_numbers("--alpha", args.alpha),
+        alphas=numbers("--alpha", args.alpha),
         how=args.mean,
         by=args.assign,
         words=args.words,
@@ -88,14 +95,14 @@ def run(args: argparse.Namespace) -> None:
     )
     result = shift_report(
         States(args.base),
-        named_states(args.tuned),
+        _named_states(args.tuned),
         args.out,
         method=args.method,
-        concepts=[int(k) for k in _numbers("--num-concepts", args.num_concepts, whole=True)],
+        concepts=numbers("--num-concepts", args.num_concepts, int),
         dictionary=Concepts.load(args.concepts) if args.concepts else None,
         seed=args.seed,
         site=args.site,
-        layers=[int(x) for x in _numbers("--layers", args.layers, whole=True)],
+        layers=numbers("--layers", args.layers, int),
         options=options,
         model=reading_model(args),
         pictures=file_pictures(args.image_root),
@@ -103,13 +110,19 @@ def run(args: argparse.Namespace) -> None:
     show(args, result, "\n".join([*shift_lines(result), f"shift: {args.out}"]))
 
 
-def _numbers(option: str, text: str, whole: bool = False) -> list[int | float]:
-    """The numbers of an option, between commas.
+def _named_states(values: Sequence[str]) -> "dict[str, States]":
+    """States by name from `NAME=DIR` or `DIR`.
 
     Raises:
-      UserError: A part is no number, or none is given where some are needed.
+      UserError: Two have one name, or a folder holds no states.
     """
-    try:
-        return [int(x) if whole else float(x) for x in text.split(",") if x]
-    except ValueError:
-        raise UserError(f"{option} takes numbers between commas, got {text!r}") from None
+    from moresjax.analysis.states import States
+
+    found: dict[str, States] = {}
+    for value in values:
+        name, folder = named_folder(value)
+        name = name or Path(folder).name
+        if name in found:
+            raise UserError(f"two states have the name {name!r}; give NAME=DIR with other names")
+        found[name] = States(folder)
+    return found

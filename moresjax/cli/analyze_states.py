@@ -5,9 +5,9 @@ import argparse
 from moresjax.cli.options import (
     Commands,
     add_command,
-    add_image_root,
     add_mesh,
     add_prompting,
+    add_questions,
     add_sample,
     add_tuning,
     load_model,
@@ -28,9 +28,7 @@ def register(kinds: Commands) -> None:
         help="benchmarks, presets, questions of yours (FILE.jsonl or FILE.json), or code that "
         "makes them (FILE.py:NAME)",
     )
-    add_image_root(states)
-    states.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
-    states.add_argument("--split", metavar="SPLIT", help="SPLIT or TASK=SPLIT,TASK=SPLIT")
+    add_questions(states)
     states.add_argument("--limit", type=int, metavar="N", help="the first N questions of a task")
     add_sample(states)
     states.add_argument(
@@ -77,13 +75,6 @@ def register(kinds: Commands) -> None:
         type=int,
         metavar="N",
         help="the most tokens of an answer (default: 16; 1 for --take prompt)",
-    )
-    states.add_argument(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="ROWS",
-        help="prompts answered at a time (default: %(default)s)",
     )
     states.add_argument(
         "--store-dtype",

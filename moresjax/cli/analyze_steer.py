@@ -1,7 +1,7 @@
 """`moresjax analyze steer`: vectors from states, and what they do to a model's answers."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +9,13 @@ from moresjax.cli.options import (
     TASKS_HELP,
     Commands,
     add_command,
-    add_image_root,
     add_mesh,
     add_prompting,
+    add_questions,
     add_sample,
     add_tuning,
     load_model,
+    numbers,
     only_adapter,
     show,
 )
@@ -36,18 +37,9 @@ def register(kinds: Commands) -> None:
     command.add_argument("--model", required=True, metavar="DIR", help="the model to steer")
     _add_vectors(command)
     command.add_argument("--tasks", required=True, metavar="A,B", help=TASKS_HELP)
-    add_image_root(command)
-    command.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
+    add_questions(command)
     command.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
     add_sample(command, ", for the controls and for --sizes")
-    command.add_argument("--split", help="default: each benchmark's own")
-    command.add_argument(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="ROWS",
-        help="prompts answered at a time (default: %(default)s)",
-    )
     add_mesh(command)
     add_prompting(command)
     add_tuning(command)
@@ -154,7 +146,7 @@ def _plan(args: argparse.Namespace) -> "tuple[Plan, SteeringTask]":
     from moresjax.evaluation.steering.build import coarse_plan, fine_plan, task_of_states
     from moresjax.evaluation.steering.tasks import parse_steering_task, split_states
 
-    alphas = _numbers(args.alpha, float, "--alpha")
+    alphas = numbers("--alpha", args.alpha)
     positions = args.positions or [POSITIONS]
     if args.fine:
         if args.source or args.target or args.steer or args.layers or args.sizes:
@@ -186,20 +178,13 @@ def _plan(args: argparse.Namespace) -> "tuple[Plan, SteeringTask]":
         target,
         steering.name,
         site=args.site,
-        layers=_numbers(args.layers or "", int, "--layers"),
+        layers=numbers("--layers", args.layers or "", int),
         alphas=alphas,
         positions=positions,
-        sizes=_numbers(args.sizes, int, "--sizes"),
+        sizes=numbers("--sizes", args.sizes, int),
         seed=args.seed,
     )
     return plan, steering
-
-
-def _numbers(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
-    try:
-        return [kind(piece) for piece in text.replace(";", ",").split(",") if piece.strip()]
-    except ValueError:
-        raise UserError(f"{option} takes numbers between commas, got {text!r}") from None
 
 
 def _chosen(

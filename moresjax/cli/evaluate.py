@@ -9,9 +9,9 @@ from moresjax.cli.options import (
     TASKS_HELP,
     Commands,
     add_command,
-    add_image_root,
     add_mesh,
     add_prompting,
+    add_questions,
     add_sample,
     add_tuning,
     load_model,
@@ -35,8 +35,7 @@ def add_parser(commands: Commands) -> None:
         "--predictions", metavar="FILE", help="score these saved answers again, without a model"
     )
     evaluate.add_argument("--tasks", required=True, metavar="A,B", help=TASKS_HELP)
-    add_image_root(evaluate)
-    evaluate.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
+    add_questions(evaluate)
     evaluate.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
     add_sample(evaluate, " and --temperature")
     evaluate.add_argument(
@@ -46,20 +45,10 @@ def add_parser(commands: Commands) -> None:
         "--top-p", type=float, default=1.0, help="draw among the likeliest with this probability"
     )
     evaluate.add_argument(
-        "--split", metavar="SPLIT | TASK=SPLIT,..", help="default: each benchmark's own"
-    )
-    evaluate.add_argument(
         "--num-fewshot", type=int, metavar="N", help="solved examples before each lm_eval question"
     )
     evaluate.add_argument(
         "--include-path", metavar="DIR", help="folder with tasks of yours in lm_eval's format"
-    )
-    evaluate.add_argument(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="ROWS",
-        help="prompts answered at a time (default: %(default)s)",
     )
     evaluate.add_argument(
         "--download",

@@ -3,10 +3,10 @@
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moresjax.core.errors import UserError
+from moresjax.core.folders import named_folder
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -99,6 +99,22 @@ TASKS_HELP = (
 )
 
 
+def add_questions(command: argparse.ArgumentParser) -> None:
+    """Adds where the questions of `--tasks` come from, and how many are asked at a time."""
+    add_image_root(command)
+    command.add_argument("--data-root", metavar="DIR", help="folder with the benchmarks' files")
+    command.add_argument(
+        "--split", metavar="SPLIT | TASK=SPLIT,..", help="default: each benchmark's own"
+    )
+    command.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        metavar="ROWS",
+        help="prompts answered at a time (default: %(default)s)",
+    )
+
+
 def add_image_root(command: argparse.ArgumentParser) -> None:
     """Adds `--image-root`, which images of files of questions start from."""
     command.add_argument(
@@ -161,13 +177,21 @@ def add_pyreft(command: argparse.ArgumentParser) -> None:
     )
 
 
+def numbers(option: str, text: str, kind: type = float) -> list[Any]:
+    """The numbers of an option, between commas or semicolons.
+
+    Raises:
+      UserError: A part is no number of that kind.
+    """
+    try:
+        return [kind(piece) for piece in text.replace(";", ",").split(",") if piece.strip()]
+    except ValueError:
+        raise UserError(f"{option} takes numbers between commas, got {text!r}") from None
+
+
 def adapter_folders(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Name and folder of every `--adapter`; the name is empty for a folder without one."""
-    pairs = []
-    for value in args.adapter:
-        name, equals, folder = value.partition("=")
-        pairs.append(("", value) if not equals or Path(value).is_dir() else (name, folder))
-    return pairs
+    return [named_folder(value) for value in args.adapter]
 
 
 def only_adapter(args: argparse.Namespace) -> str | None:

@@ -60,3 +60,13 @@ def replace_file(path: Path, content: str | bytes) -> None:
     fresh = path.with_suffix(".tmp")
     fresh.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(fresh, path)
+
+
+def named_folder(value: str) -> tuple[str, str]:
+    """Name and folder of `NAME=DIR`; the name is empty for a folder without one.
+
+    >>> named_folder("lora=runs/lora"), named_folder("runs/lora")
+    (('lora', 'runs/lora'), ('', 'runs/lora'))
+    """
+    name, equals, folder = value.partition("=")
+    return (name, folder) if equals and not Path(value).is_dir() else ("", value)

@@ -14,8 +14,8 @@ from moresjax.analysis.attention import (
     AttentionMaps,
     AttentionProbe,
     AttentionSummary,
+    image_grids,
     summarize,
-    to_grid,
 )
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
@@ -174,5 +174,4 @@ def _grids(model: Model, row: Row, tokens: Ids, images: int) -> Float[np.ndarray
     maps = model.mllm(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"]
     visual = np.flatnonzero(whole.image >= 0) + model.mllm.tuning.num_virtual_tokens
     values = np.asarray(maps)[:, 0][:, :, visual]
-    parts = np.split(values, images, axis=-1)
-    return np.stack([to_grid(part, model.config) for part in parts])
+    return image_grids(values, images, model.config)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from moresjax.analysis.attention import to_grid
+from moresjax.analysis.attention import image_grids
 from moresjax.analysis.attribution import (
     METHODS,
     LogitParts,
@@ -18,7 +18,6 @@ from moresjax.analysis.attribution import (
     token_scores,
 )
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.layout import TokenKind
 from moresjax.core.row import Row
 from moresjax.inference.model import Model
 from moresjax.inference.prompts import PromptImages
@@ -112,7 +111,7 @@ def attribute_tokens(
     scores, value = np.asarray(scores), float(np.dot(signs, values))
     own = heads[0][:size]
     return TokenAttribution(
-        answer, value, _spelt(model, own), scores, own.kind, _grids(model, own, scores)
+        answer, value, model.prompts.token_texts(own), scores, own.kind, _grids(model, own, scores)
     )
 
 
@@ -164,18 +163,12 @@ def attribute_logit(
         return logit_parts(mllm, batch, len(head) - 1, token, other)
 
 
-def _spelt(model: Model, row: Row) -> list[str]:
-    decode = model.prompts.tokenizer.decode
-    pairs = zip(row.tokens.tolist(), row.kind.tolist(), strict=True)
-    return ["<image>" if kind == TokenKind.IMAGE else decode([token]) for token, kind in pairs]
-
-
 def _grids(model: Model, row: Row, scores: np.ndarray) -> Float[np.ndarray, "N Y X"]:
     visual = scores[row.image >= 0]
     empty: Any = np.zeros((0, 0, 0))
     if not len(visual):
         return empty
     try:
-        return np.stack([to_grid(x, model.config) for x in np.split(visual, row.num_images)])
+        return image_grids(visual, row.num_images, model.config)
     except UserError:  # learned queries have no place on the image
         return empty

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from moresjax.analysis.attention import to_grid
+from moresjax.analysis.attention import image_grids
 from moresjax.analysis.capture import OutputProbe
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch
@@ -92,10 +92,7 @@ def logit_lens(
     ids, logprobs, asked = (np.asarray(x) for x in found)
     decode = model.prompts.tokenizer.decode
     visual = row.image >= 0
-    tokens = [
-        "<image>" if is_visual else decode([token])
-        for token, is_visual in zip(row.tokens, visual, strict=True)
-    ]
+    tokens = model.prompts.token_texts(row)
     texts = [[[decode([i]) for i in place] for place in layer] for layer in ids]
     return LogitLens(
         tokens, texts, logprobs, tuple(words), asked, _grids(model, asked[:, visual], len(own))
@@ -126,8 +123,7 @@ def _grids(
     """Values of the visual tokens of all images on their patches."""
     if not images or not values.shape[-1]:
         return None
-    parts = np.split(np.moveaxis(values, -1, 0), images, axis=-1)
     try:
-        return np.stack([to_grid(part, model.config) for part in parts])
+        return image_grids(np.moveaxis(values, -1, 0), images, model.config)
     except UserError:  # learned queries have no place on the image
         return None

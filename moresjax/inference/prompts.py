@@ -297,6 +297,11 @@ class PromptEncoder:
         """New tokens as text, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    def token_texts(self, row: Row) -> list[str]:
+        """The tokens of a row as text, one by one; `<image>` for visual ones."""
+        pairs = zip(row.tokens, row.image >= 0, strict=True)
+        return [IMAGE_MARK if visual else self.tokenizer.decode([token]) for token, visual in pairs]
+
     def answer(
         self, ids: Ids, logprobs: AnyArray | None = None, stop: str | Sequence[str] = ()
     ) -> Answer:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moresjax.core.errors import UserError
+from moresjax.core.folders import named_folder
 from moresjax.core.json_files import read_object
 from moresjax.core.plugins import explain_missing
 from moresjax.evaluation.attention_log import (
@@ -179,9 +180,7 @@ def gather(folders: Sequence[str]) -> list[ReportedRun]:
     """
     found: dict[tuple[str, ...], ReportedRun] = {}
     for value in folders:
-        name, equals, folder = value.partition("=")
-        if not equals or Path(value).is_dir():
-            name, folder = "", value
+        name, folder = named_folder(str(value))
         for key, run in _read(Path(folder), name):
             if key in found:
                 found[key].add(run)

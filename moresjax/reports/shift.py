@@ -256,20 +256,3 @@ def shift_lines(result: Mapping[str, Any]) -> list[str]:
         "is the concepts' own"
     )
     return lines
-
-
-def named_states(values: Sequence[str]) -> dict[str, States]:
-    """States by name from `NAME=DIR` or `DIR`.
-
-    Raises:
-      UserError: Two have one name, or a folder holds no states.
-    """
-    found: dict[str, States] = {}
-    for value in values:
-        name, equals, folder = value.partition("=")
-        if not equals or Path(value).is_dir():
-            name, folder = Path(value).name, value
-        if name in found:
-            raise UserError(f"two states have the name {name!r}; give NAME=DIR with other names")
-        found[name] = States(folder)
-    return found

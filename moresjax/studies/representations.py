@@ -10,20 +10,22 @@ import numpy as np
 
 from moresjax.analysis.concepts import learn
 from moresjax.analysis.separability import labelled, separability
+from moresjax.analysis.shift import CONTROLS as MOVES
+from moresjax.analysis.shift import correlation
 from moresjax.analysis.shift_study import ShiftOptions, measure_shift
 from moresjax.analysis.states import States
 from moresjax.analysis.steering import choose
 from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
-from moresjax.core.errors import UserError
 from moresjax.data.digits import WORDS
 from moresjax.evaluation.metrics.vqa import normalize_vqa
 from moresjax.evaluation.states import task_states
 from moresjax.evaluation.steering.build import coarse_plan, fine_plan, first_token_selections
-from moresjax.evaluation.steering.run import SteeringResult, steer
+from moresjax.evaluation.steering.run import ALL, steer
 from moresjax.evaluation.steering.tasks import parse_steering_task, split_states
 from moresjax.evaluation.tasks import BenchmarkTask, load_tasks
 from moresjax.inference.model import Model
 from moresjax.reports import plots
+from moresjax.reports.shift import at_one
 from moresjax.studies.findings import PairedDifference, compare_with
 from moresjax.studies.pipeline import ZERO_SHOT, Finetuning, Pipeline
 from moresjax.studies.study import Outcome, Study, Table, Values, with_interval
@@ -44,8 +46,6 @@ def _claim(text: str) -> Table:
 
 
 # Shift ------------------------------------------------------------------------------------------
-
-MOVES = ("original", "own", "global", "shuffled")
 
 
 def _shift(pipeline: Pipeline, study: Study) -> Outcome:
@@ -76,7 +76,8 @@ def _shift(pipeline: Pipeline, study: Study) -> Outcome:
         compare_with("global", f"Cosine with the concepts of {name}", values)
         for name, values in moved.items()
     ]
-    together = [float(np.mean([own["r"][n] for own in found.values()])) for n in _order(pipeline)]
+    by_seed = zip(*(own["r"] for own in found.values()), strict=True)
+    together = [float(np.mean(values)) for values in by_seed]
     sentences.append(
         "Correlation of how consistent a concept's shifts are with how much they recover, mean "
         f"over the models and seeds: {with_interval(together, 2)}; the paper reports a positive "
@@ -87,10 +88,6 @@ def _shift(pipeline: Pipeline, study: Study) -> Outcome:
     return Outcome([Table(title, head, rows)], sentences, found)
 
 
-def _order(pipeline: Pipeline) -> range:
-    return range(len(pipeline.seeds))
-
-
 def _final_states(model: Model, limit: int) -> States:
     return task_states(model, ["digits"], split="train", limit=limit, site="llm.norm.out")
 
@@ -98,19 +95,14 @@ def _final_states(model: Model, limit: int) -> States:
 def _shift_numbers(base: States, tuned: States, concepts: Any, own: Any, seed: int) -> dict:
     """A seed's numbers of one tuned model."""
     found = measure_shift(base, tuned, concepts, own, ShiftOptions(seed=seed))
-    rows = found["recovery"]
-    at_one = {name: next(r for r in rows[name] if r["alpha"] == 1) for name in MOVES}
-    best = max(rows["own"], key=lambda row: row["cosine"])
-    points = [
-        (row["pairwise_cosine"], row["relative_gain"])
-        for row in found["concepts"]
-        if row.get("pairwise_cosine") is not None and row.get("relative_gain") is not None
-    ]
-    r = float(np.corrcoef(np.asarray(points).T)[0, 1]) if len(points) > 2 else float("nan")
-    return {name: row["cosine"] for name, row in at_one.items()} | {
-        "improved": at_one["own"]["improved"],
+    recovered = at_one(found)
+    best = max(found["recovery"]["own"], key=lambda row: row["cosine"])
+    names = "pairwise_cosine", "relative_gain"
+    r = correlation(*([row[name] for row in found["concepts"]] for name in names))["r"]
+    return {name: row["cosine"] for name, row in recovered.items()} | {
+        "improved": recovered["own"]["improved"],
         "best_alpha": best["alpha"],
-        "r": r,
+        "r": float("nan") if r is None else r,
     }
 
 
@@ -186,26 +178,18 @@ def steering_numbers(
     last = layers[-1]
     numbers: dict[str, float] = {}
     for layer in layers:
-        row = _row(result, layer=layer, alpha=1.0, named=steering.name)
+        row = result.row(f"{steering.name}@{layer}", task=ALL, alpha=1.0)
         numbers[f"success layer {layer}"] = row["success"]
     for alpha in ALPHAS:
-        row = _row(result, layer=last, alpha=alpha, named=steering.name)
+        row = result.row(f"{steering.name}@{last}", task=ALL, alpha=alpha)
         numbers |= {f"success {alpha:g}": row["success"], f"kept {alpha:g}": row["kept"]}
     for control in CONTROLS:
-        numbers[f"success {control}"] = _row(result, named=control)["success"]
+        numbers[f"success {control}"] = result.row(control, task=ALL)["success"]
     chosen, labels = labelled(store, "prediction")
     rows = [n for n, label in enumerate(labels) if label in (source, target)]
     probes = separability(chosen.take(rows), [labels[n] for n in rows], seed=seed)
     numbers |= {f"probe layer {probe.layer}": probe.test for probe in probes}
     return numbers | {"digits": _reached_digits(model, store, last, seed)}
-
-
-def _row(result: SteeringResult, *, named: str, **wanted: Any) -> dict[str, Any]:
-    """The row over all questions of a vector; with several layers their names end in `@LAYER`."""
-    for row in result.overall:
-        if row["vector"].partition("@")[0] == named and wanted.items() <= row.items():
-            return row
-    raise UserError(f"no trial of {named} has {wanted}")
 
 
 def _reached_digits(model: Model, store: States, layer: int, seed: int) -> float:

@@ -1,12 +1,11 @@
 """Tables and findings of the documentation are what the result files say."""
 
-import importlib.util
 import json
 import re
 import sys
 
 import pytest
-from docs_pages import ROOT
+from docs_pages import ROOT, load_script
 
 from moresjax.configs import digits as recipe
 
@@ -15,10 +14,7 @@ SCRIPT = ROOT / "docs" / "tables.py"
 
 @pytest.fixture(scope="module")
 def tables():
-    spec = importlib.util.spec_from_file_location("docs_tables", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_pages_agree_with_their_results(tables):
