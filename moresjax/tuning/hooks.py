@@ -3,7 +3,8 @@
 Axis legend: B rows, S tokens, D hidden size, K key heads, H head size, P virtual tokens.
 
 The models call `linear` and `edit` at their sites; with nothing attached these are the plain linear
-and the identity. What `edit` returns is shown to the probes of the site. Sites are named
+and the identity. What `edit` returns is shown to the probes of the site, and what a linear X of a
+block reads to those of `X.in`. Sites are named
 `vision.block.X`, `connector.N` (its linear number N), `connector.out`, `llm.embed.out`,
 `llm.norm.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
 `mlp.out`, `out`. Virtual tokens are at `vision.embed`, `llm.embed`, `X.block.in` and
