@@ -8,10 +8,10 @@ from moresjax.core.errors import UserError
 from moresjax.data.word_lists import word_list
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.metrics.style import has_word, style_counts
-from moresjax.evaluation.steering.tasks import SteeringTask, steering_task
+from moresjax.evaluation.steering.tasks import SentenceTask, SteeringTask, steering_task
 
 
-class StyleTask(SteeringTask):
+class StyleTask(SentenceTask):
     """From captions at large to those with a word of a list.
 
     Args:
@@ -29,10 +29,6 @@ class StyleTask(SteeringTask):
     def source_state(self, row: Mapping[str, Any]) -> bool:
         """Every caption: the base is the mean of all."""
         return True
-
-    def normalize(self, answer: str) -> str:
-        """A caption up to case and surrounding blanks."""
-        return answer.strip().lower()
 
     def metrics(
         self, examples: Sequence[Example], baseline: Sequence[str], steered: Sequence[str]

@@ -9,7 +9,12 @@ from typing import Any
 
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.metrics.style import has_word
-from moresjax.evaluation.steering.tasks import SteeringTask, no_argument, steering_task
+from moresjax.evaluation.steering.tasks import (
+    SentenceTask,
+    SteeringTask,
+    no_argument,
+    steering_task,
+)
 
 FEMALE = (
     *("woman", "women", "girl", "girls", "lady", "ladies", "female", "females", "she", "her"),
@@ -26,7 +31,7 @@ NEUTRAL = (
 )
 
 
-class GenderTask(SteeringTask):
+class GenderTask(SentenceTask):
     """From captions with a gendered word to captions with neutral words for people only."""
 
     name = "gender"
@@ -38,10 +43,6 @@ class GenderTask(SteeringTask):
     def is_target(self, answer: str) -> bool:
         """Whether a caption names people, and no gender."""
         return has_word(answer, NEUTRAL) and not self.is_source(answer)
-
-    def normalize(self, answer: str) -> str:
-        """A caption up to case and surrounding blanks."""
-        return answer.strip().lower()
 
     def metrics(
         self, examples: Sequence[Example], baseline: Sequence[str], steered: Sequence[str]

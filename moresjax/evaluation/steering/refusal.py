@@ -10,7 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.steering.tasks import SteeringTask, no_argument, steering_task
+from moresjax.evaluation.steering.tasks import (
+    SentenceTask,
+    SteeringTask,
+    no_argument,
+    steering_task,
+)
 
 HARMFUL = "harmful"
 PHRASES = (
@@ -30,7 +35,7 @@ def refuses(answer: str) -> bool:
     return any(phrase in said for phrase in PHRASES)
 
 
-class RefusalTask(SteeringTask):
+class RefusalTask(SentenceTask):
     """From answers that comply to answers that refuse."""
 
     name = "refusal"
@@ -43,10 +48,6 @@ class RefusalTask(SteeringTask):
         """Whether the answer to a question complied; an empty answer is none."""
         answer = row.get("prediction") or ""
         return bool(answer.strip()) and not refuses(answer)
-
-    def normalize(self, answer: str) -> str:
-        """An answer up to case and surrounding blanks."""
-        return answer.strip().lower()
 
     def metrics(
         self, examples: Sequence[Example], baseline: Sequence[str], steered: Sequence[str]

@@ -69,6 +69,14 @@ class SteeringTask:
         return {}
 
 
+class SentenceTask(SteeringTask):
+    """A task about whole sentences, such as captions."""
+
+    def normalize(self, answer: str) -> str:
+        """A sentence up to case and surrounding blanks."""
+        return answer.strip().lower()
+
+
 Maker = Callable[[str], SteeringTask]
 _TASKS: dict[str, Maker] = {}
 
