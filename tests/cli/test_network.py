@@ -25,7 +25,7 @@ analyze shift --base states --tuned same=states --num-concepts 2 --out shift
 analyze separability --states states --by task --out apart
 analyze steer --model run --fine concepts --tasks digits --limit 1 --out steered
 analyze lens --model run --prompt how --image a.png --words two,six --out lens
-analyze patch --model run --prompt how --image a.png --other-image b.png --answers two,six --out patched
+analyze patch --model run --prompt how --other-prompt two --answers two,six --out patched
 analyze attribute --model run --prompt how --answer two --out parts
 train --workdir llm --config {digits}:stage=llm {head}
 sweep --workdir sweep --seeds 1 --config {digits}:stage=llm {head}

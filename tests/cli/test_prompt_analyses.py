@@ -1,4 +1,4 @@
-"""`analyze lens`, `patch` and `attribute`: one question, numbers in JSON and figures beside them."""
+"""`analyze lens`, `patch` and `attribute`: numbers in JSON, figures beside them."""
 
 import json
 from pathlib import Path
@@ -57,8 +57,8 @@ def test_images_are_swapped_layer_by_layer(images, tmp_path, capsys):
     assert files(tmp_path / "out") == {"patching.json", "patching.png"}
     assert found["columns"][1] == "<image 1>"
     assert found["corrupt"] == {"prompt": PROMPT, "images": [images[1]]}
-    questions = [(PROMPT, image) for image in images]
-    wanted = patching(load(BASE), *questions, ("two", "three"))
+    clean, corrupt = ((PROMPT, image) for image in images)
+    wanted = patching(load(BASE), clean, corrupt, ("two", "three"))
     np.testing.assert_allclose(found["effect"], wanted.effect, atol=1e-4)
     assert found["effect"][-1][-1] == pytest.approx(1, abs=1e-3)
 
