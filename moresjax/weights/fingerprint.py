@@ -158,7 +158,8 @@ def _plain(value: Any) -> Any:
 def _renamed(config: Any, names: Mapping[str, str]) -> Any:
     """A configuration, or a value inside of one, with other names for some of its fields."""
     if isinstance(config, Mapping):
-        left_out = {*NEW_FIELDS, *(key for key, x in NEUTRAL_FIELDS.items() if config.get(key) == x)}
+        neutral = {key for key, x in NEUTRAL_FIELDS.items() if config.get(key) == x}
+        left_out = {*NEW_FIELDS, *neutral}
         kept = {key: value for key, value in config.items() if key not in left_out}
         return {names.get(key, key): _renamed(value, names) for key, value in kept.items()}
     if isinstance(config, list | tuple):
