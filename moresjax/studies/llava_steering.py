@@ -24,18 +24,19 @@ from moresjax.studies.study import (
 from moresjax.studies.text_only import text_only
 
 PLAIN, MORES = "connector only", "mores r=1"
-_METHODS = {
+METHODS = {
     **recipe.METHODS,
     "mores r=2": "mores:rank=2,positions=image,init=identity",
     "mores r=8": "mores:rank=8,positions=image,init=identity",
     "adapter": "adapter:bottleneck=16",
     "oft": "oft:block_size=8",
 }
-_THREE_LAYERS = "Three layers and a thousandth of the paper's hidden states say nothing about 32."
+THREE_LAYERS = "Three layers and a thousandth of the paper's hidden states say nothing about 32."
 
 
-def _runs(*names: str) -> tuple[Finetuning, ...]:
-    return tuple(Finetuning(name, _METHODS[name]) for name in names)
+def runs_of(*names: str) -> tuple[Finetuning, ...]:
+    """Runs of stage 2 by their names."""
+    return tuple(Finetuning(name, METHODS[name]) for name in names)
 
 
 def _values(pipeline: Pipeline, study: Study, key: str) -> dict[str, list[float]]:
@@ -72,7 +73,7 @@ TABLE_1 = {
     "mores r=2": 57.3,
     "mores r=4": 57.4,
 }
-_COMPARED = _runs(PLAIN, *TABLE_1)
+_COMPARED = runs_of(PLAIN, *TABLE_1)
 
 
 def _table1(pipeline: Pipeline, study: Study) -> Outcome:
@@ -162,7 +163,7 @@ TABLE_3 = {
 for _scale, _mean in {"Small": 67.6, "Medium": 79.5, "Large": 80.3}.items():
     TABLE_3[_scale]["mores r=2"] = _mean
 _SCALED = tuple(
-    Finetuning(f"{name}, {size} scenes", _METHODS[name], {"data.size": size})
+    Finetuning(f"{name}, {size} scenes", METHODS[name], {"data.size": size})
     for size in SCALES.values()
     for name in TABLE_3["Small"]
 )
@@ -209,7 +210,7 @@ STUDIES = (
         _COMPARED,
         _paper("mean of seven benchmarks, 3B", {"Avg": TABLE_1}),
         "One task of seven question families stands for seven benchmarks. Rates of adapter, oft "
-        f"and ranks 2 and 8 are not searched for. {_THREE_LAYERS}",
+        f"and ranks 2 and 8 are not searched for. {THREE_LAYERS}",
         _table1,
     ),
     Study(
@@ -220,7 +221,7 @@ STUDIES = (
             "MoReS uses visual representations more than full fine-tuning and LoRA do; methods "
             "with a higher visual share tend to have fewer parameters."
         ),
-        _THREE_LAYERS,
+        THREE_LAYERS,
         _fig1,
     ),
     Study(
@@ -228,7 +229,7 @@ STUDIES = (
         "LLaVA Steering, Figure 2: LMAR",
         _COMPARED,
         _claim("MoReS has the highest LMAR in most layers."),
-        _THREE_LAYERS,
+        THREE_LAYERS,
         _fig2,
     ),
     Study(
@@ -236,13 +237,13 @@ STUDIES = (
         "LLaVA Steering, Table 3: sizes of training data",
         _SCALED,
         _paper("mean of SciQA-IMG, VizWiz and IconQA, 3B", TABLE_3),
-        "The steps are the same for every size, so that few scenes come often. " + _THREE_LAYERS,
+        "The steps are the same for every size, so that few scenes come often. " + THREE_LAYERS,
         _table3,
     ),
     Study(
         "table4",
         "LLaVA Steering, Table 4: text-only tasks after tuning",
-        _runs(*TABLE_4),
+        runs_of(*TABLE_4),
         _paper("HellaSwag, 3B", {"HellaSwag": TABLE_4}),
         "The text task is what the LLM was trained on in stage 0.",
         _table4,
@@ -250,9 +251,9 @@ STUDIES = (
     Study(
         "table7",
         "LLaVA Steering, Table 7: subspace rank",
-        _runs(*TABLE_7),
+        runs_of(*TABLE_7),
         _paper("mean of four tasks, 3B", {"Avg": TABLE_7}),
-        _THREE_LAYERS,
+        THREE_LAYERS,
         _table7,
     ),
 )

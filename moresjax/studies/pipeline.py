@@ -78,8 +78,8 @@ class Variant:
 
     Attributes:
       name: Its folder.
-      settings: By stage (`llm`, `vit`, `pretrain`, `finetune`) config keys and their values; a stage
-        that is not named is that of the plain pipeline.
+      settings: By stage (`llm`, `vit`, `pretrain`, `finetune`) config keys and their values; a
+        stage that is not named is that of the plain pipeline.
     """
 
     name: str
