@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
+from moresjax.data.digits import FAMILIES
 from moresjax.reports import plots
-from moresjax.studies.findings import compare_with
+from moresjax.studies.findings import PairedDifference, compare_with, listed
 from moresjax.studies.pipeline import Finetuning, Pipeline
 from moresjax.studies.study import (
     Outcome,
@@ -127,6 +128,54 @@ def _rank_correlation(sizes: Mapping[str, int], values: Values, seed: int) -> fl
     return float(np.corrcoef(ranks(size), ranks(share))[0, 1])
 
 
+def _fig4(pipeline: Pipeline, study: Study) -> Outcome:
+    sizes = {run.name: pipeline.trainable_in_llm(run.tuning) for run in study.runs}
+    by_task: dict[str, dict[str, list[float]]] = {family: {} for family in FAMILIES}
+    for run in study.runs:
+        entries = [pipeline.scores(seed, run.name)["scores"] for seed in pipeline.seeds]
+        for family, own in by_task.items():
+            own[run.name] = [entry[f"digits_{family}"]["score"] for entry in entries]
+    means: Values = {
+        name: np.mean([own[name] for own in by_task.values()], axis=0).tolist() for name in sizes
+    }
+    beaten = {
+        name: [f for f, own in by_task.items() if _beaten(name, own, sizes)] for name in sizes
+    }
+    rows = [
+        [name, f"{sizes[name]:,}", with_interval(means[name]), ", ".join(beaten[name]) or "none"]
+        for name in sizes
+    ]
+    on, off = ([n for n in sizes if bool(_beaten(n, means, sizes)) == off] for off in (False, True))
+    sentences = [
+        f"Mean accuracy: no method with as few parameters or fewer was shown to be better than "
+        f"{listed(on)}."
+    ]
+    if off:
+        cases = [f"{name} ({listed(_beaten(name, means, sizes))})" for name in off]
+        sentences.append(f"Smaller and better, with an interval above zero: for {listed(cases)}.")
+    points = {name: (sizes[name], float(np.mean(means[name]))) for name in sizes}
+    return Outcome(
+        [
+            Table(
+                "Tuned parameters in the LLM, mean accuracy, and families of questions in which a "
+                "method that is no larger was shown to be better",
+                ["method", "parameters", "mean accuracy", "beaten in"],
+                rows,
+            )
+        ],
+        sentences,
+        {"accuracy": by_task, "parameters": sizes},
+        {"mean accuracy against parameters": plots.share_against_size(points, "mean accuracy")},
+    )
+
+
+def _beaten(name: str, values: Values, sizes: Mapping[str, int]) -> list[str]:
+    """The methods that are no larger than one and were shown to be better."""
+    others = [other for other in sizes if other != name and sizes[other] <= sizes[name]]
+    pairs = {other: PairedDifference.of(values[other], values[name]) for other in others}
+    return [other for other, found in pairs.items() if found.direction == "higher"]
+
+
 def _fig2(pipeline: Pipeline, study: Study) -> Outcome:
     lines = _mean_lines(pipeline, study, "lmar_of_means", "text")
     values = {
@@ -223,6 +272,14 @@ STUDIES = (
         ),
         THREE_LAYERS,
         _fig1,
+    ),
+    Study(
+        "fig4",
+        "LLaVA Steering, Figure 4: parameters against score",
+        _COMPARED,
+        _claim("MoReS variants consistently achieve Pareto-optimal performance."),
+        THREE_LAYERS,
+        _fig4,
     ),
     Study(
         "fig2",

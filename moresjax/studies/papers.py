@@ -3,10 +3,16 @@
 from collections.abc import Sequence
 
 from moresjax.core.errors import choice_error
-from moresjax.studies import llava_steering, more_tokens_and_layers, representations, tasks
+from moresjax.studies import (
+    llava_steering,
+    more_tokens_and_layers,
+    representations,
+    steered,
+    tasks,
+)
 from moresjax.studies.study import STAGE_MINUTES, Study
 
-_PAPERS = (llava_steering, tasks, more_tokens_and_layers, representations)
+_PAPERS = (llava_steering, tasks, more_tokens_and_layers, steered, representations)
 STUDIES = {study.name: study for paper in _PAPERS for study in paper.STUDIES}
 ALL = "all"
 

@@ -195,7 +195,7 @@ class Pipeline:
             if sizes == {task.name: len(task.examples) for task in tasks}:
                 return known
         model = model or self.model(seed, name)
-        found = evaluate(model.merge(), tasks, attention=whole, title=f"{name}, seed {seed}")
+        found = evaluate(_merged(model), tasks, attention=whole, title=f"{name}, seed {seed}")
         write_results(found, path.parent, split=self.split, tuning=model.tuning)
         return read_object(path)
 
@@ -235,3 +235,11 @@ class Pipeline:
                 raise UserError(f"{folder} {outcome.state}: {outcome.message or 'start it again'}")
             results[folder] = outcome.result
         return results
+
+
+def _merged(model: Model) -> Model:
+    """The model with its tuning in its weights, where the method allows it (Adapter does not)."""
+    try:
+        return model.merge()
+    except UserError:
+        return model
