@@ -21,7 +21,8 @@ from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
 from moresjax.testing.models import TINY_VISION, tiny_config, tiny_model
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
-from moresjax.tuning.attach import Tuning, extend_layout
+from moresjax.tuning.attach import Tuning
+from moresjax.tuning.masks import extend_layout
 from moresjax.tuning.hooks import AttachedEdit, TowerHooks
 from moresjax.tuning.methods.lora import LoRA
 
