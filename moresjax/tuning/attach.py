@@ -38,6 +38,8 @@ from moresjax.tuning.selectors import Selector, mark_names, parse_layers, parse_
 from moresjax.tuning.sites import check_selector, is_per_image, num_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 
+Values = dict[str, dict[str, Params]]
+
 
 def edit_selectors(methods: Iterable[Method]) -> list[Selector]:
     """The selectors of all edits among some methods.
@@ -93,20 +95,19 @@ class Tuning(nnx.Module):
                 continue
             self.params[key], self.layer_masks[key] = nnx.Dict(), nnx.Dict()
             if isinstance(method, WeightDelta) and (shared := method.shared(config)):
-                shared = {n: Shared(jnp.asarray(x)) for n, x in shared.items()}
-                self.shared[key] = nnx.Dict(shared)
+                self.shared[key] = nnx.Dict({n: Shared(jnp.asarray(x)) for n, x in shared.items()})
             for site in sites:
                 if isinstance(method, Edit):
                     check_selector(method, site, config)
                 if layers := num_layers(site, config):
                     chosen = parse_layers(method.layer_choice, layers)
                     self.layer_masks[key][site] = LayerMask(jnp.asarray(chosen))
-        self._set(jax.eval_shape(self._values, jax.random.key(0)), nnx.Param)
-        self._set(self._values(jax.random.key(0), constant=True), Constant)
+        self.set_values(jax.eval_shape(self.initial_values, jax.random.key(0)), nnx.Param)
+        self.set_values(self.initial_values(jax.random.key(0), constant=True), Constant)
 
-    def _values(self, key: PRNGKeyArray, constant: bool = False) -> dict[str, dict[str, Params]]:
+    def initial_values(self, key: PRNGKeyArray, constant: bool = False) -> Values:
         """Initial parameters, or constants, by method and site."""
-        values: dict[str, dict[str, Params]] = {}
+        values: Values = {}
         for number, (name, method) in enumerate(self.methods):
             if method.constant != constant:
                 continue
@@ -114,19 +115,18 @@ class Tuning(nnx.Module):
                 own = jax.random.fold_in(jax.random.fold_in(key, number), place)
                 # A given vector takes no part in comparisons, so it must not be compiled in.
                 start = _initial if constant else _initial_jitted
-                params = start(method, tuple(shape), num_layers(site, self.config), own)
-                values.setdefault(name, {})[site] = params
+                layers = num_layers(site, self.config)
+                values.setdefault(name, {})[site] = start(method, tuple(shape), layers, own)
         return values
 
-    def _set(self, values: dict[str, dict[str, dict]], kind: type[nnx.Variable]) -> None:
-        for key, by_site in values.items():
-            for site, params in by_site.items():
-                self.params[key][site] = nnx.Dict({n: kind(x) for n, x in params.items()})
+    def set_values(self, values: Values, kind: type[nnx.Variable]) -> None:
+        """Puts parameters, constants or their shapes in place."""
+        for key, site, params in ((k, s, p) for k, own in values.items() for s, p in own.items()):
+            self.params[key][site] = nnx.Dict({n: kind(x) for n, x in params.items()})
 
     def initialize(self, seed: int = 0) -> None:
         """Gives every parameter its initial value."""
-        if self.methods:
-            self._set(self._values(jax.random.key(seed)), nnx.Param)
+        self.set_values(self.initial_values(jax.random.key(seed)), nnx.Param)
 
     def set_constants(self, method: str, values: Mapping[str, Numbers]) -> None:
         """Sets what a method was given, at all its sites.
