@@ -98,6 +98,11 @@ class ModelConfig(Protocol):
         """Visual tokens per image."""
         ...
 
+    @property
+    def places_visual_tokens(self) -> bool:
+        """Whether visual tokens stand for places in the image."""
+        ...
+
     def connector_linears(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of every linear of a connector that is a chain of linears."""
         ...
