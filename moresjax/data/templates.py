@@ -46,6 +46,9 @@ class Template:
       keep_question: False writes images and answers only, without markers (connector pretraining).
       around_system: What stands before and after a conversation's own system prompt, which together
         take the place of `system`; None where the template has no place for one.
+      around_image: What stands before and after every image, in the place of the blanks that follow
+        its mark in the text of a user; None for nothing.
+      task: What stands before every question about images, such as `[vqa] `.
     """
 
     system: str = ""
@@ -57,6 +60,8 @@ class Template:
     keep_question: bool = True
     # Without a part in the text by which predictions tell templates apart.
     around_system: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
+    around_image: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
+    task: str = dataclasses.field(default="", repr=False)
 
     def render(self, sample: Sample, eos: str) -> list[Piece]:
         """The pieces of a sample in order; joined they are the conversation's text.
@@ -79,15 +84,25 @@ class Template:
             return [*pieces, *self._turn(caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
         pieces, (shared, gap) = self._opening(sample.system), _shared_context(sample)
-        pieces.append(Piece(shared, TokenKind.QUESTION))
+        task = self.task if sample.images else ""
+        pieces += self._user_text(shared, 0, first=True)
+        behind_image = self.around_image is not None and shared.rstrip().endswith(IMAGE_MARK)
+        if self.around_image is not None and behind_image and sample.independent:
+            # What follows the image is tokenised with each question.
+            gap = self.around_image[1]
+            pieces[-2:] = [dataclasses.replace(pieces[-2], text=IMAGE_MARK)]
         marker = self.user if self.next_user is None else self.next_user
         for number, turn in enumerate(sample.turns):
             branch = number + 1 if sample.independent else 0
             if sample.independent:
-                pieces.append(Piece(gap, TokenKind.QUESTION, branch))
+                control = self.around_image is not None
+                pieces.append(Piece(gap, TokenKind.QUESTION, branch, control=control))
             elif number:
                 pieces.append(Piece(marker, TokenKind.QUESTION, control=True))
-            pieces += self._turn(turn, end, branch)
+            if behind_image and turn.question and (sample.independent or not number):
+                turn = dataclasses.replace(turn, question=turn.question.lstrip())
+            first = not (number or shared)
+            pieces += self._turn(turn, end, branch, task, first=first)
         return [piece for piece in pieces if piece.text]
 
     def left_out(self, sample: Sample) -> str:
@@ -105,14 +120,44 @@ class Template:
             Piece(after + self.user, TokenKind.SYSTEM, control=True),
         ]
 
-    def _turn(self, turn: Turn, end: str, branch: int) -> list[Piece]:
+    def _user_text(self, text: str, branch: int, *, first: bool) -> list[Piece]:
+        """A text of the user, with what stands around its images.
+
+        Args:
+          text: The text.
+          branch: Its branch.
+          first: Whether nothing of the user precedes it: the system's text goes on up to its image.
+        """
+        if self.around_image is None:
+            return [Piece(text, TokenKind.QUESTION, branch)]
+        before, after = self.around_image
+        start, *others = text.split(IMAGE_MARK)
+        pieces = [Piece(start, TokenKind.QUESTION, branch)]
+        for number, other in enumerate(others):
+            opening = first and not number and not start
+            kind = TokenKind.SYSTEM if opening else TokenKind.QUESTION
+            pieces.append(Piece(before, kind, branch, control=True))
+            pieces.append(Piece(IMAGE_MARK + after, TokenKind.QUESTION, branch, control=True))
+            pieces.append(Piece(other.lstrip(), TokenKind.QUESTION, branch))
+        return pieces
+
+    def _question(self, text: str, branch: int, task: str, *, first: bool) -> list[Piece]:
+        """A question with its task behind the last image in it."""
+        if not task:
+            return self._user_text(text, branch, first=first)
+        images, mark, rest = text.rpartition(IMAGE_MARK)
+        pieces = self._user_text(images + mark, branch, first=first)
+        pieces.append(Piece(task, TokenKind.QUESTION, branch, control=True))
+        return [*pieces, Piece(rest.lstrip() if mark else rest, TokenKind.QUESTION, branch)]
+
+    def _turn(
+        self, turn: Turn, end: str, branch: int, task: str = "", *, first: bool = False
+    ) -> list[Piece]:
         if turn.question is None:
             answer = () if turn.answer is None else (f"{turn.answer}\n",)
             return [Piece(text, TokenKind.ANSWER, branch) for text in answer]
-        pieces = [
-            Piece(turn.question, TokenKind.QUESTION, branch),
-            Piece(self.assistant, TokenKind.QUESTION, branch, control=True),
-        ]
+        pieces = self._question(turn.question, branch, task, first=first)
+        pieces.append(Piece(self.assistant, TokenKind.QUESTION, branch, control=True))
         if turn.answer is not None:
             pieces += [
                 Piece(self.gap, TokenKind.ANSWER, branch, control=True),
@@ -125,7 +170,7 @@ class Template:
     def markers(self) -> str:
         """All that the template writes itself, but for the tokenizer's end token."""
         texts = (self.system, self.user, self.assistant, self.gap, self.end, self.next_user)
-        texts += self.around_system or ()
+        texts += (*(self.around_system or ()), *(self.around_image or ()), self.task)
         return "\n".join(text for text in texts if text)
 
 
@@ -152,8 +197,12 @@ def _header(role: str) -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
+_MINIGPT = Template(
+    user="[INST] ", assistant=" [/INST]", around_image=("<Img>", "</Img> "), task="[vqa] "
+)
+
 # The first group is that of LLaVA and its factories; they differ in the tokenizer's end token only.
-# The second is that of the LLMs' own chat versions.
+# The second is that of the LLMs' own chat versions, the third MiniGPT-v2's, by task.
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": _LLAVA,
     "phi": _LLAVA,
@@ -186,6 +235,9 @@ TEMPLATES: dict[str, Template] = {
         next_user="\n<|im_start|>user\n",
         around_system=("<|im_start|>system\n", "<|im_end|>\n"),
     ),
+    "minigpt_v2": _MINIGPT,
+    "minigpt_v2_caption": dataclasses.replace(_MINIGPT, task="[caption] "),
+    "minigpt_v2_chat": dataclasses.replace(_MINIGPT, task=""),
 }
 
 
