@@ -19,12 +19,16 @@ class Piece:
       kind: What its tokens are for.
       branch: 0 for the trunk of the conversation, k for its k-th independent question.
       control: Whether the template wrote it, so that its control tokens are meant as such.
+      turn: The number of the turn whose question it is from; None for all other texts.
+      start: Its first character in that question.
     """
 
     text: str
     kind: TokenKind
     branch: int = 0
     control: bool = False
+    turn: int | None = None
+    start: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Template:
         take the place of `system`; None where the template has no place for one.
       around_image: What stands before and after every image, in the place of the blanks that follow
         its mark in the text of a user; None for nothing.
-      task: What stands before every question about images, such as `[vqa] `.
+      task: What stands before a question about images, such as `[vqa] `.
     """
 
     system: str = ""
@@ -81,11 +85,10 @@ class Template:
             caption = dataclasses.replace(sample.turns[0], question=None)
             images = IMAGE_MARK * len(sample.images)
             pieces = [Piece(images, TokenKind.QUESTION, control=True)]
-            return [*pieces, *self._turn(caption, end, 0)]
+            return [*pieces, *self._turn([], caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
         pieces, (shared, gap) = self._opening(sample.system), _shared_context(sample)
-        task = self.task if sample.images else ""
-        pieces += self._user_text(shared, 0, first=True)
+        pieces += self._user_text(shared, first=True)
         behind_image = self.around_image is not None and shared.rstrip().endswith(IMAGE_MARK)
         if self.around_image is not None and behind_image and sample.independent:
             # What follows the image is tokenised with each question.
@@ -95,14 +98,18 @@ class Template:
         for number, turn in enumerate(sample.turns):
             branch = number + 1 if sample.independent else 0
             if sample.independent:
-                control = self.around_image is not None
-                pieces.append(Piece(gap, TokenKind.QUESTION, branch, control=control))
+                pieces.append(Piece(gap, TokenKind.QUESTION, branch, control=behind_image))
             elif number:
                 pieces.append(Piece(marker, TokenKind.QUESTION, control=True))
-            if behind_image and turn.question and (sample.independent or not number):
-                turn = dataclasses.replace(turn, question=turn.question.lstrip())
-            first = not (number or shared)
-            pieces += self._turn(turn, end, branch, task, first=first)
+            question = self._user_text(
+                turn.question or "",
+                branch,
+                turn=number,
+                task=self.task if sample.images else "",
+                first=not (number or shared),
+                behind_image=behind_image and (sample.independent or not number),
+            )
+            pieces += self._turn(question, turn, end, branch)
         return [piece for piece in pieces if piece.text]
 
     def left_out(self, sample: Sample) -> str:
@@ -120,44 +127,51 @@ class Template:
             Piece(after + self.user, TokenKind.SYSTEM, control=True),
         ]
 
-    def _user_text(self, text: str, branch: int, *, first: bool) -> list[Piece]:
+    def _user_text(
+        self,
+        text: str,
+        branch: int = 0,
+        *,
+        turn: int | None = None,
+        task: str = "",
+        first: bool = False,
+        behind_image: bool = False,
+    ) -> list[Piece]:
         """A text of the user, with what stands around its images.
 
         Args:
           text: The text.
           branch: Its branch.
+          turn: The number of the turn whose question it is.
+          task: What stands before it, behind its images.
           first: Whether nothing of the user precedes it: the system's text goes on up to its image.
+          behind_image: Whether it follows an image.
         """
-        if self.around_image is None:
-            return [Piece(text, TokenKind.QUESTION, branch)]
-        before, after = self.around_image
-        start, *others = text.split(IMAGE_MARK)
-        pieces = [Piece(start, TokenKind.QUESTION, branch)]
-        for number, other in enumerate(others):
-            opening = first and not number and not start
-            kind = TokenKind.SYSTEM if opening else TokenKind.QUESTION
-            pieces.append(Piece(before, kind, branch, control=True))
-            pieces.append(Piece(IMAGE_MARK + after, TokenKind.QUESTION, branch, control=True))
-            pieces.append(Piece(other.lstrip(), TokenKind.QUESTION, branch))
+        kind = TokenKind.QUESTION
+        before, after = self.around_image or ("", "")
+        parts, pieces, start = text.split(IMAGE_MARK), [], 0
+        if self.around_image is None and not task:
+            return [Piece(text, kind, branch, turn=turn)]
+        for number, part in enumerate(parts):
+            if number:
+                opening = first and number == 1 and not parts[0]
+                pieces += [
+                    Piece(before, TokenKind.SYSTEM if opening else kind, branch, control=True),
+                    Piece(IMAGE_MARK + after, kind, branch, control=True),
+                ]
+            if task and number == len(parts) - 1:
+                pieces.append(Piece(task, kind, branch, control=True))
+            bare = part.lstrip() if self.around_image and (number or behind_image) else part
+            own = start + len(part) - len(bare)
+            pieces.append(Piece(bare, kind, branch, turn=turn, start=own))
+            start += len(part) + len(IMAGE_MARK)
         return pieces
 
-    def _question(self, text: str, branch: int, task: str, *, first: bool) -> list[Piece]:
-        """A question with its task behind the last image in it."""
-        if not task:
-            return self._user_text(text, branch, first=first)
-        images, mark, rest = text.rpartition(IMAGE_MARK)
-        pieces = self._user_text(images + mark, branch, first=first)
-        pieces.append(Piece(task, TokenKind.QUESTION, branch, control=True))
-        return [*pieces, Piece(rest.lstrip() if mark else rest, TokenKind.QUESTION, branch)]
-
-    def _turn(
-        self, turn: Turn, end: str, branch: int, task: str = "", *, first: bool = False
-    ) -> list[Piece]:
+    def _turn(self, question: list[Piece], turn: Turn, end: str, branch: int) -> list[Piece]:
         if turn.question is None:
             answer = () if turn.answer is None else (f"{turn.answer}\n",)
             return [Piece(text, TokenKind.ANSWER, branch) for text in answer]
-        pieces = self._question(turn.question, branch, task, first=first)
-        pieces.append(Piece(self.assistant, TokenKind.QUESTION, branch, control=True))
+        pieces = [*question, Piece(self.assistant, TokenKind.QUESTION, branch, control=True)]
         if turn.answer is not None:
             pieces += [
                 Piece(self.gap, TokenKind.ANSWER, branch, control=True),
