@@ -111,9 +111,12 @@ class Method:
       name: the method's name in spec strings.
       trains: paths of base parameters that train in full with this method, such as `llm`.
       constant: whether `params` are given rather than learned: never trained, counted or saved.
+      by_rows: parameters whose rows are units, such as directions or learned tokens; of others the
+        columns are, as in the kernel of a linear.
     """
 
     name: ClassVar[str]
+    by_rows: ClassVar[tuple[str, ...]] = ()
     constant: ClassVar[bool] = False
     trains: ClassVar[tuple[str, ...]] = ()
 
@@ -306,6 +309,7 @@ class VirtualTokens(Method, abc.ABC):
       length: P.
     """
 
+    by_rows: ClassVar[tuple[str, ...]] = ("embedding", "k", "v")
     length: Positive = 10
 
     @abc.abstractmethod

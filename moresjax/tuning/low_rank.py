@@ -60,6 +60,7 @@ class LowRankEdit(Edit, abc.ABC):
     init: str = "paper"
     site: str = "llm.block.out"
 
+    by_rows: ClassVar[tuple[str, ...]] = ("weight",)
     orthogonal: ClassVar[bool] = True
     subtracts: ClassVar[bool] = True
     has_weight: ClassVar[bool] = True
