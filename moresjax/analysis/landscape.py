@@ -192,13 +192,14 @@ def losses_on_plane(
       data: What the loss is of.
       directions: Of a along the rows of the grid, and of b along its columns.
       axis: The coordinates.
-      chunk: C, how many points one call of the program takes.
+      chunk: The most points that one call of the program takes; C is what makes equal chunks.
       known: Losses of chunks by their first point, which are not computed again.
 
     Yields:
       The number of a chunk's first point and the losses of the chunk.
     """
     points = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1).reshape(-1, 2)
+    chunk = -(-len(points) // -(-len(points) // chunk))
     for first in range(0, len(points), chunk):
         own = points[first : first + chunk]
         there = (known or {}).get(first, ())
