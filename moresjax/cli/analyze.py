@@ -4,7 +4,9 @@ from moresjax.cli import (
     analyze_attention,
     analyze_attribute,
     analyze_concepts,
+    analyze_landscape,
     analyze_lens,
+    analyze_overhead,
     analyze_patch,
     analyze_separability,
     analyze_shift,
@@ -21,9 +23,11 @@ KINDS = (
     analyze_shift,
     analyze_steer,
     analyze_separability,
+    analyze_landscape,
     analyze_lens,
     analyze_patch,
     analyze_attribute,
+    analyze_overhead,
 )
 
 
