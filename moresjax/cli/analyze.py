@@ -3,6 +3,7 @@
 from moresjax.cli import (
     analyze_attention,
     analyze_concepts,
+    analyze_control,
     analyze_separability,
     analyze_shift,
     analyze_states,
@@ -18,6 +19,7 @@ KINDS = (
     analyze_shift,
     analyze_steer,
     analyze_separability,
+    analyze_control,
 )
 
 

@@ -62,11 +62,13 @@ class Finetuning:
       name: The name of the method.
       tuning: Its tuning spec.
       settings: Config keys beside those of the recipe, and their values.
+      stage: The recipe's stage: `finetune`, or one that starts from runs of it.
     """
 
     name: str
     tuning: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stage: str = "finetune"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +124,15 @@ class Pipeline:
         Raises:
           UserError: A run diverged, or the process was asked to stop.
         """
-        runs = {
-            self.folder(seed, method.name): self._finetuning(method, seed)
-            for method in methods
-            for seed in self.seeds
-        }
-        done = self._train(runs)
+        done: dict[Path, TrainResult] = {}
+        for stage in dict.fromkeys(method.stage for method in methods):
+            runs = {
+                self.folder(seed, method.name): self._finetuning(method, seed)
+                for method in methods
+                for seed in self.seeds
+                if method.stage == stage
+            }
+            done |= self._train(runs)
         return {
             method.name: [done[self.folder(seed, method.name)] for seed in self.seeds]
             for method in methods
@@ -166,10 +171,11 @@ class Pipeline:
         return read_object(path)
 
     def _finetuning(self, method: Finetuning, seed: int) -> ConfigDict:
-        config = recipe.get_config(f"stage=finetune,tuning={method.tuning},seed={seed}")
-        # Folders of stage 2 are one level deeper.
+        config = recipe.get_config(f"stage={method.stage},tuning={method.tuning},seed={seed}")
+        # Folders of stage 2 are one level deeper than the stages that they start from.
         init = config.to_dict()["init"]
-        config.update({"init": {part: f"../{path}" for part, path in init.items() if path}})
+        stages = {f"../{name}" for name in STAGES}
+        config.update({"init": {part: f"../{x}" for part, x in init.items() if x in stages}})
         config.update_from_flattened_dict(dict(method.settings))
         return config
 
