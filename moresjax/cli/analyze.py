@@ -2,8 +2,11 @@
 
 from moresjax.cli import (
     analyze_attention,
+    analyze_attribute,
     analyze_concepts,
     analyze_control,
+    analyze_lens,
+    analyze_patch,
     analyze_separability,
     analyze_shift,
     analyze_states,
@@ -20,6 +23,9 @@ KINDS = (
     analyze_steer,
     analyze_separability,
     analyze_control,
+    analyze_lens,
+    analyze_patch,
+    analyze_attribute,
 )
 
 

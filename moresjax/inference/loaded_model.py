@@ -6,8 +6,10 @@ from pathlib import Path
 from flax import nnx
 from jax.sharding import Mesh
 
+from moresjax._version import __version__
 from moresjax.core.types import Numbers
 from moresjax.data.processor import Processor
+from moresjax.data.processor_facts import processor_facts
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.prompts import PromptEncoder
@@ -99,6 +101,17 @@ class LoadedModel:
     def exact_fingerprint(self) -> str:
         """Digits that also tell neighbouring steps of a run and stored precisions apart."""
         return exact_fingerprint(self._mllm)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a result says of the model behind it: fingerprints, tuning, processor, version."""
+        return {
+            "model": self.fingerprint,
+            "weights": self.exact_fingerprint,
+            "tuning": self.tuning,
+            "processor": processor_facts(self.processor)["hash"],
+            "version": __version__,
+        }
 
     def restack(self) -> MLLM:
         """Ends generation and returns the Flax module with stacked blocks, as training has them.

@@ -49,6 +49,7 @@ class MLLMConfig:
         kind, _ = parse_connector(self.connector)
         if self.vision is None:
             return
+        connector_tokens(self.connector, self.vision.num_tokens)  # which must be a whole number
         if kind == "mof_mlp" and getattr(self.vision, "fusion", None) != "interleave":
             raise UserError("connector mof_mlp needs two vision encoders with fusion=interleave")
         widths = self.vision.num_features, self.llm.hidden_size

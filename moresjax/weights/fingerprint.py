@@ -24,6 +24,8 @@ FREE_FIELDS = ("dtype", "remat", "unroll", "int8", "attention", "model_type")
 RENAMED_FIELDS = {"last_layers": "num_trainable_blocks"}
 # Fields that version 0.1 had not; fingerprints leave them out.
 NEW_FIELDS = ("model_type",)
+# Fields that version 0.2 had not either, with what they have where they change nothing.
+NEUTRAL_FIELDS = {"k_bias": True, "feature_norm_eps": 0.0}
 # A checksum is of this many values, and there is one for this many parameters.
 _VALUES, _CHECKSUMS = 64, 8
 
@@ -156,7 +158,9 @@ def _plain(value: Any) -> Any:
 def _renamed(config: Any, names: Mapping[str, str]) -> Any:
     """A configuration, or a value inside of one, with other names for some of its fields."""
     if isinstance(config, Mapping):
-        kept = {key: value for key, value in config.items() if key not in NEW_FIELDS}
+        neutral = {key for key, x in NEUTRAL_FIELDS.items() if config.get(key) == x}
+        left_out = {*NEW_FIELDS, *neutral}
+        kept = {key: value for key, value in config.items() if key not in left_out}
         return {names.get(key, key): _renamed(value, names) for key, value in kept.items()}
     if isinstance(config, list | tuple):
         return [_renamed(value, names) for value in config]
