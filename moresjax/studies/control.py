@@ -9,7 +9,7 @@ from moresjax.data.control.questions import DIGITS
 from moresjax.data.control.source import ControlSource
 from moresjax.evaluation.control.answers import ALL, BASE, Answers, Variant, editor_groups
 from moresjax.evaluation.control.measure import Measured, correct, says
-from moresjax.evaluation.control.run import paraphrase, template_rephraser
+from moresjax.evaluation.control.run import Reworded, template_rephraser
 from moresjax.studies.findings import PairedDifference, compare_with
 from moresjax.studies.pipeline import Finetuning, Pipeline
 from moresjax.studies.study import Outcome, Study, Table, Values, with_interval
@@ -96,14 +96,15 @@ def _control(pipeline: Pipeline, study: Study) -> Outcome:
             cases = source.cases(scenes)
             model = pipeline.model(seed, f"control {name}")
             answers, every = Answers(model), Variant(ALL, editor_groups(model))
+            if name == FULL:
+                asked, (way,) = [x for x in cases if x.kind != NEGATIVE], DIGITS.paraphrases
+                reworded = Reworded.of(asked, way, template_rephraser(source))
+                answers.ask(every, [*cases, *reworded.asked_of(ALL)])
             known = {ALL: answers.ask(every, cases)}
             add(name, control_numbers(Measured(source.plan, cases, known), ALL))
             if name == FULL:
                 variants = {ALL: every, BASE: Variant(BASE, ())}
-                asked = [case for case in cases if case.kind != NEGATIVE]
-                rephraser = template_rephraser(source)
-                (way,) = DIGITS.paraphrases
-                other = paraphrase(answers, variants, source, asked, way, rephraser)
+                other = reworded.measured(answers, variants, source.plan.counterfactual)
                 for key, rate in (
                     (BASE, other.base),
                     ("as it stands", other.without),

@@ -77,7 +77,9 @@ class ControlSource:
             self.phrasings.number(self.phrasing)
         elif self.phrasing != 1 or self.negatives:
             raise UserError(f"{NAME} asks its own questions: it has no phrasing and no negatives")
-        self.regions  # noqa: B018  - is it a provider?
+        # A provider or files that are not there are told now.
+        assert self.regions is not None
+        assert len(self) > 0
 
     @property
     def plan(self) -> Scenario:

@@ -23,7 +23,8 @@ BASE, ALL, RANDOM = "no editors", "all editors", "all editors, random region"
 # By the tower of a site the group of its editors, and all groups in the order of tables.
 TOWERS = {"vision": "visual", "connector": "connector", "llm": "text"}
 GROUPS = tuple(TOWERS.values())
-MAX_NEW_TOKENS = 16
+# The most tokens of an answer: of yes and no, and of answers of TextVQA.
+SHORT, LONG = 4, 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,8 @@ class Answers:
             chunk = cases[start : start + size]
             images: dict[tuple, LazyPixels] = {}
             rows = [prompts.processor.row(case.asked, images) for case in chunk]
-            done = service.generate_many(rows, MAX_NEW_TOKENS, batch_size=self._batch_size)
+            limits = [SHORT if isinstance(case.truth, str) else LONG for case in chunk]
+            done = service.generate_many(rows, limits, batch_size=self._batch_size)
             texts = [prompts.text(completion.tokens) for completion in done]
             for key, case, text in zip(keys[start:], chunk, texts, strict=False):
                 self._add(key, variant, case, text)

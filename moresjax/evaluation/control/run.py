@@ -22,7 +22,7 @@ from moresjax.evaluation.control.answers import (
     editor_groups,
     make_variants,
 )
-from moresjax.evaluation.control.measure import Measured, Rate, image_of, says
+from moresjax.evaluation.control.measure import Measured, Rate, correct, image_of, says
 from moresjax.inference.model import Model
 
 RESULTS = "control.json"
@@ -114,16 +114,18 @@ def measure_control(
         raise UserError(f"none of the {len(cases)} questions is about the target {source.target!r}")
     variants = make_variants(editor_groups(model), subsets=subsets)
     answers = Answers(model, out, batch_size=batch_size)
-    found = {
-        variant.name: answers.ask(variant, variant.cases(cases, source.seed))
-        for variant in variants
-    }
-    rows = []
+    reworded = []
     if rephraser is not None and source.phrasings is not None:
         asked = [case for case in cases if case.kind in (TARGET, OTHER)]
-        by_name = {variant.name: variant for variant in variants}
-        for phrasing in source.phrasings.paraphrases:
-            rows.append(paraphrase(answers, by_name, source, asked, phrasing, rephraser))
+        reworded = [Reworded.of(asked, way, rephraser) for way in source.phrasings.paraphrases]
+    found = {}
+    for variant in variants:
+        # What a variant is asked is asked at once: each has programs of its own.
+        own = variant.cases(cases, source.seed)
+        more = [case for one in reworded for case in one.asked_of(variant.name)]
+        found[variant.name] = answers.ask(variant, [*own, *more])[: len(own)]
+    by_name = {variant.name: variant for variant in variants}
+    rows = [one.measured(answers, by_name, source.plan.counterfactual) for one in reworded]
     data = json.dumps([[c.id, c.kind, c.question.text, c.roi] for c in cases])
     options = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     known = answers.facts | {"data": options, "data_hash": short_hash(data), "n": len(cases)}
@@ -134,51 +136,68 @@ def measure_control(
     return result
 
 
-def paraphrase(
-    answers: Answers,
-    variants: Mapping[str, Variant],
-    source: ControlSource,
-    cases: Sequence[Case],
-    phrasing: Phrasing,
-    rephraser: Rephraser,
-) -> Paraphrased:
-    """A paraphrase of questions, asked as it stands and rephrased.
+@dataclasses.dataclass(frozen=True)
+class Reworded:
+    """Questions in the words of a paraphrase.
 
-    Args:
-      answers: The answers that are known.
-      variants: The model without editors and with all of them, by name.
-      source: The questions' source.
-      cases: The questions, in the trained phrasing.
+    Attributes:
       phrasing: The paraphrase.
-      rephraser: Leads it back.
+      plain: The questions as the paraphrase asks them.
+      rephrased: The same as a rephraser leads them back.
+      lost: Questions whose indicator the rephraser lost; they are asked as they stand.
     """
-    plain = [
-        dataclasses.replace(case, question=phrasing.ask(case.question.indicator)) for case in cases
-    ]
-    lost, again = 0, []
-    for case in plain:
-        question = rephrase(rephraser, case.question)
-        lost += question is None
-        again.append(case if question is None else dataclasses.replace(case, question=question))
-    wanted = source.plan.counterfactual
 
-    def rate(kind: str, variant: str, asked: Sequence[Case]) -> Rate | None:
-        own = [case for case in asked if case.kind == kind]
-        texts = answers.ask(variants[variant], own)
-        hits = [
-            float(says(text, wanted)) if kind == TARGET else float(not says(text, str(case.truth)))
-            for case, text in zip(own, texts, strict=True)
-        ]
-        return Rate.of(hits, [image_of(case) for case in own])
+    phrasing: Phrasing
+    plain: Sequence[Case]
+    rephrased: Sequence[Case]
+    lost: int
 
-    return Paraphrased(
-        phrasing.text,
-        rate(TARGET, BASE, plain),
-        rate(TARGET, ALL, plain),
-        rate(TARGET, ALL, again),
-        rate(OTHER, ALL, again),
-        lost,
-    )
+    @classmethod
+    def of(cls, cases: Sequence[Case], phrasing: Phrasing, rephraser: Rephraser) -> "Reworded":
+        """Questions of the trained phrasing in those of a paraphrase, and rephrased."""
+        plain, rephrased, lost = [], [], 0
+        for case in cases:
+            own = dataclasses.replace(case, question=phrasing.ask(case.question.indicator))
+            question = rephrase(rephraser, own.question)
+            lost += question is None
+            plain.append(own)
+            again = own if question is None else dataclasses.replace(own, question=question)
+            rephrased.append(again)
+        return cls(phrasing, plain, rephrased, lost)
+
+    def asked_of(self, variant: str) -> list[Case]:
+        """What a variant is asked of it."""
+        both = {BASE: [*self.plain], ALL: [*self.plain, *self.rephrased]}
+        return both.get(variant, [])
+
+    def measured(
+        self, answers: Answers, variants: Mapping[str, Variant], wanted: str
+    ) -> Paraphrased:
+        """How often it is controlled.
+
+        Args:
+          answers: The answers that are known.
+          variants: The model without editors and with all of them, by name.
+          wanted: The answer that the target's questions are to get.
+        """
+
+        def rate(kind: str, variant: str, asked: Sequence[Case]) -> Rate | None:
+            own = [case for case in asked if case.kind == kind]
+            texts = answers.ask(variants[variant], own)
+            hits = [
+                float(says(text, wanted)) if kind == TARGET else 1.0 - correct(case, text)
+                for case, text in zip(own, texts, strict=True)
+            ]
+            return Rate.of(hits, [image_of(case) for case in own])
+
+        return Paraphrased(
+            self.phrasing.text,
+            rate(TARGET, BASE, self.plain),
+            rate(TARGET, ALL, self.plain),
+            rate(TARGET, ALL, self.rephrased),
+            rate(OTHER, ALL, self.rephrased),
+            self.lost,
+        )
 
 
 def template_rephraser(source: ControlSource) -> TemplateRephraser:
