@@ -64,7 +64,8 @@ def find_shared_prefixes(
     otherwise the text that all begin with.
 
     Args:
-      rows: The prompts; those about the same images hold the same array of pixels.
+      rows: The prompts; those about the same images hold the same array of pixels. Prompts with
+        other regions of interest, or other marks up to the images, share nothing of them.
       tuning: The attached methods.
       adapters: The adapter of every prompt; default: the base model.
       text: Whether to look for text.
@@ -79,7 +80,8 @@ def find_shared_prefixes(
     prefix_index, prefixes = [-1] * len(rows), []
     for prompt, (row, size) in pairs.items():
         prefix = row[:size]
-        key = own[prompt], id(row.pixels), *(x.tobytes() for x in prefix.fields.values())
+        fields = (x.tobytes() for x in prefix.fields.values())
+        key = own[prompt], id(row.pixels), row.region_key, *fields
         if key not in numbers:
             numbers[key] = len(prefixes)
             prefixes.append(prefix)
@@ -125,7 +127,7 @@ def common_prefix(
         return None
     if not _stand_alone(tuning, ((row, size) for row in rows)):
         return None
-    return rows[0][:size].replace(pixels=None)
+    return rows[0][:size].replace(pixels=None, roi=None)
 
 
 def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:

@@ -15,9 +15,9 @@ from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.prompts import PromptEncoder
 from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.processor import name_words
+from moresjax.runs.processor import name_words, serving
 from moresjax.sharding.mesh import shard_params
-from moresjax.tuning.attach import Tuning
+from moresjax.tuning.attach import Tuning, edit_selectors
 from moresjax.tuning.multi_adapter import stack_adapters
 from moresjax.weights.adapter import attach_adapter, load_adapters
 from moresjax.weights.fingerprint import exact_fingerprint, fingerprint
@@ -55,8 +55,12 @@ class LoadedModel:
         self._name_words()
 
     def _name_words(self) -> None:
+        """Tells tuning and processor what they have to know of each other."""
         if self.processor is not None:
-            name_words(self._mllm.tuning, self.processor.tokenizer)
+            tuning = self._mllm.tuning
+            name_words(tuning, self.processor.tokenizer)
+            selectors = edit_selectors(method for _, method in tuning.methods)
+            self.prompts.saved_processor = serving(self.processor, selectors, self.config)
 
     @property
     def mllm(self) -> MLLM:

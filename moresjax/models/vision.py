@@ -10,6 +10,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -116,6 +117,15 @@ class VisionConfig(BlockConfig):
     def num_tokens(self) -> int:
         """V, the number of visual tokens per image."""
         return self.num_patches + self.class_token - self.first_feature
+
+    def token_centres(self) -> Float[np.ndarray, "V 2"]:
+        """The centre (x, y) of each visual token's patch, from 0 to 1; NaN for the class token."""
+        side = self.image_size // self.patch_size
+        middle = (np.arange(side) + 0.5) * self.patch_size / self.image_size
+        patches = np.stack([np.tile(middle, side), np.repeat(middle, side)], axis=1)
+        return np.concatenate([np.full((int(self.class_token), 2), np.nan), patches])[
+            self.first_feature :
+        ]
 
     @property
     def num_features(self) -> int:

@@ -33,9 +33,9 @@ _VALUES, _CHECKSUMS = 64, 8
 def fingerprint(mllm: MLLM) -> str:
     """Twelve hexadecimal digits that tell models apart.
 
-    They depend on the configuration, the tuning, a few values of every parameter, and every value
-    that a tuning was given rather than learned. They are the same whether blocks are stacked or
-    not, and in every version.
+    They depend on the configuration (the dtype of computation is part of it), the tuning, a few
+    values of every parameter, and every value that a tuning was given rather than learned. They are
+    the same whether blocks are stacked or not, and in every version.
     """
     sums = {
         first_name(name): checksum(*(variable.get_value() for variable in layers))
@@ -49,10 +49,10 @@ def fingerprint(mllm: MLLM) -> str:
 
 
 def exact_fingerprint(mllm: MLLM) -> str:
-    """Twelve hexadecimal digits that also tell neighbouring steps and precisions apart.
+    """Twelve hexadecimal digits that also tell neighbouring steps and stored precisions apart.
 
-    They depend on every value of the tuning, and on a few values of each other parameter as it is
-    stored.
+    They depend on every value of the tuning, and on a few values of each other parameter and the
+    dtype in which it is stored, but not on the dtype of computation.
     """
     tuning, others = {}, {}
     for name, variables in layered_parameters(mllm).items():
