@@ -191,4 +191,3 @@ def test_a_target_that_is_never_asked_about_is_told(asked):
         measure_control(model, source, limit=1)
     with pytest.raises(UserError, match="tuning 'none' has no editors; tune it with --config"):
         measure_control(talking_model(), source, limit=12)
-

@@ -210,4 +210,3 @@ def template_rephraser(source: ControlSource) -> TemplateRephraser:
         raise UserError(f"{source.dataset} asks its own questions, which no rephraser changes")
     known = (*source.phrasings.trained, *source.phrasings.paraphrases)
     return TemplateRephraser(source.phrasings.number(source.phrasing), known)
-
