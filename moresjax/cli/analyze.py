@@ -6,6 +6,7 @@ from moresjax.cli import (
     analyze_concepts,
     analyze_control,
     analyze_lens,
+    analyze_overhead,
     analyze_patch,
     analyze_separability,
     analyze_shift,
@@ -26,6 +27,7 @@ KINDS = (
     analyze_lens,
     analyze_patch,
     analyze_attribute,
+    analyze_overhead,
 )
 
 

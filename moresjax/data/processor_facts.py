@@ -31,6 +31,8 @@ def processor_facts(processor: Processor | None) -> dict[str, Any]:
         text += " special tokens in text"
     if (penalty := processor.generation.repetition_penalty) != 1:
         text += f" penalty {penalty}"
+    if processor.centres and processor.regions.kind != "boxes":
+        text += f" roi {processor.regions}"
     return facts | {"hash": short_hash(text)}
 
 

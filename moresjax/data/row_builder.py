@@ -50,7 +50,8 @@ def marked_spans(sample: Sample, names: Sequence[str]) -> Spans:
                 continue
             words = find_words(turn.question)
             if int(value) > len(words):
-                text = turn.question if len(turn.question) < 80 else turn.question[:76] + " ..."
+                text = " ".join(turn.question.replace(IMAGE_MARK, " ").split())
+                text = text if len(text) < 80 else text[:76] + " ..."
                 raise UserError(
                     f"the tuning acts on word {value} of a question, but {text!r} has {len(words)}"
                 )

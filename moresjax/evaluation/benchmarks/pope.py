@@ -25,9 +25,10 @@ KINDS = ("random", "popular", "adversarial")
 SIZE = 3_000  # an earlier version of `random`, which LLaVA uses, has 2,910
 
 
-def _details(
+def details(
     examples: Sequence[Example], predictions: Predictions, scores: Sequence[float]
 ) -> dict[str, float]:
+    """POPE's numbers beside accuracy."""
     # No answer reads as yes here, but it must not be right.
     texts = [
         {"yes": "no", "no": "yes"}[example.answer] if text is None else text
@@ -43,7 +44,7 @@ def load(
     """Accuracy, precision, recall and F1 of each kind."""
     folder = benchmark_folder("pope", data_root)
     check_split("pope", split, ("test",))
-    scorer = example_scorer(lambda text, label: float(pope_answer(text) == label), _details)
+    scorer = example_scorer(lambda text, label: float(pope_answer(text) == label), details)
     photos = folder.parent / "coco" / "val2014"
     tasks = []
     for kind in KINDS:
