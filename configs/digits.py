@@ -153,5 +153,5 @@ def _control(config: ConfigDict, args: ConfigDict) -> None:
     config.data = {"name": "control", "dataset": "digits", "negatives": 0.5, "seed": args.seed}
     config.data.update({name: args[name] for name in names})
     config.max_seq_len = 26
-    config.steps = 160
+    config.steps = 80
     config.optimizer.lr = 1e-2
