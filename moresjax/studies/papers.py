@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from moresjax.core.errors import choice_error
 from moresjax.studies import (
     control,
+    landscape,
     llava_steering,
     more_tokens_and_layers,
     representations,
@@ -13,7 +14,15 @@ from moresjax.studies import (
 )
 from moresjax.studies.study import STAGE_MINUTES, Study
 
-_PAPERS = (llava_steering, tasks, more_tokens_and_layers, steered, representations, control)
+_PAPERS = (
+    llava_steering,
+    tasks,
+    more_tokens_and_layers,
+    steered,
+    representations,
+    landscape,
+    control,
+)
 STUDIES = {study.name: study for paper in _PAPERS for study in paper.STUDIES}
 ALL = "all"
 
@@ -37,7 +46,7 @@ def select_studies(name: str) -> Sequence[Study]:
 def list_studies(seeds: int = 5) -> str:
     """A line per study, with its budget on two cores."""
     lines = [
-        f"{study.name:12s} {study.minutes * seeds:4.0f} min  {study.title}"
+        f"{study.name:13s} {study.minutes * seeds:4.0f} min  {study.title}"
         for study in STUDIES.values()
     ]
     return "\n".join(
