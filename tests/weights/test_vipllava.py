@@ -22,7 +22,7 @@ def saved(tmp_path_factory):
         text_config=llama(),
         vision_config=clip(),
         vision_feature_layer=LAYERS,
-        image_token_index=VOCAB - 1,
+        image_token_index=IMAGE_ID,
     )
     oracle = built(VipLlavaForConditionalGeneration, config)
     folder = tmp_path_factory.mktemp("vipllava")
