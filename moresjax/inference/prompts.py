@@ -20,7 +20,7 @@ from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
 from moresjax.data.images import ImageInput, LazyPixels, UnusableImage
 from moresjax.data.processor import Processor
-from moresjax.data.region_providers import OWN_REGIONS, region_provider
+from moresjax.data.region_providers import OWN_REGIONS, RegionProvider, region_provider
 from moresjax.data.regions import find_regions
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn, find_marks
 from moresjax.data.templates import template_name
@@ -264,6 +264,7 @@ class PromptEncoder:
         system: str | None = None,
         roi: Any = None,
         marks: Any = None,
+        regions: RegionProvider | None = None,
     ) -> Row:
         """The unpadded row of a one-turn prompt. Images without an `<image>` mark go first.
 
@@ -276,6 +277,7 @@ class PromptEncoder:
           system: The system prompt; default: the template's.
           roi: The boxes of the images, see `find_regions`, or a provider's name.
           marks: Pieces of the text by name, see `find_marks`.
+          regions: Where regions come from; default: the processor's.
 
         Raises:
           UserError: when marks and images do not agree, an image is missing or broken, the template
@@ -285,7 +287,7 @@ class PromptEncoder:
         if not text.strip() and not own:
             raise UserError("the prompt is empty")
         sample = asked_sample(name, text, own, self.system_prompt(system), roi, marks)
-        return self.processor.row(sample, known, None if roi is None else OWN_REGIONS)
+        return self.processor.row(sample, known, regions)
 
     def rows(
         self,
@@ -298,10 +300,20 @@ class PromptEncoder:
         """A row for every prompt, with its own regions and marks; equal images are opened once."""
         known: dict[tuple, LazyPixels] = {}
         nothing = [None] * len(prompts)
-        whole = enumerate(zip(prompts, images, regions or nothing, marks or nothing, strict=True))
+        whole = zip(prompts, images, regions or nothing, marks or nothing, strict=True)
         return [
-            self.row(text, own, f"prompt {n}", known, system, boxes, pieces)
-            for n, (text, own, boxes, pieces) in whole
+            # What a call says itself holds, whatever the processor is told to do.
+            self.row(
+                text,
+                own,
+                f"prompt {n}",
+                known,
+                system,
+                roi,
+                named,
+                None if roi is None else OWN_REGIONS,
+            )
+            for n, (text, own, roi, named) in enumerate(whole)
         ]
 
     def system_prompt(self, text: str | None) -> str | None:

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import moresjax as mj
 from moresjax.core.errors import UserError
+from moresjax.data.samples import Mark, Sample, Turn
+from moresjax.evaluation.run import evaluate
 from moresjax.generation import programs
 from moresjax.generation.config import EngineConfig
+from moresjax.inference.chat import Chat
 from moresjax.inference.files import generate_file
 from moresjax.inference.prompts import asked_sample
 from moresjax.testing.models import talking_model
@@ -70,8 +74,6 @@ def test_shared_prefixes_are_those_of_one_region_and_the_same_marks(model):
 
 
 def test_files_of_prompts_and_items_have_regions_and_marks(model, tmp_path):
-    from PIL import Image
-
     Image.fromarray(IMAGE).save(tmp_path / "a.png")
     record = {"prompt": QUESTION, "images": ["a.png"], "roi": LEFT, "marks": TWO}
     said = {"conversations": [{"from": "human", "value": f"{QUESTION}\n<image>"}], "image": "a.png"}
@@ -109,6 +111,34 @@ def test_what_a_selector_wants_and_a_call_does_not_say_is_told(model):
     with pytest.raises(UserError, match="needs a batch with"):
         model.logits(input_ids=[[1, 5, 6]])
     assert asked_sample("x", QUESTION, (IMAGE,), marks=TWO).marks[0].start == 19
+
+
+def test_a_chat_has_regions_and_marks_at_every_turn(model):
+    """What it says is what the model says to the whole conversation."""
+    chat = Chat(model, max_new_tokens=3)
+    first = "".join(chat.ask(QUESTION, IMAGE, roi=LEFT, marks=TWO))
+    assert first == model.generate(QUESTION, IMAGE, roi=LEFT, marks=TWO, max_new_tokens=3)
+    second = "".join(chat.ask("how many two ?", IMAGE, roi=RIGHT, marks={"n": "many"}))
+    turns = (Turn(f"<image>\n{QUESTION}", first), Turn("<image>\nhow many two ?"))
+    marks = (Mark("n", 0, 19, 22), Mark("n", 1, 12, 16))
+    asked = Sample("all", turns, (IMAGE,) * 2, roi=((LEFT,), (RIGHT,)), marks=marks)
+    (done,) = model.service.complete([model.processor.row(asked)], 3)
+    assert second == model.prompts.text(done.tokens)
+
+
+def test_questions_of_a_benchmark_have_regions_and_marks(model, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    asked = {"image": "a.png", "question": f"  {QUESTION}", "answer": "yes", "roi": LEFT}
+    records = [asked | {"marks": {"n": [13, 16]}}, asked | {"marks": TWO}, asked]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    result = evaluate(model, [str(tmp_path / "own.json")], batch_size=2, sample=None)
+    said = model.generate(QUESTION, IMAGE, roi=LEFT, marks=TWO)
+    assert [p["prediction"] for p in result.predictions] == [said] * 2
+    (problem,) = result.scores["own"]["errors"].values()
+    assert "nothing is marked so" in problem
+    (tmp_path / "bad.json").write_text(json.dumps([asked | {"roi": [0, 0, 2, 1]}]))
+    with pytest.raises(UserError, match=r"record 0 of .*bad.json: the box .* must lie"):
+        evaluate(model, [str(tmp_path / "bad.json")])
 
 
 def test_another_tuning_asks_for_other_things():
