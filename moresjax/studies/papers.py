@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from moresjax.core.errors import choice_error
 from moresjax.studies import (
+    control,
     landscape,
     llava_steering,
     more_tokens_and_layers,
@@ -13,7 +14,15 @@ from moresjax.studies import (
 )
 from moresjax.studies.study import STAGE_MINUTES, Study
 
-_PAPERS = (llava_steering, tasks, more_tokens_and_layers, steered, representations, landscape)
+_PAPERS = (
+    llava_steering,
+    tasks,
+    more_tokens_and_layers,
+    steered,
+    representations,
+    landscape,
+    control,
+)
 STUDIES = {study.name: study for paper in _PAPERS for study in paper.STUDIES}
 ALL = "all"
 
@@ -45,7 +54,7 @@ def list_studies(seeds: int = 5) -> str:
             *lines,
             f"minutes are about those of two quiet cores with {seeds} seeds, when no run is there "
             f"yet but stages 0 and 1, which most share and which take {STAGE_MINUTES * seeds:.0f}; "
-            "table8, 9 and 10 have stages of their own, which are counted; table1, fig1, fig2, fig4 "
+            "table8, 9 and 10 have stages of their own, which are counted; table1, fig1, 2 and 4 "
             "share their runs with each other, and some with table4, 6 and 7",
         ]
     )
