@@ -76,7 +76,7 @@ def split_texts(
     for piece in pieces:
         whole = piece.kind == TokenKind.ANSWER and not answers_show_images
         marked = () if piece.turn is None else spans.get(piece.turn, ())
-        start = 0  # of the text in its piece
+        start = piece.start  # of the text in its question
         for number, text in enumerate([piece.text] if whole else piece.text.split(IMAGE_MARK)):
             if texts and (number or branch != piece.branch):
                 yield branch, tuple(texts)

@@ -18,6 +18,7 @@ from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checke
 from moresjax.inference.load import attach_saved, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.models.vision import EVA
 from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import read_config, save_config
@@ -38,6 +39,10 @@ from moresjax.weights.export import export_hf, export_tinyllava
 from moresjax.weights.families.llava_original import is_original
 from moresjax.weights.generation_config import read_generation_config, save_generation_config
 from moresjax.weights.hf import HFFolders
+from moresjax.weights.minigpt import CONNECTOR as MINIGPT_CONNECTOR
+from moresjax.weights.minigpt import IMAGE_SIZE as MINIGPT_IMAGE_SIZE
+from moresjax.weights.minigpt import TEMPLATE as MINIGPT_TEMPLATE
+from moresjax.weights.minigpt import read_minigpt
 from moresjax.weights.peft import export_peft
 from moresjax.weights.pyreft import export_pyreft
 from moresjax.weights.vision_folder import load_vision_config
@@ -57,6 +62,8 @@ def import_model(
     image_processor: str | Path | None = None,
     template: str | None = None,
     quantize: str = "",
+    minigpt: str | Path = "",
+    keep_lora: bool = False,
     allow_pickle: bool = False,
 ) -> MLLM:
     """Writes a Hugging Face folder as a run's directory, from which everything here starts.
@@ -72,7 +79,8 @@ def import_model(
       source: The folder of a LLaVA (also TinyLLaVA Factory's) or an LLM.
       out: A new or empty folder.
       vision: The folder of an encoder to put before an LLM, or two as `DIR;DIR`; the connector is
-        then a fresh one. For a LLaVA as its authors publish it, that of its vision tower.
+        then a fresh one. For a LLaVA as its authors publish it, that of its vision tower. The file
+        of an EVA-ViT (`eva_vit_g.pth`) is an encoder too.
       fusion: How the features of two encoders are put together.
       connector: The kind of the fresh connector.
       drop_first_token: Whether the connector reads all tokens of an encoder without class token but
@@ -81,7 +89,10 @@ def import_model(
       template: The name of the conversation template; default: the one that `export` noted in the
         folder, else `vicuna_v1`.
       quantize: `int8` stores the LLM's blocks in eight bits.
-      allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+      minigpt: The checkpoint of MiniGPT-v2 that was trained over `source`, which is LLaMA-2-chat,
+        and `vision`, which is an EVA-ViT: it brings connector, LoRA, template and image size.
+      keep_lora: Whether its LoRA stays the run's tuning; else it is merged into the LLM.
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors, and `*.pth`.
 
     Returns:
       The model that was written.
@@ -98,6 +109,10 @@ def import_model(
         folders.towers[source] = Path(encoders.pop())
     images = Path(image_processor or (encoders[0] if encoders else folders[source].image_folder))
     size = saved_image_size(images) if encoders else None
+    if minigpt:
+        _check_minigpt(folders, encoders)
+        connector, template = MINIGPT_CONNECTOR, template or MINIGPT_TEMPLATE
+        size = size or MINIGPT_IMAGE_SIZE
     architecture = _architecture(
         folders, source, encoders, fusion, connector, drop_first_token, size
     )
@@ -120,6 +135,8 @@ def import_model(
     model = build_model(config, folders=folders)
     assert isinstance(model, MLLM)
     attach_saved(model, source, allow_pickle=allow_pickle)
+    if minigpt:
+        model = read_minigpt(model, minigpt, keep_lora=keep_lora, allow_pickle=allow_pickle)
     if any(method.constant for _, method in model.tuning.methods):
         raise UserError(f"{source} has a given vector beside its weights, which no run holds")
     config = dataclasses.replace(config, tuning=model.tuning.spec)
@@ -135,6 +152,12 @@ def import_model(
         checkpoints.save(TrainState(jnp.zeros((), jnp.int32), nnx.state(model, nnx.Param), ()), {})
         checkpoints.close()
     return model
+
+
+def _check_minigpt(folders: HFFolders, encoders: Sequence[str]) -> None:
+    """Refuses a checkpoint of MiniGPT-v2 without the encoder that it belongs to."""
+    if len(encoders) != 1 or folders[encoders[0]].vision_hf["model_type"] != EVA:
+        raise UserError("--minigpt belongs to one EVA-ViT; give its file, --vision eva_vit_g.pth")
 
 
 def _architecture(

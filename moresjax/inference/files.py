@@ -11,7 +11,6 @@ from moresjax.core.row import Row
 from moresjax.data.images import LazyPixels, named_image
 from moresjax.data.llava import has_rounds, image_names, to_sample
 from moresjax.data.records import JsonRecords
-from moresjax.data.region_providers import OWN_REGIONS
 from moresjax.data.samples import Sample
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.inference.model import Model
@@ -199,8 +198,7 @@ def _with_images(model: Model, asked: Sample, root: Path, system: str | None) ->
 
 
 def _row(model: Model, asked: Sample, max_new_tokens: int, known: dict) -> Row:
-    regions = None if asked.roi is None else OWN_REGIONS
-    row = model.prompts.processor.row(asked, known, regions)
+    row = model.prompts.sample_row(asked, known)
     model.service.check_context(row, max_new_tokens)
     if isinstance(row.pixels, LazyPixels):
         row.pixels.open()  # a broken image is this record's error

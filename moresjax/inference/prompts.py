@@ -5,7 +5,7 @@ Axis legend: B rows, S tokens, G new tokens, Y, X pixels.
 
 import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +20,7 @@ from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
 from moresjax.data.images import ImageInput, LazyPixels, UnusableImage
 from moresjax.data.processor import Processor
-from moresjax.data.region_providers import OWN_REGIONS, region_provider
+from moresjax.data.region_providers import OWN_REGIONS, RegionProvider, region_provider
 from moresjax.data.regions import find_regions
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn, find_marks
 from moresjax.data.templates import template_name
@@ -231,9 +231,11 @@ class PromptEncoder:
     Attributes:
       saved_processor: Tokenizer, template and image processor; None for a model without tokenizer,
         with which only token ids can be used.
+      attend: Gives a prompt the regions that the model attends to, for `roi=attention(...)`.
     """
 
     saved_processor: Processor | None
+    attend: Callable[[Sample, RegionProvider], Sample] | None = None
 
     @property
     def processor(self) -> Processor:
@@ -264,6 +266,7 @@ class PromptEncoder:
         system: str | None = None,
         roi: Any = None,
         marks: Any = None,
+        regions: RegionProvider | None = None,
     ) -> Row:
         """The unpadded row of a one-turn prompt. Images without an `<image>` mark go first.
 
@@ -276,6 +279,7 @@ class PromptEncoder:
           system: The system prompt; default: the template's.
           roi: The boxes of the images, see `find_regions`, or a provider's name.
           marks: Pieces of the text by name, see `find_marks`.
+          regions: Where regions come from; default: the processor's.
 
         Raises:
           UserError: when marks and images do not agree, an image is missing or broken, the template
@@ -284,8 +288,23 @@ class PromptEncoder:
         own = check_images(images, name)
         if not text.strip() and not own:
             raise UserError("the prompt is empty")
+        if isinstance(roi, str):
+            regions, roi = region_provider(roi), None
         sample = asked_sample(name, text, own, self.system_prompt(system), roi, marks)
-        return self.processor.row(sample, known, None if roi is None else OWN_REGIONS)
+        return self.sample_row(sample, known, regions)
+
+    def sample_row(
+        self,
+        sample: Sample,
+        known: dict[tuple, LazyPixels] | None = None,
+        regions: RegionProvider | None = None,
+    ) -> Row:
+        """The unpadded row of a prompt that is a sample; see `Processor.row`."""
+        regions = self.processor.regions if regions is None else regions
+        asks = regions.kind == "attention" and self.processor.centres and sample.images
+        if asks and self.attend is not None:
+            sample, regions = self.attend(sample, regions), OWN_REGIONS
+        return self.processor.row(sample, known, regions)
 
     def rows(
         self,
@@ -298,10 +317,20 @@ class PromptEncoder:
         """A row for every prompt, with its own regions and marks; equal images are opened once."""
         known: dict[tuple, LazyPixels] = {}
         nothing = [None] * len(prompts)
-        whole = enumerate(zip(prompts, images, regions or nothing, marks or nothing, strict=True))
+        whole = zip(prompts, images, regions or nothing, marks or nothing, strict=True)
         return [
-            self.row(text, own, f"prompt {n}", known, system, boxes, pieces)
-            for n, (text, own, boxes, pieces) in whole
+            # What a call says itself holds, whatever the processor is told to do.
+            self.row(
+                text,
+                own,
+                f"prompt {n}",
+                known,
+                system,
+                roi,
+                named,
+                None if roi is None else OWN_REGIONS,
+            )
+            for n, (text, own, roi, named) in enumerate(whole)
         ]
 
     def system_prompt(self, text: str | None) -> str | None:

@@ -1,16 +1,24 @@
 """Regions and marks of prompts: generation, scores, logits, states, files and prefix caches."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import moresjax as mj
 from moresjax.core.errors import UserError
+from moresjax.data.region_providers import region_provider
+from moresjax.data.samples import Mark, Sample, Turn
+from moresjax.evaluation.run import evaluate
 from moresjax.generation import programs
 from moresjax.generation.config import EngineConfig
+from moresjax.inference.analyze import attention_map
+from moresjax.inference.chat import Chat
 from moresjax.inference.files import generate_file
 from moresjax.inference.prompts import asked_sample
+from moresjax.inference.regions import attended_regions
 from moresjax.testing.models import talking_model
 
 ALWAYS = EngineConfig(min_saved_tokens=1)
@@ -70,8 +78,6 @@ def test_shared_prefixes_are_those_of_one_region_and_the_same_marks(model):
 
 
 def test_files_of_prompts_and_items_have_regions_and_marks(model, tmp_path):
-    from PIL import Image
-
     Image.fromarray(IMAGE).save(tmp_path / "a.png")
     record = {"prompt": QUESTION, "images": ["a.png"], "roi": LEFT, "marks": TWO}
     said = {"conversations": [{"from": "human", "value": f"{QUESTION}\n<image>"}], "image": "a.png"}
@@ -109,6 +115,63 @@ def test_what_a_selector_wants_and_a_call_does_not_say_is_told(model):
     with pytest.raises(UserError, match="needs a batch with"):
         model.logits(input_ids=[[1, 5, 6]])
     assert asked_sample("x", QUESTION, (IMAGE,), marks=TWO).marks[0].start == 19
+
+
+def test_a_chat_has_regions_and_marks_at_every_turn(model):
+    """What it says is what the model says to the whole conversation."""
+    chat = Chat(model, max_new_tokens=3)
+    first = "".join(chat.ask(QUESTION, IMAGE, roi=LEFT, marks=TWO))
+    assert first == model.generate(QUESTION, IMAGE, roi=LEFT, marks=TWO, max_new_tokens=3)
+    second = "".join(chat.ask("how many two ?", IMAGE, roi=RIGHT, marks={"n": "many"}))
+    turns = (Turn(f"<image>\n{QUESTION}", first), Turn("<image>\nhow many two ?"))
+    marks = (Mark("n", 0, 19, 22), Mark("n", 1, 12, 16))
+    asked = Sample("all", turns, (IMAGE,) * 2, roi=((LEFT,), (RIGHT,)), marks=marks)
+    (done,) = model.service.complete([model.processor.row(asked)], 3)
+    assert second == model.prompts.text(done.tokens)
+
+
+def test_questions_of_a_benchmark_have_regions_and_marks(model, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    asked = {"image": "a.png", "question": f"  {QUESTION}", "answer": "yes", "roi": LEFT}
+    records = [asked | {"marks": {"n": [13, 16]}}, asked | {"marks": TWO}, asked]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    result = evaluate(model, [str(tmp_path / "own.json")], batch_size=2, sample=None)
+    said = model.generate(QUESTION, IMAGE, roi=LEFT, marks=TWO)
+    assert [p["prediction"] for p in result.predictions] == [said] * 2
+    (problem,) = result.scores["own"]["errors"].values()
+    assert "nothing is marked so" in problem
+    (tmp_path / "bad.json").write_text(json.dumps([asked | {"roi": [0, 0, 2, 1]}]))
+    with pytest.raises(UserError, match=r"record 0 of .*bad.json: the box .* must lie"):
+        evaluate(model, [str(tmp_path / "bad.json")])
+
+
+def test_a_model_finds_the_patches_that_it_attends_to(model):
+    """Of a padded image only patches inside of it, as many as are asked for, in that layer."""
+    bare = talking_model()
+    said = attention_map(bare, QUESTION, IMAGE, max_new_tokens=1).grid[:, 0]
+    for layer, percent, count in ((0, 20, 2), (1, 34, 3)):
+        provider = region_provider(f"attention({layer};{percent}%)")
+        sample = model._attend(asked_sample("x", QUESTION, (IMAGE,)), provider)
+        found = model.processor.roi(sample)[0].reshape(3, 3)
+        assert found.sum() == len(sample.roi[0]) == count
+        assert said[layer][found].min() >= said[layer][~found].max()
+    one = model.logits(QUESTION, IMAGE, roi="attention(1;34%)", marks=TWO)
+    boxes = model.logits(QUESTION, IMAGE, roi=[*sample.roi[0]], marks=TWO)
+    np.testing.assert_array_equal(one, boxes)
+    with pytest.raises(UserError, match="the model has layers 0-1"):
+        model.generate(QUESTION, IMAGE, roi="attention(2;20%)", marks=TWO)
+    with pytest.raises(UserError, match="asks a model where it looks, which training"):
+        model.processor.roi(sample, provider)
+    wide = np.random.default_rng(1).integers(0, 255, (4, 12, 3)).astype(np.uint8)
+    image = dataclasses.replace(model.processor.image, aspect="pad")
+    padded = dataclasses.replace(model.processor, image=image)
+    sample = attended_regions(
+        model.mllm,
+        padded,
+        asked_sample("x", QUESTION, (wide,)),
+        region_provider("attention(0;99%)"),
+    )
+    assert padded.roi(sample)[0].reshape(3, 3).tolist() == [[False] * 3, [True] * 3, [False] * 3]
 
 
 def test_another_tuning_asks_for_other_things():
