@@ -17,7 +17,9 @@ from moresjax.data.saved_processors import has_tokenizer, saved_template
 from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
 from moresjax.inference.load import attach_saved, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
+from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.runs.architecture import DEFAULT_CONNECTOR
 from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import read_config, save_config
@@ -39,6 +41,7 @@ from moresjax.weights.families.llava_original import is_original
 from moresjax.weights.generation_config import read_generation_config, save_generation_config
 from moresjax.weights.hf import HFFolders
 from moresjax.weights.peft import export_peft
+from moresjax.weights.projector import read_projector
 from moresjax.weights.pyreft import export_pyreft
 from moresjax.weights.vision_folder import load_vision_config
 
@@ -52,7 +55,8 @@ def import_model(
     *,
     vision: str = "",
     fusion: str = "interleave",
-    connector: str = "mlp2x_gelu",
+    connector: str = "",
+    projector: str | Path = "",
     drop_first_token: bool = False,
     image_processor: str | Path | None = None,
     template: str | None = None,
@@ -74,14 +78,18 @@ def import_model(
       vision: The folder of an encoder to put before an LLM, or two as `DIR;DIR`; the connector is
         then a fresh one. For a LLaVA as its authors publish it, that of its vision tower.
       fusion: How the features of two encoders are put together.
-      connector: The kind of the fresh connector.
+      connector: The kind of the fresh connector; default: that of `projector`, else
+        `mlp2x_gelu`.
+      projector: A file with the weights of the connector before an LLM, such as the
+        `mm_projector.bin` of LLaVA's first stage.
       drop_first_token: Whether the connector reads all tokens of an encoder without class token but
         the first, as LLaVA Steering 3B does (728 of SigLIP's 729).
       image_processor: A folder with the image processor; default: that of `vision` or of `source`.
       template: The name of the conversation template; default: the one that `export` noted in the
         folder, else `vicuna_v1`.
       quantize: `int8` stores the LLM's blocks in eight bits.
-      allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors, and a
+        `projector` that is one.
 
     Returns:
       The model that was written.
@@ -91,6 +99,14 @@ def import_model(
     """
     source, out = Path(source).resolve(), Path(out)
     check_new(out, "import")
+    kind, weights = "", {}
+    if projector:
+        kind, weights = read_projector(projector, allow_pickle=allow_pickle)
+        if not vision:
+            raise UserError(f"{projector} is the connector before an LLM; name its --vision too")
+        if connector not in ("", kind):
+            raise UserError(f"{projector} is a connector {kind}, not {connector}")
+    connector = connector or kind or DEFAULT_CONNECTOR
     encoders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
     folders = HFFolders(allow_pickle=allow_pickle)
     if len(encoders) == 1 and is_original(folders[source].raw):
@@ -119,6 +135,7 @@ def import_model(
     )
     model = build_model(config, folders=folders)
     assert isinstance(model, MLLM)
+    set_params(model, weights, str(projector))
     attach_saved(model, source, allow_pickle=allow_pickle)
     if any(method.constant for _, method in model.tuning.methods):
         raise UserError(f"{source} has a given vector beside its weights, which no run holds")

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 
 from moresjax.core.errors import choice_error
-from moresjax.studies import llava_steering, representations
+from moresjax.studies import llava_steering, mrt, representations
 from moresjax.studies.study import STAGE_MINUTES, Study
 
-STUDIES = {study.name: study for study in (*llava_steering.STUDIES, *representations.STUDIES)}
+STUDIES = {
+    study.name: study for study in (*llava_steering.STUDIES, *mrt.STUDIES, *representations.STUDIES)
+}
 ALL = "all"
 
 
@@ -29,7 +31,7 @@ def select_studies(name: str) -> Sequence[Study]:
 def list_studies(seeds: int = 5) -> str:
     """A line per study, with its budget on two cores."""
     lines = [
-        f"{study.name:10s} {study.minutes * seeds:4.0f} min  {study.title}"
+        f"{study.name:13s} {study.minutes * seeds:4.0f} min  {study.title}"
         for study in STUDIES.values()
     ]
     return "\n".join(

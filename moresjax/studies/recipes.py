@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 
 from moresjax.core.errors import choice_error
 
-
 # Printed counts that no reading of the method gives, and what is counted here.
 NOT_REPRODUCED = {
     "1.340M": "the count is 1.311M, twice that of rank 4",

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -116,26 +117,67 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     return found
 
 
+def read_file(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """The tensors of one file, `*.safetensors` or a pickle.
+
+    Raises:
+      UserError: It cannot be read, or is a pickle and may not be.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} does not exist")
+    if file.suffix == ".safetensors":
+        return _safetensors(file)
+    if not allow_pickle:
+        raise UserError(
+            f"{file} is a pickle, and pickles run code; allow it with --allow-pickle if you trust "
+            "its source"
+        )
+    return read_pickle(file)
+
+
 def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a `*.bin` file, which torch reads without running what is in it.
 
     Raises:
-      UserError: when it cannot be read, or torch is not installed.
+      UserError: It cannot be read, holds something else, or torch is not installed.
     """
+    return _arrays(file, _unpickled(file))
+
+
+def read_pickles(file: Path) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a `*.bin` file that holds several by name, read as by `read_pickle`.
+
+    Raises:
+      UserError: It cannot be read, holds something else, or torch is not installed.
+    """
+    found = _unpickled(file)
+    if not isinstance(found, Mapping) or not all(isinstance(x, Mapping) for x in found.values()):
+        raise UserError(f"{file} does not hold state dicts of modules by name")
+    return {name: _arrays(file, tensors) for name, tensors in found.items()}
+
+
+def _unpickled(file: Path) -> Any:
     try:
         import torch
     except ImportError:
         raise UserError(f"reading {file} needs torch, which is not installed") from None
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
 
-    def array(tensor: "torch.Tensor") -> np.ndarray:
+
+def _arrays(file: Path, tensors: Any) -> dict[str, Tensor]:
+    import torch
+
+    def array(tensor: torch.Tensor) -> np.ndarray:
         if tensor.dtype == torch.bfloat16:  # numpy has none of its own
             return tensor.view(torch.int16).numpy().view(stored_dtype("BF16"))
         return tensor.numpy()
 
+    known = isinstance(tensors, Mapping)
+    if not known or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
+        raise UserError(f"{file} does not hold tensors by name")
     return {name: array(tensor) for name, tensor in tensors.items()}
 
 

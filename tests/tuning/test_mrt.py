@@ -13,6 +13,8 @@ from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.data.templates import get_template
+from moresjax.tuning.base import Edit
+from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.selectors import parse_selector
 from moresjax.tuning.spec import parse_spec
 
@@ -22,18 +24,18 @@ SPECIAL, IMAGE_EXTRA, EOS, FIRST = 38, 255, 1, 293
 VISUAL, LENGTH = 256, 480  # one length: nothing is compiled twice
 PHOTO = np.zeros((14, 14, 3), np.uint8)
 # LLaMA's pieces of the system prompt and the roles, as its tokenizer cuts them.
-PIECES = (
-    "▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant . ▁The "
-    "▁gives ▁helpful , ▁detailed ▁pol ite ▁answers ▁to ▁the ' s ▁questions ▁US ER : ▁ ▁A SS IST "
-    "ANT ▁is what ▁what ▁cat ▁on ▁mat ?"
-).split()
+PIECES = """
+▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant . ▁The ▁gives
+▁helpful , ▁detailed ▁pol ite ▁answers ▁to ▁the ' s ▁questions ▁US ER : ▁ SS IST ANT ▁is what ▁what
+▁cat ▁on ▁mat ?
+"""
 
 
 @functools.cache
 def llama_like() -> PreTrainedTokenizerFast:
     """A blank before every text, bytes for what is unknown, BOS: LLaMA's tokenizer in small."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocabulary = [(token, 0.0) for token in special] + [(p, -1.0) for p in dict.fromkeys(PIECES)]
+    vocabulary = [(token, 0.0) for token in special] + [(p, -1.0) for p in PIECES.split()]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -61,7 +63,7 @@ def positions(spec: str, row) -> list[list[int]]:
     """The tokens that the editors of the text take, prefix first."""
     row = row.pad(LENGTH)
     layout = TokenLayout.stacked({name: getattr(row, name)[None] for name in LAYOUT_FIELDS}, VISUAL)
-    editors = [m for m in parse_spec(spec) if m.site == "llm.block.out"]
+    editors = [m for m in parse_spec(spec) if isinstance(m, LoReFT) and m.site == "llm.block.out"]
     masks = [np.asarray(parse_selector(editor.positions)(layout))[0] for editor in editors]
     return [np.flatnonzero(mask).tolist() for mask in masks]
 
@@ -77,18 +79,22 @@ def released(length: int, n: int) -> list[list[int]]:
 
 def test_the_prompt_is_that_of_the_constants():
     row = row_of(asked(5))
-    tokens = llama_like().convert_ids_to_tokens(row.tokens)
+    tokens = llama_like().convert_ids_to_tokens(row.tokens.tolist())
     assert np.flatnonzero(row.image >= 0).tolist() == [*range(35, 35 + VISUAL)]
     assert tokens[FIRST - 2 : FIRST + 2] == ["▁", "<0x0A>", "what", "▁what"]
     assert FIRST == SPECIAL + IMAGE_EXTRA
     assert tokens[-1] == ":"
 
 
-@pytest.mark.parametrize("turns", [
-    *((asked(words, answer),) for words in (1, 2, 5, 30) for answer in (None, "cat", "a cat on a mat")),
-    (asked(3, "cat"), Turn("what is on the mat ?", "a cat"), Turn("what ?", "a mat")),
-    (asked(3, "cat"), Turn("what is on the mat ?")),
-])  # fmt: skip
+ANSWERS = (None, "cat", "a cat on a mat")
+TALKS: list[tuple[Turn, ...]] = [
+    (asked(words, answer),) for words in (1, 2, 5, 30) for answer in ANSWERS
+]
+TALKS.append((asked(3, "cat"), Turn("what is on the mat ?", "a cat"), Turn("what ?", "a mat")))
+TALKS.append((asked(3, "cat"), Turn("what is on the mat ?")))
+
+
+@pytest.mark.parametrize("turns", TALKS, ids=range(len(TALKS)))
 def test_editors_stand_where_those_of_the_released_code_do(turns):
     row = row_of(*turns)
     assert positions("mrt-code", row) == released(len(row), 6)
@@ -100,7 +106,7 @@ def test_a_question_alone_is_what_the_paper_edits():
     prefix, suffix = positions("mrt-paper", row)
     # From the blank before the newline to the end of " ASSISTANT:".
     assert prefix == [291, 292, 293, 294]
-    assert llama_like().convert_ids_to_tokens(row.tokens)[suffix[-1]] == ":"
+    assert llama_like().convert_ids_to_tokens(row.tokens.tolist())[suffix[-1]] == ":"
     assert positions("mrt:skip=2;0", row)[0] == [293, 294, 295, 296]
     assert positions("mrt:text=all,skip=2;1", row) == [[*range(293, suffix[-1])]]
     assert positions("mrt:text=all", row) == [[*range(291, suffix[-1] + 1)]]
@@ -133,6 +139,10 @@ def test_groups_may_be_left_out(groups):
     ],
 )
 def test_what_cannot_be_is_refused_in_a_sentence(spec, message):
-    with pytest.raises(UserError, match=message):
+    def build():
         for method in parse_spec(spec):
+            assert isinstance(method, Edit)
             parse_selector(method.positions)
+
+    with pytest.raises(UserError, match=message):
+        build()
