@@ -64,14 +64,19 @@ def _serve(pipe, make: Callable[..., Run], arguments: tuple) -> None:
             pipe.send((end.value, peak))
 
 
-def measure(runs: Mapping[str, Run], rounds: int, warm: int = 2) -> Seconds:
+def measure(
+    runs: Mapping[str, Run],
+    rounds: int,
+    warm: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Seconds:
     """Runs every variant `warm` times to compile and warm up, then `rounds` times in turn."""
     seconds: Seconds = {name: {} for name in runs}
     for number in range(-warm, rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             for phase in run():
-                end = time.perf_counter()
+                end = clock()
                 if number >= 0:
                     seconds[name].setdefault(phase, []).append(end - start)
                 start = end

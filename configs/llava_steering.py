@@ -55,7 +55,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise choice_error("stage", args.stage, stages)
     if args.size not in FOLDERS:
         raise choice_error("size", args.size, FOLDERS)
-    llm, vision = MODELS[f"llava-steering-{args.size}"]
+    llm, vision, _ = MODELS[f"llava-steering-{args.size}"]
     vision_folder, llm_folder = FOLDERS[args.size]
     config = base_config()
     config.name = f"{args.size}-{args.stage}"

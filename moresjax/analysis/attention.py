@@ -19,7 +19,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
 from moresjax.core.types import Ids
 from moresjax.models.attention import GROUPS, attention_probabilities, group_masses
-from moresjax.models.connector import parse_connector
+from moresjax.models.connector import neighbours, parse_connector
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
 from moresjax.tuning.base import ProbeContext
@@ -224,7 +224,9 @@ def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.n
     >>> to_grid(np.arange(576.0), mllm_config("llava-1.5-7b")).shape
     (24, 24)
 
-    Interleaved encoders have two tokens per patch, whose values are added.
+    Interleaved encoders have two tokens per patch, whose values are added. A connector that joins
+    neighbours (`concat4-linear`) has a token for so many patches of a row: MiniGPT-v2's 256 tokens
+    are 32 rows of 8.
 
     Raises:
       UserError: for a connector whose tokens have no place on the image, for a model that reads no
@@ -243,6 +245,8 @@ def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.n
             f"an image has {config.visual_tokens} visual tokens, got {values.shape[-1]} values; "
             "the tokens of several images go to one grid each"
         )
+    if neighbours(config.connector) > 1:
+        return _grid_of_joined(values, config)
     if isinstance(vision, FusedVisionConfig):
         if vision.fusion == "interleave":
             values = values.reshape(*values.shape[:-1], -1, 2).sum(-1)
@@ -253,6 +257,24 @@ def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.n
     first = 0 if vision.class_token else vision.first_feature
     grid[..., first:] = values[..., classes:]
     return grid.reshape(*values.shape[:-1], side, side)
+
+
+def _grid_of_joined(
+    values: Float[np.ndarray, "*L V"], config: MLLMConfig
+) -> Float[np.ndarray, "*L Y X"]:
+    """Values of tokens that stand for several patches of a row each."""
+    vision, features = config.vision, 1
+    if isinstance(vision, FusedVisionConfig):
+        features = 2 if vision.fusion == "interleave" else 1
+        vision = vision.encoders[0]
+    assert vision is not None
+    side = vision.image_size // vision.patch_size
+    if vision.num_tokens != side * side or side * features % neighbours(config.connector):
+        raise UserError(
+            f"tokens of connector {config.connector} have no places on the image: they go over the "
+            f"ends of its {side} rows of patches"
+        )
+    return values.reshape(*values.shape[:-1], side, -1)
 
 
 def image_grids(

@@ -2,7 +2,10 @@
 
 from moresjax.cli import (
     analyze_attention,
+    analyze_attribute,
     analyze_concepts,
+    analyze_lens,
+    analyze_patch,
     analyze_separability,
     analyze_shift,
     analyze_states,
@@ -18,6 +21,9 @@ KINDS = (
     analyze_shift,
     analyze_steer,
     analyze_separability,
+    analyze_lens,
+    analyze_patch,
+    analyze_attribute,
 )
 
 

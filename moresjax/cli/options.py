@@ -93,6 +93,15 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_question(command: argparse.ArgumentParser) -> None:
+    """Adds the one prompt, with its images, that an analysis is about."""
+    command.add_argument("--model", required=True, metavar="DIR", help="the model")
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
+    command.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="an image; may be repeated"
+    )
+
+
 TASKS_HELP = (
     "benchmarks, presets, tasks of lm_eval, questions of yours (FILE.jsonl or FILE.json), or code "
     "that makes them (FILE.py:NAME)"

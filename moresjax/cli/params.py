@@ -15,9 +15,9 @@ def add_parser(commands: Commands) -> None:
     params.add_argument("--vision", metavar="NAME", help="a vision encoder of the zoo")
     params.add_argument(
         "--connector",
-        default="mlp2x_gelu",
+        default="",
         metavar="NAME",
-        help="connector between --vision and --llm (default: %(default)s)",
+        help="connector between --vision and --llm (default: a whole model's, else mlp2x_gelu)",
     )
     params.add_argument(
         "--tuning", metavar="SPEC", help="such as mores:rank=1; default: the model's own"

@@ -272,7 +272,9 @@ class Batch:
       layout: what each token is.
       pixels: normalised images `[B, N, height, width, 3]`, N per row (unused ones are zero), or
         None: then the vision encoder is not run at all.
-      roi: region of interest over each row's visual tokens `[B, N * V]`, or None.
+      roi: region of interest over each row's visual tokens `[B, N * V]`, or None; a batch without
+        pixels may have it, too.
+      marks: for each token the bits of the marks that it belongs to `[B, S]`, or None.
       adapter: number of each row's adapter where several are loaded `[B]`, -1 for the base model;
         None: the base model for all rows.
       structure: a guarantee about every row (static); decides which attention kernels may run.
@@ -284,3 +286,4 @@ class Batch:
     roi: Bool[AnyArray, "B R"] | None = None
     adapter: Int[AnyArray, " B"] | None = None
     structure: RowStructure = dataclasses.field(default=RowStructure.ANY, metadata={"static": True})
+    marks: IntField | None = None

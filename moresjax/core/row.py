@@ -1,6 +1,6 @@
 """One row: the tokens of a sequence, what each of them is, and the images it is about.
 
-Axis legend: S tokens, N images, Y, X pixels.
+Axis legend: S tokens, N images, V visual tokens per image, Y, X pixels.
 """
 
 import dataclasses
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from moresjax.core.layout import LAYOUT_FIELDS, TokenKind
 from moresjax.core.types import Ids
 
-# The arrays of a row that have one entry per token.
+# The arrays that every row has, with one entry per token.
 FIELDS = ("tokens", *LAYOUT_FIELDS)
 _PADDING = {"kind": int(TokenKind.PAD), "image": -1}
 
@@ -49,6 +49,10 @@ class Row:
       pixels: The row's images `[N, Y, X, 3]`, possibly still to be opened; None without images, or
         while they have not been read.
       id: The name of the sample, for error messages.
+      roi: Whether each visual token of the images lies in the region of interest `[N, V]`; None
+        where nobody asks for it.
+      marks: For each token the bits of the marks that it belongs to `[S]`, in the order of
+        `Processor.marks`; None where nobody asks for them.
     """
 
     tokens: TokenInts
@@ -59,6 +63,8 @@ class Row:
     branch: TokenInts
     pixels: np.ndarray | Pixels | None = None
     id: str = ""
+    roi: Bool[np.ndarray, "N V"] | None = None
+    marks: TokenInts | None = None
 
     @classmethod
     def text(cls, ids: Ids, kind: TokenKind = TokenKind.QUESTION) -> "Row":
@@ -81,7 +87,8 @@ class Row:
           rows: At least one row, each of a single document.
           visual_tokens: V, the number of visual tokens of one image.
         """
-        joined = {name: np.concatenate([getattr(row, name) for row in rows]) for name in FIELDS}
+        names = (*FIELDS, "marks") if any(row.marks is not None for row in rows) else FIELDS
+        joined = {name: np.concatenate([row.field(name) for row in rows]) for name in names}
         counts = [len(row) for row in rows]
         joined["document"] = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
         # The visual tokens of a row are those of all its documents, one after the other.
@@ -89,10 +96,12 @@ class Row:
         shift = np.repeat(before * visual_tokens, counts).astype(np.int32)
         joined["image"] = np.where(joined["image"] >= 0, joined["image"] + shift, np.int32(-1))
         images = [np.asarray(row.pixels) for row in rows if row.pixels is not None]
+        regions = [row.roi for row in rows if row.roi is not None]
         return cls(
             **joined,
             pixels=np.concatenate(images) if images else None,
             id=";".join(row.id for row in rows),
+            roi=np.concatenate(regions) if regions else None,
         )
 
     def __len__(self) -> int:
@@ -105,7 +114,13 @@ class Row:
     @property
     def fields(self) -> dict[str, np.ndarray]:
         """The arrays with one entry per token, by name."""
-        return {name: getattr(self, name) for name in FIELDS}
+        names = FIELDS if self.marks is None else (*FIELDS, "marks")
+        return {name: getattr(self, name) for name in names}
+
+    def field(self, name: str) -> TokenInts:
+        """An array with one entry per token; zeros for marks that the row does not have."""
+        values = getattr(self, name)
+        return np.zeros_like(self.tokens) if values is None else values
 
     @property
     def num_images(self) -> int:
@@ -142,7 +157,7 @@ class Row:
             branch=more.branch + np.int32(branch),
         )
         return self.replace(
-            **{name: np.concatenate([x, more.fields[name]]) for name, x in self.fields.items()}
+            **{name: np.concatenate([x, more.field(name)]) for name, x in self.fields.items()}
         )
 
     def pad(self, length: int) -> "Row":
@@ -160,16 +175,22 @@ class Row:
     def common_prefix(self, other: "Row") -> int:
         """How many tokens at the start of both rows are the same in every field."""
         size = min(len(self), len(other))
-        theirs = other.fields
-        same = [x[:size] == theirs[name][:size] for name, x in self.fields.items()]
+        names = (*FIELDS, "marks")
+        same = [self.field(name)[:size] == other.field(name)[:size] for name in names]
         equal = np.all(same, axis=0)
         return size if equal.all() else int(np.argmin(equal))
 
     def to_dict(self) -> dict[str, np.ndarray]:
-        """The row's arrays by name, with `pixels` only where it holds images."""
-        if self.pixels is None:
-            return self.fields
-        return self.fields | {"pixels": np.asarray(self.pixels)}
+        """The row's arrays by name, with `pixels`, `roi` and `marks` only where it has them."""
+        arrays = self.fields
+        if self.roi is not None:
+            arrays["roi"] = self.roi
+        return arrays if self.pixels is None else arrays | {"pixels": np.asarray(self.pixels)}
+
+    @property
+    def region_key(self) -> bytes:
+        """What tells rows about the same images apart whose regions differ."""
+        return b"" if self.roi is None else self.roi.tobytes()
 
 
 def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.data.regions import Placement, find_placement
 from moresjax.data.saved_processors import check_image_processor
 
 # Longer than this, an image whose shorter side is enlarged would not fit into memory.
@@ -240,6 +241,21 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def _size_of(source: ImageInput) -> tuple[int, int]:
+    """Width and height of an image, whose pixels are not decoded where it is a file."""
+    _check_exists(source)
+    assert not isinstance(source, UnusableImage)  # it was asked whether it exists
+    if isinstance(source, np.ndarray):
+        return source.shape[1], source.shape[0]
+    if isinstance(source, Image.Image):
+        return source.size
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return image.size
+    except Exception as error:  # decoders of Pillow raise any kind of error for a damaged file
+        raise UserError(f"{_name(source)} cannot be read: {_reason(error)}") from None
+
+
 def saved_processor(folder: Path) -> Any:
     """The image processor that `transformers` saved in a folder; None when there is none.
 
@@ -382,6 +398,17 @@ class ImageProcessor:
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         return self._normalise(np.asarray(image))
+
+    def placement(self, source: ImageInput) -> Placement:
+        """Where an image lies in the square that is made of it; parts of it may lie outside.
+
+        >>> ImageProcessor(size=32, aspect="pad").placement(np.zeros((10, 20, 3), np.uint8))
+        (0.0, 0.25, 1.0, 0.5)
+
+        Raises:
+          UserError: The image cannot be read.
+        """
+        return find_placement(lambda: _size_of(source), self.aspect == "pad", self.reference)
 
     def _normalise(self, pixels: np.ndarray) -> Float[np.ndarray, "Y X 3"]:
         mean, std = (np.asarray(x, np.float32) for x in (self.mean, self.std))

@@ -4,9 +4,11 @@ A record is `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"
 (or `images`) is a path below the image root, a list of them, or left out for text alone. OpenAI's
 names are read too: `messages`, `role`, `content`, `user` and `assistant`, and a `content` that is a
 list of parts of the types `text`, `image` and `image_url`. Where a path stands, a `data:` URL may
-stand. A first turn may be the system prompt.
+stand. A first turn may be the system prompt. `roi` has boxes of the images (see `find_regions`) and
+`marks` names pieces of the questions (see `find_marks`).
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -21,7 +23,8 @@ from jaxtyping import Int
 from moresjax.core.errors import UserError, choice_error
 from moresjax.data.images import named_image
 from moresjax.data.records import JsonRecords
-from moresjax.data.samples import EARLY_TURNS, IMAGE_MARK, Sample, Turn
+from moresjax.data.regions import find_regions
+from moresjax.data.samples import EARLY_TURNS, IMAGE_MARK, Mark, Sample, Turn, find_marks
 
 ROLES = ("human", "gpt")
 # How the turns of a conversation are read: as its rounds, or each by itself on the shared image.
@@ -104,7 +107,46 @@ def to_sample(record: Any, name: str, images: Sequence[Any], *, prompt: bool = F
     turns = (Turn(_image_first(question), answer) for question, answer in pairs)
     cut = f"{EARLY_TURNS} are left out: {first}" if first else ""
     system_text = system if system and system.strip() else None
-    return Sample(name, tuple(turns), tuple(images), system=system_text, cut=cut)
+    sample = Sample(name, tuple(turns), tuple(images), system=system_text, cut=cut)
+    return _with_regions_and_marks(sample, record, questions)
+
+
+def _with_regions_and_marks(
+    sample: Sample, record: Mapping[str, Any], questions: Sequence[str]
+) -> Sample:
+    """The sample with what `roi` and `marks` of its record say, whose questions were these."""
+    roi, marks = record.get("roi"), record.get("marks")
+    if roi is None and not marks:
+        return sample
+    name = f"sample {sample.id}"
+    regions = find_regions(roi, len(sample.images), name)
+    found = find_marks(marks, questions, name)
+    # What a mark says is checked in the text that it was made for.
+    turns = tuple(Turn(question) for question in questions)
+    Sample(sample.id, turns, marks=found)
+    moved = _moved(found, turns, sample.turns)
+    return dataclasses.replace(sample, roi=regions, marks=moved)
+
+
+def _moved(
+    marks: Sequence[Mark], before: Sequence[Turn], after: Sequence[Turn]
+) -> tuple[Mark, ...]:
+    """Marks of questions of which images and blanks around the text have moved."""
+
+    def letters(turn: Turn) -> list[int]:
+        """The places of the characters from the first that is no blank, without those of images."""
+        text = (turn.question or "").replace(IMAGE_MARK, "\0" * len(IMAGE_MARK))
+        kept = [place for place, letter in enumerate(text) if letter != "\0"]
+        blank = next((n for n, place in enumerate(kept) if not text[place].isspace()), len(kept))
+        return kept[blank:]
+
+    moved = []
+    for mark in marks:
+        old, new = letters(before[mark.turn]), letters(after[mark.turn])
+        number = bisect.bisect_left(old, mark.start)
+        start = new[number] if number < len(new) else len(after[mark.turn].question or "")
+        moved.append(dataclasses.replace(mark, start=start, end=start + mark.end - mark.start))
+    return tuple(moved)
 
 
 def has_rounds(record: Any) -> bool:
@@ -138,9 +180,11 @@ def independent_turns(sample: Sample) -> Sample:
     gap = text[: len(text) - len(text.lstrip())] or "\n"
     questions = [text, *(turn.question or "" for turn in sample.turns[1:])]
     asked = (gap + question.strip() if question.strip() else "" for question in questions)
-    turns = (dataclasses.replace(t, question=q) for t, q in zip(sample.turns, asked, strict=True))
-    context = found.group().lstrip()
-    return dataclasses.replace(sample, turns=tuple(turns), context=context, independent=True)
+    pairs = zip(sample.turns, asked, strict=True)
+    turns = tuple(dataclasses.replace(turn, question=question) for turn, question in pairs)
+    marks, context = _moved(sample.marks, sample.turns, turns), found.group().lstrip()
+    changes = {"turns": turns, "context": context, "independent": True, "marks": marks}
+    return dataclasses.replace(sample, **changes)
 
 
 def is_independent(turns: str) -> bool:

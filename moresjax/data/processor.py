@@ -9,17 +9,19 @@ disagree with the tokens.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, RowStructure, TokenKind, TokenLayout, infer_structure
 from moresjax.core.row import Row, stack
 from moresjax.core.types import Tokenizer
 from moresjax.data.images import ImageInput, ImageProcessor, LazyPixels, image_keys
+from moresjax.data.regions import tokens_inside
+from moresjax.data.row_builder import RowBuilder, marked_spans, split_texts
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.data.templates import Piece, Template
 from moresjax.data.text_encoder import Encoded, Text, TextEncoder, Texts
@@ -62,6 +64,10 @@ class Processor:
       split_special_tokens: Whether control tokens such as `</s>` in the text of users, samples and
         answers are spelt out, and `<image>` in an answer, too; else they are control tokens, which
         is what LLaVA does. The template's own control tokens are tokens either way.
+      marks: What selectors ask for: `mark(NAME)` and `word(N)`, each of which is a bit of
+        `Row.marks` in this order. Empty: rows have no marks.
+      centres: For the selector `roi` the place of every visual token in the square that the encoder
+        sees, see `tokens_inside`. Empty: rows have no regions.
     """
 
     tokenizer: Tokenizer
@@ -71,6 +77,8 @@ class Processor:
     generation: GenerationDefaults = GenerationDefaults()
     vocab_size: int = 0
     split_special_tokens: bool = True
+    marks: tuple[str, ...] = ()
+    centres: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -94,7 +102,7 @@ class Processor:
     def system_ids(self) -> tuple[int, ...]:
         """The tokens before a user's first word: beginning, system prompt and first role marker."""
         text = self.template.system + self.template.user if self.template.keep_question else ""
-        ids = self._encode_chunk((Text(text, TokenKind.SYSTEM, True),))[0] if text else ()
+        ids = self._encode_chunk((Text(text, TokenKind.SYSTEM, True),)).ids if text else ()
         return (*self._bos, *ids)
 
     @functools.cached_property
@@ -103,14 +111,14 @@ class Processor:
         return dataclasses.replace(self, template=dataclasses.replace(self.template, end=""))
 
     def _tokenize(self, texts: Texts) -> Encoded:
-        """Ids and kinds of consecutive texts, tokenised as one string."""
-        ids, kinds = self._text_encoder(texts)
-        if self.vocab_size and (largest := max(ids, default=0)) >= self.vocab_size:
+        """The tokens of consecutive texts, tokenised as one string."""
+        encoded = self._text_encoder(texts)
+        if self.vocab_size and (largest := max(encoded.ids, default=0)) >= self.vocab_size:
             raise UserError(
                 f"token {self.tokenizer.convert_ids_to_tokens(largest)!r} has id {largest}, but "
                 f"the model has {self.vocab_size} embeddings; resize the model for its tokenizer"
             )
-        return ids, kinds
+        return encoded
 
     @functools.cached_property
     def _text_encoder(self) -> TextEncoder:
@@ -138,14 +146,47 @@ class Processor:
         if not sample.images:
             return row
         if known is None:
-            return row.replace(pixels=self.pixels(sample))
+            return self.with_images(row, sample)
         key = image_keys(sample.images)
         if key not in known:
             try:
                 known[key] = LazyPixels(sample.images, lambda: self.pixels(sample))
             except UserError as error:
                 raise UserError(f"sample {sample.id}: {error}") from None
-        return row.replace(pixels=known[key])
+        return row.replace(pixels=known[key], roi=self.roi(sample))
+
+    def with_images(self, row: Row, sample: Sample) -> Row:
+        """The row of a sample with its pixels, and with its regions where they are asked for.
+
+        Raises:
+          UserError: An image cannot be read, or nothing is said of its region.
+        """
+        return row.replace(pixels=self.pixels(sample), roi=self.roi(sample))
+
+    def roi(self, sample: Sample) -> Bool[np.ndarray, "N V"] | None:
+        """Which visual tokens of a sample's images lie in its regions; None if nobody asks.
+
+        Raises:
+          UserError: Nothing is said of an image, or it cannot be read.
+        """
+        if not self.centres:
+            return None
+        if self.image is None:
+            raise UserError(f"sample {sample.id}: this model takes no images")
+        centres, masks = np.asarray(self.centres), []
+        for image, boxes in zip(
+            sample.images, sample.roi or [None] * len(sample.images), strict=True
+        ):
+            if boxes is None:
+                raise UserError(
+                    f"sample {sample.id}: the tuning acts on a region of interest (roi), but "
+                    "nothing is said of it; give boxes for every image, () for no part of it"
+                )
+            try:
+                masks.append(tokens_inside(boxes, centres, self.image.placement(image)))
+            except UserError as error:
+                raise UserError(f"sample {sample.id}: {error}") from None
+        return np.stack(masks)
 
     def pixels(self, sample: Sample) -> Float[np.ndarray, "N Y X 3"]:
         """The pixels of a sample that has images.
@@ -191,21 +232,22 @@ class Processor:
         return "; ".join(filter(None, (sample.cut, self.template.left_out(sample))))
 
     def _encode(self, pieces: Sequence[Piece], sample: Sample) -> Row:
-        built = _RowBuilder()
+        built = RowBuilder()
         built.add(self._bos, [int(TokenKind.SYSTEM)] * len(self._bos), branch=0)
-        found = 0
-        for chunk in _chunks(pieces, answers_show_images=not self.split_special_tokens):
+        found, spans = 0, marked_spans(sample, self.marks) if self.marks else {}
+        for chunk in split_texts(pieces, spans, answers_show_images=not self.split_special_tokens):
             if chunk is None:
                 built.add_image(found, self.visual_tokens)
                 found += 1
             else:
                 branch, texts = chunk
-                built.add(*self._encode_chunk(texts), branch=branch)
+                built.add(**self._encode_chunk(texts)._asdict(), branch=branch)
         if found != len(sample.images):
             raise UserError(
                 f"the text has {found} {IMAGE_MARK} but {len(sample.images)} images are given"
             )
-        return built.row(sample.id)
+        row = built.row(sample.id)
+        return row if self.marks else row.replace(marks=None)
 
     def count_images(self, row: Row) -> int:
         """How many images an unpadded row has, whether or not its pixels are there."""
@@ -237,7 +279,29 @@ class Processor:
             pixels = np.zeros((images_per_row, size, size, 3), np.float32)
             if row.num_images:
                 pixels[: row.num_images] = np.asarray(row.pixels)
-        return row.pad(max_seq_len).replace(pixels=pixels)
+        roi, marks = self._padded_roi(row, images_per_row), row.marks
+        if self.marks and marks is None:
+            if len(row):
+                raise UserError(
+                    f"sample {row.id or 'without a name'}: the tuning acts on {self.marks[0]}, "
+                    "which a call with token ids does not tell; give a text"
+                )
+            marks = row.tokens
+        return row.replace(marks=marks).pad(max_seq_len).replace(pixels=pixels, roi=roi)
+
+    def _padded_roi(self, row: Row, images: int) -> Bool[np.ndarray, "N V"] | None:
+        """The regions of a row with those of so many images at least, and of one in any case."""
+        if not self.centres:
+            return None
+        if row.roi is None and (row.image >= 0).any():
+            raise UserError(
+                f"sample {row.id or 'without a name'}: the tuning acts on a region of interest "
+                "(roi), but nothing is said of it"
+            )
+        known = 0 if row.roi is None else len(row.roi)
+        roi = np.zeros((max(images, known, 1), self.visual_tokens), bool)
+        roi[:known] = row.roi if known else False
+        return roi
 
     def join(self, rows: Sequence[Row]) -> Row:
         """Several rows as the documents of one: none of them sees another."""
@@ -245,6 +309,9 @@ class Processor:
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Stacks padded rows to a batch; finds out what all rows have in common."""
+        if self.centres:  # rows whose pixels were read before may have more regions than others
+            most = max(0 if row.roi is None else len(row.roi) for row in rows)
+            rows = [row.replace(roi=self._padded_roi(row, most)) for row in rows]
         batch = self.to_batch(stack([row.to_dict() for row in rows]))
         return dataclasses.replace(batch, structure=infer_structure(batch.layout))
 
@@ -253,7 +320,17 @@ class Processor:
     ) -> Batch:
         """A batch of stacked rows, given as arrays `[B, ...]` by name."""
         layout = TokenLayout.stacked(stacked, self.visual_tokens)
-        return Batch(stacked["tokens"], layout, stacked.get("pixels"), structure=structure)
+        roi = stacked.get("roi")
+        if roi is not None:
+            roi = roi.reshape(len(roi), -1)
+        return Batch(
+            stacked["tokens"],
+            layout,
+            stacked.get("pixels"),
+            roi,
+            structure=structure,
+            marks=stacked.get("marks"),
+        )
 
 
 def word_ids(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
@@ -267,68 +344,3 @@ def word_ids(tokenizer: Tokenizer, word: str) -> tuple[int, ...]:
     if not ids:
         raise UserError(f"selector token({word}): the tokenizer has no single token for {word!r}")
     return tuple(sorted(ids))
-
-
-def _chunks(
-    pieces: Sequence[Piece], *, answers_show_images: bool
-) -> Iterator[tuple[int, Texts] | None]:
-    """Runs of text without an image as (branch, texts), with None for every image between them.
-
-    A chunk also ends where the branch changes, so that a question is tokenised the same whether it
-    is asked alone or beside others.
-    """
-    branch, texts = 0, []
-    for piece in pieces:
-        whole = piece.kind == TokenKind.ANSWER and not answers_show_images
-        for number, text in enumerate([piece.text] if whole else piece.text.split(IMAGE_MARK)):
-            if texts and (number or branch != piece.branch):
-                yield branch, tuple(texts)
-                texts = []
-            if number:
-                yield None
-            branch = piece.branch
-            if text:
-                texts.append(Text(text, piece.kind, piece.control))
-    if texts:
-        yield branch, tuple(texts)
-
-
-class _RowBuilder:
-    """Collects the tokens of a row; every branch goes on from the end of the trunk."""
-
-    def __init__(self) -> None:
-        self._fields = {name: [] for name in ("tokens", "kind", "image", "position", "branch")}
-        # The end of the trunk, and the branch and position of the next token.
-        self._trunk = self._branch = self._position = 0
-
-    def add(
-        self,
-        ids: Sequence[int],
-        kinds: Sequence[int],
-        *,
-        branch: int,
-        image: Sequence[int] | None = None,
-    ) -> None:
-        """Appends tokens of one branch; `image` has the places of visual tokens."""
-        if branch != self._branch:
-            self._branch, self._position = branch, self._trunk
-        end = self._position + len(ids)
-        self._fields["tokens"] += ids
-        self._fields["kind"] += kinds
-        self._fields["image"] += [-1] * len(ids) if image is None else image
-        self._fields["branch"] += [branch] * len(ids)
-        self._fields["position"] += range(self._position, end)
-        self._position = end
-        if branch == 0:
-            self._trunk = end
-
-    def add_image(self, number: int, visual_tokens: int) -> None:
-        """Appends the visual tokens of an image, which are always in the trunk."""
-        image = range(number * visual_tokens, (number + 1) * visual_tokens)
-        kinds = [int(TokenKind.IMAGE)] * visual_tokens
-        self.add([0] * visual_tokens, kinds, branch=0, image=image)
-
-    def row(self, name: str) -> Row:
-        """The row of all tokens, as one document."""
-        arrays = {name: np.asarray(values, np.int32) for name, values in self._fields.items()}
-        return Row(**arrays, document=np.zeros_like(arrays["tokens"]), id=name)

@@ -125,7 +125,7 @@ class RowReader:
         if not self.processor.count_images(row):
             return row
         return self.skip_policy.attempt(
-            number, lambda: row.replace(pixels=self.processor.pixels(self._sample(number)))
+            number, lambda: self.processor.with_images(row, self._sample(number))
         )
 
 

@@ -1,7 +1,12 @@
 """What a source yields: a conversation with images, before any tokenisation."""
 
 import dataclasses
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from moresjax.core.errors import UserError
+from moresjax.data.regions import Regions, check_regions
 
 IMAGE_MARK = "<image>"
 # What may be left out of a conversation.
@@ -20,6 +25,42 @@ class Turn:
 
     question: str | None
     answer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A named piece of a question, for the selector `mark(NAME)`.
+
+    >>> question = "is there a cat ?"
+    >>> mark = Mark("animal", 0, 11, 14)
+    >>> question[mark.start : mark.end]
+    'cat'
+
+    Attributes:
+      name: The name; several pieces may have the same one.
+      turn: The number of the turn, from 0.
+      start: The first character in `Turn.question`.
+      end: The character after the last; a mark that ends where it starts marks nothing.
+    """
+
+    name: str
+    turn: int
+    start: int
+    end: int
+
+
+def find_words(question: str) -> list[tuple[int, int]]:
+    """First character and end of every word that the user says.
+
+    Words stand between blanks, without punctuation at their ends; punctuation alone is none.
+
+    >>> [("what is it, then ?")[start:end] for start, end in find_words("what is it, then ?")]
+    ['what', 'is', 'it', 'then']
+    """
+    text = question.replace(IMAGE_MARK, " " * len(IMAGE_MARK))
+    found = (re.search(r"\w(?:\S*\w)?", piece[0]) for piece in re.finditer(r"\S+", text))
+    starts = [piece.start() for piece in re.finditer(r"\S+", text)]
+    return [(n + m.start(), n + m.end()) for n, m in zip(starts, found, strict=True) if m]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +83,14 @@ class Sample:
         the context ends with an image, each has the tokens that it has alone.
       system: The conversation's own system prompt; None for the template's.
       cut: What its source left out of it, in a sentence; empty for nothing.
+      roi: For every image its boxes (x0, y0, x1, y1), in shares of the image's width and height
+        from its upper left corner, or None where nothing is said; `()` says that no part is meant.
+        None: nothing is said of any image. The selector `roi` reads it.
+      marks: Named pieces of the questions.
+
+    Raises:
+      UserError: A box is none or lies outside the image, there are not as many entries as images,
+        or a mark is not in the text.
     """
 
     id: str
@@ -51,3 +100,71 @@ class Sample:
     independent: bool = False
     system: str | None = None
     cut: str = ""
+    roi: Regions | None = None
+    marks: tuple[Mark, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.roi is not None:
+            check_regions(self.roi, len(self.images), f"sample {self.id}")
+        for mark in self.marks:
+            self._check(mark)
+
+    def _check(self, mark: Mark) -> None:
+        """Refuses a mark that is not in the text."""
+        where = f"sample {self.id}: mark {mark.name!r}"
+        if not 0 <= mark.turn < len(self.turns):
+            raise UserError(f"{where} is of turn {mark.turn}, but there are {len(self.turns)}")
+        question = self.turns[mark.turn].question or ""
+        if not 0 <= mark.start <= mark.end <= len(question):
+            raise UserError(
+                f"{where} is not in the text: characters {mark.start} to {mark.end} of a question "
+                f"of {len(question)}"
+            )
+        if IMAGE_MARK in question[mark.start : mark.end]:
+            raise UserError(f"{where} contains {IMAGE_MARK}; mark a piece of text only")
+
+
+def find_marks(given: Any, questions: Sequence[str], name: str) -> tuple[Mark, ...]:
+    """Marks as people and files write them, found in the questions.
+
+    >>> find_marks({"animal": "cat"}, ["is there a cat ?"], "sample 1")
+    (Mark(name='animal', turn=0, start=11, end=14),)
+
+    Args:
+      given: By name a piece of text, whose first occurrence is meant, `[start, end]` in the first
+        question, `[turn, start, end]`, or a list of these.
+      questions: What the user says in every turn.
+      name: What messages call the sample, such as `sample 7`.
+
+    Raises:
+      UserError: A mark is none of these, or its text occurs nowhere.
+    """
+    if not given:
+        return ()
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise UserError(f"{name}: marks must be pieces of text by name, got {str(given)[:80]}")
+    found = []
+    for key, value in given.items():
+        many = isinstance(value, list | tuple) and not all(isinstance(x, int) for x in value)
+        found += [_find_mark(key, piece, questions, name) for piece in (value if many else [value])]
+    return tuple(found)
+
+
+def _find_mark(key: str, piece: Any, questions: Sequence[str], name: str) -> Mark:
+    if isinstance(piece, str) and piece:
+        for turn, question in enumerate(questions):
+            text = question.replace(IMAGE_MARK, " " * len(IMAGE_MARK))
+            # A whole word where there is one: `cat` is not the beginning of `cattle`.
+            whole = re.search(rf"(?<!\w){re.escape(piece)}(?!\w)", text)
+            start = whole.start() if whole else text.find(piece)
+            if start >= 0:
+                return Mark(key, turn, start, start + len(piece))
+        raise UserError(f"{name}: mark {key!r} is not in the text: no question has {piece!r}")
+    if isinstance(piece, list | tuple) and len(piece) in (2, 3):
+        turn, start, end = (0, *piece) if len(piece) == 2 else piece
+        if all(isinstance(x, int) for x in (turn, start, end)):
+            return Mark(key, turn, start, end)
+    raise UserError(
+        f"{name}: mark {key!r} must be a piece of the text, [start, end] or [turn, start, end] in "
+        f"characters, got {str(piece)[:80]}"
+    )

@@ -19,12 +19,14 @@ class Piece:
       kind: What its tokens are for.
       branch: 0 for the trunk of the conversation, k for its k-th independent question.
       control: Whether the template wrote it, so that its control tokens are meant as such.
+      turn: The number of the turn whose question it is; None for all other texts.
     """
 
     text: str
     kind: TokenKind
     branch: int = 0
     control: bool = False
+    turn: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Template:
             caption = dataclasses.replace(sample.turns[0], question=None)
             images = IMAGE_MARK * len(sample.images)
             pieces = [Piece(images, TokenKind.QUESTION, control=True)]
-            return [*pieces, *self._turn(caption, end, 0)]
+            return [*pieces, *self._turn(0, caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
         pieces, (shared, gap) = self._opening(sample.system), _shared_context(sample)
         pieces.append(Piece(shared, TokenKind.QUESTION))
@@ -87,7 +89,7 @@ class Template:
                 pieces.append(Piece(gap, TokenKind.QUESTION, branch))
             elif number:
                 pieces.append(Piece(marker, TokenKind.QUESTION, control=True))
-            pieces += self._turn(turn, end, branch)
+            pieces += self._turn(number, turn, end, branch)
         return [piece for piece in pieces if piece.text]
 
     def left_out(self, sample: Sample) -> str:
@@ -105,12 +107,12 @@ class Template:
             Piece(after + self.user, TokenKind.SYSTEM, control=True),
         ]
 
-    def _turn(self, turn: Turn, end: str, branch: int) -> list[Piece]:
+    def _turn(self, number: int, turn: Turn, end: str, branch: int) -> list[Piece]:
         if turn.question is None:
             answer = () if turn.answer is None else (f"{turn.answer}\n",)
             return [Piece(text, TokenKind.ANSWER, branch) for text in answer]
         pieces = [
-            Piece(turn.question, TokenKind.QUESTION, branch),
+            Piece(turn.question, TokenKind.QUESTION, branch, turn=number),
             Piece(self.assistant, TokenKind.QUESTION, branch, control=True),
         ]
         if turn.answer is not None:

@@ -27,15 +27,30 @@ class Text(NamedTuple):
       text: The text, without any image.
       kind: What its tokens are for.
       control: Whether a template wrote it, so that its control tokens are meant as such.
+      spans: Pieces of it that are marked: first character, end, and the bits of the mark.
     """
 
     text: str
     kind: TokenKind
     control: bool
+    spans: tuple[tuple[int, int, int], ...] = ()
 
 
 Texts = tuple[Text, ...]  # texts that are tokenised as one string
-Encoded = tuple[tuple[int, ...], tuple[int, ...]]  # the ids and the kinds of their tokens
+
+
+class Encoded(NamedTuple):
+    """The tokens of texts.
+
+    Attributes:
+      ids: Their numbers.
+      kinds: What they are for.
+      marks: The bits of the marks that they belong to.
+    """
+
+    ids: tuple[int, ...]
+    kinds: tuple[int, ...]
+    marks: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +60,8 @@ class TextEncoder:
     >>> from moresjax.data.digits import build_tokenizer
     >>> encoder = TextEncoder(build_tokenizer())
     >>> asked = Text("two </s> three", TokenKind.QUESTION, control=False)
-    >>> ids, kinds = encoder((asked, Text(" </s>", TokenKind.ANSWER, control=True)))
-    >>> encoder.tokenizer.convert_ids_to_tokens(ids)
+    >>> encoded = encoder((asked, Text(" </s>", TokenKind.ANSWER, control=True)))
+    >>> encoder.tokenizer.convert_ids_to_tokens(encoded.ids)
     ['two', '<unk>', 'three', '</s>']
 
     Attributes:
@@ -62,15 +77,18 @@ class TextEncoder:
     markers: str = ""
 
     def __call__(self, texts: Texts) -> Encoded:
-        """The ids and kinds of consecutive texts; a token has the kind of its last character.
+        """The tokens of consecutive texts.
+
+        A token has the kind of its last character, and is marked if any of its characters is.
 
         Raises:
-          UserError: A control token in the text cannot be spelt out with this tokenizer.
+          UserError: A control token in the text cannot be spelt out with this tokenizer, or a
+            marked piece has no token.
         """
         encoded = _encode(self._backend, texts)
         if self.split_special_tokens and self._has_foreign_control(encoded, texts):
             return self._split(texts)
-        return tuple(encoded.ids), _kinds(encoded, texts)
+        return Encoded(tuple(encoded.ids), _kinds(encoded, texts), _marks(encoded, texts))
 
     @property
     def _backend(self) -> Any:
@@ -143,7 +161,7 @@ class TextEncoder:
                     )
                 token = unknown
             result.append(token)
-        return tuple(result), _kinds(encoded, renamed)
+        return Encoded(tuple(result), _kinds(encoded, renamed), _marks(encoded, renamed))
 
     def _rename(self, texts: Texts, names: dict[str, str]) -> Texts:
         """The texts with the special tokens that the template wrote under their other names.
@@ -186,6 +204,23 @@ def _kinds(encoded: Any, texts: Texts) -> tuple[int, ...]:
     if not encoded.ids:
         return ()
     return tuple(int(texts[i].kind) for i in _owners(encoded.offsets, texts)[:, 1])
+
+
+def _marks(encoded: Any, texts: Texts) -> tuple[int, ...]:
+    """The bits of every token: those of the marked pieces that it shares a character with."""
+    marks, before = np.zeros(len(encoded.ids), int), 0
+    for item in texts:
+        for start, end, bits in item.spans:
+            found = [
+                n
+                for n, (first, last) in enumerate(encoded.offsets)
+                if max(first, before + start) < min(last, before + end)
+            ]
+            if not found and start < end:
+                raise UserError(f"the marked text {item.text[start:end]!r} has no token")
+            marks[found] |= bits
+        before += len(item.text)
+    return tuple(marks.tolist())
 
 
 def _harmless(text: str) -> str:

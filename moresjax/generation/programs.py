@@ -27,8 +27,8 @@ from moresjax.generation.state import DecodeConfig, DecodeState, RowBudgets, fol
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, PrefillChunk
 from moresjax.sharding.mesh import batch_shards, constrain_batch_sharding
-from moresjax.tuning.attach import extend_layout
 from moresjax.tuning.base import Probe
+from moresjax.tuning.masks import extend_layout
 
 
 @pytree_dataclass

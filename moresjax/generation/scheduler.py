@@ -117,7 +117,9 @@ class PrefillScheduler:
 
     def _padded(self, prompt: int) -> int:
         prefix = self._shared.length(prompt)
-        return bucket(len(self._rows[prompt]) - prefix) + rounded(prefix)
+        rest = len(self._rows[prompt]) - prefix
+        # A prompt of which a token is left is that of another adapter; it costs a decode step.
+        return (rest if rest == 1 and prefix else bucket(rest)) + rounded(prefix)
 
     def take(self) -> PrefillBatch:
         """The next prompts."""

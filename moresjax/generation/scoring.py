@@ -90,7 +90,8 @@ def group_by_prompt(
     groups: dict[tuple, list[int]] = {}
     for number, (row, _) in enumerate(pairs):
         name = adapters[number] if adapters is not None else None
-        key = row.tokens.tobytes(), id(row.pixels), name
+        marks = b"" if row.marks is None else row.marks.tobytes()
+        key = row.tokens.tobytes(), id(row.pixels), row.region_key, marks, name
         groups.setdefault(key, []).append(number)
     return list(groups.values())
 

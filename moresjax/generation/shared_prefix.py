@@ -6,7 +6,7 @@ comes after them, unless an attached method looks ahead.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -35,6 +35,11 @@ class SharedPrefixes:
         number = self.prefix_index[prompt]
         return 0 if number < 0 else len(self.rows[number])
 
+    def tokens_read(self, prompts: Sequence[Row]) -> int:
+        """How many tokens are read, those of prefixes included."""
+        rest = (len(row) - self.length(number) for number, row in enumerate(prompts))
+        return sum(map(len, self.rows)) + sum(rest)
+
     @property
     def with_images(self) -> bool:
         """Whether the prefixes hold images, which are all that their prompts have."""
@@ -60,35 +65,83 @@ def find_shared_prefixes(
 ) -> SharedPrefixes:
     """What is to be read before the prompts.
 
-    Where several prompts are about the same images, it is all up to the last image of each;
-    otherwise the text that all begin with.
+    Where several prompts are about the same images, it is all up to the last image of each; where
+    the same prompts come several times, for several adapters, it is all but their last token,
+    whichever leaves fewer tokens to read; otherwise the text that all begin with.
 
     Args:
-      rows: The prompts; those about the same images hold the same array of pixels.
+      rows: The prompts; those about the same images hold the same array of pixels. Prompts with
+        other regions of interest, or other marks up to the images, share nothing of them.
       tuning: The attached methods.
       adapters: The adapter of every prompt; default: the base model.
       text: Whether to look for text.
       config: The knobs that tell when reading a prefix by itself pays.
     """
+    whole = {n: (row, len(row) - 1) for n, row in enumerate(rows) if text or row.pixels is not None}
+    found = [
+        _grouped(rows, pairs, tuning, adapters, config) for pairs in (_up_to_images(rows), whole)
+    ]
+    if any(shared.rows for shared in found):
+        return min((own for own in found if own.rows), key=lambda own: own.tokens_read(rows))
+    return shared_text(rows, tuning, adapters, config) if text else found[0]
+
+
+def _grouped(
+    rows: Sequence[Row],
+    pairs: Mapping[int, tuple[Row, int]],
+    tuning: Tuning,
+    adapters: Sequence[str | None] | None,
+    config: EngineConfig,
+) -> SharedPrefixes:
+    """Equal beginnings of some prompts, where they are few enough for so many prompts.
+
+    Args:
+      rows: All prompts.
+      pairs: By number, prompts with the number of their first tokens.
+      tuning: The attached methods.
+      adapters: The adapter of every prompt; default: the base model.
+      config: The knobs that tell when reading a prefix by itself pays.
+    """
     names = [None] * len(rows) if adapters is None else adapters
-    pairs = _up_to_images(rows)
     # What no method acts on is the same for every adapter.
     alike = len(set(names)) > 1 and not _acts(tuning, pairs.values())
     own = [None] * len(rows) if alike else names
     numbers: dict[tuple, int] = {}
-    prefix_index, prefixes = [-1] * len(rows), []
+    prefix_index, prefixes, saved = [-1] * len(rows), [], 0
     for prompt, (row, size) in pairs.items():
         prefix = row[:size]
-        key = own[prompt], id(row.pixels), *(x.tobytes() for x in prefix.fields.values())
+        fields = (x.tobytes() for x in prefix.fields.values())
+        key = own[prompt], id(row.pixels), row.region_key, *fields
         if key not in numbers:
             numbers[key] = len(prefixes)
             prefixes.append(prefix)
+        else:
+            saved += size
         prefix_index[prompt] = numbers[key]
+    pays = any(row.pixels is not None for row in prefixes) or saved >= config.min_saved_tokens
     enough = len(pairs) >= config.min_prompts_per_image * max(len(prefixes), 1)
-    if enough and _stand_alone(tuning, pairs.values()):
+    if prefixes and pays and enough and _stand_alone(tuning, pairs.values()):
         return SharedPrefixes(prefix_index, prefixes)
-    prefix = common_prefix(rows, tuning, config) if text else None
-    if prefix is not None and (len(set(names)) == 1 or not _acts(tuning, [(rows[0], len(prefix))])):
+    return SharedPrefixes([-1] * len(rows))
+
+
+def shared_text(
+    rows: Sequence[Row],
+    tuning: Tuning,
+    adapters: Sequence[str | None] | None = None,
+    config: EngineConfig = DEFAULT_ENGINE_CONFIG,
+) -> SharedPrefixes:
+    """The text that all prompts begin with, if reading it once pays.
+
+    Args:
+      rows: The prompts.
+      tuning: The attached methods.
+      adapters: The adapter of every prompt; default: the base model.
+      config: The knobs that tell when reading a prefix by itself pays.
+    """
+    one = adapters is None or len(set(adapters)) == 1
+    prefix = common_prefix(rows, tuning, config)
+    if prefix is not None and (one or not _acts(tuning, [(rows[0], len(prefix))])):
         return SharedPrefixes([0] * len(rows), [prefix])
     return SharedPrefixes([-1] * len(rows))
 
@@ -125,7 +178,7 @@ def common_prefix(
         return None
     if not _stand_alone(tuning, ((row, size) for row in rows)):
         return None
-    return rows[0][:size].replace(pixels=None)
+    return rows[0][:size].replace(pixels=None, roi=None)
 
 
 def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:

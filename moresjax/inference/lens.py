@@ -1,6 +1,7 @@
 """What every layer would say next: the logit lens, for text tokens and on the grid of an image.
 
-Axis legend: L layers, S tokens, K most likely tokens, W words, N images, D features, Y, X patches.
+Axis legend: L layers, S tokens, K most likely tokens, W words, N images, D features, V vocabulary
+(of grids: visual tokens), Y, X patches.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ def logit_lens(
     prompt: str,
     images: PromptImages = (),
     *,
-    words: Sequence[str] = (),
+    words: Sequence[str] | None = (),
     top: int = 5,
     adapters: Adapters = None,
 ) -> LogitLens:
@@ -70,7 +71,8 @@ def logit_lens(
       model: The model.
       prompt: What the user says.
       images: An image or a list of images.
-      words: Words whose first tokens are looked at in every layer, and on the images.
+      words: Words whose first tokens are looked at in every layer, and on the images; None: the K
+        tokens that the last layer finds likeliest at the end of the prompt.
       top: K, how many of the most likely tokens are kept.
       adapters: The name of the loaded adapter to use.
 
@@ -82,34 +84,49 @@ def logit_lens(
         raise UserError(f"top must be from 1 to {vocab}, got {top}")
     own = check_images(images)
     row = model.prompts.row(prompt, own)
-    pairs = [model.prompts.with_answer(row, prompt, own, word) for word in words]
-    chosen = [int(ids[0]) for _, ids in pairs]
-    names = model.adapter_names(adapters, 1)
-    batch = model.service.batch([row], len(row), names)
+    chosen = None
+    if words is not None:
+        pairs = [model.prompts.with_answer(row, prompt, own, word) for word in words]
+        chosen = jnp.asarray([int(ids[0]) for _, ids in pairs], jnp.int32)
+    batch = model.service.batch([row], len(row), model.adapter_names(adapters, 1))
     graphdef, state = nnx.split(model.mllm)
     with use_mesh(model.mesh):
-        found = _lens(graphdef, top, state, batch, jnp.asarray(chosen, jnp.int32))
+        found = _lens(graphdef, top, state, batch, chosen)
     ids, logprobs, asked = (np.asarray(x) for x in found)
     decode = model.prompts.tokenizer.decode
     visual = row.image >= 0
     tokens = model.prompts.token_texts(row)
     texts = [[[decode([i]) for i in place] for place in layer] for layer in ids]
+    names = tuple(texts[-1][-1] if words is None else words)
     return LogitLens(
-        tokens, texts, logprobs, tuple(words), asked, _grids(model, asked[:, visual], len(own))
+        tokens, texts, logprobs, names, asked, _grids(model, asked[:, visual], len(own))
     )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _lens(
-    graphdef: nnx.GraphDef, top: int, state: nnx.State, batch: Batch, chosen: Int[Array, " W"]
+    graphdef: nnx.GraphDef,
+    top: int,
+    state: nnx.State,
+    batch: Batch,
+    chosen: Int[Array, " W"] | None,
 ) -> tuple[Int[Array, "L S K"], Float[Array, "L S K"], Float[Array, "L S W"]]:
-    """The most likely tokens, their log-probabilities, and those of the chosen tokens."""
+    """The most likely tokens, their log-probabilities, and those of the chosen tokens.
+
+    Without chosen ones, they are those that the last layer finds likeliest at the last token.
+    """
     model: MLLM = nnx.merge(graphdef, state)
     probe = OutputProbe("llm.block.out")
     h = model(batch, probes=(probe,)).stats[probe.name][:, 0, model.tuning.num_extra_tokens :]
 
+    def read(h: Float[Array, "S D"]) -> Float[Array, "S V"]:
+        return model.llm.logits(model.llm.norm(h[None]))[0]
+
+    if chosen is None:
+        chosen = jax.lax.top_k(read(h[-1, -1:])[0], top)[1]
+
     def one_layer(h: Float[Array, "S D"]) -> tuple[Array, Array, Array]:
-        logits = model.llm.logits(model.llm.norm(h[None]))[0]
+        logits = read(h)
         logprobs = jax.nn.log_softmax(logits)
         values, ids = jax.lax.top_k(logprobs, top)
         return ids, values, logprobs[:, chosen]

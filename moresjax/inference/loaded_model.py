@@ -6,16 +6,18 @@ from pathlib import Path
 from flax import nnx
 from jax.sharding import Mesh
 
+from moresjax._version import __version__
 from moresjax.core.types import Numbers
 from moresjax.data.processor import Processor
+from moresjax.data.processor_facts import processor_facts
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.prompts import PromptEncoder
 from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
-from moresjax.runs.processor import name_words
+from moresjax.runs.processor import name_words, serving
 from moresjax.sharding.mesh import shard_params
-from moresjax.tuning.attach import Tuning
+from moresjax.tuning.attach import Tuning, edit_selectors
 from moresjax.tuning.multi_adapter import stack_adapters
 from moresjax.weights.adapter import attach_adapter, load_adapters
 from moresjax.weights.fingerprint import exact_fingerprint, fingerprint
@@ -53,8 +55,12 @@ class LoadedModel:
         self._name_words()
 
     def _name_words(self) -> None:
+        """Tells tuning and processor what they have to know of each other."""
         if self.processor is not None:
-            name_words(self._mllm.tuning, self.processor.tokenizer)
+            tuning = self._mllm.tuning
+            name_words(tuning, self.processor.tokenizer)
+            selectors = edit_selectors(method for _, method in tuning.methods)
+            self.prompts.saved_processor = serving(self.processor, selectors, self.config)
 
     @property
     def mllm(self) -> MLLM:
@@ -99,6 +105,17 @@ class LoadedModel:
     def exact_fingerprint(self) -> str:
         """Digits that also tell neighbouring steps of a run and stored precisions apart."""
         return exact_fingerprint(self._mllm)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What a result says of the model behind it: fingerprints, tuning, processor, version."""
+        return {
+            "model": self.fingerprint,
+            "weights": self.exact_fingerprint,
+            "tuning": self.tuning,
+            "processor": processor_facts(self.processor)["hash"],
+            "version": __version__,
+        }
 
     def restack(self) -> MLLM:
         """Ends generation and returns the Flax module with stacked blocks, as training has them.

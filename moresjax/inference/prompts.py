@@ -157,7 +157,7 @@ def mark_images(text: str, images: Sequence) -> str:
     return text if IMAGE_MARK in text else (IMAGE_MARK + "\n") * len(images) + text
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class PromptEncoder:
     """Turns what users say into rows of tokens, and new tokens into text.
 
@@ -272,7 +272,7 @@ class PromptEncoder:
         sample = Sample("answer", (Turn(mark_images(text, own), answer),), own, system=system)
         whole = self.processor.without_end.text_row(sample)
         head = int(np.argmax(whole.kind == TokenKind.ANSWER))
-        return whole[:head].replace(pixels=row.pixels), whole.tokens[head:]
+        return whole[:head].replace(pixels=row.pixels, roi=row.roi), whole.tokens[head:]
 
     def batch(self, rows: Sequence[Row], length: int) -> Batch:
         """Rows as one batch, right-padded to `length` tokens."""

@@ -31,7 +31,7 @@ from moresjax.generation.scoring import (
     score_continuations,
     with_branches,
 )
-from moresjax.generation.shared_prefix import SharedPrefixes, find_shared_prefixes
+from moresjax.generation.shared_prefix import SharedPrefixes, find_shared_prefixes, shared_text
 from moresjax.generation.state import Generation, PrefixCache
 from moresjax.generation.text import check_stops, has_stop
 from moresjax.inference.prompts import PromptEncoder
@@ -373,8 +373,13 @@ class GenerationService:
         self, rows: Sequence[Row], adapters: Sequence[str | None] | None
     ) -> SharedPrefixes:
         """What rows begin with alike, where reading it once pays."""
-        text = kernel_for(self._mllm.config.llm) == "xla"  # kernels read whole prompts only
+        text = self._shares_text
         return find_shared_prefixes(rows, self._mllm.tuning, adapters, text, self.config)
+
+    @property
+    def _shares_text(self) -> bool:
+        """Whether text that prompts begin with is read by itself; kernels read whole prompts."""
+        return kernel_for(self._mllm.config.llm) == "xla"
 
     def _reader(
         self,
@@ -387,8 +392,9 @@ class GenerationService:
         Text that all of them begin with is read once.
         """
         engine, names = self.engine(probes), shared.adapters(adapters)
-        common = self._shared_prefixes(shared.rows, names)
-        begin = None
+        common, begin = SharedPrefixes([]), None
+        if self._shares_text:
+            common = shared_text(shared.rows, self._mllm.tuning, names, self.config)
         if common.rows:
             begin = self._reader(common, names, probes)([0] * engine.num_shards)
         before = 0 if begin is None else begin.length

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from moresjax._version import __version__
 from moresjax.analysis.capture import (
     CANDIDATES,
     MATCHES,
@@ -30,7 +29,6 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.data.images import image_names
-from moresjax.data.processor_facts import processor_facts
 from moresjax.generation.scheduler import Completion
 from moresjax.inference.prompts import check_images
 from moresjax.tuning.sites import num_layers
@@ -203,11 +201,7 @@ def states(
         "take": str(capture.take),
         "match": match,
         "max_new_tokens": max_new_tokens,
-        "model": model.fingerprint,
-        "weights": model.exact_fingerprint,
-        "tuning": model.tuning,
-        "processor": processor_facts(model.processor)["hash"],
-        "version": __version__,
+        **model.provenance,
         **(meta or {}),
     }
     asking = _Asking(max_new_tokens, batch_size, skip_bad)

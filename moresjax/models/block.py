@@ -61,6 +61,7 @@ class BlockConfig:
     gated_mlp: bool = True  # down(act(gate(x)) * up(x)), else down(act(up(x)))
     parallel: bool = False  # one norm feeds attention and MLP, whose outputs are added
     qkv_bias: bool = False
+    k_bias: bool = True  # whether keys have that bias too (EVA: queries and values only)
     out_bias: bool = False
     mlp_bias: bool = False
     layer_scale: bool = False  # a learned factor per feature after attention and after the MLP
@@ -124,7 +125,7 @@ class Attention(nnx.Module):
 
         self.config = config
         self.q = linear("q", ("embed", "heads"), config.qkv_bias)
-        self.k = linear("k", ("embed", "kv_heads"), config.qkv_bias)
+        self.k = linear("k", ("embed", "kv_heads"), config.qkv_bias and config.k_bias)
         self.v = linear("v", ("embed", "kv_heads"), config.qkv_bias)
         self.o = linear("o", ("heads", "embed"), config.out_bias)
 

@@ -3,8 +3,8 @@
 Axis legend: B images, V visual features, T visual tokens, C vision features, D decoder features.
 
 A connector is named by a string, `NAME` or `NAME:option=value,...` (`resampler:latents=64`). The
-resampler and the Q-Former turn any number of features into a fixed number of tokens; all others
-keep the number.
+resampler and the Q-Former turn any number of features into a fixed number of tokens, `concat4-` and
+so on put that many neighbours side by side in one token; all others keep the number.
 """
 
 import dataclasses
@@ -24,11 +24,15 @@ CONNECTORS = (
     "identity",
     "linear",
     "mlp{n}x_gelu",
+    "concat{m}-linear",
+    "concat{m}-mlp{n}x_gelu",
     "fused-gelu-mlp",
     "mof_mlp",
     "resampler",
     "qformer",
 )
+# How many neighbours are put side by side, and the chain of linears behind.
+_CONCAT = r"concat([2-9]|[1-9]\d+)-(linear|mlp.+)"
 # Those that read the features with learned queries.
 QUERYING: dict[str, type[ResamplerConfig] | type[QFormerConfig]] = {
     "resampler": ResamplerConfig,
@@ -55,8 +59,8 @@ def parse_connector(name: str) -> tuple[str, ResamplerConfig | QFormerConfig | N
 
     >>> parse_connector("resampler:latents=64")
     ('resampler', ResamplerConfig(latents=64, layers=3, heads=8, head_dim=64, expansion=4))
-    >>> parse_connector("mlp2x_gelu")
-    ('mlp2x_gelu', None)
+    >>> parse_connector("concat4-linear")
+    ('concat4-linear', None)
 
     Returns:
       The name without options, and the configuration of one that reads the features with learned
@@ -86,14 +90,34 @@ def connector_tokens(name: str, features: int) -> int:
     """T, the number of visual tokens that a connector makes of `features` visual features.
 
     Raises:
-      UserError: for an unknown name or option.
+      UserError: for an unknown name or option, or a number of neighbours that does not divide the
+        number of features.
     """
     _, options = parse_connector(name)
-    return options.latents if options else features
+    if options:
+        return options.latents
+    if features % (side_by_side := neighbours(name)):
+        raise UserError(
+            f"connector {name} joins {side_by_side} visual features to a token; {features} "
+            "features cannot be divided so"
+        )
+    return features // side_by_side
+
+
+def neighbours(name: str) -> int:
+    """How many consecutive visual features a connector puts side by side in one token.
+
+    >>> neighbours("concat4-linear"), neighbours("linear")
+    (4, 1)
+    """
+    found = re.fullmatch(_CONCAT, name)
+    return int(found[1]) if found else 1
 
 
 def linear_widths(name: str, d_in: int, d_out: int) -> list[int] | None:
     """Features before, between and after the linears of a chain; None for another connector."""
+    if found := re.fullmatch(_CONCAT, name):
+        name, d_in = found[2], int(found[1]) * d_in
     if name == "identity":
         return [d_in]
     if name == "linear":
@@ -111,7 +135,8 @@ class Connector(nnx.Module):
     """A chain of linears with an activation between them, by default exact GELU.
 
     `identity` has none, `linear` one, `mlp{n}x_gelu` n (or `mlp{n}x_relu` and so on),
-    `fused-gelu-mlp` three (the first is four times as wide as the features).
+    `fused-gelu-mlp` three (the first is four times as wide as the features). `concat4-linear` and
+    the like first put so many consecutive features side by side.
 
     Raises:
       UserError: for another name.
@@ -122,15 +147,18 @@ class Connector(nnx.Module):
         if widths is None:
             raise choice_error("connector", name, CONNECTORS)
         self.activation = name.partition("x_")[2] or "gelu"
+        self.neighbours = neighbours(name)
         self.layers = nnx.List()
         for i, width in enumerate(widths[1:]):
             self.layers.append(Linear(widths[i], width, axes=(None, "embed"), bias=True))
 
     def __call__(
         self, x: Float[Array, "B V C"], hooks: Hooks | None = None
-    ) -> Float[Array, "B V D"]:
+    ) -> Float[Array, "B T D"]:
         """Visual features to visual tokens; the weight deltas of `hooks` act on the linears."""
         hooks = hooks or Hooks()
+        if self.neighbours > 1:
+            x = x.reshape(len(x), -1, self.neighbours * x.shape[-1])
         for i, layer in enumerate(self.layers):
             x = ACTIVATIONS[self.activation](x) if i else x
             x = hooks.linear(f"connector.{i}", layer, x)

@@ -74,6 +74,11 @@ class FusedVisionConfig:
         """V, the number of visual tokens per image."""
         return self.encoders[0].num_tokens * (2 if self.fusion == "interleave" else 1)
 
+    def token_centres(self) -> Float[np.ndarray, "V 2"]:
+        """The centre (x, y) of each visual token's patch, from 0 to 1; NaN for class tokens."""
+        centres = self.encoders[0].token_centres()
+        return np.repeat(centres, 2, axis=0) if self.fusion == "interleave" else centres
+
     @property
     def num_features(self) -> int:
         """C, the features of a visual token."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
@@ -28,9 +29,10 @@ from moresjax.models.fused_attention import visible_runs
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionEncoder, vision_module
 from moresjax.models.vision import VisionEncoder, image_batch
 from moresjax.sharding.mesh import constrain_batch_sharding
-from moresjax.tuning.attach import Tuning, extend_layout
+from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Probe, ProbeContext, reads_attention, reads_images
 from moresjax.tuning.hooks import AttachedWrite, Hooks
+from moresjax.tuning.masks import extend_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,7 @@ class MLLMConfig:
         kind, _ = parse_connector(self.connector)
         if self.vision is None:
             return
+        connector_tokens(self.connector, self.vision.num_tokens)  # which must be a whole number
         if kind == "mof_mlp" and getattr(self.vision, "fusion", None) != "interleave":
             raise UserError("connector mof_mlp needs two vision encoders with fusion=interleave")
         widths = self.vision.num_features, self.llm.hidden_size
@@ -62,6 +65,21 @@ class MLLMConfig:
     def visual_tokens(self) -> int:
         """V, the number of visual tokens per image."""
         return connector_tokens(self.connector, self.vision.num_tokens) if self.vision else 0
+
+    def visual_token_centres(self) -> Float[np.ndarray, "V 2"] | None:
+        """The centre (x, y) of every visual token in the square image, from 0 to 1.
+
+        NaN for a token that stands for no place. None for a connector whose learned queries read
+        the whole image, and without a vision encoder.
+        """
+        if self.vision is None or parse_connector(self.connector)[1] is not None:
+            return None
+        return self.vision.token_centres().reshape(self.visual_tokens, -1, 2).mean(1)
+
+    @property
+    def places_visual_tokens(self) -> bool:
+        """Whether visual tokens stand for places in the image."""
+        return self.vision is None or self.visual_token_centres() is not None
 
     def connector_linears(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of every linear of a connector that is a chain of linears."""

@@ -1,4 +1,4 @@
-"""Vision transformer: CLIP, SigLIP and DINOv2 from one configuration.
+"""Vision transformer: CLIP, SigLIP, DINOv2 and EVA from one configuration.
 
 Axis legend: B images, Y, X pixels, P patches, T encoder tokens (class token, registers, patches), V
 visual tokens (those handed to the connector), D hidden size, C features (D for each feature layer).
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -24,6 +25,8 @@ SELECTIONS = ("patch", "cls_patch")
 # Mean and standard deviation of the colour channels, by who trained on them.
 HALF = (0.5, 0.5, 0.5)
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# The family name of EVA-ViT in its own files, which `transformers` has under BLIP-2 only.
+EVA = "eva_vit"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -46,6 +49,8 @@ class VisionConfig(BlockConfig):
     feature_layer: Annotated[int | Sequence[int], FINITE] = -2
     num_trainable_blocks: NonNegative = 0  # last used blocks, in a stack of their own
     select: str = "patch"  # patch | cls_patch; registers are always dropped
+    # Epsilon of the final norm where features pass it (MiniGPT-v2's EVA); 0: they are taken before.
+    feature_norm_eps: AtLeastZero = 0.0
     drop_first_token: bool = False  # drop one token even without a class token (728 of 729)
     pixel_mean: Annotated[Sequence[float], FINITE] = HALF  # of the pixels (0..1), per colour
     pixel_std: Annotated[Sequence[float], Range(above=0)] = HALF  # and their standard deviation
@@ -84,8 +89,9 @@ class VisionConfig(BlockConfig):
             )
 
     def norms(self) -> tuple[str, ...]:
-        """The names of the norms of a block and of the one before the blocks."""
-        return (*super().norms(), *(("pre_norm",) if self.pre_norm else ()))
+        """The names of the norms of a block, and of those before and after the blocks that run."""
+        before = ("pre_norm",) if self.pre_norm else ()
+        return (*super().norms(), *before, *(("post_norm",) if self.feature_norm_eps else ()))
 
     @property
     def is_pair(self) -> bool:
@@ -111,6 +117,15 @@ class VisionConfig(BlockConfig):
     def num_tokens(self) -> int:
         """V, the number of visual tokens per image."""
         return self.num_patches + self.class_token - self.first_feature
+
+    def token_centres(self) -> Float[np.ndarray, "V 2"]:
+        """The centre (x, y) of each visual token's patch, from 0 to 1; NaN for the class token."""
+        side = self.image_size // self.patch_size
+        middle = (np.arange(side) + 0.5) * self.patch_size / self.image_size
+        patches = np.stack([np.tile(middle, side), np.repeat(middle, side)], axis=1)
+        return np.concatenate([np.full((int(self.class_token), 2), np.nan), patches])[
+            self.first_feature :
+        ]
 
     @property
     def num_features(self) -> int:
@@ -157,8 +172,8 @@ class VisionEncoder(nnx.Module):
     def __init__(self, config: VisionConfig) -> None:
         d, patch = config.hidden_size, config.patch_size
 
-        def norm() -> Norm:
-            return Norm(d, kind=config.norm, eps=config.norm_eps)
+        def norm(eps: float = config.norm_eps) -> Norm:
+            return Norm(d, kind=config.norm, eps=eps)
 
         self.config = config
         self.patch = Linear(patch * patch * 3, d, axes=(None, "embed"), bias=config.patch_bias)
@@ -173,12 +188,14 @@ class VisionEncoder(nnx.Module):
         self.last = stack(Block(config), last) if last else None
         unused = config.num_layers - config.used_layers
         self.tail = stack(Block(config), unused) if unused else None
-        self.post_norm = norm()
+        self.post_norm = norm(config.feature_norm_eps or config.norm_eps)
 
     def __call__(
         self, pixels: Float[Array, "B Y X 3"], hooks: TowerHooks | None = None
     ) -> Float[Array, "B V C"]:
-        """Features of the visual tokens at the feature layers, before the final norm.
+        """Features of the visual tokens at the feature layers.
+
+        They are taken before the final norm, or behind it with `feature_norm_eps`.
 
         Raises:
           UserError: for images of another size than the position embedding has.
@@ -203,12 +220,13 @@ class VisionEncoder(nnx.Module):
         return jnp.concatenate(kept, axis=-1)
 
     def _visual(self, h: Float[Array, "B T D"]) -> Float[Array, "B V D"]:
-        """The visual tokens among those of the encoder."""
+        """The features of the visual tokens among those of the encoder."""
         config = self.config
         if config.registers:
             first = int(config.class_token)
             h = jnp.concatenate([h[:, :first], h[:, config.prefix_tokens :]], axis=1)
-        return h[:, config.first_feature :]
+        h = h[:, config.first_feature :]
+        return self.post_norm(h) if config.feature_norm_eps else h
 
     def used_blocks(self) -> Block:
         """The stack of all blocks below the feature layer, in the dtype of the first of them."""

@@ -8,6 +8,7 @@ from moresjax.models.decoder import DecoderConfig
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
 from moresjax.models.vision import (
+    EVA,
     IMAGENET_MEAN,
     IMAGENET_STD,
     OPENAI_MEAN,
@@ -113,6 +114,30 @@ def _dinov2(hidden: int, layers: int, image: int = 518, **changes: Any) -> Visio
     )
 
 
+def _eva(image: int) -> VisionConfig:
+    """EVA-ViT-g as MiniGPT-v2 has it: heads of 88 features, keys without a bias.
+
+    The last of its 40 blocks is left out, and a norm of MiniGPT-v2's own follows (`ln_vision`).
+    """
+    return VisionConfig(
+        model_type=EVA,
+        image_size=image,
+        patch_size=14,
+        hidden_size=1408,
+        intermediate_size=6144,
+        num_layers=39,
+        num_heads=16,
+        norm_eps=1e-6,
+        activation="gelu",
+        class_token=True,
+        k_bias=False,
+        feature_layer=-1,
+        feature_norm_eps=1e-5,
+        pixel_mean=OPENAI_MEAN,
+        pixel_std=OPENAI_STD,
+    )
+
+
 _LLAMA3_ROPE = {
     "vocab_size": 128_256,
     "max_positions": 131_072,
@@ -205,6 +230,7 @@ LLMS: dict[str, DecoderConfig] = {
         local_rope_theta=10_000.0,
         model_type="gemma3_text",
     ),
+    "llama-2-7b": _llama(4096, 11_008, 32, 32),
     "llama-3.1-8b": _llama(4096, 14_336, 32, 32, num_kv_heads=8, rope_factor=8.0, **_LLAMA3_ROPE),
     "llama-3.2-1b": _llama(
         2048, 8192, 16, 32, num_kv_heads=8, rope_factor=32.0, tie_embeddings=True, **_LLAMA3_ROPE
@@ -298,6 +324,7 @@ VISION: dict[str, VisionConfig] = {
     "dinov2-g-14": _dinov2(1536, 40, intermediate_size=4096, activation="silu", gated_mlp=True),
     "dinov2-reg4-b-14": _dinov2(768, 12, registers=4, model_type="dinov2_with_registers"),
     "dinov2-reg4-l-14": _dinov2(1024, 24, registers=4, model_type="dinov2_with_registers"),
+    "eva-g-14-448": _eva(448),
 }
 
 # Two encoders at one image size. DINOv2 is published at 518 pixels only: its positions at these
@@ -312,18 +339,19 @@ FUSED_VISION: dict[str, FusedVisionConfig] = {
 }
 ENCODERS: dict[str, AnyVisionConfig] = VISION | FUSED_VISION
 
-# Whole models: LLM and encoder; their connector is `mlp2x_gelu`.
-MODELS: dict[str, tuple[str, str]] = {
-    "llava-steering-3b": ("phi-2", "siglip-so400m-14-384-728"),
-    "llava-steering-7b": ("vicuna-7b", "clip-l-14-336"),
-    "llava-steering-13b": ("vicuna-13b", "clip-l-14-336"),
-    "llava-1.5-7b": ("vicuna-7b", "clip-l-14-336"),
-    "llava-1.5-13b": ("vicuna-13b", "clip-l-14-336"),
+# Whole models: LLM, encoder and connector.
+MODELS: dict[str, tuple[str, str, str]] = {
+    "llava-steering-3b": ("phi-2", "siglip-so400m-14-384-728", "mlp2x_gelu"),
+    "llava-steering-7b": ("vicuna-7b", "clip-l-14-336", "mlp2x_gelu"),
+    "llava-steering-13b": ("vicuna-13b", "clip-l-14-336", "mlp2x_gelu"),
+    "llava-1.5-7b": ("vicuna-7b", "clip-l-14-336", "mlp2x_gelu"),
+    "llava-1.5-13b": ("vicuna-13b", "clip-l-14-336", "mlp2x_gelu"),
+    "minigpt-v2": ("llama-2-7b", "eva-g-14-448", "concat4-linear"),
 }
 
 
 def mllm_config(
-    llm: str, vision: str | None = None, connector: str = "mlp2x_gelu", **changes: Any
+    llm: str, vision: str | None = None, connector: str = "", **changes: Any
 ) -> MLLMConfig:
     """The configuration of parts that have names.
 
@@ -334,9 +362,9 @@ def mllm_config(
     True
 
     Args:
-      llm: The name of an LLM, or of a whole model (`MODELS`), which has its encoder.
+      llm: The name of an LLM, or of a whole model (`MODELS`), which has encoder and connector.
       vision: The name of an encoder; None for a plain LLM.
-      connector: The connector between the two.
+      connector: The connector between the two; default: the whole model's, else `mlp2x_gelu`.
       **changes: Fields of the LLM with other values than the named ones, such as `dtype`, `remat`
         and `unroll`.
 
@@ -344,7 +372,8 @@ def mllm_config(
       UserError: for an unknown name.
     """
     if llm in MODELS and vision is None:
-        llm, vision = MODELS[llm]
+        llm, vision, own = MODELS[llm]
+        connector = connector or own
     if llm not in LLMS:
         raise choice_error("LLM", llm, (*LLMS, *(MODELS if vision is None else ())))
     if vision is not None and vision not in ENCODERS:
@@ -352,5 +381,5 @@ def mllm_config(
     return MLLMConfig(
         llm=dataclasses.replace(LLMS[llm], **changes),
         vision=ENCODERS[vision] if vision else None,
-        connector=connector,
+        connector=connector or "mlp2x_gelu",
     )

@@ -16,7 +16,7 @@ from moresjax.core.layout import TokenKind, loss_mask
 from moresjax.data.processor import Processor
 from moresjax.data.samples import Sample
 from moresjax.reports.html import image_uri, render
-from moresjax.tuning.selectors import Selector
+from moresjax.tuning.selectors import Selector, marked_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +88,10 @@ def show_sample(
     """
     row = processor.row(sample)
     batch = processor.batch([row])
+    marked = marked_tokens(batch.marks, processor.marks)
     trained = np.roll(np.asarray(loss_mask(batch.layout))[0], 1)
     masks = {
-        name: np.asarray(selector(batch.layout, batch.tokens, words=words))[0]
+        name: np.asarray(selector(batch.layout, batch.tokens, batch.roi, words, marked=marked))[0]
         for name, selector in (edits or {}).items()
     }
     tokens = []

@@ -1,7 +1,4 @@
-"""Figures and pages about steering: strengths, counts of answers, probes, answers on their images.
-
-Axis legend: Y, X pixels.
-"""
+"""Figures and pages about steering: strengths, counts, probes, answers on their images."""
 
 import re
 from collections import defaultdict
@@ -10,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -21,6 +17,7 @@ from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.inference.model import Model
 from moresjax.reports.html import image_uri, render
 from moresjax.reports.plots import lines, save, styles
+from moresjax.reports.prompt_figures import pictures
 
 SHOWN = 24  # questions on a page
 DRAW = re.compile(r"n\d+\.\d+")  # the names of vectors of few states
@@ -148,24 +145,16 @@ def _page(
     answers = result.answers[task.name]
     pairs = zip(task.examples, answers[BASELINE], answers[trial.key], strict=True)
     changed = [own for own in pairs if own[1] != own[2]]
-    shown = [
-        {
+    shown = []
+    for example, before, after in changed[:SHOWN]:
+        images = pictures(model, example.prompt, example.images)
+        one = {
             "question": example.prompt.replace("<image>", "").strip(),
             "before": before,
             "after": after,
             "answer": example.answer,
-            "images": [image_uri(image) for image in _pictures(model, example)],
+            "images": [image_uri(image) for image in images],
         }
-        for example, before, after in changed[:SHOWN]
-    ]
+        shown.append(one)
     values = {"trial": trial, "shown": shown, "changed": len(changed), "n": len(task.examples)}
     return render("steering.html.j2", path, task=task.name, **values)
-
-
-def _pictures(model: Model, example: Any) -> list[UInt8[np.ndarray, "Y X 3"]]:
-    """The images of a question as the model is given them."""
-    processor = model.prompts.processor.image
-    row = model.prompts.row(example.prompt, example.images, example.id)
-    if processor is None or row.pixels is None:
-        return []
-    return [processor.to_picture(pixels) for pixels in np.asarray(row.pixels)]

@@ -1,5 +1,7 @@
 """The tokenizer, the conversation template and the image processor of a run."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,18 @@ from moresjax.data.saved_processors import check_tokenizer
 from moresjax.data.templates import get_template
 from moresjax.models.connector import connector_tokens
 from moresjax.models.fusion import AnyVisionConfig
-from moresjax.runs.architecture import DEFAULT_CONNECTOR, llm_config, vision_config
+from moresjax.models.mllm import MLLMConfig
+from moresjax.runs.architecture import (
+    DEFAULT_CONNECTOR,
+    llm_config,
+    model_config,
+    vision_config,
+)
 from moresjax.runs.paths import locate
 from moresjax.runs.run_config import RunConfig
-from moresjax.tuning.attach import Tuning
+from moresjax.tuning.attach import Tuning, edit_selectors
+from moresjax.tuning.selectors import Selector, mark_names
+from moresjax.tuning.spec import parse_spec
 from moresjax.weights.generation_config import read_generation_config
 
 
@@ -38,7 +48,7 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
     wordless = config.objective == "patch_classes"
     name = config.tokenizer or ("digits" if wordless else "")
     tokenizer = load_tokenizer(name, root)
-    return Processor(
+    processor = Processor(
         tokenizer=tokenizer,
         template=get_template(config.template, tokenizer),
         image=_image_processor(config, vision, Path(root)) if vision else None,
@@ -47,6 +57,30 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
         generation=GenerationDefaults() if wordless else _generation(config, root),
         vocab_size=0 if wordless else llm_config(config.model.llm).vocab_size,
     )
+    if not config.is_language_model:
+        return processor
+    selectors = edit_selectors(parse_spec(config.tuning))
+    return serving(processor, selectors, model_config(config))
+
+
+def serving(processor: Processor, selectors: Sequence[Selector], config: MLLMConfig) -> Processor:
+    """The processor whose rows say what selectors want to know: marks and regions of interest.
+
+    Args:
+      processor: Any processor of the model.
+      selectors: The selectors of the attached edits.
+      config: The architecture of the model.
+
+    Raises:
+      UserError: The selectors name too many marks.
+    """
+    marks, centres = mark_names(selectors), None
+    if any(selector.uses_roi for selector in selectors):
+        centres = config.visual_token_centres()
+    if (marks, centres is not None) == (processor.marks, bool(processor.centres)):
+        return processor
+    places = () if centres is None else tuple((x, y) for x, y in centres.tolist())
+    return dataclasses.replace(processor, marks=marks, centres=places)
 
 
 def _generation(config: RunConfig, root: str | Path) -> GenerationDefaults:

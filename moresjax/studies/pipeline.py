@@ -185,7 +185,8 @@ class Pipeline:
             if self.fast:
                 config.update_from_flattened_dict(self._fast(config))
         results: dict[Path, TrainResult] = {}
-        for folder, outcome in train_many({**runs}).items():
+        # A run has the same bits whatever other ranks are trained beside it.
+        for folder, outcome in train_many({**runs}, share_ranks=False).items():
             if outcome.state != DONE or outcome.result is None:
                 raise UserError(f"{folder} {outcome.state}: {outcome.message or 'start it again'}")
             results[folder] = outcome.result

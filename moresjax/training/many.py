@@ -3,17 +3,19 @@
 Every run is an ordinary one: `train` could have made its directory, and can go on with it. What
 runs share is the process (imports, data sources, compiled programs, frozen weights that are equal),
 and the cores, which a small step alone does not fill. Learning rates, schedules, decay of weights,
-clipping and seeds are arguments of the program (`Hyperparameters`), not constants in it; runs that
-differ in what a program is made of (method, rank, batch size) get programs of their own.
+clipping and seeds are arguments of the program (`Hyperparameters`), not constants in it; layers are
+masks, and smaller ranks of a method leave room in the program of the largest (`widths`). Runs that
+differ in what a program is made of (method, positions, batch size) get programs of their own.
 """
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from moresjax.training.prepare import (
 )
 from moresjax.training.programs import OneCompiler
 from moresjax.training.step import compiled_step, shared_step
+from moresjax.training.widths import resized, shapes_of, split_widths, widen_model, with_room
 
 DONE, DIVERGED, STOPPED = "done", "diverged", "stopped"
 
@@ -70,6 +73,7 @@ def train_many(
     at_once: int = 0,
     resume: str = "auto",
     allow_pickle: bool = False,
+    share_ranks: bool = True,
     begin: Callable[[], None] | None = None,
     report: Callable[[Path, Outcome], None] | None = None,
 ) -> dict[Path, Outcome]:
@@ -96,6 +100,8 @@ def train_many(
         another device, one on several devices.
       resume: `auto` or `never`, as for `train`.
       allow_pickle: Whether pickles of base parts and adapters may be read.
+      share_ranks: Whether ranks of a method share a program. Without, runs have the bits of runs
+        alone; with it, a smaller rank's sums have zeros among them, which round differently.
       begin: Is called when all settings have been checked.
       report: Is called when a run has ended.
 
@@ -110,7 +116,7 @@ def train_many(
         raise UserError("several runs at once need a single process; train them one by one")
     if at_once < 0:
         raise UserError(f"at_once must be at least 0, got {at_once}")
-    shared = _Shared()
+    shared = _Shared(share_ranks)
     starts = [check(config, place, resume, shared.sources) for place, config in runs.items()]
     shared.configs = [start.config for start in starts]
     outcomes: dict[Path, Outcome] = {}
@@ -164,8 +170,9 @@ class _Shared:
         bear two threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share_ranks: bool = True) -> None:
         self.configs: list[RunConfig] = []
+        self._share_ranks = share_ranks
         self.preparing = threading.Lock()
         self._lock = threading.Lock()
         self._sources: dict[str, Sources] = {}
@@ -192,39 +199,42 @@ class _Shared:
     ) -> tuple[TrainState, nnx.State, StepFunction]:
         """A run's new state, its frozen parameters, and the step of its program."""
         o, length = config.optimizer, max(each.steps for each in self.configs)
-        varied, constants = self._varied(config)
+        alike = self._alike(config)
+        varied, constants = _varied(config, alike)
+        whole = trainable  # what the program trains; more than the run does where ranks differ
+        if widths := _widest(alike):
+            graphdef, shapes = widen_model(graphdef, trainable, frozen, config.also_train, widths)
+            whole = resized(trainable, shapes)
         numbers = hyperparameters(config, trainable, length, varied)
         key = (graphdef, mesh, constants, config.objective, config.microbatches)
         with self._lock:
             # One optimizer makes the states of all: they start as zeros, whatever the numbers.
             optimizer, program = self._programs.get(key) or (None, None)
             optimizer = optimizer or optimizer_of(numbers, o, trainable)[0]
-            state = new_state(optimizer, trainable, mesh)
+            wide = new_state(optimizer, whole, mesh)
             if program is None:
                 step = shared_step(config, graphdef, mesh)
-                program = OneCompiler(compiled_step(step, state, donate=1))
+                program = OneCompiler(compiled_step(step, wide, donate=1))
                 self._programs[key] = optimizer, program
         frozen = self._known(shard_params(frozen, mesh))
+        step_fn = functools.partial(program, numbers)
+        if not widths:
+            return wide, frozen, step_fn
+        narrow = new_state(optimizer, trainable, mesh)
+        return narrow, frozen, with_room(step_fn, shapes_of(narrow), shapes_of(wide))
 
-        def step_fn(state: TrainState, frozen: nnx.State, batch: Any) -> Any:
-            return program(numbers, state, frozen, batch)
+    def _alike(self, config: RunConfig) -> list[RunConfig]:
+        """The configurations whose runs may share a program with this one's."""
+        return [each for each in self.configs if self._settings(each) == self._settings(config)]
 
-        return state, frozen, step_fn
-
-    def _varied(self, config: RunConfig) -> tuple[list[str], tuple]:
-        """Which of `CONSTANTS` the runs of a program differ in, and the values of the others."""
-        group = [
-            each for each in self.configs if _program_settings(each) == _program_settings(config)
-        ]
-        values = {
-            "ratios": lambda o: (o.lr, o.lr_by_component) if o.lr_by_component else (),
-            "weight_decay": lambda o: o.weight_decay,
-            "clip": lambda o: o.clip,
-        }
-        varied = [name for name in CONSTANTS if len({values[name](g.optimizer) for g in group}) > 1]
+    def _settings(self, config: RunConfig) -> tuple[Any, ...]:
+        """The settings that a program is made from, and some more, but for layers."""
         o = config.optimizer
-        same = (values[name](o) for name in CONSTANTS if name not in varied)
-        return varied, (*varied, *same, o.b1, o.b2, o.eps)
+        parts = (config.also_train, config.model, config.objective, config.dtype)
+        sizes = (config.batch_size, config.microbatches, config.max_seq_len, config.mesh)
+        others = repr((parts, sizes, config.remat, config.quantize, o.b1, o.b2, o.eps))
+        methods, widths = split_widths(config.tuning)
+        return methods, others, () if self._share_ranks else widths
 
     def _known(self, frozen: nnx.State) -> nnx.State:
         """The same parameters, those that another run has, too, in that run's memory."""
@@ -237,12 +247,23 @@ class _Shared:
         return frozen
 
 
-def _program_settings(config: RunConfig) -> str:
-    """The settings that a program is made from, and some more."""
+def _varied(config: RunConfig, alike: Sequence[RunConfig]) -> tuple[list[str], tuple]:
+    """Which of `CONSTANTS` the runs of a program differ in, and the values of the others."""
+    values = {
+        "ratios": lambda o: (o.lr, o.lr_by_component) if o.lr_by_component else (),
+        "weight_decay": lambda o: o.weight_decay,
+        "clip": lambda o: o.clip,
+    }
+    varied = [name for name in CONSTANTS if len({values[name](a.optimizer) for a in alike}) > 1]
     o = config.optimizer
-    parts = (config.tuning, config.also_train, config.model, config.objective, config.dtype)
-    sizes = (config.batch_size, config.microbatches, config.max_seq_len, config.mesh)
-    return repr((parts, sizes, config.remat, config.quantize, o.b1, o.b2, o.eps))
+    same = (values[name](o) for name in CONSTANTS if name not in varied)
+    return varied, (*varied, *same, o.b1, o.b2, o.eps)
+
+
+def _widest(alike: Sequence[RunConfig]) -> tuple[int, ...]:
+    """The largest widths of the runs of a program; empty where all are the same."""
+    widths = {split_widths(each.tuning)[1] for each in alike}
+    return tuple(map(max, *widths)) if len(widths) > 1 else ()
 
 
 def _same(one: jax.Array, other: jax.Array) -> bool:

@@ -4,17 +4,17 @@ Axis legend: B rows, S tokens, P virtual tokens, D hidden size, L layers.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.layout import SHARED, Batch, TokenKind, TokenLayout
-from moresjax.core.types import AnyArray, Numbers
+from moresjax.core.layout import Batch
+from moresjax.core.types import Numbers
 from moresjax.tuning.base import (
     Edit,
     Method,
@@ -33,9 +33,22 @@ from moresjax.tuning.hooks import (
     AttachedWrite,
     Hooks,
 )
-from moresjax.tuning.selectors import Selector, parse_layers, parse_selector
+from moresjax.tuning.masks import SiteMasks
+from moresjax.tuning.selectors import Selector, mark_names, parse_layers, parse_selector
 from moresjax.tuning.sites import check_selector, is_per_image, num_layers
 from moresjax.tuning.spec import format_spec, parse_spec
+
+Values = dict[str, dict[str, Params]]
+
+
+def edit_selectors(methods: Iterable[Method]) -> list[Selector]:
+    """The selectors of all edits among some methods.
+
+    >>> import moresjax.tuning
+    >>> [str(selector) for selector in edit_selectors(parse_spec("lora/mores:positions=roi"))]
+    ['roi']
+    """
+    return [parse_selector(method.positions) for method in methods if isinstance(method, Edit)]
 
 
 class LayerMask(nnx.Variable):
@@ -82,20 +95,19 @@ class Tuning(nnx.Module):
                 continue
             self.params[key], self.layer_masks[key] = nnx.Dict(), nnx.Dict()
             if isinstance(method, WeightDelta) and (shared := method.shared(config)):
-                shared = {n: Shared(jnp.asarray(x)) for n, x in shared.items()}
-                self.shared[key] = nnx.Dict(shared)
+                self.shared[key] = nnx.Dict({n: Shared(jnp.asarray(x)) for n, x in shared.items()})
             for site in sites:
                 if isinstance(method, Edit):
                     check_selector(method, site, config)
                 if layers := num_layers(site, config):
                     chosen = parse_layers(method.layer_choice, layers)
                     self.layer_masks[key][site] = LayerMask(jnp.asarray(chosen))
-        self._set(jax.eval_shape(self._values, jax.random.key(0)), nnx.Param)
-        self._set(self._values(jax.random.key(0), constant=True), Constant)
+        self.set_values(jax.eval_shape(self.initial_values, jax.random.key(0)), nnx.Param)
+        self.set_values(self.initial_values(jax.random.key(0), constant=True), Constant)
 
-    def _values(self, key: PRNGKeyArray, constant: bool = False) -> dict[str, dict[str, Params]]:
+    def initial_values(self, key: PRNGKeyArray, constant: bool = False) -> Values:
         """Initial parameters, or constants, by method and site."""
-        values: dict[str, dict[str, Params]] = {}
+        values: Values = {}
         for number, (name, method) in enumerate(self.methods):
             if method.constant != constant:
                 continue
@@ -103,19 +115,18 @@ class Tuning(nnx.Module):
                 own = jax.random.fold_in(jax.random.fold_in(key, number), place)
                 # A given vector takes no part in comparisons, so it must not be compiled in.
                 start = _initial if constant else _initial_jitted
-                params = start(method, tuple(shape), num_layers(site, self.config), own)
-                values.setdefault(name, {})[site] = params
+                layers = num_layers(site, self.config)
+                values.setdefault(name, {})[site] = start(method, tuple(shape), layers, own)
         return values
 
-    def _set(self, values: dict[str, dict[str, dict]], kind: type[nnx.Variable]) -> None:
-        for key, by_site in values.items():
-            for site, params in by_site.items():
-                self.params[key][site] = nnx.Dict({n: kind(x) for n, x in params.items()})
+    def set_values(self, values: Values, kind: type[nnx.Variable]) -> None:
+        """Puts parameters, constants or their shapes in place."""
+        for key, site, params in ((k, s, p) for k, own in values.items() for s, p in own.items()):
+            self.params[key][site] = nnx.Dict({n: kind(x) for n, x in params.items()})
 
     def initialize(self, seed: int = 0) -> None:
         """Gives every parameter its initial value."""
-        if self.methods:
-            self._set(self._values(jax.random.key(seed)), nnx.Param)
+        self.set_values(self.initial_values(jax.random.key(seed)), nnx.Param)
 
     def set_constants(self, method: str, values: Mapping[str, Numbers]) -> None:
         """Sets what a method was given, at all its sites.
@@ -161,8 +172,21 @@ class Tuning(nnx.Module):
     @property
     def selected_words(self) -> tuple[str, ...]:
         """The words of `token(WORD)` selectors."""
-        edits = [method for _, method in self.methods if isinstance(method, Edit)]
-        return tuple(word for m in edits for word in parse_selector(m.positions).words)
+        return tuple(word for selector in self._selectors for word in selector.words)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What `mark(NAME)` and `word(N)` selectors name, in the order of `Batch.marks`' bits."""
+        return mark_names(self._selectors)
+
+    @property
+    def uses_roi(self) -> bool:
+        """Whether a selector wants to know regions of interest."""
+        return any(selector.uses_roi for selector in self._selectors)
+
+    @property
+    def _selectors(self) -> list[Selector]:
+        return edit_selectors(method for _, method in self.methods)
 
     @property
     def selectors(self) -> dict[str, Selector]:
@@ -262,7 +286,16 @@ class Tuning(nnx.Module):
             "llm": 0 if later else self.num_extra_tokens,
         }
         rows = self._rows(batch)
-        masks = _Masks(batch, self.config, num_extra, dict(self.words), cut, unfinished)
+        masks = SiteMasks(
+            batch,
+            self.config,
+            num_extra,
+            dict(self.words),
+            self.marks,
+            cut,
+            unfinished=unfinished,
+            decoding=decoding,
+        )
 
         def attached(name: str, method: Method, site: str) -> Attached | None:
             """A method as it acts at a site in this pass; None where it does not."""
@@ -381,70 +414,3 @@ def mask_layers(method: WeightDelta, params: Params, layer_mask: Array) -> Param
         return jnp.where(mask, on, off)
 
     return jax.tree.map(choose, params, _for_each(method.neutral, layer_mask)(params))
-
-
-def extend_layout(layout: TokenLayout, count: int) -> TokenLayout:
-    """The layout with `count` virtual tokens in front, seen by every document of the row."""
-    if not count:
-        return layout
-
-    def pad(field: AnyArray, value: int) -> Int[Array, "B PS"]:
-        return jnp.pad(jnp.asarray(field), ((0, 0), (count, 0)), constant_values=value)
-
-    first = jnp.broadcast_to(jnp.arange(count), (layout.shape[0], count))
-    return layout.replace(
-        kind=pad(layout.kind, int(TokenKind.SYSTEM)),
-        image=pad(layout.image, -1),
-        position=jnp.concatenate([first, jnp.asarray(layout.position) + count], axis=1),
-        document=pad(layout.document, SHARED),
-        branch=pad(layout.branch, 0),
-    )
-
-
-class _Masks:
-    """Masks of selected tokens at each tower, computed once per selector."""
-
-    def __init__(
-        self,
-        batch: Batch,
-        config: ModelConfig,
-        num_extra: dict[str, int],
-        words: dict[str, tuple[int, ...]],
-        cut: Callable[[Array], Array] | None,
-        unfinished: bool,
-    ) -> None:
-        self._batch, self._config, self._num_extra, self._words = batch, config, num_extra, words
-        self._cut, self._unfinished = cut or (lambda mask: mask), unfinished
-        self._known: dict[tuple[str, str], Bool[Array, "B S"]] = {}
-
-    def __call__(self, site: str, selector: Selector) -> Bool[Array, "B S"]:
-        tower = site.split(".")[0]
-        if (tower, selector.text) not in self._known:
-            self._known[tower, selector.text] = self._mask(tower, selector)
-        return self._known[tower, selector.text]
-
-    def _mask(self, tower: str, selector: Selector) -> Bool[Array, "B S"]:
-        batch, config = self._batch, self._config
-        if tower == "llm":
-            count = self._num_extra["llm"]
-            tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (count, 0)), constant_values=-1)
-            layout = extend_layout(batch.layout, count)
-            mask = selector(layout, tokens, batch.roi, self._words, self._unfinished)
-            return self._cut(mask)
-        assert batch.pixels is not None  # else nothing is attached outside the LLM
-        rows, images = batch.pixels.shape[:2]
-        if tower == "connector":
-            layout = _feature_layout(rows, images, config.visual_tokens, 0)
-            return selector(layout, roi=batch.roi)
-        vision = config.vision
-        layout = _feature_layout(rows * images, 1, vision.num_patches, vision.prefix_tokens)
-        return selector(extend_layout(layout, self._num_extra["vision"]))
-
-
-def _feature_layout(rows: int, images: int, visual_tokens: int, extra: int) -> TokenLayout:
-    """Layout of visual features, `extra` tokens (class token, registers) before each row's."""
-    image = jnp.arange(-extra, images * visual_tokens)
-    image = jnp.broadcast_to(jnp.maximum(image, -1), (rows, image.size))
-    zeros = jnp.zeros_like(image)
-    kind = jnp.where(image >= 0, int(TokenKind.IMAGE), int(TokenKind.SYSTEM))
-    return TokenLayout(kind, image, zeros, zeros, zeros, visual_tokens)

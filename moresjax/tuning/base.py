@@ -98,6 +98,11 @@ class ModelConfig(Protocol):
         """Visual tokens per image."""
         ...
 
+    @property
+    def places_visual_tokens(self) -> bool:
+        """Whether visual tokens stand for places in the image."""
+        ...
+
     def connector_linears(self) -> dict[str, tuple[int, int]]:
         """(in, out) features of every linear of a connector that is a chain of linears."""
         ...
@@ -110,12 +115,15 @@ class Method:
     Attributes:
       name: the method's name in spec strings.
       trains: paths of base parameters that train in full with this method, such as `llm`.
+      width: the field that is larger in a method with more room. Zeros in the parameters that are
+        added leave it the function that it was, and get a gradient of exactly zero. Empty: none.
       constant: whether `params` are given rather than learned: never trained, counted or saved.
     """
 
     name: ClassVar[str]
     constant: ClassVar[bool] = False
     trains: ClassVar[tuple[str, ...]] = ()
+    width: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_ranges(self, f"{self.name}:")
@@ -143,6 +151,11 @@ class Method:
     def resolve(self, config: ModelConfig) -> "Method":
         """The method that acts in this model: itself, or the one that it is a variant of."""
         return self
+
+    def widened(self, width: int) -> "Method":
+        """The same with another `width`, for methods that have one."""
+        changes: dict[str, Any] = {self.width: width}
+        return dataclasses.replace(self, **changes)
 
     def parts(self) -> tuple["Method", ...]:
         """What a spec string with this method stands for: itself, or several other methods."""

@@ -21,7 +21,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.linalg import inverse_cholesky
 from moresjax.core.ops import project
 from moresjax.core.ranges import Positive
-from moresjax.tuning.base import Edit, ModelConfig, Params, Sites
+from moresjax.tuning.base import Edit, Method, ModelConfig, Params, Sites
 from moresjax.tuning.sites import edit_dim
 from moresjax.tuning.spec import check_choice
 
@@ -42,6 +42,23 @@ def orthonormalize(raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
     return a
 
 
+def orthonormalize_some(raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
+    """`orthonormalize` of the columns that are not zero.
+
+    Those of zeros, the room that a smaller rank leaves, stay zeros, have no part in the others and
+    get no gradient.
+    """
+    a = raw.astype(jnp.float32)
+    absent = (a == 0).all(axis=0)
+    a = jnp.where(absent, 1, a)
+    a = jnp.where(absent, 0, a / jnp.linalg.norm(a, axis=0, keepdims=True))
+    for _ in range(2):
+        gram = jnp.matmul(a.T, a, precision=jax.lax.Precision.HIGHEST)
+        gram = jnp.where(jnp.diag(absent), 1, gram)
+        a = jnp.matmul(a, inverse_cholesky(gram).T, precision=jax.lax.Precision.HIGHEST)
+    return a
+
+
 @dataclasses.dataclass(frozen=True)
 class LowRankEdit(Edit, abc.ABC):
     """A low-rank edit at `site`.
@@ -54,12 +71,15 @@ class LowRankEdit(Edit, abc.ABC):
         stands, and starts like torch's linear.
       subtracts: whether `h R` is subtracted.
       has_weight: whether there is a `W`; otherwise `b` starts uniform in [0, 1), as in pyreft.
+      room: whether columns of `R` may be zeros, which are as good as absent (`widened`).
     """
 
     rank: Positive = 4
     init: str = "paper"
     site: str = "llm.block.out"
+    room: bool = dataclasses.field(default=False, init=False)
 
+    width: ClassVar[str] = "rank"
     orthogonal: ClassVar[bool] = True
     subtracts: ClassVar[bool] = True
     has_weight: ClassVar[bool] = True
@@ -80,7 +100,14 @@ class LowRankEdit(Edit, abc.ABC):
 
     def rotation(self, raw: Float[Array, "D r"]) -> Float[Array, "D r"]:
         """`R` as the edit uses it."""
-        return orthonormalize(raw) if self.orthogonal else raw
+        if not self.orthogonal:
+            return raw
+        return orthonormalize_some(raw) if self.room else orthonormalize(raw)
+
+    def widened(self, width: int) -> Method:
+        wide = super().widened(width)
+        object.__setattr__(wide, "room", True)
+        return wide
 
     def initial(self, key: PRNGKeyArray, dim: int) -> Params:
         k_rotate, k_weight, k_bias = jax.random.split(key, 3)

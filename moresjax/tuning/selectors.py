@@ -14,8 +14,11 @@
     dialogue                 questions and answers, but nothing that is being generated
     last_prompt              the token that predicts the first answer token
     generated                tokens that generation appends (in training: the answer)
-    roi                      visual tokens inside the batch's region of interest
+    roi                      visual tokens, or patches of the vision encoder, in the region of
+                             interest; no class token, and nothing of an image without a box
     token(cat)               every occurrence of a one-token word, with or without a space before it
+    word(5)                  the fifth word of each question, counted from 1, with all its tokens
+    mark(object)             the pieces of the questions that are marked `object`, all their tokens
     image|question:f4        the union of several selectors
 
 Slices count inside one image for `image`, and inside one conversation for other regions. Questions
@@ -27,7 +30,7 @@ the number of all tokens count the longest question.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -54,9 +57,12 @@ REGIONS = {
     "generated": (TokenKind.ANSWER,),
     "all": (TokenKind.SYSTEM, TokenKind.IMAGE, TokenKind.QUESTION, TokenKind.ANSWER),
 }
-SPECIAL = ("last_prompt", "roi", "token(WORD)")
+SPECIAL = ("last_prompt", "roi", "token(WORD)", "word(N)", "mark(NAME)")
 SLICES = ("fN", "lN", "fN+lN", "uniform(N)", "uniform(P%)", "P%", "at(I;J)", "skip(I;J)+SLICE")
 _DECODED = {"answer", "generated", "all"}
+
+_MARKED = re.compile(r"word\([1-9]\d*\)|mark\([^\s()|]+\)")
+MAX_MARKS = 31  # bits of a 32-bit integer, without its sign
 
 _NUMBER = r"(\d+(?:\.\d+)?)"
 
@@ -129,6 +135,16 @@ class Selector:
         """Words named by `token(WORD)`."""
         return tuple(r[len("token(") : -1] for r, _ in self.parts if r.startswith("token("))
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """What it wants to know of the texts: its `word(N)` and `mark(NAME)`."""
+        return tuple(region for region, _ in self.parts if _MARKED.fullmatch(region))
+
+    @property
+    def uses_roi(self) -> bool:
+        """Whether it wants to know regions of interest."""
+        return any(region == "roi" for region, _ in self.parts)
+
     def __call__(
         self,
         layout: TokenLayout,
@@ -136,6 +152,7 @@ class Selector:
         roi: Bool[AnyArray, "B R"] | None = None,
         words: Mapping[str, Sequence[int]] | None = None,
         unfinished: bool = False,
+        marked: Mapping[str, Bool[AnyArray, "B S"]] | None = None,
     ) -> Bool[Array, "B S"]:
         """Mask of the selected tokens.
 
@@ -146,13 +163,14 @@ class Selector:
             region of interest, needed by `roi`.
           words: token ids of each word named by a `token(WORD)`, one for every way to write it.
           unfinished: whether the rows are prefixes of prompts, of which more follows.
+          marked: the tokens of each `word(N)` and `mark(NAME)`, see `marked_tokens`.
         """
         mask = jnp.zeros(layout.shape, bool)
         for region, part in self.parts:
             if region == "last_prompt":
                 mask |= last_prompt_mask(layout, unfinished)
             else:
-                mask |= _region_mask(region, part, layout, tokens, roi, words)
+                mask |= _region_mask(region, part, layout, tokens, roi, words, marked)
         # Learned prompt tokens belong to no text region.
         return mask & valid_mask(layout) & (jnp.asarray(layout.document) != SHARED)
 
@@ -164,7 +182,15 @@ def _region_mask(
     tokens: IntField | None,
     roi: Bool[AnyArray, "B R"] | None,
     words: Mapping[str, Sequence[int]] | None,
+    marked: Mapping[str, Bool[AnyArray, "B S"]] | None,
 ) -> Bool[Array, "B S"]:
+    if _MARKED.fullmatch(region):
+        if marked is None or region not in marked:
+            raise UserError(
+                f"selector {region!r} needs a batch with marks, which prompts as text have and "
+                "token ids have not"
+            )
+        return jnp.asarray(marked[region])
     if region.startswith("token("):
         word = region[len("token(") : -1]
         if tokens is None or not words or word not in words:
@@ -173,7 +199,10 @@ def _region_mask(
     image = jnp.asarray(layout.image)
     if region == "roi":
         if roi is None:
-            raise UserError("selector 'roi' needs a batch with a region of interest")
+            raise UserError(
+                "selector 'roi' needs a batch with a region of interest, which samples and prompts "
+                "with boxes have (roi=...)"
+            )
         inside = jnp.take_along_axis(jnp.asarray(roi), jnp.maximum(image, 0), axis=1)
         return inside & (image >= 0)
     inside = jnp.isin(jnp.asarray(layout.kind), jnp.asarray(REGIONS[region]))
@@ -200,7 +229,8 @@ def parse_selector(text: str) -> Selector:
     parts = []
     for piece in text.split("|"):
         region, _, sliced = piece.strip().partition(":")
-        if re.fullmatch(r"token\(\S+\)", region) or region in ("last_prompt", "roi"):
+        whole = re.fullmatch(r"token\(\S+\)", region) or _MARKED.fullmatch(region)
+        if whole or region in ("last_prompt", "roi"):
             if sliced:
                 raise UserError(f"selector {text!r}: {region!r} takes no slice, got {sliced!r}")
         elif region not in REGIONS:
@@ -232,6 +262,35 @@ def _parse_slice(sliced: str, text: str) -> TokenSlice:
     if m := re.fullmatch(r"at\((\d+(?:;\d+)*)\)", sliced):
         return TokenSlice("at", indices=tuple(int(i) for i in m[1].split(";")))
     raise choice_error(f"slice in selector {text!r}", sliced, SLICES)
+
+
+def mark_names(selectors: Iterable[Selector]) -> tuple[str, ...]:
+    """What selectors want to know of the texts; the n-th of them is bit n of `Batch.marks`.
+
+    >>> mark_names(map(parse_selector, ["word(5)|image", "mark(object)", "word(5)"]))
+    ('mark(object)', 'word(5)')
+
+    Raises:
+      UserError: They are more than an integer has bits.
+    """
+    names = tuple(sorted({name for selector in selectors for name in selector.marks}))
+    if len(names) > MAX_MARKS:
+        raise UserError(f"selectors may name {MAX_MARKS} marks and words at most, not {len(names)}")
+    return names
+
+
+def marked_tokens(
+    marks: IntField | None, names: Sequence[str]
+) -> dict[str, Bool[Array, "B S"]] | None:
+    """The tokens of each mark, from the bits of `Batch.marks`; None where a batch has none.
+
+    Args:
+      marks: The bits of every token.
+      names: The marks in the order of their bits, see `mark_names`.
+    """
+    if marks is None:
+        return None
+    return {name: (jnp.asarray(marks) >> bit) % 2 == 1 for bit, name in enumerate(names)}
 
 
 def parse_layers(text: str, num_layers: int) -> tuple[bool, ...]:

@@ -40,21 +40,27 @@ def edit_dim(method: Method, site: str, config: ModelConfig) -> int:
 
 
 # Regions that tokens outside the LLM belong to; `system` is the class token and the registers.
-_REGIONS = {"vision": ("image", "system", "all"), "connector": ("image", "roi", "all")}
+_REGIONS = {"vision": ("image", "roi", "system", "all"), "connector": ("image", "roi", "all")}
 
 
 def check_selector(method: Edit, site: str, config: ModelConfig) -> None:
     """Checks the positions of an edit at a site.
 
     Raises:
-      UserError: for a malformed selector, and for one with a part that no token at this site, or no
-        token of an image of this many, can match.
+      UserError: for a malformed selector, for one with a part that no token at this site, or no
+        token of an image of this many, can match, and for `roi` with a connector of learned
+        queries.
     """
     selector, tower = parse_selector(method.positions), site.split(".")[0]
     visual_tokens = config.vision.num_patches if tower == "vision" else config.visual_tokens
     for region, part in selector.parts:
         if region not in _REGIONS.get(tower, (region,)):
             raise choice_error(f"region of {method.name} at {site}", region, _REGIONS[tower])
+        if region == "roi" and not config.places_visual_tokens:
+            raise UserError(
+                f"{method.name}:positions={selector} needs visual tokens that stand for places in "
+                "the image; here the connector's learned queries read all of it"
+            )
         if region == "image" and visual_tokens and part.needs > visual_tokens:
             raise UserError(
                 f"{method.name}:positions={selector} asks for {part.needs} visual tokens; an image "

@@ -53,7 +53,12 @@ def keys_of(spec: str) -> tuple[str, ...]:
     load_plugins()
     name = _BETWEEN_METHODS.split(spec)[-1].partition(":")[0].strip()
     name = PRESETS.get(name, name).partition(":")[0]
-    return tuple(f.name for f in dataclasses.fields(METHODS[name])) if name in METHODS else ()
+    return keys_of_method(METHODS[name]) if name in METHODS else ()
+
+
+def keys_of_method(method: type[Method]) -> tuple[str, ...]:
+    """The keys of a method in spec strings."""
+    return tuple(field.name for field in dataclasses.fields(method) if field.init)
 
 
 def with_defaults(spec: str, defaults: Mapping[str, Mapping[str, object]]) -> str:
@@ -86,7 +91,7 @@ def _format_method(method: Method) -> str:
     changed = []
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
-        if value != field.default:
+        if value != field.default and field.init:
             text = str(value).lower() if isinstance(value, bool) else str(value)
             changed.append(f"{field.name}={text}")
     return method.name + (":" + ",".join(changed) if changed else "")
@@ -101,7 +106,7 @@ def _parse_method(piece: str) -> Method:
         raise choice_error("tuning method", name, sorted({*METHODS, *PRESETS}))
     cls = METHODS[name]
     types = get_type_hints(cls)
-    keys = [field.name for field in dataclasses.fields(cls)]
+    keys = keys_of_method(cls)
     values = {}
     for argument in filter(None, arguments.split(",")):
         key, equals, value = argument.partition("=")

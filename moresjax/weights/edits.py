@@ -60,10 +60,11 @@ def unheld(method: Method, sites: Iterable[str]) -> str:
     """
     if not isinstance(method, Edit) or type(method) not in ARITHMETIC:
         return method.name
-    for region, part in parse_selector(method.positions).parts:
+    selector = parse_selector(method.positions)
+    for region, part in selector.parts:
         # An image is a row there, but `all` counts over all images of a prompt.
         whole = "connector.out" in sites and region == "all" and part.kind != "all"
-        if region == "roi" or whole:
+        if region == "roi" or selector.marks or whole:
             return f"{method.name} at the tokens {method.positions}"
     return ""
 

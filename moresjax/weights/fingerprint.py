@@ -24,6 +24,8 @@ FREE_FIELDS = ("dtype", "remat", "unroll", "int8", "attention", "model_type")
 RENAMED_FIELDS = {"last_layers": "num_trainable_blocks"}
 # Fields that version 0.1 had not; fingerprints leave them out.
 NEW_FIELDS = ("model_type",)
+# Fields that version 0.2 had not either, with what they have where they change nothing.
+NEUTRAL_FIELDS = {"k_bias": True, "feature_norm_eps": 0.0}
 # A checksum is of this many values, and there is one for this many parameters.
 _VALUES, _CHECKSUMS = 64, 8
 
@@ -31,9 +33,9 @@ _VALUES, _CHECKSUMS = 64, 8
 def fingerprint(mllm: MLLM) -> str:
     """Twelve hexadecimal digits that tell models apart.
 
-    They depend on the configuration, the tuning, a few values of every parameter, and every value
-    that a tuning was given rather than learned. They are the same whether blocks are stacked or
-    not, and in every version.
+    They depend on the configuration (the dtype of computation is part of it), the tuning, a few
+    values of every parameter, and every value that a tuning was given rather than learned. They are
+    the same whether blocks are stacked or not, and in every version.
     """
     sums = {
         first_name(name): checksum(*(variable.get_value() for variable in layers))
@@ -47,10 +49,10 @@ def fingerprint(mllm: MLLM) -> str:
 
 
 def exact_fingerprint(mllm: MLLM) -> str:
-    """Twelve hexadecimal digits that also tell neighbouring steps and precisions apart.
+    """Twelve hexadecimal digits that also tell neighbouring steps and stored precisions apart.
 
-    They depend on every value of the tuning, and on a few values of each other parameter as it is
-    stored.
+    They depend on every value of the tuning, and on a few values of each other parameter and the
+    dtype in which it is stored, but not on the dtype of computation.
     """
     tuning, others = {}, {}
     for name, variables in layered_parameters(mllm).items():
@@ -156,7 +158,9 @@ def _plain(value: Any) -> Any:
 def _renamed(config: Any, names: Mapping[str, str]) -> Any:
     """A configuration, or a value inside of one, with other names for some of its fields."""
     if isinstance(config, Mapping):
-        kept = {key: value for key, value in config.items() if key not in NEW_FIELDS}
+        neutral = {key for key, x in NEUTRAL_FIELDS.items() if config.get(key) == x}
+        left_out = {*NEW_FIELDS, *neutral}
+        kept = {key: value for key, value in config.items() if key not in left_out}
         return {names.get(key, key): _renamed(value, names) for key, value in kept.items()}
     if isinstance(config, list | tuple):
         return [_renamed(value, names) for value in config]

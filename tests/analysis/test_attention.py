@@ -23,6 +23,7 @@ from moresjax.models.attention import GROUPS
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
 from moresjax.models.vision import VisionConfig
+from moresjax.models.zoo import mllm_config
 from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
 from moresjax.testing.models import TINY_LLM, talking_model, tiny_config, tiny_model
 from moresjax.tuning.base import ProbeContext
@@ -265,6 +266,27 @@ def test_two_tokens_of_a_patch_are_added_and_queries_have_no_place():
     querying = MLLMConfig(llm=llm, vision=encoder, connector="resampler:latents=9")
     with pytest.raises(UserError, match="connector resampler:latents=9 come from learned queries"):
         to_grid(np.arange(9.0)[None], querying)
+
+
+def test_tokens_of_joined_patches_are_parts_of_rows():
+    """Patch p has the value p, a token the mean of its patches: they lie where its patches lie."""
+    llm = tiny_config().llm
+    fields = {"patch_size": 2, "hidden_size": 8, "intermediate_size": 8}
+    encoder = VisionConfig(image_size=8, num_layers=1, num_heads=1, **fields)
+    values = np.arange(16.0).reshape(8, 2).mean(-1)
+    grid = to_grid(values, MLLMConfig(llm=llm, vision=encoder, connector="concat2-linear"))
+    np.testing.assert_array_equal(grid, np.arange(16.0).reshape(4, 2, 2).mean(-1))
+    pair = FusedVisionConfig(encoders=(encoder, encoder), fusion="interleave")
+    config = MLLMConfig(llm=llm, vision=pair, connector="concat4-linear")
+    np.testing.assert_array_equal(to_grid(values, config), grid)
+    assert to_grid(np.arange(256.0), mllm_config("minigpt-v2")).shape == (32, 8)
+    across = MLLMConfig(llm=llm, vision=encoder, connector="concat8-linear")
+    with pytest.raises(UserError, match="go over the ends of its 4 rows of patches"):
+        to_grid(np.arange(2.0), across)
+    whole = dataclasses.replace(encoder, class_token=True, select="cls_patch", image_size=6)
+    joined = MLLMConfig(llm=llm, vision=whole, connector="concat2-linear")
+    with pytest.raises(UserError, match="go over the ends of its 3 rows"):
+        to_grid(np.arange(5.0), joined)
 
 
 def test_a_map_of_two_images_has_a_grid_for_each():

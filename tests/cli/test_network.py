@@ -8,7 +8,7 @@ from run_helpers import DIGITS, HEAD, TINY
 
 from moresjax.cli import main
 from moresjax.cli.app import make_parser
-from moresjax.testing.benchmark_files import DOWNLOADS, write
+from moresjax.testing.benchmark_files import DOWNLOADS, photo, write
 
 # In this order, in one folder. `demo` runs in `test_cli.py`, in a process without a network.
 COMMANDS = """
@@ -24,6 +24,9 @@ analyze concepts --states states --concepts 2 --out concepts
 analyze shift --base states --tuned same=states --num-concepts 2 --out shift
 analyze separability --states states --by task --out apart
 analyze steer --model run --fine concepts --tasks digits --limit 1 --out steered
+analyze lens --model run --prompt how --image a.png --words two,six --out lens
+analyze patch --model run --prompt how --other-prompt two --answers two,six --out patched
+analyze attribute --model run --prompt how --answer two --out parts
 train --workdir llm --config {digits}:stage=llm {head}
 sweep --workdir sweep --seeds 1 --config {digits}:stage=llm {head}
 export llm hf --format hf
@@ -56,7 +59,8 @@ def test_no_command_touches_the_network(tmp_path, monkeypatch, capsys):
         )
     record = {"id": "a", "conversations": [{"from": "human", "value": "How many?"}]}
     record["conversations"].append({"from": "gpt", "value": "two"})
-    write(tmp_path, DOWNLOADS["iconqa_txt"]() | {"records.json": [record]})
+    images = {"a.png": photo(), "b.png": photo(200)}
+    write(tmp_path, DOWNLOADS["iconqa_txt"]() | {"records.json": [record]} | images)
 
     def refuse(*arguments, **_):
         tried.append(arguments)

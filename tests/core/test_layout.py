@@ -18,7 +18,7 @@ from moresjax.core.layout import (
     visible,
 )
 from moresjax.testing.batches import row_layout, stack_layout
-from moresjax.tuning.attach import extend_layout
+from moresjax.tuning.masks import extend_layout
 from moresjax.tuning.selectors import parse_selector
 
 PAD, SYSTEM, IMAGE, QUESTION, ANSWER = TokenKind

@@ -77,10 +77,11 @@ def test_every_vector_answers_as_if_it_were_alone_and_strength_zero_as_none(run)
     assert (model.tuning, model.adapters) == ("none", ())
 
 
-def test_beginnings_are_read_once_for_all_vectors(run):
-    *_, found = run
+def test_questions_are_read_once_for_all_vectors(run):
+    model, _, _, found = run
     (shared,) = (own for own in found if own.rows)
-    assert len(shared.rows) == len(IMAGES)
+    prompts = [model.prompts.row(e.prompt, e.images) for e in QUESTIONS]
+    assert [len(row) for row in shared.rows] == [len(row) - 1 for row in prompts]
     assert len(shared.prefix_index) == len(QUESTIONS) * (len(TRIALS) + 1)
 
 

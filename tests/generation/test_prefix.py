@@ -10,7 +10,7 @@ from moresjax.core.layout import TokenKind
 from moresjax.generation import programs
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.engine import Engine
-from moresjax.generation.shared_prefix import common_prefix
+from moresjax.generation.shared_prefix import common_prefix, find_shared_prefixes
 from moresjax.testing.batches import tiny_batch
 from moresjax.testing.models import talking_model, tiny_config, tiny_model
 from moresjax.tuning.attach import Tuning
@@ -178,24 +178,49 @@ def test_edits_of_the_last_prompt_token_share_what_stands_before(tuning, text, m
         assert one.logprob == pytest.approx(other.logprob, rel=1e-5)
 
 
-def test_vectors_that_cannot_meet_an_image_share_it(monkeypatch):
-    """Two vectors and the base model answer about one image, which is read once."""
+@pytest.mark.parametrize("images", [IMAGES[:1], []], ids=["image", "text"])
+def test_vectors_that_cannot_meet_a_prompt_share_it(images, monkeypatch):
+    """Two vectors and the base model answer one question, which is read once."""
     tunings = [talking_model(LAST).mllm.tuning for _ in range(2)]
     tunings[1].params["loreft"]["llm.block.out"]["weight"][...] *= -3
     model, known = talking_model("none"), {}
     model.mllm.tuning = stack_adapters(dict(zip("ab", tunings, strict=True)))
-    rows = [model.prompts.row(QUESTIONS[0], IMAGES[:1], known=known)] * 3
+    model.service.config = ALWAYS
+    rows = [model.prompts.row(QUESTIONS[0], images, known=known)] * 3
     names = ["a", None, "b"]
     whole = np.asarray(model.service.generate_rows(rows, NEW, adapters=names).tokens)
     assert len({tuple(tokens) for tokens in whole.tolist()}) == 3
     read, run = [], Engine.read_prefix
     monkeypatch.setattr(
-        Engine, "read_prefix", lambda self, *a: read.append(len(a[0].tokens)) or run(self, *a)
+        Engine, "read_prefix", lambda self, *a: read.append(a[0].tokens.shape) or run(self, *a)
     )
     done = model.service.generate_many(rows, NEW, batch_size=4, adapters=names)
-    assert read == [1]
+    assert read == [(1, 16)]  # all but the last token, padded
+    assert len(rows[0]) - 1 in range(1, 17)
     for tokens, found in zip(whole, done, strict=True):
         np.testing.assert_array_equal(found.tokens, tokens[: len(found.tokens)])
+
+
+def test_the_prefixes_that_leave_fewer_tokens_are_read():
+    model, known = talking_model("none"), {}
+    tuning, everywhere = (
+        Tuning(spec, model.config) for spec in (LAST, "loreft:rank=2,positions=all")
+    )
+    words = ("two ?", "six ?", "one ?", "no ?")
+    rows = [model.prompts.row(text, IMAGES[:1], known=known) for text in words]
+
+    def read(rows: list, names: list, tuning: Tuning = tuning) -> list[int]:
+        found = find_shared_prefixes(rows, tuning, names, config=ALWAYS)
+        assert found.tokens_read(rows) <= sum(map(len, rows))
+        return [len(row) for row in found.rows]
+
+    # One image with several questions, one vector each; then every question with three vectors.
+    assert read(rows, ["a"] * 4) == [10]
+    assert read(rows[:1] * 3, [*"abc"]) == [len(rows[0]) - 1]
+    assert read([row for row in rows for _ in "abc"], [*"abc"] * 4) == [10]
+    lone = [model.prompts.row(QUESTIONS[1] + "two ?" * n, IMAGES[n : n + 1]) for n in (0, 1)]
+    assert read([row for row in lone for _ in "abc"], [*"abc"] * 2) == [len(r) - 1 for r in lone]
+    assert read(rows[:1] * 3, [*"abc"], everywhere) == []
 
 
 @pytest.mark.parametrize(

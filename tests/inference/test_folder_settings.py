@@ -10,12 +10,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     CLIPImageProcessor,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaImageProcessor,
     LlavaProcessor,
 )
 
@@ -23,6 +25,8 @@ import moresjax as mj
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.data.digits import build_tokenizer
+from moresjax.data.images import ImageProcessor
+from moresjax.data.regions import tokens_inside
 from moresjax.inference.convert import export_model, import_model
 from moresjax.models.vision import OPENAI_MEAN, OPENAI_STD
 from moresjax.testing.hf_encoders import clip, dinov2
@@ -212,3 +216,22 @@ def test_a_failed_import_leaves_nothing(llm, tmp_path):
     with pytest.raises(UserError, match="images become 16 x 16"):
         import_model(llm, tmp_path / "run", vision=str(tmp_path / "clip"))
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_the_box_of_a_whole_image_says_where_an_image_processor_puts_it():
+    """The picture that comes out of a processor of `transformers` tells where everything went."""
+    plain = {"do_normalize": False, "do_rescale": False, "resample": 0}
+    crops = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=12, **plain)
+    pads = LlavaImageProcessor(size={"shortest_edge": 12}, crop_size=12, do_pad=True, **plain)
+    for reference, (width, height) in ((crops, (40, 20)), (crops, (20, 60)), (pads, (24, 12))):
+        box = (0.25, 0.5, 0.5, 1.0)
+        pixels = np.zeros((height, width, 3), np.uint8)
+        x0, y0, x1, y1 = (round(a * b) for a, b in zip(box, (width, height) * 2, strict=True))
+        pixels[y0:y1, x0:x1] = 255
+        processor = ImageProcessor(12, reference=reference)
+        shown = processor(pixels)[:, :, 0] > 128
+        centres = (np.stack(np.meshgrid(range(12), range(12)), -1).reshape(-1, 2) + 0.5) / 12
+        found = tokens_inside([box], centres, processor.placement(Image.fromarray(pixels)))
+        assert shown.any()
+        # A pixel at the edge may round to either side.
+        assert (found.reshape(12, 12) != shown).sum() <= 12

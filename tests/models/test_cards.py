@@ -19,6 +19,10 @@ def test_every_name_has_a_card(capsys):
     whole = sum(cards[part]["parameters"] for part in parts) + 20_979_712  # the connector
     assert cards["llava-1.5-7b"]["parameters"] == whole
     assert cards["clip-l-14-336"]["text"] == "576 tokens of 1024 at 336 px"
+    assert cards["eva-g-14-448"]["text"] == "1024 tokens of 1408 at 448 px"
+    # BLIP-2's count at 224 px is 985,952,256, with 39 biases of keys; more positions at 448 px.
+    assert cards["eva-g-14-448"]["parameters"] == 985_952_256 - 39 * 1408 + 3 * 256 * 1408
+    assert cards["minigpt-v2"]["text"] == "llama-2-7b + eva-g-14-448 + concat4-linear"
     assert main(["zoo"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(cards)
@@ -29,5 +33,6 @@ def test_whole_models_are_named_like_llms():
     config = mllm_config("llava-steering-3b")
     assert (config.llm, config.vision) == (LLMS["phi-2"], ENCODERS["siglip-so400m-14-384-728"])
     assert config.visual_tokens == 728
+    assert mllm_config("minigpt-v2").visual_tokens == 256
     with pytest.raises(UserError, match=r"LLM 'llava-2'.*phi-2.*llava-steering-3b"):
         mllm_config("llava-2")

@@ -52,6 +52,31 @@ def test_mof_mlp_has_a_branch_for_each_encoder():
     assert np.abs(connector.branches[0](x) - connector.branches[1](x)).max() > 0.1
 
 
+@pytest.mark.parametrize("tail", ["linear", "mlp2x_gelu"])
+def test_neighbours_are_put_side_by_side(tail):
+    joining = randomised(build_connector(f"concat4-{tail}", 6, 10))
+    plain = build_connector(tail, 24, 10)
+    nnx.update(plain, nnx.state(joining))
+    x = features(8)
+    y = np.asarray(joining(jnp.asarray(x)))
+    assert y.shape == (3, 2, 10)
+    expected = plain(jnp.asarray(torch.tensor(x).view(3, 2, 24).numpy()))
+    np.testing.assert_allclose(y, expected, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["concat1-linear", "concat4-identity", "concat4-mof_mlp"])
+def test_what_cannot_follow_neighbours(name):
+    with pytest.raises(UserError, match="connector"):
+        connector_tokens(name, 8)
+
+
+def test_neighbours_must_divide_the_features():
+    config = tiny_config()
+    message = "connector concat4-linear joins 4 visual features to a token; 9 features"
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(config, connector="concat4-linear")
+
+
 # Sizes
 
 
@@ -70,6 +95,7 @@ def test_full_size_qformer():
         ("vicuna-7b", "clip-l-14-336", "linear", 1025 * 4096),
         ("phi-2", "siglip-so400m-14-384", "mlp2x_gelu", 9_507_840),
         ("vicuna-7b", "mof-l-14-336", "mof_mlp", 2 * 20_979_712),
+        ("llama-2-7b", "eva-g-14-448", "concat4-linear", (4 * 1408 + 1) * 4096),
         (
             "vicuna-7b",
             "dinov2-siglip-so400m-14-384",
@@ -104,6 +130,7 @@ def test_identity_has_no_parameters():
         ("identity", 729),
         ("mlp2x_gelu", 729),
         ("fused-gelu-mlp", 729),
+        ("concat3-mlp2x_gelu", 243),
         ("mof_mlp", 729),
         ("resampler", 128),
         ("qformer", 128),

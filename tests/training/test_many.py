@@ -15,6 +15,7 @@ from moresjax.runs.init_weights import trained_parameters
 from moresjax.training import many
 from moresjax.training.loop import train
 from moresjax.training.many import train_many
+from moresjax.training.widths import split_widths
 
 # Dropout needs each run's own key; the frozen weights of another seed are others.
 TUNED = TEXT_ONLY | {"tuning": "lora:rank=2,dropout=0.3,targets=q", "also_train": "llm.head"}
@@ -37,6 +38,14 @@ def compilations(caplog) -> int:
     return sum(text.startswith("Finished XLA compilation of jit(step)") for text in texts)
 
 
+def assert_same_parameters(one, other):
+    found, wanted = trained_parameters(one), trained_parameters(other)
+    assert set(found) == set(wanted)
+    for key, x in wanted.items():
+        limit = 1e-6 * np.abs(x).max()
+        np.testing.assert_allclose(found[key], x, rtol=0, atol=limit, err_msg=key)
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     """Directories of runs that trained at once, by name."""
@@ -50,11 +59,7 @@ def together(tmp_path_factory):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_among_others_equals_the_run_alone(name, together, tmp_path):
     train(tuned(**RUNS[name]), tmp_path)
-    found, wanted = trained_parameters(together[name]), trained_parameters(tmp_path)
-    assert set(found) == set(wanted)
-    for key, x in wanted.items():
-        limit = 1e-6 * np.abs(x).max()
-        np.testing.assert_allclose(found[key], x, rtol=0, atol=limit, err_msg=key)
+    assert_same_parameters(together[name], tmp_path)
     for one, other in zip(logged(together[name]), logged(tmp_path), strict=True):
         assert one["lr"] == pytest.approx(other["lr"], rel=1e-6)
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -67,6 +72,47 @@ def test_runs_of_a_shape_compile_one_step(tmp_path, caplog):
     with caplog.at_level(logging.DEBUG), jax.log_compiles():
         train_many(runs)
     assert compilations(caplog) == 1
+
+
+RANKED = {
+    "mores": (
+        "mores:rank=3,layers=1,positions=all,init=identity",
+        "mores:rank=4,positions=all,init=identity",
+    ),
+    "lora": ("lora:rank=2,alpha=4,targets=q", "lora:rank=3,targets=q,layers=0"),
+}
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_ranks_and_layers_share_a_program(name, tmp_path, caplog):
+    small, large = (
+        tuned(tuning=spec, **{"model.llm.num_layers": 2, "optimizer.lr": 1e-2})
+        for spec in RANKED[name]
+    )
+    with caplog.at_level(logging.DEBUG), jax.log_compiles():
+        train_many({tmp_path / "small": small, tmp_path / "large": large})
+    assert compilations(caplog) == 1
+    train(small, tmp_path / "alone")
+    assert_same_parameters(tmp_path / "small", tmp_path / "alone")
+
+
+def test_ranks_have_programs_of_their_own_where_bits_count():
+    shared, runs = many._Shared(share_ranks=False), [tuned(tuning=s) for s in RANKED["mores"]]
+    shared.configs = [*runs, tuned(tuning=RANKED["mores"][0].replace("=1,", "=0,"))]
+    assert shared._alike(runs[0]) == [runs[0], shared.configs[-1]]
+    assert many._Shared()._settings(runs[0]) == many._Shared()._settings(runs[1])
+
+
+def test_only_methods_of_one_kind_share_a_program():
+    def kind(spec):
+        return split_widths(spec)[0]
+
+    assert kind("adapter:bottleneck=2,layers=0") == kind("adapter:bottleneck=5")
+    assert kind("mores:rank=1/lora:rank=2") == kind("mores:rank=8/lora:rank=4")
+    assert kind("lora:rank=2,rslora=true") != kind("lora:rank=4,rslora=true")  # another scale
+    assert kind("lora:rank=2,alpha=8") != kind("lora:rank=4,alpha=8")
+    assert kind("mores:rank=2,positions=image") != kind("mores:rank=2")
+    assert kind("oft:block_size=2") != kind("oft:block_size=4")
 
 
 def test_runs_that_no_program_fits_together_have_one_each(tmp_path, caplog):

@@ -166,7 +166,7 @@ def test_the_path_of_a_file_may_contain_slashes():
         ("mores:positions=image:uniform(10)", r"10 visual tokens; an image has 9"),
         ("loreft:site=vision.block.out,positions=image:l10", r"image has 9 at vision.block.out"),
         ("loreft:site=connector.out,positions=question:f1", r"question.*image, roi, all"),
-        ("loreft:site=vision.block.out", r"prompt.*image, system, all"),
+        ("loreft:site=vision.block.out", r"prompt.*image, roi, system, all"),
         ("loreft:site=vision.block.out,positions=all,rank=9", r"loreft:rank=9 exceeds.* 8 at vis"),
         ("direft:rank=17", r"direft:rank=17 exceeds the hidden size 16"),
         ("mrt:visual_layers=2", r"layer 2, but the model has layers 0-0"),

@@ -21,8 +21,9 @@ from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
 from moresjax.testing.models import TINY_VISION, tiny_config, tiny_model
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
-from moresjax.tuning.attach import Tuning, extend_layout
+from moresjax.tuning.attach import Tuning
 from moresjax.tuning.hooks import AttachedEdit, TowerHooks
+from moresjax.tuning.masks import extend_layout
 from moresjax.tuning.methods.lora import LoRA
 
 EVERY = "prompt:length=1/prefix:length=2/vpt:length=2/vpt:deep=false,length=1/ptum:length=2"

@@ -23,7 +23,6 @@ from moresjax.analysis.steering import (
 )
 from moresjax.analysis.vectors import PROVENANCE, check_same_source
 from moresjax.core.errors import UserError
-from moresjax.data.processor_facts import processor_facts
 from moresjax.evaluation.steering.answers import AnswerTask
 from moresjax.evaluation.steering.ask import POSITIONS, Trial
 from moresjax.evaluation.steering.tasks import SteeringTask
@@ -235,11 +234,7 @@ def check_model(facts: Mapping[str, Mapping[str, Any]], model: Model) -> str:
     Raises:
       UserError: The states are of another model or tokenizer.
     """
-    now = {
-        "model": model.fingerprint,
-        "weights": model.exact_fingerprint,
-        "processor": processor_facts(model.processor)["hash"],
-    }
+    now = {name: model.provenance[name] for name in ("model", "weights", "processor")}
     for name, own in facts.items():
         same = {key: own.get(key, value) == value for key, value in now.items()}
         if not same["processor"]:

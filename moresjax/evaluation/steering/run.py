@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moresjax._version import __version__
 from moresjax.analysis.steering import count_changes, selection, side_effects
 from moresjax.analysis.vectors import vector_hash
 from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
-from moresjax.data.processor_facts import processor_facts, short_hash
+from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import read_log, write_log
 from moresjax.evaluation.judges import Judge
@@ -247,13 +246,7 @@ class _Log:
     """
 
     def __init__(self, out: str | Path | None, model: Model, trials: Sequence[Trial]) -> None:
-        self.facts = {
-            "model": model.fingerprint,
-            "weights": model.exact_fingerprint,
-            "tuning": model.tuning,
-            "processor": processor_facts(model.processor)["hash"],
-            "version": __version__,
-        }
+        self.facts = model.provenance
         made = [self.facts[name] for name in ("weights", "processor")]
         self._made = {
             trial.key: short_hash("".join([*made, vector_hash(trial.vector)])) for trial in trials

@@ -38,6 +38,7 @@ class Adapter(WeightDelta):
     """Adapters on every linear of the decoder's MLPs; `dropout` is on the adapter's input."""
 
     name = "adapter"
+    width = "bottleneck"
     bottleneck: Positive = 256
     dropout: Rate = 0.05
 

@@ -26,6 +26,7 @@ class Houlsby(Edit):
     """Both bottlenecks, on all tokens, also generated ones."""
 
     name = "houlsby"
+    width = "bottleneck"
     positions: str = "all"
     bottleneck: Positive = 64
 

@@ -11,8 +11,9 @@ _SPECIAL = {
     "norm": r"llm\.norm",
     "q_norm": r"llm\.blocks\.attn\.q_norm",
     "k_norm": r"llm\.blocks\.attn\.k_norm",
-    "vision.all": r"vision\.((blocks|last)\.\w+_norm|pre_norm)",
+    "vision.all": r"vision\.((blocks|last)\.\w+_norm|pre_norm|post_norm)",
     "vision.pre_norm": r"vision\.pre_norm",
+    "vision.post_norm": r"vision\.post_norm",
 }
 
 

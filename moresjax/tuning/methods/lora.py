@@ -34,6 +34,7 @@ class LoRA(WeightDelta):
     """LoRA on the linears named by `targets`; without an `alpha` it is twice the rank."""
 
     name = "lora"
+    width = "rank"
     rank: Positive = 8
     alpha: Annotated[float | None, FINITE] = None
     dropout: Rate = 0.0
@@ -49,6 +50,10 @@ class LoRA(WeightDelta):
     def scale(self) -> float:
         """The factor of `x A B`, s."""
         return self.scaled_by / (self.rank**0.5 if self.rslora else self.rank)
+
+    def widened(self, width: int) -> "LoRA":
+        scaled = self.scale * (width**0.5 if self.rslora else width)
+        return dataclasses.replace(self, rank=width, alpha=None if scaled == 2 * width else scaled)
 
     def sites(self, config: ModelConfig) -> Sites:
         shapes = linear_sites(self, config, self.targets)

@@ -1,0 +1,95 @@
+"""`moresjax analyze attribute`: which parts of the model and the prompt an answer comes from."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+
+from moresjax.cli.options import (
+    Commands,
+    add_command,
+    add_mesh,
+    add_prompting,
+    add_question,
+    add_tuning,
+    load_model,
+    only_adapter,
+    show,
+)
+
+
+def register(kinds: Commands) -> None:
+    """Adds the command to the kinds of analysis."""
+    help = "which heads, MLPs, tokens and patches an answer comes from"
+    command = add_command(kinds, "attribute", run_attribute, help, compiles=True)
+    add_question(command)
+    command.add_argument("--answer", metavar="TEXT", help="default: what the model answers")
+    command.add_argument(
+        "--against",
+        metavar="TEXT",
+        help="another answer: what speaks for the first rather than for this one",
+    )
+    command.add_argument(
+        "--method",
+        default="input_x_gradient",
+        help="of tokens: input_x_gradient or gradient_norm (default: %(default)s)",
+    )
+    add_mesh(command)
+    add_prompting(command)
+    add_tuning(command)
+    command.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+
+
+def run_attribute(args: argparse.Namespace) -> None:
+    """Splits up the answer, writes `attribution.json` and draws it."""
+    from moresjax.core.folders import check_new, new_folder
+    from moresjax.inference.attribution import attribute_logit, attribute_tokens
+    from moresjax.reports.plots import save
+    from moresjax.reports.prompt_figures import (
+        attribution_figure,
+        attribution_on_image,
+        parts_figure,
+        pictures,
+        plain,
+    )
+
+    check_new(Path(args.out), "analysis")
+    model = load_model(args, adapter=only_adapter(args))
+    question = args.prompt, args.image
+    options = {"answer": args.answer, "against": args.against}
+    found = attribute_tokens(model, *question, **options, method=args.method)
+    parts = attribute_logit(model, *question, **options | {"answer": found.answer})
+    values = {name: np.asarray(x).tolist() for name, x in dataclasses.asdict(parts).items()}
+    content = {
+        **model.provenance,
+        "prompt": args.prompt,
+        "images": args.image,
+        "answer": found.answer,
+        "against": args.against,
+        "method": args.method,
+        "value": found.value,
+        "tokens": found.tokens,
+        "scores": found.scores.tolist(),
+        "grids": plain(found.grids),
+        "parts": values,
+    }
+    with new_folder(args.out, "analysis") as folder:
+        (folder / "attribution.json").write_text(json.dumps(content) + "\n")
+        save(parts_figure(parts), folder / "parts.png", dpi=150)
+        save(attribution_figure(found), folder / "tokens.png", dpi=150)
+        if len(found.grids):
+            for number, picture in enumerate(pictures(model, *question)):
+                name = f"image{number + 1}.png"
+                save(attribution_on_image(picture, found, number), folder / name, dpi=150)
+    layer, head = np.unravel_index(np.abs(parts.heads).argmax(), parts.heads.shape)
+    best = int(np.abs(found.scores).argmax())
+    lines = [
+        f"answer {found.answer!r}: log-probability {found.value:.3f}, logit of its first token "
+        f"{parts.logit:.3f}" + (f", both minus those of {args.against!r}" if args.against else ""),
+        f"most by a head: layer {layer} head {head}, {parts.heads[layer, head]:.3f}",
+        f"most by a token: {found.tokens[best]!r} ({best}), {found.scores[best]:.3f}",
+        f"figures: {args.out}",
+    ]
+    show(args, content, "\n".join(lines))

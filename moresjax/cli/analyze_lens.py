@@ -1,0 +1,74 @@
+"""`moresjax analyze lens`: what every layer would say next."""
+
+import argparse
+import json
+from pathlib import Path
+
+from moresjax.cli.options import (
+    Commands,
+    add_command,
+    add_mesh,
+    add_prompting,
+    add_question,
+    add_tuning,
+    load_model,
+    only_adapter,
+    show,
+)
+
+
+def register(kinds: Commands) -> None:
+    """Adds the command to the kinds of analysis."""
+    help = "what every layer would say next, at each token and visual token (logit lens)"
+    command = add_command(kinds, "lens", run_lens, help, compiles=True)
+    add_question(command)
+    command.add_argument(
+        "--words",
+        metavar="A,B",
+        help="words whose first tokens are looked at in every layer and on the images; default: "
+        "what the last layer finds likeliest",
+    )
+    command.add_argument(
+        "--top", type=int, default=5, metavar="K", help="likeliest tokens to keep (default: 5)"
+    )
+    add_mesh(command)
+    add_prompting(command)
+    add_tuning(command)
+    command.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+
+
+def run_lens(args: argparse.Namespace) -> None:
+    """Reads the layers, writes `lens.json` and draws them."""
+    from moresjax.core.folders import check_new, new_folder
+    from moresjax.inference.lens import logit_lens
+    from moresjax.reports.plots import save
+    from moresjax.reports.prompt_figures import lens_figure, lens_on_image, pictures, plain
+
+    check_new(Path(args.out), "analysis")
+    model = load_model(args, adapter=only_adapter(args))
+    words = [word.strip() for word in args.words.split(",")] if args.words else None
+    lens = logit_lens(model, args.prompt, args.image, words=words, top=args.top)
+    content = {
+        **model.provenance,
+        "prompt": args.prompt,
+        "images": args.image,
+        "tokens": lens.tokens,
+        "top": lens.top,
+        "logprobs": lens.logprobs.tolist(),
+        "words": [*lens.words],
+        "word_logprobs": lens.word_logprobs.tolist(),
+        "grids": None if lens.grids is None else plain(lens.grids),
+    }
+    with new_folder(args.out, "analysis") as folder:
+        (folder / "lens.json").write_text(json.dumps(content) + "\n")
+        save(lens_figure(lens), folder / "lens.png", dpi=150)
+        if lens.grids is not None:
+            for number, picture in enumerate(pictures(model, args.prompt, args.image)):
+                name = f"image{number + 1}.png"
+                save(lens_on_image(picture, lens, number), folder / name, dpi=150)
+    lines = [
+        f"layer {layer}: "
+        + ", ".join(f"{text!r} {value:.2f}" for text, value in zip(own[-1], logs[-1], strict=True))
+        for layer, (own, logs) in enumerate(zip(lens.top, lens.logprobs, strict=True))
+    ]
+    show(args, content, "\n".join([*lines, f"figures: {args.out}"]))
