@@ -52,14 +52,14 @@ PRESETS = {
     ),
     "mrt-table1": Preset(
         {
-            "MME": ("mme", ""),
+            "MME": ("mme_sampled", ""),
             "Text-VQA": ("textvqa_judged", ""),
             "VSR": ("vsr", ""),
             "SNLI-VE": ("snli_ve", ""),
             "CIFAR-10": ("cifar10", ""),
             "CIFAR-100": ("cifar100", ""),
             "MNIST": ("mnist", ""),
-            "POPE": ("pope", ""),
+            "POPE": ("pope_judged", ""),
         },
         "MMAvg",
         ("MME",),
@@ -135,6 +135,8 @@ def _line(name: str, entry: Mapping) -> str:
         facts.append(f"standard error {entry['stderr_kind']}{images}")
     if entry["missing"]:
         facts.append(f"{entry['missing']} missing, counted as wrong")
+    if "decoding" in entry:
+        facts.append(entry["decoding"])
     if "judge" in entry:
         facts.append(f"judge: {entry['judge']['name']}")
     if "majority" in details:
