@@ -5,6 +5,7 @@ from moresjax.cli import (
     analyze_attribute,
     analyze_concepts,
     analyze_lens,
+    analyze_overhead,
     analyze_patch,
     analyze_separability,
     analyze_shift,
@@ -24,6 +25,7 @@ KINDS = (
     analyze_lens,
     analyze_patch,
     analyze_attribute,
+    analyze_overhead,
 )
 
 

@@ -105,6 +105,20 @@ def make_scene(rng: np.random.Generator, split: str, shift: int = 0) -> Scene:
     return Scene(digits, canvas)
 
 
+def exchange(scene: Scene, cell: int, digit: int, split: str, rng: np.random.Generator) -> Scene:
+    """The same scene with another digit in a cell.
+
+    >>> scene = make_scene(np.random.default_rng(0), "test")
+    >>> new = exchange(scene, 3, 7, "test", np.random.default_rng(1))
+    >>> new.digits[3], bool((new.image[:16] == scene.image[:16]).all())
+    (7, True)
+    """
+    canvas, pool, (y, x) = scene.image.copy(), _glyphs(split, 0)[digit], divmod(cell, 2)
+    glyph = pool[rng.integers(len(pool))]
+    canvas[y * CELL : (y + 1) * CELL, x * CELL : (x + 1) * CELL] = glyph
+    return Scene((*scene.digits[:cell], digit, *scene.digits[cell + 1 :]), canvas)
+
+
 @functools.cache
 def _glyphs(split: str, shift: int) -> list[np.ndarray]:
     """For every digit its instances `[n, 16, 16, 1]`, in all shifts of up to `shift` pixels."""

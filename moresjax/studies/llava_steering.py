@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
+from moresjax.data.digits import FAMILIES
 from moresjax.reports import plots
-from moresjax.studies.findings import compare_with
+from moresjax.studies.findings import PairedDifference, compare_with, listed
 from moresjax.studies.pipeline import Finetuning, Pipeline
 from moresjax.studies.study import (
     Outcome,
@@ -24,18 +25,19 @@ from moresjax.studies.study import (
 from moresjax.studies.text_only import text_only
 
 PLAIN, MORES = "connector only", "mores r=1"
-_METHODS = {
+METHODS = {
     **recipe.METHODS,
     "mores r=2": "mores:rank=2,positions=image,init=identity",
     "mores r=8": "mores:rank=8,positions=image,init=identity",
     "adapter": "adapter:bottleneck=16",
     "oft": "oft:block_size=8",
 }
-_THREE_LAYERS = "Three layers and a thousandth of the paper's hidden states say nothing about 32."
+THREE_LAYERS = "Three layers and a thousandth of the paper's hidden states say nothing about 32."
 
 
-def _runs(*names: str) -> tuple[Finetuning, ...]:
-    return tuple(Finetuning(name, _METHODS[name]) for name in names)
+def runs_of(*names: str) -> tuple[Finetuning, ...]:
+    """Runs of stage 2 by their names."""
+    return tuple(Finetuning(name, METHODS[name]) for name in names)
 
 
 def _values(pipeline: Pipeline, study: Study, key: str) -> dict[str, list[float]]:
@@ -72,7 +74,7 @@ TABLE_1 = {
     "mores r=2": 57.3,
     "mores r=4": 57.4,
 }
-_COMPARED = _runs(PLAIN, *TABLE_1)
+_COMPARED = runs_of(PLAIN, *TABLE_1)
 
 
 def _table1(pipeline: Pipeline, study: Study) -> Outcome:
@@ -126,6 +128,54 @@ def _rank_correlation(sizes: Mapping[str, int], values: Values, seed: int) -> fl
     return float(np.corrcoef(ranks(size), ranks(share))[0, 1])
 
 
+def _fig4(pipeline: Pipeline, study: Study) -> Outcome:
+    sizes = {run.name: pipeline.trainable_in_llm(run.tuning) for run in study.runs}
+    by_task: dict[str, dict[str, list[float]]] = {family: {} for family in FAMILIES}
+    for run in study.runs:
+        entries = [pipeline.scores(seed, run.name)["scores"] for seed in pipeline.seeds]
+        for family, own in by_task.items():
+            own[run.name] = [entry[f"digits_{family}"]["score"] for entry in entries]
+    means: Values = {
+        name: np.mean([own[name] for own in by_task.values()], axis=0).tolist() for name in sizes
+    }
+    beaten = {
+        name: [f for f, own in by_task.items() if _beaten(name, own, sizes)] for name in sizes
+    }
+    rows = [
+        [name, f"{sizes[name]:,}", with_interval(means[name]), ", ".join(beaten[name]) or "none"]
+        for name in sizes
+    ]
+    on, off = ([n for n in sizes if bool(_beaten(n, means, sizes)) == off] for off in (False, True))
+    sentences = [
+        f"Mean accuracy: no method with as few parameters or fewer was shown to be better than "
+        f"{listed(on)}."
+    ]
+    if off:
+        cases = [f"{name} ({listed(_beaten(name, means, sizes))})" for name in off]
+        sentences.append(f"Smaller and better, with an interval above zero: for {listed(cases)}.")
+    points = {name: (sizes[name], float(np.mean(means[name]))) for name in sizes}
+    return Outcome(
+        [
+            Table(
+                "Tuned parameters in the LLM, mean accuracy, and families of questions in which a "
+                "method that is no larger was shown to be better",
+                ["method", "parameters", "mean accuracy", "beaten in"],
+                rows,
+            )
+        ],
+        sentences,
+        {"accuracy": by_task, "parameters": sizes},
+        {"mean accuracy against parameters": plots.share_against_size(points, "mean accuracy")},
+    )
+
+
+def _beaten(name: str, values: Values, sizes: Mapping[str, int]) -> list[str]:
+    """The methods that are no larger than one and were shown to be better."""
+    others = [other for other in sizes if other != name and sizes[other] <= sizes[name]]
+    pairs = {other: PairedDifference.of(values[other], values[name]) for other in others}
+    return [other for other, found in pairs.items() if found.direction == "higher"]
+
+
 def _fig2(pipeline: Pipeline, study: Study) -> Outcome:
     lines = _mean_lines(pipeline, study, "lmar_of_means", "text")
     values = {
@@ -162,7 +212,7 @@ TABLE_3 = {
 for _scale, _mean in {"Small": 67.6, "Medium": 79.5, "Large": 80.3}.items():
     TABLE_3[_scale]["mores r=2"] = _mean
 _SCALED = tuple(
-    Finetuning(f"{name}, {size} scenes", _METHODS[name], {"data.size": size})
+    Finetuning(f"{name}, {size} scenes", METHODS[name], {"data.size": size})
     for size in SCALES.values()
     for name in TABLE_3["Small"]
 )
@@ -209,7 +259,7 @@ STUDIES = (
         _COMPARED,
         _paper("mean of seven benchmarks, 3B", {"Avg": TABLE_1}),
         "One task of seven question families stands for seven benchmarks. Rates of adapter, oft "
-        f"and ranks 2 and 8 are not searched for. {_THREE_LAYERS}",
+        f"and ranks 2 and 8 are not searched for. {THREE_LAYERS}",
         _table1,
     ),
     Study(
@@ -220,15 +270,23 @@ STUDIES = (
             "MoReS uses visual representations more than full fine-tuning and LoRA do; methods "
             "with a higher visual share tend to have fewer parameters."
         ),
-        _THREE_LAYERS,
+        THREE_LAYERS,
         _fig1,
+    ),
+    Study(
+        "fig4",
+        "LLaVA Steering, Figure 4: parameters against score",
+        _COMPARED,
+        _claim("MoReS variants consistently achieve Pareto-optimal performance."),
+        THREE_LAYERS,
+        _fig4,
     ),
     Study(
         "fig2",
         "LLaVA Steering, Figure 2: LMAR",
         _COMPARED,
         _claim("MoReS has the highest LMAR in most layers."),
-        _THREE_LAYERS,
+        THREE_LAYERS,
         _fig2,
     ),
     Study(
@@ -236,13 +294,13 @@ STUDIES = (
         "LLaVA Steering, Table 3: sizes of training data",
         _SCALED,
         _paper("mean of SciQA-IMG, VizWiz and IconQA, 3B", TABLE_3),
-        "The steps are the same for every size, so that few scenes come often. " + _THREE_LAYERS,
+        "The steps are the same for every size, so that few scenes come often. " + THREE_LAYERS,
         _table3,
     ),
     Study(
         "table4",
         "LLaVA Steering, Table 4: text-only tasks after tuning",
-        _runs(*TABLE_4),
+        runs_of(*TABLE_4),
         _paper("HellaSwag, 3B", {"HellaSwag": TABLE_4}),
         "The text task is what the LLM was trained on in stage 0.",
         _table4,
@@ -250,9 +308,9 @@ STUDIES = (
     Study(
         "table7",
         "LLaVA Steering, Table 7: subspace rank",
-        _runs(*TABLE_7),
+        runs_of(*TABLE_7),
         _paper("mean of four tasks, 3B", {"Avg": TABLE_7}),
-        _THREE_LAYERS,
+        THREE_LAYERS,
         _table7,
     ),
 )

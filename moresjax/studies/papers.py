@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 
 from moresjax.core.errors import choice_error
-from moresjax.studies import llava_steering, mrt, representations
+from moresjax.studies import (
+    llava_steering,
+    more_tokens_and_layers,
+    mrt,
+    representations,
+    steered,
+    tasks,
+)
 from moresjax.studies.study import STAGE_MINUTES, Study
 
-STUDIES = {
-    study.name: study for study in (*llava_steering.STUDIES, *mrt.STUDIES, *representations.STUDIES)
-}
+_PAPERS = (llava_steering, tasks, more_tokens_and_layers, steered, mrt, representations)
+STUDIES = {study.name: study for paper in _PAPERS for study in paper.STUDIES}
 ALL = "all"
 
 
@@ -38,7 +44,8 @@ def list_studies(seeds: int = 5) -> str:
         [
             *lines,
             f"minutes are about those of two quiet cores with {seeds} seeds, when no run is there "
-            f"yet but stages 0 and 1, which all share and which take {STAGE_MINUTES * seeds:.0f}; "
-            "table1, fig1 and fig2 share their runs with each other, and some with table4 and 7",
+            f"yet but stages 0 and 1, which most share and which take {STAGE_MINUTES * seeds:.0f}; "
+            "table8, 9 and 10 have stages of their own, which take longer; table1, fig1 and fig2 "
+            "share their runs with each other, and some with table4, 6 and 7",
         ]
     )

@@ -2,11 +2,13 @@
 
     OUT/seed0/{llm,vit,pretrain}     stages 0 and 1
     OUT/seed0/finetune/METHOD        stage 2, with its evaluations inside
+    OUT/seed0/VARIANT/...            the same with other settings, where a study has some
 
 Every run is an ordinary one; what is there is not trained or asked again.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from moresjax.core.json_files import read_object
 from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT
 from moresjax.evaluation.results import RESULTS, write_results
 from moresjax.evaluation.run import evaluate
+from moresjax.evaluation.tasks import load_tasks
 from moresjax.inference.load import load
 from moresjax.inference.model import Model
 from moresjax.models.count import count_parameters
@@ -70,6 +73,20 @@ class Finetuning:
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """A pipeline whose stages have settings beside those of the recipe.
+
+    Attributes:
+      name: Its folder.
+      settings: By stage (`llm`, `vit`, `pretrain`, `finetune`) config keys and their values; a
+        stage that is not named is that of the plain pipeline.
+    """
+
+    name: str
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Pipeline:
     """The runs of a demo or of studies.
 
@@ -79,6 +96,7 @@ class Pipeline:
       split: The handwriting that is scored; `val` is what the recipe was tuned on.
       fast: Runs a few steps of everything on tiny models, to test the plumbing.
       scenes: Scenes that are asked about in each family of questions.
+      variant: Settings of its own; None: the recipe's alone.
     """
 
     out: Path
@@ -86,6 +104,7 @@ class Pipeline:
     split: str = "test"
     fast: bool = False
     scenes: int = DEFAULT_LIMIT
+    variant: Variant | None = None
 
     @property
     def limit(self) -> int:
@@ -96,6 +115,8 @@ class Pipeline:
         """The run of a stage, or of a method in stage 2; that of zero-shot is stage 1."""
         home = self.out / f"seed{seed}"
         name = STAGES[-1] if name == ZERO_SHOT else name
+        if self.variant and (name not in STAGES or name in self.variant.settings):
+            home /= self.variant.name
         return home / name if name in STAGES else home / "finetune" / slug(name)
 
     def train_stages(self) -> dict[str, list[TrainResult]]:
@@ -107,7 +128,7 @@ class Pipeline:
         results: dict[str, list[TrainResult]] = {}
         for group in (STAGES[:-1], STAGES[-1:]):
             runs = {
-                self.folder(seed, stage): recipe.get_config(f"stage={stage},seed={seed}")
+                self.folder(seed, stage): self._config(stage, seed, stage, stage)
                 for stage in group
                 for seed in self.seeds
             }
@@ -142,35 +163,58 @@ class Pipeline:
         config = model_config(read_config(self.folder(self.seeds[0], STAGES[-1]) / "config.json"))
         return count_parameters(config, tuning).trainable_in_llm
 
-    def scores(self, seed: int, name: str, model: Model | None = None) -> dict[str, Any]:
-        """Accuracy and attention of a model on the pipeline's handwriting.
+    def scores(
+        self,
+        seed: int,
+        name: str,
+        model: Model | None = None,
+        *,
+        benchmark: str = "digits",
+        only: str = "",
+    ) -> dict[str, Any]:
+        """Accuracy of a model on the pipeline's handwriting, on `digits` with its attention.
 
         Args:
           seed: The seed.
           name: The method.
           model: The model, where it is loaded already.
+          benchmark: What it is asked.
+          only: The only task of the benchmark that it is asked; empty: all.
 
         Returns:
           What `results.json` of the evaluation has; one that is there is read.
         """
-        folder = self.folder(seed, name)
-        path, trained = folder / f"eval-{self.split}" / RESULTS, folder / TRAINED
+        folder, whole = self.folder(seed, name), (benchmark, only) == ("digits", "")
+        place = f"eval-{self.split}" if whole else f"eval-{self.split}-{only or benchmark}"
+        path, trained = folder / place / RESULTS, folder / TRAINED
+        tasks = load_tasks([benchmark], None, self.limit, self.split)
+        tasks = [task for task in tasks if only in ("", task.name)]
         if path.is_file() and path.stat().st_mtime > trained.stat().st_mtime:
             known = read_object(path)
-            if all(entry["n"] == self.limit for entry in known["scores"].values()):
+            sizes = {task: entry["n"] for task, entry in known["scores"].items()}
+            if sizes == {task.name: len(task.examples) for task in tasks}:
                 return known
         model = model or self.model(seed, name)
-        options: dict[str, Any] = {"limit": self.limit, "title": f"{name}, seed {seed}"}
-        found = evaluate(model.merge(), ["digits"], split=self.split, attention=True, **options)
+        found = evaluate(_merged(model), tasks, attention=whole, title=f"{name}, seed {seed}")
         write_results(found, path.parent, split=self.split, tuning=model.tuning)
         return read_object(path)
 
     def _finetuning(self, method: Finetuning, seed: int) -> ConfigDict:
-        config = recipe.get_config(f"stage=finetune,tuning={method.tuning},seed={seed}")
-        # Folders of stage 2 are one level deeper.
-        init = config.to_dict()["init"]
-        config.update({"init": {part: f"../{path}" for part, path in init.items() if path}})
+        config = self._config(f"finetune,tuning={method.tuning}", seed, "finetune", method.name)
         config.update_from_flattened_dict(dict(method.settings))
+        return config
+
+    def _config(self, stage: str, seed: int, kind: str, name: str) -> ConfigDict:
+        """The recipe's configuration of a stage, with the variant's settings, in its folder."""
+        config = recipe.get_config(f"stage={stage},seed={seed}")
+        folder = self.folder(seed, name)
+        sources = {"llm": "llm", "vision": "vit", "connector": "pretrain"}
+        for part, source in config.to_dict()["init"].items():
+            if source.startswith("."):
+                config.init[part] = os.path.relpath(self.folder(seed, sources[part]), folder)
+        if self.variant:
+            settings = self.variant.settings.get(kind, {})
+            config.update_from_flattened_dict(dict(settings))
         return config
 
     def _fast(self, config: ConfigDict) -> dict[str, Any]:
@@ -191,3 +235,11 @@ class Pipeline:
                 raise UserError(f"{folder} {outcome.state}: {outcome.message or 'start it again'}")
             results[folder] = outcome.result
         return results
+
+
+def _merged(model: Model) -> Model:
+    """The model with its tuning in its weights, where the method allows it (Adapter does not)."""
+    try:
+        return model.merge()
+    except UserError:
+        return model

@@ -14,7 +14,7 @@ from moresjax.core.errors import UserError
 from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.reports.html import figure_uri, render
 from moresjax.studies.findings import PairedDifference, explain, listed
-from moresjax.studies.pipeline import Finetuning, Pipeline
+from moresjax.studies.pipeline import Finetuning, Pipeline, Variant
 from moresjax.studies.provenance import describe, provenance
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Study:
       limits: What the miniature cannot tell, in a sentence.
       make: Says what came out of the runs.
       more_minutes: About how long what `make` asks of the models takes for a seed.
+      variant: Settings of the stages beside the recipe's.
+      factor: How much longer a run takes than one of the plain pipeline.
     """
 
     name: str
@@ -75,11 +77,13 @@ class Study:
     limits: str
     make: Callable[[Pipeline, "Study"], Outcome]
     more_minutes: float = 0.0
+    variant: Variant | None = None
+    factor: float = 1.0
 
     @property
     def minutes(self) -> float:
         """About how long a seed takes on two quiet cores, once stages 0 and 1 are there."""
-        return RUN_MINUTES * len(self.runs) + self.more_minutes
+        return self.factor * RUN_MINUTES * len(self.runs) + self.more_minutes
 
 
 def run_study(study: Study, out: str | Path, *, seeds: int = 5, fast: bool = False) -> Path:
@@ -102,7 +106,7 @@ def run_study(study: Study, out: str | Path, *, seeds: int = 5, fast: bool = Fal
     if seeds < 2:
         raise UserError(f"a study gives intervals over seeds, which need at least 2, got {seeds}")
     out = Path(out)
-    pipeline = Pipeline(out / "runs", range(seeds), fast=fast)
+    pipeline = Pipeline(out / "runs", range(seeds), fast=fast, variant=study.variant)
     pipeline.train_stages()
     pipeline.finetune(study.runs)
     outcome = study.make(pipeline, study)

@@ -401,6 +401,8 @@ DOWNLOADS: dict[str, Callable[[], dict]] = {
     "cifar100": cifar,
     "coco_caption": coco_caption,
     "digits": dict,  # built in
+    "digits_hallusion": dict,  # built in
+    "digits_pope": dict,  # built in
     "digits_text": dict,  # built in
     "flickr30k": flickr30k,
     "gqa": gqa,

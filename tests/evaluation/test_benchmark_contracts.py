@@ -61,6 +61,8 @@ CONTRACTS = [
     ("chair", "val", 500, 512, "CHAIRs", "describe this image in detail."),
     ("digits", "test", None, 2, "accuracy", "?"),
     ("digits_text", "test", None, 2, "accuracy", "?"),
+    ("digits_pope", "test", None, 2, "accuracy", "?"),
+    ("digits_hallusion", "test", None, 2, "aAcc", "?"),
 ]
 
 

@@ -25,9 +25,10 @@ KINDS = ("random", "popular", "adversarial")
 SIZE = 3_000  # an earlier version of `random`, which LLaVA uses, has 2,910
 
 
-def _details(
+def details(
     examples: Sequence[Example], predictions: Predictions, scores: Sequence[float]
 ) -> dict[str, float]:
+    """POPE's numbers beside accuracy."""
     # No answer reads as yes here, but it must not be right.
     texts = [
         {"yes": "no", "no": "yes"}[example.answer] if text is None else text
@@ -65,7 +66,7 @@ def load(
     data_root: DataRoot = None, limit: int | None = None, split: str = "test"
 ) -> list[BenchmarkTask]:
     """Accuracy, precision, recall and F1 of each kind."""
-    scorer = example_scorer(lambda text, label: float(pope_answer(text) == label), _details)
+    scorer = example_scorer(lambda text, label: float(pope_answer(text) == label), details)
     return _tasks("pope", data_root, limit, split, scorer)
 
 

@@ -1,0 +1,42 @@
+"""Folders and settings of pipelines, without training any."""
+
+from pathlib import Path
+
+import pytest
+
+from moresjax.studies.more_tokens_and_layers import LAYERS, TOKENS
+from moresjax.studies.pipeline import STAGES, Pipeline, _merged
+from moresjax.testing.models import talking_model
+
+
+@pytest.mark.parametrize(
+    ("variant", "own", "key", "value"),
+    [
+        (TOKENS, {"vit", "pretrain"}, "patch_size", 4),
+        (LAYERS, {"llm", "pretrain"}, "num_layers", 8),
+    ],
+)
+def test_a_variant_has_stages_of_its_own_only_where_they_differ(variant, own, key, value):
+    pipeline = Pipeline(Path("runs"), (0,), variant=variant)
+    plain = Pipeline(Path("runs"), (0,))
+    for stage in STAGES:
+        folder = pipeline.folder(0, stage)
+        assert (folder != plain.folder(0, stage)) == (stage in own)
+    config = pipeline._config("finetune,tuning=full", 0, "finetune", "full").to_dict()
+    assert value in (config["model"]["llm"].get(key), config["model"]["vision"].get(key))
+    folder = pipeline.folder(0, "full")
+    for part, stage in (("llm", "llm"), ("vision", "vit"), ("connector", "pretrain")):
+        found = (folder / config["init"][part]).resolve()
+        assert found == pipeline.folder(0, stage).resolve()
+
+
+def test_the_plain_pipeline_has_the_paths_of_the_recipe():
+    pipeline = Pipeline(Path("runs"), (3,))
+    config = pipeline._config("pretrain", 3, "pretrain", "pretrain")
+    assert (config.init.llm, config.init.vision, config.seed) == ("../llm", "../vit", 3)
+
+
+def test_methods_that_cannot_be_merged_are_asked_as_they_are():
+    model = talking_model("adapter:bottleneck=2")
+    assert _merged(model) is model
+    assert _merged(talking_model("lora:rank=2")).tuning == "none"
