@@ -15,6 +15,12 @@ def add_parser(commands: Commands) -> None:
     study.add_argument(
         "--seeds", type=int, default=5, metavar="N", help="seeds of the whole pipeline (default: 5)"
     )
+    study.add_argument(
+        "--only",
+        default="",
+        metavar="RUN;RUN",
+        help="make a part of the runs, where the study compares one with others (mrt-ablations)",
+    )
     study.add_argument("--fast", action="store_true", help="a few steps per stage, for tests")
 
 
@@ -37,10 +43,11 @@ def run(args: argparse.Namespace) -> None:
     studies = select_studies(args.name)
     if not args.out:
         raise UserError("a study needs --out DIR, the directory that all studies share")
+    only = [name.strip() for name in args.only.split(";") if name.strip()]
     lines: list[str] = []
     found: list[dict[str, Any]] = []
     for study in studies:
-        page = run_study(study, args.out, seeds=args.seeds, fast=args.fast)
+        page = run_study(study, args.out, seeds=args.seeds, fast=args.fast, only=only)
         found.append(json.loads((Path(args.out) / f"{study.name}.json").read_text()))
         lines += [study.title, *found[-1]["findings"], f"page: {page}"]
     show(args, {"studies": found}, "\n".join(lines))

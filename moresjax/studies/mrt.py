@@ -10,7 +10,7 @@ from typing import Any
 from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
 from moresjax.studies.findings import compare_with
 from moresjax.studies.pipeline import ZERO_SHOT, Finetuning, Pipeline
-from moresjax.studies.study import Outcome, Study, Table, Values, agreement, values_table
+from moresjax.studies.study import Outcome, Study, Table, agreement, values_table
 
 MRT, RATE = "mrt", 1e-2
 # Editors train alone, and start as in the paper.
@@ -117,16 +117,19 @@ def _run(row: str) -> str:
 
 
 def _ablations(pipeline: Pipeline, study: Study) -> Outcome:
+    made = {run.name for run in study.runs}
     best = _accuracy(pipeline, [MRT])[MRT]
     found: dict[str, list[float]] = {MRT: best}
     tables, sentences = [], []
     for what, rows in ABLATIONS.items():
-        values: Values = {MRT: best} | {
-            row: own for row in rows for own in _accuracy(pipeline, [_run(row)]).values()
-        }
+        there = [row for row in rows if _run(row) in made]
+        if not there:
+            continue
+        values = {MRT: best} | {row: _accuracy(pipeline, [_run(row)])[_run(row)] for row in there}
         found |= values
         tables.append(values_table(what.capitalize(), {"accuracy": values}, MRT))
-        paper = {row: mme for row, (_, mme) in rows.items() if mme is not None}
+        printed = {row: rows[row][1] for row in there}
+        paper = {row: mme for row, mme in printed.items() if mme is not None}
         if paper:
             title = f"{what.partition(' (')[0].capitalize()}: accuracy"
             sentences.append(agreement(title, MRT, {MRT: _BEST} | paper, values))
@@ -165,5 +168,6 @@ STUDIES = (
         _printed(),
         _LIMITS,
         _ablations,
+        in_parts=True,
     ),
 )

@@ -95,6 +95,9 @@ def test_mrt_in_miniature_is_compared_with_its_own_ablations():
     assert "Ranks: accuracy against mrt: as in the paper for visual 4, multimodal 8; " in said
     assert "against the paper for visual 8, multimodal 8" in said
     assert "Segments: accuracy against mrt: as in the paper for prefix alone, suffix" in said
+    part = dataclasses.replace(ablations, runs=[r for r in ablations.runs if "half" in r.name])
+    (table,) = part.make(CannedPipeline(MRT_LEVELS), part).tables
+    assert [row[0] for row in table.rows] == ["mrt", "first half", "latter half"]
     # Editors train alone, and the tables share what is one run in both.
     for study in (methods, ablations):
         alone = [run.tuning for run in study.runs if run.settings]
@@ -161,6 +164,8 @@ def test_studies_are_listed_with_their_budgets(capsys):
         (["table99", "--out", "x"], "'table99'; choose from: table1"),
         (["table1"], "--out DIR"),
         (["table1", "--out", "x", "--seeds", "1"], "at least 2, got 1"),
+        (["table1", "--out", "x", "--only", "full"], "has no part of them"),
+        (["mrt-ablations", "--out", "x", "--only", "rank"], "run of study mrt-ablations 'rank'"),
     ],
 )
 def test_studies_that_cannot_be_are_refused(arguments, words, capsys, tmp_path, monkeypatch):
