@@ -23,7 +23,7 @@ from moresjax.studies.provenance import describe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
-BLOCK = re.compile(r"(<!-- (\w+)\.(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- ([\w-]+)\.(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 FROM = "from_connector_only"
 

@@ -21,6 +21,20 @@ def add_parser(commands: Commands) -> None:
         metavar="RUN;RUN",
         help="make a part of the runs, where the study compares one with others (mrt-ablations)",
     )
+    study.add_argument(
+        "--size",
+        default="",
+        metavar="3b",
+        help="not the miniature but the paper's table: the commands that are left, and paper, ours "
+        "and difference from the results that are there",
+    )
+    study.add_argument("--runs", default="", metavar="DIR", help="with --size: all runs")
+    study.add_argument(
+        "--data-root",
+        default="data/benchmarks",
+        metavar="DIR",
+        help="with --size: the benchmarks' files, for the commands (default: %(default)s)",
+    )
     study.add_argument("--fast", action="store_true", help="a few steps per stage, for tests")
 
 
@@ -31,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
     from moresjax.core.errors import UserError
     from moresjax.studies.papers import STUDIES, list_studies, select_studies
+    from moresjax.studies.real import check_size, describe_plan, plan_tables, plan_text
     from moresjax.studies.study import run_study
 
     if args.name == "list":
@@ -39,6 +54,11 @@ def run(args: argparse.Namespace) -> None:
             for s in STUDIES.values()
         ]
         show(args, {"studies": data}, list_studies(args.seeds))
+        return
+    check_size(args.size, args.runs)
+    if args.size:
+        plan = describe_plan(plan_tables(args.name, args.size, args.runs, args.data_root))
+        show(args, plan, plan_text(plan))
         return
     studies = select_studies(args.name)
     if not args.out:

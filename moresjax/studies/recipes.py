@@ -182,8 +182,8 @@ NO_REGIONS = "not a config alone: its editors act on regions of interest, which 
 
 EXTRA = {
     "S5": (("LLaVAFT", "LoRA", "MixLoRA", "M2PT", "MRT"), "seed_bench,gqa"),
-    "S7": (("M2PT", "MixLoRA", "VPT", "LoRA", "MRT"), "mme"),
-    "S8": (("LLaVAFT", "VPT", "LoRA", "M2PT", "MixLoRA", "MRT"), "mme"),
+    "S7": (("M2PT", "MixLoRA", "VPT", "LoRA", "MRT"), "mme_sampled"),
+    "S8": (("LLaVAFT", "VPT", "LoRA", "M2PT", "MixLoRA", "MRT"), "mme_sampled"),
 }
 WITHOUT = {
     "without vision": "mrt:groups=connector;prefix;suffix",
@@ -217,12 +217,13 @@ def _mrt() -> Iterator[Recipe]:
 
 def _mrt_ablations() -> Iterator[Recipe]:
     for row, tuning in SEGMENTS.items():
-        yield _mrt_recipe("S3", row, tuning, "mme")
+        yield _mrt_recipe("S3", row, tuning, "mme_sampled")
     for row, tuning in COMPONENTS.items():
         yield _mrt_recipe("S6", row, tuning)
     for visual, rank in itertools.product(range(2, 9), range(2, 9)):
         tuning = f"mrt:rank={rank},visual_rank={visual}"
-        yield _mrt_recipe("Figure 4", f"visual {visual}, multimodal {rank}", tuning, "mme")
+        row = f"visual {visual}, multimodal {rank}"
+        yield _mrt_recipe("Figure 4", row, tuning, "mme_sampled")
     lengths = {f"length {n}": f"mrt:length={n}" for n in (2, 4, 6, 8, 10)}
     for row, tuning in (WITHOUT | lengths).items():
         yield _mrt_recipe("Figure 6", row, tuning)
