@@ -136,6 +136,12 @@ def miniature(results: Results) -> str:
     return "\n".join([*lines, "", facts])
 
 
+def paper(results: Results) -> str:
+    """The paper's own table, or its claim."""
+    own = results["tables"][-1]
+    return f"{own['title']}:\n\n{table(own['head'], own['rows'])}"
+
+
 BLOCKS: Mapping[str, Callable[[Results], str]] = {
     "accuracy": accuracy,
     "seeds": seeds,
@@ -145,6 +151,7 @@ BLOCKS: Mapping[str, Callable[[Results], str]] = {
     "rates": rates,
     "causes": causes,
     "miniature": miniature,
+    "paper": paper,
 }
 
 

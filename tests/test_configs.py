@@ -12,6 +12,7 @@ from moresjax.models.count import count_parameters
 from moresjax.models.zoo import ENCODERS
 from moresjax.runs.architecture import model_config
 from moresjax.runs.config import differences, load_config, read_config, save_config
+from moresjax.runs.sources import with_sources
 
 ROOT = Path(__file__).parents[1]
 STEERING, MRT = (str(ROOT / "configs" / name) for name in ("llava_steering.py", "mrt.py"))
@@ -57,6 +58,19 @@ def test_mrt_and_its_baselines():
     assert counted(load_config(f"{MRT}:tuning=mrt-paper")).trainable == 2_429_328
     assert counted(load_config(f"{MRT}:tuning=mrt-code")).trainable == 2_417_034
     assert counted(load_config(f"{MRT}:tuning=lora")).trainable == 44_175_360
+
+
+def test_the_tunings_of_representation_shift_take_all_parts_from_where_they_start():
+    base = ROOT / "tests" / "fixtures" / "v0_1" / "base"
+    config = load_config(f"{ROOT}/configs/shift.py:task=place,rank=4,start={base}")
+    assert config.data["files"] == "data/shift/place.json"
+    whole = with_sources(config, ROOT)
+    model = model_config(whole)
+    assert (model.llm.num_layers, model.visual_tokens, model.llm.hidden_size) == (2, 16, 8)
+    report = count_parameters(model, whole.tuning, whole.also_train)
+    assert report.trainable == report.trainable_in_llm == 2 * 7 * 4 * (8 + 8)
+    with pytest.raises(UserError, match="unknown task 'colors'; choose from: color, place, senti"):
+        load_config(f"{ROOT}/configs/shift.py:task=colors")
 
 
 def test_every_argument_of_the_readme_is_one():

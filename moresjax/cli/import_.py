@@ -48,7 +48,16 @@ def add_parser(commands: Commands) -> None:
     command.add_argument(
         "--quantize", default="", metavar="int8", help="store the frozen weights in 8 bits"
     )
-    command.add_argument("--allow-pickle", action="store_true", help="read *.bin files too")
+    command.add_argument(
+        "--minigpt",
+        default="",
+        metavar="FILE",
+        help="MiniGPT-v2's checkpoint, over LLaMA-2-chat (SRC) and eva_vit_g.pth (--vision)",
+    )
+    command.add_argument(
+        "--keep-lora", action="store_true", help="keep the LoRA of --minigpt apart from the LLM"
+    )
+    command.add_argument("--allow-pickle", action="store_true", help="read *.bin and *.pth too")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -66,6 +75,8 @@ def run(args: argparse.Namespace) -> None:
             "drop_first_token",
             "template",
             "quantize",
+            "minigpt",
+            "keep_lora",
             "allow_pickle",
         )
     }

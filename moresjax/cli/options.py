@@ -86,6 +86,12 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
         "tokens, as LLaVA does",
     )
     command.add_argument(
+        "--roi",
+        metavar="REGION",
+        help="regions of interest of a tuning that acts on them: boxes (of the prompts; default), "
+        "all, center(60%%), random(60%%), random, or x0,y0,x1,y1 in shares of the image's sides",
+    )
+    command.add_argument(
         "--dtype",
         metavar="TYPE",
         help="dtype of activations, a judge's too: float32, bfloat16, float16 or stored; default: "
@@ -236,7 +242,7 @@ def load_model(
         raise UserError("--tuning and --adapter both say what to put on the model; give one")
     if args.edits and not args.adapter:
         raise UserError("--edits describes an --adapter of pyreft; give its folder")
-    names = "template", "image_aspect", "dtype", "split_special_tokens", "tuning"
+    names = "template", "image_aspect", "dtype", "split_special_tokens", "roi", "tuning"
     options = {name: getattr(args, name) for name in names}
     allow = args.allow_pickle
     model = load(folder or args.model, mesh=mesh_of(args), allow_pickle=allow, **options)

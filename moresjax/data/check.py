@@ -171,6 +171,8 @@ def _measure_one(
             reshaped += not kept and max(width, height) >= FAR_FROM_SQUARE * min(width, height)
     except UserError as error:
         raise UserError(f"sample {sample.id}: {error}") from None
+    if processor is not None and decode:
+        processor.roi(sample)
     answers = int((row.kind == TokenKind.ANSWER).sum())
     cut = sample.cut if processor is None else processor.left_out(sample)
     return _Measured(index, sample.id, len(row), answers, len(sample.images), reshaped, cut=cut)

@@ -8,7 +8,6 @@ stand. A first turn may be the system prompt. `roi` has boxes of the images (see
 `marks` names pieces of the questions (see `find_marks`).
 """
 
-import bisect
 import dataclasses
 import functools
 import itertools
@@ -24,7 +23,7 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.data.images import named_image
 from moresjax.data.records import JsonRecords
 from moresjax.data.regions import find_regions
-from moresjax.data.samples import EARLY_TURNS, IMAGE_MARK, Mark, Sample, Turn, find_marks
+from moresjax.data.samples import EARLY_TURNS, IMAGE_MARK, Sample, Turn, find_marks, move_marks
 
 ROLES = ("human", "gpt")
 # How the turns of a conversation are read: as its rounds, or each by itself on the shared image.
@@ -124,29 +123,8 @@ def _with_regions_and_marks(
     # What a mark says is checked in the text that it was made for.
     turns = tuple(Turn(question) for question in questions)
     Sample(sample.id, turns, marks=found)
-    moved = _moved(found, turns, sample.turns)
+    moved = move_marks(found, turns, sample.turns)
     return dataclasses.replace(sample, roi=regions, marks=moved)
-
-
-def _moved(
-    marks: Sequence[Mark], before: Sequence[Turn], after: Sequence[Turn]
-) -> tuple[Mark, ...]:
-    """Marks of questions of which images and blanks around the text have moved."""
-
-    def letters(turn: Turn) -> list[int]:
-        """The places of the characters from the first that is no blank, without those of images."""
-        text = (turn.question or "").replace(IMAGE_MARK, "\0" * len(IMAGE_MARK))
-        kept = [place for place, letter in enumerate(text) if letter != "\0"]
-        blank = next((n for n, place in enumerate(kept) if not text[place].isspace()), len(kept))
-        return kept[blank:]
-
-    moved = []
-    for mark in marks:
-        old, new = letters(before[mark.turn]), letters(after[mark.turn])
-        number = bisect.bisect_left(old, mark.start)
-        start = new[number] if number < len(new) else len(after[mark.turn].question or "")
-        moved.append(dataclasses.replace(mark, start=start, end=start + mark.end - mark.start))
-    return tuple(moved)
 
 
 def has_rounds(record: Any) -> bool:
@@ -182,7 +160,7 @@ def independent_turns(sample: Sample) -> Sample:
     asked = (gap + question.strip() if question.strip() else "" for question in questions)
     pairs = zip(sample.turns, asked, strict=True)
     turns = tuple(dataclasses.replace(turn, question=question) for turn, question in pairs)
-    marks, context = _moved(sample.marks, sample.turns, turns), found.group().lstrip()
+    marks, context = move_marks(sample.marks, sample.turns, turns), found.group().lstrip()
     changes = {"turns": turns, "context": context, "independent": True, "marks": marks}
     return dataclasses.replace(sample, **changes)
 

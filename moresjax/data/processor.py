@@ -20,6 +20,7 @@ from moresjax.core.layout import Batch, RowStructure, TokenKind, TokenLayout, in
 from moresjax.core.row import Row, stack
 from moresjax.core.types import Tokenizer
 from moresjax.data.images import ImageInput, ImageProcessor, LazyPixels, image_keys
+from moresjax.data.region_providers import OWN_REGIONS, RegionProvider
 from moresjax.data.regions import tokens_inside
 from moresjax.data.row_builder import RowBuilder, marked_spans, split_texts
 from moresjax.data.samples import IMAGE_MARK, Sample
@@ -68,6 +69,7 @@ class Processor:
         `Row.marks` in this order. Empty: rows have no marks.
       centres: For the selector `roi` the place of every visual token in the square that the encoder
         sees, see `tokens_inside`. Empty: rows have no regions.
+      regions: Where regions come from.
     """
 
     tokenizer: Tokenizer
@@ -79,6 +81,7 @@ class Processor:
     split_special_tokens: bool = True
     marks: tuple[str, ...] = ()
     centres: tuple[tuple[float, float], ...] = ()
+    regions: RegionProvider = OWN_REGIONS
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -130,30 +133,38 @@ class Processor:
         bos = self.tokenizer.bos_token_id
         return (bos,) if bos is not None and bos in ids else ()
 
-    def row(self, sample: Sample, known: dict[tuple, LazyPixels] | None = None) -> Row:
+    def row(
+        self,
+        sample: Sample,
+        known: dict[tuple, LazyPixels] | None = None,
+        regions: RegionProvider | None = None,
+    ) -> Row:
         """The unpadded row of one sample.
 
         Args:
           sample: The sample.
           known: Pixels by `image_keys`, to which those of new images are added. With it images are
             opened later, when a batch is made, and broken ones raise then.
+          regions: Where its regions come from; default: the processor's.
 
         Raises:
           UserError: The marks and the images differ in number, the text cannot be tokenised, the
-            model takes no images, or an image cannot be read.
+            model takes no images, an image cannot be read, or nothing is said of a region that is
+            asked for.
         """
         row = self.text_row(sample)
         if not sample.images:
             return row
+        row = row.replace(roi=self.roi(sample, regions))
         if known is None:
-            return self.with_images(row, sample)
+            return row.replace(pixels=self.pixels(sample))
         key = image_keys(sample.images)
         if key not in known:
             try:
                 known[key] = LazyPixels(sample.images, lambda: self.pixels(sample))
             except UserError as error:
                 raise UserError(f"sample {sample.id}: {error}") from None
-        return row.replace(pixels=known[key], roi=self.roi(sample))
+        return row.replace(pixels=known[key])
 
     def with_images(self, row: Row, sample: Sample) -> Row:
         """The row of a sample with its pixels, and with its regions where they are asked for.
@@ -163,7 +174,9 @@ class Processor:
         """
         return row.replace(pixels=self.pixels(sample), roi=self.roi(sample))
 
-    def roi(self, sample: Sample) -> Bool[np.ndarray, "N V"] | None:
+    def roi(
+        self, sample: Sample, regions: RegionProvider | None = None
+    ) -> Bool[np.ndarray, "N V"] | None:
         """Which visual tokens of a sample's images lie in its regions; None if nobody asks.
 
         Raises:
@@ -173,6 +186,7 @@ class Processor:
             return None
         if self.image is None:
             raise UserError(f"sample {sample.id}: this model takes no images")
+        sample = (self.regions if regions is None else regions)(sample)
         centres, masks = np.asarray(self.centres), []
         for image, boxes in zip(
             sample.images, sample.roi or [None] * len(sample.images), strict=True

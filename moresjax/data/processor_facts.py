@@ -27,10 +27,14 @@ def processor_facts(processor: Processor | None) -> dict[str, Any]:
     text = repr((facts, processor.template, processor.eos_ids, pixels))
     if name == OWN:  # of the named ones 0.1 and 0.2 did not note it
         text += f" {processor.template.around_system}" if processor.template.around_system else ""
+    if processor.template.around_image or processor.template.task:
+        text += f" {processor.template.around_image} {processor.template.task!r}"
     if not processor.split_special_tokens:
         text += " special tokens in text"
     if (penalty := processor.generation.repetition_penalty) != 1:
         text += f" penalty {penalty}"
+    if processor.centres and processor.regions.kind != "boxes":
+        text += f" roi {processor.regions}"
     return facts | {"hash": short_hash(text)}
 
 

@@ -50,7 +50,8 @@ def marked_spans(sample: Sample, names: Sequence[str]) -> Spans:
                 continue
             words = find_words(turn.question)
             if int(value) > len(words):
-                text = turn.question if len(turn.question) < 80 else turn.question[:76] + " ..."
+                text = " ".join(turn.question.replace(IMAGE_MARK, " ").split())
+                text = text if len(text) < 80 else text[:76] + " ..."
                 raise UserError(
                     f"the tuning acts on word {value} of a question, but {text!r} has {len(words)}"
                 )
@@ -75,7 +76,7 @@ def split_texts(
     for piece in pieces:
         whole = piece.kind == TokenKind.ANSWER and not answers_show_images
         marked = () if piece.turn is None else spans.get(piece.turn, ())
-        start = 0  # of the text in its piece
+        start = piece.start  # of the text in its question
         for number, text in enumerate([piece.text] if whole else piece.text.split(IMAGE_MARK)):
             if texts and (number or branch != piece.branch):
                 yield branch, tuple(texts)

@@ -1,5 +1,6 @@
 """What a source yields: a conversation with images, before any tokenisation."""
 
+import bisect
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -131,8 +132,8 @@ def find_marks(given: Any, questions: Sequence[str], name: str) -> tuple[Mark, .
     (Mark(name='animal', turn=0, start=11, end=14),)
 
     Args:
-      given: By name a piece of text, whose first occurrence is meant, `[start, end]` in the first
-        question, `[turn, start, end]`, or a list of these.
+      given: Marks, or by name a piece of text, whose first occurrence is meant, `[start, end]` in
+        the first question, `[turn, start, end]`, or a list of these.
       questions: What the user says in every turn.
       name: What messages call the sample, such as `sample 7`.
 
@@ -141,6 +142,8 @@ def find_marks(given: Any, questions: Sequence[str], name: str) -> tuple[Mark, .
     """
     if not given:
         return ()
+    if isinstance(given, list | tuple) and all(isinstance(mark, Mark) for mark in given):
+        return tuple(given)
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         raise UserError(f"{name}: marks must be pieces of text by name, got {str(given)[:80]}")
     found = []
@@ -168,3 +171,43 @@ def _find_mark(key: str, piece: Any, questions: Sequence[str], name: str) -> Mar
         f"{name}: mark {key!r} must be a piece of the text, [start, end] or [turn, start, end] in "
         f"characters, got {str(piece)[:80]}"
     )
+
+
+def move_marks(
+    marks: Sequence[Mark], before: Sequence[Turn], after: Sequence[Turn]
+) -> tuple[Mark, ...]:
+    """Marks of questions of which images and blanks around the text have moved."""
+
+    def letters(turn: Turn) -> list[int]:
+        """The places of the characters from the first that is no blank, without those of images."""
+        text = (turn.question or "").replace(IMAGE_MARK, "\0" * len(IMAGE_MARK))
+        kept = [place for place, letter in enumerate(text) if letter != "\0"]
+        blank = next((n for n, place in enumerate(kept) if not text[place].isspace()), len(kept))
+        return kept[blank:]
+
+    moved = []
+    for mark in marks:
+        old, new = letters(before[mark.turn]), letters(after[mark.turn])
+        number = bisect.bisect_left(old, mark.start)
+        start = new[number] if number < len(new) else len(after[mark.turn].question or "")
+        moved.append(dataclasses.replace(mark, start=start, end=start + mark.end - mark.start))
+    return tuple(moved)
+
+
+def moved_marks(given: Any, question: str, prompt: str, name: str) -> tuple[Mark, ...] | None:
+    """Marks as a file writes them for a question, in the prompt that is made of it.
+
+    Args:
+      given: See `find_marks`; nothing for None.
+      question: The question of the file.
+      prompt: The prompt, which begins with the question but for images and blanks.
+      name: What messages call the question.
+
+    Raises:
+      UserError: A mark is none, or is not in the question.
+    """
+    if not given:
+        return None
+    turns, found = (Turn(question),), find_marks(given, [question], name)
+    Sample(name.removeprefix("sample "), turns, marks=found)  # which checks them
+    return move_marks(found, turns, (Turn(prompt),))

@@ -19,7 +19,8 @@ class Piece:
       kind: What its tokens are for.
       branch: 0 for the trunk of the conversation, k for its k-th independent question.
       control: Whether the template wrote it, so that its control tokens are meant as such.
-      turn: The number of the turn whose question it is; None for all other texts.
+      turn: The number of the turn whose question it is from; None for all other texts.
+      start: Its first character in that question.
     """
 
     text: str
@@ -27,6 +28,7 @@ class Piece:
     branch: int = 0
     control: bool = False
     turn: int | None = None
+    start: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Template:
       keep_question: False writes images and answers only, without markers (connector pretraining).
       around_system: What stands before and after a conversation's own system prompt, which together
         take the place of `system`; None where the template has no place for one.
+      around_image: What stands before and after every image, in the place of the blanks that follow
+        its mark in the text of a user; None for nothing.
+      task: What stands before a question about images, such as `[vqa] `.
     """
 
     system: str = ""
@@ -59,6 +64,8 @@ class Template:
     keep_question: bool = True
     # Without a part in the text by which predictions tell templates apart.
     around_system: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
+    around_image: tuple[str, str] | None = dataclasses.field(default=None, repr=False)
+    task: str = dataclasses.field(default="", repr=False)
 
     def render(self, sample: Sample, eos: str) -> list[Piece]:
         """The pieces of a sample in order; joined they are the conversation's text.
@@ -78,18 +85,31 @@ class Template:
             caption = dataclasses.replace(sample.turns[0], question=None)
             images = IMAGE_MARK * len(sample.images)
             pieces = [Piece(images, TokenKind.QUESTION, control=True)]
-            return [*pieces, *self._turn(0, caption, end, 0)]
+            return [*pieces, *self._turn([], caption, end, 0)]
         # Everything before the first word of the user is the system's, also the first role marker.
         pieces, (shared, gap) = self._opening(sample.system), _shared_context(sample)
-        pieces.append(Piece(shared, TokenKind.QUESTION))
+        pieces += self._user_text(shared, first=True)
+        behind_image = self.around_image is not None and shared.rstrip().endswith(IMAGE_MARK)
+        if self.around_image is not None and behind_image and sample.independent:
+            # What follows the image is tokenised with each question.
+            gap = self.around_image[1]
+            pieces[-2:] = [dataclasses.replace(pieces[-2], text=IMAGE_MARK)]
         marker = self.user if self.next_user is None else self.next_user
         for number, turn in enumerate(sample.turns):
             branch = number + 1 if sample.independent else 0
             if sample.independent:
-                pieces.append(Piece(gap, TokenKind.QUESTION, branch))
+                pieces.append(Piece(gap, TokenKind.QUESTION, branch, control=behind_image))
             elif number:
                 pieces.append(Piece(marker, TokenKind.QUESTION, control=True))
-            pieces += self._turn(number, turn, end, branch)
+            question = self._user_text(
+                turn.question or "",
+                branch,
+                turn=number,
+                task=self.task if sample.images else "",
+                first=not (number or shared),
+                behind_image=behind_image and (sample.independent or not number),
+            )
+            pieces += self._turn(question, turn, end, branch)
         return [piece for piece in pieces if piece.text]
 
     def left_out(self, sample: Sample) -> str:
@@ -107,14 +127,51 @@ class Template:
             Piece(after + self.user, TokenKind.SYSTEM, control=True),
         ]
 
-    def _turn(self, number: int, turn: Turn, end: str, branch: int) -> list[Piece]:
+    def _user_text(
+        self,
+        text: str,
+        branch: int = 0,
+        *,
+        turn: int | None = None,
+        task: str = "",
+        first: bool = False,
+        behind_image: bool = False,
+    ) -> list[Piece]:
+        """A text of the user, with what stands around its images.
+
+        Args:
+          text: The text.
+          branch: Its branch.
+          turn: The number of the turn whose question it is.
+          task: What stands before it, behind its images.
+          first: Whether nothing of the user precedes it: the system's text goes on up to its image.
+          behind_image: Whether it follows an image.
+        """
+        kind = TokenKind.QUESTION
+        before, after = self.around_image or ("", "")
+        parts, pieces, start = text.split(IMAGE_MARK), [], 0
+        if self.around_image is None and not task:
+            return [Piece(text, kind, branch, turn=turn)]
+        for number, part in enumerate(parts):
+            if number:
+                opening = first and number == 1 and not parts[0]
+                pieces += [
+                    Piece(before, TokenKind.SYSTEM if opening else kind, branch, control=True),
+                    Piece(IMAGE_MARK + after, kind, branch, control=True),
+                ]
+            if task and number == len(parts) - 1:
+                pieces.append(Piece(task, kind, branch, control=True))
+            bare = part.lstrip() if self.around_image and (number or behind_image) else part
+            own = start + len(part) - len(bare)
+            pieces.append(Piece(bare, kind, branch, turn=turn, start=own))
+            start += len(part) + len(IMAGE_MARK)
+        return pieces
+
+    def _turn(self, question: list[Piece], turn: Turn, end: str, branch: int) -> list[Piece]:
         if turn.question is None:
             answer = () if turn.answer is None else (f"{turn.answer}\n",)
             return [Piece(text, TokenKind.ANSWER, branch) for text in answer]
-        pieces = [
-            Piece(turn.question, TokenKind.QUESTION, branch, turn=number),
-            Piece(self.assistant, TokenKind.QUESTION, branch, control=True),
-        ]
+        pieces = [*question, Piece(self.assistant, TokenKind.QUESTION, branch, control=True)]
         if turn.answer is not None:
             pieces += [
                 Piece(self.gap, TokenKind.ANSWER, branch, control=True),
@@ -127,7 +184,7 @@ class Template:
     def markers(self) -> str:
         """All that the template writes itself, but for the tokenizer's end token."""
         texts = (self.system, self.user, self.assistant, self.gap, self.end, self.next_user)
-        texts += self.around_system or ()
+        texts += (*(self.around_system or ()), *(self.around_image or ()), self.task)
         return "\n".join(text for text in texts if text)
 
 
@@ -154,8 +211,12 @@ def _header(role: str) -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
+_MINIGPT = Template(
+    user="[INST] ", assistant=" [/INST]", around_image=("<Img>", "</Img> "), task="[vqa] "
+)
+
 # The first group is that of LLaVA and its factories; they differ in the tokenizer's end token only.
-# The second is that of the LLMs' own chat versions.
+# The second is that of the LLMs' own chat versions, the third MiniGPT-v2's, by task.
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": _LLAVA,
     "phi": _LLAVA,
@@ -188,6 +249,9 @@ TEMPLATES: dict[str, Template] = {
         next_user="\n<|im_start|>user\n",
         around_system=("<|im_start|>system\n", "<|im_end|>\n"),
     ),
+    "minigpt_v2": _MINIGPT,
+    "minigpt_v2_caption": dataclasses.replace(_MINIGPT, task="[caption] "),
+    "minigpt_v2_chat": dataclasses.replace(_MINIGPT, task=""),
 }
 
 

@@ -19,6 +19,8 @@ class Example:
       choices: Texts that are ranked by log-likelihood; without any, the model writes the answer.
       metadata: What scorers and summaries need beside the answer, such as the question's type.
       max_new_tokens: The length limit of this answer; None for the task's.
+      roi: The boxes of its images, for tunings that act on regions; None: nothing is said.
+      marks: Pieces of the prompt by name, for tunings that act on them.
     """
 
     id: str
@@ -28,6 +30,14 @@ class Example:
     choices: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     max_new_tokens: int | None = None
+    roi: Any = None
+    marks: Any = None
+
+    @property
+    def pointed(self) -> dict[str, Any]:
+        """What it says of regions and marks, as `PromptEncoder.row` takes them."""
+        said = {"roi": self.roi, "marks": self.marks}
+        return {name: value for name, value in said.items() if value is not None}
 
     @property
     def own_limit(self) -> dict[str, int]:

@@ -55,7 +55,7 @@ def task_requests(
         Instance(
             request_type=kind,
             doc=example,  # pyright: ignore[reportArgumentType]  (lm_eval only hands it through)
-            arguments=(example.prompt, wanted, {"visual": list(example.images)}),
+            arguments=(example.prompt, wanted, {"visual": list(example.images)} | example.pointed),
             idx=number,
             metadata=(task.name, index, 1),
         )
@@ -122,7 +122,7 @@ class MoresjaxLM(LM):
         limits = [own["max_gen_toks"] for own in settings]
         known = {}
         rows = [
-            self.model.prompts.row(args[0], args[2]["visual"], f"request {number}", known)
+            self._row(args[0], args[2], f"request {number}", known)
             if len(args) > 2
             else Row.text(self._ids(args[0])[-max(self.model.service.max_length - limit, 1) :])
             for number, (args, limit) in enumerate(zip(arguments, limits, strict=True))
@@ -212,20 +212,23 @@ class MoresjaxLM(LM):
                 bar.update(len(chunk))
         return found
 
+    def _row(self, text: str, asked: Mapping[str, Any], name: str, known: dict) -> Row:
+        """The row of a user's turn with its images, regions and marks."""
+        pointed = {key: asked.get(key) for key in ("roi", "marks")}
+        return self.model.prompts.row(text, asked["visual"], name, known, **pointed)
+
     def _pairs(self, requests: Sequence[Instance]) -> list[tuple[Row, Ids]]:
         """Prompt row and continuation of every request."""
         pairs, prompts, known = [], {}, {}
         for number, request in enumerate(requests):
             context, continuation, *visual = list(request.args)
             if visual:
-                images = visual[0]["visual"]
-                key = context, *image_keys(images)
+                images, marks = visual[0]["visual"], visual[0].get("marks")
+                key = context, repr(visual[0].get("roi")), repr(marks), *image_keys(images)
                 if key not in prompts:
-                    prompts[key] = self.model.prompts.row(
-                        context, images, f"request {number}", known
-                    )
+                    prompts[key] = self._row(context, visual[0], f"request {number}", known)
                 answer = self.model.prompts.with_answer(
-                    prompts[key], context, images, continuation.strip()
+                    prompts[key], context, images, continuation.strip(), marks=marks
                 )
                 pairs.append(answer)
                 continue

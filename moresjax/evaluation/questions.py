@@ -10,6 +10,8 @@
 | `choices` | the texts of options, which are asked with letters |
 | `group` or `category` | a name: the score is also given for each group |
 | `max_new_tokens` | the length limit of this answer; default: 128 |
+| `roi` | a box (x0, y0, x1, y1) of the image in shares of its sides, or a list of boxes |
+| `marks` | pieces of the question by name, for tunings that act on `mark(NAME)` |
 
 Exact match compares as LLaVA's evaluation of GQA does: case, blanks around the text and a final
 period do not count. VQA accuracy is that of the challenge's tool (`people_accuracy`). A choice is
@@ -27,7 +29,8 @@ from typing import Any
 
 from moresjax.core.errors import UserError
 from moresjax.data.records import JsonRecords
-from moresjax.data.samples import IMAGE_MARK
+from moresjax.data.regions import find_regions
+from moresjax.data.samples import IMAGE_MARK, moved_marks
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     LETTERS,
@@ -48,7 +51,7 @@ EXACT, PEOPLE, CHOICE = "exact match", "VQA accuracy", "multiple choice"
 MIN_PEOPLE = 4  # with fewer answers not even the right one can reach 1
 FIELDS = (
     *("id", "question_id", "image", "images", "question", "text"),
-    *("answer", "answers", "choices", "group", "category", "max_new_tokens"),
+    *("answer", "answers", "choices", "group", "category", "max_new_tokens", "roi", "marks"),
 )
 _UPPER = re.compile(r"\(?([A-H])(?:[).:,]|$)")
 _LOWER = re.compile(r"\(?([a-h])\)?\.?$")
@@ -114,6 +117,7 @@ def _example(record: Any, number: int, where: str, root: Path) -> Example:
     images = tuple(image_file(root, image, name) for image in names)
     choices = _choices(record, where)
     kind, answer = _answer(record, choices, where)
+    record_question = question
     if choices:
         question = f"{with_options(question, choices)}\n{PICK_LETTER}"
     metadata = {"kind": kind, "choices": choices}
@@ -123,7 +127,12 @@ def _example(record: Any, number: int, where: str, root: Path) -> Example:
     prompt, limit = _prompt(question, len(names), where), record.get("max_new_tokens")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise UserError(f"{where}: max_new_tokens must be a whole number above 0, got {limit!r}")
-    return Example(name, prompt, answer, images, metadata=metadata, max_new_tokens=limit)
+    pointed = {
+        "roi": find_regions(record.get("roi"), len(names), where),
+        "marks": moved_marks(record.get("marks"), record_question, prompt, where),
+    }
+    options = {"metadata": metadata, "max_new_tokens": limit} | pointed
+    return Example(name, prompt, answer, images, **options)
 
 
 def _answer(record: Mapping, choices: Sequence[str], where: str) -> tuple[str, Any]:

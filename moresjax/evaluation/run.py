@@ -283,11 +283,12 @@ class _Asker:
         """Why an example cannot be asked; empty if it can."""
         model = self._model
         try:
-            row = model.prompt(example.prompt, example.images, example.id)
+            asked = example.prompt, example.images, example.id
+            row = model.prompts.row(*asked, **example.pointed)
             if not task.ranks_choices:
                 model.service.check_context(row, task.length_limit(example))
             for choice in example.choices if task.ranks_choices else ():
-                pair = model.prompts.with_answer(row, example.prompt, example.images, choice)
+                pair = model.prompts.with_answer(row, *asked[:2], choice, marks=example.marks)
                 model.service.check_answer(*pair)
         except UserError as error:
             return str(error)

@@ -7,8 +7,10 @@ before. What a turn gives is therefore what reading the whole conversation anew 
 
 import json
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,14 +18,16 @@ from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.data.images import ImageInput, open_image
 from moresjax.data.llava import to_record
-from moresjax.data.samples import Sample, Turn
+from moresjax.data.regions import Regions
+from moresjax.data.samples import Mark, Sample, Turn
 from moresjax.generation.engine import Engine
 from moresjax.generation.lengths import bucket
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.state import DecodeState
 from moresjax.generation.text import TextStream, check_stops, has_stop
+from moresjax.inference.arguments import Roi
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import PromptImages, check_images, mark_images
+from moresjax.inference.prompts import PromptImages, asked_sample, check_images, mark_images
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.multi_adapter import adapter_ids
@@ -88,6 +92,8 @@ class Chat:
         self.tokens_read = 0
         self.images: tuple[ImageInput, ...] = ()
         self._pixels: list[np.ndarray] = []
+        self._regions: Regions = ()
+        self._marks: tuple[Mark, ...] = ()
         self._made: tuple[Engine, int] | None = None  # the engine, as it was, that made the cache
         self._state: DecodeState | None = None
         self._held: Row | None = None  # tokens and layout of what the cache holds
@@ -147,12 +153,21 @@ class Chat:
         self._saved.add(file.resolve())
         return file
 
-    def ask(self, question: str, images: PromptImages = ()) -> Generator[str, None, None]:
+    def ask(
+        self,
+        question: str,
+        images: PromptImages = (),
+        *,
+        roi: Roi = None,
+        marks: Mapping[str, Any] | None = None,
+    ) -> Generator[str, None, None]:
         """Answers piece by piece; the turn counts once the answer has been read to its end.
 
         Args:
           question: What the user says; `<image>` marks where an image goes, else images go first.
           images: One image or a list of images: paths, PIL images or uint8 arrays `[Y, X, 3]`.
+          roi: The boxes of these images, or the name of a provider, as in `Model.generate`.
+          marks: Pieces of the question by name, as in `Model.generate`.
 
         Raises:
           UserError: The question is empty, marks and images do not agree, or the conversation has
@@ -161,12 +176,18 @@ class Chat:
         new = check_images(images, "the question")
         if not question.strip() and not new:
             raise UserError("the question is empty")
-        question = mark_images(question, new)
         prompts, service = self._model.prompts, self._model.service
-        processor = prompts.processor
-        turns = (*self.turns, Turn(question))
-        name = f"turn {len(turns)}"
-        sample = Sample(name, turns, (*self.images, *new), system=self.system)
+        processor, name = prompts.processor, f"turn {len(self.turns) + 1}"
+        said = asked_sample(name, question, new, roi=roi, marks=marks)
+        question = mark_images(question, new)
+        sample = Sample(
+            name,
+            (*self.turns, Turn(question)),
+            (*self.images, *new),
+            system=self.system,
+            roi=(*self._regions, *(said.roi or [None] * len(new))),
+            marks=(*self._marks, *(replace(x, turn=len(self.turns)) for x in said.marks)),
+        )
         row = processor.text_row(sample)
         service.check_context(row, self._limit)
         pixels = [*self._pixels]
@@ -174,7 +195,7 @@ class Chat:
             assert processor.image is not None  # a model without images was refused with the text
             pixels.append(processor.image(image))
         if pixels:
-            row = row.replace(pixels=np.stack(pixels))
+            row = row.replace(pixels=np.stack(pixels), roi=processor.roi(sample))
         engine = service.engine()
         state = self._read(row, engine)
         self._made = (engine, engine.changes)
@@ -189,6 +210,7 @@ class Chat:
             state = engine.advance(state, self._chunk)
         self._state, self._held = state, row.append(ids[:-1]).replace(pixels=None)
         self.images, self._pixels = sample.images, pixels
+        self._regions, self._marks = sample.roi or (), sample.marks
         self.turns = [*self.turns, Turn(question, stream.text)]
 
     def _read(self, row: Row, engine: Engine) -> DecodeState:

@@ -19,6 +19,7 @@ from moresjax.inference.load import attach_saved, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
+from moresjax.models.vision import EVA
 from moresjax.runs.architecture import DEFAULT_CONNECTOR
 from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints
@@ -40,6 +41,10 @@ from moresjax.weights.export import export_hf, export_tinyllava
 from moresjax.weights.families.llava_original import is_original
 from moresjax.weights.generation_config import read_generation_config, save_generation_config
 from moresjax.weights.hf import HFFolders
+from moresjax.weights.minigpt import CONNECTOR as MINIGPT_CONNECTOR
+from moresjax.weights.minigpt import IMAGE_SIZE as MINIGPT_IMAGE_SIZE
+from moresjax.weights.minigpt import TEMPLATE as MINIGPT_TEMPLATE
+from moresjax.weights.minigpt import read_minigpt
 from moresjax.weights.peft import export_peft
 from moresjax.weights.projector import read_projector
 from moresjax.weights.pyreft import export_pyreft
@@ -61,6 +66,8 @@ def import_model(
     image_processor: str | Path | None = None,
     template: str | None = None,
     quantize: str = "",
+    minigpt: str | Path = "",
+    keep_lora: bool = False,
     allow_pickle: bool = False,
 ) -> MLLM:
     """Writes a Hugging Face folder as a run's directory, from which everything here starts.
@@ -76,7 +83,8 @@ def import_model(
       source: The folder of a LLaVA (also TinyLLaVA Factory's) or an LLM.
       out: A new or empty folder.
       vision: The folder of an encoder to put before an LLM, or two as `DIR;DIR`; the connector is
-        then a fresh one. For a LLaVA as its authors publish it, that of its vision tower.
+        then a fresh one. For a LLaVA as its authors publish it, that of its vision tower. The file
+        of an EVA-ViT (`eva_vit_g.pth`) is an encoder too.
       fusion: How the features of two encoders are put together.
       connector: The kind of the fresh connector; default: that of `projector`, else
         `mlp2x_gelu`.
@@ -88,8 +96,11 @@ def import_model(
       template: The name of the conversation template; default: the one that `export` noted in the
         folder, else `vicuna_v1`.
       quantize: `int8` stores the LLM's blocks in eight bits.
-      allow_pickle: Whether `*.bin` files may be read where there are no safetensors, and a
-        `projector` that is one.
+      minigpt: The checkpoint of MiniGPT-v2 that was trained over `source`, which is LLaMA-2-chat,
+        and `vision`, which is an EVA-ViT: it brings connector, LoRA, template and image size.
+      keep_lora: Whether its LoRA stays the run's tuning; else it is merged into the LLM.
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors, `*.pth`, and
+        a `projector` that is a pickle.
 
     Returns:
       The model that was written.
@@ -114,6 +125,10 @@ def import_model(
         folders.towers[source] = Path(encoders.pop())
     images = Path(image_processor or (encoders[0] if encoders else folders[source].image_folder))
     size = saved_image_size(images) if encoders else None
+    if minigpt:
+        _check_minigpt(folders, encoders)
+        connector, template = MINIGPT_CONNECTOR, template or MINIGPT_TEMPLATE
+        size = size or MINIGPT_IMAGE_SIZE
     architecture = _architecture(
         folders, source, encoders, fusion, connector, drop_first_token, size
     )
@@ -137,6 +152,8 @@ def import_model(
     assert isinstance(model, MLLM)
     set_params(model, weights, str(projector))
     attach_saved(model, source, allow_pickle=allow_pickle)
+    if minigpt:
+        model = read_minigpt(model, minigpt, keep_lora=keep_lora, allow_pickle=allow_pickle)
     if any(method.constant for _, method in model.tuning.methods):
         raise UserError(f"{source} has a given vector beside its weights, which no run holds")
     config = dataclasses.replace(config, tuning=model.tuning.spec)
@@ -152,6 +169,12 @@ def import_model(
         checkpoints.save(TrainState(jnp.zeros((), jnp.int32), nnx.state(model, nnx.Param), ()), {})
         checkpoints.close()
     return model
+
+
+def _check_minigpt(folders: HFFolders, encoders: Sequence[str]) -> None:
+    """Refuses a checkpoint of MiniGPT-v2 without the encoder that it belongs to."""
+    if len(encoders) != 1 or folders[encoders[0]].vision_hf["model_type"] != EVA:
+        raise UserError("--minigpt belongs to one EVA-ViT; give its file, --vision eva_vit_g.pth")
 
 
 def _architecture(

@@ -11,10 +11,10 @@ from moresjax.core.row import Row
 from moresjax.data.images import LazyPixels, named_image
 from moresjax.data.llava import has_rounds, image_names, to_sample
 from moresjax.data.records import JsonRecords
-from moresjax.data.samples import Sample, Turn
+from moresjax.data.samples import Sample
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import mark_images
+from moresjax.inference.prompts import asked_sample
 from moresjax.tuning.multi_adapter import BASE
 
 PROMPTS = ("prompt", "question", "text")  # the fields with what is asked, the first one counts
@@ -48,10 +48,11 @@ def generate_file(
 
     Args:
       model: The model.
-      source: Records `{"id", "prompt", "images"}`. `images` is a list of paths or `data:` URLs and
-        may be missing; so may `id`, whose place the record's number takes. Files of questions are
-        read, too: `question_id`, `question` or `text`, and `image`. In place of a prompt may be a
-        conversation that ends with a question, as `messages` or `conversations` (see
+      source: Records `{"id", "prompt", "images"}`, with `roi` and `marks` as `Model.generate` takes
+        them for one prompt where selectors want them. `images` is a list of paths or `data:` URLs
+        and may be missing; so may `id`, whose place the record's number takes. Files of questions
+        are read, too: `question_id`, `question` or `text`, and `image`. In place of a prompt may be
+        a conversation that ends with a question, as `messages` or `conversations` (see
         `data/llava.py`). A record may have a `system` prompt, a `seed` for its draws and, where the
         model has several adapters, the name of one (`adapter_field`).
       out: JSON Lines in the same order, `{"id", "prompt", "images", "text"}`, and `adapter` where
@@ -154,7 +155,7 @@ def _asked(record: Any, number: int, name: str) -> Sample:
         return to_sample(record, name, images, prompt=True)
     if not prompt.strip() and not images:
         raise UserError("the prompt is empty")
-    return Sample(name, (Turn(mark_images(prompt, images)),), images)
+    return asked_sample(name, prompt, images, roi=record.get("roi"), marks=record.get("marks"))
 
 
 def _told(record: dict, asked: Sample) -> dict:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from moresjax.core.errors import UserError
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
+from moresjax.data.region_providers import region_provider
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.saved_processors import has_tokenizer, saved_template
 from moresjax.data.templates import get_template
@@ -40,6 +41,7 @@ def load(
     mesh: Mesh | None = None,
     image_aspect: str | None = None,
     split_special_tokens: bool | None = None,
+    roi: str | None = None,
     dtype: str | None = None,
     engine_config: EngineConfig = DEFAULT_ENGINE_CONFIG,
     vision_tower: str | Path | None = None,
@@ -71,6 +73,9 @@ def load(
       split_special_tokens: Whether control tokens such as `</s>` in the text of users are read as
         the text that they are; `False` makes them control tokens, as LLaVA does. Default: a run's
         own, and `True` for a Hugging Face folder.
+      roi: Where regions of interest come from where a call does not say it, such as `all` or
+        `center(60%)`, see `moresjax.data.region_providers`; default: a run's own, and the `boxes`
+        of prompts.
       dtype: The dtype of the activations: `float32`, `bfloat16`, `float16`, or `stored` for that of
         a Hugging Face folder's weights, which keep theirs. Default: a run's own; for a Hugging Face
         folder `stored` on TPUs and GPUs and `float32` on CPUs.
@@ -112,12 +117,21 @@ def load(
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
         image = dataclasses.replace(processor.image, aspect=image_aspect)
         processor = dataclasses.replace(processor, image=image)
-    if split_special_tokens is not None and processor is not None:
-        processor = dataclasses.replace(processor, split_special_tokens=split_special_tokens)
+    if processor is not None:
+        processor = _told(processor, split_special_tokens, roi)
     model = Model(mllm, processor, image_token_id=image_token_id, engine_config=engine_config)
     if mesh is not None:
         model.shard(mesh)
     return model
+
+
+def _told(processor: Processor, split_special_tokens: bool | None, roi: str | None) -> Processor:
+    """The processor with what a call says of texts and of regions."""
+    if split_special_tokens is not None:
+        processor = dataclasses.replace(processor, split_special_tokens=split_special_tokens)
+    return (
+        processor if roi is None else dataclasses.replace(processor, regions=region_provider(roi))
+    )
 
 
 def _that_can_be_asked(processor: Processor, workdir: Path) -> Processor:

@@ -1,6 +1,6 @@
 """A module with its tuning, its devices and what generates with it: the state of a `Model`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flax import nnx
@@ -12,13 +12,14 @@ from moresjax.data.processor import Processor
 from moresjax.data.processor_facts import processor_facts
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
+from moresjax.inference.arguments import Adapters
 from moresjax.inference.prompts import PromptEncoder
 from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.processor import name_words, serving
 from moresjax.sharding.mesh import shard_params
 from moresjax.tuning.attach import Tuning, edit_selectors
-from moresjax.tuning.multi_adapter import stack_adapters
+from moresjax.tuning.multi_adapter import adapter_ids, stack_adapters
 from moresjax.weights.adapter import attach_adapter, load_adapters
 from moresjax.weights.fingerprint import exact_fingerprint, fingerprint
 
@@ -116,6 +117,16 @@ class LoadedModel:
             "processor": processor_facts(self.processor)["hash"],
             "version": __version__,
         }
+
+    def adapter_names(self, adapters: Adapters, rows: int) -> Sequence[str | None] | None:
+        """The adapter of every row, from one name for all rows or a list of names.
+
+        Raises:
+          UserError: for an unknown adapter, or another number of adapters than rows.
+        """
+        names = [adapters] * rows if isinstance(adapters, str) else adapters
+        adapter_ids(self._mllm.tuning, names, rows)
+        return names
 
     def restack(self) -> MLLM:
         """Ends generation and returns the Flax module with stacked blocks, as training has them.

@@ -8,7 +8,7 @@ Axis legend: B rows, S tokens, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -22,6 +22,7 @@ from moresjax.generation.hf_inputs import hf_batch
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scoring import ContinuationScore
 from moresjax.inference.activations import Activations, Write, run_batch
+from moresjax.inference.arguments import Adapters, GenerateOptions, Marks, PromptOptions, Roi
 from moresjax.inference.describe import describe_model
 from moresjax.inference.loaded_model import LoadedModel
 from moresjax.inference.prompts import (
@@ -30,28 +31,10 @@ from moresjax.inference.prompts import (
     PromptImages,
     pair_continuations,
     pair_images,
+    pair_pointed,
 )
 from moresjax.inference.states import Item, StatesOptions, states
 from moresjax.tuning.merge import merged
-from moresjax.tuning.multi_adapter import adapter_ids
-
-Adapters = str | Sequence[str | None] | None
-
-
-class GenerateOptions(TypedDict, total=False):
-    """Keyword arguments of `Model.generate`, which documents them."""
-
-    max_new_tokens: int
-    adapters: Adapters
-    sampling: Sampling
-    seeds: Sequence[int] | None
-    stop: str | Sequence[str]
-    batch_size: int | None
-    num_beams: int
-    length_penalty: float
-    early_stopping: bool | str
-    logprobs: bool
-    system: str | None
 
 
 class Model(LoadedModel):
@@ -168,6 +151,8 @@ class Model(LoadedModel):
         details: bool = False,
         logprobs: bool = False,
         system: str | None = None,
+        roi: Roi = None,
+        marks: Marks = None,
     ) -> str | list[str] | Answer | list[Answer]:
         """Answers to prompts.
 
@@ -201,6 +186,11 @@ class Model(LoadedModel):
           details: Whether to return `Answer`s, with tokens and stop reason, instead of texts.
           logprobs: Whether these answers have the log-probabilities of their tokens.
           system: The system prompt of all prompts; default: the template's.
+          roi: What selectors `roi` mean: for one text a box (x0, y0, x1, y1) in shares of the
+            image's sides, a list of boxes, or a list of these for each image; for a list of texts
+            a list that has this for each. Or the name of a provider, such as `center(60%)`.
+          marks: What selectors `mark(NAME)` mean: by name a piece of the text, or its first
+            character and end; for a list of texts one mapping for all or a list of mappings.
 
         Returns:
           One answer for one text, a list of answers for a list of texts.
@@ -216,7 +206,7 @@ class Model(LoadedModel):
         beams.check(sampling, stop=stop, batch_size=batch_size, logprobs=logprobs)
         texts, own = pair_images(prompts, images)
         names = self.adapter_names(adapters, len(texts))
-        rows = self.prompts.rows(texts, own, system)
+        rows = self.prompts.rows(texts, own, system, *pair_pointed(prompts, roi, marks))
         done = self.service.complete(
             rows,
             max_new_tokens,
@@ -244,6 +234,7 @@ class Model(LoadedModel):
         system: str | None = None,
         adapters: Adapters = None,
         batch_size: int = 8,
+        **pointing: Unpack[PromptOptions],
     ) -> list[ContinuationScore]: ...
     @overload
     def score(
@@ -255,6 +246,7 @@ class Model(LoadedModel):
         system: str | None = None,
         adapters: Adapters = None,
         batch_size: int = 8,
+        **pointing: Unpack[PromptOptions],
     ) -> list[list[ContinuationScore]]: ...
     def score(
         self,
@@ -265,6 +257,7 @@ class Model(LoadedModel):
         system: str | None = None,
         adapters: Adapters = None,
         batch_size: int = 8,
+        **pointing: Unpack[PromptOptions],
     ) -> list[ContinuationScore] | list[list[ContinuationScore]]:
         """Log-likelihoods of given answers; a prompt and its images are read once for all of them.
 
@@ -285,6 +278,7 @@ class Model(LoadedModel):
           adapters: The name of the loaded adapter that scores, or for every prompt its name or None
             for the base model.
           batch_size: How many prompts are read at a time.
+          pointing: `roi` and `marks` of `generate`.
 
         Returns:
           The scores of one text's answers, or a list of these for a list of texts.
@@ -296,10 +290,12 @@ class Model(LoadedModel):
         texts, own = pair_images(prompts, images)
         lists = pair_continuations(prompts, continuations, len(texts))
         names = self.adapter_names(adapters, len(texts))
-        rows = self.prompts.rows(texts, own, system)
+        regions, marks = pair_pointed(prompts, **pointing)
+        rows = self.prompts.rows(texts, own, system, regions, marks)
+        whole = zip(rows, texts, own, marks, lists, strict=True)
         pairs = [
-            self.prompts.with_answer(row, text, images, answer, system)
-            for row, text, images, answers in zip(rows, texts, own, lists, strict=True)
+            self.prompts.with_answer(row, text, images, answer, system, named)
+            for row, text, images, named, answers in whole
             for answer in answers
         ]
         if names is not None:
@@ -319,6 +315,7 @@ class Model(LoadedModel):
         pixel_values: ArrayLike | None = None,
         image_token_id: int | None = None,
         adapters: Adapters = None,
+        **pointing: Unpack[PromptOptions],
     ) -> Float[Array, "B S V"]:
         """Next-token logits in fp32.
 
@@ -342,13 +339,15 @@ class Model(LoadedModel):
           image_token_id: The id that stands for a visual token; default: the model's own.
           adapters: The name of the loaded adapter to use, or for every row its name or None for the
             base model.
+          pointing: `roi` and `marks` of `generate`, for prompts.
 
         Raises:
           UserError: As `generate`, without both prompts and token ids, and for image tokens that do
             not match the images.
         """
         if prompts is not None:
-            rows = self.prompts.rows(*pair_images(prompts, images), system)
+            paired, regions = pair_images(prompts, images), pair_pointed(prompts, **pointing)
+            rows = self.prompts.rows(*paired, system, *regions)
             if not rows:
                 raise UserError("logits need at least one prompt")
             batch = self.prompts.batch(rows, max(map(len, rows)))
@@ -376,6 +375,7 @@ class Model(LoadedModel):
         edits: Mapping[Any, Write] | None = None,
         adapters: Adapters = None,
         system: str | None = None,
+        **pointing: Unpack[PromptOptions],
     ) -> Activations:
         """One pass over prompts that reads activations at named sites, and writes them at others.
 
@@ -401,12 +401,14 @@ class Model(LoadedModel):
             leaves an activation as it is. A site inside the blocks stands for all of its layers.
           adapters: The name of the loaded adapter to use, or for every row its name or None.
           system: The system prompt of all prompts; default: the template's.
+          pointing: `roi` and `marks` of `generate`.
 
         Raises:
           UserError: As `generate`; the model has no such site or layer, or an array or what a
             function gives has another shape than the activations.
         """
-        rows = self.prompts.rows(*pair_images(prompts, images), system)
+        paired, regions = pair_images(prompts, images), pair_pointed(prompts, **pointing)
+        rows = self.prompts.rows(*paired, system, *regions)
         if not rows:
             raise UserError("a pass needs at least one prompt")
         names = self.adapter_names(adapters, len(rows))
@@ -428,7 +430,7 @@ class Model(LoadedModel):
 
         Args:
           items: What the model is asked: texts, or mappings with `prompt`, `images`, `id`,
-            `answers` and `metadata`.
+            `answers`, `metadata`, `roi` and `marks`.
           options: `site`, `layers`, `take`, `match`, `max_new_tokens`, `batch_size`, `adapters`,
             `out`, `dtype` and `meta` of `moresjax.inference.states.states`.
 
@@ -437,13 +439,3 @@ class Model(LoadedModel):
             the folder `out` holds other states.
         """
         return states(self, items, **options)
-
-    def adapter_names(self, adapters: Adapters, rows: int) -> Sequence[str | None] | None:
-        """The adapter of every row, from one name for all rows or a list of names.
-
-        Raises:
-          UserError: for an unknown adapter, or another number of adapters than rows.
-        """
-        names = [adapters] * rows if isinstance(adapters, str) else adapters
-        adapter_ids(self._mllm.tuning, names, rows)
-        return names

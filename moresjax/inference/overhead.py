@@ -63,7 +63,7 @@ def measure_overhead(
     >>> model = talking_model()
     >>> rows = model.prompts.rows(["is there a two ?"], [()])
     >>> list(measure_overhead(model, ("none", "ia3"), rows, 2, rounds=1))
-    ['none', 'as it is', 'ia3']
+    ['none', 'ia3']
 
     Args:
       model: The model; it is not changed.

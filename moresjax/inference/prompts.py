@@ -5,7 +5,8 @@ Axis legend: B rows, S tokens, G new tokens, Y, X pixels.
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,9 @@ from moresjax.core.row import Row
 from moresjax.core.types import AnyArray, Ids
 from moresjax.data.images import ImageInput, LazyPixels, UnusableImage
 from moresjax.data.processor import Processor
-from moresjax.data.samples import IMAGE_MARK, Sample, Turn
+from moresjax.data.region_providers import OWN_REGIONS, RegionProvider, region_provider
+from moresjax.data.regions import find_regions
+from moresjax.data.samples import IMAGE_MARK, Sample, Turn, find_marks
 from moresjax.data.templates import template_name
 from moresjax.generation.state import Generation
 from moresjax.generation.text import check_stops, cut_at_stop, has_stop
@@ -157,6 +160,70 @@ def mark_images(text: str, images: Sequence) -> str:
     return text if IMAGE_MARK in text else (IMAGE_MARK + "\n") * len(images) + text
 
 
+def asked_sample(
+    name: str,
+    text: str,
+    images: tuple[ImageInput, ...],
+    system: str | None = None,
+    roi: Any = None,
+    marks: Any = None,
+    answer: str | None = None,
+) -> Sample:
+    """What a user says as a sample of one turn; images without a mark go first.
+
+    Args:
+      name: What error messages call it.
+      text: What the user says.
+      images: Its images.
+      system: The system prompt; None for the template's.
+      roi: The boxes of the images, see `find_regions`, or a provider's name.
+      marks: Pieces of the text by name, see `find_marks`.
+      answer: The answer, if it is given.
+
+    Raises:
+      UserError: A box or a mark is none.
+    """
+    question = mark_images(text, images)
+    moved = len(question) - len(text)  # of marks for images, which come first
+    found = find_marks(marks, [text], name)
+    own = (replace(m, start=m.start + moved, end=m.end + moved) for m in found)
+    sample = Sample(name, (Turn(question, answer),), images, system=system, marks=tuple(own))
+    if isinstance(roi, str):
+        return region_provider(roi)(sample)
+    return sample if roi is None else replace(sample, roi=find_regions(roi, len(images), name))
+
+
+def pair_pointed(
+    prompts: str | Sequence[str], roi: Any = None, marks: Any = None
+) -> tuple[list[Any], list[Any]]:
+    """The regions and the marks of every prompt, as `Model.generate` takes them.
+
+    Raises:
+      UserError: They cannot be assigned to prompts in one way only.
+    """
+    if isinstance(prompts, str):
+        return [roi], [marks]
+    return _pair_regions(roi, len(prompts)), _pair_marks(marks, len(prompts))
+
+
+def _pair_regions(roi: Any, count: int) -> list[Any]:
+    """The regions of each of `count` prompts; one provider's name is of all."""
+    if roi is None or isinstance(roi, str):
+        return [roi] * count
+    if not isinstance(roi, list | tuple) or len(roi) != count:
+        raise UserError(f"{count} prompts need a list with the regions of each (roi)")
+    return list(roi)
+
+
+def _pair_marks(marks: Any, count: int) -> list[Any]:
+    """The marks of each of `count` prompts; one mapping is of all."""
+    if marks is None or isinstance(marks, Mapping):
+        return [marks] * count
+    if not isinstance(marks, list | tuple) or len(marks) != count:
+        raise UserError(f"{count} prompts need a list with the marks of each")
+    return list(marks)
+
+
 @dataclasses.dataclass
 class PromptEncoder:
     """Turns what users say into rows of tokens, and new tokens into text.
@@ -195,6 +262,9 @@ class PromptEncoder:
         name: str = "prompt",
         known: dict[tuple, LazyPixels] | None = None,
         system: str | None = None,
+        roi: Any = None,
+        marks: Any = None,
+        regions: RegionProvider | None = None,
     ) -> Row:
         """The unpadded row of a one-turn prompt. Images without an `<image>` mark go first.
 
@@ -205,28 +275,46 @@ class PromptEncoder:
           known: Pixels of earlier prompts, see `Processor.row`. An image that several prompts are
             about is then read by the model once.
           system: The system prompt; default: the template's.
+          roi: The boxes of the images, see `find_regions`, or a provider's name.
+          marks: Pieces of the text by name, see `find_marks`.
+          regions: Where regions come from; default: the processor's.
 
         Raises:
-          UserError: when marks and images do not agree, an image is missing or broken, or the
-            template has no place for a system prompt.
+          UserError: when marks and images do not agree, an image is missing or broken, the template
+            has no place for a system prompt, or a box or mark is none.
         """
         own = check_images(images, name)
         if not text.strip() and not own:
             raise UserError("the prompt is empty")
-        system = self.system_prompt(system)
-        sample = Sample(name, (Turn(mark_images(text, own)),), own, system=system)
-        return self.processor.row(sample, known)
+        sample = asked_sample(name, text, own, self.system_prompt(system), roi, marks)
+        return self.processor.row(sample, known, regions)
 
     def rows(
         self,
         prompts: Sequence[str],
         images: Sequence[tuple[ImageInput, ...]],
         system: str | None = None,
+        regions: Sequence[Any] | None = None,
+        marks: Sequence[Any] | None = None,
     ) -> list[Row]:
-        """A row for every prompt; equal images are opened once."""
+        """A row for every prompt, with its own regions and marks; equal images are opened once."""
         known: dict[tuple, LazyPixels] = {}
-        pairs = enumerate(zip(prompts, images, strict=True))
-        return [self.row(text, own, f"prompt {n}", known, system) for n, (text, own) in pairs]
+        nothing = [None] * len(prompts)
+        whole = zip(prompts, images, regions or nothing, marks or nothing, strict=True)
+        return [
+            # What a call says itself holds, whatever the processor is told to do.
+            self.row(
+                text,
+                own,
+                f"prompt {n}",
+                known,
+                system,
+                roi,
+                named,
+                None if roi is None else OWN_REGIONS,
+            )
+            for n, (text, own, roi, named) in enumerate(whole)
+        ]
 
     def system_prompt(self, text: str | None) -> str | None:
         """The text as a system prompt; None for the template's own.
@@ -253,6 +341,7 @@ class PromptEncoder:
         images: PromptImages,
         answer: str,
         system: str | None = None,
+        marks: Any = None,
     ) -> tuple[Row, np.ndarray]:
         """A prompt's row and the token ids of an answer to it, tokenised together.
 
@@ -262,6 +351,7 @@ class PromptEncoder:
           images: One image or a list of images.
           answer: The answer, without the token that ends it.
           system: The system prompt that the row has; default: the template's.
+          marks: Pieces of the text by name, as the row has them.
 
         Raises:
           UserError: for an empty answer.
@@ -269,7 +359,7 @@ class PromptEncoder:
         if not answer.strip():
             raise UserError(f"an answer to score is empty: {text!r}")
         own = check_images(images)
-        sample = Sample("answer", (Turn(mark_images(text, own), answer),), own, system=system)
+        sample = asked_sample(row.id, text, own, system, None, marks, answer)
         whole = self.processor.without_end.text_row(sample)
         head = int(np.argmax(whole.kind == TokenKind.ANSWER))
         return whole[:head].replace(pixels=row.pixels, roi=row.roi), whole.tokens[head:]

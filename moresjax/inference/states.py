@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from moresjax.inference.model import Model
 
 NEW = 16  # new tokens of an answer, where no number is given
-FIELDS = ("id", "prompt", "images", "answers", "metadata")
+FIELDS = ("id", "prompt", "images", "answers", "metadata", "roi", "marks")
 Item = str | Mapping[str, Any]
 Layers = str | int | Sequence[int] | None
 
@@ -231,7 +231,7 @@ def _item(item: Item, number: int) -> dict[str, Any]:
     if not isinstance(fields.get("prompt"), str):
         raise UserError(f"item {number} needs a prompt, which is a text")
     name = fields.get("id")
-    whole = {"images": (), "answers": None, "metadata": {}} | fields
+    whole = dict.fromkeys(FIELDS) | {"images": (), "metadata": {}} | fields
     images = check_images(whole["images"], f"item {number}")
     return whole | {"id": str(number if name is None else name), "images": images}
 
@@ -287,7 +287,9 @@ def _answers(
         for number, item in enumerate(items[start : start + size], start):
             name = f"item {item['id']}"
             try:
-                rows[number] = model.prompts.row(item["prompt"], item["images"], name, known)
+                pointed = {"roi": item["roi"], "marks": item["marks"]}
+                asked = item["prompt"], item["images"], name, known
+                rows[number] = model.prompts.row(*asked, **pointed)
                 model.service.check_context(rows[number], asking.limit)
             except UserError as error:
                 rows.pop(number, None)

@@ -8,6 +8,7 @@ from typing import Any
 from moresjax.core.errors import UserError
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import GenerationDefaults, Processor, word_ids
+from moresjax.data.region_providers import region_provider
 from moresjax.data.saved_processors import check_tokenizer
 from moresjax.data.templates import get_template
 from moresjax.models.connector import connector_tokens
@@ -54,6 +55,7 @@ def build_processor(config: RunConfig, *, root: str | Path = ".") -> Processor:
         image=_image_processor(config, vision, Path(root)) if vision else None,
         visual_tokens=tokens,
         split_special_tokens=config.split_special_tokens,
+        regions=region_provider(config.roi),
         generation=GenerationDefaults() if wordless else _generation(config, root),
         vocab_size=0 if wordless else llm_config(config.model.llm).vocab_size,
     )

@@ -182,6 +182,8 @@ class RunConfig:
       template: Name of the conversation template.
       split_special_tokens: Whether control tokens such as `</s>` that stand in the text of samples
         are trained as the text that they are; `False` makes them control tokens, as LLaVA does.
+      roi: Where regions of interest come from if the tuning acts on them: `boxes` of the samples,
+        `all`, `center(60%)`, `random(60%)` and more, see `moresjax.data.region_providers`.
       data: The source of samples: its `name` and options.
       max_seq_len: S, tokens per row.
       images_per_row: N, images per row; 0 for text.
@@ -224,6 +226,7 @@ class RunConfig:
     image_aspect: str = "square"
     template: str = DEFAULT_TEMPLATE
     split_special_tokens: bool = True
+    roi: str = "boxes"
     data: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "digits"})
     max_seq_len: Positive = 2048
     images_per_row: NonNegative = 1

@@ -152,7 +152,7 @@ def _part_of(part: str, source: Path) -> PartChoice:
     """What a source says about a part; empty where it has none."""
     if is_workdir(source):
         return getattr(read_config(source / "config.json").model, part)
-    if not (source / "config.json").is_file():
+    if not (source.is_file() or (source / "config.json").is_file()):
         raise UserError(f"init.{part}: {source} is neither a workdir nor a Hugging Face folder")
     folder = HFFolder(source)
     if folder.is_vision:

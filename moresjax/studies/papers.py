@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from moresjax.core.errors import choice_error
 from moresjax.studies import (
+    landscape,
     llava_steering,
     more_tokens_and_layers,
     mrt,
@@ -13,7 +14,7 @@ from moresjax.studies import (
 )
 from moresjax.studies.study import STAGE_MINUTES, Study
 
-_PAPERS = (llava_steering, tasks, more_tokens_and_layers, steered, mrt, representations)
+_PAPERS = (llava_steering, tasks, more_tokens_and_layers, steered, mrt, representations, landscape)
 STUDIES = {study.name: study for paper in _PAPERS for study in paper.STUDIES}
 ALL = "all"
 

@@ -118,9 +118,12 @@ class Method:
       width: the field that is larger in a method with more room. Zeros in the parameters that are
         added leave it the function that it was, and get a gradient of exactly zero. Empty: none.
       constant: whether `params` are given rather than learned: never trained, counted or saved.
+      by_rows: parameters whose rows are units, such as directions or learned tokens; of others the
+        columns are, as in the kernel of a linear.
     """
 
     name: ClassVar[str]
+    by_rows: ClassVar[tuple[str, ...]] = ()
     constant: ClassVar[bool] = False
     trains: ClassVar[tuple[str, ...]] = ()
     width: ClassVar[str] = ""
@@ -319,6 +322,7 @@ class VirtualTokens(Method, abc.ABC):
       length: P.
     """
 
+    by_rows: ClassVar[tuple[str, ...]] = ("embedding", "k", "v")
     length: Positive = 10
 
     @abc.abstractmethod

@@ -79,6 +79,7 @@ class LowRankEdit(Edit, abc.ABC):
     site: str = "llm.block.out"
     room: bool = dataclasses.field(default=False, init=False)
 
+    by_rows: ClassVar[tuple[str, ...]] = ("weight",)
     width: ClassVar[str] = "rank"
     orthogonal: ClassVar[bool] = True
     subtracts: ClassVar[bool] = True

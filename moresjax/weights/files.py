@@ -54,9 +54,40 @@ def open_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     for prefix, place in ({"": folder} if whole else stages).items():
         for name, tensor in _stored(place, allow_pickle).items():
-            name = state_dict_name(prefix + name)
-            found |= _halves(name, tensor) or {name: tensor}
+            found |= separated(state_dict_name(prefix + name), tensor)
     return found
+
+
+def stored_in(
+    file: Path, *, inside: str = "", allow_pickle: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of one file by their names in it, unread.
+
+    Args:
+      file: Safetensors, or a pickle of torch.
+      inside: The key of a pickle under which they are where it has one.
+      allow_pickle: Whether torch may read a pickle (weights only).
+
+    Returns:
+      The tensors, and what else a pickle has beside those `inside`.
+
+    Raises:
+      UserError: The file is not there, may not be read, or cannot be.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is not a file")
+    if file.suffix == ".safetensors":
+        return _safetensors(file), {}
+    if not allow_pickle:
+        raise UserError(
+            f"{file} is pickled, and pickles run code; allow it with --allow-pickle if you trust "
+            "its source"
+        )
+    content = _unpickled(file)
+    if isinstance(content, Mapping) and isinstance(content.get(inside), Mapping):
+        rest = {key: x for key, x in content.items() if key != inside}
+        return _arrays(content[inside], file), rest
+    return _arrays(content, file), {}
 
 
 def _stored(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -117,31 +148,13 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     return found
 
 
-def read_file(file: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The tensors of one file, `*.safetensors` or a pickle.
-
-    Raises:
-      UserError: It cannot be read, or is a pickle and may not be.
-    """
-    if not file.is_file():
-        raise UserError(f"{file} does not exist")
-    if file.suffix == ".safetensors":
-        return _safetensors(file)
-    if not allow_pickle:
-        raise UserError(
-            f"{file} is a pickle, and pickles run code; allow it with --allow-pickle if you trust "
-            "its source"
-        )
-    return read_pickle(file)
-
-
 def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a `*.bin` file, which torch reads without running what is in it.
 
     Raises:
       UserError: It cannot be read, holds something else, or torch is not installed.
     """
-    return _arrays(file, _unpickled(file))
+    return _arrays(_unpickled(file), file)
 
 
 def read_pickles(file: Path) -> dict[str, dict[str, Tensor]]:
@@ -153,7 +166,7 @@ def read_pickles(file: Path) -> dict[str, dict[str, Tensor]]:
     found = _unpickled(file)
     if not isinstance(found, Mapping) or not all(isinstance(x, Mapping) for x in found.values()):
         raise UserError(f"{file} does not hold state dicts of modules by name")
-    return {name: _arrays(file, tensors) for name, tensors in found.items()}
+    return {name: _arrays(tensors, file) for name, tensors in found.items()}
 
 
 def _unpickled(file: Path) -> Any:
@@ -167,18 +180,22 @@ def _unpickled(file: Path) -> Any:
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _arrays(file: Path, tensors: Any) -> dict[str, Tensor]:
+def _arrays(tensors: Any, file: Path) -> dict[str, Tensor]:
     import torch
 
-    def array(tensor: torch.Tensor) -> np.ndarray:
+    own = tensors if isinstance(tensors, Mapping) else {"": tensors}
+    for name, x in own.items():
+        if not isinstance(x, torch.Tensor):
+            raise UserError(
+                f"{file} holds no tensors by name: {name or 'it'} is of kind {type(x).__name__}"
+            )
+
+    def array(tensor: "torch.Tensor") -> np.ndarray:
         if tensor.dtype == torch.bfloat16:  # numpy has none of its own
             return tensor.view(torch.int16).numpy().view(stored_dtype("BF16"))
         return tensor.numpy()
 
-    known = isinstance(tensors, Mapping)
-    if not known or not all(isinstance(x, torch.Tensor) for x in tensors.values()):
-        raise UserError(f"{file} does not hold tensors by name")
-    return {name: array(tensor) for name, tensor in tensors.items()}
+    return {name: array(tensor) for name, tensor in own.items()}
 
 
 def state_dict_name(name: str) -> str:
@@ -195,8 +212,8 @@ def file_prefixes() -> dict[str, str]:
     return {old: new for family in families for old, new in family.prefixes.items()}
 
 
-def _halves(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The two tensors that one is made of, by name; nothing for most."""
+def separated(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The tensors that one holds together, by name; most hold themselves only."""
     halves = {k: v for family in VISION_FAMILIES.values() for k, v in family.halves.items()}
     for whole, modules in halves.items():
         if whole in name:
@@ -205,7 +222,7 @@ def _halves(name: str, tensor: Tensor) -> dict[str, Tensor]:
                 name.replace(whole, module): _rows(tensor, number * rows, rows)
                 for number, module in enumerate(modules)
             }
-    return {}
+    return {name: tensor}
 
 
 def _rows(tensor: Tensor, first: int, count: int) -> Tensor:

@@ -33,6 +33,7 @@ from moresjax.weights.families.base import (
     renamed,
     vision_family,
 )
+from moresjax.weights.families.eva import eva_config, eva_tensors
 from moresjax.weights.families.keys import TWO_TOWER_KEYS
 from moresjax.weights.families.llava import Llava
 from moresjax.weights.families.llava_original import (
@@ -42,7 +43,7 @@ from moresjax.weights.families.llava_original import (
     find_tower,
     is_original,
 )
-from moresjax.weights.files import open_tensors
+from moresjax.weights.files import open_tensors, separated, stored_in
 from moresjax.weights.tensor_mapping import (
     ParameterReader,
     Tensor,
@@ -61,7 +62,7 @@ class HFFolder:
 
     Args:
       path: A folder with `config.json` and safetensors: a LLaVA (also TinyLLaVA Factory's), an LLM
-        or a vision encoder.
+        or a vision encoder. Or the file of an EVA-ViT as its authors publish it.
       allow_pickle: Whether `*.bin` files may be read where there are no safetensors.
       vision_tower: The folder of the vision encoder of a LLaVA as its authors publish it; default:
         what its `config.json` names.
@@ -84,6 +85,8 @@ class HFFolder:
         Raises:
           UserError: when there is none, or it is damaged.
         """
+        if self.path.is_file():
+            return eva_config(self.tensors, self.path)
         file = self.path / "config.json"
         if not file.is_file():
             raise UserError(f"{self.path} is not a Hugging Face checkpoint: it has no config.json")
@@ -134,6 +137,8 @@ class HFFolder:
         raw = self.raw
         family = MLLM_FAMILIES.get(raw.get("model_type", ""))
         tower = None if self.tower is None else self.tower.vision_hf
+        if self.path.is_file():
+            return raw
         try:
             if tower is not None:
                 return complete(raw, tower)
@@ -183,6 +188,10 @@ class HFFolder:
         Raises:
           UserError: when there is no file that may be read, or one cannot be.
         """
+        if self.path.is_file():
+            stored, _ = stored_in(self.path, allow_pickle=self.allow_pickle)
+            each = {name: x for n, t in stored.items() for name, x in separated(n, t).items()}
+            return eva_tensors(each, self.path)
         tensors = open_tensors(self.path, allow_pickle=self.allow_pickle)
         if self.tower is None:
             return tensors
@@ -196,6 +205,8 @@ class HFFolder:
     @property
     def encoder_tensors(self) -> dict[str, Tensor]:
         """The tensors of an encoder's folder by their names in the encoder; nothing beside it."""
+        if self.path.is_file():
+            return dict(self.tensors)
         named = {_encoder_name(name): tensor for name, tensor in self.tensors.items()}
         beside = tuple(part for family in VISION_FAMILIES.values() for part in family.beside)
         return {name: tensor for name, tensor in named.items() if not name.startswith(beside)}
@@ -215,7 +226,7 @@ class HFFolder:
     def is_vision(self) -> bool:
         """Whether it is a vision encoder, alone or beside a text encoder."""
         if not (self.path / "config.json").is_file():
-            return False
+            return self.path.is_file()
         return self.raw.get("model_type") in {*VISION_FAMILIES, *TWO_TOWERS}
 
     def parameters(self, part: str = "", mesh: Mesh | None = None) -> ParameterReader:

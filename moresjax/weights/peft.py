@@ -208,28 +208,46 @@ def import_peft(folder: str | Path, mllm: MLLM) -> str:
     if kind not in types:
         raise choice_error("peft_type", kind, types)
     KEYS[kind].check(config, f"{kind} in {folder / CONFIG}")
-    tensors = Tensors(stored, mllm.config, str(folder))
+    return attach_peft(mllm, config, stored, str(folder))
+
+
+def attach_peft(
+    mllm: MLLM, config: Mapping[str, Any], stored: Mapping[str, np.ndarray], source: str
+) -> str:
+    """Attaches an adapter of `peft` that has been read; see `import_peft`.
+
+    Args:
+      mllm: The model, changed in place.
+      config: What `adapter_config.json` says.
+      stored: The tensors by their names in a file.
+      source: Their origin, for messages.
+
+    Raises:
+      UserError: when a setting is not supported, or the tensors are not those of this model.
+    """
+    kind = config["peft_type"]
+    tensors = Tensors(stored, mllm.config, source)
     base: Arrays = {}
     if kind in VIRTUAL_TOKEN_TYPES:
         tensor = tensors.take(TENSOR)
         tensors.finish()
-        tuning = virtual_tokens_from_peft(mllm.config, config, tensor, str(folder))
+        tuning = virtual_tokens_from_peft(mllm.config, config, tensor, source)
     else:
         modules, form = {}, None
         if kind != NORMS:
             if kind == "LORA":
-                check_start(config, str(folder))
+                check_start(config, source)
             form = read_format(config)
             ends = {leaf.name for leaf in form.leaves.values()}
             modules = tuned_modules(mllm, tensors, ends, config)
             if not modules and not tensors.missing:
                 held = ", ".join([*tensors.left][:8])
-                raise UserError(f"{folder} holds no {form.method} of this model, only: {held}")
+                raise UserError(f"{source} holds no {form.method} of this model, only: {held}")
         base = read_base(mllm, config, tensors)
-        beside = base_methods(mllm.config, base, f"{folder}, as a tuning of this model,")
+        beside = base_methods(mllm.config, base, f"{source}, as a tuning of this model,")
         tuning = _linears_from_peft(mllm, form, config, tensors, modules, beside)
         tensors.finish()
-    set_params(mllm, {name: jnp.asarray(x) for name, x in base.items()}, str(folder))
+    set_params(mllm, {name: jnp.asarray(x) for name, x in base.items()}, source)
     mllm.tuning = tuning
     return tuning.spec
 

@@ -61,7 +61,7 @@ def linear_names(config: MLLMConfig) -> dict[str, str]:
     """The module of every site of a linear, `{}` for the layer."""
     maps = {"llm": {k: _in_llm(v, config) for k, v in _llm_map(config.llm).items()}}
     sites = [f"llm.block.{name}" for name in config.llm.linears()]
-    if isinstance(config.vision, VisionConfig):
+    if isinstance(config.vision, VisionConfig) and _vision_family(config.vision).in_transformers:
         vision = _vision_family(config.vision).names({"use_swiglu_ffn": config.vision.gated_mlp})
         maps["vision"] = {k: TOWER + v for k, v in vision.items()}
         sites += [f"vision.block.{name}" for name in config.vision.linears()]
@@ -77,7 +77,7 @@ def base_mappings(config: MLLMConfig) -> list[TensorMapping]:
     model = MLLM(stored)
     llm = module_mappings(model.llm, _llm_map(config.llm))
     found = [mapping.within("llm", "model.", _in_llm("model.", config)) for mapping in llm]
-    if isinstance(config.vision, VisionConfig):
+    if isinstance(config.vision, VisionConfig) and _vision_family(config.vision).in_transformers:
         family = _vision_family(config.vision)
         vision = module_mappings(
             VisionEncoder(config.vision),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from moresjax.core.errors import UserError
-from moresjax.weights.files import read_file
+from moresjax.weights.files import stored_in
 from moresjax.weights.tensor_mapping import Tensor
 
 _NAME = re.compile(r"(?:model\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
@@ -33,7 +33,7 @@ def read_projector(
     file = Path(file)
     found: dict[int, dict[str, np.ndarray]] = {}
     numbered = False
-    for name, tensor in read_file(file, allow_pickle=allow_pickle).items():
+    for name, tensor in stored_in(file, allow_pickle=allow_pickle)[0].items():
         match = _NAME.fullmatch(name)
         if match is None:
             raise UserError(f"{file} holds {name}, which is no part of a LLaVA connector")

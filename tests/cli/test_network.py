@@ -23,6 +23,7 @@ analyze states --model run --tasks digits --limit 4 --layers 0 --out states
 analyze concepts --states states --concepts 2 --out concepts
 analyze shift --base states --tuned same=states --num-concepts 2 --out shift
 analyze separability --states states --by task --out apart
+analyze landscape --model run --points 3 --pairs 1 --samples 2 --out land
 analyze steer --model run --fine concepts --tasks digits --limit 1 --out steered
 analyze lens --model run --prompt how --image a.png --words two,six --out lens
 analyze patch --model run --prompt how --other-prompt two --answers two,six --out patched

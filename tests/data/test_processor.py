@@ -189,6 +189,30 @@ def test_unknown_template():
         get_template("v2")
 
 
+def test_minigpt_writes_around_images_and_says_the_task():
+    def written(question: str, context: str = "", images: int = 1) -> str:
+        turns = (Turn(question, "me"), Turn("why ?", "so"))
+        return text_of(Sample("1", turns, (PHOTO,) * images, context), "minigpt_v2")
+
+    later = " [/INST] me</s>[INST] [vqa] why ? [/INST] so</s>"
+    asked = f"[INST] <Img>{IMAGE_MARK}</Img> [vqa] who ?"
+    assert written(f"{IMAGE_MARK}\nwho ?") == written(" who ?", f"{IMAGE_MARK}\n") == asked + later
+    both = f"[INST] see <Img>{IMAGE_MARK}</Img> <Img>{IMAGE_MARK}</Img> [vqa] who ?"
+    assert written(f"see {IMAGE_MARK} {IMAGE_MARK}who ?", images=2) == both + later
+    bare = later.replace("[vqa] ", "")
+    assert written("who ?", images=0) == f"[INST] who ?{bare}"
+    caption = get_template("minigpt_v2_caption").render(
+        Sample("1", (Turn(f"{IMAGE_MARK} it"),), (PHOTO,)), ""
+    )
+    assert "".join(piece.text for piece in caption).endswith("</Img> [caption] it [/INST]")
+    # The system's text goes on up to the image; marks stay on their words.
+    sample = Sample("1", (Turn(f"{IMAGE_MARK}\nwho is it ?", "me"),), (PHOTO,))
+    row = dataclasses.replace(processor(template="minigpt_v2"), marks=("word(2)",)).row(sample)
+    assert words(row, TokenKind.SYSTEM) == "[INST] <Img>"
+    assert row.marks is not None
+    assert "".join(CHARACTERS.convert_ids_to_tokens(row.tokens[row.marks > 0])) == "is"
+
+
 # One tokenisation
 
 PROSE = st.text("abc ?:SIANT", min_size=1, max_size=12)

@@ -21,9 +21,10 @@ def test_pages_agree_with_their_results(tables):
     assert not tables.stale(), "run `python docs/tables.py`"
 
 
-def test_readme_and_the_demos_page_have_blocks(tables):
+def test_readme_and_the_pages_of_measurements_have_blocks(tables):
     used = {p.name: tables.BLOCK.findall(p.read_text()) for p in tables.pages()}
-    names = {name for page in ("demo.md", "representations.md") for *_, name, _ in used[page]}
+    pages = ("demo.md", "representations.md", "llava-steering.md")
+    names = {name for page in pages for *_, name, _ in used[page]}
     assert names == set(tables.BLOCKS)
     assert [name for _, _, name, _ in used["README.md"]] == ["findings", "made"]
 

@@ -184,9 +184,8 @@ def _ask(
         rows: dict[str, Row] = {}
         for example, _ in chunk:
             if example.id not in rows:
-                rows[example.id] = model.prompts.row(
-                    example.prompt, example.images, example.id, known
-                )
+                asked = example.prompt, example.images, example.id, known
+                rows[example.id] = model.prompts.row(*asked, **example.pointed)
         done = model.service.generate_many(
             [rows[example.id] for example, _ in chunk],
             [task.length_limit(example) for example, _ in chunk],

@@ -31,6 +31,7 @@ class MixLoRA(WeightDelta):
 
     name = "mixlora"
     sees_tokens = True
+    by_rows = ("a", "b")
     factors: Positive = 16
     rank: Positive = 4
     conditional: bool = False

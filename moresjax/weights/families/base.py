@@ -109,6 +109,7 @@ class VisionFamily(abc.ABC):
       halves: Names of modules in files whose first axis holds two modules -> those two.
       unused: Parts of the names of tensors in files that no parameter is made of.
       beside: Beginnings of what stands next to an encoder, or on top of it, in a folder of its own.
+      in_transformers: Whether `transformers` knows the encoder by `model_type`.
     """
 
     model_type: ClassVar[str]
@@ -122,6 +123,7 @@ class VisionFamily(abc.ABC):
     halves: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     unused: ClassVar[tuple[str, ...]] = ()
     beside: ClassVar[tuple[str, ...]] = ()
+    in_transformers: ClassVar[bool] = True
 
     def names(self, hf: HFConfig) -> dict[str, str]:
         """The name map of the variant that a `config.json` describes."""

@@ -1,0 +1,154 @@
+"""Regions and marks of prompts: generation, scores, logits, states, files and prefix caches."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import moresjax as mj
+from moresjax.core.errors import UserError
+from moresjax.data.samples import Mark, Sample, Turn
+from moresjax.evaluation.run import evaluate
+from moresjax.generation import programs
+from moresjax.generation.config import EngineConfig
+from moresjax.inference.chat import Chat
+from moresjax.inference.files import generate_file
+from moresjax.inference.prompts import asked_sample
+from moresjax.testing.models import talking_model
+
+ALWAYS = EngineConfig(min_saved_tokens=1)
+SPEC = (
+    "loreft:site=vision.block.out,rank=2,positions=roi/loreft:rank=2,positions=roi|mark(n)|word(3)"
+)
+IMAGE = np.random.default_rng(0).integers(0, 255, (12, 12, 3)).astype(np.uint8)
+LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
+TWO, THERE = {"n": "two"}, {"n": "there"}
+QUESTION = "is there a two ?"
+# Questions about one image that begin alike and differ in their regions or marks.
+ASKED = [(LEFT, TWO), (RIGHT, TWO), (LEFT, TWO), (RIGHT, THERE), ([], TWO)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return talking_model(SPEC)
+
+
+def logits(model, roi, marks):
+    return np.asarray(model.logits(QUESTION, IMAGE, roi=roi, marks=marks))
+
+
+def test_every_region_and_mark_gives_other_logits(model):
+    found = [logits(model, roi, marks) for roi, marks in ASKED]
+    for i, one in enumerate(found):
+        for j, other in enumerate(found[:i]):
+            assert np.array_equal(one, other) == ((i, j) == (2, 0))
+    together = model.logits(
+        [QUESTION] * 5, [IMAGE] * 5, roi=[r for r, _ in ASKED], marks=[m for _, m in ASKED]
+    )
+    np.testing.assert_allclose(together, np.concatenate(found), atol=2e-4)
+    # `all` is the whole image, and a provider is named for all prompts.
+    whole = np.asarray(model.logits([QUESTION], [IMAGE], roi="all", marks=TWO))
+    np.testing.assert_array_equal(whole, logits(model, (0, 0, 1, 1), TWO))
+
+
+def test_shared_prefixes_are_those_of_one_region_and_the_same_marks(model):
+    texts, images = [QUESTION] * 5, [IMAGE] * 5
+    pointing = {"roi": [r for r, _ in ASKED], "marks": [m for _, m in ASKED]}
+    alone = [
+        model.generate(QUESTION, IMAGE, roi=roi, marks=marks, max_new_tokens=4)
+        for roi, marks in ASKED
+    ]
+    assert len(set(alone)) > 1
+    scores = model.score(texts, [["yes", "no"]] * 5, images, **pointing)
+    config, model.service.config = model.service.config, ALWAYS
+    read = programs.read_prefix._cache_size()
+    options = {"max_new_tokens": 4, "batch_size": 4}
+    assert model.generate(texts, images, **pointing, **options) == alone
+    again = model.score(texts, [["yes", "no"]] * 5, images, **pointing)
+    model.service.config = config
+    assert programs.read_prefix._cache_size() > read
+    for one, other in zip(scores, again, strict=True):
+        np.testing.assert_allclose([x.logprob for x in one], [x.logprob for x in other], atol=1e-3)
+    assert len({round(pair[0].logprob) for pair in scores}) == 3
+
+
+def test_files_of_prompts_and_items_have_regions_and_marks(model, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    record = {"prompt": QUESTION, "images": ["a.png"], "roi": LEFT, "marks": TWO}
+    said = {"conversations": [{"from": "human", "value": f"{QUESTION}\n<image>"}], "image": "a.png"}
+    lines = [record, said | {"roi": LEFT, "marks": TWO}, record | {"roi": None}]
+    lines += [record | {"marks": {"n": "nine"}}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    counts = generate_file(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", max_new_tokens=4)
+    first, second, third, fourth = map(json.loads, (tmp_path / "out.jsonl").open())
+    text = model.generate(QUESTION, IMAGE, roi=LEFT, marks=TWO, max_new_tokens=4)
+    assert first["text"] == second["text"] == text
+    assert "nothing is said of it" in third["error"]
+    assert "no question has 'nine'" in fourth["error"]
+    assert counts == {"records": 4, "errors": 2}
+    items = [
+        {"prompt": QUESTION, "images": IMAGE, "roi": roi, "marks": marks} for roi, marks in ASKED
+    ]
+    states = model.states(items, site="llm.block.out", layers=1, max_new_tokens=2).matrix()
+    np.testing.assert_allclose(states[0], states[2], atol=1e-5)
+    assert np.abs(states[0] - states[1]).max() > 1e-3
+
+
+def test_what_a_selector_wants_and_a_call_does_not_say_is_told(model):
+    with pytest.raises(UserError, match="prompt 0: the tuning acts on a region of interest"):
+        model.generate(QUESTION, IMAGE, marks=TWO)
+    with pytest.raises(UserError, match=r"prompt 0: the tuning acts on mark\(n\), but nothing is"):
+        model.generate(QUESTION, IMAGE, roi=LEFT)
+    with pytest.raises(UserError, match=r"acts on word 3 of a question, but 'two \?' has 1"):
+        model.generate("two ?", IMAGE, roi=LEFT, marks=TWO)
+    with pytest.raises(UserError, match="2 prompts need a list with the regions of each"):
+        model.generate([QUESTION] * 2, [IMAGE] * 2, roi=[LEFT], marks=TWO)
+    with pytest.raises(UserError, match="2 prompts need a list with the marks of each"):
+        model.generate([QUESTION] * 2, [IMAGE] * 2, roi="all", marks=[TWO])
+    with pytest.raises(UserError, match=r"roi 'middle'.*'center\(P%\)'|roi.*center"):
+        model.generate(QUESTION, IMAGE, roi="middle", marks=TWO)
+    with pytest.raises(UserError, match="needs a batch with"):
+        model.logits(input_ids=[[1, 5, 6]])
+    assert asked_sample("x", QUESTION, (IMAGE,), marks=TWO).marks[0].start == 19
+
+
+def test_a_chat_has_regions_and_marks_at_every_turn(model):
+    """What it says is what the model says to the whole conversation."""
+    chat = Chat(model, max_new_tokens=3)
+    first = "".join(chat.ask(QUESTION, IMAGE, roi=LEFT, marks=TWO))
+    assert first == model.generate(QUESTION, IMAGE, roi=LEFT, marks=TWO, max_new_tokens=3)
+    second = "".join(chat.ask("how many two ?", IMAGE, roi=RIGHT, marks={"n": "many"}))
+    turns = (Turn(f"<image>\n{QUESTION}", first), Turn("<image>\nhow many two ?"))
+    marks = (Mark("n", 0, 19, 22), Mark("n", 1, 12, 16))
+    asked = Sample("all", turns, (IMAGE,) * 2, roi=((LEFT,), (RIGHT,)), marks=marks)
+    (done,) = model.service.complete([model.processor.row(asked)], 3)
+    assert second == model.prompts.text(done.tokens)
+
+
+def test_questions_of_a_benchmark_have_regions_and_marks(model, tmp_path):
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    asked = {"image": "a.png", "question": f"  {QUESTION}", "answer": "yes", "roi": LEFT}
+    records = [asked | {"marks": {"n": [13, 16]}}, asked | {"marks": TWO}, asked]
+    (tmp_path / "own.json").write_text(json.dumps(records))
+    result = evaluate(model, [str(tmp_path / "own.json")], batch_size=2, sample=None)
+    said = model.generate(QUESTION, IMAGE, roi=LEFT, marks=TWO)
+    assert [p["prediction"] for p in result.predictions] == [said] * 2
+    (problem,) = result.scores["own"]["errors"].values()
+    assert "nothing is marked so" in problem
+    (tmp_path / "bad.json").write_text(json.dumps([asked | {"roi": [0, 0, 2, 1]}]))
+    with pytest.raises(UserError, match=r"record 0 of .*bad.json: the box .* must lie"):
+        evaluate(model, [str(tmp_path / "bad.json")])
+
+
+def test_another_tuning_asks_for_other_things():
+    model = talking_model("loreft:rank=2,positions=mark(n)")
+    assert isinstance(model, mj.Model)
+    assert model.processor.marks == ("mark(n)",)
+    model.attach("loreft:rank=2,positions=roi")
+    assert (model.processor.marks, len(model.processor.centres)) == ((), 9)
+    model.attach("none")
+    assert (model.processor.marks, model.processor.centres) == ((), ())
+    row = model.prompt(QUESTION, IMAGE)
+    assert row.roi is None
+    assert row.marks is None
