@@ -148,6 +148,16 @@ def run_study(
     )
 
 
+def _part(study: Study, only: Sequence[str]) -> Study:
+    names = [run.name for run in study.runs]
+    if not study.in_parts:
+        raise UserError(f"study {study.name} compares all of its runs; it has no part of them")
+    if wrong := [name for name in only if name not in names]:
+        raise choice_error(f"run of study {study.name}", wrong[0], names)
+    first, *rest = study.runs
+    return dataclasses.replace(study, runs=[first, *(run for run in rest if run.name in only)])
+
+
 def values_table(title: str, columns: Mapping[str, Values], base: str) -> Table:
     """Means with intervals by method, each column with its difference from one method in points.
 
