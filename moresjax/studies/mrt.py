@@ -116,6 +116,10 @@ def _run(row: str) -> str:
     return "reft" if row == "LLM alone" else f"mrt, {row}"
 
 
+def _title(what: str) -> str:
+    return what[0].upper() + what[1:]
+
+
 def _ablations(pipeline: Pipeline, study: Study) -> Outcome:
     made = {run.name for run in study.runs}
     best = _accuracy(pipeline, [MRT])[MRT]
@@ -127,13 +131,13 @@ def _ablations(pipeline: Pipeline, study: Study) -> Outcome:
             continue
         values = {MRT: best} | {row: _accuracy(pipeline, [_run(row)])[_run(row)] for row in there}
         found |= values
-        tables.append(values_table(what.capitalize(), {"accuracy": values}, MRT))
+        tables.append(values_table(_title(what), {"accuracy": values}, MRT))
         printed = {row: rows[row][1] for row in there}
         paper = {row: mme for row, mme in printed.items() if mme is not None}
         if paper:
-            title = f"{what.partition(' (')[0].capitalize()}: accuracy"
+            title = f"{_title(what).partition(' (')[0]}: accuracy"
             sentences.append(agreement(title, MRT, {MRT: _BEST} | paper, values))
-        sentences.append(compare_with(MRT, what.capitalize(), values))
+        sentences.append(compare_with(MRT, _title(what), values))
     return Outcome(tables, sentences, {"mean_accuracy": found})
 
 
