@@ -4,7 +4,8 @@
     moresjax train --config digits:stage=llm --workdir runs/llm
 
 Stages: `llm` (text only), `vit` (vision encoder from labels) or `siglip` (from captions),
-`pretrain` (connector), `finetune` (visual instruction tuning with `tuning=...`).
+`pretrain` (connector), `finetune` (visual instruction tuning with `tuning=...`), `control`
+(counterfactual answers of a model that `finetune` tuned in full, by region and token).
 """
 
 from ml_collections import ConfigDict
@@ -53,13 +54,22 @@ VISION = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The run of one stage."""
-    args = parse_arg(arg, stage="finetune", tuning="mores:rank=1,positions=image", seed=0)
+    args = parse_arg(
+        arg,
+        stage="finetune",
+        tuning="mores:rank=1,positions=image",
+        scenario="misclassification",
+        target="three",
+        into="",
+        seed=0,
+    )
     stages = {
         "llm": _llm,
         "vit": _vit,
         "siglip": _siglip,
         "pretrain": _pretrain,
         "finetune": _finetune,
+        "control": _control,
     }
     if args.stage not in stages:
         raise choice_error("stage", args.stage, stages)
@@ -133,3 +143,15 @@ def _finetune(config: ConfigDict, args: ConfigDict) -> None:
     method = args.tuning.split(":")[0]
     config.optimizer.lr = LEARNING_RATES.get(method, 1e-2)
     config.optimizer.lr_by_component = f"connector={CONNECTOR_LR}"
+
+
+def _control(config: ConfigDict, args: ConfigDict) -> None:
+    config.init.update({"llm": "../full", "vision": "../vit", "connector": "../full"})
+    config.also_train = ()
+    config.tuning = args.tuning
+    names = "scenario", "target", "into"
+    config.data = {"name": "control", "dataset": "digits", "negatives": 0.5, "seed": args.seed}
+    config.data.update({name: args[name] for name in names})
+    config.max_seq_len = 26
+    config.steps = 80
+    config.optimizer.lr = 1e-2

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moresjax import configs
     from moresjax.core.errors import UserError
     from moresjax.evaluation.run import evaluate
+    from moresjax.evaluation.steering.run import steer
     from moresjax.generation.config import EngineConfig
     from moresjax.generation.sampling import Sampling
     from moresjax.generation.scoring import ContinuationScore
@@ -46,6 +47,7 @@ _PLACES = {
     "load": ("moresjax.inference.load", "load"),
     "load_config": ("moresjax.runs.config", "load_config"),
     "report": ("moresjax.reports.report", "report"),
+    "steer": ("moresjax.evaluation.steering.run", "steer"),
     "train": ("moresjax.training.loop", "train"),
     "train_many": ("moresjax.training.many", "train_many"),
 }
@@ -65,6 +67,7 @@ __all__ = [
     "load",
     "load_config",
     "report",
+    "steer",
     "train",
     "train_many",
 ]

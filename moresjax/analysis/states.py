@@ -306,7 +306,8 @@ class StatesWriter:
                     f"the states of {row['id']} reach {largest:.3g}, which {self._dtype.name} "
                     "does not hold; choose bfloat16 or float32"
                 )
-            self._waiting.append((dict(row), own))
+            small = {key: state.astype(self._dtype) for key, state in own.items()}
+            self._waiting.append((dict(row), small))
         self.done |= {row["id"] for row, _ in pairs}
         if len(self._waiting) >= self._limit or time.monotonic() - self._since > SECONDS:
             self.flush()
@@ -315,7 +316,7 @@ class StatesWriter:
         """Writes what waits: a shard of every site and layer, then their part of the index."""
         if self._waiting:
             for key in self._keys:
-                array = np.stack([states[key] for _, states in self._waiting]).astype(self._dtype)
+                array = np.stack([states[key] for _, states in self._waiting])
                 self._write(_shard_name(key, self._process, self._number), array)
             lines = "".join(json.dumps(row) + "\n" for row, _ in self._waiting)
             self._write(f"{INDEX}.p{self._process}.{self._number:05d}.jsonl", lines)

@@ -24,7 +24,7 @@ from moresjax.core.json_files import read_object
 
 ARRAYS, FACTS = "vectors.npz", "vectors.json"
 # What `states.json` says of the model behind the states.
-PROVENANCE = ("model", "weights", "tuning", "processor")
+PROVENANCE = ("model", "weights", "twin", "precision", "tuning", "processor")
 
 
 def save_vectors(

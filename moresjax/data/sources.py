@@ -11,6 +11,8 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import registrar
 from moresjax.data.arrayrecord import ArrayRecordSource
+from moresjax.data.control.rephrase import RephrasingSource
+from moresjax.data.control.source import ControlSource
 from moresjax.data.digits import DigitsSource
 from moresjax.data.labels import LabelsSource
 from moresjax.data.llava import LlavaSource
@@ -45,6 +47,8 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "labels": LabelsSource,
     "arrayrecord": ArrayRecordSource,
     "tfds": TfdsSource,
+    "control": ControlSource,
+    "rephrasing": RephrasingSource,
 }
 
 

@@ -1,4 +1,8 @@
-"""What a model looks at while it answers: the notebook's `mj.analyze`.
+"""What a model looks at while it answers: the notebook's `mj.analyze`, with what it needs besides.
+
+Concepts of states (`learn`, `ground_text`, `ground_images`, `stability`), their shifts
+(`measure_shift`), steering vectors (`coarse`, `contrast`, `fine`) and probes (`separability`) come
+from `moresjax.analysis`.
 
 Axis legend: N images, L layers, G new tokens, V visual tokens, Y, X patches of an image.
 """
@@ -17,6 +21,16 @@ from moresjax.analysis.attention import (
     image_grids,
     summarize,
 )
+from moresjax.analysis.concepts import learn as learn
+from moresjax.analysis.concepts import stability as stability
+from moresjax.analysis.grounding import ground_images as ground_images
+from moresjax.analysis.grounding import ground_text as ground_text
+from moresjax.analysis.separability import separability as separability
+from moresjax.analysis.shift_study import measure_shift as measure_shift
+from moresjax.analysis.states import States as States
+from moresjax.analysis.steering import coarse as coarse
+from moresjax.analysis.steering import contrast as contrast
+from moresjax.analysis.steering import fine as fine
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.core.types import Ids

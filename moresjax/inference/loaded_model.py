@@ -21,7 +21,12 @@ from moresjax.sharding.mesh import shard_params
 from moresjax.tuning.attach import Tuning, edit_selectors
 from moresjax.tuning.multi_adapter import adapter_ids, stack_adapters
 from moresjax.weights.adapter import attach_adapter, load_adapters
-from moresjax.weights.fingerprint import exact_fingerprint, fingerprint
+from moresjax.weights.fingerprint import (
+    exact_fingerprint,
+    fingerprint,
+    precision,
+    twin_fingerprint,
+)
 
 
 class LoadedModel:
@@ -109,10 +114,16 @@ class LoadedModel:
 
     @property
     def provenance(self) -> dict[str, str]:
-        """What a result says of the model behind it: fingerprints, tuning, processor, version."""
+        """What a result says of the model behind it.
+
+        These are fingerprints (`model` and `weights` tell precisions apart, `twin` does not), the
+        precision, tuning, processor and version.
+        """
         return {
             "model": self.fingerprint,
             "weights": self.exact_fingerprint,
+            "twin": twin_fingerprint(self._mllm),
+            "precision": precision(self._mllm),
             "tuning": self.tuning,
             "processor": processor_facts(self.processor)["hash"],
             "version": __version__,

@@ -5,7 +5,7 @@ Axis legend: N states, V vectors, D hidden size.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from moresjax.inference.model import Model
 from moresjax.runs.processor import name_words
 from moresjax.sharding.mesh import use_mesh
 from moresjax.tuning.attach import Tuning
+from moresjax.tuning.base import Method
 
 CHUNK = 1 << 26  # bytes of logits at a time
 
@@ -59,6 +60,20 @@ def with_steering(model: Model, spec: str) -> Iterator[str]:
 def kept_tuning(model: Model) -> Iterator[None]:
     """Afterwards the model has the tuning that it had, whatever was attached inside."""
     with _replaced(model, model.mllm.tuning):
+        yield
+
+
+@contextlib.contextmanager
+def with_part(model: Model, keep: Callable[[Method], bool]) -> Iterator[None]:
+    """Inside, the model has only some of the methods that tune it; then it is as before.
+
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("mores/lora")
+    >>> with with_part(model, lambda method: method.name == "lora"):
+    ...     model.tuning
+    'lora'
+    """
+    with _replaced(model, model.mllm.tuning.subset(keep)):
         yield
 
 

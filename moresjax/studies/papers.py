@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from moresjax.core.errors import choice_error
 from moresjax.studies import (
+    control,
     landscape,
     llava_steering,
     more_tokens_and_layers,
@@ -14,7 +15,16 @@ from moresjax.studies import (
 )
 from moresjax.studies.study import STAGE_MINUTES, Study
 
-_PAPERS = (llava_steering, tasks, more_tokens_and_layers, steered, mrt, representations, landscape)
+_PAPERS = (
+    llava_steering,
+    tasks,
+    more_tokens_and_layers,
+    steered,
+    mrt,
+    representations,
+    landscape,
+    control,
+)
 STUDIES = {study.name: study for paper in _PAPERS for study in paper.STUDIES}
 ALL = "all"
 

@@ -65,11 +65,13 @@ class Finetuning:
       name: The name of the method.
       tuning: Its tuning spec.
       settings: Config keys beside those of the recipe, and their values.
+      stage: The recipe's stage: `finetune`, or one that starts from runs of it.
     """
 
     name: str
     tuning: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    stage: str = "finetune"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +145,15 @@ class Pipeline:
         Raises:
           UserError: A run diverged, or the process was asked to stop.
         """
-        runs = {
-            self.folder(seed, method.name): self._finetuning(method, seed)
-            for method in methods
-            for seed in self.seeds
-        }
-        done = self._train(runs)
+        done: dict[Path, TrainResult] = {}
+        for stage in dict.fromkeys(method.stage for method in methods):
+            runs = {
+                self.folder(seed, method.name): self._finetuning(method, seed)
+                for method in methods
+                for seed in self.seeds
+                if method.stage == stage
+            }
+            done |= self._train(runs)
         return {
             method.name: [done[self.folder(seed, method.name)] for seed in self.seeds]
             for method in methods
@@ -200,7 +205,8 @@ class Pipeline:
         return read_object(path)
 
     def _finetuning(self, method: Finetuning, seed: int) -> ConfigDict:
-        config = self._config(f"finetune,tuning={method.tuning}", seed, "finetune", method.name)
+        stage = f"{method.stage},tuning={method.tuning}"
+        config = self._config(stage, seed, method.stage, method.name)
         config.update_from_flattened_dict(dict(method.settings))
         return config
 
@@ -208,10 +214,10 @@ class Pipeline:
         """The recipe's configuration of a stage, with the variant's settings, in its folder."""
         config = recipe.get_config(f"stage={stage},seed={seed}")
         folder = self.folder(seed, name)
-        sources = {"llm": "llm", "vision": "vit", "connector": "pretrain"}
         for part, source in config.to_dict()["init"].items():
             if source.startswith("."):
-                config.init[part] = os.path.relpath(self.folder(seed, sources[part]), folder)
+                earlier = self.folder(seed, Path(source).name)
+                config.init[part] = os.path.relpath(earlier, folder)
         if self.variant:
             settings = self.variant.settings.get(kind, {})
             config.update_from_flattened_dict(dict(settings))

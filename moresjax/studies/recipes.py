@@ -1,7 +1,7 @@
 """The papers' tables as runs: for every cell the config string that trains what it reports.
 
     llava-steering   LLaVA Steering (2024), Tables 1-4 and 6-10; Table 5 compares features
-    mrt              Re-Imagining Multimodal Instruction Tuning (2025), Tables 1-3, S3, S5-S10
+    mrt              Re-Imagining Multimodal Instruction Tuning (2025), Tables 1-3, S3, S5-S11
     shift            Analyzing Fine-tuning Representation Shift (2025), Tables 1-4
 
 `moresjax recipes` lists them; `docs/how-to/reproduce.md` says what they assume.
@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from moresjax.core.errors import choice_error
+from moresjax.data.control.attributes import ATTRIBUTES
+from moresjax.data.control.questions import OBJECTS
 
 # Printed counts that no reading of the method gives, and what is counted here.
 NOT_REPRODUCED = {
@@ -177,8 +179,10 @@ COMPONENTS = {
     "All (MRT)": "mrt-paper",
 }
 CLASSES = ("cat", "dog", "ship", "frog", "truck")
-NO_REGIONS = "not a config alone: its editors act on regions of interest, which no data file has"
-
+# Which class an image of each is to be taken for; the paper does not say.
+TAKEN_FOR = dict(zip(CLASSES, (*CLASSES[1:], CLASSES[0]), strict=True))
+SAMPLED = "the paper prints neither the region nor a learning rate; `analyze control` measures it"
+MISALIGNED = "the paper names neither the other class nor the question"
 
 EXTRA = {
     "S5": (("LLaVAFT", "LoRA", "MixLoRA", "M2PT", "MRT"), "seed_bench,gqa"),
@@ -190,7 +194,6 @@ WITHOUT = {
     "without cross-modality": "mrt:groups=visual;prefix;suffix",
     "without multimodal": "mrt:groups=visual;connector",
 }
-CONTROLLED = {"2": CLASSES, "S9": CLASSES, "S10": ("name", "color", "brand")}
 
 
 def _mrt_recipe(
@@ -204,15 +207,34 @@ def _mrt() -> Iterator[Recipe]:
     yield Recipe("mrt", "1", "LLaVAAlign", tasks="mrt-table1", remark=align)
     for row, (tuning, printed, remark) in MRT_METHODS.items():
         yield _mrt_recipe("1", row, tuning, printed=printed, remark=remark)
-    for table, names in CONTROLLED.items():
-        for letter, name in zip("abcde", names, strict=False):
-            yield Recipe("mrt", table, f"({letter}) {name}", remark=NO_REGIONS)
     for row, layers in DEPTHS.items():
         remark = "the text says even-numbered layers" if "Odd" in row else ""
         yield _mrt_recipe("3", row, f"mrt:{layers}" if layers else "mrt-paper", remark=remark)
     for table, (rows, tasks) in EXTRA.items():
         for row in rows:
             yield _mrt_recipe(table, row, MRT_METHODS[row][0], tasks)
+
+
+def _mrt_control() -> Iterator[Recipe]:
+    """Tables 2, S9, S10 and S11."""
+
+    def recipe(table: str, row: str, column: str, config: str, remark: str = SAMPLED) -> Recipe:
+        return Recipe("mrt", table, row, column, config=f"control:{config}", remark=remark)
+
+    for table, phrasing in {"2": "", "S9": ",phrasing=2"}.items():
+        for letter, name in zip("abcde", CLASSES, strict=True):
+            row, asked = f"({letter}) {name}", f"target={name}{phrasing}"
+            known = f"scenario=misclassification,{asked}"
+            yield recipe(table, row, "Misclassification", known)
+            known = f"scenario=misalignment,{asked},into={TAKEN_FOR[name]}"
+            yield recipe(table, row, "Misalignment", known, MISALIGNED)
+    for letter, name in zip("abc", ATTRIBUTES, strict=True):
+        known = f"scenario=indeterminate,target={name}"
+        yield recipe("S10", f"({letter}) {name}", "", known)
+    for phrasing in OBJECTS.paraphrases:
+        row = phrasing.text.replace("{e}", "an e")
+        known = "scenario=misclassification,target=cat"
+        yield recipe("S11", row, "", known, "asked by `analyze control --rephraser template`")
 
 
 def _mrt_ablations() -> Iterator[Recipe]:
@@ -267,7 +289,14 @@ RECIPES: tuple[Recipe, ...] = tuple(
     sorted(
         map(
             _remarked,
-            (*_multi_task(), *_task_specific(), *_mrt(), *_mrt_ablations(), *_shift()),
+            (
+                *_multi_task(),
+                *_task_specific(),
+                *_mrt(),
+                *_mrt_control(),
+                *_mrt_ablations(),
+                *_shift(),
+            ),
         ),
         key=_place,
     )

@@ -64,6 +64,35 @@ def exact_fingerprint(mllm: MLLM) -> str:
     return _short_hash([tuning, others, _given(mllm.tuning)])
 
 
+def twin_fingerprint(mllm: MLLM) -> str:
+    """Twelve hexadecimal digits that are the same for copies of a model in other precisions.
+
+    They depend on the configuration, the tuning and a few values, as bf16, of each parameter but
+    the linears of the LLM's blocks, which a copy may hold in eight bits.
+    """
+    layers = layered_parameters(mllm)
+    linears = {name.removesuffix("kernel") for name in layers if name.endswith(".kernel")}
+    sums = {
+        first_name(name): checksum(*(variable.get_value() for variable in own))
+        for name, own in layers.items()
+        if not (name.startswith("llm.blocks.") and name.rpartition(".")[0] + "." in linears)
+    }
+    config = _plain(_renamed(mllm.config.to_dict(), {}))
+    return _short_hash([config, mllm.tuning.spec, sums, _given(mllm.tuning)])
+
+
+def precision(mllm: MLLM) -> str:
+    """The number format that the LLM's blocks are stored in, and that of activations.
+
+    >>> from moresjax.testing import tiny_model
+    >>> precision(tiny_model())
+    'float32, float32'
+    """
+    kernels = (x for name, x in layered_parameters(mllm).items() if name.endswith(".up.kernel"))
+    stored = next(iter(kernels))[0].get_value().dtype
+    return f"{stored}, {mllm.config.llm.dtype}"
+
+
 def _short_hash(parts: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 

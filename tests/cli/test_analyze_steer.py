@@ -136,6 +136,23 @@ def test_states_of_another_model_are_refused_unless_that_is_meant(asked, tmp_pat
         check_model({"v": {"processor": "x"}}, model)
 
 
+def test_vectors_of_a_twin_in_another_precision_are_allowed_and_named(asked, tmp_path, capsys):
+    facts = load(BASE).provenance
+    eight = load(BASE, quantize="int8")
+    note = "the states are of a twin of this model: float32, float32, this one int8, float32"
+    assert check_model({"v": facts}, eight) == note
+    half = load(BASE, dtype="bfloat16")
+    assert "float32, float32, this one float32, bfloat16" in check_model({"v": facts}, half)
+    assert check_model({"v": half.provenance}, half) == ""
+    # Another model is none, though its other parts and its precision are like these.
+    other = load(BASE, quantize="int8")
+    other.mllm.llm.norm.scale[...] += 1
+    tuned = load(BASE, quantize="int8", tuning="lora:rank=1")
+    for model in (other, tuned):
+        with pytest.raises(UserError, match="made of states of another model or tuning"):
+            check_model({"v": facts}, model)
+
+
 def test_separability_is_written_with_its_figures(asked, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--states", asked["both"], "--by", "prediction", "--out", str(out)]

@@ -28,6 +28,8 @@ analyze steer --model run --fine concepts --tasks digits --limit 1 --out steered
 analyze lens --model run --prompt how --image a.png --words two,six --out lens
 analyze patch --model run --prompt how --other-prompt two --answers two,six --out patched
 analyze attribute --model run --prompt how --answer two --out parts
+train --workdir control --config {digits}:stage=control --config.steps=1 {tiny}
+analyze control --model control --limit 12 --no-subsets --out controlled
 train --workdir llm --config {digits}:stage=llm {head}
 sweep --workdir sweep --seeds 1 --config {digits}:stage=llm {head}
 export llm hf --format hf

@@ -10,7 +10,7 @@ from moresjax.analysis.states import States
 from moresjax.core.errors import UserError
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.metrics.vqa import vqa_accuracy
-from moresjax.evaluation.scoring import example_scorer
+from moresjax.evaluation.scoring import caption_scorer, example_scorer
 from moresjax.evaluation.steering.ask import Trial
 from moresjax.evaluation.steering.run import BASELINE, steer
 from moresjax.evaluation.steering.tasks import (
@@ -221,6 +221,27 @@ def test_captions_are_steered_to_words_and_away_from_genders():
     found = gender.metrics(examples, ["a man", "a woman"], ["a person", "a person"])
     assert (found["male"], found["female"], found["neutral"]) == ([1, 0], [1, 0], [0, 2])
     assert (found["gender_open"], found["invented"]) == (1, [1, 0])
+
+
+def test_a_style_costs_cider_in_its_strength():
+    """Words of the list go up, CIDEr by the model's own captions goes down."""
+    model, image = talking_model(), IMAGES[0]
+    prompts = ["how many ?", "is there a two ?", "what is the largest ?"]
+    said = model.generate(prompts, [[image]] * 3, max_new_tokens=4)
+    examples = [
+        Example(text, text, [own], (image,)) for text, own in zip(prompts, said, strict=True)
+    ]
+    task = BenchmarkTask("captions", examples, max_new_tokens=4, scorer=caption_scorer)
+    word = model.prompts.tokenizer.convert_tokens_to_ids("seven")
+    head = np.asarray(model.mllm.llm.head.kernel[...])[:, word]
+    trials = [Trial("seven", 1e6 * head, 1, alpha=alpha) for alpha in (0.0, 1.0)]
+    result = steer(model, [task], trials, parse_steering_task("style:seven;eight"))
+    plain, strong = (result.row("seven", alpha=alpha) for alpha in (0.0, 1.0))
+    assert plain["metric"].startswith("CIDEr")
+    assert plain["score"] == result.row(BASELINE)["score"] > 0
+    assert strong["score"] < plain["score"]
+    assert strong["captions"][1] == len(prompts) > strong["captions"][0]
+    assert strong["success"] == 1
 
 
 def test_refusals_count_on_harmful_and_on_harmless_questions():

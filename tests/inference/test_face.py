@@ -15,6 +15,8 @@ def test_every_name_of_the_face_is_there():
     for name in mj.__all__:
         assert getattr(mj, name) is not None
     assert mj.analyze.attention.__module__ == "moresjax.inference.analyze"
+    for name in ("learn", "ground_text", "measure_shift", "coarse", "logit_lens", "States"):
+        assert callable(getattr(mj.analyze, name))
     with pytest.raises(AttributeError, match="'moresjax' has no attribute 'trian'"):
         mj.trian  # noqa: B018
 

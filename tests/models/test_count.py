@@ -70,6 +70,9 @@ def test_every_method_of_the_tables_is_documented():
     ("spec", "expected"),
     [
         ("mrt", 2_429_328),
+        ("control", 23 * 12_294 + 49_158 + 32_772),
+        ("control:groups=text", 32_772),
+        ("control:groups=visual;connector", 23 * 12_294 + 49_158),
         ("loreft:rank=4", 1_048_704),
         ("noreft:rank=4", 1_048_704),
         ("direft:rank=4", 1_048_704),

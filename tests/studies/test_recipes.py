@@ -15,7 +15,7 @@ from moresjax.models.count import count_parameters
 from moresjax.models.zoo import mllm_config
 from moresjax.runs.architecture import model_config
 from moresjax.runs.config import load_config
-from moresjax.studies.recipes import NOT_REPRODUCED, RECIPES, select_recipes
+from moresjax.studies.recipes import CLASSES, NOT_REPRODUCED, RECIPES, select_recipes
 
 # LLaVA v1 with Vicuna-7B, of which the shares of MRT's Table 1 are.
 LLAVA_V1 = 7_045_793_792
@@ -66,7 +66,16 @@ ROWS = {
     ("mrt", "S6"): ["LLM", "Cross-modality", "Vision encoder", "All (MRT)"],
     ("mrt", "S7"): ["M2PT", "MixLoRA", "VPT", "LoRA", "MRT"],
     ("mrt", "S8"): ["LLaVAFT", "VPT", "LoRA", "M2PT", "MixLoRA", "MRT"],
+    ("mrt", "S9"): ["(a) cat", "(b) dog", "(c) ship", "(d) frog", "(e) truck"],
     ("mrt", "S10"): ["(a) name", "(b) color", "(c) brand"],
+    ("mrt", "S11"): [
+        "Is there an e object visible in the image?",
+        "Does the image contain an object that is an e?",
+        "Is the object shown in the image an e?",
+        "Is the object in the picture an e?",
+        "Do you recognize the object in the image as an e?",
+        "Can you tell if the object shown in the image is specifically an e?",
+    ],
 }
 
 
@@ -176,6 +185,16 @@ def test_the_connector_of_mrt_trains_with_the_baselines_only():
         "full": ("connector", "vision"),
     }.items():
         assert load_config(f"mrt:tuning={tuning}").also_train == connector
+
+
+def test_control_trains_its_editors_alone():
+    for recipe in select_recipes("mrt", "2"):
+        config, report, base = resolved(recipe)
+        assert (report.trainable, base) == (364_692, LLAVA_V1)
+        assert recipe.column.lower() == config.data["scenario"]
+        assert f"({'abcde'[CLASSES.index(config.data['target'])]})" in recipe.row
+    phrasings = {load_config(r.config).data["phrasing"] for r in select_recipes("mrt", "S9")}
+    assert phrasings == {2}
 
 
 def test_the_halves_of_mrt_overlap_in_one_layer():

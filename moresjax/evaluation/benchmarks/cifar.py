@@ -7,7 +7,7 @@ MRT's prompt is not published; this one lists the classes.
 
 import numpy as np
 
-from moresjax.core.errors import UserError
+from moresjax.data.cifar import read_cifar
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     DataRoot,
@@ -15,14 +15,12 @@ from moresjax.evaluation.files import (
     check_split,
     limit_rows,
     llava_prompt,
-    require_file,
     result_reader,
 )
 from moresjax.evaluation.scoring import label_scorer
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 SIZE = 10_000
-SIDE = 32
 
 
 def label_tasks(
@@ -55,14 +53,8 @@ def _tasks(
     """The task of one data set; `label` is the place of the label among the bytes of a record."""
     folder = benchmark_folder(name, data_root)
     check_split(name, split, ("test",))
-    data = np.fromfile(require_file(folder / file), np.uint8)
-    length = label + 1 + 3 * SIDE * SIDE
-    if not len(data) or len(data) % length:
-        raise UserError(f"{folder / file} is damaged: it has {len(data)} bytes, not n x {length}")
-    rows = data.reshape(-1, length)
-    images = rows[:, label + 1 :].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
-    classes = [line.replace("_", " ") for line in require_file(folder / names).read_text().split()]
-    return label_tasks(name, images, rows[:, label], classes, "object", limit)
+    images, labels, classes = read_cifar(folder, (file,), names, label)
+    return label_tasks(name, images, labels, classes, "object", limit)
 
 
 @benchmark("cifar10")

@@ -234,9 +234,13 @@ def check_model(facts: Mapping[str, Mapping[str, Any]], model: Model) -> str:
     Raises:
       UserError: The states are of another model or tokenizer.
     """
-    now = {name: model.provenance[name] for name in ("model", "weights", "processor")}
+    whole = model.provenance
+    now = {name: whole[name] for name in ("model", "weights", "processor")}
     for name, own in facts.items():
         same = {key: own.get(key, value) == value for key, value in now.items()}
+        precisions = own.get("precision"), whole["precision"]
+        if same["processor"] and own.get("twin") == whole["twin"] and len({*precisions}) > 1:
+            return "the states are of a twin of this model: {}, this one {}".format(*precisions)
         if not same["processor"]:
             raise UserError(
                 f"vector {name} is made of states with another template, tokenizer or image size "
