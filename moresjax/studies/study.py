@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.reports.html import figure_uri, render
 from moresjax.studies.findings import PairedDifference, explain, listed
