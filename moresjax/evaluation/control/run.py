@@ -86,7 +86,7 @@ def measure_control(
 
     >>> from moresjax.testing import talking_model
     >>> source = ControlSource("digits", split="test", target="three")
-    >>> result = measure_control(talking_model("control:groups=text"), source, limit=4)
+    >>> result = measure_control(talking_model("control:groups=text"), source, limit=12)
     >>> [*result.measured.answers]
     ['no editors', 'all editors']
 
