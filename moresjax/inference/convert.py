@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
@@ -110,7 +111,8 @@ def import_model(
     """
     source, out = Path(source).resolve(), Path(out)
     check_new(out, "import")
-    kind, weights = "", {}
+    kind: str = ""
+    weights: dict[str, np.ndarray] = {}
     if projector:
         kind, weights = read_projector(projector, allow_pickle=allow_pickle)
         if not vision:

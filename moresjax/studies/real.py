@@ -115,7 +115,6 @@ def describe_plan(plan: Sequence[Planned]) -> dict[str, Any]:
     for run in plan:
         for column in dict.fromkeys((*run.paper, *run.ours)):
             paper, ours = run.paper.get(column), run.ours.get(column)
-            known = paper is not None and ours is not None
             cells.append(
                 {
                     "table": run.recipe.table,
@@ -123,7 +122,7 @@ def describe_plan(plan: Sequence[Planned]) -> dict[str, Any]:
                     "column": column,
                     "paper": paper,
                     "ours": ours,
-                    "difference": ours - paper if known else None,
+                    "difference": None if paper is None or ours is None else ours - paper,
                     "workdir": str(run.workdir) if run.recipe.config else "",
                     "remark": run.recipe.remark,
                 }

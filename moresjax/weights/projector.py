@@ -12,7 +12,6 @@ import numpy as np
 
 from moresjax.core.errors import UserError
 from moresjax.weights.files import stored_in
-from moresjax.weights.tensor_mapping import Tensor
 
 _NAME = re.compile(r"(?:model\.)?mm_projector\.(?:(\d+)\.)?(weight|bias)")
 _OURS = {"weight": "kernel", "bias": "bias"}
@@ -20,7 +19,7 @@ _OURS = {"weight": "kernel", "bias": "bias"}
 
 def read_projector(
     file: str | Path, *, allow_pickle: bool = False
-) -> tuple[str, dict[str, Tensor]]:
+) -> tuple[str, dict[str, np.ndarray]]:
     """The kind of connector that a file holds, and its parameters by their names in a model.
 
     Args:
