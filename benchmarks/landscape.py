@@ -110,11 +110,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--points", type=int, default=5, help="points of an axis")
+    parser.add_argument("--tunings", nargs="+", default=METHODS)
     args = parser.parse_args()
     use_huge_pages()
     print("| tuning | points x forward, s | plane, s | ratio |")
     print("|---|---:|---:|---:|")
-    for tuning in METHODS:
+    for tuning in args.tunings:
         seconds = measure(variants(tuning, args.points), args.rounds, warm=1)
         times = [statistics.median(own["all"]) for own in seconds.values()]
         cells = [f"{took:.2f}" for took in times] + [f"{median_ratio(seconds, 'plane', 'all'):.3f}"]

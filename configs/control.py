@@ -75,8 +75,7 @@ def _rephraser(config: ConfigDict, args: ConfigDict) -> None:
     config.name = "rephraser"
     config.tuning = "lora:rank=8" if args.tuning == "control" else args.tuning
     config.init.llm = config.tokenizer = args.llm
-    config.template = "plain"
-    config.images_per_row, config.max_seq_len = 0, 64
+    config.images_per_row, config.max_seq_len = 0, 128
     config.batch_size, config.epochs = 16, 20
     config.optimizer.lr = 1e-3
     config.data = {"name": "rephrasing", "dataset": "cifar10", "phrasing": args.phrasing}

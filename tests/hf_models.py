@@ -91,7 +91,7 @@ def llava(text, vision, **changes) -> LlavaForConditionalGeneration:
 def imported(oracle) -> Model:
     """Our model with the oracle's weights, without a file between them."""
     hf = oracle.config.to_dict()
-    is_llava = hf["model_type"] == "llava"
+    is_llava = hf["model_type"] in ("llava", "vipllava")
     config = config_from_hf(hf) if is_llava else MLLMConfig(llm=decoder_config(hf))
     tensors = {name: x.detach().numpy() for name, x in oracle.state_dict().items()}
     return Model(build_mllm(config, import_params(config, hf, tensors)), None)

@@ -58,6 +58,13 @@ def test_mrt_and_its_baselines():
     assert counted(load_config(f"{MRT}:tuning=mrt-paper")).trainable == 2_429_328
     assert counted(load_config(f"{MRT}:tuning=mrt-code")).trainable == 2_417_034
     assert counted(load_config(f"{MRT}:tuning=lora")).trainable == 44_175_360
+    # The editors of 39 blocks of 1408 features, of the connector's output and of the LLM.
+    editors = 39 * (2 * 1408 * 6 + 6) + (2 * 4096 * 6 + 6) + 2_097_408
+    config = load_config(f"{MRT}:base=minigpt-v2")
+    assert (counted(config).trainable, config.template) == (editors, "minigpt_v2")
+    assert model_config(config).visual_tokens == 256
+    with pytest.raises(UserError, match="unknown base 'minigpt'; choose from: llava-v1-7b"):
+        load_config(f"{MRT}:base=minigpt")
 
 
 def test_the_tunings_of_representation_shift_take_all_parts_from_where_they_start():

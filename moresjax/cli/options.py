@@ -89,7 +89,8 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
         "--roi",
         metavar="REGION",
         help="regions of interest of a tuning that acts on them: boxes (of the prompts; default), "
-        "all, center(60%%), random(60%%), random, or x0,y0,x1,y1 in shares of the image's sides",
+        "all, center(60%%), random(60%%), random, attention(LAYER;20%%), or x0,y0,x1,y1 in shares "
+        "of the image's sides",
     )
     command.add_argument(
         "--dtype",

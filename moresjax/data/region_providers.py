@@ -6,6 +6,8 @@
     random(60%)      a box of that width and height at a random place
     random           the boxes of the sample, each moved to a random place: a control
     0.1,0.2,0.5,0.6  this box in every image; several are joined by ;
+    attention(8;20%) the fifth of the patches that the prompt's last token attends to most in layer
+                     8 (counted from 0) of the model without its tuning; for prompts only
 
 What is random depends on the sample's id and its number of the image only.
 """
@@ -20,7 +22,10 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.data.regions import EVERYWHERE, Box, check_regions
 from moresjax.data.samples import Sample
 
-PROVIDERS = ("boxes", "all", "center(P%)", "random(P%)", "random", "x0,y0,x1,y1")
+PROVIDERS = (
+    *("boxes", "all", "center(P%)", "random(P%)", "random", "x0,y0,x1,y1"),
+    "attention(LAYER;P%)",
+)
 _MIDDLE = 60.0  # per cent of the sides, where none are given
 
 
@@ -34,15 +39,18 @@ class RegionProvider:
     (((0.25, 0.25, 0.75, 0.75),),)
 
     Attributes:
-      kind: `boxes`, `all`, `center`, `random` or `fixed`.
-      percent: The part of an image's width and height; 0 for boxes of the sample's own size.
+      kind: `boxes`, `all`, `center`, `random`, `fixed` or `attention`.
+      percent: The part of an image's width and height, with attention of its patches; 0 for boxes
+        of the sample's own size.
       boxes: The boxes of `fixed`.
+      layer: The layer of `attention`.
       text: What named it.
     """
 
     kind: str = "boxes"
     percent: float = 0.0
     boxes: tuple[Box, ...] = ()
+    layer: int = 0
     text: str = dataclasses.field(default="boxes", compare=False)
 
     def __str__(self) -> str:
@@ -52,10 +60,16 @@ class RegionProvider:
         """The sample with its regions; one without images stays as it is.
 
         Raises:
-          UserError: Boxes are to be moved, and the sample has none.
+          UserError: Boxes are to be moved, and the sample has none; or a model's attention is
+            asked for, which only its prompts have.
         """
         if self.kind == "boxes" or not sample.images:
             return sample
+        if self.kind == "attention":
+            raise UserError(
+                f"roi={self} asks a model where it looks, which training and chats do not; give "
+                "boxes to samples, or another roi"
+            )
         own = sample.roi or [None] * len(sample.images)
         regions = tuple(self._region(sample.id, n, boxes) for n, boxes in enumerate(own))
         return dataclasses.replace(sample, roi=regions)
@@ -78,6 +92,13 @@ class RegionProvider:
             )
         rng = np.random.default_rng((zlib.crc32(name.encode()), number))
         return tuple(_moved(box, rng) for box in own)
+
+
+def _percent(number: str, text: str) -> float:
+    percent = float(number)
+    if not 0 < percent <= 100:
+        raise UserError(f"roi {text!r}: the part must be above 0 and up to 100 %")
+    return percent
 
 
 OWN_REGIONS = RegionProvider()
@@ -106,10 +127,10 @@ def region_provider(text: str) -> RegionProvider:
     if text == "center":
         return RegionProvider("center", _MIDDLE, text=text)
     if match := re.fullmatch(r"(center|random)\((\d+(?:\.\d+)?)%\)", text):
-        percent = float(match[2])
-        if not 0 < percent <= 100:
-            raise UserError(f"roi {text!r}: the part of the sides must be above 0 and up to 100 %")
-        return RegionProvider(match[1], percent, text=text)
+        return RegionProvider(match[1], _percent(match[2], text), text=text)
+    if match := re.fullmatch(r"attention\((\d+);(\d+(?:\.\d+)?)%\)", text):
+        percent = _percent(match[2], text)
+        return RegionProvider("attention", percent, layer=int(match[1]), text=text)
     number = r"\d*\.?\d+"
     if re.fullmatch(rf"{number}(,{number}){{3}}(;{number}(,{number}){{3}})*", text):
         parts = [tuple(map(float, part.split(","))) for part in text.split(";")]

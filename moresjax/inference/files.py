@@ -198,7 +198,7 @@ def _with_images(model: Model, asked: Sample, root: Path, system: str | None) ->
 
 
 def _row(model: Model, asked: Sample, max_new_tokens: int, known: dict) -> Row:
-    row = model.prompts.processor.row(asked, known)
+    row = model.prompts.sample_row(asked, known)
     model.service.check_context(row, max_new_tokens)
     if isinstance(row.pixels, LazyPixels):
         row.pixels.open()  # a broken image is this record's error

@@ -10,10 +10,12 @@ from moresjax._version import __version__
 from moresjax.core.types import Numbers
 from moresjax.data.processor import Processor
 from moresjax.data.processor_facts import processor_facts
-from moresjax.data.samples import IMAGE_MARK
+from moresjax.data.region_providers import RegionProvider
+from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.arguments import Adapters
 from moresjax.inference.prompts import PromptEncoder
+from moresjax.inference.regions import attended_regions
 from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.processor import name_words, serving
@@ -56,7 +58,7 @@ class LoadedModel:
         if image_token_id is None and processor is not None and mllm.config.vision is not None:
             image_token_id = processor.tokenizer.get_vocab().get(IMAGE_MARK)
         self.image_token_id = image_token_id
-        self.prompts = PromptEncoder(processor)
+        self.prompts = PromptEncoder(processor, self._attend)
         self.service = GenerationService(mllm, self.prompts, mesh, engine_config)
         self._name_words()
 
@@ -67,6 +69,11 @@ class LoadedModel:
             name_words(tuning, self.processor.tokenizer)
             selectors = edit_selectors(method for _, method in tuning.methods)
             self.prompts.saved_processor = serving(self.processor, selectors, self.config)
+
+    def _attend(self, sample: Sample, provider: RegionProvider) -> Sample:
+        """A prompt with the regions that the model attends to."""
+        assert self.processor is not None  # it made the prompt
+        return attended_regions(self._mllm, self.processor, sample, provider)
 
     @property
     def mllm(self) -> MLLM:

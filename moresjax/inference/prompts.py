@@ -5,7 +5,7 @@ Axis legend: B rows, S tokens, G new tokens, Y, X pixels.
 
 import bisect
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -231,9 +231,11 @@ class PromptEncoder:
     Attributes:
       saved_processor: Tokenizer, template and image processor; None for a model without tokenizer,
         with which only token ids can be used.
+      attend: Gives a prompt the regions that the model attends to, for `roi=attention(...)`.
     """
 
     saved_processor: Processor | None
+    attend: Callable[[Sample, RegionProvider], Sample] | None = None
 
     @property
     def processor(self) -> Processor:
@@ -286,7 +288,22 @@ class PromptEncoder:
         own = check_images(images, name)
         if not text.strip() and not own:
             raise UserError("the prompt is empty")
+        if isinstance(roi, str):
+            regions, roi = region_provider(roi), None
         sample = asked_sample(name, text, own, self.system_prompt(system), roi, marks)
+        return self.sample_row(sample, known, regions)
+
+    def sample_row(
+        self,
+        sample: Sample,
+        known: dict[tuple, LazyPixels] | None = None,
+        regions: RegionProvider | None = None,
+    ) -> Row:
+        """The unpadded row of a prompt that is a sample; see `Processor.row`."""
+        regions = self.processor.regions if regions is None else regions
+        asks = regions.kind == "attention" and self.processor.centres and sample.images
+        if asks and self.attend is not None:
+            sample, regions = self.attend(sample, regions), OWN_REGIONS
         return self.processor.row(sample, known, regions)
 
     def rows(

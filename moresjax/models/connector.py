@@ -4,7 +4,8 @@ Axis legend: B images, V visual features, T visual tokens, C vision features, D 
 
 A connector is named by a string, `NAME` or `NAME:option=value,...` (`resampler:latents=64`). The
 resampler and the Q-Former turn any number of features into a fixed number of tokens, `concat4-` and
-so on put that many neighbours side by side in one token; all others keep the number.
+so on put that many neighbours side by side in one token; all others keep the number. `norm-` is a
+LayerNorm before the linears.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.models.layers import ACTIVATIONS, Linear
+from moresjax.models.layers import ACTIVATIONS, Linear, Norm
 from moresjax.models.qformer import QFormer, QFormerConfig
 from moresjax.models.resampler import Resampler, ResamplerConfig
 from moresjax.tuning.hooks import Hooks
@@ -26,13 +27,16 @@ CONNECTORS = (
     "mlp{n}x_gelu",
     "concat{m}-linear",
     "concat{m}-mlp{n}x_gelu",
+    "norm-linear",
+    "norm-mlp{n}x_gelu",
     "fused-gelu-mlp",
     "mof_mlp",
     "resampler",
     "qformer",
 )
-# How many neighbours are put side by side, and the chain of linears behind.
-_CONCAT = r"concat([2-9]|[1-9]\d+)-(linear|mlp.+)"
+# How many neighbours are put side by side, whether a norm follows, the chain of linears behind.
+_CHAIN = r"(?:concat([2-9]|[1-9]\d+)-)?(norm-)?(linear|mlp\d.+)"
+NORM_EPS = 1e-5
 # Those that read the features with learned queries.
 QUERYING: dict[str, type[ResamplerConfig] | type[QFormerConfig]] = {
     "resampler": ResamplerConfig,
@@ -110,14 +114,14 @@ def neighbours(name: str) -> int:
     >>> neighbours("concat4-linear"), neighbours("linear")
     (4, 1)
     """
-    found = re.fullmatch(_CONCAT, name)
-    return int(found[1]) if found else 1
+    found = re.fullmatch(_CHAIN, name)
+    return int(found[1] or 1) if found else 1
 
 
 def linear_widths(name: str, d_in: int, d_out: int) -> list[int] | None:
     """Features before, between and after the linears of a chain; None for another connector."""
-    if found := re.fullmatch(_CONCAT, name):
-        name, d_in = found[2], int(found[1]) * d_in
+    if found := re.fullmatch(_CHAIN, name):
+        name, d_in = found[3], int(found[1] or 1) * d_in
     if name == "identity":
         return [d_in]
     if name == "linear":
@@ -136,7 +140,8 @@ class Connector(nnx.Module):
 
     `identity` has none, `linear` one, `mlp{n}x_gelu` n (or `mlp{n}x_relu` and so on),
     `fused-gelu-mlp` three (the first is four times as wide as the features). `concat4-linear` and
-    the like first put so many consecutive features side by side.
+    the like first put so many consecutive features side by side, `norm-mlp2x_gelu` and the like
+    have a LayerNorm before the linears.
 
     Raises:
       UserError: for another name.
@@ -148,6 +153,8 @@ class Connector(nnx.Module):
             raise choice_error("connector", name, CONNECTORS)
         self.activation = name.partition("x_")[2] or "gelu"
         self.neighbours = neighbours(name)
+        has_norm = "norm-" in name
+        self.norm = Norm(widths[0], kind="layer", eps=NORM_EPS) if has_norm else None
         self.layers = nnx.List()
         for i, width in enumerate(widths[1:]):
             self.layers.append(Linear(widths[i], width, axes=(None, "embed"), bias=True))
@@ -159,6 +166,7 @@ class Connector(nnx.Module):
         hooks = hooks or Hooks()
         if self.neighbours > 1:
             x = x.reshape(len(x), -1, self.neighbours * x.shape[-1])
+        x = x if self.norm is None else self.norm(x)
         for i, layer in enumerate(self.layers):
             x = ACTIVATIONS[self.activation](x) if i else x
             x = hooks.linear(f"connector.{i}", layer, x)

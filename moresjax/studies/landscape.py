@@ -14,7 +14,7 @@ from moresjax.studies.pipeline import Finetuning, Pipeline
 from moresjax.studies.study import Outcome, Study, Table, agreement, values_table
 
 MRT = "mrt"
-OPTIONS = LandscapeOptions(points=11, pairs=3, samples=32)
+OPTIONS = LandscapeOptions(points=11, pairs=3, samples=16, batch_size=16)
 FAST = LandscapeOptions(points=3, pairs=2, samples=4, batch_size=4)
 # What the paper's figure shows of how far the lowest region reaches; only the order counts.
 PAPER = {MRT: 1, "m2pt": 0, "mixlora": 0}

@@ -214,10 +214,12 @@ class Pipeline:
         """The recipe's configuration of a stage, with the variant's settings, in its folder."""
         config = recipe.get_config(f"stage={stage},seed={seed}")
         folder = self.folder(seed, name)
-        for part, source in config.to_dict()["init"].items():
-            if source.startswith("."):
-                earlier = self.folder(seed, Path(source).name)
-                config.init[part] = os.path.relpath(earlier, folder)
+        earlier = {
+            part: os.path.relpath(self.folder(seed, Path(source).name), folder)
+            for part, source in config.to_dict()["init"].items()
+            if source.startswith(".")
+        }
+        config.update({"init": earlier})
         if self.variant:
             settings = self.variant.settings.get(kind, {})
             config.update_from_flattened_dict(dict(settings))

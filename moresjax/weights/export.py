@@ -27,6 +27,7 @@ from moresjax.weights.edits import write_edits
 from moresjax.weights.families.base import MLLM_FAMILIES, hf_decoder_config
 from moresjax.weights.families.llava import Llava
 from moresjax.weights.families.tinyllava import TinyLlava
+from moresjax.weights.families.vipllava import VipLlava
 from moresjax.weights.hf import model_mappings
 from moresjax.weights.pyreft import export_pyreft
 from moresjax.weights.tensor_mapping import TensorMapping
@@ -65,7 +66,7 @@ def export_hf(
     with new_folder(folder, "export") as new:
         config, hf = mllm.config, hf_config(mllm.config)
         tokenizer: Any = None if processor is None else processor.tokenizer
-        if hf["model_type"] == Llava.model_type:
+        if config.vision is not None:
             tokenizer, image_token = with_image_token(tokenizer, config)
             config = _with_rows(config, image_token + 1)
             hf = hf_config(config) | {"image_token_index": image_token}
@@ -135,7 +136,8 @@ def hf_config(config: MLLMConfig) -> dict[str, Any]:
 
     config = _as_stored(config)
     if config.vision is not None:
-        return Llava().to_hf(config) | {"architectures": ["LlavaForConditionalGeneration"]}
+        family = VipLlava() if config.connector.startswith(VipLlava.before) else Llava()
+        return family.to_hf(config) | {"architectures": [family.architecture]}
     hf = hf_decoder_config(config.llm)
     return hf | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf["model_type"]]]}
 

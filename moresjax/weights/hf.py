@@ -219,8 +219,8 @@ class HFFolder:
 
     @property
     def is_llava(self) -> bool:
-        """Whether it is a `LlavaForConditionalGeneration`, whose tokenizer knows images."""
-        return self.raw.get("model_type") == Llava.model_type
+        """Whether it is a LLaVA of `transformers`, whose tokenizer knows images."""
+        return isinstance(MLLM_FAMILIES.get(self.raw.get("model_type", "")), Llava)
 
     @property
     def is_vision(self) -> bool:

@@ -5,19 +5,29 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.data.images import ImageProcessor
 from moresjax.data.llava import LlavaSource, independent_turns, to_sample
+from moresjax.data.pipeline import make_iterator
+from moresjax.data.region_providers import region_provider
 from moresjax.data.regions import EVERYWHERE, find_regions, tokens_inside
 from moresjax.data.samples import IMAGE_MARK, Mark, Sample, Turn, find_marks, find_words
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.runs.processor import serving
-from moresjax.testing.models import TINY_VISION, digits_processor, tiny_config
+from moresjax.testing.models import (
+    TINY_VISION,
+    digits_processor,
+    randomised_tuning,
+    tiny_config,
+    tiny_model,
+)
+from moresjax.training.objectives import next_token
 from moresjax.tuning.selectors import parse_selector
 
 QUESTION = f"{IMAGE_MARK}\nis there a two ?"
@@ -143,6 +153,81 @@ def test_rows_keep_regions_and_marks():
     assert batch.marks is None
 
 
+class Mix:
+    """Samples in memory: with one image or two, with boxes and marks, or text alone."""
+
+    branches = False
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.samples = []
+        for number in range(12):
+            count = number % 3
+            text = IMAGE_MARK * count + " is there a two ? how many ?"
+            left, top = rng.random(2) / 2
+            box = (float(left), float(top), float(left) + 0.3, float(top) + 0.4)
+            images = tuple(rng.integers(0, 255, (12, 12, 3)).astype(np.uint8) for _ in range(count))
+            marks = find_marks({"n": ["two", "many"][number % 2]}, [text], "x")
+            roi = ((box,), ())[:count]
+            turns = (Turn(text, "yes ." if number % 4 else "no . it is three ."),)
+            self.samples.append(Sample(str(number), turns, images, roi=roi, marks=marks))
+
+    @property
+    def sizes(self):
+        return np.asarray([[9, len(sample.images)] for sample in self.samples])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number):
+        return self.samples[number]
+
+
+@pytest.mark.parametrize("batching", ["pad", "pack", "bucket"])
+def test_batches_hold_the_regions_and_marks_of_every_sample(batching):
+    source, processor = Mix(), processor_for("roi", "mark(n)|word(2)")
+    alone = {sample.id: processor.row(sample) for sample in source.samples}
+    options = {"batch_size": 3, "max_seq_len": 64, "images_per_row": 4, "pack_window": 12}
+    seen, batches = set(), make_iterator(source, processor, batching=batching, **options)
+    for _ in range(5):  # buckets keep samples with images apart
+        stacked = next(batches)
+        for row, names in enumerate(stacked["id"]):
+            images = 0
+            for number, name in enumerate(filter(None, names.split(";"))):
+                own = alone[name]
+                chosen = (stacked["document"][row] == number) & (stacked["kind"][row] > 0)
+                np.testing.assert_array_equal(stacked["marks"][row][chosen], own.marks)
+                assert set(own.marks.tolist()) >= {1, 2}
+                if own.num_images:
+                    found = stacked["roi"][row][images : images + own.num_images]
+                    np.testing.assert_array_equal(found, own.roi)
+                    assert found.any()
+                images += own.num_images
+                seen.add(name)
+            assert not stacked["roi"][row][images:].any()
+        batch = processor.to_batch(stacked)
+        assert batch.roi.shape == (3, stacked["roi"].shape[1] * 9)
+    assert len(seen) == 12
+
+
+def test_packed_samples_train_as_they_do_alone():
+    source, processor = Mix(), processor_for("roi", "mark(n)|word(2)")
+    spec = (
+        "loreft:site=vision.block.out,rank=1,positions=roi/"
+        "loreft:rank=1,positions=roi|mark(n)|word(2)"
+    )
+    model = randomised_tuning(tiny_model(spec, vocab_size=37, num_layers=2))
+    rows = [processor.row(sample) for sample in source.samples[:3]]
+    loss = nnx.jit(next_token)
+    apart = loss(model, processor.batch([processor.pad(row, 72, 2) for row in rows]))
+    packed = loss(model, processor.batch([processor.pad(processor.join(rows), 72, 3)]))
+    np.testing.assert_allclose(packed.total, apart.total, rtol=1e-5)
+    # The regions and marks take part in it.
+    bare = [row.replace(marks=np.zeros_like(row.marks)) for row in rows]
+    other = loss(model, processor.batch([processor.pad(row, 72, 2) for row in bare]))
+    assert abs(float(other.total - apart.total)) > 1e-4
+
+
 RECORD = {
     "id": "1",
     "image": "a.png",
@@ -222,3 +307,34 @@ def test_regions_are_read_as_people_write_them():
     assert find_regions([[box], None], 2, "x") == ((box,), None)
     with pytest.raises(UserError, match="of 1 images are given, but it has 2"):
         find_regions(box, 2, "x")
+
+
+def test_providers_give_the_same_boxes_every_time():
+    own = ((0.1, 0.2, 0.4, 0.6),)
+    sample = Sample("one", (Turn(IMAGE_MARK * 2),), (image(), image()), roi=(own, None))
+
+    def regions(text, given=sample):
+        return region_provider(text)(given).roi
+
+    assert region_provider("boxes")(sample) is sample
+    assert regions("all") == ((EVERYWHERE,),) * 2
+    assert regions("center(50%)") == (((0.25, 0.25, 0.75, 0.75),),) * 2
+    np.testing.assert_allclose(regions("center")[0][0], (0.2, 0.2, 0.8, 0.8))
+    assert regions("0,0,.5,1;0.5,0.5,1,1")[1] == ((0.0, 0.0, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0))
+    with pytest.raises(UserError, match="moves the boxes of samples, and this one has none"):
+        regions("random")
+    whole = dataclasses.replace(sample, roi=(own, own))
+    first, second = regions("random", whole)
+    assert first != second  # each image has its own
+    for (x0, y0, x1, y1), *_ in (first, second):
+        np.testing.assert_allclose((x1 - x0, y1 - y0), (0.3, 0.4))
+    assert regions("random", whole) == (first, second)
+    assert regions("random(50%)") != regions("random(50%)", dataclasses.replace(sample, id="two"))
+    # A provider goes before what a sample says, and the processor of a run has one.
+    processor = dataclasses.replace(processor_for("roi"), regions=region_provider("all"))
+    assert processor.row(sample).roi.all()
+    for text in ("center(0%)", "random(101%)", "0,0,2,1"):
+        with pytest.raises(UserError, match=r"above 0 and up to 100 %|must lie in the image"):
+            region_provider(text)
+    with pytest.raises(UserError, match="'middle'"):
+        region_provider("middle")

@@ -1,5 +1,6 @@
 """Regions and marks of prompts: generation, scores, logits, states, files and prefix caches."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,13 +9,16 @@ from PIL import Image
 
 import moresjax as mj
 from moresjax.core.errors import UserError
+from moresjax.data.region_providers import region_provider
 from moresjax.data.samples import Mark, Sample, Turn
 from moresjax.evaluation.run import evaluate
 from moresjax.generation import programs
 from moresjax.generation.config import EngineConfig
+from moresjax.inference.analyze import attention_map
 from moresjax.inference.chat import Chat
 from moresjax.inference.files import generate_file
 from moresjax.inference.prompts import asked_sample
+from moresjax.inference.regions import attended_regions
 from moresjax.testing.models import talking_model
 
 ALWAYS = EngineConfig(min_saved_tokens=1)
@@ -139,6 +143,35 @@ def test_questions_of_a_benchmark_have_regions_and_marks(model, tmp_path):
     (tmp_path / "bad.json").write_text(json.dumps([asked | {"roi": [0, 0, 2, 1]}]))
     with pytest.raises(UserError, match=r"record 0 of .*bad.json: the box .* must lie"):
         evaluate(model, [str(tmp_path / "bad.json")])
+
+
+def test_a_model_finds_the_patches_that_it_attends_to(model):
+    """Of a padded image only patches inside of it, as many as are asked for, in that layer."""
+    bare = talking_model()
+    said = attention_map(bare, QUESTION, IMAGE, max_new_tokens=1).grid[:, 0]
+    for layer, percent, count in ((0, 20, 2), (1, 34, 3)):
+        provider = region_provider(f"attention({layer};{percent}%)")
+        sample = model._attend(asked_sample("x", QUESTION, (IMAGE,)), provider)
+        found = model.processor.roi(sample)[0].reshape(3, 3)
+        assert found.sum() == len(sample.roi[0]) == count
+        assert said[layer][found].min() >= said[layer][~found].max()
+    one = model.logits(QUESTION, IMAGE, roi="attention(1;34%)", marks=TWO)
+    boxes = model.logits(QUESTION, IMAGE, roi=[*sample.roi[0]], marks=TWO)
+    np.testing.assert_array_equal(one, boxes)
+    with pytest.raises(UserError, match="the model has layers 0-1"):
+        model.generate(QUESTION, IMAGE, roi="attention(2;20%)", marks=TWO)
+    with pytest.raises(UserError, match="asks a model where it looks, which training"):
+        model.processor.roi(sample, provider)
+    wide = np.random.default_rng(1).integers(0, 255, (4, 12, 3)).astype(np.uint8)
+    image = dataclasses.replace(model.processor.image, aspect="pad")
+    padded = dataclasses.replace(model.processor, image=image)
+    sample = attended_regions(
+        model.mllm,
+        padded,
+        asked_sample("x", QUESTION, (wide,)),
+        region_provider("attention(0;99%)"),
+    )
+    assert padded.roi(sample)[0].reshape(3, 3).tolist() == [[False] * 3, [True] * 3, [False] * 3]
 
 
 def test_another_tuning_asks_for_other_things():

@@ -8,7 +8,7 @@ provider of its own:
     all            the whole image
     random         a control: boxes of the same size as the data set's own, elsewhere
     random(60%)    a control: a box of 60% of both sides, anywhere
-    FILE.json      boxes by the name of the sample, such as `analyze attention` may give
+    FILE.json      boxes by the name of the sample
 """
 
 import dataclasses

@@ -67,10 +67,12 @@ class Llava(MLLMFamily):
         "layers.0": "multi_modal_projector.linear_1",
         "layers.1": "multi_modal_projector.linear_2",
     }
+    before = ""  # what precedes the two linears in the name of the connector
+    architecture = "LlavaForConditionalGeneration"
 
     def from_hf(self, hf: HFConfig) -> MLLMConfig:
         """The whole model that a `config.json` describes."""
-        self.keys.check(hf, "llava in config.json")
+        self.keys.check(hf, f"{self.model_type} in config.json")
         llm = decoder_config(hf["text_config"])
         # The wrapper's own head is bare: no bias over Phi, no soft cap over Gemma 2.
         llm = dataclasses.replace(
@@ -79,13 +81,25 @@ class Llava(MLLMFamily):
             logit_softcap=0.0,
             tie_embeddings=llm.tie_embeddings or hf.get("tie_word_embeddings", False),
         )
-        keeps_all = hf["vision_feature_select_strategy"] == "full"
-        connector = f"mlp2x_{activation(hf['projector_hidden_act'])}"
+        keeps_all = hf.get("vision_feature_select_strategy") == "full"
+        connector = f"{self.before}mlp2x_{activation(hf['projector_hidden_act'])}"
         return MLLMConfig(llm=llm, vision=vision_tower(hf, keeps_all), connector=connector)
 
     def connector_map(self, connector: str) -> dict[str, str]:
         """The name map of the two linears."""
         return self.connector
+
+    def settings(self, keeps_all: bool) -> dict[str, Any]:
+        """The settings of `config.json` that other wrappers have not.
+
+        Args:
+          keeps_all: Whether the connector reads all tokens of the encoder.
+
+        Raises:
+          UserError: when the wrapper has no such choice.
+        """
+        strategy = "full" if keeps_all else "default"
+        return {"vision_feature_select_strategy": strategy, "multimodal_projector_bias": True}
 
     def to_hf(self, config: MLLMConfig) -> dict[str, Any]:
         """The whole `config.json` of a model; the inverse of `from_hf`.
@@ -97,11 +111,12 @@ class Llava(MLLMFamily):
         if (
             not isinstance(vision, VisionConfig)
             or vision.registers
-            or (between := two_linears(config.connector)) is None
+            or not config.connector.startswith(self.before)
+            or (between := two_linears(config.connector.removeprefix(self.before))) is None
         ):
             raise UserError(
                 "a Hugging Face LLaVA has one vision encoder without registers and connector "
-                f"mlp2x_gelu; this model has connector {config.connector}"
+                f"{self.before}mlp2x_gelu; this model has connector {config.connector}"
             )
         keeps_all = vision.first_feature == 0
         select = "cls_patch" if keeps_all else "patch"
@@ -113,11 +128,10 @@ class Llava(MLLMFamily):
             "model_type": self.model_type,
             "vision_config": hf_vision_config(vision, lambda hf: vision_config(hf, **chosen)),
             "vision_feature_layer": vision.feature_layer,
-            "vision_feature_select_strategy": "full" if keeps_all else "default",
             "tie_word_embeddings": config.llm.tie_embeddings,
             "image_seq_length": config.visual_tokens,
             "projector_hidden_act": hf_activation(between),
-            "multimodal_projector_bias": True,
+            **self.settings(keeps_all),
         }
 
         def read(text: HFConfig) -> DecoderConfig:
