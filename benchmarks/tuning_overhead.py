@@ -1,4 +1,4 @@
-"""What every tuning method costs beside no tuning: train step, prefill, decoding.
+"""What every tuning method costs beside no tuning: train step, its memory, prefill, decoding.
 
     python benchmarks/tuning_overhead.py [--rounds 9] [--rows 2] [--methods none mores ...]
 
@@ -6,11 +6,16 @@ A LLaMA-type decoder of 110 million parameters (12 layers of 768) with random we
 image of 100 tokens and some text per row; the connector trains with every method. Nothing is merged
 into the weights. `added` is what LLaVA Steering reports in its appendix A.7: seconds per sample of
 generation, more than without tuning (there, on its hardware: MoReS 0.08, Adapter 0.3, OFT 2.8).
+`MiB` is what a train step takes at most besides the frozen weights, as the compiler has it, and
+`generated` the time beside no tuning's: what MRT reports in its Tables S8 and S7 (`--methods none
+full vpt:length=10 lora:rank=16 m2pt mixlora:factors=16 mrt-paper prompt:length=10`; there 39, 12,
+19, 17, 23 and 16 GB, and 2.13, 1.13, 5.50, 2.63 and 1.50 times the base model's inference).
 """
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +51,13 @@ METHODS = (
     "adapter:bottleneck=256",
     "oft:block_size=32",
     "oft-legacy:blocks=16",
+    "full",
+    "vpt:length=10",
+    "lora:rank=16",
+    "m2pt",
+    "mixlora:factors=16",
+    "mrt-paper",
+    "prompt:length=10",
 )
 ANSWER = 8  # tokens that training predicts
 
@@ -101,9 +113,14 @@ def random_batch(config: MLLMConfig, rows: int, text: int, answer: int) -> Batch
     return Batch(jnp.asarray(tokens), layout, jnp.asarray(pixels))
 
 
-def training(base: MLLM, batch: Batch, methods: Sequence[str]) -> dict[str, Run]:
-    """Spec -> one train step. The frozen weights are the same arrays for all of them."""
-    runs = {}
+def training(
+    base: MLLM, batch: Batch, methods: Sequence[str]
+) -> tuple[dict[str, Run], dict[str, float]]:
+    """Spec -> one train step, and the MiB that it takes besides the frozen weights.
+
+    The frozen weights are the same arrays for all of them.
+    """
+    runs, memory = {}, {}
     for spec in methods:
         model = nnx.clone(base)
         model.attach(spec)
@@ -112,6 +129,8 @@ def training(base: MLLM, batch: Batch, methods: Sequence[str]) -> dict[str, Run]
         optimizer, schedule = make_optimizer(OptimizerConfig(), 100, trainable)
         state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
         step = jax.jit(make_train_step(graphdef, next_token, optimizer, schedule), donate_argnums=0)
+        step = step.lower(state, frozen, batch).compile()
+        memory[spec] = step_memory(step, frozen) / 2**20
 
         box = [state]
 
@@ -123,7 +142,15 @@ def training(base: MLLM, batch: Batch, methods: Sequence[str]) -> dict[str, Run]
             yield "train"
 
         runs[spec] = run
-    return runs
+    return runs, memory
+
+
+def step_memory(step: Any, frozen: nnx.State) -> int:
+    """Bytes that a compiled step holds at most, without the frozen weights."""
+    found = step.memory_analysis()
+    arguments = found.argument_size_in_bytes + found.output_size_in_bytes
+    whole = arguments - found.alias_size_in_bytes + found.temp_size_in_bytes
+    return whole - sum(x.nbytes for x in jax.tree.leaves(frozen))
 
 
 def generation(base: MLLM, batch: Batch, methods: Sequence[str], new_tokens: int) -> dict[str, Run]:
@@ -146,7 +173,13 @@ def generation(base: MLLM, batch: Batch, methods: Sequence[str], new_tokens: int
     return runs
 
 
-def print_table(config: MLLMConfig, seconds: Seconds, rows: int, new_tokens: int) -> None:
+def print_table(
+    config: MLLMConfig,
+    seconds: Seconds,
+    memory: Mapping[str, float],
+    rows: int,
+    new_tokens: int,
+) -> None:
     """Prints a row per method."""
 
     def per_sample(spec: str, *phases: str) -> float:
@@ -154,13 +187,18 @@ def print_table(config: MLLMConfig, seconds: Seconds, rows: int, new_tokens: int
 
     first = next(iter(seconds))
     base = per_sample(first, "prefill", "decode")
-    print("| method | trainable in the LLM | train | prefill | decode | s per sample | added |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| method | trainable | train | MiB | prefill | decode | generated | s per sample | added |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for spec in seconds:
-        count = count_parameters(config, spec, ()).trainable_in_llm
-        ratios = [f"{median_ratio(seconds, spec, p):.3f}" for p in ("train", "prefill", "decode")]
+        count = count_parameters(config, spec, ()).trainable
+        train, *ratios = (
+            f"{median_ratio(seconds, spec, p):.3f}" for p in ("train", "prefill", "decode")
+        )
         whole = per_sample(spec, "prefill", "decode")
-        cells = [f"`{spec}`", f"{count:,d}", *ratios, f"{whole:.3f}", f"{whole - base:+.3f}"]
+        cells = [f"`{spec}`", f"{count:,d}", train, f"{memory[spec]:.0f}", *ratios]
+        cells += [f"{whole / base:.3f}", f"{whole:.3f}", f"{whole - base:+.3f}"]
         print(f"| {' | '.join(cells)} |")
     step, prefill = (1e3 * per_sample(first, phase) for phase in ("train", "prefill"))
     token = 1e3 * per_sample(first, "decode") / (new_tokens - 1)
@@ -183,15 +221,12 @@ def main() -> None:
     config = architecture()
     base = initialize(MLLM(config))
     seconds: Seconds = {spec: {} for spec in args.methods}
-    for runs in (
-        training(base, random_batch(config, args.rows, args.text, ANSWER), args.methods),
-        generation(
-            base, random_batch(config, args.rows, args.text, 0), args.methods, args.new_tokens
-        ),
-    ):
+    steps, memory = training(base, random_batch(config, args.rows, args.text, ANSWER), args.methods)
+    asked = random_batch(config, args.rows, args.text, 0)
+    for runs in (steps, generation(base, asked, args.methods, args.new_tokens)):
         for spec, phases in measure(runs, args.rounds).items():
             seconds[spec] |= phases
-    print_table(config, seconds, args.rows, args.new_tokens)
+    print_table(config, seconds, memory, args.rows, args.new_tokens)
 
 
 if __name__ == "__main__":

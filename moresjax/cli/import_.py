@@ -24,9 +24,16 @@ def add_parser(commands: Commands) -> None:
     )
     command.add_argument(
         "--connector",
-        default="mlp2x_gelu",
+        default="",
         metavar="NAME",
-        help="a new connector for an LLM with --vision (default: %(default)s)",
+        help="a new connector for an LLM with --vision (default: that of --projector, else "
+        "mlp2x_gelu)",
+    )
+    command.add_argument(
+        "--projector",
+        default="",
+        metavar="FILE",
+        help="the connector's weights, such as mm_projector.bin of LLaVA's first stage",
     )
     command.add_argument(
         "--drop-first-token",
@@ -76,6 +83,7 @@ def run(args: argparse.Namespace) -> None:
             "vision",
             "fusion",
             "connector",
+            "projector",
             "drop_first_token",
             "template",
             "quantize",

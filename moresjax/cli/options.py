@@ -172,7 +172,7 @@ def add_tuning(command: argparse.ArgumentParser, several: str = "") -> None:
         action="append",
         default=[],
         metavar="[NAME=]DIR",
-        help=f"an adapter folder of moresjax, peft or pyreft{more}",
+        help=f"an adapter folder of moresjax, peft or pyreft, or rt_modules.bin of MRT{more}",
     )
     add_pyreft(command)
 
@@ -183,13 +183,13 @@ def add_pyreft(command: argparse.ArgumentParser) -> None:
         "--edits",
         default="",
         metavar="SPEC",
-        help="methods and tokens of an adapter of pyreft, whose folder does not name them, such as "
-        "mores:positions=image (default: loreft with its own positions)",
+        help="methods and tokens of an adapter of pyreft or MRT, which does not name them, such as "
+        "mores:positions=image (default: loreft with its own positions; mrt-code)",
     )
     command.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read pickles: an adapter of pyreft, *.bin of a folder without safetensors",
+        help="read pickles: an adapter of pyreft or MRT, *.bin of a folder without safetensors",
     )
 
 

@@ -15,6 +15,26 @@ def add_parser(commands: Commands) -> None:
     study.add_argument(
         "--seeds", type=int, default=5, metavar="N", help="seeds of the whole pipeline (default: 5)"
     )
+    study.add_argument(
+        "--only",
+        default="",
+        metavar="RUN;RUN",
+        help="make a part of the runs, where the study compares one with others (mrt-ablations)",
+    )
+    study.add_argument(
+        "--size",
+        default="",
+        metavar="3b",
+        help="not the miniature but the paper's table: the commands that are left, and paper, ours "
+        "and difference from the results that are there",
+    )
+    study.add_argument("--runs", default="", metavar="DIR", help="with --size: all runs")
+    study.add_argument(
+        "--data-root",
+        default="data/benchmarks",
+        metavar="DIR",
+        help="with --size: the benchmarks' files, for the commands (default: %(default)s)",
+    )
     study.add_argument("--fast", action="store_true", help="a few steps per stage, for tests")
 
 
@@ -25,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
     from moresjax.core.errors import UserError
     from moresjax.studies.papers import STUDIES, list_studies, select_studies
+    from moresjax.studies.real import check_size, describe_plan, plan_tables, plan_text
     from moresjax.studies.study import run_study
 
     if args.name == "list":
@@ -34,13 +55,19 @@ def run(args: argparse.Namespace) -> None:
         ]
         show(args, {"studies": data}, list_studies(args.seeds))
         return
+    check_size(args.size, args.runs)
+    if args.size:
+        plan = describe_plan(plan_tables(args.name, args.size, args.runs, args.data_root))
+        show(args, plan, plan_text(plan))
+        return
     studies = select_studies(args.name)
     if not args.out:
         raise UserError("a study needs --out DIR, the directory that all studies share")
+    only = [name.strip() for name in args.only.split(";") if name.strip()]
     lines: list[str] = []
     found: list[dict[str, Any]] = []
     for study in studies:
-        page = run_study(study, args.out, seeds=args.seeds, fast=args.fast)
+        page = run_study(study, args.out, seeds=args.seeds, fast=args.fast, only=only)
         found.append(json.loads((Path(args.out) / f"{study.name}.json").read_text()))
         lines += [study.title, *found[-1]["findings"], f"page: {page}"]
     show(args, {"studies": found}, "\n".join(lines))

@@ -43,7 +43,7 @@ def task_requests(
     drawn depends on the seed, the task and the example alone.
     """
     kind = "loglikelihood" if task.ranks_choices else "generate_until"
-    drawn = gen_kwargs(sampling)
+    drawn = gen_kwargs(task.sampling(sampling))
 
     def settings(example: Example) -> dict[str, Any]:
         own = {"until": [], "max_gen_toks": task.length_limit(example), "do_sample": False} | drawn

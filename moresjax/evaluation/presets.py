@@ -52,14 +52,14 @@ PRESETS = {
     ),
     "mrt-table1": Preset(
         {
-            "MME": ("mme", ""),
+            "MME": ("mme_sampled", ""),
             "Text-VQA": ("textvqa_judged", ""),
             "VSR": ("vsr", ""),
             "SNLI-VE": ("snli_ve", ""),
             "CIFAR-10": ("cifar10", ""),
             "CIFAR-100": ("cifar100", ""),
             "MNIST": ("mnist", ""),
-            "POPE": ("pope", ""),
+            "POPE": ("pope_judged", ""),
         },
         "MMAvg",
         ("MME",),
@@ -135,6 +135,8 @@ def _line(name: str, entry: Mapping) -> str:
         facts.append(f"standard error {entry['stderr_kind']}{images}")
     if entry["missing"]:
         facts.append(f"{entry['missing']} missing, counted as wrong")
+    if "decoding" in entry:
+        facts.append(entry["decoding"])
     if "judge" in entry:
         facts.append(f"judge: {entry['judge']['name']}")
     if "majority" in details:
@@ -155,8 +157,40 @@ def _number(entry: Mapping[str, Any]) -> str:
     return number + spread
 
 
+def column_values(names: Sequence[str], scores: Mapping[str, Mapping]) -> dict[str, float | None]:
+    """The numbers of presets and benchmarks, in percent or points, None where one is missing.
+
+    Args:
+      names: The names that an evaluation was asked for.
+      scores: The scores of its `EvaluationResult`.
+
+    Returns:
+      For a preset its columns by header, for another name its mean over tasks.
+    """
+    found: dict[str, float | None] = {}
+    for name in names:
+        if name in PRESETS:
+            found |= _numbers(PRESETS[name], scores)[0]
+        else:
+            own = [entry for key, entry in scores.items() if name in (key, entry.get("benchmark"))]
+            found[name] = _mean_of_known([_percent(entry) for entry in own])
+    return found
+
+
 def _row(preset: Preset, scores: Mapping[str, Mapping]) -> tuple[list[str], list[str]]:
     """The headers of a preset, and its numbers as text."""
+    numbers, by_rule = _numbers(preset, scores)
+    texts = {header: "-" if x is None else f"{x:.1f}" for header, x in numbers.items()}
+    marks = {
+        header: _BY_RULE if header in by_rule and texts[header] != "-" else "" for header in texts
+    }
+    return list(texts), [text + marks[header] for header, text in texts.items()]
+
+
+def _numbers(
+    preset: Preset, scores: Mapping[str, Mapping]
+) -> tuple[dict[str, float | None], set[str]]:
+    """The numbers of a preset by header, and the headers that a rule graded."""
     numbers, by_rule = {}, set()
     for header, (benchmark, detail) in preset.columns.items():
         entries = [entry for entry in scores.values() if entry["benchmark"] == benchmark]
@@ -170,11 +204,7 @@ def _row(preset: Preset, scores: Mapping[str, Mapping]) -> tuple[list[str], list
         numbers[preset.average] = _mean_of_known(columns)
         if by_rule - {*preset.skipped}:
             by_rule.add(preset.average)
-    texts = {header: "-" if x is None else f"{x:.1f}" for header, x in numbers.items()}
-    marks = {
-        header: _BY_RULE if header in by_rule and texts[header] != "-" else "" for header in texts
-    }
-    return list(texts), [text + marks[header] for header, text in texts.items()]
+    return numbers, by_rule
 
 
 def _mean_of_known(values: Sequence[float | None]) -> float | None:

@@ -24,6 +24,7 @@ from moresjax.evaluation.predictions import FILE, decoding_of, provenance_of, ro
 from moresjax.evaluation.scoring import TaskScore
 from moresjax.evaluation.statistics import clustered_stderr, image_clusters, interval
 from moresjax.evaluation.tasks import BenchmarkTask
+from moresjax.generation.sampling import Sampling
 
 RESULTS = "results.json"
 # Kinds of standard errors.
@@ -40,7 +41,8 @@ class EvaluationResult:
         (whether it is no mean over questions), `stderr` (None for points), `n`, `missing`,
         `max_new_tokens`, `prompt_hash`, `details` of the benchmark's own tool, and where they apply
         `stderr_kind` and `clusters` (see `statistics.py`), `interval95` (95% confidence interval),
-        `judge` and `errors` (questions that could not be asked or judged).
+        `decoding` (where a benchmark draws its answers), `judge` and `errors` (questions that could
+        not be asked or judged).
       predictions: One entry per answered question, in task order.
       attention: Attention statistics over all questions, when they were asked for.
       seconds: The wall time.
@@ -109,6 +111,7 @@ def score_task(
     errors: Mapping[str, str] | None = None,
     provenance: Mapping[str, Mapping[str, str]] | None = None,
     judge: Judge | None = None,
+    sampling: Sampling | None = None,
 ) -> EvaluationResult:
     """Score, rows and submissions of one task.
 
@@ -118,7 +121,9 @@ def score_task(
       errors: By example id, why a question could not be asked.
       provenance: By example id, the fingerprints of the model and processor that answered.
       judge: Grades answers where the benchmark wants it.
+      sampling: How the evaluation chose tokens; noted where the task chose them otherwise.
     """
+    own = None if sampling is None else task.sampling(sampling)
     texts = [found.get(example.id) for example in task.examples]
     score = task.scorer(task.examples, texts, judge=judge)
     if not found:  # nothing was asked: that is not the model's score
@@ -134,6 +139,7 @@ def score_task(
         "n": len(texts),
         "missing": texts.count(None) + len(score.errors),
         "max_new_tokens": task.max_new_tokens,
+        **({"decoding": own.describe()} if own is not None and own != sampling else {}),
         "prompt_hash": short_hash("\0".join(example.prompt for example in task.examples)),
         "details": dict(score.details),
         **({"judge": dict(score.judge)} if score.judge else {}),

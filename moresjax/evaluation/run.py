@@ -157,7 +157,14 @@ def evaluate(
             found, errors = asker.answer(task)
             provenance = log.made(task, found)
             result = finish(
-                score_task(task, found, errors=errors, provenance=provenance, judge=judge)
+                score_task(
+                    task,
+                    found,
+                    errors=errors,
+                    provenance=provenance,
+                    judge=judge,
+                    sampling=sampling,
+                )
             )
     lm = MoresjaxLM(model, batch_size=batch_size)
     made_by = [short_hash(x) if x == decoding else x for x in log.provenance.values()]

@@ -24,6 +24,7 @@ from moresjax.evaluation.files import LETTERS, DataRoot, ResultReader, result_re
 from moresjax.evaluation.metrics.choices import lowest_loss
 from moresjax.evaluation.presets import PRESETS, expand_presets
 from moresjax.evaluation.scoring import Scorer, example_scorer
+from moresjax.generation.sampling import Sampling
 
 _read_own = result_reader("id", "prediction")
 
@@ -47,6 +48,8 @@ class BenchmarkTask:
         benchmark's server or its own tool takes.
       benchmark: The name that the task was loaded under.
       split: The split of the data that the examples are of; None where there are no splits.
+      temperature: The temperature that written answers are drawn at, with seed 0, where the
+        evaluation does not draw answers itself; 0 chooses the likeliest tokens.
     """
 
     name: str
@@ -60,6 +63,13 @@ class BenchmarkTask:
     )
     benchmark: str = ""
     split: str | None = None
+    temperature: float = 0.0
+
+    def sampling(self, wanted: Sampling) -> Sampling:
+        """How tokens of answers are chosen, from how the evaluation chooses them."""
+        if wanted.temperature or not self.temperature or self.ranks_choices:
+            return wanted
+        return dataclasses.replace(wanted, temperature=self.temperature, seed=0)
 
     def length_limit(self, example: Example) -> int:
         """The most tokens of the answer to one of the examples."""

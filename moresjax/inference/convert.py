@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moresjax.core.errors import UserError, choice_error
@@ -17,8 +18,10 @@ from moresjax.data.saved_processors import has_tokenizer, saved_template
 from moresjax.inference.formats import ADAPTER_FORMATS, FORMATS, Trained, checked
 from moresjax.inference.load import attach_saved, load
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
+from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import EVA
+from moresjax.runs.architecture import DEFAULT_CONNECTOR
 from moresjax.runs.build import build_model
 from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import read_config, save_config
@@ -44,6 +47,7 @@ from moresjax.weights.minigpt import IMAGE_SIZE as MINIGPT_IMAGE_SIZE
 from moresjax.weights.minigpt import TEMPLATE as MINIGPT_TEMPLATE
 from moresjax.weights.minigpt import read_minigpt
 from moresjax.weights.peft import export_peft
+from moresjax.weights.projector import read_projector
 from moresjax.weights.pyreft import export_pyreft
 from moresjax.weights.vision_folder import load_vision_config
 
@@ -57,7 +61,8 @@ def import_model(
     *,
     vision: str = "",
     fusion: str = "interleave",
-    connector: str = "mlp2x_gelu",
+    connector: str = "",
+    projector: str | Path = "",
     drop_first_token: bool = False,
     image_processor: str | Path | None = None,
     template: str | None = None,
@@ -82,7 +87,10 @@ def import_model(
         then a fresh one. For a LLaVA as its authors publish it, that of its vision tower. The file
         of an EVA-ViT (`eva_vit_g.pth`) is an encoder too.
       fusion: How the features of two encoders are put together.
-      connector: The kind of the fresh connector.
+      connector: The kind of the fresh connector; default: that of `projector`, else
+        `mlp2x_gelu`.
+      projector: A file with the weights of the connector before an LLM, such as the
+        `mm_projector.bin` of LLaVA's first stage.
       drop_first_token: Whether the connector reads all tokens of an encoder without class token but
         the first, as LLaVA Steering 3B does (728 of SigLIP's 729).
       image_processor: A folder with the image processor; default: that of `vision` or of `source`.
@@ -92,7 +100,8 @@ def import_model(
       minigpt: The checkpoint of MiniGPT-v2 that was trained over `source`, which is LLaMA-2-chat,
         and `vision`, which is an EVA-ViT: it brings connector, LoRA, template and image size.
       keep_lora: Whether its LoRA stays the run's tuning; else it is merged into the LLM.
-      allow_pickle: Whether `*.bin` files may be read where there are no safetensors, and `*.pth`.
+      allow_pickle: Whether `*.bin` files may be read where there are no safetensors, `*.pth`, and
+        a `projector` that is a pickle.
 
     Returns:
       The model that was written.
@@ -102,6 +111,15 @@ def import_model(
     """
     source, out = Path(source).resolve(), Path(out)
     check_new(out, "import")
+    kind: str = ""
+    weights: dict[str, np.ndarray] = {}
+    if projector:
+        kind, weights = read_projector(projector, allow_pickle=allow_pickle)
+        if not vision:
+            raise UserError(f"{projector} is the connector before an LLM; name its --vision too")
+        if connector not in ("", kind):
+            raise UserError(f"{projector} is a connector {kind}, not {connector}")
+    connector = connector or kind or DEFAULT_CONNECTOR
     encoders = [str(Path(folder).resolve()) for folder in vision.split(";")] if vision else []
     folders = HFFolders(allow_pickle=allow_pickle)
     if len(encoders) == 1 and is_original(folders[source].raw):
@@ -134,6 +152,7 @@ def import_model(
     )
     model = build_model(config, folders=folders)
     assert isinstance(model, MLLM)
+    set_params(model, weights, str(projector))
     attach_saved(model, source, allow_pickle=allow_pickle)
     if minigpt:
         model = read_minigpt(model, minigpt, keep_lora=keep_lora, allow_pickle=allow_pickle)

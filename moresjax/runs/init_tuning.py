@@ -15,8 +15,7 @@ from moresjax.runs.config import read_config
 from moresjax.runs.init_weights import trained_parameters
 from moresjax.runs.paths import is_workdir
 from moresjax.tuning.attach import Tuning
-from moresjax.weights.adapter import attach_adapter, foreign_arrays
-from moresjax.weights.pyreft import pyreft_folder
+from moresjax.weights.adapter import attach_adapter, foreign_arrays, leaves_tokens_open
 
 OWN = "tuning."
 # Frozen arrays of a tuning, in the directory of a run that got them from an adapter.
@@ -31,8 +30,8 @@ def load_tuning(model: MLLM, source: Path, *, allow_pickle: bool = False) -> Non
 
     Args:
       model: The model with its base parameters, changed in place.
-      source: A run's directory, or an adapter folder of moresjax, `peft` or `pyreft`.
-      allow_pickle: Whether the pickles of a pyreft folder may be read.
+      source: A run's directory, or an adapter of moresjax, `peft`, `pyreft` or MRT's code.
+      allow_pickle: Whether the pickles of pyreft and MRT may be read.
 
     Raises:
       UserError: when the source is neither, or its tuning is another one.
@@ -41,7 +40,7 @@ def load_tuning(model: MLLM, source: Path, *, allow_pickle: bool = False) -> Non
     if is_workdir(source):
         found = _tuning_of_run(model, source)
     else:
-        edits = wanted.spec if pyreft_folder(source) else ""
+        edits = wanted.spec if leaves_tokens_open(source) else ""
         attach_adapter(model, source, edits=edits, allow_pickle=allow_pickle)
         found, model.tuning = model.tuning, wanted
     if not _same(wanted, found):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.reports.html import figure_uri, render
 from moresjax.studies.findings import PairedDifference, explain, listed
@@ -77,6 +77,7 @@ class Study:
     limits: str
     make: Callable[[Pipeline, "Study"], Outcome]
     more_minutes: float = 0.0
+    in_parts: bool = False
     variant: Variant | None = None
     factor: float = 1.0
 
@@ -86,7 +87,14 @@ class Study:
         return self.factor * RUN_MINUTES * len(self.runs) + self.more_minutes
 
 
-def run_study(study: Study, out: str | Path, *, seeds: int = 5, fast: bool = False) -> Path:
+def run_study(
+    study: Study,
+    out: str | Path,
+    *,
+    seeds: int = 5,
+    fast: bool = False,
+    only: Sequence[str] = (),
+) -> Path:
     """Trains what a study needs and writes `NAME.json` and its page `NAME.html`.
 
     What an earlier study left in the same directory is taken over.
@@ -96,15 +104,19 @@ def run_study(study: Study, out: str | Path, *, seeds: int = 5, fast: bool = Fal
       out: The directory of all studies.
       seeds: Seeds of the whole pipeline.
       fast: Runs a few steps of tiny models, to test the plumbing.
+      only: Names of the runs that are made; the study must say something of a part. Default: all.
 
     Returns:
       The page.
 
     Raises:
-      UserError: There are fewer than two seeds, or a run diverged or was stopped.
+      UserError: There are fewer than two seeds, a run has no such name, or a run diverged or was
+        stopped.
     """
     if seeds < 2:
         raise UserError(f"a study gives intervals over seeds, which need at least 2, got {seeds}")
+    if only:
+        study = _part(study, only)
     out = Path(out)
     pipeline = Pipeline(out / "runs", range(seeds), fast=fast, variant=study.variant)
     pipeline.train_stages()
@@ -112,6 +124,8 @@ def run_study(study: Study, out: str | Path, *, seeds: int = 5, fast: bool = Fal
     outcome = study.make(pipeline, study)
     facts = provenance()
     command = f"moresjax study {study.name} --out {out} --seeds {seeds}"
+    if only:
+        command += f' --only "{";".join(only)}"'
     record = {
         "study": study.name,
         "command": command,
@@ -132,6 +146,16 @@ def run_study(study: Study, out: str | Path, *, seeds: int = 5, fast: bool = Fal
         command=command,
         made=describe(facts),
     )
+
+
+def _part(study: Study, only: Sequence[str]) -> Study:
+    names = [run.name for run in study.runs]
+    if not study.in_parts:
+        raise UserError(f"study {study.name} compares all of its runs; it has no part of them")
+    if wrong := [name for name in only if name not in names]:
+        raise choice_error(f"run of study {study.name}", wrong[0], names)
+    first, *rest = study.runs
+    return dataclasses.replace(study, runs=[first, *(run for run in rest if run.name in only)])
 
 
 def values_table(title: str, columns: Mapping[str, Values], base: str) -> Table:

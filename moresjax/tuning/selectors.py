@@ -8,6 +8,8 @@
     image:uniform(1%)        the same with round(1% of n) tokens, at least one
     image:25%                round(25% of n) tokens: half of them first, the rest last
     image:at(0;5;9)          by index
+    question:skip(2;1)       all but the first 2 and the last token
+    question:skip(2;1)+f4    the first 4 of those; any slice may follow
     question  prompt  answer  system  all     other regions; `prompt` is all that is not an answer
     dialogue                 questions and answers, but nothing that is being generated
     last_prompt              the token that predicts the first answer token
@@ -56,7 +58,7 @@ REGIONS = {
     "all": (TokenKind.SYSTEM, TokenKind.IMAGE, TokenKind.QUESTION, TokenKind.ANSWER),
 }
 SPECIAL = ("last_prompt", "roi", "token(WORD)", "word(N)", "mark(NAME)")
-SLICES = ("fN", "lN", "fN+lN", "uniform(N)", "uniform(P%)", "P%", "at(I;J)")
+SLICES = ("fN", "lN", "fN+lN", "uniform(N)", "uniform(P%)", "P%", "at(I;J)", "skip(I;J)+SLICE")
 _DECODED = {"answer", "generated", "all"}
 
 _MARKED = re.compile(r"word\([1-9]\d*\)|mark\([^\s()|]+\)")
@@ -76,15 +78,23 @@ class TokenSlice:
     count: float = 0.0  # tokens, or a share of them when `percent`
     percent: bool = False
     indices: tuple[int, ...] = ()
+    skipped: tuple[int, int] = (0, 0)  # tokens at both ends of the run that do not count
 
     @property
     def needs(self) -> int:
         """The smallest n for which every token that is asked for by number can exist."""
         count = 0 if self.percent else int(self.count)
-        return max(self.first, self.last, count, *(i + 1 for i in self.indices))
+        most = max(self.first, self.last, count, *(i + 1 for i in self.indices))
+        return most + sum(self.skipped)
 
     def __call__(self, rank: Int[Array, "..."], n: Int[Array, "..."]) -> Bool[Array, "..."]:
         """Whether a token is meant, from its rank in its run and the length n of the run."""
+        if not any(self.skipped):
+            return self._chosen(rank, n)
+        rank, n = rank - self.skipped[0], jnp.maximum(n - sum(self.skipped), 0)
+        return (rank >= 0) & (rank < n) & self._chosen(rank, n)
+
+    def _chosen(self, rank: Int[Array, "..."], n: Int[Array, "..."]) -> Bool[Array, "..."]:
         if self.kind == "all":
             return rank >= 0
         if self.kind == "at":
@@ -196,7 +206,7 @@ def _region_mask(
         inside = jnp.take_along_axis(jnp.asarray(roi), jnp.maximum(image, 0), axis=1)
         return inside & (image >= 0)
     inside = jnp.isin(jnp.asarray(layout.kind), jnp.asarray(REGIONS[region]))
-    if part.kind == "all":
+    if part == TokenSlice("all"):
         return inside
     if region == "image":
         n = jnp.full_like(image, layout.visual_tokens)
@@ -232,6 +242,10 @@ def parse_selector(text: str) -> Selector:
 def _parse_slice(sliced: str, text: str) -> TokenSlice:
     if not sliced:
         return TokenSlice("all")
+    if m := re.fullmatch(r"skip\((\d+);(\d+)\)(?:\+(.+))?", sliced):
+        rest = _parse_slice(m[3] or "", text)
+        if not any(rest.skipped):
+            return dataclasses.replace(rest, skipped=(int(m[1]), int(m[2])))
     if m := re.fullmatch(r"(?:f(\d+))?(?:(?<=\d)\+(?=l))?(?:l(\d+))?", sliced):
         first, last = int(m[1] or 0), int(m[2] or 0)
         if not first + last:

@@ -29,6 +29,7 @@ from moresjax.tuning.attach import Tuning
 from moresjax.tuning.multi_adapter import stack_adapters
 from moresjax.weights import peft, pyreft
 from moresjax.weights.fingerprint import checksum, checksums, config_difference
+from moresjax.weights.rt_modules import import_rt_modules, rt_modules_file
 
 DESCRIPTION, TENSORS = "tuning.json", "tuning.safetensors"
 FORMAT = "moresjax-tuning"
@@ -96,7 +97,7 @@ def load_adapter(mllm: MLLM, folder: str | Path) -> None:
 def attach_adapter(
     mllm: MLLM, folder: str | Path, *, edits: str = "", allow_pickle: bool = False
 ) -> None:
-    """Attaches an adapter folder, our own, one of `peft` or one of `pyreft`.
+    """Attaches an adapter: our own folder, one of `peft`, `pyreft`, or the file of MRT's code.
 
     It replaces the attached tuning.
 
@@ -110,16 +111,19 @@ def attach_adapter(
 
     Args:
       mllm: The model.
-      folder: The adapter folder.
-      edits: What a folder of pyreft does not say: its methods and their tokens, such as
-        `mores:positions=image`; see `import_pyreft`.
-      allow_pickle: Whether the pickles of a pyreft folder may be read.
+      folder: The adapter folder, or `rt_modules.bin`.
+      edits: What a folder of pyreft and the file of MRT do not say: methods and their tokens, such
+        as `mores:positions=image`; see `import_pyreft` and `import_rt_modules`.
+      allow_pickle: Whether the pickles of pyreft and of MRT may be read.
 
     Raises:
       UserError: when the folder is none of these, does not belong to the model, or says itself
         what `edits` says.
     """
     folder = Path(folder)
+    if file := rt_modules_file(folder):
+        import_rt_modules(file, mllm, edits=edits, allow_pickle=allow_pickle)
+        return
     if pyreft.pyreft_folder(folder):
         pyreft.import_pyreft(folder, mllm, edits=edits, allow_pickle=allow_pickle)
         return
@@ -129,6 +133,11 @@ def attach_adapter(
         peft.import_peft(folder, mllm)
     else:
         load_adapter(mllm, folder)
+
+
+def leaves_tokens_open(folder: Path) -> bool:
+    """Whether an adapter does not say which tokens its edits change."""
+    return bool(pyreft.pyreft_folder(folder) or rt_modules_file(folder))
 
 
 def load_adapters(
@@ -161,7 +170,7 @@ def load_adapters(
         itself, or they cannot be held together (see `stack_adapters`); the
         model is then as it was.
     """
-    of_pyreft = {name for name, folder in folders.items() if pyreft.pyreft_folder(Path(folder))}
+    of_pyreft = {name for name, folder in folders.items() if leaves_tokens_open(Path(folder))}
     if edits and not of_pyreft:
         raise UserError(f"none of {', '.join(map(str, folders.values()))} is a folder of pyreft")
     attached, tunings = mllm.tuning, {}

@@ -152,9 +152,21 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a `*.bin` file, which torch reads without running what is in it.
 
     Raises:
-      UserError: when it cannot be read, holds something else, or torch is not installed.
+      UserError: It cannot be read, holds something else, or torch is not installed.
     """
     return _arrays(unpickled(file), file)
+
+
+def read_pickles(file: Path) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a `*.bin` file that holds several by name, read as by `read_pickle`.
+
+    Raises:
+      UserError: It cannot be read, holds something else, or torch is not installed.
+    """
+    found = unpickled(file)
+    if not isinstance(found, Mapping) or not all(isinstance(x, Mapping) for x in found.values()):
+        raise UserError(f"{file} does not hold state dicts of modules by name")
+    return {name: _arrays(tensors, file) for name, tensors in found.items()}
 
 
 def unpickled(file: Path) -> Any:

@@ -204,6 +204,12 @@ def _region(part: Record, kind: Tensor, tokens: Tensor, visual_tokens: int) -> T
 
 def _slice(part: Record, rank: Tensor, n: Tensor) -> Tensor:
     """Whether a token is meant, from its rank in its run and the length n of the run."""
+    before, after = part.get("skipped", (0, 0))
+    rank, n = rank - before, (n - before - after).clamp(min=0)
+    return (rank >= 0) & (rank < n) & _chosen(part, rank, n)
+
+
+def _chosen(part: Record, rank: Tensor, n: Tensor) -> Tensor:
     if part["kind"] == "all":
         return rank >= 0
     if part["kind"] == "at":

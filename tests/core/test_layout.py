@@ -197,6 +197,11 @@ def image_indices(selector: str, visual: int, images: int = 1) -> list[list[int]
         ("image:1%", 576, [0, 1, 2, 573, 574, 575]),
         ("image:at(0;3)", 5, [0, 3]),
         ("image:f1|image:l1", 5, [0, 4]),
+        ("image:skip(1;2)", 6, [1, 2, 3]),
+        ("image:skip(2;0)+f9+l9", 7, [2, 3, 5, 6]),
+        ("image:skip(0;1)+at(0;4)", 5, [0]),
+        ("image:skip(1;1)+uniform(3)", 7, [1, 3, 5]),
+        ("image:skip(4;4)+f1", 5, []),
     ],
 )
 def test_image_slices(selector, visual, expected):

@@ -43,7 +43,9 @@ CONTRACTS = [
     ("seed_bench", "test", 19_242, 128, "accuracy", LETTER),
     ("seed_bench_rank", "test", 19_242, 128, "accuracy", "Where?"),
     ("pope", "test", 3_000, 128, "accuracy", f"in the image?\n{SHORT}"),
+    ("pope_judged", "test", 3_000, 128, "accuracy", f"in the image?\n{SHORT}"),
     ("mme", "test", 2_374, 128, "perception + cognition", f"Is it a cat?\n{SHORT}"),
+    ("mme_sampled", "test", 2_374, 8, "perception + cognition", f"Is it a cat?\n{SHORT}"),
     ("hallusionbench", "test", 1_129, 512, "aAcc", "\nIs it equal?"),
     ("vsr", "zeroshot_test", 1_222, 128, "accuracy", "Please answer yes or no."),
     ("snli_ve", "test", 17_901, 128, "accuracy", SHORT),
@@ -109,6 +111,8 @@ NEEDS = {name: name for name in benchmark_names() if not name.startswith("digits
     "iconqa_txt": "iconqa",
     "iconqa_blank": "iconqa",
     "textvqa_judged": "textvqa",
+    "pope_judged": "pope",
+    "mme_sampled": "mme",
     "seed_bench_rank": "seed_bench",
 }
 

@@ -8,6 +8,7 @@ from benchmark_helpers import LIMIT, WordJudge, official, sent, the_task
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.metrics.hallusionbench import parse_verdict
 from moresjax.evaluation.rescore import rescore
+from moresjax.evaluation.tasks import load_benchmark
 from moresjax.testing import benchmark_files as downloads
 from moresjax.testing.benchmark_files import FOUR, THREE, lines, write
 
@@ -67,6 +68,19 @@ def test_vsr_and_its_judge(tmp_path):
     judge = WordJudge("yes", "Yes, the same")
     assert task.scorer(task.examples, ["Yes.", "It is not."], judge).value == 1
     assert IMAGE_MARK not in judge.prompts[0]
+
+
+def test_pope_and_its_judge(tmp_path):
+    write(tmp_path, downloads.pope())
+    tasks = load_benchmark("pope_judged", data_root=tmp_path, limit=LIMIT)
+    assert [task.name for task in tasks] == [
+        f"pope_judged_{kind}" for kind in ("random", "popular", "adversarial")
+    ]
+    task, answers = tasks[0], [example.answer for example in tasks[0].examples]
+    assert task.scorer(task.examples, answers).value == 1
+    judge = WordJudge(*["No."] * len(answers))
+    score = task.scorer(task.examples, answers, judge)
+    assert (score.value, score.judge["name"]) == (0, "words")
 
 
 def captions_score(name, root, saved):

@@ -89,5 +89,7 @@ def test_cells_that_a_rule_graded_are_marked():
     assert table(scores, ["mores-table1"]).split("\n")[-1].split()[-3:] == ["30.0", "50.0", "47.1"]
     # A column that the mean leaves out does not mark it.
     mrt = [name for name, _ in PRESETS["mrt-table1"].columns.values()]
-    scores = {name: entry(name, 0.5) for name in mrt} | {"mme": entry("mme", 0.5, "rule")}
+    scores = {name: entry(name, 0.5) for name in mrt} | {
+        "mme_sampled": entry("mme_sampled", 0.5, "rule")
+    }
     assert table(scores, ["mrt-table1"]).split("\n")[-2].split() == ["50.0*", *["50.0"] * 8]

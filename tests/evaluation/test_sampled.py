@@ -1,6 +1,7 @@
 """Evaluations whose answers are drawn: reproducible, told apart, never mixed with others."""
 
 import argparse
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from moresjax.cli import evaluate as command
 from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.lm import MoresjaxLM
+from moresjax.evaluation.presets import table
 from moresjax.evaluation.rescore import rescore
 from moresjax.evaluation.results import write_results
 from moresjax.evaluation.run import evaluate
@@ -55,6 +57,21 @@ def test_the_folder_says_how_answers_were_drawn_and_takes_no_others(model, tmp_p
     for other in (Sampling(), Sampling(temperature=1000.0, top_p=0.95, seed=6)):
         with pytest.raises(UserError, match=f"by other decoding \\({told}, not "):
             answers(model, out=out, sampling=other)
+
+
+def test_a_benchmark_may_draw_its_answers_itself(model, tmp_path):
+    (task,) = load_benchmark("digits", limit=4)[:1]
+    hot = dataclasses.replace(task, temperature=1000.0)
+    options = {"tasks": [hot], "limit": 4}
+    drawn = answers(model, **options, sampling=Sampling(), out=tmp_path)
+    assert drawn == answers(model, **options, sampling=Sampling(seed=3))
+    assert drawn == answers(model, tasks=[task], limit=4, sampling=Sampling(temperature=1000.0))
+    assert drawn != answers(model, tasks=[task], limit=4, sampling=Sampling())
+    (entry,) = json.loads((tmp_path / "results.json").read_text())["scores"].values()
+    assert entry["decoding"] == "temperature 1000, seed 0"
+    assert "temperature 1000, seed 0)" in table({"digits": entry})
+    # The evaluation's own sampling wins, and is its own note.
+    assert hot.sampling(HOT) == HOT
 
 
 def test_lm_eval_is_told_too(model, monkeypatch):

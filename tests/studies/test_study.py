@@ -80,6 +80,32 @@ def test_a_study_says_what_agrees_with_the_paper(name):
     json.dumps(outcome.values)
 
 
+MRT_LEVELS = {"zero-shot": 0.3, "mrt, visual 8": 0.6, "mrt, ": 0.4, "mrt": 0.5, "full": 0.9}
+MRT_LEVELS |= dict.fromkeys(("lora", "aprompt", "ptum", "vpt", "reft", "m2pt", "mixlora"), 0.45)
+
+
+def test_mrt_in_miniature_is_compared_with_its_own_ablations():
+    methods, ablations = STUDIES["mrt-table1"], STUDIES["mrt-ablations"]
+    said = methods.make(CannedPipeline(MRT_LEVELS), methods).findings[0]
+    rest = "lora r=8, aprompt, ptum, vpt, reft, m2pt and mixlora"
+    assert said == f"Mean accuracy against mrt: as in the paper for zero-shot, full, {rest}."
+    outcome = ablations.make(CannedPipeline(MRT_LEVELS), ablations)
+    assert [len(table.rows) for table in outcome.tables] == [3, 6, 5, 2, 4]
+    said = " ".join(outcome.findings)
+    assert "Ranks: accuracy against mrt: as in the paper for visual 4, multimodal 8; " in said
+    assert "against the paper for visual 8, multimodal 8" in said
+    assert "Segments: accuracy against mrt: as in the paper for prefix alone, suffix" in said
+    part = dataclasses.replace(ablations, runs=[r for r in ablations.runs if "half" in r.name])
+    (table,) = part.make(CannedPipeline(MRT_LEVELS), part).tables
+    assert [row[0] for row in table.rows] == ["mrt", "first half", "latter half"]
+    # Editors train alone, and the tables share what is one run in both.
+    for study in (methods, ablations):
+        alone = [run.tuning for run in study.runs if run.settings]
+        assert all(tuning.startswith("mrt") for tuning in alone)
+    assert "reft" in {run.name for run in methods.runs} & {run.name for run in ablations.runs}
+    json.dumps(outcome.values)
+
+
 def test_the_papers_order_is_compared_only_where_it_has_one():
     here = {"a": [0.5] * 5, "b": [0.6] * 5, "c": [0.5] * 5}
     said = agreement("Score", "a", {"a": 1, "b": 1, "c": 2, "d": 3}, here)
@@ -138,6 +164,8 @@ def test_studies_are_listed_with_their_budgets(capsys):
         (["table99", "--out", "x"], "'table99'; choose from: table1"),
         (["table1"], "--out DIR"),
         (["table1", "--out", "x", "--seeds", "1"], "at least 2, got 1"),
+        (["table1", "--out", "x", "--only", "full"], "has no part of them"),
+        (["mrt-ablations", "--out", "x", "--only", "rank"], "run of study mrt-ablations 'rank'"),
     ],
 )
 def test_studies_that_cannot_be_are_refused(arguments, words, capsys, tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ SPECS = {
         "steer:positions=generated/red:site=llm.block.attn.out,positions=question:uniform(50%)"
     ),
     "phi + siglip": (
-        "mrt:rank=2,visual_rank=2/red:site=vision.block.mlp.out,positions=image:l2/"
+        "mrt:rank=2,visual_rank=2,skip=1;1/red:site=vision.block.mlp.out,positions=image:l2/"
         "red:site=vision.block.attn.out/loreft:rank=1,site=connector.out,positions=image:f1/"
         "loreft:rank=1,site=llm.embed.out/red:site=llm.block.attn.out/"
         "loreft:rank=1,site=llm.norm.out,positions=last_prompt|generated"

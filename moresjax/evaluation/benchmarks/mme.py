@@ -7,6 +7,7 @@ Saved predictions are a folder of `SUBTASK.txt` with image, question, answer, pr
 benchmark's `calculation.py` reads, and what is written here.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -103,19 +104,32 @@ def _results(examples: list[Example], subtask: str) -> Callable[[Mapping[str, st
     return write
 
 
-@benchmark("mme")
-def load(
-    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
-) -> list[BenchmarkTask]:
-    """Sum of accuracy and pair accuracy over the subtasks, at most 2800 points."""
+def _task(name: str, data_root: DataRoot, limit: int | None, split: str) -> BenchmarkTask:
     folder = benchmark_folder("mme", data_root)
-    check_split("mme", split, ("test",))
+    check_split(name, split, ("test",))
     examples = [
         example for subtask in PERCEPTION + COGNITION for example in _questions(folder, subtask)
     ]
     # Both questions of an image count together.
     limit = None if limit is None else limit + limit % 2
-    examples = limit_rows(examples, limit, "mme", SIZE)
+    examples = limit_rows(examples, limit, name, SIZE)
     subtasks = dict.fromkeys(example.metadata["subtask"] for example in examples)
-    results = {f"mme-submission/{name}.txt": _results(examples, name) for name in subtasks}
-    return [BenchmarkTask("mme", examples, scorer=_scorer, read=_read, submissions=results)]
+    results = {f"{name}-submission/{part}.txt": _results(examples, part) for part in subtasks}
+    return BenchmarkTask(name, examples, scorer=_scorer, read=_read, submissions=results)
+
+
+@benchmark("mme")
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
+    """Sum of accuracy and pair accuracy over the subtasks, at most 2800 points."""
+    return [_task("mme", data_root, limit, split)]
+
+
+@benchmark("mme_sampled")
+def load_sampled(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
+    """The same with answers of at most 8 tokens that are drawn, as MRT's code draws them."""
+    task = _task("mme_sampled", data_root, limit, split)
+    return [dataclasses.replace(task, temperature=0.4, max_new_tokens=8)]

@@ -18,7 +18,7 @@ from moresjax.evaluation.files import (
     result_reader,
 )
 from moresjax.evaluation.metrics.yes_no import pope_answer, pope_summary
-from moresjax.evaluation.scoring import Predictions, example_scorer
+from moresjax.evaluation.scoring import Predictions, Scorer, example_scorer, same_answer_scorer
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
 
 KINDS = ("random", "popular", "adversarial")
@@ -37,14 +37,11 @@ def details(
     return pope_summary(texts, [example.answer for example in examples])
 
 
-@benchmark("pope")
-def load(
-    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+def _tasks(
+    name: str, data_root: DataRoot, limit: int | None, split: str, scorer: Scorer
 ) -> list[BenchmarkTask]:
-    """Accuracy, precision, recall and F1 of each kind."""
     folder = benchmark_folder("pope", data_root)
-    check_split("pope", split, ("test",))
-    scorer = example_scorer(lambda text, label: float(pope_answer(text) == label), details)
+    check_split(name, split, ("test",))
     photos = folder.parent / "coco" / "val2014"
     tasks = []
     for kind in KINDS:
@@ -56,9 +53,27 @@ def load(
                 row["label"],
                 (image_file(photos, row["image"], row["question_id"]),),
             )
-            for row in limit_rows(rows, limit, f"pope {kind}", SIZE, strict=kind != "random")
+            for row in limit_rows(rows, limit, f"{name} {kind}", SIZE, strict=kind != "random")
         ]
         # The official answers have no ids: their order is that of the questions.
         read = result_reader(None, "answer")
-        tasks.append(BenchmarkTask(f"pope_{kind}", examples, scorer=scorer, read=read))
+        tasks.append(BenchmarkTask(f"{name}_{kind}", examples, scorer=scorer, read=read))
     return tasks
+
+
+@benchmark("pope")
+def load(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
+    """Accuracy, precision, recall and F1 of each kind."""
+    scorer = example_scorer(lambda text, label: float(pope_answer(text) == label), details)
+    return _tasks("pope", data_root, limit, split, scorer)
+
+
+@benchmark("pope_judged")
+def load_judged(
+    data_root: DataRoot = None, limit: int | None = None, split: str = "test"
+) -> list[BenchmarkTask]:
+    """Share of answers that a judge finds right, of each kind."""
+    scorer = same_answer_scorer(lambda text, label: float(pope_answer(text) == label))
+    return _tasks("pope_judged", data_root, limit, split, scorer)

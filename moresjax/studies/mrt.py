@@ -1,0 +1,177 @@
+"""MRT's Table 1 and its ablations (arXiv 2503.00723) on the digits world.
+
+As in the paper the connector trains with the baselines and is frozen under MRT and ReFT, whose
+editors train alone. Numbers of the paper are points of MME.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
+from moresjax.studies.findings import compare_with
+from moresjax.studies.pipeline import ZERO_SHOT, Finetuning, Pipeline
+from moresjax.studies.study import Outcome, Study, Table, agreement, values_table
+
+MRT, RATE = "mrt", 1e-2
+# Editors train alone, and start as in the paper.
+_ALONE: Mapping[str, Any] = {
+    "also_train": (),
+    "optimizer.lr": RATE,
+    "optimizer.lr_by_component": "",
+}
+_LIMITS = (
+    "Three layers of 96 features, two of 64 in the encoder and questions of seven tokens or so, of "
+    "which prefix and suffix take half each: the miniature says nothing about 32 layers, nor about "
+    "ranks beside thousands of features. MRT's rate is that of the demo's MoReS, not searched for."
+)
+
+
+def _editors(name: str, keys: str = "") -> Finetuning:
+    return Finetuning(name, f"mrt:{keys}" if keys else "mrt", _ALONE)
+
+
+# Table 1 ----------------------------------------------------------------------------------------
+
+# MME and the mean of the seven other benchmarks.
+TABLE_1 = {
+    ZERO_SHOT: (1110.82, 52.46),
+    "full": (1587.26, 66.59),
+    "lora r=8": (1393.67, 61.21),
+    "aprompt": (1406.63, 61.52),
+    "ptum": (1354.62, 62.00),
+    "vpt": (1398.74, 60.48),
+    "reft": (1473.25, 62.90),
+    "m2pt": (1503.98, 63.68),
+    "mixlora": (1509.61, 63.30),
+    MRT: (1580.40, 64.93),
+}
+_TUNINGS = {
+    "full": recipe.METHODS["full"],
+    "lora r=8": recipe.METHODS["lora r=8"],
+    "aprompt": "aprompt:length=4,kv_length=2",
+    "ptum": "ptum:length=4",
+    "vpt": "vpt:length=4",
+    "m2pt": "m2pt:visual_length=4,length=4",
+    "mixlora": "mixlora:factors=8,rank=4",
+}
+_BASELINES = (
+    *(Finetuning(name, tuning) for name, tuning in _TUNINGS.items()),
+    _editors("reft", "groups=prefix;suffix"),
+    _editors(MRT),
+)
+
+
+def _accuracy(pipeline: Pipeline, names: Sequence[str]) -> dict[str, list[float]]:
+    return {
+        name: [float(pipeline.scores(seed, name)["mean_accuracy"]) for seed in pipeline.seeds]
+        for name in names
+    }
+
+
+def _table1(pipeline: Pipeline, study: Study) -> Outcome:
+    values = _accuracy(pipeline, list(TABLE_1))
+    sentences = [
+        agreement("Mean accuracy", MRT, {name: mme for name, (mme, _) in TABLE_1.items()}, values),
+        compare_with(MRT, "Mean accuracy", values),
+    ]
+    tables = [values_table("Mean accuracy", {"accuracy": values}, MRT)]
+    return Outcome(tables, sentences, {"mean_accuracy": values})
+
+
+# Ablations --------------------------------------------------------------------------------------
+
+# By ablation and row: the keys of `mrt`, and the paper's MME; None where a figure shows no number.
+ABLATIONS: Mapping[str, Mapping[str, tuple[str, float | None]]] = {
+    "ranks (Figure 4)": {
+        "visual 4, multimodal 8": ("rank=8,visual_rank=4", 1452.12),
+        "visual 8, multimodal 8": ("rank=8,visual_rank=8", 1505.32),
+    },
+    "components (Figure 6, Table S6)": {
+        "without connector": ("groups=visual;prefix;suffix", None),
+        "without multimodal": ("groups=visual;connector", 1358.0),
+        "LLM alone": ("groups=prefix;suffix", 1473.25),
+        "connector alone": ("groups=connector", 1165.33),
+        "vision alone": ("groups=visual", 1342.46),
+    },
+    "depth (Table 3)": {
+        "first layer": ("layers=0,visual_layers=0", 1329.84),
+        "odd layers": ("layers=every:2,visual_layers=every:2", 1468.21),
+        "first half": ("layers=0-1,visual_layers=0", 1440.32),
+        "latter half": ("layers=1-2,visual_layers=1", 1447.41),
+    },
+    "length (Figure 6)": {"length 2": ("length=2", None)},
+    "segments (Table S3)": {
+        "prefix alone": ("groups=visual;connector;prefix", 1465.32),
+        "suffix alone": ("groups=visual;connector;suffix", 1497.35),
+        "all text tokens": ("text=all", 1233.90),
+    },
+}
+# Ranks, components, depth and segments of the paper's best are those of `mrt` itself.
+_BEST = 1580.40
+_ROWS = {row: keys for rows in ABLATIONS.values() for row, (keys, _) in rows.items()}
+
+
+def _run(row: str) -> str:
+    """The name of a row's runs; ReFT of Table 1 is MRT's editors in the LLM."""
+    return "reft" if row == "LLM alone" else f"mrt, {row}"
+
+
+def _title(what: str) -> str:
+    return what[0].upper() + what[1:]
+
+
+def _ablations(pipeline: Pipeline, study: Study) -> Outcome:
+    made = {run.name for run in study.runs}
+    best = _accuracy(pipeline, [MRT])[MRT]
+    found: dict[str, list[float]] = {MRT: best}
+    tables, sentences = [], []
+    for what, rows in ABLATIONS.items():
+        there = [row for row in rows if _run(row) in made]
+        if not there:
+            continue
+        values = {MRT: best} | {row: _accuracy(pipeline, [_run(row)])[_run(row)] for row in there}
+        found |= values
+        tables.append(values_table(_title(what), {"accuracy": values}, MRT))
+        printed = {row: rows[row][1] for row in there}
+        paper = {row: mme for row, mme in printed.items() if mme is not None}
+        if paper:
+            title = f"{_title(what).partition(' (')[0]}: accuracy"
+            sentences.append(agreement(title, MRT, {MRT: _BEST} | paper, values))
+        sentences.append(compare_with(MRT, _title(what), values))
+    return Outcome(tables, sentences, {"mean_accuracy": found})
+
+
+def _printed() -> Table:
+    rows = [
+        [what, row, f"{mme:.2f}" if mme else "no number in the figure"]
+        for what, own in ABLATIONS.items()
+        for row, (_, mme) in own.items()
+    ]
+    head = ["ablation", "row", "MME"]
+    return Table("The paper", head, [["", "MRT", f"{_BEST:.2f}"], *rows])
+
+
+STUDIES = (
+    Study(
+        "mrt-table1",
+        "MRT, Table 1: methods",
+        _BASELINES,
+        Table(
+            "The paper",
+            ["method", "MME", "MMAvg"],
+            [[name, f"{mme:.2f}", f"{mean:.2f}"] for name, (mme, mean) in TABLE_1.items()],
+        ),
+        "Lengths of prompts and pools are small, and no rate but those of full and lora is "
+        f"searched for. {_LIMITS}",
+        _table1,
+    ),
+    Study(
+        "mrt-ablations",
+        "MRT, Figures 4 and 6, Tables 3, S3 and S6: ablations",
+        (_editors(MRT), *(_editors(_run(row), keys) for row, keys in _ROWS.items())),
+        _printed(),
+        _LIMITS,
+        _ablations,
+        in_parts=True,
+    ),
+)
