@@ -108,7 +108,7 @@ def _concepts(content: Mapping[str, Any], file: Path, facts: Mapping[str, Any]) 
             f"{file} has {len(vectors)} concepts, but activations of {activations.shape[1]}"
         )
     sizes = np.bincount(activations.argmax(1), minlength=len(vectors))
-    more = {"n": len(activations)}
+    more: dict[str, Any] = {"n": len(activations)}
     if words := content.get("text_grounding"):
         more["words"] = [[str(word) for word in own] for own in words]
     return Concepts(RENAMED[method], vectors, sizes, {}, {**facts, **more})

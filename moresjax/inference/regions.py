@@ -66,7 +66,7 @@ def _boxes(
     """A box around the centre of every token that is attended to most, inside the image."""
     corner, sides = np.asarray(placement[:2]), np.asarray(placement[2:])
     places = (centres - corner) / sides
-    inside = ((places > 0) & (places < 1)).all(axis=1)  # not of the padding, nor the class token
+    inside = np.all((places > 0) & (places < 1), axis=1)  # not of the padding, nor the class token
     count = max(round(len(centres) * percent / 100), 1)
     order = np.argsort(np.where(inside, -attention, np.inf), kind="stable")[:count]
     distinct = [np.unique(centres[inside, axis].round(6)) for axis in (0, 1)]
