@@ -1,6 +1,7 @@
 """`moresjax import`: a Hugging Face folder becomes a workdir."""
 
 import argparse
+from pathlib import Path
 
 from moresjax.cli.options import Commands, add_command, show
 
@@ -8,8 +9,10 @@ from moresjax.cli.options import Commands, add_command, show
 def add_parser(commands: Commands) -> None:
     """Adds the subcommand."""
     command = add_command(commands, "import", run, "turn a Hugging Face folder into a workdir")
-    command.add_argument("source", metavar="SRC", help="folder of a LLaVA or of an LLM")
-    command.add_argument("out", metavar="OUT", help="the new workdir")
+    command.add_argument(
+        "source", metavar="SRC", help="folder of a LLaVA or of an LLM, or a .pth of xl-vlms"
+    )
+    command.add_argument("out", metavar="OUT", help="the new folder")
     command.add_argument(
         "--vision", default="", metavar="DIR[;DIR]", help="one or two vision encoders for an LLM"
     )
@@ -50,11 +53,20 @@ def add_parser(commands: Commands) -> None:
     command.add_argument(
         "--keep-lora", action="store_true", help="keep the LoRA of --minigpt apart from the LLM"
     )
+    command.add_argument("--site", default="", metavar="SITE", help="of xl-vlms's states")
+    command.add_argument("--layer", type=int, metavar="L", help="of xl-vlms's states")
     command.add_argument("--allow-pickle", action="store_true", help="read *.bin and *.pth too")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Imports and counts the parameters."""
+    """Imports and counts the parameters; of a file of xl-vlms, says what it holds."""
+    if Path(args.source).suffix == ".pth":
+        from moresjax.analysis.xl_vlms import import_xl_vlms
+
+        where = {"site": args.site, "layer": args.layer, "allow_pickle": args.allow_pickle}
+        facts = import_xl_vlms(args.source, args.out, **where)
+        show(args, facts, f"{args.out}: {facts['kind']}")
+        return
     from moresjax.inference.convert import import_model
     from moresjax.models.count import count_parameters
 

@@ -102,8 +102,8 @@ def measure_overhead(
             if number >= 0:
                 end = time.perf_counter()
                 seconds[spec].append(((middle - start) / len(rows), (end - middle) / len(rows)))
-    plain = tuple(map(sum, seconds[NO_TUNING]))
+    plain = tuple(prefill + decode for prefill, decode in seconds[NO_TUNING])
     return {
-        spec: Overhead(*(tuple(column) for column in zip(*own, strict=True)), plain)
+        spec: Overhead(tuple(one for one, _ in own), tuple(other for _, other in own), plain)
         for spec, own in seconds.items()
     }

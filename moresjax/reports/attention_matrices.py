@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -31,10 +32,9 @@ def attention_matrices(maps: np.ndarray, groups: Sequence[str], title: str) -> F
     middles = ends - np.asarray([size for _, size in runs]) / 2 - 0.5
     size = (2.5 * layers + 0.8, 2.9)
     figure, axes = plt.subplots(1, layers, figsize=size, squeeze=False, layout="constrained")
-    drawn = None
+    norm = LogNorm(LEAST, 1)
     for layer, (axis, own) in enumerate(zip(axes[0], maps, strict=True)):
-        norm = LogNorm(LEAST, 1)
-        drawn = axis.imshow(np.maximum(own, LEAST), cmap="magma", norm=norm)
+        axis.imshow(np.maximum(own, LEAST), cmap="magma", norm=norm)
         for end in ends[:-1]:
             axis.axhline(end - 0.5, color="#56B4E9", linewidth=0.7)
             axis.axvline(end - 0.5, color="#56B4E9", linewidth=0.7)
@@ -45,5 +45,6 @@ def attention_matrices(maps: np.ndarray, groups: Sequence[str], title: str) -> F
     axes[0, 0].set_ylabel("query", fontsize=7)
     axes[0, 0].set_xlabel("key", fontsize=7)
     figure.suptitle(title, fontsize=8)
-    figure.colorbar(drawn, ax=list(axes[0]), fraction=0.03).ax.tick_params(labelsize=6)
+    colours = ScalarMappable(norm, "magma")
+    figure.colorbar(colours, ax=list(axes[0]), fraction=0.03).ax.tick_params(labelsize=6)
     return figure

@@ -112,6 +112,7 @@ STUDIES = (
         "64 visual tokens (patches of 4 pixels): 1% is the last token alone, which shows a 4 x 4 "
         "corner of the scene; in the paper it is 9 of 729.",
         _table8,
+        more_minutes=1.0,
         variant=TOKENS,
         factor=2.0,
     ),
@@ -122,6 +123,7 @@ STUDIES = (
         Table("The paper: mean of seven benchmarks, 3B", ["layers", "Avg"], _rows(TABLE_9)),
         _LAYER_LIMITS,
         _table9,
+        more_minutes=1.1,
         variant=LAYERS,
         factor=0.7,
     ),
@@ -132,6 +134,7 @@ STUDIES = (
         Table("The paper: mean of seven benchmarks, 3B", ["layers", "Avg"], _rows(TABLE_10)),
         _LAYER_LIMITS,
         _table10,
+        more_minutes=1.1,
         variant=LAYERS,
         factor=0.7,
     ),

@@ -54,7 +54,7 @@ def list_studies(seeds: int = 5) -> str:
             *lines,
             f"minutes are about those of two quiet cores with {seeds} seeds, when no run is there "
             f"yet but stages 0 and 1, which most share and which take {STAGE_MINUTES * seeds:.0f}; "
-            "table8, 9 and 10 have stages of their own, which take longer; table1, fig1 and fig2 "
+            "table8, 9 and 10 have stages of their own, which are counted; table1, fig1, 2 and 4 "
             "share their runs with each other, and some with table4, 6 and 7",
         ]
     )

@@ -5,6 +5,7 @@ Axis legend: B rows, S tokens, P virtual tokens, D hidden size, L layers.
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,9 @@ class Tuning(nnx.Module):
                 values.setdefault(name, {})[site] = start(method, tuple(shape), layers, own)
         return values
 
-    def set_values(self, values: Values, kind: type[nnx.Variable]) -> None:
+    def set_values(
+        self, values: dict[str, dict[str, dict[str, Any]]], kind: type[nnx.Variable]
+    ) -> None:
         """Puts parameters, constants or their shapes in place."""
         for key, site, params in ((k, s, p) for k, own in values.items() for s, p in own.items()):
             self.params[key][site] = nnx.Dict({n: kind(x) for n, x in params.items()})

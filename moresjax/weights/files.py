@@ -83,7 +83,7 @@ def stored_in(
             f"{file} is pickled, and pickles run code; allow it with --allow-pickle if you trust "
             "its source"
         )
-    content = _unpickled(file)
+    content = unpickled(file)
     if isinstance(content, Mapping) and isinstance(content.get(inside), Mapping):
         rest = {key: x for key, x in content.items() if key != inside}
         return _arrays(content[inside], file), rest
@@ -154,10 +154,15 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     Raises:
       UserError: when it cannot be read, holds something else, or torch is not installed.
     """
-    return _arrays(_unpickled(file), file)
+    return _arrays(unpickled(file), file)
 
 
-def _unpickled(file: Path) -> Any:
+def unpickled(file: Path) -> Any:
+    """What a pickle of torch holds, read without running what is in it.
+
+    Raises:
+      UserError: when it cannot be read so, or torch is not installed.
+    """
     try:
         import torch
     except ImportError:

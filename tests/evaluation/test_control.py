@@ -9,6 +9,7 @@ from moresjax.core.errors import UserError
 from moresjax.data.control.cases import NEGATIVE, OTHER, OWN, TARGET, Case, Scenario
 from moresjax.data.control.questions import OBJECTS
 from moresjax.data.control.source import ControlSource
+from moresjax.data.region_providers import region_provider
 from moresjax.evaluation.control.answers import (
     ALL,
     BASE,
@@ -16,6 +17,7 @@ from moresjax.evaluation.control.answers import (
     Answers,
     editor_groups,
     make_variants,
+    place_regions,
 )
 from moresjax.evaluation.control.measure import Measured, correct, says
 from moresjax.evaluation.control.run import ControlResult, measure_control, template_rephraser
@@ -147,6 +149,29 @@ def test_a_variant_has_its_editors_alone(asked, monkeypatch):
             answers.ask(variant, cases)
     connector, text = TUNING.split("/")
     assert said == ["none", TUNING, TUNING, connector, text]
+
+
+@pytest.mark.parametrize(
+    ("roi", "wanted"),
+    [
+        ("boxes", None),
+        ("all", ((0.0, 0.0, 1.0, 1.0),)),
+        ("center(50%)", ((0.25, 0.25, 0.75, 0.75),)),
+        ("attention(1;20%)", 2),  # of nine patches
+    ],
+)
+def test_a_models_own_regions_take_the_place_of_the_datas(asked, monkeypatch, roi, wanted):
+    model, source, *_ = asked
+    cases, prompts = source.cases(1), model.prompts
+    processor = dataclasses.replace(prompts.processor, regions=region_provider(roi))
+    monkeypatch.setattr(prompts, "saved_processor", processor)
+    found = place_regions(model, cases)
+    if isinstance(wanted, int):
+        areas = [sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in one.roi) for one in found]
+        assert areas == pytest.approx([wanted / 9] * len(found), abs=1e-3)
+        assert all(one.roi != case.roi for one, case in zip(found, cases, strict=True))
+    else:
+        assert [one.roi for one in found] == [wanted or case.roi for case in cases]
 
 
 def test_a_killed_run_asks_only_what_is_left(asked, monkeypatch):

@@ -1,5 +1,6 @@
 """Folders and settings of pipelines, without training any."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,17 @@ def test_methods_that_cannot_be_merged_are_asked_as_they_are():
     model = talking_model("adapter:bottleneck=2")
     assert _merged(model) is model
     assert _merged(talking_model("lora:rank=2")).tuning == "none"
+
+
+def test_answers_to_a_single_task_are_asked_once(tmp_path):
+    pipeline = Pipeline(tmp_path, (0,), scenes=2)
+    folder = pipeline.folder(0, "adapter")
+    folder.mkdir(parents=True)
+    (folder / "train.json").write_text("{}")
+    model = talking_model("adapter:bottleneck=2")
+    found = pipeline.scores(0, "adapter", model, only="digits_count")
+    assert {name: entry["n"] for name, entry in found["scores"].items()} == {"digits_count": 2}
+    # What is there is read: there is no model to load.
+    assert pipeline.scores(0, "adapter", only="digits_count") == found
+    more = dataclasses.replace(pipeline, scenes=3)
+    assert more.scores(0, "adapter", model, only="digits_count")["scores"]["digits_count"]["n"] == 3

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class Shown:
     classes: tuple[str, ...]
 
 
+@runtime_checkable
 class ImageSet(Protocol):
     """Random access to images whose classes are known.
 

@@ -6,7 +6,7 @@ LLM can be tuned on `rephrasing_pairs` (`moresjax.inference.rephraser`): nothing
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moresjax.core.errors import choice_error
 from moresjax.data.cifar import CIFAR10_CLASSES
@@ -26,6 +26,7 @@ INSTRUCTION = "Rephrase: "
 PHRASED = {"cifar10": (OBJECTS, CIFAR10_CLASSES), "digits": (DIGITS, WORDS)}
 
 
+@runtime_checkable
 class Rephraser(Protocol):
     """Anything that turns a question into another."""
 

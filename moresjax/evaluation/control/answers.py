@@ -10,11 +10,14 @@ import numpy as np
 
 from moresjax.core.errors import UserError
 from moresjax.data.control.cases import Case
-from moresjax.data.control.regions import Regions
+from moresjax.data.control.regions import WHOLE, Regions
 from moresjax.data.images import LazyPixels
 from moresjax.data.processor_facts import processor_facts, short_hash
+from moresjax.data.region_providers import OWN_REGIONS
+from moresjax.data.regions import EVERYWHERE
 from moresjax.evaluation.files import read_log, write_log
 from moresjax.inference.model import Model
+from moresjax.inference.regions import attended_regions
 from moresjax.inference.steering import with_part
 from moresjax.tuning.base import Method
 
@@ -95,6 +98,33 @@ def make_variants(groups: Sequence[str], *, subsets: bool = True) -> list[Varian
     return found
 
 
+def place_regions(model: Model, cases: Sequence[Case]) -> list[Case]:
+    """Questions with the regions that the model's own provider gives them, where it has one.
+
+    Args:
+      model: The model; a run of `roi=attention(8;20%)` finds regions itself.
+      cases: The questions, with the regions of their data.
+
+    Raises:
+      UserError: An image cannot be read, or the model has no such layer.
+    """
+    processor = model.prompts.processor
+    provider = processor.regions
+    if provider.kind == "boxes":
+        return list(cases)
+
+    def place(case: Case) -> Case:
+        sample = case.asked
+        if provider.kind == "attention":
+            sample = attended_regions(model.mllm, processor, sample, provider)
+        else:
+            sample = provider(sample)
+        boxes = (sample.roi or ((),))[0] or ()
+        return dataclasses.replace(case, roi=tuple(WHOLE if x == EVERYWHERE else x for x in boxes))
+
+    return [place(case) for case in cases]
+
+
 class Answers:
     """The answers of a model, which survive a killed process.
 
@@ -150,7 +180,7 @@ class Answers:
         for start in range(0, len(cases), size):
             chunk = cases[start : start + size]
             images: dict[tuple, LazyPixels] = {}
-            rows = [prompts.processor.row(case.asked, images) for case in chunk]
+            rows = [prompts.sample_row(case.asked, images, OWN_REGIONS) for case in chunk]
             limits = [SHORT if isinstance(case.truth, str) else LONG for case in chunk]
             done = service.generate_many(rows, limits, batch_size=self._batch_size)
             texts = [prompts.text(completion.tokens) for completion in done]

@@ -21,6 +21,7 @@ from moresjax.evaluation.control.answers import (
     Variant,
     editor_groups,
     make_variants,
+    place_regions,
 )
 from moresjax.evaluation.control.measure import Measured, Rate, correct, image_of, says
 from moresjax.inference.model import Model
@@ -113,6 +114,7 @@ def measure_control(
     if not any(case.kind == TARGET for case in cases):
         raise UserError(f"none of the {len(cases)} questions is about the target {source.target!r}")
     variants = make_variants(editor_groups(model), subsets=subsets)
+    cases = place_regions(model, cases)
     answers = Answers(model, out, batch_size=batch_size)
     reworded = []
     if rephraser is not None and source.phrasings is not None:
