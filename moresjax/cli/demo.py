@@ -25,4 +25,8 @@ def run(args: argparse.Namespace) -> None:
 
     results = run_demo(args.out, seeds=args.seeds, fast=args.fast)
     findings = "\n".join(results["findings"])
-    show(args, results, f"{findings}\nreport: {Path(args.out) / 'report.html'}")
+    show(
+        args,
+        results,
+        f"{findings}\nreport: {Path(args.out) / 'report.html'}, {Path(args.out) / 'states.html'}",
+    )

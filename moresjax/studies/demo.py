@@ -27,13 +27,15 @@ from moresjax.reports.html import write_demo_report
 from moresjax.studies.findings import PairedDifference, compare_with, explain
 from moresjax.studies.pipeline import ZERO_SHOT, Finetuning, Pipeline, slug
 from moresjax.studies.provenance import describe, provenance
+from moresjax.studies.states_page import states_page
 from moresjax.training.prepare import TrainResult
 from moresjax.weights.adapter import save_adapter
 
 
 def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool = False) -> dict:
-    """Runs all stages into `out` and writes `results.json`, plots, adapters and `report.html`.
+    """Runs all stages into `out` and writes `results.json`, plots, adapters and two pages.
 
+    `report.html` is about accuracy and attention, `states.html` about concepts and steering.
     An interrupted demo goes on where it stopped, and one with more seeds adds runs.
 
     Args:
@@ -86,6 +88,7 @@ def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool
     add_differences(results)
     results["findings"] = findings(results)
     results["heat_map"] = _plots(out, results, models, questions)
+    results["states"] = states_page(models["full"], out, "full", split=split, fast=fast)
     results["seconds"] = round(time.monotonic() - start, 1)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     write_demo_report(results | {"made": describe(results["made_with"])}, out)

@@ -52,6 +52,16 @@ def test_the_demo_writes_one_self_contained_report(demo):
         assert min(Image.open(path).size) > 100
 
 
+def test_the_demo_has_a_page_about_states(demo):
+    out, printed = demo
+    page, found = (out / "states.html").read_text(), printed["states"]
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', page)
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 1 + bool(found["steering"])
+    assert sum(row["n"] for row in found["concepts"]) == found["states"] == 5 * len(FAMILIES)
+    assert all(row["of"] <= row["n"] for row in found["concepts"])
+
+
 def test_the_demos_numbers_are_those_of_its_runs(demo):
     out, printed = demo
     results = json.loads((out / "results.json").read_text())
