@@ -107,7 +107,7 @@ def variants(tuning: str, points: int) -> dict[str, Run]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--points", type=int, default=5, help="points of an axis")
     parser.add_argument("--tunings", nargs="+", default=METHODS)

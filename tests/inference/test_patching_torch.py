@@ -88,15 +88,15 @@ def test_every_score_is_that_of_hooks(both, site):
     wanted = [
         [score(inputs[1], put(n, place)) for place in range(tokens)] for n in range(len(layers))
     ]
-    questions = [(PROMPT, image) for image in IMAGES]
-    found = patching(model, *questions, ANSWERS, site=site, each_visual_token=True)
+    first, second = ((PROMPT, image) for image in IMAGES)
+    found = patching(model, first, second, ANSWERS, site=site, each_visual_token=True)
     assert found.scores.shape == (len(layers), tokens)
     np.testing.assert_allclose(found.clean, wanted_clean, atol=1e-4)
     np.testing.assert_allclose(found.corrupt, wanted_corrupt, atol=1e-4)
     np.testing.assert_allclose(found.scores, wanted, atol=1e-4)
     assert np.ptp(found.scores) > 0.01
     # All visual tokens of an image at a time.
-    whole = patching(model, *questions, ANSWERS, site=site)
+    whole = patching(model, first, second, ANSWERS, site=site)
     image = (inputs[0]["input_ids"][0] == IMAGE_ID).nonzero().ravel()
     column = whole.columns.index("<image 1>")
     swapped = [score(inputs[1], put(n, image)) for n in range(len(layers))]
