@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         into="",
         phrasing=1,
         negatives=0.0,
-        roi="",
+        roi="boxes",
         tuning="control",
         llm="",
         root="data/benchmarks",
@@ -64,7 +64,8 @@ def _control(config: ConfigDict, args: ConfigDict) -> None:
     config.batch_size, config.epochs = ROWS, 1
     config.init.update({"llm": START, "vision": START, "connector": START})
     config.tokenizer = config.image_processor = START + "/processor"
-    names = "root", "scenario", "target", "into", "phrasing", "negatives", "roi"
+    config.roi = args.roi
+    names = "root", "scenario", "target", "into", "phrasing", "negatives"
     config.data = {"name": "control", "dataset": dataset, "seed": args.seed}
     config.data.update({name: args[name] for name in names})
 

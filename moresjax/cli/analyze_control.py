@@ -35,7 +35,7 @@ def register(kinds: Commands) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of the data, such as target=cat or roi=random; default: those of the run",
+        help="an option of the data, such as target=cat or phrasing=2; default: those of the run",
     )
     command.add_argument("--data-root", metavar="DIR", help="folder with cifar10/ or textvqa/")
     command.add_argument("--split", metavar="SPLIT", help="default: test, or val of textvqa")

@@ -7,7 +7,14 @@ import numpy as np
 from moresjax.data.control.cases import NEGATIVE, OTHER, TARGET
 from moresjax.data.control.questions import DIGITS
 from moresjax.data.control.source import ControlSource
-from moresjax.evaluation.control.answers import ALL, BASE, Answers, Variant, editor_groups
+from moresjax.evaluation.control.answers import (
+    ALL,
+    BASE,
+    Answers,
+    Variant,
+    editor_groups,
+    place_regions,
+)
 from moresjax.evaluation.control.measure import Measured, correct, says
 from moresjax.evaluation.control.run import Reworded, template_rephraser
 from moresjax.studies.findings import PairedDifference, compare_with
@@ -28,7 +35,7 @@ EDITORS = {
     "text": ("control:groups=text", {}),
     "visual": ("control:groups=visual", {}),
     "connector": ("control:groups=connector", {}),
-    RANDOM: ("control", {"data.roi": "random"}),
+    RANDOM: ("control", {"roi": "random"}),
     PAPER: ("control", {"data.negatives": 0.0}),
     SECOND: ("control", {"data.phrasing": 2}),
 }
@@ -45,7 +52,7 @@ NUMBERS = ("control", "others", OTHER, NEGATIVE)
 def control_source(name: str, seed: int) -> ControlSource:
     """The test questions of a run of the study."""
     settings = EDITORS.get(name, ("", {}))[1]
-    options = {key.removeprefix("data."): value for key, value in settings.items()}
+    options = {k.removeprefix("data."): v for k, v in settings.items() if k.startswith("data.")}
     return ControlSource("digits", split="test", target=TARGETED, seed=seed, **options)
 
 
@@ -93,8 +100,8 @@ def _control(pipeline: Pipeline, study: Study) -> Outcome:
             add(name, control_numbers(Measured(source.plan, cases, answers), BASE))
         for name in EDITORS:
             source = control_source(name, seed)
-            cases = source.cases(scenes)
             model = pipeline.model(seed, f"control {name}")
+            cases = place_regions(model, source.cases(scenes))
             answers, every = Answers(model), Variant(ALL, editor_groups(model))
             if name == FULL:
                 asked, (way,) = [x for x in cases if x.kind != NEGATIVE], DIGITS.paraphrases

@@ -38,7 +38,7 @@ def test_a_run_is_asked_about_its_own_target(run, tmp_path, capsys):
 
 def test_questions_and_subsets_can_be_left_out(run, tmp_path, capsys):
     options = ["--limit", "16", "--no-negatives", "--no-subsets", "--classes", "two,six"]
-    changes = ["--data", "roi=all", "--data", "phrasing=2", "--out", str(tmp_path / "out")]
+    changes = ["--roi", "all", "--data", "phrasing=2", "--out", str(tmp_path / "out")]
     assert main(["analyze", "control", "--model", run, *options, *changes]) == 0
     said = capsys.readouterr().out
     assert "| six |" in said

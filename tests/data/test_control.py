@@ -1,9 +1,7 @@
 """Data of control: official files, scenarios, phrasings, regions, rephrasers."""
 
-import json
 from collections import Counter
 
-import numpy as np
 import pytest
 
 from moresjax.core.errors import UserError
@@ -11,7 +9,6 @@ from moresjax.data.cifar import CIFAR10_CLASSES
 from moresjax.data.control.attributes import WORD, attribute_questions
 from moresjax.data.control.cases import INDICATOR, NEGATIVE, NOT_SURE, OTHER, OWN, TARGET
 from moresjax.data.control.questions import DIGITS, OBJECTS, Marked, find_indicator, word_span
-from moresjax.data.control.regions import parse_regions
 from moresjax.data.control.rephrase import (
     INSTRUCTION,
     RephrasingSource,
@@ -213,9 +210,6 @@ def test_an_attribute_is_not_sure(root, caplog):
         ({"dataset": "mnist"}, "unknown control data set 'mnist'; choose from: cifar10, textvqa"),
         ({"phrasing": 3}, "phrasing must be 1 to 2, got 3"),
         ({"split": "val"}, "unknown split of cifar10 'val'; choose from: train, test"),
-        ({"roi": "object"}, "unknown region 'object'; choose from: boxes, center"),
-        ({"roi": "center(0%)"}, "needs a share above 0 and up to 100%"),
-        ({"roi": "none.json"}, "file of regions none.json does not exist"),
         (
             {"dataset": "textvqa", "scenario": "indeterminate", "target": "name", "phrasing": 2},
             "textvqa asks its own questions",
@@ -237,36 +231,3 @@ def test_files_that_are_missing_or_damaged_are_named(root, tmp_path):
     options = {"dataset": "textvqa", "scenario": "indeterminate", "target": "name"}
     with pytest.raises(UserError, match=r"TextVQA_0.5.1_train.json does not exist"):
         ControlSource(root=str(tmp_path), **options)
-
-
-# ---- Regions.
-
-
-def test_providers_of_regions(tmp_path):
-    rng, own = np.random.default_rng(0), ((0.0, 0.0, 0.5, 0.25),)
-    found = {
-        text: parse_regions(text).boxes("a", own, rng) for text in ("boxes", "all", "center(50%)")
-    }
-    assert found == {
-        "boxes": own, "all": ((0, 0, 1, 1),), "center(50%)": ((0.25, 0.25, 0.75, 0.75),)
-    }  # fmt: skip
-    places = set()
-    for _ in range(60):
-        ((x0, y0, x1, y1),) = parse_regions("random").boxes("a", own, rng)
-        assert (x1 - x0, y1 - y0) == (0.5, 0.25)
-        places.add((x0, y0))
-    assert len(places) == 8  # a grid of such boxes
-    ((x0, y0, x1, y1),) = parse_regions("random(30%)").boxes("a", (), rng)
-    assert x1 - x0 == pytest.approx(0.3)
-    assert min(x0, y0) >= 0
-    assert max(x1, y1) <= 1
-    file = tmp_path / "regions.json"
-    file.write_text(json.dumps({"a": [[0, 0, 0.5, 0.5]], "b": []}))
-    named = parse_regions(str(file))
-    assert named.boxes("a", own, rng) == ((0.0, 0.0, 0.5, 0.5),)
-    assert named.boxes("b", own, rng) == ()
-    with pytest.raises(UserError, match="the file of regions has no boxes of sample 'c'"):
-        named.boxes("c", own, rng)
-    file.write_text(json.dumps({"a": [[0, 0, 2, 0.5]]}))
-    with pytest.raises(UserError, match=r"regions\.json, a"):
-        parse_regions(str(file))

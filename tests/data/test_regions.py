@@ -338,3 +338,29 @@ def test_providers_give_the_same_boxes_every_time():
             region_provider(text)
     with pytest.raises(UserError, match="'middle'"):
         region_provider("middle")
+
+
+def test_a_cell_of_a_grid_is_moved_to_another_cell():
+    cell, places = (0.5, 0.25, 1.0, 0.5), set()
+    for name in range(60):
+        x0, y0, x1, y1 = region_provider("random").boxes_of(str(name), 0, (cell,))[0]
+        assert (x1 - x0, y1 - y0) == (0.5, 0.25)
+        places.add((x0, y0))
+    assert len(places) == 8
+
+
+def test_regions_from_a_file(tmp_path):
+    file = tmp_path / "regions.json"
+    file.write_text(json.dumps({"one": [0, 0, 0.5, 0.5], "two": [], "bad": [[0, 0, 2, 0.5]]}))
+    provider, sample = region_provider(str(file)), Sample("one", (Turn(IMAGE_MARK),), (image(),))
+    assert provider(sample).roi == (((0.0, 0.0, 0.5, 0.5),),)
+    assert provider(dataclasses.replace(sample, id="two:target")).roi == ((),)
+    for name, message in (("none", "has no boxes of sample 'none'"), ("bad", "must lie in the")):
+        with pytest.raises(UserError, match=message):
+            provider(dataclasses.replace(sample, id=name))
+    with pytest.raises(UserError, match="cannot be read"):
+        region_provider(str(tmp_path / "other.json"))
+    for text, message in (("[", "is not JSON"), ("[]", "must be an object with boxes by the name")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            region_provider(str(file))

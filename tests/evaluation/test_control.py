@@ -110,9 +110,9 @@ def test_every_subset_and_the_random_region_are_asked():
     assert [v.name for v in make_variants(["text"])] == [BASE, ALL]
     source = ControlSource("digits", split="test", target="three")
     cases = source.cases(30)
-    moved = variants[2].cases(cases, 0)
+    moved = variants[2].cases(cases)
     assert sum(a.roi != b.roi for a, b in zip(cases, moved, strict=True)) > 30
-    assert variants[1].cases(cases, 0) == cases
+    assert variants[1].cases(cases) == cases
 
 
 @pytest.fixture(scope="module")

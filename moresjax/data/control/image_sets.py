@@ -42,13 +42,11 @@ class ImageSet(Protocol):
       name: The name of the data set.
       classes: All classes.
       phrasings: The ways to ask.
-      default_roi: The provider of regions where none is named.
     """
 
     name: str
     classes: tuple[str, ...]
     phrasings: Phrasings
-    default_roi: str
 
     def __len__(self) -> int: ...
 
@@ -69,7 +67,7 @@ class Cifar10:
       split: `train` or `test`.
     """
 
-    name, phrasings, default_roi = "cifar10", OBJECTS, "center(60%)"
+    name, phrasings = "cifar10", OBJECTS
 
     def __init__(self, root: str | Path, split: str) -> None:
         if split not in CIFAR_SPLITS:
@@ -88,8 +86,8 @@ class Cifar10:
         return Shown(f"cifar10-{self.split}-{index}", self._images[index], (name,))
 
     def boxes(self, shown: Shown, asked: str, rng: np.random.Generator) -> tuple[Box, ...]:
-        """CIFAR-10 has no boxes; its objects fill the image."""
-        return ((0.0, 0.0, 1.0, 1.0),)
+        """CIFAR-10 has no boxes; its objects fill the middle of the image."""
+        return ((0.2, 0.2, 0.8, 0.8),)
 
 
 class DigitScenes:
@@ -100,7 +98,7 @@ class DigitScenes:
       seed: Seeds the scenes.
     """
 
-    name, phrasings, default_roi = "digits", DIGITS, "boxes"
+    name, phrasings = "digits", DIGITS
     classes: tuple[str, ...] = WORDS
 
     def __init__(self, split: str, seed: int = 0) -> None:

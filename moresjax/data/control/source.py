@@ -24,7 +24,6 @@ from moresjax.data.control.image_sets import (
     own_question,
 )
 from moresjax.data.control.questions import Phrasings, check_class
-from moresjax.data.control.regions import Regions, parse_regions
 from moresjax.data.samples import Sample
 
 DATASETS = ("cifar10", NAME, "digits")
@@ -49,8 +48,7 @@ class ControlSource:
       phrasing: The way to ask, 1 or 2; `textvqa` asks its own questions.
       negatives: Share of the training questions about a class that is not there; the paper has
         none.
-      roi: The provider of regions, see `data.control.regions`; empty: the data set's own.
-      seed: Seeds what is asked, scenes and random regions.
+      seed: Seeds what is asked, and scenes.
     """
 
     dataset: str = "cifar10"
@@ -61,7 +59,6 @@ class ControlSource:
     into: str = ""
     phrasing: Annotated[int, Range(1)] = 1
     negatives: Share = 0.0
-    roi: str = ""
     seed: int = 0
 
     branches = False
@@ -77,9 +74,7 @@ class ControlSource:
             self.phrasings.number(self.phrasing)
         elif self.phrasing != 1 or self.negatives:
             raise UserError(f"{NAME} asks its own questions: it has no phrasing and no negatives")
-        # A provider or files that are not there are told now.
-        assert self.regions is not None
-        assert len(self) > 0
+        assert len(self) > 0  # files that are not there are told now
 
     @property
     def plan(self) -> Scenario:
@@ -106,11 +101,6 @@ class ControlSource:
     def phrasings(self) -> Phrasings | None:
         """The ways to ask; None of `textvqa`."""
         return None if self.images is None else self.images.phrasings
-
-    @property
-    def regions(self) -> Regions:
-        """The provider of regions."""
-        return parse_regions(self.roi, "boxes" if self.images is None else self.images.default_roi)
 
     def __len__(self) -> int:
         return len(self._questions) if self.images is None else len(self.images)
@@ -174,13 +164,11 @@ class ControlSource:
 
     def _attribute(self, index: int) -> Case:
         question = self._questions[index]
-        roi = self.regions.boxes(question.id, question.boxes, self._rng(index))
-        return question.case(self.plan, roi)
+        return question.case(self.plan, question.boxes)
 
     def _case(self, shown: Shown, kind: str, name: str, rng: np.random.Generator) -> Case:
         images = self.images
         assert images is not None
-        own = images.boxes(shown, name, rng)
         true = name in shown.classes
         truth = "Yes" if true else "No"
         wanted = self.plan.counterfactual if kind == TARGET else truth
@@ -197,5 +185,5 @@ class ControlSource:
             wanted,
             truth,
             of_image,
-            self.regions.boxes(shown.name, own, rng),
+            images.boxes(shown, name, rng),
         )

@@ -6,15 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from moresjax.core.errors import UserError
 from moresjax.data.control.cases import Case
-from moresjax.data.control.regions import WHOLE, Regions
 from moresjax.data.images import LazyPixels
 from moresjax.data.processor_facts import processor_facts, short_hash
-from moresjax.data.region_providers import OWN_REGIONS
-from moresjax.data.regions import EVERYWHERE
+from moresjax.data.region_providers import OWN_REGIONS, RegionProvider
+from moresjax.data.regions import EVERYWHERE, Box
 from moresjax.evaluation.files import read_log, write_log
 from moresjax.inference.model import Model
 from moresjax.inference.regions import attended_regions
@@ -28,6 +25,7 @@ TOWERS = {"vision": "visual", "connector": "connector", "llm": "text"}
 GROUPS = tuple(TOWERS.values())
 # The most tokens of an answer: of yes and no, and of answers of TextVQA.
 SHORT, LONG = 4, 16
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +42,13 @@ class Variant:
     groups: tuple[str, ...]
     random: bool = False
 
-    def cases(self, cases: Sequence[Case], seed: int) -> list[Case]:
+    def cases(self, cases: Sequence[Case]) -> list[Case]:
         """The questions with the region that this variant has."""
         if not self.random:
             return list(cases)
-        regions = Regions("random")
+        provider = RegionProvider("random")
         return [
-            dataclasses.replace(
-                case, roi=regions.boxes(case.id, case.roi, np.random.default_rng((seed, number, 5)))
-            )
-            for number, case in enumerate(cases)
+            dataclasses.replace(case, roi=provider.boxes_of(case.id, 0, case.roi)) for case in cases
         ]
 
 

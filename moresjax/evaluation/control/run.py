@@ -123,7 +123,7 @@ def measure_control(
     found = {}
     for variant in variants:
         # What a variant is asked is asked at once: each has programs of its own.
-        own = variant.cases(cases, source.seed)
+        own = variant.cases(cases)
         more = [case for one in reworded for case in one.asked_of(variant.name)]
         found[variant.name] = answers.ask(variant, [*own, *more])[: len(own)]
     by_name = {variant.name: variant for variant in variants}
@@ -131,7 +131,12 @@ def measure_control(
     data = json.dumps([[c.id, c.kind, c.question.text, c.roi] for c in cases])
     options = {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
     known = answers.facts | {"data": options, "data_hash": short_hash(data), "n": len(cases)}
-    known |= {"seed": source.seed, "version": __version__, **(facts or {})}
+    known |= {
+        "roi": str(model.prompts.processor.regions),
+        "seed": source.seed,
+        "version": __version__,
+        **(facts or {}),
+    }
     result = ControlResult(Measured(source.plan, cases, found), rows, known)
     if out is not None:
         replace_file(Path(out) / RESULTS, json.dumps(result.to_dict(), indent=2) + "\n")
