@@ -7,9 +7,10 @@ from pathlib import Path
 from moresjax.core.errors import UserError
 from moresjax.evaluation.files import read_log
 from moresjax.evaluation.judges import CachedJudge, Judge
-from moresjax.evaluation.predictions import FILE, read_predictions
+from moresjax.evaluation.predictions import FILE, decoding_of, read_predictions
 from moresjax.evaluation.results import EvaluationResult, fingerprints, score_task
 from moresjax.evaluation.tasks import BenchmarkTask, draw_examples, load_tasks
+from moresjax.generation.sampling import GREEDY
 
 
 def rescore(
@@ -73,7 +74,12 @@ def rescore(
         raise UserError(f"{out} holds predictions of another model; choose another directory")
     result = EvaluationResult()
     for each, found, provenance in answered:
-        result = result.joined(score_task(each, found, provenance=provenance, judge=judge))
+        # Answers of ours that no evaluation drew were chosen as the task says.
+        ours = provenance and all(decoding_of(row) == "greedy" for row in provenance.values())
+        sampling = GREEDY if ours else None
+        result = result.joined(
+            score_task(each, found, provenance=provenance, judge=judge, sampling=sampling)
+        )
     if len(made) == 1:
         model, processor, decoding = made.pop()
         result = dataclasses.replace(

@@ -59,7 +59,7 @@ def test_the_folder_says_how_answers_were_drawn_and_takes_no_others(model, tmp_p
             answers(model, out=out, sampling=other)
 
 
-def test_a_benchmark_may_draw_its_answers_itself(model, tmp_path):
+def test_a_benchmark_may_draw_its_answers_itself(model, tmp_path, monkeypatch):
     (task,) = load_benchmark("digits", limit=4)[:1]
     hot = dataclasses.replace(task, temperature=1000.0)
     options = {"tasks": [hot], "limit": 4}
@@ -70,6 +70,9 @@ def test_a_benchmark_may_draw_its_answers_itself(model, tmp_path):
     (entry,) = json.loads((tmp_path / "results.json").read_text())["scores"].values()
     assert entry["decoding"] == "temperature 1000, seed 0"
     assert "temperature 1000, seed 0)" in table({"digits": entry})
+    monkeypatch.setattr("moresjax.evaluation.rescore.load_tasks", lambda *_: [hot])
+    again = rescore("digits", tmp_path / "predictions.jsonl")
+    assert again.scores[hot.name] == entry  # scored again, it says so too
     # The evaluation's own sampling wins, and is its own note.
     assert hot.sampling(HOT) == HOT
 
