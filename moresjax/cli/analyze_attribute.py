@@ -5,8 +5,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
-
 from moresjax.cli.options import (
     Commands,
     add_command,
@@ -34,7 +32,7 @@ def register(kinds: Commands) -> None:
     command.add_argument(
         "--method",
         default="input_x_gradient",
-        help="of tokens: input_x_gradient or gradient_norm (default: %(default)s)",
+        help="scores of tokens: input_x_gradient or gradient_norm (default: %(default)s)",
     )
     add_mesh(command)
     add_prompting(command)
@@ -44,6 +42,8 @@ def register(kinds: Commands) -> None:
 
 def run_attribute(args: argparse.Namespace) -> None:
     """Splits up the answer, writes `attribution.json` and draws it."""
+    import numpy as np
+
     from moresjax.core.folders import check_new, new_folder
     from moresjax.inference.attribution import attribute_logit, attribute_tokens
     from moresjax.reports.plots import save

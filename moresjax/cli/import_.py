@@ -60,8 +60,8 @@ def add_parser(commands: Commands) -> None:
     command.add_argument(
         "--keep-lora", action="store_true", help="keep the LoRA of --minigpt apart from the LLM"
     )
-    command.add_argument("--site", default="", metavar="SITE", help="of xl-vlms's states")
-    command.add_argument("--layer", type=int, metavar="L", help="of xl-vlms's states")
+    command.add_argument("--site", default="", metavar="SITE", help="site of xl-vlms's states")
+    command.add_argument("--layer", type=int, metavar="L", help="layer of xl-vlms's states")
     command.add_argument("--allow-pickle", action="store_true", help="read *.bin and *.pth too")
 
 

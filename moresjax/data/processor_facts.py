@@ -35,6 +35,8 @@ def processor_facts(processor: Processor | None) -> dict[str, Any]:
         text += f" penalty {penalty}"
     if processor.centres and processor.regions.kind != "boxes":
         text += f" roi {processor.regions}"
+        if processor.regions.named:
+            text += f" {json.dumps(dict(processor.regions.named), sort_keys=True)}"
     return facts | {"hash": short_hash(text)}
 
 

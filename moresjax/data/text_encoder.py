@@ -111,7 +111,9 @@ class TextEncoder:
         if not found:
             return False
         owners = _owners([encoded.offsets[n] for n in found], texts)
-        return any(not texts[i].control for pair in owners for i in set(pair))
+        foreign = np.array([not text.control and text.text != "" for text in texts])
+        # A token that swallows blanks around it may begin and end in the template's text.
+        return any(foreign[first : last + 1].any() for first, last in owners)
 
     @functools.cached_property
     def _splitter(self) -> tuple[Any, dict[str, str], dict[int, int]]:

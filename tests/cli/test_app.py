@@ -99,7 +99,9 @@ def test_packaged_configs_are_found_by_name(command, tmp_path, monkeypatch, caps
     assert main([*words, "--config", "digits:stage=sft"]) == 2
     assert "'sft'; choose from: llm, vit, siglip, pretrain, finetune" in capsys.readouterr().err
     assert main([*words, "--config", "digit"]) == 2
-    assert "digit does not exist; the packaged configs are digits" in capsys.readouterr().err
+    assert (
+        "digit does not exist; the packaged configs are control, digits" in capsys.readouterr().err
+    )
     assert not any(tmp_path.iterdir())
 
 

@@ -129,6 +129,12 @@ def test_what_people_say_is_text_and_what_the_template_writes_is_not(kind, templ
     assert whole != rows(tokenizer, written, llava)[0]
 
 
+def test_a_control_token_that_swallows_the_templates_blanks_is_still_the_users():
+    ours, theirs = pair("stripping", "vicuna_v1")
+    sample = Sample("said", (Turn("", ""), Turn("</s>", "")))
+    assert fields(ours.row(sample)) == fields(theirs.row(sample))
+
+
 SAID = st.lists(st.sampled_from([*SPECIAL, " ", "cat", "\n", "<", "/s>", ">", "é"]), max_size=6)
 
 

@@ -43,6 +43,7 @@ SIZES = {
 }
 OURS = sorted(name for name, cls in METHODS.items() if cls.__module__.startswith("moresjax."))
 SPECS = {name: f"{name}:{SIZES[name]}" if name in SIZES else name for name in OURS}
+TOWERS = ("llm.block.", "vision.block.")  # parameters there have an axis of layers
 CELL = re.compile(r"use format (\w+)$")
 
 
@@ -77,8 +78,11 @@ def values(model: MLLM) -> dict[str, np.ndarray]:
     found = {n: np.asarray(x.get_value()) for n, x in named if not n.startswith("tuning.")}
     for key, method in model.tuning.methods:
         for site, leaves in model.tuning.params.get(key, {}).items():
-            own = written_params(method, leaves)
-            found |= {f"{key}.{site}.{leaf}": x for leaf, x in own.items()}
+            for leaf, x in written_params(method, leaves).items():
+                x = np.asarray(x)
+                if site.startswith(TOWERS):  # of layers that act
+                    x = x[np.asarray(model.tuning.layer_masks[key][site][...])]
+                found[f"{key}.{site}.{leaf}"] = x
     return found
 
 

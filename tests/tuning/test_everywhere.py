@@ -56,7 +56,7 @@ EVERYTHING = "/".join(
     sorted(PIECES, key=lambda p: not getattr(METHODS[p.split(":")[0]], "whole", False))
 )
 # Methods that are made of the others, or attach nothing.
-MADE = {"prefix", "m2pt", "qlora", "partial", "none", "full"}
+MADE = {"control", "prefix", "m2pt", "qlora", "partial", "none", "full"}
 
 
 def abstract(family: str, spec: str, **how) -> MLLM:

@@ -176,7 +176,8 @@ def test_what_has_no_counterpart_is_refused(tmp_path):
         match="no LLM in a LLaVA of transformers is like this one: stablelm with post_norms",
     ):
         export_hf(tiny_model(gated_mlp=False, norm="layer", post_norms=True), tmp_path / "out")
-    for connector in set(CONNECTORS) - {"mlp{n}x_gelu", "mof_mlp", "identity"}:
+    for name in set(CONNECTORS) - {"mlp{n}x_gelu", "norm-mlp{n}x_gelu", "mof_mlp", "identity"}:
+        connector = name.format(m=3, n=2)
         config = MLLMConfig(llm=tiny_config().llm, vision=tiny_config().vision, connector=connector)
         with pytest.raises(UserError, match=f"mlp2x_gelu.*{connector}"):
             hf_config(config)

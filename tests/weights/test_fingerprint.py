@@ -13,6 +13,7 @@ from moresjax.data.digits import build_tokenizer
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import GenerationDefaults, Processor
 from moresjax.data.processor_facts import processor_facts
+from moresjax.data.region_providers import RegionProvider
 from moresjax.data.templates import Template
 from moresjax.evaluation.run import evaluate
 from moresjax.models.mllm import MLLM
@@ -105,13 +106,18 @@ def test_every_setting_of_a_processor_is_in_its_hash():
     changes += [{}, {"tokenizer": tokenizer}, {"visual_tokens": 4}, {"image": None}]
     generation = {"eos_ids": (5,), "repetition_penalty": 1.2}
     changes.append({"split_special_tokens": False})
+    for named in ({}, {"a": []}, {"b": []}):
+        provider = RegionProvider("file" if named else "all", named=named, text="some")
+        changes.append({"regions": provider, "centres": ((0.5, 0.5),)})
     changes += [{"generation": GenerationDefaults(**{n: x})} for n, x in generation.items()]
     # A new setting needs a value above, and a part in the hash.
     assert {field.name for field in dataclasses.fields(ImageProcessor)} == {*others}
     assert {field.name for field in dataclasses.fields(GenerationDefaults)} == {*generation}
     known = {"tokenizer", "template", "image", "visual_tokens", "generation"}
     # The size of the vocabulary refuses tokens and changes none.
-    known |= {"split_special_tokens", "vocab_size"}
+    known |= {"split_special_tokens", "vocab_size", "regions"}
+    # The model's tuning and connector decide about these, and are in its own fingerprint.
+    known |= {"marks", "centres"}
     assert {field.name for field in dataclasses.fields(Processor)} == known
     processor = Processor(build_tokenizer(), template, image, 9)
     found = {processor_facts(dataclasses.replace(processor, **each))["hash"] for each in changes}
