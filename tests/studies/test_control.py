@@ -41,11 +41,15 @@ class Untrained:
 
 @pytest.fixture(scope="module")
 def outcome():
+    placed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(control, "Answers", Canned)
         patch.setattr(control, "editor_groups", lambda model: ("text",))
+        patch.setattr(control, "place_regions", lambda model, cases: placed.append(model) or cases)
         (study,) = STUDIES
-        return study.make(Untrained(), study)
+        made = study.make(Untrained(), study)
+    assert (0, f"control {RANDOM}") in placed  # asked where its own provider says
+    return made
 
 
 def test_every_set_of_editors_has_its_numbers_and_the_base(outcome):
@@ -72,7 +76,9 @@ def test_the_sentences_follow_from_paired_intervals(outcome):
 
 def test_the_runs_differ_by_what_their_names_say():
     assert [run.stage for run in RUNS] == ["finetune"] + ["control"] * len(EDITORS)
-    assert control_source(RANDOM, 1).roi == "random"
+    (moved,) = (run for run in RUNS if run.name == f"control {RANDOM}")
+    assert dict(moved.settings) == {"roi": "random"}
+    assert control_source(RANDOM, 1) == control_source(FULL, 1)
     assert control_source(SECOND, 1).phrasing == 2
     assert control_source(FULL, 3).seed == 3
     specs = {
