@@ -140,7 +140,7 @@ def test_negatives_have_their_share(root):
         assert sample.turns[0].answer == wanted
     assert 160 < negatives < 240
     with pytest.raises(UserError, match="negatives must be at least 0 and at most 1, got 2"):
-        ControlSource("digits", target="three", negatives=2)
+        ControlSource("digits", target="three", negatives=2.0)
 
 
 def test_the_region_of_a_digit_is_one_cell_whether_it_is_there_or_not():
