@@ -23,7 +23,7 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.data.images import named_image
 from moresjax.data.records import JsonRecords
 from moresjax.data.regions import find_regions
-from moresjax.data.samples import EARLY_TURNS, IMAGE_MARK, Sample, Turn, find_marks, move_marks
+from moresjax.data.samples import EARLY_TURNS, IMAGE_MARK, Sample, Turn, move_marks, moved_marks
 
 ROLES = ("human", "gpt")
 # How the turns of a conversation are read: as its rounds, or each by itself on the shared image.
@@ -119,11 +119,7 @@ def _with_regions_and_marks(
         return sample
     name = f"sample {sample.id}"
     regions = find_regions(roi, len(sample.images), name)
-    found = find_marks(marks, questions, name)
-    # What a mark says is checked in the text that it was made for.
-    turns = tuple(Turn(question) for question in questions)
-    Sample(sample.id, turns, marks=found)
-    moved = move_marks(found, turns, sample.turns)
+    moved = moved_marks(marks, questions, sample.turns, name)
     return dataclasses.replace(sample, roi=regions, marks=moved)
 
 

@@ -177,12 +177,14 @@ class Processor:
     def roi(
         self, sample: Sample, regions: RegionProvider | None = None
     ) -> Bool[np.ndarray, "N V"] | None:
-        """Which visual tokens of a sample's images lie in its regions; None if nobody asks.
+        """Which visual tokens of a sample's images lie in its regions.
+
+        None if nobody asks, or without an image.
 
         Raises:
           UserError: Nothing is said of an image, or it cannot be read.
         """
-        if not self.centres:
+        if not (self.centres and sample.images):
             return None
         if self.image is None:
             raise UserError(f"sample {sample.id}: this model takes no images")
@@ -246,7 +248,7 @@ class Processor:
         return "; ".join(filter(None, (sample.cut, self.template.left_out(sample))))
 
     def _encode(self, pieces: Sequence[Piece], sample: Sample) -> Row:
-        built = RowBuilder()
+        built = RowBuilder(marked=bool(self.marks))
         built.add(self._bos, [int(TokenKind.SYSTEM)] * len(self._bos), branch=0)
         found, spans = 0, marked_spans(sample, self.marks) if self.marks else {}
         for chunk in split_texts(pieces, spans, answers_show_images=not self.split_special_tokens):
@@ -260,8 +262,7 @@ class Processor:
             raise UserError(
                 f"the text has {found} {IMAGE_MARK} but {len(sample.images)} images are given"
             )
-        row = built.row(sample.id)
-        return row if self.marks else row.replace(marks=None)
+        return built.row(sample.id)
 
     def count_images(self, row: Row) -> int:
         """How many images an unpadded row has, whether or not its pixels are there."""

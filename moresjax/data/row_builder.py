@@ -94,10 +94,14 @@ def split_texts(
 
 
 class RowBuilder:
-    """Collects the tokens of a row; every branch goes on from the end of the trunk."""
+    """Collects the tokens of a row; every branch goes on from the end of the trunk.
 
-    def __init__(self) -> None:
-        names = ("tokens", "kind", "image", "position", "branch", "marks")
+    Args:
+      marked: Whether the row has marks.
+    """
+
+    def __init__(self, *, marked: bool = False) -> None:
+        names = ("tokens", "kind", "image", "position", "branch", *(["marks"] if marked else []))
         self._fields = {name: [] for name in names}
         # The end of the trunk, and the branch and position of the next token.
         self._trunk = self._branch = self._position = 0
@@ -119,7 +123,8 @@ class RowBuilder:
         self._fields["kind"] += kinds
         self._fields["image"] += [-1] * len(ids) if image is None else image
         self._fields["branch"] += [branch] * len(ids)
-        self._fields["marks"] += [0] * len(ids) if marks is None else marks
+        if "marks" in self._fields:
+            self._fields["marks"] += [0] * len(ids) if marks is None else marks
         self._fields["position"] += range(self._position, end)
         self._position = end
         if branch == 0:

@@ -59,9 +59,7 @@ def find_words(question: str) -> list[tuple[int, int]]:
     ['what', 'is', 'it', 'then']
     """
     text = question.replace(IMAGE_MARK, " " * len(IMAGE_MARK))
-    found = (re.search(r"\w(?:\S*\w)?", piece[0]) for piece in re.finditer(r"\S+", text))
-    starts = [piece.start() for piece in re.finditer(r"\S+", text)]
-    return [(n + m.start(), n + m.end()) for n, m in zip(starts, found, strict=True) if m]
+    return [word.span() for word in re.finditer(r"\w(?:\S*\w)?", text)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,20 +192,20 @@ def move_marks(
     return tuple(moved)
 
 
-def moved_marks(given: Any, question: str, prompt: str, name: str) -> tuple[Mark, ...] | None:
-    """Marks as a file writes them for a question, in the prompt that is made of it.
+def moved_marks(
+    given: Any, questions: Sequence[str], turns: Sequence[Turn], name: str
+) -> tuple[Mark, ...]:
+    """Marks as a file writes them for its questions, in the turns that are made of these.
 
     Args:
-      given: See `find_marks`; nothing for None.
-      question: The question of the file.
-      prompt: The prompt, which begins with the question but for images and blanks.
-      name: What messages call the question.
+      given: See `find_marks`.
+      questions: What the file says in every turn.
+      turns: The turns, whose questions begin with these but for images and blanks.
+      name: What messages call the sample, such as `sample 7`.
 
     Raises:
-      UserError: A mark is none, or is not in the question.
+      UserError: A mark is none, or is not in its question.
     """
-    if not given:
-        return None
-    turns, found = (Turn(question),), find_marks(given, [question], name)
-    Sample(name.removeprefix("sample "), turns, marks=found)  # which checks them
-    return move_marks(found, turns, (Turn(prompt),))
+    found, asked = find_marks(given, questions, name), tuple(map(Turn, questions))
+    Sample(name.removeprefix("sample "), asked, marks=found)  # which checks them
+    return move_marks(found, asked, turns)

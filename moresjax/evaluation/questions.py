@@ -30,7 +30,7 @@ from typing import Any
 from moresjax.core.errors import UserError
 from moresjax.data.records import JsonRecords
 from moresjax.data.regions import find_regions
-from moresjax.data.samples import IMAGE_MARK, moved_marks
+from moresjax.data.samples import IMAGE_MARK, Turn, moved_marks
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import (
     LETTERS,
@@ -127,9 +127,10 @@ def _example(record: Any, number: int, where: str, root: Path) -> Example:
     prompt, limit = _prompt(question, len(names), where), record.get("max_new_tokens")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise UserError(f"{where}: max_new_tokens must be a whole number above 0, got {limit!r}")
+    marks = moved_marks(record.get("marks"), [record_question], [Turn(prompt)], where)
     pointed = {
         "roi": find_regions(record.get("roi"), len(names), where),
-        "marks": moved_marks(record.get("marks"), record_question, prompt, where),
+        "marks": marks or None,
     }
     options = {"metadata": metadata, "max_new_tokens": limit} | pointed
     return Example(name, prompt, answer, images, **options)

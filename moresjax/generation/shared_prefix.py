@@ -202,7 +202,7 @@ def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
         for region, part in parse_selector(method.positions).parts:
             kinds = set(REGIONS.get(region, ()))
             # A slice of a region that ends before the rest begins is the same slice.
-            if part.kind != "all" and kinds & seen and kinds & later:
+            if not part.whole and kinds & seen and kinds & later:
                 return False
             if region == "last_prompt" and cut:
                 return False

@@ -282,6 +282,6 @@ def _is_plain(selector: Selector) -> bool:
     """Whether it selects images, or all text that the decode model selects too."""
     return all(
         region == "image"
-        or (part.kind == "all" and (region in _PLAIN or region.startswith("token(")))
+        or (part.whole and (region in _PLAIN or region.startswith("token(")))
         for region, part in selector.parts
     )

@@ -129,9 +129,9 @@ def _told(processor: Processor, split_special_tokens: bool | None, roi: str | No
     """The processor with what a call says of texts and of regions."""
     if split_special_tokens is not None:
         processor = dataclasses.replace(processor, split_special_tokens=split_special_tokens)
-    return (
-        processor if roi is None else dataclasses.replace(processor, regions=region_provider(roi))
-    )
+    if roi is not None:
+        processor = dataclasses.replace(processor, regions=region_provider(roi))
+    return processor
 
 
 def _that_can_be_asked(processor: Processor, workdir: Path) -> Processor:

@@ -20,7 +20,7 @@ from moresjax.inference.service import GenerationService
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.processor import name_words, serving
 from moresjax.sharding.mesh import shard_params
-from moresjax.tuning.attach import Tuning, edit_selectors
+from moresjax.tuning.attach import Tuning
 from moresjax.tuning.multi_adapter import adapter_ids, stack_adapters
 from moresjax.weights.adapter import attach_adapter, load_adapters
 from moresjax.weights.fingerprint import (
@@ -60,15 +60,15 @@ class LoadedModel:
         self.image_token_id = image_token_id
         self.prompts = PromptEncoder(processor, self._attend)
         self.service = GenerationService(mllm, self.prompts, mesh, engine_config)
-        self._name_words()
+        self.fit_processor()
 
-    def _name_words(self) -> None:
-        """Tells tuning and processor what they have to know of each other."""
+    def fit_processor(self) -> None:
+        """Tells the attached tuning and the processor what they have to know of each other."""
         if self.processor is not None:
             tuning = self._mllm.tuning
             name_words(tuning, self.processor.tokenizer)
-            selectors = edit_selectors(method for _, method in tuning.methods)
-            self.prompts.saved_processor = serving(self.processor, selectors, self.config)
+            serves = serving(self.processor, tuning.edit_selectors, self.config)
+            self.prompts.saved_processor = serves
 
     def _attend(self, sample: Sample, provider: RegionProvider) -> Sample:
         """A prompt with the regions that the model attends to."""
@@ -195,7 +195,7 @@ class LoadedModel:
         """
         self._mllm.attach(tuning, seed=seed)
         self.service.reset()
-        self._name_words()
+        self.fit_processor()
 
     def set(self, method: str = "steer", **values: Numbers) -> None:
         """Sets what the attached tuning was given, such as a steering vector and its strength.
@@ -250,7 +250,7 @@ class LoadedModel:
             tunings[name].set_constants("steer", {"vector": vector})
         self._mllm.tuning = stack_adapters(tunings)
         self.service.reset()
-        self._name_words()
+        self.fit_processor()
 
     def load_adapter(
         self, folder: str | Path, *, edits: str = "", allow_pickle: bool = False
@@ -276,7 +276,7 @@ class LoadedModel:
           UserError: The folder is none of these, or does not belong to this model.
         """
         attach_adapter(self.restack(), folder, edits=edits, allow_pickle=allow_pickle)
-        self._name_words()
+        self.fit_processor()
 
     def load_adapters(
         self, folders: Mapping[str, str | Path], *, edits: str = "", allow_pickle: bool = False
@@ -305,4 +305,4 @@ class LoadedModel:
           UserError: A folder is not an adapter of this model, or they do not go together.
         """
         load_adapters(self.restack(), folders, edits=edits, allow_pickle=allow_pickle)
-        self._name_words()
+        self.fit_processor()

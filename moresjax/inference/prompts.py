@@ -201,27 +201,21 @@ def pair_pointed(
     Raises:
       UserError: They cannot be assigned to prompts in one way only.
     """
+    if isinstance(roi, str):
+        roi = region_provider(roi)  # once for all prompts: there may be a file to read
     if isinstance(prompts, str):
         return [roi], [marks]
-    return _pair_regions(roi, len(prompts)), _pair_marks(marks, len(prompts))
+    regions = _for_each(roi, RegionProvider, len(prompts), "regions of each (roi)")
+    return regions, _for_each(marks, Mapping, len(prompts), "marks of each")
 
 
-def _pair_regions(roi: Any, count: int) -> list[Any]:
-    """The regions of each of `count` prompts; one provider's name is of all."""
-    if roi is None or isinstance(roi, str):
-        return [roi] * count
-    if not isinstance(roi, list | tuple) or len(roi) != count:
-        raise UserError(f"{count} prompts need a list with the regions of each (roi)")
-    return list(roi)
-
-
-def _pair_marks(marks: Any, count: int) -> list[Any]:
-    """The marks of each of `count` prompts; one mapping is of all."""
-    if marks is None or isinstance(marks, Mapping):
-        return [marks] * count
-    if not isinstance(marks, list | tuple) or len(marks) != count:
-        raise UserError(f"{count} prompts need a list with the marks of each")
-    return list(marks)
+def _for_each(given: Any, shared: type, count: int, what: str) -> list[Any]:
+    """What each of `count` prompts is given; a value of the type `shared` is of all."""
+    if given is None or isinstance(given, shared):
+        return [given] * count
+    if not isinstance(given, list | tuple) or len(given) != count:
+        raise UserError(f"{count} prompts need a list with the {what}")
+    return list(given)
 
 
 @dataclasses.dataclass
@@ -277,7 +271,7 @@ class PromptEncoder:
           known: Pixels of earlier prompts, see `Processor.row`. An image that several prompts are
             about is then read by the model once.
           system: The system prompt; default: the template's.
-          roi: The boxes of the images, see `find_regions`, or a provider's name.
+          roi: The boxes of the images, see `find_regions`, or a provider or its name.
           marks: Pieces of the text by name, see `find_marks`.
           regions: Where regions come from; default: the processor's.
 
@@ -289,7 +283,9 @@ class PromptEncoder:
         if not text.strip() and not own:
             raise UserError("the prompt is empty")
         if isinstance(roi, str):
-            regions, roi = region_provider(roi), None
+            roi = region_provider(roi)
+        if isinstance(roi, RegionProvider):
+            regions, roi = roi, None
         sample = asked_sample(name, text, own, self.system_prompt(system), roi, marks)
         return self.sample_row(sample, known, regions)
 

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 from moresjax.core.errors import UserError
 from moresjax.core.types import AnyArray
 from moresjax.inference.model import Model
-from moresjax.runs.processor import name_words
 from moresjax.sharding.mesh import use_mesh
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Method
@@ -79,17 +78,16 @@ def with_part(model: Model, keep: Callable[[Method], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(model: Model, tuning: Tuning) -> Iterator[None]:
-    before = model.mllm.tuning
-    if tuning is not before:
-        if model.processor is not None:
-            name_words(tuning, model.processor.tokenizer)
-        model.mllm.tuning = tuning
-        model.service.reset()
+    before, processor = model.mllm.tuning, model.processor
     try:
+        if tuning is not before:
+            model.mllm.tuning = tuning
+            model.fit_processor()
+            model.service.reset()
         yield
     finally:
         if model.mllm.tuning is not before:
-            model.mllm.tuning = before
+            model.mllm.tuning, model.prompts.saved_processor = before, processor
             model.service.reset()
 
 

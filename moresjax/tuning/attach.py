@@ -175,20 +175,16 @@ class Tuning(nnx.Module):
     @property
     def selected_words(self) -> tuple[str, ...]:
         """The words of `token(WORD)` selectors."""
-        return tuple(word for selector in self._selectors for word in selector.words)
+        return tuple(word for selector in self.edit_selectors for word in selector.words)
 
     @property
     def marks(self) -> tuple[str, ...]:
         """What `mark(NAME)` and `word(N)` selectors name, in the order of `Batch.marks`' bits."""
-        return mark_names(self._selectors)
+        return mark_names(self.edit_selectors)
 
     @property
-    def uses_roi(self) -> bool:
-        """Whether a selector wants to know regions of interest."""
-        return any(selector.uses_roi for selector in self._selectors)
-
-    @property
-    def _selectors(self) -> list[Selector]:
+    def edit_selectors(self) -> list[Selector]:
+        """The selectors of all edits, at whatever sites."""
         return edit_selectors(method for _, method in self.methods)
 
     @property

@@ -81,6 +81,11 @@ class TokenSlice:
     skipped: tuple[int, int] = (0, 0)  # tokens at both ends of the run that do not count
 
     @property
+    def whole(self) -> bool:
+        """Whether every token of the run is meant, however long it is."""
+        return self == TokenSlice("all")
+
+    @property
     def needs(self) -> int:
         """The smallest n for which every token that is asked for by number can exist."""
         count = 0 if self.percent else int(self.count)
@@ -206,7 +211,7 @@ def _region_mask(
         inside = jnp.take_along_axis(jnp.asarray(roi), jnp.maximum(image, 0), axis=1)
         return inside & (image >= 0)
     inside = jnp.isin(jnp.asarray(layout.kind), jnp.asarray(REGIONS[region]))
-    if part == TokenSlice("all"):
+    if part.whole:
         return inside
     if region == "image":
         n = jnp.full_like(image, layout.visual_tokens)

@@ -58,14 +58,16 @@ def unheld(method: Method, sites: Iterable[str]) -> str:
 
     >>> unheld(MoReS(), ["llm.block.out"]), unheld(MoReS(positions="roi"), ["llm.block.out"])
     ('', 'mores at the tokens roi')
+    >>> unheld(MoReS(positions="all:skip(1;0)"), ["connector.out"])
+    'mores at the tokens all:skip(1;0)'
     """
     if not isinstance(method, Edit) or type(method) not in ARITHMETIC:
         return method.name
     selector = parse_selector(method.positions)
     for region, part in selector.parts:
         # An image is a row there, but `all` counts over all images of a prompt.
-        whole = "connector.out" in sites and region == "all" and part.kind != "all"
-        if region == "roi" or selector.marks or whole:
+        joined = "connector.out" in sites and region == "all" and not part.whole
+        if region == "roi" or selector.marks or joined:
             return f"{method.name} at the tokens {method.positions}"
     return ""
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
+from moresjax.data.check import check_data
 from moresjax.data.images import ImageProcessor
 from moresjax.data.llava import LlavaSource, independent_turns, to_sample
 from moresjax.data.pipeline import make_iterator
@@ -297,6 +298,22 @@ def test_what_a_selector_needs_and_a_sample_does_not_say_is_told(selector, messa
     sample = Sample("one", (Turn(QUESTION),), (image(),))
     with pytest.raises(UserError, match=message):
         processor_for(selector).row(sample)
+
+
+def test_data_with_regions_may_have_text_without_images():
+    turns = (Turn("is there a two ?", "yes"),)
+    asked = Sample("image", (Turn(QUESTION, "yes"),), (image(),), roi=((),))
+    processor = processor_for("roi")
+    assert processor.roi(Sample("text", turns)) is None
+    report = check_data(
+        [Sample("text", turns), asked, dataclasses.replace(asked, roi=None)],
+        lambda: processor,
+        max_seq_len=40,
+        images_per_row=1,
+        num_workers=1,
+        progress=False,
+    )
+    assert list(report.bad) == [2]
 
 
 def test_regions_are_read_as_people_write_them():

@@ -132,7 +132,10 @@ def test_short_prefixes_and_few_prompts_are_read_as_they_are(rows):
     assert shared(few * 100) == 0
 
 
-@pytest.mark.parametrize("tuning", ["mixlora", "loreft:positions=question:f4"])
+@pytest.mark.parametrize(
+    "tuning",
+    ["mixlora", "loreft:positions=question:f4", "loreft:positions=question:skip(0;1)"],
+)
 def test_methods_that_look_ahead_read_every_prompt_whole(rows, tuning):
     assert shared(rows * 30, "loreft:positions=question|answer:f4") > 0
     assert shared(rows * 30, tuning) == 0

@@ -71,6 +71,7 @@ def test_an_image_in_a_later_turn_is_seen(model):
         ("lora", True),
         ("mores:positions=all", True),
         ("mores:positions=question", False),
+        ("mores:positions=all:skip(1;1)", False),
         ("mores:positions=image|prompt:l2", False),
         ("mixlora", False),
     ],

@@ -19,6 +19,7 @@ from moresjax.inference.chat import Chat
 from moresjax.inference.files import generate_file
 from moresjax.inference.prompts import asked_sample
 from moresjax.inference.regions import attended_regions
+from moresjax.inference.steering import with_part, with_steering
 from moresjax.testing.models import talking_model
 
 ALWAYS = EngineConfig(min_saved_tokens=1)
@@ -185,3 +186,21 @@ def test_another_tuning_asks_for_other_things():
     row = model.prompt(QUESTION, IMAGE)
     assert row.roi is None
     assert row.marks is None
+
+
+def test_a_part_of_a_tuning_or_a_steer_beside_it_asks_for_its_own_things():
+    model = talking_model("loreft:rank=2,positions=mark(a)/loreft:rank=2,positions=mark(n)")
+    processor = model.processor
+
+    def read(**marks):
+        return np.asarray(model.logits(QUESTION, marks=marks))
+
+    with with_part(model, lambda method: method.positions == "mark(n)"):
+        np.testing.assert_array_equal(read(a="is", n="two"), read(n="two"))
+        assert not np.array_equal(read(n="two"), read(n="there"))
+    assert model.processor is processor
+    model.attach("none")
+    with with_steering(model, "steer:positions=mark(n)") as steer:
+        model.set(steer, vector=np.arange(16.0))
+        assert not np.array_equal(read(n="two"), read(n="there"))
+    assert model.processor.marks == ()
