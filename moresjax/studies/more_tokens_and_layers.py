@@ -48,10 +48,7 @@ def _compare(
     pipeline: Pipeline, study: Study, base: str, paper: Mapping[str, float], what: str
 ) -> Outcome:
     """Mean accuracy by what is steered, beside tuning the connector alone."""
-    values = {
-        run.name: [pipeline.scores(seed, run.name)["mean_accuracy"] for seed in pipeline.seeds]
-        for run in study.runs
-    }
+    values = pipeline.accuracy(run.name for run in study.runs)
     steered = {name.removeprefix(f"{what} "): own for name, own in values.items() if name != PLAIN}
     return Outcome(
         [values_table("Mean accuracy", {"accuracy": values}, f"{what} {base}")],

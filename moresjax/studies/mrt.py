@@ -4,7 +4,7 @@ As in the paper the connector trains with the baselines and is frozen under MRT 
 editors train alone. Numbers of the paper are points of MME.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
@@ -61,15 +61,8 @@ _BASELINES = (
 )
 
 
-def _accuracy(pipeline: Pipeline, names: Sequence[str]) -> dict[str, list[float]]:
-    return {
-        name: [float(pipeline.scores(seed, name)["mean_accuracy"]) for seed in pipeline.seeds]
-        for name in names
-    }
-
-
 def _table1(pipeline: Pipeline, study: Study) -> Outcome:
-    values = _accuracy(pipeline, list(TABLE_1))
+    values = pipeline.accuracy(TABLE_1)
     sentences = [
         agreement("Mean accuracy", MRT, {name: mme for name, (mme, _) in TABLE_1.items()}, values),
         compare_with(MRT, "Mean accuracy", values),
@@ -121,15 +114,14 @@ def _title(what: str) -> str:
 
 
 def _ablations(pipeline: Pipeline, study: Study) -> Outcome:
-    made = {run.name for run in study.runs}
-    best = _accuracy(pipeline, [MRT])[MRT]
-    found: dict[str, list[float]] = {MRT: best}
+    accuracy = pipeline.accuracy(run.name for run in study.runs)
+    found = {MRT: accuracy[MRT]}
     tables, sentences = [], []
     for what, rows in ABLATIONS.items():
-        there = [row for row in rows if _run(row) in made]
+        there = [row for row in rows if _run(row) in accuracy]
         if not there:
             continue
-        values = {MRT: best} | {row: _accuracy(pipeline, [_run(row)])[_run(row)] for row in there}
+        values = {MRT: accuracy[MRT]} | {row: accuracy[_run(row)] for row in there}
         found |= values
         tables.append(values_table(_title(what), {"accuracy": values}, MRT))
         printed = {row: rows[row][1] for row in there}

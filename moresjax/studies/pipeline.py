@@ -10,7 +10,7 @@ Every run is an ordinary one; what is there is not trained or asked again.
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,13 @@ class Pipeline:
         found = evaluate(_merged(model), tasks, attention=whole, title=f"{name}, seed {seed}")
         write_results(found, path.parent, split=self.split, tuning=model.tuning)
         return read_object(path)
+
+    def accuracy(self, names: Iterable[str]) -> dict[str, list[float]]:
+        """By method the mean accuracy of every seed on `digits`."""
+        return {
+            name: [float(self.scores(seed, name)["mean_accuracy"]) for seed in self.seeds]
+            for name in names
+        }
 
     def _finetuning(self, method: Finetuning, seed: int) -> ConfigDict:
         stage = f"{method.stage},tuning={method.tuning}"

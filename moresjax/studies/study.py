@@ -66,6 +66,7 @@ class Study:
       limits: What the miniature cannot tell, in a sentence.
       make: Says what came out of the runs.
       more_minutes: About how long what `make` asks of the models takes for a seed.
+      in_parts: Whether `make` says something of a part of the runs.
       variant: Settings of the stages beside the recipe's.
       factor: How much longer a run takes than one of the plain pipeline.
     """
@@ -178,6 +179,11 @@ def values_table(title: str, columns: Mapping[str, Values], base: str) -> Table:
             row.append("" if name == base else found.points)
         rows.append(row)
     return Table(title, head, rows)
+
+
+def claim(text: str) -> Table:
+    """The paper's table where the paper has a claim and no numbers."""
+    return Table("The paper", ["claim"], [[text]])
 
 
 def with_interval(values: Sequence[float], digits: int = 3) -> str:
