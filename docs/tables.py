@@ -12,11 +12,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from moresjax.reports.tables import markdown_table as table
 from moresjax.studies.demo import findings, plain_method
 from moresjax.studies.findings import PairedDifference
 from moresjax.studies.provenance import describe
@@ -28,12 +29,6 @@ BLOCK = re.compile(r"(<!-- ([\w-]+)\.(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 FROM = "from_connector_only"
 
 Results = Mapping[str, Any]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def share(value: float) -> str:

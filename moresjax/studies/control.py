@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moresjax.data.control.cases import NEGATIVE, OTHER, TARGET
+from moresjax.data.control.cases import NEGATIVE, OTHER, TARGET, Case, Scenario
 from moresjax.data.control.questions import DIGITS
 from moresjax.data.control.source import ControlSource
 from moresjax.evaluation.control.answers import (
@@ -15,7 +15,7 @@ from moresjax.evaluation.control.answers import (
     editor_groups,
     place_regions,
 )
-from moresjax.evaluation.control.measure import Measured, correct, says
+from moresjax.evaluation.control.measure import correct, says
 from moresjax.evaluation.control.run import Reworded, template_rephraser
 from moresjax.studies.findings import PairedDifference, compare_with
 from moresjax.studies.pipeline import Finetuning, Pipeline
@@ -46,6 +46,7 @@ RUNS = (
         for name, (tuning, settings) in EDITORS.items()
     ),
 )
+SECOND_BASE = f"{BASE}, second phrasing"
 NUMBERS = ("control", "others", OTHER, NEGATIVE)
 
 
@@ -56,19 +57,21 @@ def control_source(name: str, seed: int) -> ControlSource:
     return ControlSource("digits", split="test", target=TARGETED, seed=seed, **options)
 
 
-def control_numbers(measured: Measured, editors: str) -> dict[str, float]:
+def control_numbers(
+    scenario: Scenario, cases: Sequence[Case], answers: Sequence[str]
+) -> dict[str, float]:
     """Shares of a set of editors.
 
     Args:
-      measured: The answers.
-      editors: The set.
+      scenario: What was to be controlled.
+      cases: The questions.
+      answers: The answers, in the order of the questions.
 
     Returns:
       `control`; `others`, the accuracy on all questions but the target's; and those of the two
       kinds of them.
     """
-    pairs = list(zip(measured.cases, measured.answers[editors], strict=True))
-    wanted = measured.scenario.counterfactual
+    pairs, wanted = list(zip(cases, answers, strict=True)), scenario.counterfactual
     own = [float(says(text, wanted)) for case, text in pairs if case.kind == TARGET]
 
     def right(*kinds: str) -> float:
@@ -86,6 +89,7 @@ def _control(pipeline: Pipeline, study: Study) -> Outcome:
     scenes = min(SCENES, pipeline.limit)
     found: dict[str, dict[str, list[float]]] = {}
     said: dict[str, list[float]] = {}
+    without = Variant(BASE, ())
 
     def add(name: str, numbers: dict[str, float]) -> None:
         for what, value in numbers.items():
@@ -93,24 +97,20 @@ def _control(pipeline: Pipeline, study: Study) -> Outcome:
 
     for seed in pipeline.seeds:
         base = Answers(pipeline.model(seed, TUNED))
-        for phrasing, name in ((FULL, BASE), (SECOND, f"{BASE}, second phrasing")):
+        for phrasing, name in ((FULL, BASE), (SECOND, SECOND_BASE)):
             source = control_source(phrasing, seed)
             cases = source.cases(scenes)
-            answers = {BASE: base.ask(Variant(BASE, ()), cases)}
-            add(name, control_numbers(Measured(source.plan, cases, answers), BASE))
+            add(name, control_numbers(source.plan, cases, base.ask(without, cases)))
         for name in EDITORS:
             source = control_source(name, seed)
             model = pipeline.model(seed, f"control {name}")
             cases = place_regions(model, source.cases(scenes))
             answers, every = Answers(model), Variant(ALL, editor_groups(model))
-            if name == FULL:
+            if name == FULL:  # its editors are asked in other words, too
                 asked, (way,) = [x for x in cases if x.kind != NEGATIVE], DIGITS.paraphrases
                 reworded = Reworded.of(asked, way, template_rephraser(source))
                 answers.ask(every, [*cases, *reworded.asked_of(ALL)])
-            known = {ALL: answers.ask(every, cases)}
-            add(name, control_numbers(Measured(source.plan, cases, known), ALL))
-            if name == FULL:
-                variants = {ALL: every, BASE: Variant(BASE, ())}
+                variants = {ALL: every, BASE: without}
                 other = reworded.measured(answers, variants, source.plan.counterfactual)
                 for key, rate in (
                     (BASE, other.base),
@@ -118,15 +118,17 @@ def _control(pipeline: Pipeline, study: Study) -> Outcome:
                     ("rephrased", other.rephrased),
                 ):
                     said.setdefault(key, []).append(float("nan") if rate is None else rate.mean)
+            add(name, control_numbers(source.plan, cases, answers.ask(every, cases)))
     return _outcome(found, said)
 
 
 def _outcome(found: dict[str, dict[str, list[float]]], said: Values) -> Outcome:
+    bases = dict.fromkeys((SECOND, SECOND_BASE), SECOND_BASE)
     rows = [
         [
             name,
             *(with_interval(own[what]) for what in NUMBERS),
-            PairedDifference.of(own["others"], found[_base_of(name)]["others"]).points,
+            PairedDifference.of(own["others"], found[bases.get(name, BASE)]["others"]).points,
         ]
         for name, own in found.items()
     ]
@@ -143,26 +145,16 @@ def _outcome(found: dict[str, dict[str, list[float]]], said: Values) -> Outcome:
             [[name, with_interval(own)] for name, own in said.items()],
         ),
     ]
-    trained = {name: found[name] for name in found if name != f"{BASE}, second phrasing"}
+    first = {name: own for name, own in found.items() if name not in bases}
+    others = {name: own["others"] for name, own in first.items()}
+    what = "Accuracy on all other questions"
     sentences = [
-        compare_with(FULL, "Control", _one(trained, "control")),
-        compare_with(BASE, "Accuracy on all other questions", _one(trained, "others")),
-        compare_with(RANDOM, "Accuracy on all other questions", _one(trained, "others", FULL)),
+        compare_with(FULL, "Control", {name: own["control"] for name, own in first.items()}),
+        compare_with(BASE, what, others),
+        compare_with(RANDOM, what, {name: others[name] for name in (RANDOM, FULL)}),
         compare_with("as it stands", "Control of the second phrasing", said),
     ]
     return Outcome(tables, sentences, {"editors": found, "second phrasing": dict(said)})
-
-
-def _base_of(name: str) -> str:
-    second = "second phrasing" in name
-    return f"{BASE}, second phrasing" if second else BASE
-
-
-def _one(found: dict[str, dict[str, list[float]]], what: str, *names: str) -> Values:
-    """One number of all sets of editors, or of some beside the random region."""
-    kept: Sequence[str] = [RANDOM, *names] if names else [*found]
-    kept = [name for name in kept if names or name != SECOND]
-    return {name: found[name][what] for name in kept}
 
 
 STUDIES = (

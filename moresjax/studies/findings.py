@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from moresjax.evaluation.statistics import mean_with_interval
+from moresjax.reports.tables import in_points
 
 # Fewer seeds than these show no difference, however narrow their interval is.
 MIN_SEEDS = 5
@@ -54,11 +55,7 @@ class PairedDifference:
         >>> PairedDifference(0.031, (0.01, 0.052), 5).points
         '+3.1 [+1.0, +5.2]'
         """
-        text = f"{100 * self.mean:+.1f}"
-        if self.interval95 is None:
-            return text
-        low, high = self.interval95
-        return f"{text} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        return in_points(self.mean, self.interval95)
 
 
 def compare_with(base: str, what: str, values: Mapping[str, Sequence[float]]) -> str:

@@ -11,7 +11,7 @@ from moresjax.evaluation.landscape.run import LandscapeOptions, measure_landscap
 from moresjax.reports.landscape import contours
 from moresjax.studies.findings import compare_with
 from moresjax.studies.pipeline import Finetuning, Pipeline
-from moresjax.studies.study import Outcome, Study, Table, agreement, values_table
+from moresjax.studies.study import Outcome, Study, agreement, claim, values_table
 
 MRT = "mrt"
 OPTIONS = LandscapeOptions(points=11, pairs=3, samples=16, batch_size=16)
@@ -76,15 +76,9 @@ STUDIES = (
         "mrt-landscape",
         "A Representation View, Figure 5: the loss around what MRT and its baselines train",
         RUNS,
-        Table(
-            "The paper",
-            ["claim"],
-            [
-                [
-                    "The low region around MRT's minimum is larger than around M2PT's and "
-                    "MixLoRA's, and its edge is smoother."
-                ]
-            ],
+        claim(
+            "The low region around MRT's minimum is larger than around M2PT's and MixLoRA's, and "
+            "its edge is smoother."
         ),
         "Filter-normalised directions (the paper does not say how it scaled its own), held-out "
         "handwriting; the connector trains with every method, and learning rates of MRT, M2PT and "

@@ -19,6 +19,7 @@ from moresjax.studies.study import (
     Table,
     Values,
     agreement,
+    claim,
     values_table,
     with_interval,
 )
@@ -40,21 +41,9 @@ def runs_of(*names: str) -> tuple[Finetuning, ...]:
     return tuple(Finetuning(name, METHODS[name]) for name in names)
 
 
-def _values(pipeline: Pipeline, study: Study, key: str) -> dict[str, list[float]]:
-    """A number of the evaluation of every run: `mean_accuracy`, or one of its attention."""
-
-    def read(scores: Mapping[str, Any]) -> float:
-        return scores["mean_accuracy"] if key == "mean_accuracy" else scores["attention"][key]
-
-    return {
-        run.name: [float(read(pipeline.scores(seed, run.name))) for seed in pipeline.seeds]
-        for run in study.runs
-    }
-
-
 def _accuracy(pipeline: Pipeline, study: Study, base: str, paper: Mapping[str, float]) -> Outcome:
     """Mean accuracy of methods, and whether they are ordered as in the paper."""
-    values = _values(pipeline, study, "mean_accuracy")
+    values = pipeline.accuracy(run.name for run in study.runs)
     tables = [values_table("Mean accuracy", {"accuracy": values}, base)]
     sentences = [agreement("Mean accuracy", base, paper, values)]
     if PLAIN in values:
@@ -81,19 +70,25 @@ def _table1(pipeline: Pipeline, study: Study) -> Outcome:
     return _accuracy(pipeline, study, MORES, TABLE_1)
 
 
-def _mean_lines(pipeline: Pipeline, study: Study, *keys: str) -> dict[str, np.ndarray]:
-    """By method an entry of the attention statistics, its mean over seeds."""
+def _attention(pipeline: Pipeline, study: Study, *keys: str) -> dict[str, list[Any]]:
+    """By method an entry of the attention statistics of every seed."""
     found = {}
     for run in study.runs:
         entries = [pipeline.scores(seed, run.name)["attention"] for seed in pipeline.seeds]
         for key in keys:
             entries = [entry[key] for entry in entries]
-        found[run.name] = np.mean(np.asarray(entries, float), axis=0)
+        found[run.name] = entries
     return found
 
 
+def _mean_lines(pipeline: Pipeline, study: Study, *keys: str) -> dict[str, np.ndarray]:
+    """The same, its mean over seeds."""
+    entries = _attention(pipeline, study, *keys)
+    return {name: np.mean(np.asarray(own, float), axis=0) for name, own in entries.items()}
+
+
 def _fig1(pipeline: Pipeline, study: Study) -> Outcome:
-    values = _values(pipeline, study, "average_visual_share")
+    values = _attention(pipeline, study, "average_visual_share")
     sizes = {run.name: pipeline.trainable_in_llm(run.tuning) for run in study.runs}
     by_size = [_rank_correlation(sizes, values, n) for n in range(len(pipeline.seeds))]
     shares = {name: share.tolist() for name, share in _mean_lines(pipeline, study, "share").items()}
@@ -219,7 +214,7 @@ _SCALED = tuple(
 
 
 def _table3(pipeline: Pipeline, study: Study) -> Outcome:
-    values = _values(pipeline, study, "mean_accuracy")
+    values = pipeline.accuracy(run.name for run in study.runs)
     columns, sentences = {}, []
     for scale, size in SCALES.items():
         ending = f", {size} scenes"
@@ -248,10 +243,6 @@ def _paper(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
     return Table(f"The paper: {title}", ["method", *columns], rows)
 
 
-def _claim(text: str) -> Table:
-    return Table("The paper", ["claim"], [[text]])
-
-
 STUDIES = (
     Study(
         "table1",
@@ -266,7 +257,7 @@ STUDIES = (
         "fig1",
         "LLaVA Steering, Figure 1: attention on the image",
         _COMPARED,
-        _claim(
+        claim(
             "MoReS uses visual representations more than full fine-tuning and LoRA do; methods "
             "with a higher visual share tend to have fewer parameters."
         ),
@@ -277,7 +268,7 @@ STUDIES = (
         "fig4",
         "LLaVA Steering, Figure 4: parameters against score",
         _COMPARED,
-        _claim("MoReS variants consistently achieve Pareto-optimal performance."),
+        claim("MoReS variants consistently achieve Pareto-optimal performance."),
         THREE_LAYERS,
         _fig4,
     ),
@@ -285,7 +276,7 @@ STUDIES = (
         "fig2",
         "LLaVA Steering, Figure 2: LMAR",
         _COMPARED,
-        _claim("MoReS has the highest LMAR in most layers."),
+        claim("MoReS has the highest LMAR in most layers."),
         THREE_LAYERS,
         _fig2,
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from moresjax.studies.findings import compare_with
 from moresjax.studies.pipeline import Finetuning, Pipeline, Variant
+from moresjax.studies.printed import PRINTED
 from moresjax.studies.study import Outcome, Study, Table, agreement, values_table
 
 PLAIN = "connector only"
@@ -32,26 +33,25 @@ _LAYERS: Mapping[str, Any] = {
 STEPS = {"steps": 80}  # half of the demo's, for time
 LAYERS = Variant("8-layers", {"llm": _LAYERS, "pretrain": _LAYERS, "finetune": _LAYERS})
 
-# Means of four tasks, 3B, of the paper's columns; of seven benchmarks in Tables 9 and 10.
-TABLE_8 = {
-    "1%": (89.7, 59.2, 84.0, 94.1),
-    "25%": (89.9, 59.0, 80.2, 93.8),
-    "50%": (88.9, 59.0, 79.8, 92.6),
-    "100%": (85.8, 60.5, 67.7, 87.8),
-}
-TABLE_9 = {"every:2": 57.3, "every:3": 56.8, "every:4": 57.0, "all": 57.3}
-TABLE_10 = {"shallow": 57.3, "middle": 56.9, "deep": 57.7, "all": 57.3}
-_MEAN_8 = {ratio: round(sum(scores) / 4, 1) for ratio, scores in TABLE_8.items()}
+
+def _averages(table: str, *names: str) -> dict[str, float]:
+    """The means of a table's rows, which are in the order of the names."""
+    rows = PRINTED["llava-steering", table].values()
+    return {name: row["Avg"] for name, row in zip(names, rows, strict=True)}
+
+
+# Scores of four tasks, 3B, in Table 8; means of seven benchmarks in Tables 9 and 10.
+TABLE_8 = PRINTED["llava-steering", "8"]
+TABLE_9 = _averages("9", "every:2", "every:3", "every:4", "all")
+TABLE_10 = _averages("10", "shallow", "middle", "deep", "all")
+_MEAN_8 = {ratio: round(sum(scores.values()) / 4, 1) for ratio, scores in TABLE_8.items()}
 
 
 def _compare(
     pipeline: Pipeline, study: Study, base: str, paper: Mapping[str, float], what: str
 ) -> Outcome:
     """Mean accuracy by what is steered, beside tuning the connector alone."""
-    values = {
-        run.name: [pipeline.scores(seed, run.name)["mean_accuracy"] for seed in pipeline.seeds]
-        for run in study.runs
-    }
+    values = pipeline.accuracy(run.name for run in study.runs)
     steered = {name.removeprefix(f"{what} "): own for name, own in values.items() if name != PLAIN}
     return Outcome(
         [values_table("Mean accuracy", {"accuracy": values}, f"{what} {base}")],
@@ -106,8 +106,11 @@ STUDIES = (
         _STEERED_TOKENS,
         Table(
             "The paper: 3B, f4+l5 as 1%",
-            ["tokens", "SciQA-IMG", "VizWiz", "IconQA-txt", "IconQA-blank", "mean"],
-            [[r, *(f"{x:g}" for x in own), f"{_MEAN_8[r]:g}"] for r, own in TABLE_8.items()],
+            ["tokens", *TABLE_8["1%"], "mean"],
+            [
+                [r, *(f"{x:g}" for x in own.values()), f"{_MEAN_8[r]:g}"]
+                for r, own in TABLE_8.items()
+            ],
         ),
         "64 visual tokens (patches of 4 pixels): 1% is the last token alone, which shows a 4 x 4 "
         "corner of the scene; in the paper it is 9 of 729.",

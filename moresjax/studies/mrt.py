@@ -4,12 +4,13 @@ As in the paper the connector trains with the baselines and is frozen under MRT 
 editors train alone. Numbers of the paper are points of MME.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
 from moresjax.studies.findings import compare_with
 from moresjax.studies.pipeline import ZERO_SHOT, Finetuning, Pipeline
+from moresjax.studies.printed import PRINTED
 from moresjax.studies.study import Outcome, Study, Table, agreement, values_table
 
 MRT, RATE = "mrt", 1e-2
@@ -32,19 +33,19 @@ def _editors(name: str, keys: str = "") -> Finetuning:
 
 # Table 1 ----------------------------------------------------------------------------------------
 
-# MME and the mean of the seven other benchmarks.
-TABLE_1 = {
-    ZERO_SHOT: (1110.82, 52.46),
-    "full": (1587.26, 66.59),
-    "lora r=8": (1393.67, 61.21),
-    "aprompt": (1406.63, 61.52),
-    "ptum": (1354.62, 62.00),
-    "vpt": (1398.74, 60.48),
-    "reft": (1473.25, 62.90),
-    "m2pt": (1503.98, 63.68),
-    "mixlora": (1509.61, 63.30),
-    MRT: (1580.40, 64.93),
+_NAMES = {
+    ZERO_SHOT: "LLaVAAlign",
+    "full": "LLaVAFT",
+    "lora r=8": "LoRA",
+    "aprompt": "APrompt",
+    "ptum": "PTUM",
+    "vpt": "VPT",
+    "reft": "ReFT",
+    "m2pt": "M2PT",
+    "mixlora": "MixLoRA",
+    MRT: "MRT",
 }
+TABLE_1 = {name: PRINTED["mrt", "1"][row] for name, row in _NAMES.items()}
 _TUNINGS = {
     "full": recipe.METHODS["full"],
     "lora r=8": recipe.METHODS["lora r=8"],
@@ -61,17 +62,11 @@ _BASELINES = (
 )
 
 
-def _accuracy(pipeline: Pipeline, names: Sequence[str]) -> dict[str, list[float]]:
-    return {
-        name: [float(pipeline.scores(seed, name)["mean_accuracy"]) for seed in pipeline.seeds]
-        for name in names
-    }
-
-
 def _table1(pipeline: Pipeline, study: Study) -> Outcome:
-    values = _accuracy(pipeline, list(TABLE_1))
+    values = pipeline.accuracy(TABLE_1)
+    paper = {name: scores["MME"] for name, scores in TABLE_1.items()}
     sentences = [
-        agreement("Mean accuracy", MRT, {name: mme for name, (mme, _) in TABLE_1.items()}, values),
+        agreement("Mean accuracy", MRT, paper, values),
         compare_with(MRT, "Mean accuracy", values),
     ]
     tables = [values_table("Mean accuracy", {"accuracy": values}, MRT)]
@@ -121,15 +116,14 @@ def _title(what: str) -> str:
 
 
 def _ablations(pipeline: Pipeline, study: Study) -> Outcome:
-    made = {run.name for run in study.runs}
-    best = _accuracy(pipeline, [MRT])[MRT]
-    found: dict[str, list[float]] = {MRT: best}
+    accuracy = pipeline.accuracy(run.name for run in study.runs)
+    found = {MRT: accuracy[MRT]}
     tables, sentences = [], []
     for what, rows in ABLATIONS.items():
-        there = [row for row in rows if _run(row) in made]
+        there = [row for row in rows if _run(row) in accuracy]
         if not there:
             continue
-        values = {MRT: best} | {row: _accuracy(pipeline, [_run(row)])[_run(row)] for row in there}
+        values = {MRT: accuracy[MRT]} | {row: accuracy[_run(row)] for row in there}
         found |= values
         tables.append(values_table(_title(what), {"accuracy": values}, MRT))
         printed = {row: rows[row][1] for row in there}
@@ -159,7 +153,7 @@ STUDIES = (
         Table(
             "The paper",
             ["method", "MME", "MMAvg"],
-            [[name, f"{mme:.2f}", f"{mean:.2f}"] for name, (mme, mean) in TABLE_1.items()],
+            [[name, f"{s['MME']:.2f}", f"{s['MMAvg']:.2f}"] for name, s in TABLE_1.items()],
         ),
         "Lengths of prompts and pools are small, and no rate but those of full and lora is "
         f"searched for. {_LIMITS}",

@@ -8,9 +8,10 @@ Every run is an ordinary one; what is there is not trained or asked again.
 """
 
 import dataclasses
+import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moresjax.core.json_files import read_object
 from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT
 from moresjax.evaluation.results import RESULTS, write_results
 from moresjax.evaluation.run import evaluate
-from moresjax.evaluation.tasks import load_tasks
+from moresjax.evaluation.tasks import BenchmarkTask, load_tasks
 from moresjax.inference.load import load
 from moresjax.inference.model import Model
 from moresjax.models.count import count_parameters
@@ -192,8 +193,8 @@ class Pipeline:
         folder, whole = self.folder(seed, name), (benchmark, only) == ("digits", "")
         place = f"eval-{self.split}" if whole else f"eval-{self.split}-{only or benchmark}"
         path, trained = folder / place / RESULTS, folder / TRAINED
-        tasks = load_tasks([benchmark], None, self.limit, self.split)
-        tasks = [task for task in tasks if only in ("", task.name)]
+        every = _tasks(benchmark, self.limit, self.split)
+        tasks = [task for task in every if only in ("", task.name)]
         if path.is_file() and path.stat().st_mtime > trained.stat().st_mtime:
             known = read_object(path)
             sizes = {task: entry["n"] for task, entry in known["scores"].items()}
@@ -203,6 +204,13 @@ class Pipeline:
         found = evaluate(_merged(model), tasks, attention=whole, title=f"{name}, seed {seed}")
         write_results(found, path.parent, split=self.split, tuning=model.tuning)
         return read_object(path)
+
+    def accuracy(self, names: Iterable[str]) -> dict[str, list[float]]:
+        """By method the mean accuracy of every seed on `digits`."""
+        return {
+            name: [float(self.scores(seed, name)["mean_accuracy"]) for seed in self.seeds]
+            for name in names
+        }
 
     def _finetuning(self, method: Finetuning, seed: int) -> ConfigDict:
         stage = f"{method.stage},tuning={method.tuning}"
@@ -243,6 +251,12 @@ class Pipeline:
                 raise UserError(f"{folder} {outcome.state}: {outcome.message or 'start it again'}")
             results[folder] = outcome.result
         return results
+
+
+@functools.lru_cache(maxsize=4)
+def _tasks(benchmark: str, limit: int, split: str) -> tuple[BenchmarkTask, ...]:
+    """What the models of a study are asked, which is the same for all of them."""
+    return tuple(load_tasks([benchmark], None, limit, split))
 
 
 def _merged(model: Model) -> Model:

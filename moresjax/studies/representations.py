@@ -15,7 +15,6 @@ from moresjax.analysis.shift import correlation
 from moresjax.analysis.shift_study import ShiftOptions, measure_shift
 from moresjax.analysis.states import States
 from moresjax.analysis.steering import choose
-from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
 from moresjax.data.digits import WORDS
 from moresjax.evaluation.metrics.vqa import normalize_vqa
 from moresjax.evaluation.states import task_states
@@ -27,22 +26,15 @@ from moresjax.inference.model import Model
 from moresjax.reports import plots
 from moresjax.reports.shift import at_one
 from moresjax.studies.findings import PairedDifference, compare_with
-from moresjax.studies.pipeline import ZERO_SHOT, Finetuning, Pipeline
-from moresjax.studies.study import Outcome, Study, Table, Values, with_interval
+from moresjax.studies.llava_steering import runs_of
+from moresjax.studies.pipeline import ZERO_SHOT, Pipeline
+from moresjax.studies.study import Outcome, Study, Table, Values, claim, with_interval
 
 SITE = "llm.block.out"
 ALPHAS = (0.5, 1.0, 2.0)
 STATES, ASKED = 150, 60  # scenes per family whose states are kept, and that are asked about
 CONCEPTS, DIGITS = 20, 10  # concepts of a shift; between which fine vectors lead
 CONTROLS = ("random", "shuffled", "reversed")
-
-
-def _runs(*names: str) -> tuple[Finetuning, ...]:
-    return tuple(Finetuning(name, recipe.METHODS[name]) for name in names)
-
-
-def _claim(text: str) -> Table:
-    return Table("The paper", ["claim"], [[text]])
 
 
 # Shift ------------------------------------------------------------------------------------------
@@ -214,8 +206,8 @@ STUDIES = (
     Study(
         "shift",
         "Representation shift, Figures 5 to 8: recovering tuned concepts",
-        _runs("connector only", "lora r=8", "full"),
-        _claim(
+        runs_of("connector only", "lora r=8", "full"),
+        claim(
             "Shifting a concept by the mean shift of its samples makes it more like the tuned "
             "model's concept, the more so the more consistent these shifts are."
         ),
@@ -227,8 +219,8 @@ STUDIES = (
     Study(
         "steering",
         "Representation shift, Tables 1, 2 and 4 and Figure 13: steering without training",
-        _runs("full"),
-        _claim(
+        runs_of("full"),
+        claim(
             "A difference of mean states changes answers from yes to no and leaves others; it "
             "works best at the last layer, where a probe tells the answers apart."
         ),

@@ -28,6 +28,7 @@ from moresjax.studies.study import (
     Table,
     Values,
     agreement,
+    claim,
     values_table,
     with_interval,
 )
@@ -88,7 +89,8 @@ def _fig8(pipeline: Pipeline, study: Study) -> Outcome:
     questions = _questions(pipeline)
     found: dict[str, list[np.ndarray]] = {run.name: [] for run in study.runs}
     figures, grids = {}, {}
-    shown = questions[2 * len(questions) // 7]  # of the third family, `position`
+    place = 2 * len(questions) // 7  # of the third family, `position`
+    shown = questions[place]
     for seed in pipeline.seeds:
         for run in study.runs:
             model = pipeline.model(seed, run.name)
@@ -100,31 +102,34 @@ def _fig8(pipeline: Pipeline, study: Study) -> Outcome:
                 title = f"{run.name}, seed {seed}: {text}"
                 alt = f"attention of {run.name}, queries by keys, with the borders of groups"
                 figures[alt] = attention_matrices(own, groups, title)
-                own = visual_attention(model, [shown])[:, 0]
-                side = round(own.shape[-1] ** 0.5)
-                grids[run.name] = own.reshape(-1, side, side)
+                side = round(masses.shape[-1] ** 0.5)
+                grids[run.name] = masses[:, place].reshape(-1, side, side)
     figures["attention of the first new token on the image"] = answers_on_image(
         shown.images[0], grids
     )
     tokens = next(iter(grids.values())).shape[-1] ** 2
-    layers = range(len(next(iter(found.values()))[0]))
-    rows = [
-        [name, *(with_interval([float(one[layer]) for one in own], 1) for layer in layers)]
-        for name, own in found.items()
-    ]
-    means = {name: [float(one.mean()) for one in own] for name, own in found.items()}
+    title = f"Visual tokens, of {tokens}, that carry half of the attention on the image"
     return Outcome(
-        [
-            Table(
-                f"Visual tokens, of {tokens}, that carry half of the attention on the image",
-                ["tuned with", *(f"layer {layer}" for layer in layers)],
-                rows,
-            )
-        ],
-        [_sparse(name, own, tokens) for name, own in means.items()],
+        [_by_layer(title, found, 1)],
+        [_sparse(name, own, tokens) for name, own in _means(found).items()],
         {name: [one.tolist() for one in own] for name, own in found.items()},
         figures,
     )
+
+
+def _by_layer(title: str, found: Mapping[str, list[np.ndarray]], digits: int) -> Table:
+    """By method and layer the mean over seeds of `[L]` numbers, with its interval."""
+    layers = range(len(next(iter(found.values()))[0]))
+    rows = [
+        [name, *(with_interval([float(one[layer]) for one in own], digits) for layer in layers)]
+        for name, own in found.items()
+    ]
+    return Table(title, ["tuned with", *(f"layer {layer}" for layer in layers)], rows)
+
+
+def _means(found: Mapping[str, list[np.ndarray]]) -> dict[str, list[float]]:
+    """By method the mean over layers of every seed."""
+    return {name: [float(one.mean()) for one in own] for name, own in found.items()}
 
 
 def _sparse(name: str, values: list[float], tokens: int) -> str:
@@ -196,21 +201,10 @@ def _a4(pipeline: Pipeline, study: Study) -> Outcome:
                 ratios[run.name].append(norm_ratios(model, questions))
                 with steered_below(model, 0):
                     shares[f"{run.name}, its edits off"].append(_share(model, questions))
-    layers = range(len(next(iter(ratios.values()))[0]))
-    rows = [
-        [name, *(with_interval([float(one[layer]) for one in own]) for layer in layers)]
-        for name, own in ratios.items()
-    ]
-    seeds = len(pipeline.seeds)
-    norms = {"before": [1.0] * seeds}
-    norms |= {name: [float(one.mean()) for one in own] for name, own in ratios.items()}
+    norms = {"before": [1.0] * len(pipeline.seeds)} | _means(ratios)
     return Outcome(
         [
-            Table(
-                "Norm of steered tokens after the edit, relative to before it",
-                ["tuned with", *(f"layer {layer}" for layer in layers)],
-                rows,
-            ),
+            _by_layer("Norm of steered tokens after the edit, relative to before it", ratios, 3),
             values_table("Share of attention on the image", {"share": shares}, PLAIN),
         ],
         [
@@ -273,11 +267,7 @@ STUDIES = (
         "fig8",
         "LLaVA Steering, Figure 8: full attention maps",
         runs_of(PLAIN, MORES, "full"),
-        Table(
-            "The paper",
-            ["claim"],
-            [["Visual attention is sparse: a few tokens carry the majority of it."]],
-        ),
+        claim("Visual attention is sparse: a few tokens carry the majority of it."),
         f"A scene has 16 visual tokens, four to a digit. {THREE_LAYERS}",
         _fig8,
         more_minutes=0.2,
@@ -286,11 +276,7 @@ STUDIES = (
         "a4",
         "LLaVA Steering, appendix A.4: norms of steered tokens and attention on the image",
         runs_of(PLAIN, MORES, "mores r=4"),
-        Table(
-            "The paper",
-            ["claim"],
-            [["The norms of steered tokens rise, and with them the attention that they get."]],
-        ),
+        claim("The norms of steered tokens rise, and with them the attention that they get."),
         f"Edits of the last layer have no gradient and stay the identity. {THREE_LAYERS}",
         _a4,
         more_minutes=0.3,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moresjax.core.errors import UserError, choice_error
 from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.reports.html import figure_uri, render
+from moresjax.reports.tables import Table
 from moresjax.studies.findings import PairedDifference, explain, listed
 from moresjax.studies.pipeline import Finetuning, Pipeline, Variant
 from moresjax.studies.provenance import describe, provenance
@@ -26,15 +27,6 @@ RUN_MINUTES, STAGE_MINUTES = 0.25, 0.9
 
 # By name of a method, the value of every seed.
 Values = Mapping[str, Sequence[float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table as text."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +58,7 @@ class Study:
       limits: What the miniature cannot tell, in a sentence.
       make: Says what came out of the runs.
       more_minutes: About how long what `make` asks of the models takes for a seed.
+      in_parts: Whether `make` says something of a part of the runs.
       variant: Settings of the stages beside the recipe's.
       factor: How much longer a run takes than one of the plain pipeline.
     """
@@ -178,6 +171,11 @@ def values_table(title: str, columns: Mapping[str, Values], base: str) -> Table:
             row.append("" if name == base else found.points)
         rows.append(row)
     return Table(title, head, rows)
+
+
+def claim(text: str) -> Table:
+    """The paper's table where the paper has a claim and no numbers."""
+    return Table("The paper", ["claim"], [[text]])
 
 
 def with_interval(values: Sequence[float], digits: int = 3) -> str:

@@ -9,19 +9,23 @@ from moresjax.evaluation.benchmarks.pope import KINDS
 from moresjax.studies.findings import compare_with
 from moresjax.studies.llava_steering import METHODS, THREE_LAYERS, runs_of
 from moresjax.studies.pipeline import Finetuning, Pipeline
+from moresjax.studies.printed import PRINTED
 from moresjax.studies.study import Outcome, Study, Table, Values, agreement, values_table
 
 # Table 2: one task each -------------------------------------------------------------------------
 
-# SciQA-IMG, VizWiz, IconQA-txt, IconQA-blank of 3B.
-TABLE_2 = {
-    "adapter": (92.3, 62.9, 93.5, 95.8),
-    "lora r=8": (93.9, 61.6, 93.9, 96.5),
-    "oft": (86.3, 42.0, 87.8, 42.0),
-    "ia3": (90.2, 58.4, 84.5, 94.7),
-    "mores r=1": (89.7, 59.2, 84.0, 94.2),
+_NAMES_2 = {
+    "adapter": "Adapter",
+    "lora r=8": "LoRA",
+    "oft": "OFT",
+    "ia3": "IA3",
+    "mores r=1": "MoReS-B",
 }
-_MEAN_2 = {name: sum(scores) / 4 for name, scores in TABLE_2.items()}
+TABLE_2 = {
+    name: PRINTED["llava-steering", "2"][f"LLaVA Steering-3B {row}"]
+    for name, row in _NAMES_2.items()
+}
+_MEAN_2 = {name: sum(scores.values()) / 4 for name, scores in TABLE_2.items()}
 FAMILIES = ("count", "compare", "largest", "smallest")
 # One question per scene leaves rows of 16 visual tokens and a question; fewer steps are enough.
 _ONE = {"data.questions": 1, "max_seq_len": 28, "steps": 100}
@@ -60,14 +64,15 @@ def _table2(pipeline: Pipeline, study: Study) -> Outcome:
 
 # Table 6: hallucination -------------------------------------------------------------------------
 
-TABLE_6 = {
-    "full": (87.2, 37.4, 18.5, 44.4),
-    "lora r=8": (86.7, 34.6, 16.7, 43.0),
-    "adapter": (87.9, 36.2, 18.2, 44.8),
-    "oft": (85.1, 33.9, 14.1, 36.2),
-    "ia3": (86.9, 39.3, 18.5, 45.0),
-    "mores r=4": (88.2, 42.6, 19.4, 46.1),
+_NAMES_6 = {
+    "full": "Full",
+    "lora r=8": "LoRA",
+    "adapter": "Adapter",
+    "oft": "OFT",
+    "ia3": "IA3",
+    "mores r=4": "MoReS",
 }
+TABLE_6 = {name: PRINTED["llava-steering", "6"][row] for name, row in _NAMES_6.items()}
 _GROUPS = {"Hard Acc": "hard aAcc", "Figure Acc": "fAcc", "Question Acc": "qAcc"}
 ASKED = 100  # scenes of either benchmark
 COLUMNS_6 = ("POPE Acc", *_GROUPS)
@@ -82,8 +87,8 @@ def _table6(pipeline: Pipeline, study: Study) -> Outcome:
             own[run.name] = [row[name] for row in rows]
     base = "mores r=4"
     sentences = [
-        agreement(name, base, {n: row[place] for n, row in TABLE_6.items()}, found[name])
-        for place, name in enumerate(COLUMNS_6)
+        agreement(name, base, {n: row[name] for n, row in TABLE_6.items()}, found[name])
+        for name in COLUMNS_6
     ]
     return Outcome(
         [
@@ -113,9 +118,9 @@ def _hallucination(pipeline: Pipeline, seed: int, name: str) -> Mapping[str, flo
     }
 
 
-def _paper(title: str, head: tuple[str, ...], rows: Mapping[str, tuple[float, ...]]) -> Table:
-    cells = [[name, *(f"{score:g}" for score in own)] for name, own in rows.items()]
-    return Table(f"The paper: {title}", ["method", *head], cells)
+def _paper(rows: Mapping[str, Mapping[str, float]]) -> Table:
+    cells = [[name, *(f"{score:g}" for score in own.values())] for name, own in rows.items()]
+    return Table("The paper: 3B", ["method", *next(iter(rows.values()))], cells)
 
 
 STUDIES = (
@@ -123,7 +128,7 @@ STUDIES = (
         "table2",
         "LLaVA Steering, Table 2: one task each",
         _ONE_TASK,
-        _paper("3B", ("SciQA-IMG", "VizWiz", "IconQA-txt", "IconQA-blank"), TABLE_2),
+        _paper(TABLE_2),
         "A task is one family of questions, one question per scene and 100 steps; the paper's "
         "tasks have nothing in common with these but that each is tuned on alone. Rates are those "
         f"of the mixture. {THREE_LAYERS}",
@@ -134,7 +139,7 @@ STUDIES = (
         "table6",
         "LLaVA Steering, Table 6: hallucination",
         runs_of(*TABLE_6),
-        _paper("3B", COLUMNS_6, TABLE_6),
+        _paper(TABLE_6),
         "POPE asks which digits are in a scene; adversarial digits look like one that is there. "
         "HallusionBench's questions come in pairs, about a scene and about the same with one digit "
         "exchanged; its questions that need no figure have no counterpart here.",

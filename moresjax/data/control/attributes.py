@@ -37,13 +37,8 @@ class AttributeQuestion:
     answers: tuple[str, ...]
     boxes: tuple[Box, ...]
 
-    def case(self, scenario: Scenario, roi: tuple[Box, ...]) -> Case:
-        """The question in a scenario.
-
-        Args:
-          scenario: `indeterminate`, with its attribute.
-          roi: The region of interest.
-        """
+    def case(self, scenario: Scenario) -> Case:
+        """The question in the scenario `indeterminate`; the words in the photo are its region."""
         target = self.attribute == scenario.target
         majority = Counter(self.answers).most_common(1)[0][0]
         return Case(
@@ -54,7 +49,7 @@ class AttributeQuestion:
             NOT_SURE if target else majority,
             self.answers,
             self.attribute,
-            roi,
+            self.boxes,
         )
 
 

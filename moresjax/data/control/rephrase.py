@@ -5,6 +5,7 @@ LLM can be tuned on `rephrasing_pairs` (`moresjax.inference.rephraser`): nothing
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -117,7 +118,7 @@ class RephrasingSource:
         if self.dataset not in PHRASED:
             raise choice_error("data set with phrasings", self.dataset, PHRASED)
 
-    @property
+    @functools.cached_property
     def pairs(self) -> list[tuple[str, str]]:
         """Questions, and what each becomes."""
         phrasings, classes = PHRASED[self.dataset]

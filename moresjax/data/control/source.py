@@ -163,8 +163,7 @@ class ControlSource:
         return np.random.default_rng((self.seed, index, 4))
 
     def _attribute(self, index: int) -> Case:
-        question = self._questions[index]
-        return question.case(self.plan, question.boxes)
+        return self._questions[index].case(self.plan)
 
     def _case(self, shown: Shown, kind: str, name: str, rng: np.random.Generator) -> Case:
         images = self.images

@@ -9,6 +9,7 @@ editors (cluster bootstrap over images).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -107,6 +108,13 @@ class Measured:
 
     def differences(self, editors: str) -> dict[str, tuple[float, tuple[float, float] | None]]:
         """What a set of editors has more than all editors, with intervals paired by image."""
+        return self._differences[editors]
+
+    @functools.cached_property  # tables and files ask several times, and draw anew each time
+    def _differences(self) -> dict[str, dict[str, tuple[float, tuple[float, float] | None]]]:
+        return {editors: self._from_all(editors) for editors in self.answers}
+
+    def _from_all(self, editors: str) -> dict[str, tuple[float, tuple[float, float] | None]]:
         found = {}
         for name, kind, value in (
             ("control", TARGET, self._controlled),
