@@ -59,7 +59,7 @@ def read_minigpt(
     linear = module_mappings(mllm.connector, {"layers.0": "llama_proj"})
     mappings = [mapping.within("connector") for mapping in linear]
     mappings += _trained_of_encoder(mllm, rest)
-    rest = {name: x for n, t in rest.items() for name, x in separated(n, t).items()}
+    rest = separated(rest)
     check_tensors(mappings, rest, (), f"{file}, as MiniGPT-v2's,")
     set_params(mllm, ParameterReader(mappings, rest), str(file))
     if not tuned:

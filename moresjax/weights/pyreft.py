@@ -37,7 +37,7 @@ from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import format_spec, parse_spec
 from moresjax.weights import steering
 from moresjax.weights.families.keys import COMMON_KEYS
-from moresjax.weights.files import read_pickle
+from moresjax.weights.files import pickle_error, read_pickle
 from moresjax.weights.tensor_mapping import Tensor
 
 METHOD_NAMES = ("loreft", "mores")
@@ -257,10 +257,7 @@ def _read(
             raise choice_error(f"intervention type in {folder}", kind, [*_TYPES])
     method = _TYPES[next(iter(named.values()), LOREFT)]
     if not allow_pickle:
-        raise UserError(
-            f"{folder} has only pickled weights, and pickles run code; allow it with "
-            "--allow-pickle if you trust its source"
-        )
+        raise pickle_error(f"{folder} has only pickled weights")
     files = {_plain(file.stem): file for file in folder.glob("intkey_*.bin")}
     groups: list[dict[int, dict[str, np.ndarray]]] = []
     used: list[str] = []

@@ -29,7 +29,7 @@ from moresjax.tuning.attach import Tuning
 from moresjax.tuning.methods.mrt import GROUPS
 from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import format_spec, parse_spec
-from moresjax.weights.files import read_pickles
+from moresjax.weights.files import pickle_error, read_pickles
 
 NAME = "rt_modules.bin"
 # Our name of a group, and where it acts, by that of the file.
@@ -74,10 +74,7 @@ def import_rt_modules(
     """
     file = Path(file)
     if not allow_pickle:
-        raise UserError(
-            f"{file} is a pickle, and pickles run code; allow it with --allow-pickle if you trust "
-            "its source"
-        )
+        raise pickle_error(f"{file} is a pickle")
     editors = _read(file)
     names = [name for name in GROUPS if name in editors]
     chosen = parse_spec(edits or f"mrt-code:groups={';'.join(names)}")
