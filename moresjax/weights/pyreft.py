@@ -34,6 +34,7 @@ from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.methods.mores import MoReS
 from moresjax.tuning.methods.reft import LoReFT
+from moresjax.tuning.sites import format_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 from moresjax.weights import steering
 from moresjax.weights.families.keys import COMMON_KEYS
@@ -198,8 +199,7 @@ def import_pyreft(
         ranks = {len(tensors["bias"]) for tensors in layers.values()}
         if len(ranks) != 1:
             raise UserError(f"{folder}: the layers of an edit must have one rank, got {ranks}")
-        every = sorted(layers) == [*range(llm.num_layers)]
-        acting = "all" if every else ";".join(map(str, sorted(layers)))
+        acting = format_layers(sorted(layers), SITE, mllm.config)
         methods.append(dataclasses.replace(method, rank=ranks.pop(), layers=acting))
     tuning = Tuning(format_spec(methods), mllm.config)
     for (name, _), layers in zip(tuning.methods, groups, strict=True):
