@@ -39,7 +39,7 @@ from moresjax.weights.peft_formats import (
 from moresjax.weights.peft_keys import KEYS
 from moresjax.weights.peft_lora import check_start
 from moresjax.weights.peft_modules import Modules, Tensors, tuned_modules
-from moresjax.weights.peft_names import PREFIX, UNUSED, linear_names, pattern
+from moresjax.weights.peft_names import PREFIX, linear_names, pattern, runs
 from moresjax.weights.peft_virtual_tokens import (
     TENSOR,
     VIRTUAL_TOKEN_METHODS,
@@ -102,8 +102,13 @@ def export_peft(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = (
 
 def _trained(mllm: MLLM, patterns: Sequence[str]) -> set[str]:
     """Names of the model's own parameters that patterns name, of what runs."""
-    names = (n for n in layered_parameters(mllm) if not n.startswith(("tuning.", *UNUSED)))
-    return {name for name in names if any(matches(name, each) for each in patterns)}
+    return {
+        name
+        for name in layered_parameters(mllm)
+        if not name.startswith("tuning.")
+        and runs(name, mllm.config)
+        and any(matches(name, each) for each in patterns)
+    }
 
 
 def _linears_to_peft(mllm: MLLM, methods: Mapping[str, Method]) -> tuple[Arrays, Settings]:

@@ -24,8 +24,6 @@ PREFIX = "base_model.model."
 TOWER, CONNECTOR, LLM = "model.vision_tower.", "multi_modal_projector", "model.language_model."
 # What stands inside a vision tower in transformers 4.
 _INSIDE = "vision_model."
-# Parameters of a vision encoder that never run in a whole model.
-UNUSED = ("vision.tail.", "vision.post_norm.")
 Place = tuple[str, int]  # a site and a layer of it
 
 
@@ -91,9 +89,10 @@ def base_mappings(config: MLLMConfig) -> list[TensorMapping]:
     return found
 
 
-def runs(mapping: TensorMapping) -> bool:
-    """Whether a parameter has a part in what the model computes."""
-    return not f"{'.'.join(mapping.path)}.".startswith(UNUSED)
+def runs(name: str, config: MLLMConfig) -> bool:
+    """Whether a parameter of the model has a part in what it computes."""
+    behind_norm = isinstance(config.vision, VisionConfig) and config.vision.feature_norm_eps
+    return not name.startswith(("vision.tail.", *(() if behind_norm else ("vision.post_norm.",))))
 
 
 def pattern(name: str, layers: Iterable[int] | None = None) -> str:
