@@ -22,7 +22,7 @@ from moresjax.analysis.concepts import METHODS, Concepts
 from moresjax.analysis.vectors import save_vectors
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import new_folder
-from moresjax.weights.files import unpickled
+from moresjax.weights.files import pickle_error, unpickled
 
 ORIGIN = "xl-vlms"
 # Their names of methods -> ours; what `pca` centres by is in an object that is not read.
@@ -73,10 +73,7 @@ def _content(file: Path, allow_pickle: bool) -> Mapping[str, Any]:
     if not file.is_file():
         raise UserError(f"{file} is not a file")
     if not allow_pickle:
-        raise UserError(
-            f"{file} is pickled, and pickles run code; allow it with --allow-pickle if you trust "
-            "its source"
-        )
+        raise pickle_error(f"{file} is pickled")
     try:
         content = unpickled(file)
     except UserError as error:

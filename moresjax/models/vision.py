@@ -25,9 +25,9 @@ SELECTIONS = ("patch", "cls_patch")
 # Mean and standard deviation of the colour channels, by who trained on them.
 HALF = (0.5, 0.5, 0.5)
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The family name of EVA-ViT in its own files, which `transformers` has under BLIP-2 only.
 EVA = "eva_vit"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

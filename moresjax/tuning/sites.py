@@ -5,7 +5,7 @@ Edits:    vision.block.{out,attn.out,mlp.out}  connector.out  llm.embed.out
 Linears:  {vision,llm}.block.{q,k,v,o,gate,up,down}  connector.{0,1,...}
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.tuning.base import Edit, Method, ModelConfig
@@ -123,3 +123,9 @@ def num_layers(site: str, config: ModelConfig) -> int:
     if site.startswith("vision.block."):
         return config.vision.used_layers
     return 0
+
+
+def format_layers(layers: Collection[int], site: str, config: ModelConfig) -> str:
+    """What `layers=` calls these layers of a site, which are in order."""
+    every = [*layers] == [*range(num_layers(site, config) or 1)]
+    return "all" if every else ";".join(map(str, layers))

@@ -54,8 +54,8 @@ def open_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tenso
     found: dict[str, Tensor] = {}
     for prefix, place in ({"": folder} if whole else stages).items():
         for name, tensor in _stored(place, allow_pickle).items():
-            found |= separated(state_dict_name(prefix + name), tensor)
-    return found
+            found[state_dict_name(prefix + name)] = tensor
+    return separated(found)
 
 
 def stored_in(
@@ -79,15 +79,19 @@ def stored_in(
     if file.suffix == ".safetensors":
         return _safetensors(file), {}
     if not allow_pickle:
-        raise UserError(
-            f"{file} is pickled, and pickles run code; allow it with --allow-pickle if you trust "
-            "its source"
-        )
+        raise pickle_error(f"{file} is pickled")
     content = unpickled(file)
     if isinstance(content, Mapping) and isinstance(content.get(inside), Mapping):
         rest = {key: x for key, x in content.items() if key != inside}
         return _arrays(content[inside], file), rest
     return _arrays(content, file), {}
+
+
+def pickle_error(what: str) -> UserError:
+    """`UserError` for a pickle that may not be read; `what` says which."""
+    return UserError(
+        f"{what}, and pickles run code; allow it with --allow-pickle if you trust its source"
+    )
 
 
 def _stored(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -99,10 +103,7 @@ def _stored(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
         beside = f"; {', '.join(others[:4])} is no name that transformers reads" if others else ""
         raise UserError(f"{folder} has no {' and no '.join(_names(SAFETENSORS))}{beside}")
     if not allow_pickle:
-        raise UserError(
-            f"{folder} has only pickled weights ({pickle.name}), and pickles run code; "
-            "allow it with --allow-pickle if you trust its source"
-        )
+        raise pickle_error(f"{folder} has only pickled weights ({pickle.name})")
     return _named_files(folder, PICKLE, read_pickle)
 
 
@@ -217,17 +218,19 @@ def file_prefixes() -> dict[str, str]:
     return {old: new for family in families for old, new in family.prefixes.items()}
 
 
-def separated(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that one holds together, by name; most hold themselves only."""
+def separated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors by name, with those apart that one holds together."""
     halves = {k: v for family in VISION_FAMILIES.values() for k, v in family.halves.items()}
-    for whole, modules in halves.items():
-        if whole in name:
-            rows = tensor.shape[0] // len(modules)
-            return {
-                name.replace(whole, module): _rows(tensor, number * rows, rows)
-                for number, module in enumerate(modules)
-            }
-    return {name: tensor}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        whole = next((whole for whole in halves if whole in name), None)
+        if whole is None:
+            found[name] = tensor
+            continue
+        rows = tensor.shape[0] // len(halves[whole])
+        for number, module in enumerate(halves[whole]):
+            found[name.replace(whole, module)] = _rows(tensor, number * rows, rows)
+    return found
 
 
 def _rows(tensor: Tensor, first: int, count: int) -> Tensor:

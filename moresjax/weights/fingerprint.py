@@ -71,11 +71,11 @@ def twin_fingerprint(mllm: MLLM) -> str:
     the linears of the LLM's blocks, which a copy may hold in eight bits.
     """
     layers = layered_parameters(mllm)
-    linears = {name.removesuffix("kernel") for name in layers if name.endswith(".kernel")}
+    linears = {name.removesuffix(".kernel") for name in layers if name.endswith(".kernel")}
     sums = {
         first_name(name): checksum(*(variable.get_value() for variable in own))
         for name, own in layers.items()
-        if not (name.startswith("llm.blocks.") and name.rpartition(".")[0] + "." in linears)
+        if not (name.startswith("llm.blocks.") and name.rpartition(".")[0] in linears)
     }
     config = _plain(_renamed(mllm.config.to_dict(), {}))
     return _short_hash([config, mllm.tuning.spec, sums, _given(mllm.tuning)])

@@ -190,8 +190,7 @@ class HFFolder:
         """
         if self.path.is_file():
             stored, _ = stored_in(self.path, allow_pickle=self.allow_pickle)
-            each = {name: x for n, t in stored.items() for name, x in separated(n, t).items()}
-            return eva_tensors(each, self.path)
+            return eva_tensors(separated(stored), self.path)
         tensors = open_tensors(self.path, allow_pickle=self.allow_pickle)
         if self.tower is None:
             return tensors

@@ -17,6 +17,7 @@ from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
 from moresjax.models.vision import EVA, VisionConfig
 from moresjax.tuning.merge import merged
+from moresjax.weights.families.base import LLMFamily
 from moresjax.weights.families.eva import NORM
 from moresjax.weights.files import separated, stored_in
 from moresjax.weights.hf import vision_mappings
@@ -52,14 +53,13 @@ def read_minigpt(
     """
     file = Path(file)
     stored, notes = stored_in(file, inside="model", allow_pickle=allow_pickle)
-    tensors = {n: x for n, x in stored.items() if not n.endswith("rotary_emb.inv_freq")}
+    tensors = {name: x for name, x in stored.items() if not name.endswith(LLMFamily.unused)}
     tuned = {name: x for name, x in tensors.items() if name.startswith(LLM)}
-    rest = {name: x for name, x in tensors.items() if name not in tuned}
+    rest = separated({name: x for name, x in tensors.items() if name not in tuned})
     assert mllm.connector is not None
     linear = module_mappings(mllm.connector, {"layers.0": "llama_proj"})
     mappings = [mapping.within("connector") for mapping in linear]
     mappings += _trained_of_encoder(mllm, rest)
-    rest = {name: x for n, t in rest.items() for name, x in separated(n, t).items()}
     check_tensors(mappings, rest, (), f"{file}, as MiniGPT-v2's,")
     set_params(mllm, ParameterReader(mappings, rest), str(file))
     if not tuned:
@@ -72,12 +72,12 @@ def _trained_of_encoder(mllm: MLLM, tensors: Mapping[str, Tensor]) -> list[Tenso
     """Where the encoder's parameters are that a checkpoint holds: all, its norm's, or none."""
     vision = mllm.config.vision
     assert isinstance(vision, VisionConfig)
-    found = vision_mappings(vision, {"model_type": EVA})
-    norm = [each.within("vision") for each in found if each.names[0].startswith(NORM)]
-    others = (each for each in found if not each.names[0].startswith(NORM))
-    whole = [each.within("vision", "", ENCODER) for each in others]
-    has = {start: any(n.startswith(start) for n in tensors) for start in (ENCODER, NORM)}
-    return [*(whole if has[ENCODER] else []), *(norm if has[NORM] else [])]
+    held = tuple(x for x in (ENCODER, NORM) if any(name.startswith(x) for name in tensors))
+    found = (
+        mapping.within("vision", "", "" if mapping.names[0].startswith(NORM) else ENCODER)
+        for mapping in vision_mappings(vision, {"model_type": EVA})
+    )
+    return [mapping for mapping in found if mapping.names[0].startswith(held)]
 
 
 def _attach_lora(mllm: MLLM, tensors: Mapping[str, Tensor], alpha: float, file: Path) -> None:

@@ -25,7 +25,7 @@ from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import METHODS, Method, VirtualTokens
 from moresjax.tuning.merge import dense_at
 from moresjax.tuning.methods.ln import NormTuning
-from moresjax.tuning.sites import num_layers
+from moresjax.tuning.sites import format_layers, num_layers
 from moresjax.tuning.spec import format_spec
 from moresjax.weights.peft_base import NORM_COPY, base_methods, read_base, write_base
 from moresjax.weights.peft_formats import (
@@ -39,7 +39,7 @@ from moresjax.weights.peft_formats import (
 from moresjax.weights.peft_keys import KEYS
 from moresjax.weights.peft_lora import check_start
 from moresjax.weights.peft_modules import Modules, Tensors, tuned_modules
-from moresjax.weights.peft_names import PREFIX, UNUSED, linear_names, pattern
+from moresjax.weights.peft_names import PREFIX, linear_names, pattern, runs
 from moresjax.weights.peft_virtual_tokens import (
     TENSOR,
     VIRTUAL_TOKEN_METHODS,
@@ -102,8 +102,13 @@ def export_peft(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = (
 
 def _trained(mllm: MLLM, patterns: Sequence[str]) -> set[str]:
     """Names of the model's own parameters that patterns name, of what runs."""
-    names = (n for n in layered_parameters(mllm) if not n.startswith(("tuning.", *UNUSED)))
-    return {name for name in names if any(matches(name, each) for each in patterns)}
+    return {
+        name
+        for name in layered_parameters(mllm)
+        if not name.startswith("tuning.")
+        and runs(name, mllm.config)
+        and any(matches(name, each) for each in patterns)
+    }
 
 
 def _linears_to_peft(mllm: MLLM, methods: Mapping[str, Method]) -> tuple[Arrays, Settings]:
@@ -266,7 +271,8 @@ def _linears_from_peft(
     groups: dict[tuple, list[str]] = {}
     for site, own in modules.items():
         keys = form.keys(config, [*own.values()])
-        groups.setdefault((*keys.items(), ("layers", _layers(mllm, site, own))), []).append(site)
+        layers = format_layers(own, site, mllm.config)
+        groups.setdefault((*keys.items(), ("layers", layers)), []).append(site)
     if form.shared and len(groups) > 1:
         acts = {site: [*own] for site, own in modules.items()}
         raise UserError(
@@ -296,12 +302,6 @@ def _linears_from_peft(
                 stored = tensors.take(form.shared[leaf].name, x.shape[::-1])
                 tuning.shared[key][leaf][...] = form.shared[leaf].from_peft(stored, _no_kernel)
     return tuning
-
-
-def _layers(mllm: MLLM, site: str, own: Mapping[int, object]) -> str:
-    """What `layers=` calls these layers of a site."""
-    every = range(num_layers(site, mllm.config) or 1)
-    return "all" if [*own] == [*every] else ";".join(map(str, own))
 
 
 def _targets(config: MLLMConfig, sites: Sequence[str]) -> str:

@@ -49,10 +49,10 @@ def read_base(mllm: MLLM, config: Mapping[str, Any], tensors: Tensors) -> Arrays
         mapping, number = owners[plain]
         tensor = tensors.take(name, mapping.tensor_shape)
         found.add(plain)
-        if not runs(mapping):
+        path = path_name(mapping.path)
+        if not runs(path, mllm.config):
             tensors.unused.append(name)
             continue
-        path = path_name(mapping.path)
         x = mapping.from_hf(tensor, (slice(None),) * len(mapping.layer_shape))
         if mapping.stacked:
             values.setdefault(path, _value(mllm, path).copy())[number] = x
@@ -81,8 +81,9 @@ def _check_saved(
         ends = (module, canonical(f"{module}.", config).rstrip("."))
         inside = {
             name
-            for name in owners
-            if any(path.endswith(ends) for path in _parents(name)) and runs(owners[name][0])
+            for name, (mapping, _) in owners.items()
+            if any(path.endswith(ends) for path in _parents(name))
+            and runs(path_name(mapping.path), config)
         }
         if not inside and not (module.endswith("lm_head") and config.llm.tie_embeddings):
             raise UserError(f"{tensors.source} saves the module {module!r}, which is not here")
@@ -191,16 +192,15 @@ def write_base(
             if part == "vision":
                 own = [m for m in mappings if m.path[0] == "vision"]
             if not own:
-                raise UserError(
-                    f"an adapter of peft has no place for the {part} of this model; its own "
-                    "format (adapter) has"
-                )
+                raise _no_place(f"the {part}")
             saved.append(_MODULES.get(part) or own[0].names[0].rpartition(".")[0])
             arrays |= _tensors(mllm, own)
         if isinstance(method, NormTuning):
             own = [m for m in mappings if any(matches(path_name(m.path), p) for p in method.trains)]
             arrays |= (norms := _tensors(mllm, own))
             saved += sorted({name.rpartition(".")[0] for name in norms})
+    if lost := sorted(set(names) - {path_name(m.path) for m in mappings}):
+        raise _no_place(lost[0])
     if both := [m for m in adapted if any(m.endswith(s) or f"{s}." in m for s in saved)]:
         raise UserError(f"peft either adapts {both[0]} or saves all of it; here both trained")
     settings: dict[str, Any] = {"modules_to_save": saved} if saved else {}
@@ -217,6 +217,12 @@ def write_base(
         )
         settings["modules_to_save"].append("lm_head")
     return arrays, settings
+
+
+def _no_place(what: str) -> UserError:
+    return UserError(
+        f"an adapter of peft has no place for {what} of this model; its own format (adapter) has"
+    )
 
 
 def _tensors(mllm: MLLM, mappings: Sequence[Any]) -> Arrays:

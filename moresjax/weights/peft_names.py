@@ -24,8 +24,6 @@ PREFIX = "base_model.model."
 TOWER, CONNECTOR, LLM = "model.vision_tower.", "multi_modal_projector", "model.language_model."
 # What stands inside a vision tower in transformers 4.
 _INSIDE = "vision_model."
-# Parameters of a vision encoder that never run in a whole model.
-UNUSED = ("vision.tail.", "vision.post_norm.")
 Place = tuple[str, int]  # a site and a layer of it
 
 
@@ -61,8 +59,8 @@ def linear_names(config: MLLMConfig) -> dict[str, str]:
     """The module of every site of a linear, `{}` for the layer."""
     maps = {"llm": {k: _in_llm(v, config) for k, v in _llm_map(config.llm).items()}}
     sites = [f"llm.block.{name}" for name in config.llm.linears()]
-    if isinstance(config.vision, VisionConfig) and _vision_family(config.vision).in_transformers:
-        vision = _vision_family(config.vision).names({"use_swiglu_ffn": config.vision.gated_mlp})
+    if isinstance(config.vision, VisionConfig) and (family := _vision_family(config.vision)):
+        vision = family.names({"use_swiglu_ffn": config.vision.gated_mlp})
         maps["vision"] = {k: TOWER + v for k, v in vision.items()}
         sites += [f"vision.block.{name}" for name in config.vision.linears()]
     if config.vision is not None and two_linears(config.connector):
@@ -77,8 +75,7 @@ def base_mappings(config: MLLMConfig) -> list[TensorMapping]:
     model = MLLM(stored)
     llm = module_mappings(model.llm, _llm_map(config.llm))
     found = [mapping.within("llm", "model.", _in_llm("model.", config)) for mapping in llm]
-    if isinstance(config.vision, VisionConfig) and _vision_family(config.vision).in_transformers:
-        family = _vision_family(config.vision)
+    if isinstance(config.vision, VisionConfig) and (family := _vision_family(config.vision)):
         vision = module_mappings(
             VisionEncoder(config.vision),
             family.names({"use_swiglu_ffn": config.vision.gated_mlp}),
@@ -92,9 +89,10 @@ def base_mappings(config: MLLMConfig) -> list[TensorMapping]:
     return found
 
 
-def runs(mapping: TensorMapping) -> bool:
-    """Whether a parameter has a part in what the model computes."""
-    return not f"{'.'.join(mapping.path)}.".startswith(UNUSED)
+def runs(name: str, config: MLLMConfig) -> bool:
+    """Whether a parameter of the model has a part in what it computes."""
+    behind_norm = isinstance(config.vision, VisionConfig) and config.vision.feature_norm_eps
+    return not name.startswith(("vision.tail.", *(() if behind_norm else ("vision.post_norm.",))))
 
 
 def pattern(name: str, layers: Iterable[int] | None = None) -> str:
@@ -139,17 +137,17 @@ def _llm_map(config: DecoderConfig) -> dict[str, str]:
     return min((each for each in maps if _covers(each, paths)), key=len)
 
 
-def _vision_family(config: VisionConfig) -> VisionFamily:
-    """The vision encoder's family, or the one with exactly its modules."""
-    if config.model_type in VISION_FAMILIES:
-        return VISION_FAMILIES[config.model_type]
-    paths = [re.sub(r"^(last|tail)\.", "blocks.", path) for path in _paths(config)]
-    families = VISION_FAMILIES.values()
-    variant = {"use_swiglu_ffn": config.gated_mlp}
-    return min(
-        (family for family in families if _covers(family.names(variant), paths)),
-        key=lambda family: len(family.names(variant)),
-    )
+def _vision_family(config: VisionConfig) -> VisionFamily | None:
+    """The vision encoder's family, or that with its modules; None if `transformers` has none."""
+    family = VISION_FAMILIES.get(config.model_type)
+    if family is None:
+        paths = [re.sub(r"^(last|tail)\.", "blocks.", path) for path in _paths(config)]
+        variant = {"use_swiglu_ffn": config.gated_mlp}
+        family = min(
+            (each for each in VISION_FAMILIES.values() if _covers(each.names(variant), paths)),
+            key=lambda each: len(each.names(variant)),
+        )
+    return family if family.in_transformers else None
 
 
 def _paths(config: VisionConfig) -> list[str]:

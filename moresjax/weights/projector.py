@@ -40,9 +40,7 @@ def read_projector(
         value = np.asarray(tensor[...], np.float32)
         own = found.setdefault(int(match[1] or 0), {})
         own[_OURS[match[2]]] = value.T if match[2] == "weight" else value
-    if [*sorted(found)] != [*range(0, 2 * len(found), 2)] or any(
-        len(x) < 2 for x in found.values()
-    ):
+    if sorted(found) != [*range(0, 2 * len(found), 2)] or any(len(x) < 2 for x in found.values()):
         raise UserError(f"{file} holds no whole LLaVA connector: one linear, or some with GELUs")
     kind = f"mlp{len(found)}x_gelu" if numbered else "linear"
     names = {i: f"connector.layers.{i // 2}" for i in found}

@@ -34,11 +34,12 @@ from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.methods.mores import MoReS
 from moresjax.tuning.methods.reft import LoReFT
+from moresjax.tuning.sites import format_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 from moresjax.weights import steering
 from moresjax.weights.acting_layers import fill_layers
 from moresjax.weights.families.keys import COMMON_KEYS
-from moresjax.weights.files import read_pickle
+from moresjax.weights.files import pickle_error, read_pickle
 from moresjax.weights.tensor_mapping import Tensor
 
 METHOD_NAMES = ("loreft", "mores")
@@ -199,8 +200,7 @@ def import_pyreft(
         ranks = {len(tensors["bias"]) for tensors in layers.values()}
         if len(ranks) != 1:
             raise UserError(f"{folder}: the layers of an edit must have one rank, got {ranks}")
-        every = sorted(layers) == [*range(llm.num_layers)]
-        acting = "all" if every else ";".join(map(str, sorted(layers)))
+        acting = format_layers(sorted(layers), SITE, mllm.config)
         methods.append(dataclasses.replace(method, rank=ranks.pop(), layers=acting))
     tuning = Tuning(format_spec(methods), mllm.config)
     for (name, _), layers in zip(tuning.methods, groups, strict=True):
@@ -256,10 +256,7 @@ def _read(
             raise choice_error(f"intervention type in {folder}", kind, [*_TYPES])
     method = _TYPES[next(iter(named.values()), LOREFT)]
     if not allow_pickle:
-        raise UserError(
-            f"{folder} has only pickled weights, and pickles run code; allow it with "
-            "--allow-pickle if you trust its source"
-        )
+        raise pickle_error(f"{folder} has only pickled weights")
     files = {_plain(file.stem): file for file in folder.glob("intkey_*.bin")}
     groups: list[dict[int, dict[str, np.ndarray]]] = []
     used: list[str] = []

@@ -28,9 +28,10 @@ from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.methods.mrt import GROUPS
 from moresjax.tuning.methods.reft import LoReFT
+from moresjax.tuning.sites import edit_dim, format_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 from moresjax.weights.acting_layers import fill_layers
-from moresjax.weights.files import read_pickles
+from moresjax.weights.files import pickle_error, read_pickles
 
 NAME = "rt_modules.bin"
 # Our name of a group, and where it acts, by that of the file.
@@ -75,34 +76,25 @@ def import_rt_modules(
     """
     file = Path(file)
     if not allow_pickle:
-        raise UserError(
-            f"{file} is a pickle, and pickles run code; allow it with --allow-pickle if you trust "
-            "its source"
-        )
+        raise pickle_error(f"{file} is a pickle")
     editors = _read(file)
     names = [name for name in GROUPS if name in editors]
     chosen = parse_spec(edits or f"mrt-code:groups={';'.join(names)}")
     sites = [_SITES.get(name, _TEXT) for name in names]
-    if [method.site for method in chosen if isinstance(method, LoReFT)] != sites:
+    edited = [method for method in chosen if isinstance(method, LoReFT)]
+    if [method.site for method in edited] != sites or len(edited) < len(chosen):
         raise UserError(
             f"{file} has the groups {', '.join(names)}, which are loreft at {', '.join(sites)}, "
             f"but {edits!r} says {format_spec(chosen)}"
         )
     methods = []
-    for name, method in zip(names, chosen, strict=True):
-        assert isinstance(method, LoReFT)
+    for name, method in zip(names, edited, strict=True):
         ranks = {len(tensors["bias"]) for tensors in editors[name].values()}
         if len(ranks) != 1:
             raise UserError(f"{file}: the editors of a group must have one rank, got {ranks}")
-        methods.append(dataclasses.replace(method, rank=ranks.pop(), layers="all"))
-    everywhere = Tuning(format_spec(methods), mllm.config)
-    for number, ((key, _), name, site) in enumerate(
-        zip(everywhere.methods, names, sites, strict=True)
-    ):
-        acting = sorted(editors[name])
-        if name != "connector" and acting != [*range(len(everywhere.layer_masks[key][site][...]))]:
-            layers = ";".join(map(str, acting))
-            methods[number] = dataclasses.replace(methods[number], layers=layers)
+        edit_dim(method, method.site, mllm.config)  # refuses a site that the model has not
+        layers = format_layers(sorted(editors[name]), method.site, mllm.config)
+        methods.append(dataclasses.replace(method, rank=ranks.pop(), layers=layers))
     tuning = Tuning(format_spec(methods), mllm.config)
     for (key, _), name, site in zip(tuning.methods, names, sites, strict=True):
         _fill(tuning, key, site, editors[name], file)

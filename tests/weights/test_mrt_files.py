@@ -166,8 +166,9 @@ def test_what_is_no_file_of_editors_is_refused(editors, tmp_path):
         attach_adapter(model, file)
     with pytest.raises(UserError, match=r"rotate at vision.block.out has shape \(1, 16, 2\)"):
         attach_adapter(model, file, allow_pickle=True)
-    with pytest.raises(UserError, match="has the groups visual, connector, prefix, suffix"):
-        attach_adapter(model, file, edits="mrt:groups=prefix", allow_pickle=True)
+    for edits in ("mrt:groups=prefix", "mrt/lora", "lora/mrt"):
+        with pytest.raises(UserError, match="has the groups visual, connector, prefix, suffix"):
+            attach_adapter(model, file, edits=edits, allow_pickle=True)
     one = "model.suffix_lm_rt.0"
     for changed, message in (
         ({}, "holds no editors of MRT"),

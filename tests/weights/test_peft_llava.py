@@ -10,7 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moresjax.core.errors import UserError
+from moresjax.models.mllm import MLLM
+from moresjax.models.vision import EVA, VisionConfig
 from moresjax.testing.hf_adapters import adapted_llava
+from moresjax.testing.models import tiny_config
 from moresjax.weights.adapter import load_adapter, save_adapter
 from moresjax.weights.peft import export_peft, import_peft
 from moresjax.weights.peft_keys import KEYS
@@ -236,4 +239,21 @@ def test_what_peft_cannot_hold_is_refused(llava, tmp_path):
         model.attach(spec)
         with pytest.raises(UserError, match=message):
             export_peft(model, tmp_path / "out", also_train=also)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_trained_of_an_encoder_that_transformers_has_not_is_refused(tmp_path):
+    config = tiny_config()
+    assert isinstance(config.vision, VisionConfig)
+    behind = {"feature_layer": -1, "feature_norm_eps": 1e-5}
+    eva = dataclasses.replace(config.vision, model_type=EVA, k_bias=False, **behind)
+    model = MLLM(dataclasses.replace(config, vision=eva))
+    for spec in (
+        "ln:targets=vision.post_norm",
+        "ln:targets=all;vision.all",
+        "lora/partial:train=biases",
+    ):
+        model.attach(spec)
+        with pytest.raises(UserError, match=r"no place for vision\.\w+"):
+            export_peft(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -111,9 +111,11 @@ def eva_tensors(stored: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
             left_out[0],
         )
     width = stored["cls_token"].shape[-1]
-    norm = {f"{NORM}.weight": np.ones(width), f"{NORM}.bias": np.zeros(width)}
     kept = {name: x for name, x in stored.items() if name not in left_out}
-    return {name: x.astype(np.float32) for name, x in norm.items()} | kept
+    return {
+        f"{NORM}.weight": np.ones(width, np.float32),
+        f"{NORM}.bias": np.zeros(width, np.float32),
+    } | kept
 
 
 def eva_config(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
@@ -127,11 +129,12 @@ def eva_config(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Any]:
       UserError: The features cannot be divided into heads, or the patches are no square.
     """
     width, patch = tensors["cls_token"].shape[-1], tensors[PATCH].shape[-1]
-    side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
-    if width % HEAD_DIM or side**2 != tensors["pos_embed"].shape[1] - 1:
+    positions = tensors["pos_embed"].shape[1]
+    side = math.isqrt(positions - 1)
+    if width % HEAD_DIM or side**2 != positions - 1:
         raise UserError(
             f"{file} holds no EVA-ViT with heads of {HEAD_DIM} features and a square of patches: "
-            f"it has {width} features and {tensors['pos_embed'].shape[1]} positions"
+            f"it has {width} features and {positions} positions"
         )
     blocks = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d+)\.", name))]
     return {

@@ -23,31 +23,33 @@ from moresjax.weights.families.base import (
 )
 from moresjax.weights.families.keys import COMMON_KEYS
 
+# Of every LLaVA of `transformers`.
+LLAVA_KEYS = COMMON_KEYS | ConfigKeys(
+    implemented=(
+        "text_config",
+        "vision_config",
+        "vision_feature_layer",
+        "tie_word_embeddings",
+        "image_token_index",
+    ),
+    choices={"projector_hidden_act": tuple(ACTIVATIONS)},
+    irrelevant={
+        "image_seq_length": "the size of image and patch says it",
+        "ignore_index": "labels are masked otherwise here",
+        "vocab_size": "text_config says it",
+        "hidden_size": "text_config says it",
+    },
+)
+
 
 @register
 class Llava(MLLMFamily):
     """`LlavaForConditionalGeneration`."""
 
     model_type = "llava"
-    keys = COMMON_KEYS | ConfigKeys(
-        implemented=(
-            "text_config",
-            "vision_config",
-            "vision_feature_layer",
-            "tie_word_embeddings",
-            "image_token_index",
-        ),
-        choices={
-            "projector_hidden_act": tuple(ACTIVATIONS),
-            "vision_feature_select_strategy": ("default", "full"),
-        },
+    keys = LLAVA_KEYS | ConfigKeys(
+        choices={"vision_feature_select_strategy": ("default", "full")},
         neutral={"multimodal_projector_bias": (True,)},
-        irrelevant={
-            "image_seq_length": "the size of image and patch says it",
-            "ignore_index": "labels are masked otherwise here",
-            "vocab_size": "text_config says it",
-            "hidden_size": "text_config says it",
-        },
     )
     prefixes = {
         "language_model.model.": "model.language_model.",

@@ -1,13 +1,12 @@
 """VipLLaVA as `transformers` has it: features of several layers, a norm before the two linears."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError
 from moresjax.models.connector import NORM_EPS
-from moresjax.weights.families.base import ACTIVATIONS, register
-from moresjax.weights.families.keys import COMMON_KEYS
-from moresjax.weights.families.llava import Llava
+from moresjax.weights.families.base import register
+from moresjax.weights.families.llava import LLAVA_KEYS, Llava
 
 
 @register
@@ -15,19 +14,7 @@ class VipLlava(Llava):
     """`VipLlavaForConditionalGeneration`, whose connector never reads the first token."""
 
     model_type = "vipllava"
-    keys: ClassVar[ConfigKeys] = COMMON_KEYS | ConfigKeys(
-        implemented=(
-            "text_config",
-            "vision_config",
-            "vision_feature_layer",
-            "tie_word_embeddings",
-            "image_token_index",
-        ),
-        choices={"projector_hidden_act": tuple(ACTIVATIONS)},
-        neutral={"projector_layernorm_eps": (NORM_EPS,)},
-        irrelevant={key: Llava.keys.irrelevant[key] for key in ("image_seq_length", "ignore_index")}
-        | {key: Llava.keys.irrelevant[key] for key in ("vocab_size", "hidden_size")},
-    )
+    keys = LLAVA_KEYS | ConfigKeys(neutral={"projector_layernorm_eps": (NORM_EPS,)})
     connector = Llava.connector | {"norm": "multi_modal_projector.projector_layernorm"}
     before = "norm-"
     architecture = "VipLlavaForConditionalGeneration"
