@@ -3,8 +3,6 @@
 Axis legend: Y, X pixels.
 """
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,9 @@ from moresjax.data.images import open_image
 from moresjax.evaluation.control.answers import ALL, BASE
 from moresjax.evaluation.control.measure import Measured, Rate
 from moresjax.evaluation.control.run import ControlResult
-from moresjax.reports.html import figure_uri, render
+from moresjax.reports.html import png_uri, render
 from moresjax.reports.plots import save
+from moresjax.reports.tables import Table
 
 SHOWN = 3  # questions of each kind in a figure
 # Tables 2 and S9 print the same numbers: the base model's errors by class in percent; with editors
@@ -35,21 +34,6 @@ MISALIGNED = (
     "The paper does not say how images of the target are asked about the other class: here the "
     "question names the other class."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table as text."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        lines = [f"| {' | '.join(row)} |" for row in (self.head, ["---"] * len(self.head))]
-        lines += [f"| {' | '.join(row)} |" for row in self.rows]
-        return "\n".join([f"### {self.title}", "", *lines])
 
 
 def _text(rate: Rate | None) -> str:
@@ -192,6 +176,6 @@ def control_report(result: ControlResult, out: str | Path) -> list[Path]:
     files = [out / name for name in ("tables.md", "examples.png", "control.html")]
     files[0].write_text(text + "\n", encoding="utf-8")
     save(overlay_figure(result.measured), files[1], dpi=150)
-    figure = figure_uri(overlay_figure(result.measured))
+    figure = png_uri(files[1].read_bytes())
     render("control.html.j2", files[2], title=title, tables=tables, figure=figure, notes=notes)
     return files

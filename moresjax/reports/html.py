@@ -30,7 +30,7 @@ FIGURES = (
 def write_demo_report(results: dict, out: str | Path) -> Path:
     """Renders `report.html` from the demo's results and the PNG files in `out`."""
     out = Path(out)
-    images = {name: _png_uri((out / f"{name}.png").read_bytes()) for name in FIGURES}
+    images = {name: png_uri((out / f"{name}.png").read_bytes()) for name in FIGURES}
     return render("demo_report.html.j2", out / "report.html", results=results, images=images)
 
 
@@ -52,7 +52,7 @@ def image_uri(image: UInt8[np.ndarray, "Y X 3"]) -> str:
     """An image as a `data:` address that a page may hold."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    return _png_uri(buffer.getvalue())
+    return png_uri(buffer.getvalue())
 
 
 def figure_uri(figure: "Figure") -> str:
@@ -61,8 +61,9 @@ def figure_uri(figure: "Figure") -> str:
 
     buffer = io.BytesIO()
     plots.save(figure, buffer, dpi=150)
-    return _png_uri(buffer.getvalue())
+    return png_uri(buffer.getvalue())
 
 
-def _png_uri(png: bytes) -> str:
+def png_uri(png: bytes) -> str:
+    """The bytes of a PNG file as a `data:` address."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moresjax.core.errors import UserError, choice_error
 from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.reports.html import figure_uri, render
+from moresjax.reports.tables import Table
 from moresjax.studies.findings import PairedDifference, explain, listed
 from moresjax.studies.pipeline import Finetuning, Pipeline, Variant
 from moresjax.studies.provenance import describe, provenance
@@ -26,15 +27,6 @@ RUN_MINUTES, STAGE_MINUTES = 0.25, 0.9
 
 # By name of a method, the value of every seed.
 Values = Mapping[str, Sequence[float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table as text."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
