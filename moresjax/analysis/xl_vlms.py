@@ -22,7 +22,7 @@ from moresjax.analysis.concepts import METHODS, Concepts
 from moresjax.analysis.vectors import save_vectors
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import new_folder
-from moresjax.weights.files import unpickled
+from moresjax.weights.files import check_pickle, unpickled
 
 ORIGIN = "xl-vlms"
 # Their names of methods -> ours; what `pca` centres by is in an object that is not read.
@@ -72,11 +72,7 @@ def import_xl_vlms(
 def _content(file: Path, allow_pickle: bool) -> Mapping[str, Any]:
     if not file.is_file():
         raise UserError(f"{file} is not a file")
-    if not allow_pickle:
-        raise UserError(
-            f"{file} is pickled, and pickles run code; allow it with --allow-pickle if you trust "
-            "its source"
-        )
+    check_pickle(file, allow_pickle)
     try:
         content = unpickled(file)
     except UserError as error:

@@ -78,11 +78,7 @@ def stored_in(
         raise UserError(f"{file} is not a file")
     if file.suffix == ".safetensors":
         return _safetensors(file), {}
-    if not allow_pickle:
-        raise UserError(
-            f"{file} is pickled, and pickles run code; allow it with --allow-pickle if you trust "
-            "its source"
-        )
+    check_pickle(file, allow_pickle)
     content = unpickled(file)
     if isinstance(content, Mapping) and isinstance(content.get(inside), Mapping):
         rest = {key: x for key, x in content.items() if key != inside}
@@ -167,6 +163,19 @@ def read_pickles(file: Path) -> dict[str, dict[str, Tensor]]:
     if not isinstance(found, Mapping) or not all(isinstance(x, Mapping) for x in found.values()):
         raise UserError(f"{file} does not hold state dicts of modules by name")
     return {name: _arrays(tensors, file) for name, tensors in found.items()}
+
+
+def check_pickle(file: Path, allow_pickle: bool) -> None:
+    """Refuses a pickle that its user has not said to trust.
+
+    Raises:
+      UserError: It may not be read.
+    """
+    if not allow_pickle:
+        raise UserError(
+            f"{file} is pickled, and pickles run code; allow it with --allow-pickle if you trust "
+            "its source"
+        )
 
 
 def unpickled(file: Path) -> Any:
