@@ -11,11 +11,9 @@ from moresjax.cli.options import (
     Commands,
     adapter_folders,
     add_command,
-    add_mesh,
-    add_prompting,
+    add_loading,
     add_questions,
     add_sample,
-    add_tuning,
     load_model,
     show,
 )
@@ -50,9 +48,7 @@ def register(kinds: Commands) -> None:
         "--limit", type=int, metavar="N", help=f"items per task (default: {LIMIT}, or --sample)"
     )
     add_sample(attention)
-    add_mesh(attention)
-    add_prompting(attention)
-    add_tuning(
+    add_loading(
         attention,
         "several, or one for each of several models: NAME=DIR; the name is that of the model that "
         "it is put on, or, with a single --model, its own in the plots",

@@ -7,13 +7,8 @@ from pathlib import Path
 
 from moresjax.cli.options import (
     Commands,
-    add_command,
-    add_mesh,
-    add_prompting,
-    add_question,
-    add_tuning,
-    load_model,
-    only_adapter,
+    add_question_analysis,
+    load_tuned_model,
     show,
 )
 
@@ -21,8 +16,7 @@ from moresjax.cli.options import (
 def register(kinds: Commands) -> None:
     """Adds the command to the kinds of analysis."""
     help = "which heads, MLPs, tokens and patches an answer comes from"
-    command = add_command(kinds, "attribute", run_attribute, help, compiles=True)
-    add_question(command)
+    command = add_question_analysis(kinds, "attribute", run_attribute, help)
     command.add_argument("--answer", metavar="TEXT", help="default: what the model answers")
     command.add_argument(
         "--against",
@@ -34,10 +28,6 @@ def register(kinds: Commands) -> None:
         default="input_x_gradient",
         help="scores of tokens: input_x_gradient or gradient_norm (default: %(default)s)",
     )
-    add_mesh(command)
-    add_prompting(command)
-    add_tuning(command)
-    command.add_argument("--out", required=True, metavar="DIR", help="a new directory")
 
 
 def run_attribute(args: argparse.Namespace) -> None:
@@ -56,7 +46,7 @@ def run_attribute(args: argparse.Namespace) -> None:
     )
 
     check_new(Path(args.out), "analysis")
-    model = load_model(args, adapter=only_adapter(args))
+    model = load_tuned_model(args)
     question = args.prompt, args.image
     options = {"answer": args.answer, "against": args.against}
     found = attribute_tokens(model, *question, **options, method=args.method)

@@ -6,11 +6,8 @@ from typing import TYPE_CHECKING
 from moresjax.cli.options import (
     Commands,
     add_command,
-    add_mesh,
-    add_prompting,
-    add_tuning,
-    load_model,
-    only_adapter,
+    add_loading,
+    load_tuned_model,
     show,
 )
 
@@ -64,9 +61,7 @@ def add_words(command: argparse.ArgumentParser, words: int, candidates: int) -> 
     command.add_argument(
         "--model", metavar="DIR", help="the model whose head reads words; default: no words"
     )
-    add_mesh(command)
-    add_prompting(command)
-    add_tuning(command)
+    add_loading(command)
     command.add_argument(
         "--words",
         type=int,
@@ -101,7 +96,7 @@ def add_words(command: argparse.ArgumentParser, words: int, candidates: int) -> 
 
 def reading_model(args: argparse.Namespace) -> "Model | None":
     """The model of `--model`; None without the option."""
-    return load_model(args, adapter=only_adapter(args)) if args.model else None
+    return load_tuned_model(args) if args.model else None
 
 
 def word_filter(args: argparse.Namespace) -> "WordFilter":

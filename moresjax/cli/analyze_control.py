@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from moresjax.cli.options import (
     Commands,
+    add_batch_size,
     add_command,
-    add_mesh,
-    add_prompting,
-    add_tuning,
-    load_model,
-    only_adapter,
+    add_loading,
+    load_tuned_model,
     show,
 )
 from moresjax.core.errors import UserError
@@ -56,16 +54,8 @@ def register(kinds: Commands) -> None:
         help="ask the paraphrases of Table S11, too: `template` rephrases by table, DIR with a "
         "text LLM that --config control:stage=rephraser tuned",
     )
-    command.add_argument(
-        "--batch-size",
-        type=int,
-        default=64,
-        metavar="ROWS",
-        help="prompts answered at a time (default: %(default)s)",
-    )
-    add_mesh(command)
-    add_prompting(command)
-    add_tuning(command)
+    add_batch_size(command)
+    add_loading(command)
     command.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
 
 
@@ -78,7 +68,7 @@ def run_control(args: argparse.Namespace) -> None:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     source = _source(args)
     rephraser = _rephraser(args, source)
-    model = load_model(args, adapter=only_adapter(args))
+    model = load_tuned_model(args)
     result = measure_control(
         model,
         source,

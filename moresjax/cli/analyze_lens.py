@@ -6,13 +6,8 @@ from pathlib import Path
 
 from moresjax.cli.options import (
     Commands,
-    add_command,
-    add_mesh,
-    add_prompting,
-    add_question,
-    add_tuning,
-    load_model,
-    only_adapter,
+    add_question_analysis,
+    load_tuned_model,
     show,
 )
 
@@ -20,8 +15,7 @@ from moresjax.cli.options import (
 def register(kinds: Commands) -> None:
     """Adds the command to the kinds of analysis."""
     help = "what every layer would say next, at each token and visual token (logit lens)"
-    command = add_command(kinds, "lens", run_lens, help, compiles=True)
-    add_question(command)
+    command = add_question_analysis(kinds, "lens", run_lens, help)
     command.add_argument(
         "--words",
         metavar="A,B",
@@ -31,10 +25,6 @@ def register(kinds: Commands) -> None:
     command.add_argument(
         "--top", type=int, default=5, metavar="K", help="likeliest tokens to keep (default: 5)"
     )
-    add_mesh(command)
-    add_prompting(command)
-    add_tuning(command)
-    command.add_argument("--out", required=True, metavar="DIR", help="a new directory")
 
 
 def run_lens(args: argparse.Namespace) -> None:
@@ -45,7 +35,7 @@ def run_lens(args: argparse.Namespace) -> None:
     from moresjax.reports.prompt_figures import lens_figure, lens_on_image, pictures, plain
 
     check_new(Path(args.out), "analysis")
-    model = load_model(args, adapter=only_adapter(args))
+    model = load_tuned_model(args)
     words = [word.strip() for word in args.words.split(",")] if args.words else None
     lens = logit_lens(model, args.prompt, args.image, words=words, top=args.top)
     content = {

@@ -6,11 +6,8 @@ import dataclasses
 from moresjax.cli.options import (
     Commands,
     add_command,
-    add_mesh,
-    add_prompting,
-    add_tuning,
-    load_model,
-    only_adapter,
+    add_loading,
+    load_tuned_model,
     show,
 )
 
@@ -47,9 +44,7 @@ def register(kinds: Commands) -> None:
         overhead.add_argument(
             option, type=int, default=value, metavar="N", help=f"{text} (default: {value})"
         )
-    add_mesh(overhead)
-    add_prompting(overhead)
-    add_tuning(overhead)
+    add_loading(overhead)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     from moresjax.inference.overhead import measure_overhead
 
-    model = load_model(args, adapter=only_adapter(args))
+    model = load_tuned_model(args)
     images = ()
     if args.image:
         images = (args.image,)

@@ -7,13 +7,8 @@ from typing import TYPE_CHECKING
 
 from moresjax.cli.options import (
     Commands,
-    add_command,
-    add_mesh,
-    add_prompting,
-    add_question,
-    add_tuning,
-    load_model,
-    only_adapter,
+    add_question_analysis,
+    load_tuned_model,
     show,
 )
 from moresjax.core.errors import UserError
@@ -27,8 +22,7 @@ if TYPE_CHECKING:
 def register(kinds: Commands) -> None:
     """Adds the command to the kinds of analysis."""
     help = "which states carry the difference between two prompts or images (patching)"
-    command = add_command(kinds, "patch", run_patch, help, compiles=True)
-    add_question(command)
+    command = add_question_analysis(kinds, "patch", run_patch, help)
     command.add_argument(
         "--other-prompt",
         metavar="TEXT",
@@ -56,10 +50,6 @@ def register(kinds: Commands) -> None:
     command.add_argument(
         "--batch-size", type=int, default=16, metavar="ROWS", help="passes at a time (default: 16)"
     )
-    add_mesh(command)
-    add_prompting(command)
-    add_tuning(command)
-    command.add_argument("--out", required=True, metavar="DIR", help="a new directory")
 
 
 def run_patch(args: argparse.Namespace) -> None:
@@ -72,7 +62,7 @@ def run_patch(args: argparse.Namespace) -> None:
     check_new(Path(args.out), "analysis")
     if args.other_prompt is None and not args.other_image:
         raise UserError("patching compares two questions; give --other-prompt or --other-image")
-    model = load_model(args, adapter=only_adapter(args))
+    model = load_tuned_model(args)
     clean = args.prompt, args.image
     corrupt = (
         args.prompt if args.other_prompt is None else args.other_prompt,

@@ -5,13 +5,10 @@ import argparse
 from moresjax.cli.options import (
     Commands,
     add_command,
-    add_mesh,
-    add_prompting,
+    add_loading,
     add_questions,
     add_sample,
-    add_tuning,
-    load_model,
-    only_adapter,
+    load_tuned_model,
     show,
 )
 
@@ -83,9 +80,7 @@ def register(kinds: Commands) -> None:
         help="number format of the states in the folder: float16, bfloat16 or float32 (default: "
         "%(default)s)",
     )
-    add_mesh(states)
-    add_prompting(states)
-    add_tuning(states)
+    add_loading(states)
     states.add_argument(
         "--out", required=True, metavar="DIR", help="folder for the states; a killed run goes on"
     )
@@ -96,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.evaluation.states import task_states
 
     states = task_states(
-        load_model(args, adapter=only_adapter(args)),
+        load_tuned_model(args),
         args.tasks.split(","),
         data_root=args.data_root,
         image_root=args.image_root,

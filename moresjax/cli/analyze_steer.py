@@ -9,14 +9,11 @@ from moresjax.cli.options import (
     TASKS_HELP,
     Commands,
     add_command,
-    add_mesh,
-    add_prompting,
+    add_loading,
     add_questions,
     add_sample,
-    add_tuning,
-    load_model,
+    load_tuned_model,
     numbers,
-    only_adapter,
     show,
 )
 from moresjax.core.errors import UserError
@@ -40,9 +37,7 @@ def register(kinds: Commands) -> None:
     add_questions(command)
     command.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
     add_sample(command, ", for the controls and for --sizes")
-    add_mesh(command)
-    add_prompting(command)
-    add_tuning(command)
+    add_loading(command)
     command.add_argument(
         "--gguf", action="store_true", help="also write control vectors for llama.cpp"
     )
@@ -116,7 +111,7 @@ def run_steer(args: argparse.Namespace) -> None:
         args.tasks.split(","), args.data_root, args.limit, args.split, args.image_root
     )
     tasks = draw_examples(tasks, args.sample, args.seed, args.limit)
-    model = load_model(args, adapter=only_adapter(args))
+    model = load_tuned_model(args)
     note = "" if args.other_model else check_model(plan.facts, model)
     facts: dict[str, Any] = {"note": note} if note else {}
     kept = [*plan.vectors]

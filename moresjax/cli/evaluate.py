@@ -9,11 +9,9 @@ from moresjax.cli.options import (
     TASKS_HELP,
     Commands,
     add_command,
-    add_mesh,
-    add_prompting,
+    add_loading,
     add_questions,
     add_sample,
-    add_tuning,
     load_model,
     mesh_of,
     only_adapter,
@@ -65,9 +63,7 @@ def add_parser(commands: Commands) -> None:
         metavar="BASE",
         help="folder of the model before tuning: asks it the same, and prints both side by side",
     )
-    add_mesh(evaluate)
-    add_prompting(evaluate)
-    add_tuning(evaluate)
+    add_loading(evaluate)
     evaluate.add_argument(
         "--judge-url", metavar="URL", help="OpenAI-compatible endpoint for benchmarks with a judge"
     )

@@ -5,10 +5,9 @@ import argparse
 from moresjax.cli.options import (
     Commands,
     adapter_folders,
+    add_batch_size,
     add_command,
-    add_mesh,
-    add_prompting,
-    add_tuning,
+    add_loading,
     load_model,
     show,
 )
@@ -46,21 +45,13 @@ def add_parser(commands: Commands) -> None:
         metavar="DIR",
         help="folder that --prompts names images in; default: its own",
     )
-    generate.add_argument(
-        "--batch-size",
-        type=int,
-        default=16,
-        metavar="ROWS",
-        help="prompts answered at a time (default: %(default)s)",
-    )
+    add_batch_size(generate, 16)
     generate.add_argument(
         "--system",
         metavar="TEXT",
         help="system prompt; default: the template's. Records of --prompts may have their own",
     )
-    add_mesh(generate)
-    add_prompting(generate)
-    add_tuning(
+    add_loading(
         generate,
         "with names, several may be given beside the base model; each record of --prompts "
         "chooses one, and /adapter NAME in a chat",

@@ -69,6 +69,18 @@ def add_mesh(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mesh", metavar="PRESET", help=f"use all devices: {names}")
 
 
+def add_loading(command: argparse.ArgumentParser, several: str = "") -> None:
+    """Adds what `load_model` wants to know: devices, prompting, and what is put on the model.
+
+    Args:
+      command: The subcommand.
+      several: What several `--adapter NAME=DIR` do, for the help; empty where one is allowed.
+    """
+    add_mesh(command)
+    add_prompting(command)
+    add_tuning(command, several)
+
+
 def add_prompting(command: argparse.ArgumentParser) -> None:
     """Adds how a model is asked, which `load_model` reads."""
     command.add_argument(
@@ -100,13 +112,19 @@ def add_prompting(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_question(command: argparse.ArgumentParser) -> None:
-    """Adds the one prompt, with its images, that an analysis is about."""
+def add_question_analysis(
+    kinds: Commands, name: str, run: Run, help: str
+) -> argparse.ArgumentParser:
+    """Adds an analysis of one prompt with its images, which writes a new directory."""
+    command = add_command(kinds, name, run, help, compiles=True)
     command.add_argument("--model", required=True, metavar="DIR", help="the model")
     command.add_argument("--prompt", required=True, metavar="TEXT", help="what the user says")
     command.add_argument(
         "--image", action="append", default=[], metavar="PATH", help="an image; may be repeated"
     )
+    command.add_argument("--out", required=True, metavar="DIR", help="a new directory")
+    add_loading(command)
+    return command
 
 
 TASKS_HELP = (
@@ -122,10 +140,15 @@ def add_questions(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--split", metavar="SPLIT | TASK=SPLIT,..", help="default: each benchmark's own"
     )
+    add_batch_size(command)
+
+
+def add_batch_size(command: argparse.ArgumentParser, rows: int = 64) -> None:
+    """Adds `--batch-size`, of which the default is `rows`."""
     command.add_argument(
         "--batch-size",
         type=int,
-        default=64,
+        default=rows,
         metavar="ROWS",
         help="prompts answered at a time (default: %(default)s)",
     )
@@ -222,12 +245,21 @@ def only_adapter(args: argparse.Namespace) -> str | None:
     return folders[0] if folders else None
 
 
+def load_tuned_model(args: argparse.Namespace) -> "Model":
+    """The model of `--model` with the one `--adapter` that there may be.
+
+    Raises:
+      UserError: There are several adapters, options contradict each other, or a folder is bad.
+    """
+    return load_model(args, adapter=only_adapter(args))
+
+
 def load_model(
     args: argparse.Namespace,
     folder: str | None = None,
     adapter: str | Mapping[str, str] | None = None,
 ) -> "Model":
-    """The model of `--model` on the mesh of `--mesh`, with what `add_tuning` asks for.
+    """The model of `--model` on the mesh of `--mesh`, with what `add_loading` asks for.
 
     Args:
       args: The arguments of the command.

@@ -87,7 +87,7 @@ class Row:
           rows: At least one row, each of a single document.
           visual_tokens: V, the number of visual tokens of one image.
         """
-        names = (*FIELDS, "marks") if any(row.marks is not None for row in rows) else FIELDS
+        names = _field_names(*rows)
         joined = {name: np.concatenate([row.field(name) for row in rows]) for name in names}
         counts = [len(row) for row in rows]
         joined["document"] = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
@@ -114,8 +114,7 @@ class Row:
     @property
     def fields(self) -> dict[str, np.ndarray]:
         """The arrays with one entry per token, by name."""
-        names = FIELDS if self.marks is None else (*FIELDS, "marks")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _field_names(self)}
 
     def field(self, name: str) -> TokenInts:
         """An array with one entry per token; zeros for marks that the row does not have."""
@@ -175,7 +174,7 @@ class Row:
     def common_prefix(self, other: "Row") -> int:
         """How many tokens at the start of both rows are the same in every field."""
         size = min(len(self), len(other))
-        names = (*FIELDS, "marks")
+        names = _field_names(self, other)
         same = [self.field(name)[:size] == other.field(name)[:size] for name in names]
         equal = np.all(same, axis=0)
         return size if equal.all() else int(np.argmin(equal))
@@ -191,6 +190,11 @@ class Row:
     def region_key(self) -> bytes:
         """What tells rows about the same images apart whose regions differ."""
         return b"" if self.roi is None else self.roi.tobytes()
+
+
+def _field_names(*rows: Row) -> tuple[str, ...]:
+    """The arrays with one entry per token that any of the rows has."""
+    return FIELDS if all(row.marks is None for row in rows) else (*FIELDS, "marks")
 
 
 def stack(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.multi_adapter import stack_adapters
 from moresjax.weights import peft, pyreft
+from moresjax.weights.acting_layers import entries_of_layers
 from moresjax.weights.fingerprint import checksum, checksums, config_difference
 from moresjax.weights.rt_modules import import_rt_modules, rt_modules_file
 
@@ -225,8 +226,7 @@ def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
         needed = shape if acts is None else (int(acts.sum()), *shape[1:])
         if x.shape != needed:
             raise UserError(f"{folder}: {name} has shape {x.shape}, the model needs {needed}")
-        # A layer that does not act gets what its neighbour has: parameters like any others.
-        values[name] = x if acts is None else x[np.maximum(np.cumsum(acts) - 1, 0)]
+        values[name] = x if acts is None else x[entries_of_layers(acts)]
     prefix = "tuning."
     own = {n.removeprefix(prefix): x for n, x in values.items() if n.startswith(prefix)}
     set_params(tuning, own, str(folder))

@@ -32,6 +32,7 @@ from moresjax.tuning.methods.reft import FAMILY
 from moresjax.tuning.methods.steer import Steer
 from moresjax.tuning.selectors import Selector, parse_selector
 from moresjax.tuning.spec import format_spec
+from moresjax.weights.acting_layers import entries_of_layers
 from moresjax.weights.families.base import HFConfig, llm_family, vision_family
 
 DESCRIPTION, TENSORS, LOADER = "edits/edits.json", "edits/edits.safetensors", "load_edits.py"
@@ -148,13 +149,11 @@ def read_edits(mllm: MLLM, folder: Path) -> None:
         raise UserError(f"{file} does not list the edits of its spec {tuning.spec!r}")
     for number, (key, site, layers) in enumerate(records):
         mask = tuning.layer_mask(key, site)
-        # A layer that does not act gets what its neighbour has: parameters like any others.
-        source = [0] if mask is None else np.maximum(np.cumsum(mask) - 1, 0)
         for leaf, variable in tuning.params[key][site].items():
             x = arrays.get(f"{number}.{leaf}")
             if x is None or x.shape[0] != max(len(layers), mask is None):
                 raise UserError(f"{folder / TENSORS} lacks {leaf} of {key} at {site}")
-            x = x[source] if mask is not None else x[0]
+            x = x[0] if mask is None else x[entries_of_layers(mask)]
             if x.shape != variable.shape:
                 raise UserError(
                     f"{folder / TENSORS}: {leaf} of {key} at {site} has shape {x.shape}, the model "

@@ -36,6 +36,7 @@ from moresjax.tuning.methods.mores import MoReS
 from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import format_spec, parse_spec
 from moresjax.weights import steering
+from moresjax.weights.acting_layers import fill_layers
 from moresjax.weights.families.keys import COMMON_KEYS
 from moresjax.weights.files import read_pickle
 from moresjax.weights.tensor_mapping import Tensor
@@ -203,11 +204,9 @@ def import_pyreft(
         methods.append(dataclasses.replace(method, rank=ranks.pop(), layers=acting))
     tuning = Tuning(format_spec(methods), mllm.config)
     for (name, _), layers in zip(tuning.methods, groups, strict=True):
-        acting = sorted(layers)
-        # A layer that does not act gets what its neighbour has: parameters like any others.
-        source = [max([i for i in acting if i <= j] or acting[:1]) for j in range(llm.num_layers)]
         for leaf, variable in tuning.params[name][SITE].items():
-            stacked = np.stack([layers[i][leaf] for i in source])
+            own = {layer: tensors[leaf] for layer, tensors in layers.items()}
+            stacked = fill_layers(own, llm.num_layers)
             if stacked.shape != variable.shape:
                 raise UserError(
                     f"{folder}: {leaf} of an edit has shape {stacked.shape[1:]}, the model needs "

@@ -29,6 +29,7 @@ from moresjax.tuning.attach import Tuning
 from moresjax.tuning.methods.mrt import GROUPS
 from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import format_spec, parse_spec
+from moresjax.weights.acting_layers import fill_layers
 from moresjax.weights.files import read_pickles
 
 NAME = "rt_modules.bin"
@@ -112,16 +113,11 @@ def import_rt_modules(
 def _fill(
     tuning: Tuning, key: str, site: str, layers: Mapping[int, Mapping[str, np.ndarray]], file: Path
 ) -> None:
-    """Sets the parameters of a group; a layer that does not act gets what its neighbour has."""
-    acting = sorted(layers)
+    """Sets the parameters of a group."""
     for leaf, variable in tuning.params[key][site].items():
-        if site == _SITES["connector"]:
-            value = layers[0][leaf]
-        else:
-            source = [
-                max([i for i in acting if i <= j] or acting[:1]) for j in range(variable.shape[0])
-            ]
-            value = np.stack([layers[i][leaf] for i in source])
+        own = {layer: tensors[leaf] for layer, tensors in layers.items()}
+        outside = site == _SITES["connector"]
+        value = own[0] if outside else fill_layers(own, variable.shape[0])
         if value.shape != variable.shape:
             raise UserError(
                 f"{file}: {leaf} at {site} has shape {value.shape}, the model needs "
