@@ -26,7 +26,7 @@ from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.sharding.mesh import make_mesh
-from moresjax.testing.batches import row_layout, stack_layout
+from moresjax.testing.batches import random_batch, row_layout, stack_layout
 from moresjax.training.objectives import next_token
 from moresjax.training.step import split_model
 
@@ -68,9 +68,7 @@ def batch_of(model: MLLM, rng: np.random.Generator) -> Batch:
     visual = model.config.visual_tokens
     pieces = [(TokenKind.SYSTEM, 8), (TokenKind.IMAGE, visual), (TokenKind.QUESTION, 60)]
     layout = stack_layout([row_layout(*pieces, (TokenKind.ANSWER, 24))] * ROWS, visual)
-    tokens = rng.integers(1, 4096, layout.shape).astype(np.int32)
-    pixels = rng.standard_normal((ROWS, 1, 96, 96, 3)).astype(np.float32)
-    return Batch(tokens, layout, pixels)
+    return random_batch(layout, 4096, 1, 96, rng)
 
 
 def variants(tuning: str, points: int) -> dict[str, Run]:

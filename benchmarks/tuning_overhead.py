@@ -19,11 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from rounds import Run, Seconds, measure, median_ratio
 
-from moresjax.core.layout import Batch, TokenKind, TokenLayout
+from moresjax.core.layout import Batch, TokenKind
 from moresjax.generation.engine import Engine
 from moresjax.hardware.host import use_huge_pages
 from moresjax.models.count import count_parameters
@@ -33,6 +32,7 @@ from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.runs.run_config import OptimizerConfig
 from moresjax.runs.state import TrainState
+from moresjax.testing.batches import random_batch, row_layout, stack_layout
 from moresjax.training.objectives import next_token
 from moresjax.training.optimizer import make_optimizer
 from moresjax.training.step import make_train_step, split_model
@@ -84,33 +84,14 @@ def architecture() -> MLLMConfig:
     )
 
 
-def random_batch(config: MLLMConfig, rows: int, text: int, answer: int) -> Batch:
+def make_batch(config: MLLMConfig, rows: int, text: int, answer: int) -> Batch:
     """An image and `text` tokens per row, the last `answer` of them the answer."""
-    rng, visual = np.random.default_rng(0), config.visual_tokens
-    runs = [
-        (TokenKind.IMAGE, visual),
-        (TokenKind.QUESTION, text - answer),
-        (TokenKind.ANSWER, answer),
-    ]
-    kind = np.concatenate([np.full(n, s, np.int32) for s, n in runs])
-
-    def every_row(x: np.ndarray | int) -> jax.Array:
-        return jnp.asarray(np.broadcast_to(x, (rows, kind.size)).astype(np.int32))
-
-    place = np.arange(kind.size)
-    layout = TokenLayout(
-        kind=every_row(kind),
-        image=every_row(np.where(place < visual, place, -1)),
-        position=every_row(place),
-        document=every_row(0),
-        branch=every_row(0),
-        visual_tokens=visual,
-    )
-    tokens = rng.integers(0, config.llm.vocab_size, layout.shape).astype(np.int32)
     assert config.vision is not None
-    side = config.vision.image_size
-    pixels = rng.standard_normal((rows, 1, side, side, 3)).astype(np.float32)
-    return Batch(jnp.asarray(tokens), layout, jnp.asarray(pixels))
+    visual = config.visual_tokens
+    pieces = [(TokenKind.IMAGE, visual), (TokenKind.QUESTION, text - answer)]
+    layout = stack_layout([row_layout(*pieces, (TokenKind.ANSWER, answer))] * rows, visual)
+    batch = random_batch(layout, config.llm.vocab_size, 1, config.vision.image_size)
+    return jax.tree.map(jnp.asarray, batch)
 
 
 def training(
@@ -221,8 +202,8 @@ def main() -> None:
     config = architecture()
     base = initialize(MLLM(config))
     seconds: Seconds = {spec: {} for spec in args.methods}
-    steps, memory = training(base, random_batch(config, args.rows, args.text, ANSWER), args.methods)
-    asked = random_batch(config, args.rows, args.text, 0)
+    steps, memory = training(base, make_batch(config, args.rows, args.text, ANSWER), args.methods)
+    asked = make_batch(config, args.rows, args.text, 0)
     for runs in (steps, generation(base, asked, args.methods, args.new_tokens)):
         for spec, phases in measure(runs, args.rounds).items():
             seconds[spec] |= phases

@@ -25,7 +25,7 @@ from moresjax.analysis.attention import AnswerAttention, AttentionSummary, summa
 from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.files import read_log, write_log
+from moresjax.evaluation.files import append_log, read_log, write_log
 from moresjax.evaluation.predictions import row_key
 from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.inference.analyze import answer_map
@@ -68,8 +68,7 @@ class AttentionLog:
         if self._path is None:
             return
         row = dict(zip(("task", "id", "prompt"), key, strict=True)) | self._provenance
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | _to_row(answer)) + "\n")
+        append_log(self._path, row | _to_row(answer))
 
     def summaries(
         self, tasks: Iterable[BenchmarkTask]

@@ -274,6 +274,12 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
+def append_log(path: Path, row: Mapping) -> None:
+    """Adds a row to a log; a process killed meanwhile leaves a line that `read_log` drops."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
 def write_log(path: Path, rows: Iterable[Mapping]) -> None:
     """Replaces a log as a whole."""
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))

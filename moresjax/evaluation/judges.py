@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from moresjax.core.errors import UserError
-from moresjax.evaluation.files import read_log, write_log
+from moresjax.evaluation.files import append_log, read_log, write_log
 from moresjax.generation.sampling import Sampling
 from moresjax.inference.model import Model
 
@@ -232,8 +232,8 @@ class CachedJudge:
             row["reply"] = reply = self._judge(prompt, attempt)
             if not isinstance(reply, str):
                 raise UserError(f"the judge {self.name} replied without a text")
-            with self._lock, self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            with self._lock:
+                append_log(self._path, row)
                 self._known[key] = reply
         return self._known[key]
 

@@ -6,14 +6,13 @@ true answer, the score, and names that tell its images apart. The names of the o
 those of version 0.1, whose files continue; they have neither exact weights nor images.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from moresjax.core.errors import UserError
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.files import SavedPredictions, Unlabelled, read_log, write_log
+from moresjax.evaluation.files import SavedPredictions, Unlabelled, append_log, read_log, write_log
 from moresjax.evaluation.tasks import BenchmarkTask
 
 FILE = "predictions.jsonl"
@@ -90,8 +89,7 @@ class PredictionLog:
             return
         row = {"task": task, "id": example.id, "prompt": example.prompt}
         row |= {"prediction": prediction, **example.own_limit, **self.provenance}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_log(self._path, row)
 
 
 def row_key(row: Mapping) -> tuple[str, str, str]:

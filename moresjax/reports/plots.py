@@ -318,10 +318,7 @@ def answers_on_image(
       grids: run -> `[L, rows, columns]`, attention on every patch; nan where a patch was dropped.
       most_layers: So many layers are shown, from the first to the last.
     """
-    shown = {
-        name: np.unique(np.linspace(0, len(grid) - 1, min(len(grid), most_layers)).astype(int))
-        for name, grid in grids.items()
-    }
+    shown = {name: evenly(len(grid), most_layers) for name, grid in grids.items()}
     columns = 1 + max(map(len, shown.values()))
     size = (1.35 * columns, 1.7 * len(grids))
     figure, axes = plt.subplots(
@@ -401,6 +398,15 @@ def _overlay(axis: Axes, image: np.ndarray, attention: np.ndarray) -> None:
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axis.imshow(image)
     axis.imshow(attention, cmap="inferno", alpha=0.65, extent=extent, vmin=0)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many numbers below `count`, from the first to the last.
+
+    >>> evenly(32, 4)
+    [0, 10, 20, 31]
+    """
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
 
 
 def save(figure: Figure, path: str | Path | io.BytesIO, dpi: int = 110) -> None:

@@ -19,7 +19,7 @@ from moresjax.inference.lens import LogitLens
 from moresjax.inference.model import Model
 from moresjax.inference.patching import Patching
 from moresjax.inference.prompts import PromptImages
-from moresjax.reports.plots import plt
+from moresjax.reports.plots import evenly, plt
 
 TOKENS, LAYERS, WORDS = 40, 8, 4  # the most that a figure shows
 
@@ -39,11 +39,6 @@ def plain(array: Float[np.ndarray, "..."]) -> list:
     return whole.tolist()
 
 
-def _shown(count: int, most: int) -> list[int]:
-    """So many numbers below `count`, from the first to the last."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist()
-
-
 def _grid(
     values: Float[np.ndarray, "L C"], columns: Sequence[str], label: str, signed: bool
 ) -> tuple[Figure, Axes]:
@@ -56,7 +51,7 @@ def _grid(
     shown: dict[str, Any] = {"cmap": colours, "vmin": low, "vmax": most}
     drawn = axis.imshow(values, aspect="auto", origin="lower", **shown)
     axis.set_xticks(range(count), [text[:12] for text in columns], rotation=60, ha="right")
-    axis.set_yticks(_shown(layers, 16))
+    axis.set_yticks(evenly(layers, 16))
     axis.tick_params(labelsize=7)
     axis.set_ylabel("layer", fontsize=8)
     figure.colorbar(drawn, ax=axis, label=label, fraction=0.03).ax.tick_params(labelsize=7)
@@ -90,7 +85,7 @@ def lens_on_image(picture: UInt8[np.ndarray, "Y X 3"], lens: LogitLens, image: i
     """
     assert lens.grids is not None
     grids = lens.grids[image, :WORDS]
-    layers = _shown(grids.shape[1], LAYERS)
+    layers = evenly(grids.shape[1], LAYERS)
     titles = [f"layer {layer}" for layer in layers]
     return _on_image(picture, list(grids[:, layers]), list(lens.words[:WORDS]), titles, "viridis")
 

@@ -16,7 +16,7 @@ from moresjax.evaluation.steering.run import BASELINE, SteeringResult
 from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.inference.model import Model
 from moresjax.reports.html import image_uri, render
-from moresjax.reports.plots import lines, save, styles
+from moresjax.reports.plots import evenly, lines, save, styles
 from moresjax.reports.prompt_figures import pictures
 
 SHOWN = 24  # questions on a page
@@ -77,8 +77,7 @@ def probe_figure(layers: Sequence[Separability]) -> Figure:
 
 def plane_figure(layers: Sequence[Separability], labels: Sequence[str]) -> Figure:
     """The states of some layers on their two first principal components, coloured by class."""
-    places = np.unique(np.linspace(0, len(layers) - 1, min(PANELS, len(layers))).astype(int))
-    chosen = [layers[place] for place in places]
+    chosen = [layers[place] for place in evenly(len(layers), PANELS)]
     columns = min(4, len(chosen))
     count = -(-len(chosen) // columns)
     shape = (2.4 * columns, 2.4 * count)

@@ -32,9 +32,22 @@ def stack_layout(rows, visual: int = 9) -> TokenLayout:
     return TokenLayout.stacked(fields, visual)
 
 
+def random_batch(
+    layout: TokenLayout,
+    vocab_size: int,
+    images: int,
+    side: int,
+    seed: int | np.random.Generator = 0,
+) -> Batch:
+    """A batch of this layout with random tokens from 1 on, and so many random images per row."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, vocab_size, layout.shape).astype(np.int32)
+    pixels = rng.standard_normal((len(tokens), images, side, side, 3)).astype(np.float32)
+    return Batch(tokens, layout, pixels if images else None)
+
+
 def tiny_batch(rows: int = 2, images: int = 1, seed: int = 0, answer: int = 4) -> Batch:
     """BOS, `images` images, a question and an answer per row, right-padded; random contents."""
-    rng = np.random.default_rng(seed)
     pieces = [(TokenKind.SYSTEM, 2), (TokenKind.IMAGE, 9 * images), (TokenKind.QUESTION, 3)]
     layouts = []
     for row in range(rows):
@@ -42,7 +55,4 @@ def tiny_batch(rows: int = 2, images: int = 1, seed: int = 0, answer: int = 4) -
         last = answer - (row == rows - 1 and rows > 1 and answer > 1)
         whole = [*pieces, (TokenKind.ANSWER, last)]
         layouts.append(row_layout(*whole, length=5 + 9 * images + answer))
-    layout = stack_layout(layouts)
-    tokens = rng.integers(1, TINY_LLM["vocab_size"], layout.shape).astype(np.int32)
-    pixels = rng.standard_normal((rows, images, 12, 12, 3)).astype(np.float32)
-    return Batch(tokens, layout, pixels if images else None)
+    return random_batch(stack_layout(layouts), TINY_LLM["vocab_size"], images, 12, seed)

@@ -23,7 +23,7 @@ from moresjax.data.digits import (
 )
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.benchmarks.digits import DEFAULT_LIMIT, SEED
-from moresjax.evaluation.benchmarks.pope import KINDS, details
+from moresjax.evaluation.benchmarks.pope import KINDS, details, is_right
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import DataRoot
 from moresjax.evaluation.metrics.hallusionbench import (
@@ -31,13 +31,8 @@ from moresjax.evaluation.metrics.hallusionbench import (
     INCORRECT,
     hallusionbench_summary,
 )
-from moresjax.evaluation.metrics.yes_no import pope_answer
 from moresjax.evaluation.scoring import Predictions, example_scorer
 from moresjax.evaluation.tasks import BenchmarkTask, benchmark
-
-
-def _is_right(text: str, label: str) -> float:
-    return float(pope_answer(text) == label)
 
 
 def _scenes(split: str, limit: int | None, kind: int) -> list[tuple[Scene, np.random.Generator]]:
@@ -91,7 +86,7 @@ def load_pope(
                 prompt = f"{IMAGE_MARK}\nis there a {WORDS[digit]} ?"
                 name = f"{kind}-{split}-{number}-{place}"
                 found[kind].append(Example(name, prompt, answer, (scene.image,)))
-    scorer = example_scorer(_is_right, details)
+    scorer = example_scorer(is_right, details)
     return [
         BenchmarkTask(f"digits_pope_{kind}", own, max_new_tokens=2, scorer=scorer)
         for kind, own in found.items()
@@ -137,7 +132,7 @@ def load_hallusion(
                 name, prompt = f"{split}-{number}-{figure}-{place}", f"{IMAGE_MARK}\n{question}"
                 answer = "yes" if answers[figure] else "no"
                 examples.append(Example(name, prompt, answer, (shown.image,), metadata=row))
-    scorer = example_scorer(_is_right, _summary, name="aAcc")
+    scorer = example_scorer(is_right, _summary, name="aAcc")
     return [BenchmarkTask("digits_hallusion", examples, max_new_tokens=2, scorer=scorer)]
 
 

@@ -25,6 +25,11 @@ KINDS = ("random", "popular", "adversarial")
 SIZE = 3_000  # an earlier version of `random`, which LLaVA uses, has 2,910
 
 
+def is_right(text: str, label: str) -> float:
+    """Whether an answer reads as the label, as a score."""
+    return float(pope_answer(text) == label)
+
+
 def details(
     examples: Sequence[Example], predictions: Predictions, scores: Sequence[float]
 ) -> dict[str, float]:
@@ -66,7 +71,7 @@ def load(
     data_root: DataRoot = None, limit: int | None = None, split: str = "test"
 ) -> list[BenchmarkTask]:
     """Accuracy, precision, recall and F1 of each kind."""
-    scorer = example_scorer(lambda text, label: float(pope_answer(text) == label), details)
+    scorer = example_scorer(is_right, details)
     return _tasks("pope", data_root, limit, split, scorer)
 
 
@@ -75,5 +80,5 @@ def load_judged(
     data_root: DataRoot = None, limit: int | None = None, split: str = "test"
 ) -> list[BenchmarkTask]:
     """Share of answers that a judge finds right, of each kind."""
-    scorer = same_answer_scorer(lambda text, label: float(pope_answer(text) == label))
+    scorer = same_answer_scorer(is_right)
     return _tasks("pope_judged", data_root, limit, split, scorer)

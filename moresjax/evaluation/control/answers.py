@@ -12,7 +12,7 @@ from moresjax.data.images import LazyPixels
 from moresjax.data.processor_facts import processor_facts, short_hash
 from moresjax.data.region_providers import OWN_REGIONS, RegionProvider
 from moresjax.data.regions import EVERYWHERE, Box
-from moresjax.evaluation.files import read_log, write_log
+from moresjax.evaluation.files import append_log, read_log, write_log
 from moresjax.inference.model import Model
 from moresjax.inference.regions import attended_regions
 from moresjax.inference.steering import with_part
@@ -188,8 +188,7 @@ class Answers:
             return
         row = {"editors": variant.name, "id": case.id, "kind": case.kind}
         row |= {"question": case.question.text, "prediction": text, "key": key}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_log(self._path, row)
 
     def _key(self, variant: Variant, case: Case) -> str:
         """Digits that stand for all that an answer follows from."""

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from moresjax.core.errors import UserError
-from moresjax.core.folders import replace_file
+from moresjax.core.folders import check_new, replace_file
 from moresjax.core.json_files import read_object
-from moresjax.evaluation.files import read_log, write_log
+from moresjax.evaluation.files import append_log, read_log, write_log
 
 POINTS, FACTS, RESULT = "points.jsonl", "points.json", "landscape.json"
 CURVATURE = -1  # in place of the first point of a chunk
@@ -52,8 +52,7 @@ class PointStore:
     def _check(self, folder: Path) -> None:
         path = folder / FACTS
         if not path.is_file():
-            if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-                raise UserError(f"{folder} is not empty; the landscape needs a new folder")
+            check_new(folder, "landscape")
             if self._writes:
                 folder.mkdir(parents=True, exist_ok=True)
                 replace_file(path, json.dumps(self.facts, indent=2) + "\n")
@@ -79,8 +78,7 @@ class PointStore:
         """Keeps a chunk, or a curvature with `CURVATURE` for its first point."""
         if self._folder is not None and self._writes:
             row = {"model": model, "pair": pair, "first": first, "losses": losses}
-            with (self._folder / POINTS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_log(self._folder / POINTS, row)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes the result."""

@@ -14,7 +14,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
 from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.files import read_log, write_log
+from moresjax.evaluation.files import append_log, read_log, write_log
 from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.metrics.vqa import matches_of_three
 from moresjax.evaluation.scoring import Predictions, TaskScore
@@ -284,8 +284,7 @@ class _Log:
             return
         names = ("task", "id", "prompt", "trial")
         row = dict(zip(names, key, strict=True)) | {"prediction": text, "made": self._made[key[3]]}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_log(self._path, row)
 
     def _key(self, task: str, example: Example, trial: Trial | None) -> tuple[str, str, str, str]:
         return task, example.id, example.prompt, BASELINE if trial is None else trial.key
