@@ -281,7 +281,6 @@ def keeps_cache(tuning: Tuning) -> bool:
 def _is_plain(selector: Selector) -> bool:
     """Whether it selects images, or all text that the decode model selects too."""
     return all(
-        region == "image"
-        or (part.whole and (region in _PLAIN or region.startswith("token(")))
+        region == "image" or (part.whole and (region in _PLAIN or region.startswith("token(")))
         for region, part in selector.parts
     )
