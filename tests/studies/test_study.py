@@ -39,6 +39,12 @@ class CannedPipeline:
             "attention": attention | {"lmar_of_means": {"text": [value, value]}},
         }
 
+    def accuracy(self, names):
+        return {
+            name: [self.scores(seed, name)["mean_accuracy"] for seed in self.seeds]
+            for name in names
+        }
+
     def trainable_in_llm(self, tuning):
         return 10 * len(tuning)
 

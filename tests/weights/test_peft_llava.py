@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moresjax.core.errors import UserError
+from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
 from moresjax.models.vision import EVA, VisionConfig
 from moresjax.testing.hf_adapters import adapted_llava
@@ -247,7 +248,7 @@ def test_what_trained_of_an_encoder_that_transformers_has_not_is_refused(tmp_pat
     assert isinstance(config.vision, VisionConfig)
     behind = {"feature_layer": -1, "feature_norm_eps": 1e-5}
     eva = dataclasses.replace(config.vision, model_type=EVA, k_bias=False, **behind)
-    model = MLLM(dataclasses.replace(config, vision=eva))
+    model = initialize(MLLM(dataclasses.replace(config, vision=eva)))
     for spec in (
         "ln:targets=vision.post_norm",
         "ln:targets=all;vision.all",
