@@ -62,7 +62,11 @@ def add_parser(commands: Commands) -> None:
         help="the most tokens of an answer (default: %(default)s)",
     )
     serve.add_argument(
-        "--max-body", type=int, default=64, metavar="MB", help="the most megabytes of a request (default: %(default)s)"
+        "--max-body",
+        type=int,
+        default=64,
+        metavar="MB",
+        help="the most megabytes of a request (default: %(default)s)",
     )
     serve.add_argument(
         "--max-pixels",

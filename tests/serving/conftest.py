@@ -21,7 +21,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def server():
-    config = ServerConfig(rows=4, max_waiting=8, max_new_tokens=256, default_new_tokens=8)
+    config = ServerConfig(rows=4, max_waiting=32, max_new_tokens=256, default_new_tokens=8)
     return Server(talking_model(), "talker", config)
 
 
