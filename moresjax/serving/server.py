@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,9 @@ class ServerConfig:
     images: ImageLimits = dataclasses.field(default_factory=ImageLimits)
     api_key: str | None = dataclasses.field(default=None, repr=False)
     hosts: tuple[str, ...] = ()
+
+
+DEFAULT_CONFIG = ServerConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +108,17 @@ class Server:
       model: The model, which belongs to the server until `close`.
       name: The name of the base model.
       config: What the server allows.
+      folders: The folders of the model's adapters by name.
     """
 
-    def __init__(self, model: Model, name: str, config: ServerConfig = ServerConfig()) -> None:
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        config: ServerConfig = DEFAULT_CONFIG,
+        folders: Mapping[str, str | Path] | None = None,
+    ) -> None:
+        self._folders = dict(folders or {})
         self.model, self.name, self.config = model, name, config
         self.created = int(time.time())
         self.metrics = Metrics()
@@ -119,6 +131,22 @@ class Server:
             metrics=self.metrics,
         )
         self._preparing = threading.Lock()
+
+    @property
+    def penalty(self) -> float:
+        """The repetition penalty of the model's folder; 1 for none."""
+        return self.model.prompts.processor.generation.repetition_penalty
+
+    @property
+    def start_id(self) -> int:
+        """The token that stands before a text that has nothing before it."""
+        tokenizer = self.model.prompts.tokenizer
+        bos = tokenizer.bos_token_id
+        return tokenizer.eos_token_id if bos is None else bos
+
+    def spell(self, token: int) -> str:
+        """A single token as text, special ones included."""
+        return self.model.prompts.tokenizer.decode([token])
 
     def close(self) -> None:
         """Ends the scheduler."""
@@ -154,6 +182,43 @@ class Server:
                 code="model_not_found",
             )
         return None
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Puts an adapter beside the others, once the answers under way have ended.
+
+        Raises:
+          ApiError: The name is taken, or the folder is no adapter of this model.
+        """
+        if name in (self.name, BASE, *self.model.adapters):
+            raise ApiError(f"there is a model {name!r} already", param="lora_name")
+        await self._change(lambda: self._set_adapters(self._folders | {name: folder}), "lora_path")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Takes an adapter away, once the answers under way have ended.
+
+        Raises:
+          ApiError: There is no such adapter.
+        """
+        if name not in self.model.adapters:
+            known = ", ".join(self.model.adapters) or "none"
+            raise ApiError(
+                f"there is no adapter {name!r}; there are {known}", 404, "lora_name", "not_found"
+            )
+        rest = {other: folder for other, folder in self._folders.items() if other != name}
+        await self._change(lambda: self._set_adapters(rest), "lora_name")
+
+    def _set_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        if folders:
+            self.model.load_adapters(folders)
+        else:
+            self.model.attach("none")
+        self._folders = dict(folders)
+
+    async def _change(self, job: Callable[[], None], param: str) -> None:
+        try:
+            await asyncio.wrap_future(self.scheduler.call(job, alone=True))
+        except UserError as error:
+            raise ApiError(str(error), param=param) from None
 
     def prepare(self, sample: Sample) -> Row:
         """The row of a conversation; on a thread of its own, for images are decoded.
@@ -232,14 +297,13 @@ class Server:
 
     def _infos(self, ids: Ids | list[int], new: NewTokens, top: int) -> list[TokenInfo]:
         """New tokens with their texts and what might have stood there."""
-        spell = self.model.prompts.tokenizer.decode
-        found = []
+        spell, found = self.spell, []
         for number, token in enumerate(ids):
             likely: tuple[tuple[str, float], ...] = ()
             if new.likely_ids is not None and new.likely_logprobs is not None:
                 pairs = zip(new.likely_ids[number], new.likely_logprobs[number], strict=True)
-                likely = tuple((spell([int(i)]), float(p)) for i, p in list(pairs)[:top])
-            found.append(TokenInfo(token, spell([token]), float(new.logprobs[number]), likely))
+                likely = tuple((spell(int(i)), float(p)) for i, p in list(pairs)[:top])
+            found.append(TokenInfo(token, spell(token), float(new.logprobs[number]), likely))
         return found
 
 
