@@ -94,7 +94,7 @@ def test_large_bodies_and_full_queues_are_refused(small):
 
 
 def test_a_failed_step_costs_its_requests_only(small, monkeypatch):
-    server, url = small
+    _, url = small
     key = {"Authorization": "Bearer geheim"}
     monkeypatch.setattr(RowPool, "step", lambda *_: 1 / 0)
     done = httpx.post(f"{url}/v1/chat/completions", json=ASK, headers=key, timeout=60)
