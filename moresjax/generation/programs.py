@@ -56,6 +56,7 @@ class PromptData:
       seeds: The seed of each row; None for greedy choice.
       limits: The most new tokens of each row, for continuously batched rows; else None.
       prefix: What the rows begin with and is not read again, or None.
+      virtual: Which virtual tokens each row has; None: all.
     """
 
     params: nnx.State
@@ -63,6 +64,7 @@ class PromptData:
     seeds: UInt[AnyArray, " B"] | None = None
     limits: Int[AnyArray, " B"] | None = None
     prefix: PrefixData | None = None
+    virtual: Bool[AnyArray, "B P"] | None = None
 
 
 @pytree_dataclass
@@ -92,11 +94,13 @@ class SearchData:
       params: The parameters of the model that reads the prompts.
       decode_params: The parameters of the model that decodes.
       batch: The prompts.
+      virtual: Which virtual tokens each row has; None: all.
     """
 
     params: nnx.State
     decode_params: nnx.State
     batch: Batch
+    virtual: Bool[AnyArray, "B P"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +243,9 @@ def prefill_and_search(
 ) -> tuple[Int[AnyArray, "B G"], Int[AnyArray, " B"]]:
     """Tokens and length of each row's best continuation: prefill and all steps of a beam search."""
     model = nnx.merge(static.prefill.graphdef, data.params)
-    state, logits, _ = _read_prompts(static.prefill, model, PromptData(data.params, data.batch))
+    state, logits, _ = _read_prompts(
+        static.prefill, model, PromptData(data.params, data.batch, virtual=data.virtual)
+    )
     decoder = nnx.merge(static.decode_graphdef, data.decode_params)
 
     def step(state: DecodeState) -> tuple[DecodeState, Float[Array, "..."]]:
@@ -371,10 +377,11 @@ def _begin(
         return jnp.take_along_axis(jnp.asarray(x), last[:, None], axis=1)[:, 0]
 
     layout, caches = _with_length(
-        extend_layout(batch.layout, num_virtual),
+        extend_layout(batch.layout, num_virtual, data.virtual),
         caches,
         static.cache_length or num_virtual + length + new,
     )
+    own = num_virtual if data.virtual is None else jnp.asarray(data.virtual).sum(axis=1)
     budgets = None
     if data.limits is not None:
         # Padding on the right is overwritten.
@@ -384,7 +391,7 @@ def _begin(
         tokens=jnp.full((rows, new), static.config.pad_id, jnp.int32),
         done=jnp.zeros(rows, bool),
         length=jnp.zeros(rows, jnp.int32),
-        position=at_last(batch.layout.position) + num_virtual,
+        position=at_last(batch.layout.position) + own,
         document=at_last(batch.layout.document),
         adapter=batch.adapter,
         cache_layout=layout,
