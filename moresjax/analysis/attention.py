@@ -66,18 +66,23 @@ class AttentionProbe:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-    """Full attention of the chosen queries, averaged over heads: `[B, Q, S]`. Only on request."""
+    """Full attention of the chosen queries. Only on request.
+
+    Reads `[B, Q, S]`, averaged over heads, or `[B, N, Q, S]` with `by_head`.
+    """
 
     name: str = "maps"
     site: str = "attn"
+    by_head: bool = False
 
     def read(
         self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
-    ) -> Float[Array, "B Q T"]:
+    ) -> Float[Array, "B *N Q T"]:
         """The map of one layer from its queries and keys."""
         if context.queries is not None:
             q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
-        return attention_probabilities(q, k, context.mask, context.softcap).mean(axis=1)
+        maps = attention_probabilities(q, k, context.mask, context.softcap)
+        return maps if self.by_head else maps.mean(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from moresjax.generation import programs
 from moresjax.generation.beam import Beams
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.lengths import lengthened, rounded
-from moresjax.generation.sampling import GREEDY, Sampling
+from moresjax.generation.sampling import GREEDY, RowChoice, Sampling
 from moresjax.generation.state import DecodeConfig, DecodeState, Generation, PrefixCache
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM
@@ -128,6 +128,8 @@ class Engine:
         cache_length: int = 0,
         prefix: PrefixCache | None = None,
         prefix_index: Sequence[int] | None = None,
+        choice: RowChoice | None = None,
+        listed: tuple[int, int] = (0, 1),
     ) -> DecodeState:
         """Reads the prompts and chooses the first new token of each: the first half of `generate`.
 
@@ -141,13 +143,21 @@ class Engine:
           cache_length: T, if it is not to be P + S + G; see `grow`.
           prefix: What right-padded rows begin with; it is not read again.
           prefix_index: The prefix that each row begins with; default: the first.
+          choice: How the tokens of each row are chosen, with `seeds`; of `sampling`, the repetition
+            penalty holds for all rows. Default: as `sampling` says.
+          listed: How many likely tokens are listed for rows whose `choice` asks for them, and for
+            how many of a row's last new tokens.
         """
         static = self._prefill_static(max_new_tokens, sampling, logprobs, self._probes)
+        config = dataclasses.replace(static.config, listed=listed[0], listed_steps=listed[1])
         found, suffix = _prefix_data(batch, prefix, prefix_index)
-        static = dataclasses.replace(static, cache_length=cache_length, suffix_length=suffix)
-        data = self._prompt_data(batch, sampling, seeds, limits)
+        static = dataclasses.replace(
+            static, config=config, cache_length=cache_length, suffix_length=suffix
+        )
+        data = self._prompt_data(batch, sampling, seeds, limits, choice)
+        data = dataclasses.replace(data, prefix=found)
         with use_mesh(self._mesh):
-            return programs.prefill(static, dataclasses.replace(data, prefix=found))
+            return programs.prefill(static, data)
 
     def read_prefix(self, batch: Batch, prefix: PrefixCache | None = None) -> PrefixCache:
         """Reads what many prompts begin with.
@@ -346,16 +356,18 @@ class Engine:
         sampling: Sampling,
         seeds: Sequence[int] | None,
         limits: Sequence[int] | None,
+        choice: RowChoice | None = None,
     ) -> programs.PromptData:
-        """The prompts with seeds, if tokens are drawn, and limits."""
+        """The prompts with seeds, if tokens may be drawn, and limits."""
         if seeds is None:
             seeds = [sampling.seed] * len(batch.tokens)
         return programs.PromptData(
             self._params,
             batch,
-            jnp.asarray(seeds, jnp.uint32) if sampling.temperature else None,
+            jnp.asarray(seeds, jnp.uint32) if sampling.temperature or choice else None,
             None if limits is None else jnp.asarray(limits, jnp.int32),
             virtual=self._own_virtual(batch),
+            choice=choice,
         )
 
     def _own_virtual(self, batch: Batch) -> Bool[np.ndarray, "B P"] | None:

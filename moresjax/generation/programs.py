@@ -23,6 +23,7 @@ from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.generation.beam import Beams, beam_search
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG
 from moresjax.generation.lengths import lengthened
+from moresjax.generation.sampling import RowChoice
 from moresjax.generation.state import DecodeConfig, DecodeState, RowBudgets, fold_stats
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, PrefillChunk
@@ -57,6 +58,7 @@ class PromptData:
       limits: The most new tokens of each row, for continuously batched rows; else None.
       prefix: What the rows begin with and is not read again, or None.
       virtual: Which virtual tokens each row has; None: all.
+      choice: How each row's tokens are chosen; None where all rows have the same settings.
     """
 
     params: nnx.State
@@ -65,6 +67,7 @@ class PromptData:
     limits: Int[AnyArray, " B"] | None = None
     prefix: PrefixData | None = None
     virtual: Bool[AnyArray, "B P"] | None = None
+    choice: RowChoice | None = None
 
 
 @pytree_dataclass
@@ -401,6 +404,8 @@ def _begin(
         seeds=data.seeds,
         logprobs=jnp.zeros((rows, new)) if static.config.logprobs else None,
         budgets=budgets,
+        choice=data.choice,
+        likely=static.config.no_likely(rows),
     )
 
 
