@@ -22,12 +22,12 @@ from moresjax.core.ops import write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.generation.beam import Beams, beam_search
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG
-from moresjax.generation.lengths import lengthened
+from moresjax.generation.lengths import lengthened, num_pieces
 from moresjax.generation.sampling import RowChoice
 from moresjax.generation.state import DecodeConfig, DecodeState, RowBudgets, fold_stats
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, PrefillChunk
-from moresjax.sharding.mesh import batch_shards, constrain_batch_sharding
+from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.base import Probe
 from moresjax.tuning.masks import extend_layout
 
@@ -267,7 +267,7 @@ def score(static: ScoreStatic, data: ScoreData) -> tuple[Float[Array, "B Q"], Bo
     chunk = _prefill_chunk(model, data.batch, data.prefix, static.suffix_length)
     hidden = model(data.batch, queries=data.queries, chunk=chunk).hidden
     rows, asked = data.queries.shape
-    pieces = _num_pieces(rows, asked, 4 * model.config.llm.vocab_size, static.logits_bytes)
+    pieces = num_pieces(rows, asked, 4 * model.config.llm.vocab_size, static.logits_bytes)
     size = -(-asked // pieces)
 
     def in_pieces(x: AnyArray) -> Array:
@@ -283,21 +283,6 @@ def score(static: ScoreStatic, data: ScoreData) -> tuple[Float[Array, "B Q"], Bo
 
     found = jax.lax.map(score_piece, (in_pieces(hidden), in_pieces(data.targets)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :asked], found)
-
-
-def _num_pieces(rows: int, asked: int, token_bytes: int, most_bytes: int) -> int:
-    """In how many pieces, each with equally many tokens of every row, logits are computed.
-
-    Args:
-      rows: The number of rows.
-      asked: The number of scored tokens of a row.
-      token_bytes: The bytes of one token's logits.
-      most_bytes: The bytes that a device may have in memory.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else batch_shards(mesh)
-    own_rows = rows if rows % shards else rows // shards
-    return -(-asked // max(most_bytes // (own_rows * token_bytes), 1))
 
 
 @functools.partial(jax.jit, static_argnames="cache_length")

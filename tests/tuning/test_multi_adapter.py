@@ -203,9 +203,9 @@ def test_what_cannot_be_chosen_per_row_is_refused(tmp_path):
         stacked("lora", "mixlora")
     with pytest.raises(UserError, match="vpt puts tokens into the vision encoder"):
         stacked("vpt")
+    other = random_tuning("vera", 1)
+    other.shared["vera"]["a"][...] += 1
     with pytest.raises(UserError, match="different frozen arrays 'a' of vera"):
-        other = random_tuning("vera", 1)
-        other.shared["vera"]["a"][...] += 1
         stack_adapters({"a": random_tuning("vera", 0), "b": other})
     with pytest.raises(UserError, match="names other than 'base'"):
         stack_adapters({"base": Tuning("red", tiny_config())})
