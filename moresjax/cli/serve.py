@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.serving.run import check, serve
     from moresjax.serving.server import Server
 
-    model = _load(args)
-    server = Server(model, args.name or Path(args.model).resolve().name, config)
+    model, folders = _load(args)
+    server = Server(model, args.name or Path(args.model).resolve().name, config, folders)
     if args.check:
         check(server)
     else:
@@ -133,14 +133,14 @@ def _key(file: str | None) -> str | None:
     return key
 
 
-def _load(args: argparse.Namespace) -> "Model":
+def _load(args: argparse.Namespace) -> "tuple[Model, dict[str, str]]":
     """The model with the adapters that clients choose from; one without a name is always on."""
     pairs = adapter_folders(args)
     names = [name for name, _ in pairs]
     if len(pairs) == 1 and not names[0]:
-        return load_model(args, adapter=pairs[0][1])
+        return load_model(args, adapter=pairs[0][1]), {}
     if not all(names):
         raise UserError("several --adapter need names of their own: --adapter NAME=DIR")
     if len(set(names)) < len(names):
         raise UserError("two --adapter have the same name")
-    return load_model(args, adapter=dict(pairs) or None)
+    return load_model(args, adapter=dict(pairs) or None), dict(pairs)

@@ -33,7 +33,7 @@ from moresjax.generation.state import DecodeConfig, DecodeState, Generation, Pre
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import batch_shards, use_mesh
-from moresjax.tuning.attach import Constant, Tuning
+from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Probe
 
 
@@ -74,6 +74,8 @@ class Engine:
         self._mesh = mesh
         self.config, self.changes = config, 0
         self.num_virtual_tokens: int = model.tuning.num_virtual_tokens
+        self._tuning_graphdef = nnx.graphdef(model.tuning)
+        self._virtual = _host(model.tuning.virtual_table())
         self.num_shards: int = 1 if mesh is None else batch_shards(mesh)
 
     def generate(
@@ -108,7 +110,8 @@ class Engine:
         beams.check(sampling, logprobs=logprobs, probes=self._probes)
         static = self._prefill_static(max_new_tokens, sampling, probes=())
         static = programs.SearchStatic(static, self._decode_static.graphdef, beams)
-        data = programs.SearchData(self._params, self._decode_params, batch)
+        virtual = self._own_virtual(batch)
+        data = programs.SearchData(self._params, self._decode_params, batch, virtual)
         with use_mesh(self._mesh):
             tokens, length = programs.prefill_and_search(static, data)
         return Generation(tokens, length, {})
@@ -281,18 +284,31 @@ class Engine:
         """The parameters of the prefill program and those of the decode program."""
         return self._params, self._decode_params
 
-    def update_constants(self, tuning: Tuning) -> None:
-        """Takes over what a tuning was given, such as a steering vector; nothing is compiled.
+    def update(self, tuning: Tuning) -> bool:
+        """Takes over the values of a tuning; nothing is compiled.
 
         Args:
-          tuning: The tuning of this engine's model, with other values.
+          tuning: One that differs in values only from that of this engine's model: a steering
+            vector, or adapters that have been loaded or unloaded.
+
+        Returns:
+          Whether it is such a tuning; if not, the engine stays as it was.
         """
-        self.changes += 1
-        given = dict(nnx.to_flat_state(nnx.state(tuning, Constant)))
-        for params in self.parameters:
+        if nnx.graphdef(tuning) != self._tuning_graphdef:
+            return False
+        pairs, decoding = [], tuning.for_decoding()
+        for params, own in zip(self.parameters, (tuning, decoding), strict=True):
+            values = dict(nnx.to_flat_state(nnx.state(own)))
             for path, variable in nnx.to_flat_state(params):
-                if path[0] == "tuning" and path[1:] in given:
-                    variable.set_value(given[path[1:]].get_value())
+                if path[0] == "tuning":
+                    pairs.append((variable, values[path[1:]].get_value()))
+        if any(variable.shape != value.shape for variable, value in pairs):
+            return False
+        self.changes += 1
+        self._virtual = _host(tuning.virtual_table())
+        for variable, value in pairs:
+            variable.set_value(value)
+        return True
 
     def lower_prefill(self, batch: Batch, max_new_tokens: int) -> jax.stages.Lowered:
         """The lowered prefill program of a batch of this shape, for inspection."""
@@ -312,7 +328,7 @@ class Engine:
     ) -> tuple[programs.PrefillStatic, programs.PromptData]:
         """Arguments of the prefill program for greedy choice."""
         static = self._prefill_static(max_new_tokens, GREEDY, probes=self._probes)
-        return static, programs.PromptData(self._params, batch)
+        return static, self._prompt_data(batch, GREEDY, None, None)
 
     def _prefill_static(
         self,
@@ -350,8 +366,20 @@ class Engine:
             batch,
             jnp.asarray(seeds, jnp.uint32) if sampling.temperature or choice else None,
             None if limits is None else jnp.asarray(limits, jnp.int32),
+            virtual=self._own_virtual(batch),
             choice=choice,
         )
+
+    def _own_virtual(self, batch: Batch) -> Bool[np.ndarray, "B P"] | None:
+        """Which virtual tokens each row has; None: all."""
+        if self._virtual is None:
+            return None
+        chosen = -1 if batch.adapter is None else np.asarray(batch.adapter)
+        return self._virtual[np.broadcast_to(chosen, len(batch.tokens))]
+
+
+def _host(x: Array | None) -> np.ndarray | None:
+    return None if x is None else np.asarray(x)
 
 
 def _unstacked(model: MLLM) -> MLLM:

@@ -18,8 +18,11 @@ from starlette.staticfiles import StaticFiles
 
 from moresjax.serving.chat_answers import ChatAnswer
 from moresjax.serving.chat_request import read_chat
+from moresjax.serving.completions import Completion, read_completion
 from moresjax.serving.errors import ApiError
+from moresjax.serving.fields import Fields
 from moresjax.serving.guard import App, Guard, error_response
+from moresjax.serving.samples import sample_images
 from moresjax.serving.server import Server
 
 T = TypeVar("T")
@@ -47,6 +50,11 @@ def make_app(server: Server) -> App:
             Route("/v1/models", handlers.models),
             Route("/v1/models/{name:path}", handlers.model),
             Route("/v1/chat/completions", handlers.chat, methods=["POST"]),
+            Route("/v1/attention", handlers.attention, methods=["POST"]),
+            Route("/v1/completions", handlers.completions, methods=["POST"]),
+            Route("/v1/load_lora_adapter", handlers.load_adapter, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", handlers.unload_adapter, methods=["POST"]),
+            Route("/v1/samples", handlers.samples),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ],
         exception_handlers={ApiError: _told, HTTPException: _told_http, Exception: _failed},
@@ -93,6 +101,48 @@ class Handlers:
         if asked.decoding.stream:
             return EventSourceResponse(answer.stream(), sep="\n", ping=PING)
         return JSONResponse(await unless_closed(request, answer.whole()))
+
+    async def attention(self, request: Request) -> Response:
+        """Where every head looks for one token of a given answer."""
+        body = await read_json(request)
+        fields = Fields(body)
+        asked = await run_in_threadpool(read_chat, body, self._server.config.images)
+        if not asked.sample.images:
+            raise ApiError("a map of attention needs an image", param="messages")
+        answer = await ChatAnswer.of(self._server, asked)
+        ids = self._server.answer_ids(fields, asked.sample)
+        token = fields.whole("token", 0, 0, len(ids) - 1)
+        return JSONResponse(await unless_closed(request, answer.head_maps(ids, token)))
+
+    async def completions(self, request: Request) -> Response:
+        """Goes on with raw texts."""
+        body = await read_json(request)
+        asked = await run_in_threadpool(read_completion, body)
+        completion = await Completion.of(self._server, asked)
+        if asked.decoding.stream:
+            return EventSourceResponse(completion.stream(), sep="\n", ping=PING)
+        return JSONResponse(await unless_closed(request, completion.whole()))
+
+    async def load_adapter(self, request: Request) -> Response:
+        """Puts an adapter of a folder of this machine beside the others."""
+        fields = Fields(await read_json(request))
+        name, path = fields.text("lora_name"), fields.text("lora_path")
+        if not name or not path:
+            raise ApiError("lora_name and lora_path must be texts")
+        await self._server.load_adapter(name, path)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload_adapter(self, request: Request) -> Response:
+        """Takes an adapter away."""
+        name = Fields(await read_json(request)).text("lora_name")
+        if not name:
+            raise ApiError("lora_name must be a text")
+        await self._server.unload_adapter(name)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def samples(self, _: Request) -> Response:
+        """Images of the built-in world to try."""
+        return JSONResponse({"data": await run_in_threadpool(sample_images)})
 
 
 async def read_json(request: Request) -> Any:

@@ -8,12 +8,14 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
 from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.data.samples import Sample
@@ -22,6 +24,7 @@ from moresjax.generation.text import TextStream, has_stop
 from moresjax.inference.model import Model
 from moresjax.serving.chat_request import Decoding
 from moresjax.serving.errors import ApiError
+from moresjax.serving.fields import Fields
 from moresjax.serving.images import ImageLimits
 from moresjax.serving.metrics import Metrics
 from moresjax.serving.scheduler import QueueFull, Scheduler
@@ -51,6 +54,9 @@ class ServerConfig:
     images: ImageLimits = dataclasses.field(default_factory=ImageLimits)
     api_key: str | None = dataclasses.field(default=None, repr=False)
     hosts: tuple[str, ...] = ()
+
+
+DEFAULT_CONFIG = ServerConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +110,17 @@ class Server:
       model: The model, which belongs to the server until `close`.
       name: The name of the base model.
       config: What the server allows.
+      folders: The folders of the model's adapters by name.
     """
 
-    def __init__(self, model: Model, name: str, config: ServerConfig = ServerConfig()) -> None:
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        config: ServerConfig = DEFAULT_CONFIG,
+        folders: Mapping[str, str | Path] | None = None,
+    ) -> None:
+        self._folders = dict(folders or {})
         self.model, self.name, self.config = model, name, config
         self.created = int(time.time())
         self.metrics = Metrics()
@@ -119,6 +133,22 @@ class Server:
             metrics=self.metrics,
         )
         self._preparing = threading.Lock()
+
+    @property
+    def penalty(self) -> float:
+        """The repetition penalty of the model's folder; 1 for none."""
+        return self.model.prompts.processor.generation.repetition_penalty
+
+    @property
+    def start_id(self) -> int:
+        """The token that stands before a text that has nothing before it."""
+        tokenizer = self.model.prompts.tokenizer
+        bos = tokenizer.bos_token_id
+        return tokenizer.eos_token_id if bos is None else bos
+
+    def spell(self, token: int) -> str:
+        """A single token as text, special ones included."""
+        return self.model.prompts.tokenizer.decode([token])
 
     def close(self) -> None:
         """Ends the scheduler."""
@@ -155,6 +185,43 @@ class Server:
             )
         return None
 
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Puts an adapter beside the others, once the answers under way have ended.
+
+        Raises:
+          ApiError: The name is taken, or the folder is no adapter of this model.
+        """
+        if name in (self.name, BASE, *self.model.adapters):
+            raise ApiError(f"there is a model {name!r} already", param="lora_name")
+        await self._change(lambda: self._set_adapters(self._folders | {name: folder}), "lora_path")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Takes an adapter away, once the answers under way have ended.
+
+        Raises:
+          ApiError: There is no such adapter.
+        """
+        if name not in self.model.adapters:
+            known = ", ".join(self.model.adapters) or "none"
+            raise ApiError(
+                f"there is no adapter {name!r}; there are {known}", 404, "lora_name", "not_found"
+            )
+        rest = {other: folder for other, folder in self._folders.items() if other != name}
+        await self._change(lambda: self._set_adapters(rest), "lora_name")
+
+    def _set_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        if folders:
+            self.model.load_adapters(folders)
+        else:
+            self.model.attach("none")
+        self._folders = dict(folders)
+
+    async def _change(self, job: Callable[[], None], param: str) -> None:
+        try:
+            await asyncio.wrap_future(self.scheduler.call(job, alone=True))
+        except UserError as error:
+            raise ApiError(str(error), param=param) from None
+
     def prepare(self, sample: Sample) -> Row:
         """The row of a conversation; on a thread of its own, for images are decoded.
 
@@ -168,6 +235,32 @@ class Server:
                 return prompts.sample_row(dataclasses.replace(sample, system=system))
         except UserError as error:
             raise ApiError(str(error), param="messages") from None
+
+    def answer_ids(self, fields: Fields, sample: Sample) -> list[int]:
+        """The tokens of a given answer: its `answer_ids`, or those that the text `answer` has.
+
+        Args:
+          fields: The request.
+          sample: Its conversation.
+
+        Raises:
+          ApiError: There is no answer, or it does not fit the model.
+        """
+        ids, text = fields.get("answer_ids"), fields.text("answer")
+        if ids is not None:
+            size = self.model.config.llm.vocab_size
+            fine = isinstance(ids, list) and all(type(x) is int and 0 <= x < size for x in ids)
+            if not fine or not ids:
+                raise fields.wrong("answer_ids", "token ids")
+            return ids
+        if not text:
+            raise ApiError("give the tokens of an answer as answer_ids, or its text as answer")
+        last = dataclasses.replace(sample.turns[-1], answer=text)
+        sample = dataclasses.replace(sample, turns=(*sample.turns[:-1], last))
+        with self._preparing:
+            row = self.model.prompts.processor.without_end.text_row(sample)
+        ends = np.flatnonzero(row.kind != TokenKind.ANSWER)  # the last of them opens the answer
+        return row.tokens[int(ends[-1]) + 1 :].tolist()
 
     def limit(self, row: Row, decoding: Decoding) -> int:
         """The most new tokens of an answer to a prompt."""
@@ -232,14 +325,13 @@ class Server:
 
     def _infos(self, ids: Ids | list[int], new: NewTokens, top: int) -> list[TokenInfo]:
         """New tokens with their texts and what might have stood there."""
-        spell = self.model.prompts.tokenizer.decode
-        found = []
+        spell, found = self.spell, []
         for number, token in enumerate(ids):
             likely: tuple[tuple[str, float], ...] = ()
             if new.likely_ids is not None and new.likely_logprobs is not None:
                 pairs = zip(new.likely_ids[number], new.likely_logprobs[number], strict=True)
-                likely = tuple((spell([int(i)]), float(p)) for i, p in list(pairs)[:top])
-            found.append(TokenInfo(token, spell([token]), float(new.logprobs[number]), likely))
+                likely = tuple((spell(int(i)), float(p)) for i, p in list(pairs)[:top])
+            found.append(TokenInfo(token, spell(token), float(new.logprobs[number]), likely))
         return found
 
 
