@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.serving.server import Server
 
     model, folders = _load(args)
-    server = Server(model, args.name or Path(args.model).resolve().name, config, folders)
+    name = args.name or Path(args.model).resolve().name
+    server = Server(model, name, config, folders, args.model)
     if args.check:
         check(server)
     else:

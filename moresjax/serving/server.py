@@ -111,6 +111,7 @@ class Server:
       name: The name of the base model.
       config: What the server allows.
       folders: The folders of the model's adapters by name.
+      root: The folder of the model; with these the page names the command that repeats an answer.
     """
 
     def __init__(
@@ -119,8 +120,9 @@ class Server:
         name: str,
         config: ServerConfig = DEFAULT_CONFIG,
         folders: Mapping[str, str | Path] | None = None,
+        root: str | Path = "",
     ) -> None:
-        self._folders = dict(folders or {})
+        self._folders, self._root = dict(folders or {}), root
         self.model, self.name, self.config = model, name, config
         self.created = int(time.time())
         self.metrics = Metrics()
@@ -157,10 +159,11 @@ class Server:
     def models(self) -> list[dict[str, Any]]:
         """The base model and its adapters, as OpenAI's API lists them."""
         base = {"id": self.name, "object": "model", "created": self.created}
-        base |= {"owned_by": "moresjax", "root": self.name, "parent": None}
+        base |= {"owned_by": "moresjax", "root": str(self._root or self.name), "parent": None}
         base["max_model_len"] = self.model.service.max_length
         base["tuning"] = "none" if self.model.adapters else self.model.tuning
-        adapters = [base | {"id": name, "parent": self.name} for name in self.model.adapters]
+        own = {name: str(self._folders.get(name, name)) for name in self.model.adapters}
+        adapters = [base | {"id": n, "root": own[n], "parent": self.name} for n in own]
         return [base, *adapters]
 
     def adapter(self, model: str, adapter: str | None) -> str | None:
