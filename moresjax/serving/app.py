@@ -50,6 +50,7 @@ def make_app(server: Server) -> App:
             Route("/v1/models", handlers.models),
             Route("/v1/models/{name:path}", handlers.model),
             Route("/v1/chat/completions", handlers.chat, methods=["POST"]),
+            Route("/v1/attention", handlers.attention, methods=["POST"]),
             Route("/v1/completions", handlers.completions, methods=["POST"]),
             Route("/v1/load_lora_adapter", handlers.load_adapter, methods=["POST"]),
             Route("/v1/unload_lora_adapter", handlers.unload_adapter, methods=["POST"]),
@@ -100,6 +101,18 @@ class Handlers:
         if asked.decoding.stream:
             return EventSourceResponse(answer.stream(), sep="\n", ping=PING)
         return JSONResponse(await unless_closed(request, answer.whole()))
+
+    async def attention(self, request: Request) -> Response:
+        """Where every head looks for one token of a given answer."""
+        body = await read_json(request)
+        fields = Fields(body)
+        asked = await run_in_threadpool(read_chat, body, self._server.config.images)
+        if not asked.sample.images:
+            raise ApiError("a map of attention needs an image", param="messages")
+        answer = await ChatAnswer.of(self._server, asked)
+        ids = self._server.answer_ids(fields, asked.sample)
+        token = fields.whole("token", 0, 0, len(ids) - 1)
+        return JSONResponse(await unless_closed(request, answer.head_maps(ids, token)))
 
     async def completions(self, request: Request) -> Response:
         """Goes on with raw texts."""

@@ -13,9 +13,10 @@ from starlette.concurrency import run_in_threadpool
 
 from moresjax.core.row import Row
 from moresjax.generation.row_pool import PoolRequest
+from moresjax.serving.attention import answer_attention, head_maps
 from moresjax.serving.chat_request import ChatRequest
 from moresjax.serving.errors import ApiError
-from moresjax.serving.server import Piece, Server
+from moresjax.serving.server import Piece, Server, TokenInfo
 
 
 class ChatAnswer:
@@ -42,6 +43,12 @@ class ChatAnswer:
         """
         adapter = server.adapter(asked.model, asked.adapter)
         return cls(server, asked, await run_in_threadpool(server.prepare, asked.sample), adapter)
+
+    async def head_maps(self, ids: list[int], token: int) -> dict[str, Any] | None:
+        """Where every head looks for one token of an answer; see `head_maps`."""
+        model, row, adapter = self._server.model, self._row, self._adapter
+        future = self._server.scheduler.call(lambda: head_maps(model, row, ids, adapter, token))
+        return await asyncio.wrap_future(future)
 
     def _requests(self) -> list[PoolRequest]:
         """A request for each answer, with a seed of its own."""
@@ -79,12 +86,13 @@ class ChatAnswer:
         for number in range(count):
             message = {"role": "assistant", "content": texts[number], "refusal": None}
             choice = {"index": number, "message": message, "finish_reason": reasons[number]}
-            choices.append(choice | {"logprobs": self._logprobs(tokens[number])})
+            choice |= {"logprobs": self._logprobs(tokens[number])}
+            choices.append(choice | (await self._attention(number, tokens[number])))
         return self._object("chat.completion", choices) | {"usage": self._usage(total)}
 
     async def stream(self) -> AsyncIterator[dict[str, str]]:
         """Events of a stream; an error under way is its last event."""
-        total, decoding = 0, self._asked.decoding
+        total, decoding, first = 0, self._asked.decoding, []
         with_usage = {"usage": None} if decoding.with_usage else {}
 
         def event(choices: list[dict], **more: Any) -> dict[str, str]:
@@ -97,11 +105,14 @@ class ChatAnswer:
                 yield event([self._delta(number, delta, None, None)])
             async for number, piece in self.pieces():
                 total += piece.count
+                if number == 0:
+                    first += piece.tokens
                 if piece.text or piece.tokens:
                     delta, logprobs = {"content": piece.text}, self._logprobs(piece.tokens)
                     yield event([self._delta(number, delta, logprobs, None)])
                 if piece.reason:
-                    yield event([self._delta(number, {}, None, piece.reason)])
+                    last = self._delta(number, {}, None, piece.reason)
+                    yield event([last | (await self._attention(number, first))])
         except ApiError as error:
             yield {"data": json.dumps(error.body)}
             return
@@ -112,7 +123,19 @@ class ChatAnswer:
     def _delta(self, number: int, delta: dict, logprobs: Any, reason: str | None) -> dict:
         return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, tokens: Sequence[Any]) -> dict[str, Any] | None:
+    async def _attention(self, number: int, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
+        """What the first answer looks at, where that is wanted."""
+        if not self._asked.attention or number:
+            return {}
+        model, row, adapter = self._server.model, self._row, self._adapter
+        ids = [token.id for token in tokens]
+
+        def job() -> dict[str, Any] | None:
+            return answer_attention(model, row, ids, adapter)
+
+        return {"attention": await asyncio.wrap_future(self._server.scheduler.call(job))}
+
+    def _logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, Any] | None:
         if not self._asked.logprobs:
             return None
         return {"content": [token.to_dict() for token in tokens], "refusal": None}

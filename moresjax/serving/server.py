@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
 from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.data.samples import Sample
@@ -23,6 +24,7 @@ from moresjax.generation.text import TextStream, has_stop
 from moresjax.inference.model import Model
 from moresjax.serving.chat_request import Decoding
 from moresjax.serving.errors import ApiError
+from moresjax.serving.fields import Fields
 from moresjax.serving.images import ImageLimits
 from moresjax.serving.metrics import Metrics
 from moresjax.serving.scheduler import QueueFull, Scheduler
@@ -233,6 +235,32 @@ class Server:
                 return prompts.sample_row(dataclasses.replace(sample, system=system))
         except UserError as error:
             raise ApiError(str(error), param="messages") from None
+
+    def answer_ids(self, fields: Fields, sample: Sample) -> list[int]:
+        """The tokens of a given answer: its `answer_ids`, or those that the text `answer` has.
+
+        Args:
+          fields: The request.
+          sample: Its conversation.
+
+        Raises:
+          ApiError: There is no answer, or it does not fit the model.
+        """
+        ids, text = fields.get("answer_ids"), fields.text("answer")
+        if ids is not None:
+            size = self.model.config.llm.vocab_size
+            fine = isinstance(ids, list) and all(type(x) is int and 0 <= x < size for x in ids)
+            if not fine or not ids:
+                raise fields.wrong("answer_ids", "token ids")
+            return ids
+        if not text:
+            raise ApiError("give the tokens of an answer as answer_ids, or its text as answer")
+        last = dataclasses.replace(sample.turns[-1], answer=text)
+        sample = dataclasses.replace(sample, turns=(*sample.turns[:-1], last))
+        with self._preparing:
+            row = self.model.prompts.processor.without_end.text_row(sample)
+        ends = np.flatnonzero(row.kind != TokenKind.ANSWER)  # the last of them opens the answer
+        return row.tokens[int(ends[-1]) + 1 :].tolist()
 
     def limit(self, row: Row, decoding: Decoding) -> int:
         """The most new tokens of an answer to a prompt."""
