@@ -38,11 +38,13 @@ class AttentionProbe:
     """Group masses and key counts of the chosen queries; never an S x S map.
 
     Reads `mass` `[B, N, C]` (summed over the queries of a row) and, for each text variant and the
-    image, `score` `[B, N, 1 + variants]`, the mean attention per visible key (0 without any).
+    image, `score` `[B, N, 1 + variants]`, the mean attention per visible key (0 without any). With
+    `by_query` both have an axis Q behind N, and nothing is summed.
     """
 
     name: str = "attention"
     site: str = "attn"
+    by_query: bool = False
 
     def read(
         self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
@@ -61,7 +63,10 @@ class AttentionProbe:
             return (masses * chosen).sum(-1) / jnp.maximum((counts * chosen).sum(-1), 1)
 
         scores = [mean((TokenKind.IMAGE,)), *(mean(groups) for groups in TEXT_VARIANTS.values())]
-        return {"mass": masses.sum(2), "score": jnp.stack(scores, axis=-1).sum(2)}
+        score = jnp.stack(scores, axis=-1)
+        if self.by_query:
+            return {"mass": masses, "score": score}
+        return {"mass": masses.sum(2), "score": score.sum(2)}
 
 
 @dataclasses.dataclass(frozen=True)

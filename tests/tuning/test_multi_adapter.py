@@ -117,8 +117,13 @@ def test_generated_tokens_are_those_of_each_adapter_alone(batch):
 
 
 def test_visual_steering_leaves_the_decode_program_alone():
-    tunings = {name: random_tuning("mores:rank=2", n) for n, name in enumerate("ab")}
-    steered, batch = with_tuning(stack_adapters(tunings)), tiny_batch(answer=0)
+    """Also with connectors of their own, and edits of a question."""
+    specs = {"a": "mores:rank=2", "b": "mrt:rank=2,visual_rank=1", "c": "mores"}
+    tunings = {name: random_tuning(spec, 1) for name, spec in specs.items()}
+    connector = nnx.to_flat_state(nnx.state(with_tuning(None).connector, nnx.Param))
+    own = {".".join(map(str, path)): x.get_value() for path, x in connector}
+    several = stack_adapters(tunings, {"a": own}, base_connector=own)
+    steered, batch = with_tuning(several), tiny_batch(answer=0)
     program = [
         Engine(model, eos_ids=(2,)).lower_decode(batch, 4).as_text()
         for model in (steered, with_tuning(None))
