@@ -49,7 +49,7 @@ def address(adapters):
     model = mj.load(BASE)
     model.load_adapters(adapters)
     config = ServerConfig(rows=4, max_new_tokens=512)
-    server = Server(model, "base", config, adapters, BASE)
+    server = Server(model, "base", config, folders={"base": BASE, **adapters})
     with running(server) as url:
         yield url
 
