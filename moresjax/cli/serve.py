@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from moresjax.cli.options import Commands, adapter_folders, add_command, add_loading, load_model
 from moresjax.core.errors import UserError
-from moresjax.studies.demo_result import demo_result
 
 if TYPE_CHECKING:
     from moresjax.inference.model import Model
@@ -155,6 +154,8 @@ def _load(args: argparse.Namespace) -> "tuple[Model, dict[str, str]]":
     An adapter without a name is always on; the result of a demo has all of its own. The folder of
     the model itself has the name "".
     """
+    from moresjax.studies.demo_result import demo_result
+
     pairs, folder = adapter_folders(args), args.model
     if demo := demo_result(folder):
         folder = str(demo.base)

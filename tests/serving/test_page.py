@@ -3,34 +3,33 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import expect, sync_playwright
 from run_helpers import DIGITS
 
 import moresjax as mj
+from moresjax.analysis.vectors import save_vectors
 from moresjax.cli import main
 from moresjax.data.digits import make_scene
 from moresjax.inference.analyze import attention_map
 from moresjax.inference.attention_maps import answer_maps
 from moresjax.serving.run import running
 from moresjax.serving.server import Server, ServerConfig
+from moresjax.serving.steering import read_shelf
 from moresjax.testing.models import randomised_tuning
 from moresjax.weights.adapter import save_adapter
 
 CHROMIUM = shutil.which("chromium")
-if CHROMIUM is None:
-    pytest.skip(
-        "the page is tested in chromium (Debian: apt install chromium)", allow_module_level=True
-    )
-
-from playwright.sync_api import expect, sync_playwright
-
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="apt install chromium")
 BASE = DIGITS.parents[1] / "tests" / "fixtures" / "v0_1" / "base"
 QUESTION = "how many digits ?"
 NEW = 6
-SIZES = {"wide": (1440, 900), "phone": (390, 844)}
+SIZES = {"wide": {"width": 1440, "height": 900}, "phone": {"width": 390, "height": 844}}
+LIMIT = "tokens => import('/store.js').then(({ state }) => { state.settings.max_tokens = tokens })"
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,14 @@ def adapters(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def address(adapters):
+def address(adapters, tmp_path_factory):
     model = mj.load(BASE)
     model.load_adapters(adapters)
+    vector = 100 * np.random.default_rng(0).standard_normal(8)
+    file = save_vectors(tmp_path_factory.mktemp("vectors"), {"up": vector}, {"up": {"layer": 1}})
+    shelf = read_shelf([str(file)], 8, 2)
     config = ServerConfig(rows=4, max_new_tokens=512)
-    server = Server(model, "base", config, folders={"base": BASE, **adapters})
+    server = Server(model, "base", config, shelf, {"base": BASE, **adapters})
     with running(server) as url:
         yield url
 
@@ -73,7 +75,7 @@ def scene(tmp_path_factory):
 @pytest.fixture
 def page(browser, address):
     """The page as a new visitor finds it; nothing fails on it, and nothing leaves this machine."""
-    context = browser.new_context(viewport=dict(zip(("width", "height"), SIZES["wide"])))
+    context = browser.new_context(viewport=SIZES["wide"])
     page, told, asked = context.new_page(), [], []
     page.set_default_timeout(60_000)
     page.on(
@@ -84,9 +86,7 @@ def page(browser, address):
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
     expect(page.locator("body")).to_have_attribute("data-ready", "yes", timeout=60_000)
-    page.evaluate(
-        f"import('/store.js').then(({{ state }}) => {{ state.settings.max_tokens = {NEW} }})"
-    )
+    page.evaluate(LIMIT, NEW)
     yield page
     context.close()
     assert told == []
@@ -198,8 +198,8 @@ def test_images_are_dropped_and_pasted(page, scene):
               moved.items.add(new File([new Uint8Array(data)], `${kind}.png`, {type: "image/png"}));
               const event = kind === "drop"
                 ? new DragEvent("drop", {dataTransfer: moved, bubbles: true, cancelable: true})
-                : new ClipboardEvent("paste", {clipboardData: moved, bubbles: true, cancelable: true});
-              document.body.dispatchEvent(event);
+                : new ClipboardEvent("paste", {clipboardData: moved, cancelable: true});
+              (kind === "drop" ? document.body : document).dispatchEvent(event);
             }""",
             [kind, data],
         )
@@ -228,7 +228,7 @@ def test_an_answer_is_stopped_retried_and_its_question_edited(page):
     field.press("Enter")
     (second,) = answers(page)
     assert (page.inner_text(".said"), page.locator(".turn").count()) == ("is there a two ?", 1)
-    assert first and second
+    assert all([first, second])
 
 
 def test_tokens_are_reached_by_keyboard(page):
@@ -255,7 +255,7 @@ def test_the_chat_is_exported_with_its_commands(page, scene):
     ask(page, "and the smallest ?")
     with page.expect_download() as download:
         page.click("#export")
-    content = json.loads(open(download.value.path()).read())
+    content = json.loads(Path(download.value.path()).read_text())
     first, second = content["turns"]
     assert content["format"] == "moresjax-chat"
     assert first["images"][0]["uri"].startswith("data:image/png;base64,")
@@ -271,6 +271,32 @@ def test_the_chat_is_exported_with_its_commands(page, scene):
     assert second["answers"][0]["command"].startswith(
         f"printf '%s\\n' '/image scene.png' '{QUESTION}' "
     )
+
+
+def test_a_slider_steers_and_zero_restores(page, capsys):
+    page.select_option("#columns select", "one")
+    (plain,) = ask(page)
+    kept = "import('/store.js').then(({ state }) => state.turns[0].answers[0])"
+    tokens = page.evaluate(kept)["tokens"]
+    slider = page.locator("#vector-up")
+    assert (slider.get_attribute("min"), slider.get_attribute("max")) == ("-8", "8")
+
+    def steer(alpha):
+        """The answer that comes by itself after the slider has moved."""
+        with page.expect_response("**/v1/chat/completions"):
+            slider.fill(str(alpha))
+        (text,) = answers(page)
+        return text
+
+    steered = steer(2)
+    assert steered != plain
+    assert page.inner_text(".answer .who") == "one + 2 \u00d7 up"
+    page.locator(".answer").get_by_text("Command").click()
+    words = shlex.split(page.inner_text("#command-text"))
+    page.click("#command-close")
+    assert generate(capsys, *words[2:]) == steered
+    assert steer(0) == plain
+    assert page.evaluate(kept)["tokens"] == tokens  # log-probabilities too
 
 
 def test_words_that_not_all_columns_have(page):
@@ -331,40 +357,12 @@ def test_a_token_shows_its_map_its_probability_and_its_lines(page, scene, adapte
     assert names == ["one", "base", "this"]
 
 
-# Pairs of visible things that overlap, each cut to what the boxes that scroll it show.
-OVERLAPS = """() => {
-  const shown = (rect, node) => {
-    let [x0, y0, x1, y1] = [rect.left, rect.top, rect.right, rect.bottom];
-    for (let up = node.parentElement; up; up = up.parentElement) {
-      if (getComputedStyle(up).overflowY === "visible" && getComputedStyle(up).overflowX === "visible") continue;
-      const own = up.getBoundingClientRect();
-      [x0, y0] = [Math.max(x0, own.left), Math.max(y0, own.top)];
-      [x1, y1] = [Math.min(x1, own.right), Math.min(y1, own.bottom)];
-    }
-    return x1 - x0 > 1 && y1 - y0 > 1 ? [x0, y0, x1, y1] : null;
-  };
-  const owns = (node) => node.matches("button, input, select, textarea, canvas, svg, .button, .swatch") ||
-    [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-  const things = [...document.body.querySelectorAll("*")].filter((node) =>
-    node.checkVisibility({ visibilityProperty: true }) && owns(node) &&
-    !node.closest(".unseen, .skip, #file, svg *, dialog:not([open])") && !node.parentElement.closest("button, svg"));
-  const boxes = things.flatMap((node) => [...node.getClientRects()].map((rect) => ({ node, box: shown(rect, node) })))
-    .filter(({ box }) => box);
-  const bad = [];
-  boxes.forEach(({ node: one, box: a }, n) => boxes.slice(n + 1).forEach(({ node: two, box: b }) => {
-    if (one.contains(two) || two.contains(one)) return;
-    const [w, h] = [Math.min(a[2], b[2]) - Math.max(a[0], b[0]), Math.min(a[3], b[3]) - Math.max(a[1], b[1])];
-    if (w > 1 && h > 1) bad.push(`${one.outerHTML.slice(0, 80)} and ${two.outerHTML.slice(0, 80)}: ${w} x ${h}`);
-  }));
-  const wide = boxes.filter(({ node, box }) => (box[0] < -1 || box[2] > innerWidth + 1));
-  return { bad, wide: wide.map(({ node }) => node.outerHTML.slice(0, 80)), count: boxes.length,
-           scrolls: document.scrollingElement.scrollWidth - innerWidth };
-}"""
+OVERLAPS = (Path(__file__).parent / "overlaps.js").read_text()
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_nothing_overlaps(page, scene, size):
-    page.set_viewport_size(dict(zip(("width", "height"), SIZES[size])))
+    page.set_viewport_size(SIZES[size])
 
     def check():
         page.wait_for_timeout(50)
@@ -392,7 +390,7 @@ def test_nothing_overlaps(page, scene, size):
     for scheme in ("dark", "light"):
         page.emulate_media(color_scheme=scheme)
         ink, paper = page.evaluate(
-            "() => ['color', 'backgroundColor'].map((name) => getComputedStyle(document.body)[name])"
+            "() => ['color', 'backgroundColor'].map((it) => getComputedStyle(document.body)[it])"
         )
         assert contrast(ink, paper) > 7
 
