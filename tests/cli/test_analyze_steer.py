@@ -115,7 +115,7 @@ def test_the_figure_by_layer_has_the_shares_of_each_layer():
     control = {"vector": "random", "layer": 7, "alpha": 1.0, "positions": "all", "success": 1.0}
     figure = layer_figure([*rows[::-1], control])
     assert figure is not None
-    drawn = {str(x.get_label()): x.get_xydata().tolist() for x in figure.axes[0].lines}
+    drawn = {str(x.get_label()): np.asarray(x.get_xydata()).tolist() for x in figure.axes[0].lines}
     wanted = {"success, alpha 1": [0.3, 0.7], "kept, alpha 1": [0.5, 0.5]}
     wanted["success, alpha 2"] = [0.6, 1.4]
     points = {name: [[3, y[0]], [7, y[1]]] for name, y in wanted.items()}
@@ -197,3 +197,29 @@ def test_separability_is_written_with_its_figures(asked, tmp_path, capsys):
         assert main(["analyze", "separability", *rest]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
+
+
+def test_sensitivities_are_written_with_their_figure(asked, tmp_path, capsys):
+    common = ["analyze", "sensitivity", "--model", BASE, "--states", asked["both"], "--json"]
+    common += ["--by", "prediction", "--tasks", asked["asked"] + ".jsonl"]
+    out = tmp_path / "out"
+    options = ["--answer", "yes", "--against", "no", "--runs", "3", "--out", str(out)]
+    assert main([*common, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((out / "sensitivity.json").read_text())
+    assert (out / "sensitivity.png").is_file()
+    assert [(row["concept"], row["layer"]) for row in found["concepts"]] == [
+        *(("no", 0), ("yes", 0), ("no", 1), ("yes", 1))
+    ]
+    assert (found["n"], found["tests"], len(found["concepts"][0]["scores"])) == (2, 4, 3)
+    for options, message in (
+        (["--concepts", "maybe"], "no state has the concept 'maybe'"),
+        (["--select", "answer=never"], "no question is selected"),
+        (["--against", "no"], "against needs the answer"),
+    ):
+        assert main([*common, *options, "--out", str(tmp_path / "bad")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "bad").exists()
+    common[common.index(asked["both"])] = asked["other"]
+    assert main([*common, "--out", str(tmp_path / "bad")]) == 2
+    assert "states of another model" in capsys.readouterr().err
