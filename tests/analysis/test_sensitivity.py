@@ -1,5 +1,7 @@
 """Concept activation vectors: derivatives against small steps and the head, scores by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_ind
@@ -79,7 +81,7 @@ def test_scores_and_tests_by_hand():
     scores = shares(gradients, vectors)
     assert scores.tolist() == [0.5, 0.5, 0.0]
     random = np.asarray([0.25, 0.5, 0.75])
-    wanted = ttest_ind(scores, random, equal_var=False).pvalue
+    _, wanted = ttest_ind(scores, random, equal_var=False)
     assert significance(scores, random) == pytest.approx(wanted)
     # Only the first question rises along two of the three vectors: one of four has p 10/16.
     own = np.asarray([[1.0, 1.0], [2.0, -1.0], [-1.0, -3.0], [-1.0, 0.0]])
@@ -129,10 +131,11 @@ def test_what_does_not_fit_is_refused(options, message):
 
 
 def test_questions_that_have_no_derivative_are_refused(model):
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"site": "connector.out"}, "choose a site of the LLM"),
         ({"against": "one"}, "against needs the answer"),
         ({"answer": "two", "against": "two"}, "begin with the same token"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(UserError, match=message):
             answer_gradients(model, ASKED, IMAGES, **options)
