@@ -12,6 +12,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "moresjax/_version.py").rea
 # newest pair.
 JAX = ">=0.10,<0.13"
 
+SERVE = ["starlette>=1.0", "uvicorn>=0.40", "sse-starlette>=3.0"]
+
 setup(
     name="moresjax",
     version=VERSION,
@@ -30,7 +32,7 @@ setup(
         "moresjax.configs",
     ],
     package_dir={"moresjax.configs": "configs"},
-    package_data={"": ["py.typed", "*.j2", "words/*.txt"]},
+    package_data={"": ["py.typed", "*.j2", "words/*.txt"], "moresjax.serving": ["page/**/*"]},
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.8,<0.13",
@@ -56,6 +58,7 @@ setup(
     extras_require={
         "tpu": [f"jax[tpu]{JAX}"],
         "gpu": [f"jax[cuda12]{JAX}"],
+        "serve": SERVE,
         # torch 2.13.0 is the build that the parity tests were written against.
         "test": [
             "pytest",
@@ -69,6 +72,9 @@ setup(
             "nbclient",
             "nbformat",
             "ipykernel",
+            *SERVE,
+            "openai>=2",
+            "httpx>=0.28",
             # Plans are compiled for TPUs on any machine.
             f"jax[tpu]{JAX}",
         ],

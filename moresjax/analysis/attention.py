@@ -38,11 +38,13 @@ class AttentionProbe:
     """Group masses and key counts of the chosen queries; never an S x S map.
 
     Reads `mass` `[B, N, C]` (summed over the queries of a row) and, for each text variant and the
-    image, `score` `[B, N, 1 + variants]`, the mean attention per visible key (0 without any).
+    image, `score` `[B, N, 1 + variants]`, the mean attention per visible key (0 without any). With
+    `by_query` both have an axis Q behind N, and nothing is summed.
     """
 
     name: str = "attention"
     site: str = "attn"
+    by_query: bool = False
 
     def read(
         self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
@@ -61,23 +63,31 @@ class AttentionProbe:
             return (masses * chosen).sum(-1) / jnp.maximum((counts * chosen).sum(-1), 1)
 
         scores = [mean((TokenKind.IMAGE,)), *(mean(groups) for groups in TEXT_VARIANTS.values())]
-        return {"mass": masses.sum(2), "score": jnp.stack(scores, axis=-1).sum(2)}
+        score = jnp.stack(scores, axis=-1)
+        if self.by_query:
+            return {"mass": masses, "score": score}
+        return {"mass": masses.sum(2), "score": score.sum(2)}
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMaps:
-    """Full attention of the chosen queries, averaged over heads: `[B, Q, S]`. Only on request."""
+    """Full attention of the chosen queries. Only on request.
+
+    Reads `[B, Q, S]`, averaged over heads, or `[B, N, Q, S]` with `by_head`.
+    """
 
     name: str = "maps"
     site: str = "attn"
+    by_head: bool = False
 
     def read(
         self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
-    ) -> Float[Array, "B Q T"]:
+    ) -> Float[Array, "B *N Q T"]:
         """The map of one layer from its queries and keys."""
         if context.queries is not None:
             q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
-        return attention_probabilities(q, k, context.mask, context.softcap).mean(axis=1)
+        maps = attention_probabilities(q, k, context.mask, context.softcap)
+        return maps if self.by_head else maps.mean(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)

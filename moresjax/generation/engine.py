@@ -28,12 +28,12 @@ from moresjax.generation import programs
 from moresjax.generation.beam import Beams
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.generation.lengths import lengthened, rounded
-from moresjax.generation.sampling import GREEDY, Sampling
+from moresjax.generation.sampling import GREEDY, RowChoice, Sampling
 from moresjax.generation.state import DecodeConfig, DecodeState, Generation, PrefixCache
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import batch_shards, use_mesh
-from moresjax.tuning.attach import Constant, Tuning
+from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Probe
 
 
@@ -74,6 +74,8 @@ class Engine:
         self._mesh = mesh
         self.config, self.changes = config, 0
         self.num_virtual_tokens: int = model.tuning.num_virtual_tokens
+        self._tuning_graphdef = nnx.graphdef(model.tuning)
+        self._virtual = _host(model.tuning.virtual_table())
         self.num_shards: int = 1 if mesh is None else batch_shards(mesh)
 
     def generate(
@@ -108,7 +110,8 @@ class Engine:
         beams.check(sampling, logprobs=logprobs, probes=self._probes)
         static = self._prefill_static(max_new_tokens, sampling, probes=())
         static = programs.SearchStatic(static, self._decode_static.graphdef, beams)
-        data = programs.SearchData(self._params, self._decode_params, batch)
+        virtual = self._own_virtual(batch)
+        data = programs.SearchData(self._params, self._decode_params, batch, virtual)
         with use_mesh(self._mesh):
             tokens, length = programs.prefill_and_search(static, data)
         return Generation(tokens, length, {})
@@ -125,6 +128,8 @@ class Engine:
         cache_length: int = 0,
         prefix: PrefixCache | None = None,
         prefix_index: Sequence[int] | None = None,
+        choice: RowChoice | None = None,
+        listed: tuple[int, int] = (0, 1),
     ) -> DecodeState:
         """Reads the prompts and chooses the first new token of each: the first half of `generate`.
 
@@ -138,13 +143,21 @@ class Engine:
           cache_length: T, if it is not to be P + S + G; see `grow`.
           prefix: What right-padded rows begin with; it is not read again.
           prefix_index: The prefix that each row begins with; default: the first.
+          choice: How the tokens of each row are chosen, with `seeds`; of `sampling`, the repetition
+            penalty holds for all rows. Default: as `sampling` says.
+          listed: How many likely tokens are listed for rows whose `choice` asks for them, and for
+            how many of a row's last new tokens.
         """
         static = self._prefill_static(max_new_tokens, sampling, logprobs, self._probes)
+        config = dataclasses.replace(static.config, listed=listed[0], listed_steps=listed[1])
         found, suffix = _prefix_data(batch, prefix, prefix_index)
-        static = dataclasses.replace(static, cache_length=cache_length, suffix_length=suffix)
-        data = self._prompt_data(batch, sampling, seeds, limits)
+        static = dataclasses.replace(
+            static, config=config, cache_length=cache_length, suffix_length=suffix
+        )
+        data = self._prompt_data(batch, sampling, seeds, limits, choice)
+        data = dataclasses.replace(data, prefix=found)
         with use_mesh(self._mesh):
-            return programs.prefill(static, dataclasses.replace(data, prefix=found))
+            return programs.prefill(static, data)
 
     def read_prefix(self, batch: Batch, prefix: PrefixCache | None = None) -> PrefixCache:
         """Reads what many prompts begin with.
@@ -271,18 +284,31 @@ class Engine:
         """The parameters of the prefill program and those of the decode program."""
         return self._params, self._decode_params
 
-    def update_constants(self, tuning: Tuning) -> None:
-        """Takes over what a tuning was given, such as a steering vector; nothing is compiled.
+    def update(self, tuning: Tuning) -> bool:
+        """Takes over the values of a tuning; nothing is compiled.
 
         Args:
-          tuning: The tuning of this engine's model, with other values.
+          tuning: One that differs in values only from that of this engine's model: a steering
+            vector, or adapters that have been loaded or unloaded.
+
+        Returns:
+          Whether it is such a tuning; if not, the engine stays as it was.
         """
-        self.changes += 1
-        given = dict(nnx.to_flat_state(nnx.state(tuning, Constant)))
-        for params in self.parameters:
+        if nnx.graphdef(tuning) != self._tuning_graphdef:
+            return False
+        pairs, decoding = [], tuning.for_decoding()
+        for params, own in zip(self.parameters, (tuning, decoding), strict=True):
+            values = dict(nnx.to_flat_state(nnx.state(own)))
             for path, variable in nnx.to_flat_state(params):
-                if path[0] == "tuning" and path[1:] in given:
-                    variable.set_value(given[path[1:]].get_value())
+                if path[0] == "tuning":
+                    pairs.append((variable, values[path[1:]].get_value()))
+        if any(variable.shape != value.shape for variable, value in pairs):
+            return False
+        self.changes += 1
+        self._virtual = _host(tuning.virtual_table())
+        for variable, value in pairs:
+            variable.set_value(value)
+        return True
 
     def lower_prefill(self, batch: Batch, max_new_tokens: int) -> jax.stages.Lowered:
         """The lowered prefill program of a batch of this shape, for inspection."""
@@ -302,7 +328,7 @@ class Engine:
     ) -> tuple[programs.PrefillStatic, programs.PromptData]:
         """Arguments of the prefill program for greedy choice."""
         static = self._prefill_static(max_new_tokens, GREEDY, probes=self._probes)
-        return static, programs.PromptData(self._params, batch)
+        return static, self._prompt_data(batch, GREEDY, None, None)
 
     def _prefill_static(
         self,
@@ -330,16 +356,30 @@ class Engine:
         sampling: Sampling,
         seeds: Sequence[int] | None,
         limits: Sequence[int] | None,
+        choice: RowChoice | None = None,
     ) -> programs.PromptData:
-        """The prompts with seeds, if tokens are drawn, and limits."""
+        """The prompts with seeds, if tokens may be drawn, and limits."""
         if seeds is None:
             seeds = [sampling.seed] * len(batch.tokens)
         return programs.PromptData(
             self._params,
             batch,
-            jnp.asarray(seeds, jnp.uint32) if sampling.temperature else None,
+            jnp.asarray(seeds, jnp.uint32) if sampling.temperature or choice else None,
             None if limits is None else jnp.asarray(limits, jnp.int32),
+            virtual=self._own_virtual(batch),
+            choice=choice,
         )
+
+    def _own_virtual(self, batch: Batch) -> Bool[np.ndarray, "B P"] | None:
+        """Which virtual tokens each row has; None: all."""
+        if self._virtual is None:
+            return None
+        chosen = -1 if batch.adapter is None else np.asarray(batch.adapter)
+        return self._virtual[np.broadcast_to(chosen, len(batch.tokens))]
+
+
+def _host(x: Array | None) -> np.ndarray | None:
+    return None if x is None else np.asarray(x)
 
 
 def _unstacked(model: MLLM) -> MLLM:

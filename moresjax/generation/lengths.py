@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from moresjax.sharding.mesh import batch_shards
+
 
 def bucket(length: int, smallest: int = 32) -> int:
     """The padded length of a prompt.
@@ -54,3 +56,18 @@ def lengthened(x: jax.Array, axis: int, length: int, value: int = 0) -> jax.Arra
     pads = [(0, 0)] * x.ndim
     pads[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, pads, constant_values=value)
+
+
+def num_pieces(rows: int, asked: int, token_bytes: int, most_bytes: int) -> int:
+    """In how many pieces, each with equally many tokens of every row, logits are computed.
+
+    Args:
+      rows: The number of rows.
+      asked: The number of scored tokens of a row.
+      token_bytes: The bytes of one token's logits.
+      most_bytes: The bytes that a device may have in memory.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = 1 if mesh.empty else batch_shards(mesh)
+    own_rows = rows if rows % shards else rows // shards
+    return -(-asked // max(most_bytes // (own_rows * token_bytes), 1))

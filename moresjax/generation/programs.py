@@ -22,11 +22,12 @@ from moresjax.core.ops import write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.generation.beam import Beams, beam_search
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG
-from moresjax.generation.lengths import lengthened
+from moresjax.generation.lengths import lengthened, num_pieces
+from moresjax.generation.sampling import RowChoice
 from moresjax.generation.state import DecodeConfig, DecodeState, RowBudgets, fold_stats
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, PrefillChunk
-from moresjax.sharding.mesh import batch_shards, constrain_batch_sharding
+from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.base import Probe
 from moresjax.tuning.masks import extend_layout
 
@@ -56,6 +57,8 @@ class PromptData:
       seeds: The seed of each row; None for greedy choice.
       limits: The most new tokens of each row, for continuously batched rows; else None.
       prefix: What the rows begin with and is not read again, or None.
+      virtual: Which virtual tokens each row has; None: all.
+      choice: How each row's tokens are chosen; None where all rows have the same settings.
     """
 
     params: nnx.State
@@ -63,6 +66,8 @@ class PromptData:
     seeds: UInt[AnyArray, " B"] | None = None
     limits: Int[AnyArray, " B"] | None = None
     prefix: PrefixData | None = None
+    virtual: Bool[AnyArray, "B P"] | None = None
+    choice: RowChoice | None = None
 
 
 @pytree_dataclass
@@ -92,11 +97,13 @@ class SearchData:
       params: The parameters of the model that reads the prompts.
       decode_params: The parameters of the model that decodes.
       batch: The prompts.
+      virtual: Which virtual tokens each row has; None: all.
     """
 
     params: nnx.State
     decode_params: nnx.State
     batch: Batch
+    virtual: Bool[AnyArray, "B P"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +246,9 @@ def prefill_and_search(
 ) -> tuple[Int[AnyArray, "B G"], Int[AnyArray, " B"]]:
     """Tokens and length of each row's best continuation: prefill and all steps of a beam search."""
     model = nnx.merge(static.prefill.graphdef, data.params)
-    state, logits, _ = _read_prompts(static.prefill, model, PromptData(data.params, data.batch))
+    state, logits, _ = _read_prompts(
+        static.prefill, model, PromptData(data.params, data.batch, virtual=data.virtual)
+    )
     decoder = nnx.merge(static.decode_graphdef, data.decode_params)
 
     def step(state: DecodeState) -> tuple[DecodeState, Float[Array, "..."]]:
@@ -258,7 +267,7 @@ def score(static: ScoreStatic, data: ScoreData) -> tuple[Float[Array, "B Q"], Bo
     chunk = _prefill_chunk(model, data.batch, data.prefix, static.suffix_length)
     hidden = model(data.batch, queries=data.queries, chunk=chunk).hidden
     rows, asked = data.queries.shape
-    pieces = _num_pieces(rows, asked, 4 * model.config.llm.vocab_size, static.logits_bytes)
+    pieces = num_pieces(rows, asked, 4 * model.config.llm.vocab_size, static.logits_bytes)
     size = -(-asked // pieces)
 
     def in_pieces(x: AnyArray) -> Array:
@@ -274,21 +283,6 @@ def score(static: ScoreStatic, data: ScoreData) -> tuple[Float[Array, "B Q"], Bo
 
     found = jax.lax.map(score_piece, (in_pieces(hidden), in_pieces(data.targets)))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :asked], found)
-
-
-def _num_pieces(rows: int, asked: int, token_bytes: int, most_bytes: int) -> int:
-    """In how many pieces, each with equally many tokens of every row, logits are computed.
-
-    Args:
-      rows: The number of rows.
-      asked: The number of scored tokens of a row.
-      token_bytes: The bytes of one token's logits.
-      most_bytes: The bytes that a device may have in memory.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else batch_shards(mesh)
-    own_rows = rows if rows % shards else rows // shards
-    return -(-asked // max(most_bytes // (own_rows * token_bytes), 1))
 
 
 @functools.partial(jax.jit, static_argnames="cache_length")
@@ -371,10 +365,11 @@ def _begin(
         return jnp.take_along_axis(jnp.asarray(x), last[:, None], axis=1)[:, 0]
 
     layout, caches = _with_length(
-        extend_layout(batch.layout, num_virtual),
+        extend_layout(batch.layout, num_virtual, data.virtual),
         caches,
         static.cache_length or num_virtual + length + new,
     )
+    own = num_virtual if data.virtual is None else jnp.asarray(data.virtual).sum(axis=1)
     budgets = None
     if data.limits is not None:
         # Padding on the right is overwritten.
@@ -384,7 +379,7 @@ def _begin(
         tokens=jnp.full((rows, new), static.config.pad_id, jnp.int32),
         done=jnp.zeros(rows, bool),
         length=jnp.zeros(rows, jnp.int32),
-        position=at_last(batch.layout.position) + num_virtual,
+        position=at_last(batch.layout.position) + own,
         document=at_last(batch.layout.document),
         adapter=batch.adapter,
         cache_layout=layout,
@@ -394,6 +389,8 @@ def _begin(
         seeds=data.seeds,
         logprobs=jnp.zeros((rows, new)) if static.config.logprobs else None,
         budgets=budgets,
+        choice=data.choice,
+        likely=static.config.no_likely(rows),
     )
 
 

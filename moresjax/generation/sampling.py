@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from moresjax.core.errors import UserError
-from moresjax.core.types import AnyArray
+from moresjax.core.types import AnyArray, pytree_dataclass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,23 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@pytree_dataclass
+class RowChoice:
+    """Settings of `Sampling` that rows have of their own, as data: no value compiles anything.
+
+    Attributes:
+      temperature: The temperature of each row; 0 takes the most likely token.
+      top_k: How many of the most likely tokens a row draws from; 0 stands for all.
+      top_p: The probability that the tokens which a row draws from have together.
+      listed: Whether the most likely tokens are listed beside those that a row gets.
+    """
+
+    temperature: Float[AnyArray, " B"]
+    top_k: Int[AnyArray, " B"]
+    top_p: Float[AnyArray, " B"]
+    listed: Bool[AnyArray, " B"]
+
+
 def penalized(
     logits: Float[Array, "B V"], seen: Bool[AnyArray, "B V"], penalty: float
 ) -> Float[Array, "B V"]:
@@ -126,3 +143,49 @@ def choose_token(
         return jax.random.categorical(key, logits)
 
     return jax.vmap(draw)(seeds, count, warped(logits, sampling))
+
+
+def choose_by_row(
+    logits: Float[Array, "B V"],
+    choice: RowChoice,
+    seen: Bool[AnyArray, "B V"] | None,
+    penalty: float,
+    seeds: UInt[AnyArray, " B"],
+    count: Int[AnyArray, " B"],
+) -> Int[Array, " B"]:
+    """`choose_token` where every row has its own settings; it draws the same tokens.
+
+    Args:
+      logits: The logits of the next token.
+      choice: How each row's token is chosen.
+      seen: Tokens that each row holds, if there is a repetition penalty.
+      penalty: The repetition penalty of all rows.
+      seeds: The seed of each row.
+      count: How many new tokens each row has.
+    """
+    if seen is not None:
+        logits = penalized(logits, seen, penalty)
+    best = logits.argmax(-1)
+    temperature = jnp.asarray(choice.temperature)[:, None]
+    draws = temperature > 0
+
+    def draw_all() -> Array:
+        warm = logits / jnp.where(draws, temperature, 1.0)
+        size = warm.shape[-1]
+        ascending = jnp.sort(warm, axis=-1)
+        top_k = jnp.asarray(choice.top_k)[:, None]
+        first = jnp.where(top_k > 0, size - jnp.clip(top_k, 1, size), 0)
+        least_k = jnp.take_along_axis(ascending, first, axis=-1)
+        ascending = jnp.where(ascending < least_k, -jnp.inf, ascending)
+        mass = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+        top_p = jnp.asarray(choice.top_p)[:, None]
+        kept = (mass > 1 - top_p).at[:, -1].set(True) | (top_p >= 1)
+        least_p = jnp.where(kept, ascending, jnp.inf).min(axis=-1, keepdims=True)
+        warm = jnp.where(warm < jnp.maximum(least_k, least_p), -jnp.inf, warm)
+
+        def draw(seed: AnyArray, count: AnyArray, logits: Array) -> Array:
+            return jax.random.categorical(jax.random.fold_in(jax.random.key(seed), count), logits)
+
+        return jnp.where(draws[:, 0], jax.vmap(draw)(seeds, count, warm), best)
+
+    return jax.lax.cond(draws.any(), draw_all, lambda: best)

@@ -210,13 +210,15 @@ def _stand_alone(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
 
 
 def _acts(tuning: Tuning, rows: Iterable[tuple[Row, int]]) -> bool:
-    """Whether any method can act on the first tokens of some row, which go on afterwards.
+    """Whether adapters may differ in the first tokens of some row, which go on afterwards.
 
     Args:
       tuning: The attached methods.
       rows: Each row with the number of its first tokens.
     """
     seen = {kind for row, size in rows for kind in row.kind[:size].tolist()}
+    if tuning.connector and TokenKind.IMAGE in seen:
+        return True
     for key, method in tuning.methods:
         if not isinstance(method, Edit):
             return True

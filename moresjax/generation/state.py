@@ -15,7 +15,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from moresjax.core.layout import TokenLayout
 from moresjax.core.ops import write_at
 from moresjax.core.types import AnyArray, pytree_dataclass
-from moresjax.generation.sampling import GREEDY, Sampling, choose_token
+from moresjax.generation.sampling import (
+    GREEDY,
+    RowChoice,
+    Sampling,
+    choose_by_row,
+    choose_token,
+)
 from moresjax.models.block import LayerCache
 from moresjax.tuning.base import ChosenToken, Probe
 
@@ -75,12 +81,21 @@ class DecodeConfig:
       pad_id: The token that fills a row after its end.
       sampling: How tokens are chosen; its seed is not used.
       logprobs: Whether the log-probabilities of the chosen tokens are kept.
+      listed: How many of the most likely tokens are listed for the rows that ask for it; 0: none.
+      listed_steps: For how many of a row's last tokens they are held.
     """
 
     eos_ids: tuple[int, ...]
     pad_id: int
     sampling: Sampling = GREEDY
     logprobs: bool = False
+    listed: int = 0
+    listed_steps: int = 1
+
+    def no_likely(self, rows: int) -> "LikelyTokens | None":
+        """Room for the most likely tokens of so many rows, where they are listed."""
+        shape = rows, self.listed_steps, self.listed
+        return LikelyTokens(jnp.zeros(shape, jnp.int32), jnp.zeros(shape)) if self.listed else None
 
 
 @pytree_dataclass
@@ -94,6 +109,28 @@ class RowBudgets:
 
     start: Int[AnyArray, " B"]
     limit: Int[AnyArray, " B"]
+
+
+@pytree_dataclass
+class LikelyTokens:
+    """The K most likely tokens at a row's last W new tokens: those of token g are in place g mod W.
+
+    Attributes:
+      ids: Token ids, the most likely one first.
+      logprobs: Their log-probabilities.
+    """
+
+    ids: Int[AnyArray, "B W K"]
+    logprobs: Float[AnyArray, "B W K"]
+
+    def add(self, logprobs: Float[Array, "B V"], number: Int[AnyArray, " B"]) -> "LikelyTokens":
+        """With the most likely tokens at the token of this number of every row."""
+        rows, place = jnp.arange(len(self.ids)), number % self.ids.shape[1]
+        best, ids = jax.lax.top_k(logprobs, self.ids.shape[2])
+        return LikelyTokens(
+            jnp.asarray(self.ids).at[rows, place].set(ids.astype(jnp.int32)),
+            jnp.asarray(self.logprobs).at[rows, place].set(best),
+        )
 
 
 @pytree_dataclass
@@ -122,6 +159,8 @@ class DecodeState:
       budgets: The budgets of continuously batched rows; None for a plain batch.
       steps_left: The steps that continuously batched rows still make before the loop stops.
       stop_after_done: The loop stops earlier as soon as this many of them are done.
+      choice: The settings that rows have of their own; None where those of `config` hold for all.
+      likely: The most likely tokens of the rows that ask for them; None without any.
     """
 
     step: Int[AnyArray, "..."]
@@ -141,6 +180,8 @@ class DecodeState:
     budgets: RowBudgets | None = None
     steps_left: Int[AnyArray, ""] | None = None
     stop_after_done: Int[AnyArray, ""] | None = None
+    choice: RowChoice | None = None
+    likely: LikelyTokens | None = None
 
     @property
     def cache_index(self) -> Int[AnyArray, "..."]:
@@ -170,7 +211,13 @@ class DecodeState:
     def append(self, logits: Float[Array, "B V"]) -> "DecodeState":
         """The state after each row's next token has been chosen from its logits."""
         config, rows = self.config, jnp.arange(len(self.done))
-        token = choose_token(logits, config.sampling, self.seen, self.seeds, self.length)
+        if self.choice is None:
+            token = choose_token(logits, config.sampling, self.seen, self.seeds, self.length)
+        else:
+            assert self.seeds is not None  # rows of their own settings may draw
+            penalty = config.sampling.repetition_penalty or 1.0
+            known = (self.choice, self.seen, penalty, self.seeds, self.length)
+            token = choose_by_row(logits, *known)
         token = jnp.where(self.done, config.pad_id, token).astype(jnp.int32)
         length = self.length + ~self.done
         done = self.done | jnp.isin(token, jnp.asarray(config.eos_ids, jnp.int32))
@@ -188,6 +235,14 @@ class DecodeState:
             changes["steps_left"] = self.steps_left - 1
         if self.seen is not None:
             changes["seen"] = jnp.asarray(self.seen).at[rows, token].set(True)
+        if self.likely is not None and self.choice is not None:
+            asked = (jnp.asarray(self.choice.listed) & ~self.done).any()
+            changes["likely"] = jax.lax.cond(
+                asked,
+                lambda held: held.add(jax.nn.log_softmax(logits), self.length),
+                lambda held: held,
+                self.likely,
+            )
         if self.logprobs is not None:
             chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
             changes["logprobs"] = write(self.logprobs, jnp.where(self.done, 0, chosen))

@@ -48,10 +48,13 @@ class TextStream:
     Args:
       decode: Turns token ids into text.
       stops: Strings before the first of which the text ends.
+      strip: Whether blanks around the whole text are left out.
     """
 
-    def __init__(self, decode: Callable[[Ids], str], stops: Sequence[str] = ()) -> None:
-        self._decode, self._stops = decode, tuple(stops)
+    def __init__(
+        self, decode: Callable[[Ids], str], stops: Sequence[str] = (), *, strip: bool = True
+    ) -> None:
+        self._decode, self._stops, self._strip = decode, tuple(stops), strip
         self.text = ""
 
     def push(self, ids: Ids, final: bool = False) -> str:
@@ -66,7 +69,7 @@ class TextStream:
         if not final and ready == whole:
             ready = ready.rstrip(_INCOMPLETE)
             ready = ready[: len(ready) - max(_overlap(ready, stop) for stop in ("", *self._stops))]
-        piece = ready.strip()[len(self.text) :]
+        piece = (ready.strip() if self._strip else ready)[len(self.text) :]
         self.text += piece
         return piece
 

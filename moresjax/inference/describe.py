@@ -10,7 +10,10 @@ from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 def describe_model(model: LoadedModel) -> str:
     """The `repr` of a model: sizes and parameters of its parts, tuning, adapters and mesh."""
     config = model.config
-    report = count_parameters(config, model.tuning, also_train=())
+    held = model.mllm.tuning.held
+    # Adapters of several methods may not fit together as one tuning.
+    spec = "none" if held else model.tuning
+    report = count_parameters(config, spec, also_train=())
     counts = {name: f"{count.total:,d} parameters" for name, count in report.components.items()}
     llm = config.llm
     lines = [
@@ -23,11 +26,12 @@ def describe_model(model: LoadedModel) -> str:
             f"connector: {config.connector}, {config.visual_tokens} visual tokens per image, "
             f"{counts.get('connector', 'no parameters')}",
         ]
-    each = " each" if model.adapters else ""
-    trained = f", {report.trainable:,d} trainable parameters{each}" if report.trainable else ""
+    trained = f", {report.trainable:,d} trainable parameters" if report.trainable else ""
     lines.append(f"tuning: {model.tuning}{trained}")
-    if model.adapters:
-        lines.append(f"adapters: {', '.join(model.adapters)}")
+    if held:
+        lines.append(f"adapters: {', '.join(model.adapters) or 'none'}")
+        own = {name: each.tuning.spec for name, each in held.source.adapters.items()}
+        lines += [f"  {name}: {tuning}" for name, tuning in own.items()]
     if model.mesh is not None:
         axes = " x ".join(f"{name}={size}" for name, size in model.mesh.shape.items())
         lines.append(f"mesh: {axes}, {model.mesh.devices.flat[0].platform}")

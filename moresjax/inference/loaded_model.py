@@ -1,7 +1,9 @@
 """A module with its tuning, its devices and what generates with it: the state of a `Model`."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -21,8 +23,13 @@ from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.runs.processor import name_words, serving
 from moresjax.sharding.mesh import shard_params
 from moresjax.tuning.attach import Tuning
-from moresjax.tuning.multi_adapter import adapter_ids, stack_adapters
-from moresjax.weights.adapter import attach_adapter, load_adapters
+from moresjax.tuning.multi_adapter import Reserve, adapter_ids
+from moresjax.weights.adapter import (
+    add_tunings,
+    attach_adapter,
+    load_adapters,
+    unload_adapter,
+)
 from moresjax.weights.fingerprint import (
     exact_fingerprint,
     fingerprint,
@@ -216,16 +223,17 @@ class LoadedModel:
           UserError: The tuning has no such method or value, or a value has another shape.
         """
         self._mllm.tuning.set_constants(method, values)
-        self.service.update_constants()
+        self.service.update()
 
     def load_vectors(
         self,
         vectors: Mapping[str, Numbers],
         tuning: str = "steer:positions=last_prompt|generated",
     ) -> None:
-        """Replaces the attached tuning by several steering vectors, one chosen for every prompt.
+        """Loads steering vectors, one of which every prompt chooses, beside adapters or others.
 
-        `generate`, `score` and `logits` take their names as those of adapters.
+        `generate`, `score` and `logits` take their names as those of adapters. Adapters and vectors
+        that are loaded already stay, as with `load_adapters`; a single tuning is replaced.
 
         >>> import numpy as np
         >>> from moresjax.testing import talking_model
@@ -248,9 +256,7 @@ class LoadedModel:
             tunings[name] = Tuning(tuning, self.config)
             tunings[name].initialize()
             tunings[name].set_constants("steer", {"vector": vector})
-        self._mllm.tuning = stack_adapters(tunings)
-        self.service.reset()
-        self.fit_processor()
+        self._hold(add_tunings, tunings)
 
     def load_adapter(
         self, folder: str | Path, *, edits: str = "", allow_pickle: bool = False
@@ -279,30 +285,67 @@ class LoadedModel:
         self.fit_processor()
 
     def load_adapters(
-        self, folders: Mapping[str, str | Path], *, edits: str = "", allow_pickle: bool = False
+        self,
+        folders: Mapping[str, str | Path],
+        *,
+        reserve: Reserve = 0,
+        edits: str = "",
+        allow_pickle: bool = False,
     ) -> None:
-        """Replaces the attached tuning by several adapter folders of moresjax, `peft` or `pyreft`.
+        """Loads adapter folders of moresjax, `peft` or `pyreft`, one of which every prompt chooses.
 
-        `generate`, `score` and `logits` then use one of them for each prompt.
+        They may be of any methods, ranks, layers and linears, and have connectors of their own.
+        Those that are loaded already stay, but for those of the same names; a single tuning is
+        replaced. Within the room of what is loaded nothing is compiled again.
 
         >>> import tempfile
         >>> from moresjax.testing import talking_model
         >>> from moresjax.weights.adapter import save_adapter
-        >>> folder = save_adapter(talking_model("lora:rank=2").mllm, tempfile.mkdtemp())
+        >>> lora = save_adapter(talking_model("lora:rank=2").mllm, tempfile.mkdtemp())
+        >>> mores = save_adapter(talking_model("mores:rank=1").mllm, tempfile.mkdtemp())
         >>> model = talking_model()
-        >>> model.load_adapters({"counts": folder, "compares": folder})
+        >>> model.load_adapters({"counts": lora, "compares": mores}, reserve=4)
         >>> answers = model.generate(["two ?"] * 2, adapters=["counts", None], max_new_tokens=2)
         >>> len(answers)
         2
+        >>> model.unload_adapter("compares")
+        >>> model.adapters
+        ('counts',)
 
         Args:
-          folders: Adapter folders by the names to choose them with. All have one spec, up to the
-            layers that they act on.
+          folders: Adapter folders by the names to choose them with.
+          reserve: The room for adapters to come: how many there may be in all, of the methods and
+            up to the ranks that are loaded now; or by spec how many adapters of it there may be,
+            such as `{"lora:rank=16": 8, "connector": 8}`, of which `connector` are those with one
+            of their own. Beyond the room the next answer compiles once more.
           edits: What folders of pyreft do not say; see `load_adapter`.
           allow_pickle: Whether the pickles of pyreft folders may be read.
 
         Raises:
-          UserError: A folder is not an adapter of this model, or they do not go together.
+          UserError: A folder is not an adapter of this model, it changes the LLM or the encoder
+            itself, or one of its methods cannot be chosen per row; all is then as it was.
         """
-        load_adapters(self.restack(), folders, edits=edits, allow_pickle=allow_pickle)
+        options = {"reserve": reserve, "edits": edits, "allow_pickle": allow_pickle}
+        self._hold(load_adapters, folders, **options)
+
+    def unload_adapter(self, name: str) -> None:
+        """Drops one of the adapters that `load_adapters` has loaded; its room stays.
+
+        Raises:
+          UserError: There is no such adapter.
+        """
+        self._hold(unload_adapter, name)
+
+    def _hold(self, change: Callable[..., None], *args: Any, **options: Any) -> None:
+        """Changes which adapters are held; engines go on where their programs do."""
+        several = bool(self._mllm.tuning.held)
+        change(self._mllm, *args, **options)
         self.fit_processor()
+        if self.mesh is not None:
+            tuning = self._mllm.tuning
+            nnx.update(tuning, shard_params(nnx.state(tuning), self.mesh))
+        if not self.service.update() and several:
+            logging.getLogger(__name__).warning(
+                "the adapters do not fit the room that was compiled for; the next answer compiles "
+                "once more (load_adapters(reserve=...) makes room beforehand)"
+            )

@@ -108,10 +108,16 @@ class GenerationService:
         """Drops all engines; the next call makes one of the model as it is then."""
         self._engines.clear()
 
-    def update_constants(self) -> None:
-        """Gives all engines what the tuning was given, such as a steering vector."""
-        for engine in self._engines.values():
-            engine.update_constants(self._mllm.tuning)
+    def update(self) -> bool:
+        """Gives all engines the values of the tuning; those of another tuning are dropped.
+
+        Returns:
+          Whether all have them.
+        """
+        kept = {key: own for key, own in self._engines.items() if own.update(self._mllm.tuning)}
+        same = len(kept) == len(self._engines)
+        self._engines = kept
+        return same
 
     def batch(
         self, rows: Sequence[Row], length: int, adapters: Sequence[str | None] | None = None

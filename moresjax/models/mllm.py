@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenLayout, visible
+from moresjax.core.parameter_names import path_name
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.block import BlocksOutput, LayerCache, Mask, dense
 from moresjax.models.connector import (
@@ -29,8 +30,8 @@ from moresjax.models.fused_attention import visible_runs
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionEncoder, vision_module
 from moresjax.models.vision import VisionEncoder, image_batch
 from moresjax.sharding.mesh import constrain_batch_sharding
-from moresjax.tuning.attach import Tuning
-from moresjax.tuning.base import Probe, ProbeContext, reads_attention, reads_images
+from moresjax.tuning.attach import Tuning, adapter_numbers
+from moresjax.tuning.base import Params, Probe, ProbeContext, reads_attention, reads_images
 from moresjax.tuning.hooks import AttachedWrite, Hooks
 from moresjax.tuning.masks import extend_layout
 
@@ -112,6 +113,11 @@ class PrefillChunk:
         return jax.lax.dynamic_slice_in_dim(jnp.asarray(x), self.first, self.count, axis=1)
 
 
+def _connected(connector: AnyConnector, features: Float[Array, "I P C"], hooks: Hooks) -> Array:
+    """The connector's output; weight deltas act on the linears of one that is a chain."""
+    return connector(features, hooks) if isinstance(connector, Connector) else connector(features)
+
+
 class MLLM(nnx.Module):
     """`model(batch)` gives the decoder's hidden states; `model.llm.logits` turns them into logits.
 
@@ -131,19 +137,50 @@ class MLLM(nnx.Module):
         self.tuning = Tuning(tuning, config)
 
     def visual_features(
-        self, pixels: Float[Array, "B N Y X 3"], hooks: Hooks
+        self, pixels: Float[Array, "B N Y X 3"], hooks: Hooks, batch: Batch | None = None
     ) -> Float[Array, "B R D"]:
-        """Connector outputs of all images of each row, flattened to R = N * V tokens."""
+        """Connector outputs of all images of each row, flattened to R = N * V tokens.
+
+        Args:
+          pixels: The images.
+          hooks: The attached methods.
+          batch: The batch that they belong to, whose rows may have connectors of their own.
+        """
         assert self.vision is not None
         assert self.connector is not None
         features = constrain_batch_sharding(self.vision(image_batch(pixels), hooks.tower("vision")))
-        if isinstance(self.connector, Connector):
-            features = self.connector(features, hooks)
+        own = self.tuning.own_connectors(batch) if batch is not None else None
+        if own is None:
+            features = _connected(self.connector, features, hooks)
         else:
-            features = self.connector(features)
+            features = self._connected_by_row(*own, features, hooks)
         features = constrain_batch_sharding(features)
         features = features.reshape(pixels.shape[0], -1, features.shape[-1])
         return hooks.edit("connector.out", features)
+
+    def _connected_by_row(
+        self,
+        params: Params,
+        places: Int[Array, " I"],
+        features: Float[Array, "I P C"],
+        hooks: Hooks,
+    ) -> Float[Array, "I V D"]:
+        """The outputs of the connector that each image's adapter has."""
+        assert self.connector is not None
+        graphdef, state = nnx.split(self.connector)
+        flat = dict(nnx.to_flat_state(state))
+
+        def one(args: tuple) -> Float[Array, "V D"]:
+            place, x, others = args
+            own = {path: flat[path].replace(params[path_name(path)][place]) for path in flat}
+            connector = nnx.merge(graphdef, nnx.from_flat_state(own))
+            assert connector is not None
+            return _connected(connector, x[None], hooks.of_row("connector.", others))[0]
+
+        args = places, features, hooks.places("connector.")
+        if jax.sharding.get_abstract_mesh().empty:
+            return jax.lax.map(one, args)  # one connector in memory at a time
+        return jax.vmap(lambda *args: one(args))(*args)
 
     def embed(
         self, batch: Batch, hooks: Hooks, chunk: PrefillChunk | None = None
@@ -154,7 +191,7 @@ class MLLM(nnx.Module):
             tokens, image = chunk.select(tokens), chunk.select(image)
         h = self.llm.embeddings(tokens)
         if batch.pixels is not None and batch.pixels.shape[1]:
-            features = self.visual_features(jnp.asarray(batch.pixels), hooks).astype(h.dtype)
+            features = self.visual_features(jnp.asarray(batch.pixels), hooks, batch).astype(h.dtype)
             visual = jnp.take_along_axis(features, jnp.maximum(image, 0)[:, :, None], axis=1)
             h = jnp.where((image >= 0)[:, :, None], visual, h)
         return h
@@ -191,7 +228,9 @@ class MLLM(nnx.Module):
         if any(map(reads_images, probes)):
             batch = self._with_images(batch)
         num_extra, num_virtual = self.tuning.num_extra_tokens, self.tuning.num_virtual_tokens
-        full = extend_layout(batch.layout, num_virtual)
+        table = self.tuning.virtual_table()
+        present = None if table is None else table[adapter_numbers(batch)]
+        full = extend_layout(batch.layout, num_virtual, present)
         rows, length = full.shape
         # The column that the blocks read first; learned keys come before it and have no query.
         start, count = num_virtual - num_extra, length - num_virtual + num_extra
@@ -227,7 +266,8 @@ class MLLM(nnx.Module):
         if chunk is None:
             query_positions = positions[:, start:]
         else:
-            query_positions = chunk.select(batch.layout.position) + num_virtual
+            own = num_virtual if present is None else present.sum(axis=1, keepdims=True)
+            query_positions = chunk.select(batch.layout.position) + own
         out = self.llm(
             h,
             query_positions,

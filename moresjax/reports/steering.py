@@ -172,7 +172,7 @@ def _page(
     changed = [own for own in pairs if own[1] != own[2]]
     shown = []
     for example, before, after in changed[:SHOWN]:
-        images = pictures(model, example.prompt, example.images)
+        images = pictures(model, example.images)
         one = {
             "question": example.prompt.replace("<image>", "").strip(),
             "before": before,

@@ -116,7 +116,7 @@ def _title(what: str) -> str:
 
 
 def _ablations(pipeline: Pipeline, study: Study) -> Outcome:
-    accuracy = pipeline.accuracy(run.name for run in study.runs)
+    accuracy = pipeline.accuracy({MRT, *(run.name for run in study.runs)})
     found = {MRT: accuracy[MRT]}
     tables, sentences = [], []
     for what, rows in ABLATIONS.items():

@@ -3,7 +3,6 @@
 Axis legend: B rows, S tokens, P virtual tokens, D hidden size, L layers.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import Batch
@@ -34,12 +33,23 @@ from moresjax.tuning.hooks import (
     AttachedWrite,
     Hooks,
 )
+from moresjax.tuning.layered import (
+    initial_params,
+    initial_params_jitted,
+    mask_layers,
+    prepare_layers,
+)
 from moresjax.tuning.masks import SiteMasks
 from moresjax.tuning.selectors import Selector, mark_names, parse_layers, parse_selector
 from moresjax.tuning.sites import check_selector, is_per_image, num_layers
 from moresjax.tuning.spec import format_spec, parse_spec
+from moresjax.tuning.variables import Constant, Held, LayerMask, Shared
 
 Values = dict[str, dict[str, Params]]
+# Where virtual tokens of the LLM pass through its blocks.
+TOKENS = ("llm.embed", "llm.block.in")
+# The key of own connectors among `Tuning.places`.
+CONNECTOR = "connector"
 
 
 def edit_selectors(methods: Iterable[Method]) -> list[Selector]:
@@ -50,18 +60,6 @@ def edit_selectors(methods: Iterable[Method]) -> list[Selector]:
     ['roi']
     """
     return [parse_selector(method.positions) for method in methods if isinstance(method, Edit)]
-
-
-class LayerMask(nnx.Variable):
-    """Which layers a method acts on, `[L]`: data, so that one program serves every choice."""
-
-
-class Shared(nnx.Variable):
-    """A frozen array that all layers of a method use."""
-
-
-class Constant(nnx.Variable):
-    """What a method was given rather than has to learn: no parameter, so nothing trains it."""
 
 
 class Tuning(nnx.Module):
@@ -75,8 +73,12 @@ class Tuning(nnx.Module):
       layer_masks: `layer_masks[method][site]`, one flag per layer.
       shared: `shared[method][leaf]`, frozen arrays of methods that have some.
       words: word and its token ids, for `token(WORD)` selectors; set by who has the tokenizer.
-      adapters: names of several trained tunings held at once (see `tuning.multi_adapter`), from
-        which `Batch.adapter` chooses; parameters and layer masks then have an adapter axis.
+      held: the trained tunings that are held at once (see `tuning.multi_adapter`), from which
+        `Batch.adapter` chooses; None for a single tuning. With several, `params` are prepared, they
+        and `layer_masks` have an axis of places, and there are:
+      places: `places[method]`, the place of every adapter.
+      lengths: `lengths[method]`, of virtual tokens.
+      connector: own connectors, `[C, ...]` by the name of the parameter in the connector.
 
     Raises:
       UserError: when the spec does not fit the model.
@@ -85,9 +87,10 @@ class Tuning(nnx.Module):
     def __init__(self, spec: str, config: ModelConfig) -> None:
         self.config = config
         methods = [m.resolve(config) for m in parse_spec(spec) if m.name != "none"]
-        self.methods: tuple[tuple[str, Method], ...] = _numbered(methods)
+        self.methods: tuple[tuple[str, Method], ...] = numbered(methods)
         self.words: tuple[tuple[str, tuple[int, ...]], ...] = ()
-        self.adapters: tuple[str, ...] = ()
+        self.held: Held | None = None
+        self.places, self.lengths, self.connector = nnx.Dict(), nnx.Dict(), nnx.Dict()
         self.params, self.layer_masks, self.shared = nnx.Dict(), nnx.Dict(), nnx.Dict()
         _check_conflicts(self.methods, config)
         for key, method in self.methods:
@@ -115,7 +118,7 @@ class Tuning(nnx.Module):
             for place, (site, shape) in enumerate(method.sites(self.config).items()):
                 own = jax.random.fold_in(jax.random.fold_in(key, number), place)
                 # A given vector takes no part in comparisons, so it must not be compiled in.
-                start = _initial if constant else _initial_jitted
+                start = initial_params if constant else initial_params_jitted
                 layers = num_layers(site, self.config)
                 values.setdefault(name, {})[site] = start(method, tuple(shape), layers, own)
         return values
@@ -168,6 +171,11 @@ class Tuning(nnx.Module):
         return format_spec(method for _, method in self.methods)
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters that are held at once; none for a single tuning."""
+        return tuple(self.held.numbers) if self.held else ()
+
+    @property
     def trains(self) -> tuple[str, ...]:
         """Paths of what trains with these methods: their own parameters, and base parameters."""
         return ("tuning.params", *(path for _, method in self.methods for path in method.trains))
@@ -209,7 +217,7 @@ class Tuning(nnx.Module):
     @property
     def num_extra_tokens(self) -> int:
         """The virtual tokens of the LLM that pass through its blocks, before the first token."""
-        return self._count_virtual_tokens("llm.embed", "llm.block.in")
+        return self._count_virtual_tokens(*TOKENS)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -218,9 +226,10 @@ class Tuning(nnx.Module):
 
     def check_single(self, what: str) -> None:
         """Raises a `UserError` when several tunings are held, of which `what` can use one only."""
-        if self.adapters:
+        if self.held:
             raise UserError(
-                f"{what} takes a single tuning, the model holds {', '.join(self.adapters)}"
+                f"{what} takes a single tuning, the model holds "
+                f"{', '.join(self.adapters) or 'room for several'}"
             )
 
     def subset(self, keep: Callable[[Method], bool]) -> "Tuning":
@@ -228,9 +237,9 @@ class Tuning(nnx.Module):
         part = nnx.clone(self)
         part.methods = tuple((key, method) for key, method in self.methods if keep(method))
         for key in set(part.params) - {key for key, _ in part.methods}:
-            del part.params[key], part.layer_masks[key]
-            if key in part.shared:
-                del part.shared[key]
+            for own in (part.params, part.layer_masks, part.shared, part.places, part.lengths):
+                if key in own:
+                    del own[key]
         return part
 
     def common(self, key: str) -> Params:
@@ -250,7 +259,27 @@ class Tuning(nnx.Module):
                 return parse_selector(method.positions).acts_while_decoding
             return isinstance(method, WeightDelta)
 
-        return self.subset(acts)
+        part = self.subset(acts)
+        part.connector = nnx.Dict()
+        if CONNECTOR in part.places:
+            del part.places[CONNECTOR]
+        return part
+
+    def virtual_table(self) -> Bool[Array, "A P"] | None:
+        """Which virtual tokens of the LLM each adapter, and last the base model, has.
+
+        None where all rows have all of them.
+        """
+        if not self.held or not self.num_virtual_tokens:
+            return None
+        before = ("llm.block.kv",), TOKENS
+        columns = [
+            jnp.arange(method.length) < self.lengths[key][...][self.places[key][...]][:, None]
+            for sites in before
+            for key, method in self.methods
+            if isinstance(method, VirtualTokens) and set(sites) & set(self.params[key])
+        ]
+        return jnp.concatenate(columns, axis=1)
 
     def hooks(
         self,
@@ -284,11 +313,13 @@ class Tuning(nnx.Module):
             "vision": self._count_virtual_tokens("vision.embed", "vision.block.in"),
             "llm": 0 if later else self.num_extra_tokens,
         }
-        rows = self._rows(batch)
+        rows, table = self._rows(batch), None if later else self.virtual_table()
+        present = None if table is None else table[adapter_numbers(batch)]
         masks = SiteMasks(
             batch,
             self.config,
             num_extra,
+            present,
             dict(self.words),
             self.marks,
             cut,
@@ -302,15 +333,15 @@ class Tuning(nnx.Module):
             layer_mask = self.layer_mask(name, site)
             if isinstance(method, VirtualTokens):
                 acts = not later or site.startswith("vision.")
-                return AttachedTokens(method, params) if acts else None
+                return AttachedTokens(method, params, rows(name, site)) if acts else None
             if isinstance(method, WeightDelta):
-                if layer_mask is not None:
+                if layer_mask is not None and not self.held:
                     params = mask_layers(method, params, layer_mask)
-                params = _prepare(method, params, layer_mask)
+                params = self._prepare(method, params, layer_mask)
                 common = self.common(name)
                 if method.sees_tokens:
                     common["tokens"] = masks(site, parse_selector("all"))
-                return AttachedDelta(method, params, common, rows(site))
+                return AttachedDelta(method, params, common, rows(name, site))
             assert isinstance(method, Edit)
             in_llm = site.startswith("llm.")
             if batch.pixels is None and not in_llm:
@@ -318,8 +349,8 @@ class Tuning(nnx.Module):
             selector = parse_selector(method.positions)
             if decoding and not (selector.acts_while_decoding and in_llm):
                 return None
-            params = _prepare(method, params, layer_mask)
-            return AttachedEdit(method, params, masks(site, selector), layer_mask, rows(site))
+            params, own = self._prepare(method, params, layer_mask), rows(name, site)
+            return AttachedEdit(method, params, masks(site, selector), layer_mask, own)
 
         items = [
             (site, item)
@@ -334,36 +365,46 @@ class Tuning(nnx.Module):
             for site in self.params.get(name, {}):
                 yield name, method, site
 
-    def _rows(self, batch: Batch) -> Callable[[str], Int[Array, "..."] | None]:
-        """For a site, the adapter of every row of its activations."""
-        if batch.adapter is not None and not self.adapters:
-            raise UserError("the batch chooses adapters, but the model has a single tuning")
-        chosen = -1 if batch.adapter is None else batch.adapter
-        chosen = jnp.broadcast_to(jnp.asarray(chosen), batch.layout.shape[:1])
+    def _prepare(self, method: Method, params: Params, layer_mask: Array | None) -> Params:
+        """Parameters as the pass uses them; those of several adapters have been prepared."""
+        return params if self.held else prepare_layers(method, params, layer_mask)
 
-        def rows(site: str) -> Int[Array, "..."] | None:
-            if not self.adapters:
+    def own_connectors(self, batch: Batch) -> tuple[Params, Int[Array, " I"]] | None:
+        """The connectors of the adapters, and every image's place among them; None without any.
+
+        Parameters are by their names in the connector.
+        """
+        if not self.connector:
+            return None
+        places = self._rows(batch)(CONNECTOR, "connector.0")
+        assert places is not None  # there are several adapters
+        return {name: x[...] for name, x in self.connector.items()}, places
+
+    def _rows(self, batch: Batch) -> Callable[[str, str], Int[Array, "..."] | None]:
+        """For a method and a site, the place of what acts on every row of the activations."""
+        if batch.adapter is not None and not self.held:
+            raise UserError("the batch chooses adapters, but the model has a single tuning")
+        chosen = adapter_numbers(batch)
+
+        def rows(key: str, site: str) -> Int[Array, "..."] | None:
+            if not self.held:
                 return None
+            places = self.places[key][...][chosen]
             if is_per_image(site) and batch.pixels is not None:
                 # The encoder sees every image of a row as a row of its own.
-                return jnp.repeat(chosen, batch.pixels.shape[1])
-            return chosen
+                return jnp.repeat(places, batch.pixels.shape[1])
+            return places
 
         return rows
 
 
-def _initial(method: Method, shape: tuple, layers: int, key: PRNGKeyArray) -> Params:
-    """Initial parameters of a method at one site."""
-    if not layers:
-        return method.initial(key, *shape)
-    return method.initial_layers(key, layers, *shape)
+def adapter_numbers(batch: Batch) -> Int[Array, " B"]:
+    """The number of every row's adapter; -1: the base model."""
+    chosen = -1 if batch.adapter is None else batch.adapter
+    return jnp.broadcast_to(jnp.asarray(chosen), batch.layout.shape[:1])
 
 
-# Compiled once for all sites and models of a kind.
-_initial_jitted = functools.partial(jax.jit, static_argnums=(0, 1, 2))(_initial)
-
-
-def _numbered(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
+def numbered(methods: Sequence[Method]) -> tuple[tuple[str, Method], ...]:
     """Methods by name; the second of a name is `NAME_2`, and so on."""
     seen: dict[str, int] = {}
     keyed = []
@@ -390,26 +431,3 @@ def _check_conflicts(methods: Sequence[tuple[str, Method]], config: ModelConfig)
                     f"{before.name}"
                 )
             first.setdefault(site, method)
-
-
-def _prepare(method: Method, params: Params, layer_mask: Array | None) -> Params:
-    return _for_each(method.prepare, layer_mask)(params)
-
-
-def _for_each(
-    function: Callable[[Params], Params], layer_mask: Array | None
-) -> Callable[[Params], Params]:
-    """`function` of one layer's parameters, mapped over the axes that the layer mask has."""
-    for _ in range(0 if layer_mask is None else layer_mask.ndim):
-        function = jax.vmap(function)
-    return function
-
-
-def mask_layers(method: WeightDelta, params: Params, layer_mask: Array) -> Params:
-    """Stacked parameters that are neutral in the layers that are switched off."""
-
-    def choose(on: Array, off: Array) -> Array:
-        mask = layer_mask.reshape(*layer_mask.shape, *[1] * (on.ndim - layer_mask.ndim))
-        return jnp.where(mask, on, off)
-
-    return jax.tree.map(choose, params, _for_each(method.neutral, layer_mask)(params))

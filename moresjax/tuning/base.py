@@ -168,6 +168,22 @@ class Method:
         """Parameters as the forward pass uses them; called once per step, per layer."""
         return params
 
+    def kind(self) -> "Method":
+        """The method without what adapters that rows of a batch choose from may differ in.
+
+        Width, layers, linears and what only decides how it starts and trains are data there.
+        """
+        free = {"layers": "all", "targets": "all"}
+        own: dict[str, Any] = {
+            f.name: free[f.name] for f in dataclasses.fields(self) if f.name in free
+        }
+        narrow = dataclasses.replace(self.trained, **own)
+        return narrow.widened(1) if self.width else narrow
+
+    def of_kind(self, params: Params) -> Params:
+        """Parameters that do in `kind` what these do here; neither have been through `prepare`."""
+        return params
+
     @property
     def trained(self) -> "Method":
         """The same without what only decides how it starts and trains: `init` and `dropout`."""
@@ -324,6 +340,10 @@ class VirtualTokens(Method, abc.ABC):
 
     by_rows: ClassVar[tuple[str, ...]] = ("embedding", "k", "v")
     length: Positive = 10
+
+    def kind(self) -> "Method":
+        """The method with one token."""
+        return dataclasses.replace(super().kind(), length=1)
 
     @abc.abstractmethod
     def initial(self, key: PRNGKeyArray, *shape: Any) -> Params:

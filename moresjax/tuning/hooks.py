@@ -15,25 +15,30 @@ block reads to those of `X.in`. Sites are named
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from moresjax.core.ops import pick
 from moresjax.core.types import AnyArray
+from moresjax.tuning.attached import (
+    Attached,
+    AttachedDelta,
+    AttachedEdit,
+    AttachedTokens,
+    AttachedWrite,
+    put_before,
+    tuned_linear,
+)
 from moresjax.tuning.base import (
-    Edit,
     LinearLike,
     Params,
     Probe,
     ProbeContext,
-    VirtualTokens,
-    WeightDelta,
     probe_layers,
     reads_attention,
 )
@@ -43,143 +48,8 @@ TOWERS = ("vision", "llm")
 TOKEN_SITES = ("embed", "in")
 
 
-@dataclasses.dataclass(frozen=True)
-class AttachedEdit:
-    """An edit at one site.
-
-    At layered sites, `layer_mask` and every leaf of `params` have a leading layer axis. With
-    several adapters the next axis counts these.
-
-    Attributes:
-      method: the edit.
-      params: its parameters, which have been through `prepare`.
-      mask: the selected tokens `[B, S]`.
-      layer_mask: whether the layer is edited; None at a site outside the blocks.
-      rows: the adapter of each row; None for a single tuning.
-    """
-
-    method: Edit
-    params: Params
-    mask: Array
-    layer_mask: Array | None = None
-    rows: Int[Array, " B"] | None = None
-
-    def apply(
-        self,
-        params: Params,
-        layer_mask: Array | None,
-        h: Float[Array, "B S D"],
-        key: PRNGKeyArray | None,
-    ) -> Float[Array, "B S D"]:
-        """The edited activations of the layer that `params` and `layer_mask` belong to."""
-        delta = _by_row(self.method.delta, params, h, self.rows)
-        if self.rows is not None and layer_mask is not None:
-            layer_mask = layer_mask[self.rows][:, None]
-        if key is not None and self.method.dropout:
-            delta = self.method.drop(key, delta, h)
-        mask = self.mask if layer_mask is None else self.mask & layer_mask
-        return h + jnp.where(mask[..., None], delta, 0).astype(h.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class AttachedDelta:
-    """A weight delta at the linear that a site names.
-
-    Attributes:
-      method: the weight delta.
-      params: its parameters, which have been through `prepare`, neutral in layers that it leaves
-        alone; a leading layer axis, then one of adapters if there are several.
-      common: arrays that it finds among its parameters at every layer.
-      rows: the adapter of each row; None for a single tuning.
-    """
-
-    method: WeightDelta
-    params: Params
-    common: Params = dataclasses.field(default_factory=dict)
-    rows: Int[Array, " B"] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class AttachedTokens:
-    """Virtual tokens at one site; at layered sites the content has a leading layer axis."""
-
-    method: VirtualTokens
-    params: Params
-
-
-@dataclasses.dataclass(frozen=True)
-class AttachedWrite:
-    """What replaces the activations at one site, after all edits, in one pass.
-
-    Attributes:
-      write: `write(params, h)` gives what the activations are to be.
-      params: arrays; at layered sites with a leading layer axis.
-    """
-
-    write: Callable[[Params, Array], Array]
-    params: Params
-
-    def apply(self, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """The activations of the layer that `params` belong to."""
-        return self.write(params, h).astype(h.dtype)
-
-
-Attached = AttachedEdit | AttachedDelta | AttachedTokens | AttachedWrite
 # Parameters and layer mask of one method in one layer, or stacked over layers.
 LayerParams = tuple[Params, Array | None]
-
-
-def _by_row(function: Callable, params: Any, x: Array, rows: Array | None) -> Array:
-    """`function(params, x)`, or the same with each row's own parameters."""
-    if rows is None:
-        return function(params, x)
-    own = jax.tree.map(lambda leaf: leaf[rows], params)
-    return jax.vmap(lambda params, row: function(params, row[None])[0])(own, x)
-
-
-def _put_before(rows: Float[Array, "P F"], x: Float[Array, "B K S H"]) -> Float[Array, "B K T H"]:
-    """Puts the same learned keys, or values, before those of every row."""
-    batch, heads, _, dim = x.shape
-    rows = rows.reshape(-1, heads, dim).swapaxes(0, 1).astype(x.dtype)
-    return jnp.concatenate([jnp.broadcast_to(rows, (batch, *rows.shape)), x], axis=2)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TunedLinear:
-    """A linear seen through a weight delta."""
-
-    method: WeightDelta
-    params: Params
-    linear: LinearLike
-    key: PRNGKeyArray | None
-
-    @property
-    def bias(self) -> nnx.Variable | None:
-        return self.linear.bias
-
-    def dense(self) -> Float[Array, "D F"]:
-        return self.linear.dense()
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        return self.method.apply(self.params, self.linear, x, self.key)
-
-
-# A weight delta, its parameters, those that adapters share, and the key of its dropout.
-Tuned = tuple[WeightDelta, Params, Params, PRNGKeyArray | None]
-
-
-def _tuned(
-    linear: LinearLike, deltas: Sequence[Tuned], x: Float[Array, "B S D"], rows: Array | None
-) -> Float[Array, "B S F"]:
-    """The output of a linear seen through weight deltas, the first one next to it."""
-
-    def whole(each_params: Sequence[Params], x: Array) -> Array:
-        seen = linear
-        for params, (method, _, common, key) in zip(each_params, deltas, strict=True):
-            seen = _TunedLinear(method, params | common, seen, key)
-        return seen(x)
-
-    return _by_row(whole, [params for _, params, _, _ in deltas], x, rows)
 
 
 class LayerHooks:
@@ -212,11 +82,8 @@ class LayerHooks:
         if not items:
             return linear(x)
 
-        deltas = [
-            (item.method, self._params[number][0], item.common, self._key(number))
-            for number, item in items
-        ]
-        return _tuned(linear, deltas, x, items[0][1].rows)
+        deltas = [(item, self._params[number][0], self._key(number)) for number, item in items]
+        return tuned_linear(linear, deltas, x)
 
     def edit(self, name: str, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The output of a branch or block after the edits that are attached to it."""
@@ -238,9 +105,11 @@ class LayerHooks:
         self, k: Float[Array, "B K S H"], v: Float[Array, "B K S H"]
     ) -> tuple[Float[Array, "B K T H"], Float[Array, "B K T H"]]:
         """Keys (after rotation) and values, with the learned ones before them."""
-        for number, _ in reversed(self._tower.at("kv")):
+        for number, item in reversed(self._tower.at("kv")):
+            assert isinstance(item, AttachedTokens)  # nothing else is there
             params, _ = self._params[number]
-            k, v = _put_before(params["k"], k), _put_before(params["v"], v)
+            k = put_before(params["k"], k, item.rows)
+            v = put_before(params["v"], v, item.rows)
         return k, v
 
     def read_attention(
@@ -317,8 +186,10 @@ class TowerHooks:
 
     def write(self, number: int, params: Params, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Gives the extra tokens of one item their content."""
-        content = params["embedding"].astype(h.dtype)
-        content = jnp.broadcast_to(content, (h.shape[0], *content.shape))
+        content, (_, item) = params["embedding"].astype(h.dtype), self._items[number]
+        assert isinstance(item, AttachedTokens)  # nothing else is written
+        content = content if item.rows is None else content[item.rows]
+        content = jnp.broadcast_to(content, (h.shape[0], *content.shape[-2:]))
         return jax.lax.dynamic_update_slice_in_dim(h, content, self._first_column[number], axis=1)
 
     def at(self, name: str) -> list[tuple[int, Attached]]:
@@ -430,8 +301,34 @@ class Hooks:
         ]
         if not items:
             return linear(x)
-        deltas = [(i.method, i.params, i.common, self._outside_key(n)) for n, i in items]
-        return _tuned(linear, deltas, x, items[0][1].rows)
+        return tuned_linear(linear, [(i, i.params, self._outside_key(n)) for n, i in items], x)
+
+    def places(self, prefix: str) -> list[Int[Array, " B"] | None]:
+        """The places of all rows, of each weight delta at the sites that begin with `prefix`."""
+        return [item.rows for item in self._deltas(prefix)]
+
+    def of_row(self, prefix: str, places: Sequence[Int[Array, ""] | None]) -> "Hooks":
+        """The weight deltas at the sites that begin with `prefix`, for a single row.
+
+        Args:
+          prefix: The beginning of the sites.
+          places: That row's, of what `places` gives.
+        """
+        own = iter(places)
+        items = []
+        for site, item in self._items:
+            if site.startswith(prefix) and isinstance(item, AttachedDelta):
+                place = next(own)
+                rows = None if place is None else place[None]
+                items.append((site, dataclasses.replace(item, rows=rows)))
+        return Hooks(items)
+
+    def _deltas(self, prefix: str) -> list[AttachedDelta]:
+        return [
+            item
+            for site, item in self._items
+            if site.startswith(prefix) and isinstance(item, AttachedDelta)
+        ]
 
     def _outside_key(self, number: int) -> PRNGKeyArray | None:
         """The key of a method's dropout outside the blocks."""

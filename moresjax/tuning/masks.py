@@ -16,19 +16,34 @@ from moresjax.tuning.base import ModelConfig
 from moresjax.tuning.selectors import Selector, marked_tokens
 
 
-def extend_layout(layout: TokenLayout, count: int) -> TokenLayout:
-    """The layout with `count` virtual tokens in front, seen by every document of the row."""
+def extend_layout(
+    layout: TokenLayout, count: int, present: Bool[AnyArray, "B P"] | None = None
+) -> TokenLayout:
+    """The layout with `count` virtual tokens in front, seen by every document of the row.
+
+    Args:
+      layout: The layout without them.
+      count: P.
+      present: The ones that a row has; the others are padding. Default: all.
+    """
     if not count:
         return layout
 
     def pad(field: AnyArray, value: int) -> Int[Array, "B PS"]:
         return jnp.pad(jnp.asarray(field), ((0, 0), (count, 0)), constant_values=value)
 
+    kind = pad(layout.kind, int(TokenKind.SYSTEM))
     first = jnp.broadcast_to(jnp.arange(count), (layout.shape[0], count))
+    own: int | Array = count
+    if present is not None:
+        present = jnp.asarray(present)
+        kind = kind.at[:, :count].set(jnp.where(present, kind[:, :count], int(TokenKind.PAD)))
+        first = jnp.where(present, jnp.cumsum(present, axis=1) - 1, 0)
+        own = present.sum(axis=1, keepdims=True)
     return layout.replace(
-        kind=pad(layout.kind, int(TokenKind.SYSTEM)),
+        kind=kind,
         image=pad(layout.image, -1),
-        position=jnp.concatenate([first, jnp.asarray(layout.position) + count], axis=1),
+        position=jnp.concatenate([first, jnp.asarray(layout.position) + own], axis=1),
         document=pad(layout.document, SHARED),
         branch=pad(layout.branch, 0),
     )
@@ -57,6 +72,7 @@ class SiteMasks:
         batch: Batch,
         config: ModelConfig,
         num_extra: dict[str, int],
+        present: Bool[Array, "B P"] | None,
         words: dict[str, tuple[int, ...]],
         marks: tuple[str, ...],
         cut: Callable[[Array], Array] | None,
@@ -65,6 +81,9 @@ class SiteMasks:
         decoding: bool,
     ) -> None:
         self._batch, self._config, self._num_extra, self._words = batch, config, num_extra, words
+        # Of all virtual tokens of the LLM the last are those that are tokens.
+        count = num_extra["llm"]
+        self._present = present[:, -count:] if present is not None and count else None
         self._cut, self._unfinished = cut or (lambda mask: mask), unfinished
         self._marks, self._decoding = marks, decoding
         self._known: dict[tuple[str, str], Bool[Array, "B S"]] = {}
@@ -81,7 +100,7 @@ class SiteMasks:
         if tower == "llm":
             count = self._num_extra["llm"]
             tokens = jnp.pad(jnp.asarray(batch.tokens), ((0, 0), (count, 0)), constant_values=-1)
-            layout = extend_layout(batch.layout, count)
+            layout = extend_layout(batch.layout, count, self._present)
             roi, marks = batch.roi, batch.marks
             if self._decoding and selector.uses_roi:  # what is generated lies in no image
                 roi = jnp.zeros((len(tokens), 1), bool)

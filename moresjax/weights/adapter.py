@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from moresjax._version import __version__
@@ -26,7 +27,7 @@ from moresjax.core.types import AnyArray
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
-from moresjax.tuning.multi_adapter import stack_adapters
+from moresjax.tuning.multi_adapter import Reserve, stack_adapters, without_adapter
 from moresjax.weights import peft, pyreft
 from moresjax.weights.acting_layers import entries_of_layers
 from moresjax.weights.fingerprint import checksum, checksums, config_difference
@@ -145,12 +146,14 @@ def load_adapters(
     mllm: MLLM,
     folders: Mapping[str, str | Path],
     *,
+    reserve: Reserve = 0,
     edits: str = "",
     allow_pickle: bool = False,
 ) -> None:
     """Attaches several adapter folders by name, for every row of a batch to choose from.
 
-    Each may be one of moresjax, of `peft` or of `pyreft`.
+    Each may be one of moresjax, of `peft` or of `pyreft`. Those that are attached already stay, but
+    for those of the same names; a single tuning is replaced.
 
     >>> import tempfile
     >>> from moresjax.testing import tiny_model
@@ -163,34 +166,99 @@ def load_adapters(
     Args:
       mllm: The model.
       folders: Adapter folders by name.
+      reserve: The room for adapters to come; see `stack_adapters`.
       edits: What folders of pyreft do not say; see `attach_adapter`.
       allow_pickle: Whether the pickles of pyreft folders may be read.
 
     Raises:
       UserError: when a folder is not an adapter of this base, one changes parameters of the base
-        itself, or they cannot be held together (see `stack_adapters`); the
-        model is then as it was.
+        other than the connector's, or a method cannot be chosen per row; the model is then as it
+        was.
     """
     of_pyreft = {name for name, folder in folders.items() if leaves_tokens_open(Path(folder))}
     if edits and not of_pyreft:
         raise UserError(f"none of {', '.join(map(str, folders.values()))} is a folder of pyreft")
-    attached, tunings = mllm.tuning, {}
-    values = _base_values(mllm)
-    try:
-        for name, folder in folders.items():
-            own = edits if name in of_pyreft else ""
-            attach_adapter(mllm, folder, edits=own, allow_pickle=allow_pickle)
-            tunings[name] = mllm.tuning
-            for changed, x in _base_values(mllm).items():
-                if x is not values[changed] and not np.array_equal(x, values[changed]):
-                    raise UserError(
-                        f"adapter {name!r} has its own {changed}, which all rows of a batch "
-                        "share; load the adapters on a model with these values"
-                    )
-        attached = stack_adapters(tunings)
-    finally:
-        mllm.tuning = attached
-        set_params(mllm, values, "base")
+    tunings, connectors = {}, {}
+    for name, folder in folders.items():
+        own = edits if name in of_pyreft else ""
+        tuning, changed = _read_any(mllm, Path(folder), own, allow_pickle)
+        prefix = "connector."
+        if other := next((n for n in changed if not n.startswith(prefix)), ""):
+            raise UserError(
+                f"adapter {name!r} has its own {other}; rows of a batch may have their own tuning "
+                "and connector, but they share the rest of the model: load it alone"
+            )
+        tunings[name] = tuning
+        if changed:
+            base = _base_values(mllm)
+            connectors[name] = {
+                n.removeprefix(prefix): np.asarray(changed.get(n, x))
+                for n, x in base.items()
+                if n.startswith(prefix)
+            }
+    add_tunings(mllm, tunings, connectors, reserve=reserve)
+
+
+def add_tunings(
+    mllm: MLLM,
+    tunings: Mapping[str, Tuning],
+    connectors: Mapping[str, Mapping[str, AnyArray]] | None = None,
+    *,
+    reserve: Reserve = 0,
+) -> None:
+    """Attaches several tunings by name, beside those that are held; see `load_adapters`.
+
+    Args:
+      mllm: The model.
+      tunings: The tunings by name.
+      connectors: The connectors of those that have their own: parameters by their names in it.
+      reserve: The room for adapters to come; see `stack_adapters`.
+    """
+    prefix, values = "connector.", _base_values(mllm).items()
+    mllm.tuning = stack_adapters(
+        tunings,
+        connectors,
+        config=mllm.config,
+        base_connector={n.removeprefix(prefix): x for n, x in values if n.startswith(prefix)},
+        reserve=reserve,
+        beside=mllm.tuning,
+    )
+
+
+def unload_adapter(mllm: MLLM, name: str) -> None:
+    """Detaches one of several adapters; its room stays.
+
+    Raises:
+      UserError: There is no such adapter.
+    """
+    mllm.tuning = without_adapter(mllm.tuning, name)
+
+
+def _read_any(
+    mllm: MLLM, folder: Path, edits: str, allow_pickle: bool
+) -> tuple[Tuning, dict[str, AnyArray]]:
+    """The tuning of an adapter folder of any kind, and what it changes of the base."""
+    other = leaves_tokens_open(folder) or (folder / peft.CONFIG).is_file()
+    if not other:
+        tuning, own = _read(mllm, folder)
+        base = {name: layers for name, layers in layered_parameters(mllm).items() if name in own}
+        values = {
+            name: np.stack([np.asarray(x.get_value()) for x in layers])
+            if len(layers) > 1
+            else layers[0].get_value()
+            for name, layers in base.items()
+        }
+        return tuning, {n: x for n, x in own.items() if not np.array_equal(x, values[n])}
+    copy = nnx.clone(mllm)
+    copy.llm.restack()
+    values = _base_values(copy)
+    attach_adapter(copy, folder, edits=edits, allow_pickle=allow_pickle)
+    changed = {
+        name: x
+        for name, x in _base_values(copy).items()
+        if x is not values[name] and not np.array_equal(x, values[name])
+    }
+    return copy.tuning, changed
 
 
 def _base_values(mllm: MLLM) -> dict[str, AnyArray]:

@@ -18,7 +18,8 @@ from moresjax.analysis.attention import (
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, TokenKind, visible
 from moresjax.generation.engine import Engine
-from moresjax.inference.analyze import attention_map
+from moresjax.inference.analyze import attention, attention_map
+from moresjax.inference.attention_maps import answer_maps, token_attention
 from moresjax.models.attention import GROUPS
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.mllm import MLLMConfig
@@ -302,6 +303,34 @@ def test_a_map_of_two_images_has_a_grid_for_each():
         own = 2 + np.flatnonzero((row.image >= 9 * number) & (row.image < 9 * (number + 1)))
         expected = np.asarray(maps)[:, 0, 0, own].reshape(2, 3, 3)
         np.testing.assert_allclose(grid[:, 0], expected, atol=1e-5)
+    # Head by head, of one token: the mean over heads is the map.
+    tokens = np.asarray(model.service.generate_rows([row], 3).tokens)[0, : len(found.tokens)]
+    by_head = answer_maps(model, row, tokens, places=[1])
+    assert by_head.shape == (2, 2, 4, 1, 3, 3)
+    np.testing.assert_allclose(by_head.mean(2)[:, :, 0], found.grids[:, :, 1], atol=1e-6)
+    assert np.ptp(by_head, axis=2).max() > 1e-3  # heads differ
+    # Token by token: their means are what is summed up over an answer.
+    each = token_attention(model, row, tokens)
+    np.testing.assert_allclose(each.grids, found.grids, atol=1e-6)
+    whole = attention(model, "<image> is it <image> ?", images, max_new_tokens=3)
+    image = GROUPS.index(TokenKind.IMAGE)
+    np.testing.assert_allclose(each.share.mean(0), whole.share[:, image], atol=1e-5)
+    longer = row.append(tokens)
+    batch, query = model.service.batch([longer], len(longer)), len(row)  # of the second token
+    maps = model.mllm(batch, probes=(AttentionMaps(),), queries=[[query]]).stats["maps"]
+    image, text = (
+        np.asarray(maps)[:, 0, 0, [2 + n for n in range(query + 1) if longer.kind[n] in kinds]]
+        for kinds in ([TokenKind.IMAGE], [TokenKind.QUESTION, TokenKind.ANSWER])
+    )
+    looked = text.sum(1) > 0
+    assert looked.any()
+    expected = image.mean(1)[looked] / text.mean(1)[looked]
+    np.testing.assert_allclose(each.lmar[1][looked], expected, rtol=1e-4)
+    assert np.isnan(each.lmar[1][~looked]).all()
+    with pytest.raises(UserError, match="an answer of 3 tokens has no tokens"):
+        answer_maps(model, row, tokens[:3], places=[3])
+    with pytest.raises(UserError, match="needs an image"):
+        answer_maps(model, model.prompt("is it ?"), tokens)
     with pytest.raises(UserError, match="the map is of 2 images"):
         _ = found.grid
     with pytest.raises(UserError, match="needs an image"):

@@ -17,6 +17,7 @@ evaluate --model run --tasks digits --limit 1 --out scores
 generate --model run --prompt how --max-new-tokens 1
 evaluate --model run --tasks digits --limit 1 --out again --temperature 1
 compare scores again
+serve run --check
 report run --out report.html
 analyze attention --model run=run --tasks digits --limit 1 --out plots
 analyze states --model run --tasks digits --limit 4 --layers 0 --out states

@@ -11,6 +11,7 @@ from flax import nnx
 from moresjax.core.errors import UserError
 from moresjax.generation.engine import Engine
 from moresjax.inference.model import Model
+from moresjax.models.connector import Connector
 from moresjax.models.initialize import initialize
 from moresjax.models.mllm import MLLM
 from moresjax.testing.batches import tiny_batch
@@ -18,7 +19,7 @@ from moresjax.testing.models import tiny_config
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.merge import merged
 from moresjax.tuning.multi_adapter import adapter_ids, stack_adapters
-from moresjax.weights.adapter import attach_adapter, load_adapter, save_adapter
+from moresjax.weights.adapter import attach_adapter, load_adapter, load_adapters, save_adapter
 from moresjax.weights.peft import export_peft
 from moresjax.weights.pyreft import export_pyreft
 
@@ -100,7 +101,7 @@ def test_rows_of_the_base_model_are_untouched(base_logits, batch):
     everywhere = np.asarray(forward(*nnx.split(model), choosing(batch, -1, -1, -1, -1)))
     np.testing.assert_array_equal(everywhere[[0, 3]], chosen[[0, 3]])
     unchosen = model.tuning.hooks(batch).tower("llm").at("out")
-    assert all((np.asarray(item.rows) == -1).all() for _, item in unchosen)
+    assert all((np.asarray(item.rows) == 2).all() for _, item in unchosen)  # what does nothing
 
 
 def test_generated_tokens_are_those_of_each_adapter_alone(batch):
@@ -116,8 +117,13 @@ def test_generated_tokens_are_those_of_each_adapter_alone(batch):
 
 
 def test_visual_steering_leaves_the_decode_program_alone():
-    tunings = {name: random_tuning("mores:rank=2", n) for n, name in enumerate("ab")}
-    steered, batch = with_tuning(stack_adapters(tunings)), tiny_batch(answer=0)
+    """Also with connectors of their own, and edits of a question."""
+    specs = {"a": "mores:rank=2", "b": "mrt:rank=2,visual_rank=1", "c": "mores"}
+    tunings = {name: random_tuning(spec, 1) for name, spec in specs.items()}
+    connector = nnx.to_flat_state(nnx.state(with_tuning(None).connector, nnx.Param))
+    own = {".".join(map(str, path)): x.get_value() for path, x in connector}
+    several = stack_adapters(tunings, {"a": own}, base_connector=own)
+    steered, batch = with_tuning(several), tiny_batch(answer=0)
     program = [
         Engine(model, eos_ids=(2,)).lower_decode(batch, 4).as_text()
         for model in (steered, with_tuning(None))
@@ -181,8 +187,11 @@ def test_a_folder_that_fails_leaves_model_and_tuning_as_they_were(tmp_path):
     model = Model(with_tuning(random_tuning("lora:rank=2", 0)), None)
     save_adapter(model.mllm, tmp_path / "ours")
     export_peft(with_tuning(random_tuning("ia3", 1)), tmp_path / "theirs")
+    norms = with_tuning(random_tuning("red", 1))
+    norms.llm.norm.scale[...] = norms.llm.norm.scale[...] + 1
+    save_adapter(norms, tmp_path / "norms", also_train=("llm.norm",))
     for folders, options, message in (
-        (("ours", "theirs"), {}, r"'ours' is lora:rank=2, 'theirs' is ia3"),
+        (("ours", "theirs", "norms"), {}, r"'norms' has its own llm\.norm\.scale"),
         (("ours", "nowhere"), {}, "nowhere is not an adapter folder"),
         (("ours",), {"edits": "mores"}, "none of .*ours is a folder of pyreft"),
     ):
@@ -195,12 +204,14 @@ def test_what_cannot_be_chosen_per_row_is_refused(tmp_path):
     def stacked(*specs):
         return stack_adapters({f"t{n}": random_tuning(s, n) for n, s in enumerate(specs)})
 
-    with pytest.raises(UserError, match=r"'t0' is mores:rank=2, 't1' is mores:rank=3"):
-        stacked("mores:rank=2", "mores:rank=3")
-    with pytest.raises(UserError, match="mixlora cannot be chosen per row"):
-        stacked("mixlora", "mixlora")
-    with pytest.raises(UserError, match="prompt cannot be chosen per row"):
-        stacked("prompt")
+    with pytest.raises(UserError, match="mixlora chooses factors by all tokens of a row"):
+        stacked("lora", "mixlora")
+    with pytest.raises(UserError, match="vpt puts tokens into the vision encoder"):
+        stacked("vpt")
+    other = random_tuning("vera", 1)
+    other.shared["vera"]["a"][...] += 1
+    with pytest.raises(UserError, match="different frozen arrays 'a' of vera"):
+        stack_adapters({"a": random_tuning("vera", 0), "b": other})
     with pytest.raises(UserError, match="names other than 'base'"):
         stack_adapters({"base": Tuning("red", tiny_config())})
     with pytest.raises(UserError, match="call `load_adapters` to choose"):
@@ -213,11 +224,48 @@ def test_what_cannot_be_chosen_per_row_is_refused(tmp_path):
         merged(several)
     with pytest.raises(UserError, match="an adapter folder takes a single tuning"):
         save_adapter(several, tmp_path)
-    connected = with_tuning(random_tuning("red", 0))
-    bias = connected.connector.layers[1].bias
-    bias[...] = bias[...] + 1
-    folder = save_adapter(connected, tmp_path / "connected", also_train=("connector",))
-    model = Model(with_tuning(None), None)
-    with pytest.raises(UserError, match=r"adapter 'x' has its own connector\.layers\.1\.bias"):
-        model.load_adapters({"x": folder})
-    assert model.tuning == "none"
+
+
+# Adapters that agree in nothing: methods, ranks, linears, layers, order, tokens before the text.
+MIXTURE = {
+    "steering": "mores:rank=1,positions=image:f2/reft:kind=loreft,rank=2",
+    "wider": "mores:rank=3,layers=0;2,positions=image:f2/lora:rank=2,targets=q;v",
+    "scaled": "ia3/lora:rank=4,alpha=3,rslora=true,targets=v;up,layers=1-/houlsby:bottleneck=3",
+    "turned": "dora:rank=2,targets=o/lora:rank=2,targets=up/adapter:bottleneck=5",
+    "prompted": "prompt:length=2/lora:rank=1,targets=v/mrt:rank=2,visual_rank=3,length=2",
+    "tokens": "prompt:length=4/prefix:length=1/red/ptum:length=2",
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Folders of adapters, some of which have connectors of their own."""
+    root, folders = tmp_path_factory.mktemp("mixture"), {}
+    for number, (name, spec) in enumerate(MIXTURE.items()):
+        model = with_tuning(random_tuning(spec, number))
+        if own := number % 2 == 0:
+            assert isinstance(model.connector, Connector)
+            for layer in model.connector.layers:
+                layer.kernel[...] = layer.kernel[...] + 0.1 * (number + 1)
+        folders[name] = save_adapter(model, root / name, also_train=("connector",) * own)
+    return folders
+
+
+def test_rows_choose_from_adapters_of_any_method_rank_and_connector(mixture, batch, base_logits):
+    together, forward = with_tuning(None), compiled()
+    load_adapters(together, mixture)
+    steer = random_tuning("steer:positions=all", 50)
+    together.tuning = stack_adapters({"steer": steer}, beside=together.tuning)
+    found: dict[str | None, np.ndarray] = {None: base_logits}
+    for name in (names := [*MIXTURE, "steer"]):
+        single = with_tuning(steer)
+        if name != "steer":
+            load_adapter(single, mixture[name])
+        found[name] = np.asarray(forward(*nnx.split(single), batch))
+    for start in range(0, len(names), 3):
+        rows = [*names[start : start + 3], None][:4]
+        rows += [None] * (4 - len(rows))
+        chosen = dataclasses.replace(batch, adapter=adapter_ids(together.tuning, rows, 4))
+        got = np.asarray(forward(*nnx.split(together), chosen))
+        for row, name in enumerate(rows):
+            np.testing.assert_allclose(got[row], found[name][row], atol=1e-5, err_msg=str(name))

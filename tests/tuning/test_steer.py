@@ -87,7 +87,7 @@ def test_rows_of_a_batch_have_their_own_vectors_and_conditions():
     params = {n: x[...] for n, x in stacked.params["steer"]["llm.block.out"].items()}
     assert params["condition"].shape == (3, 3, D)
     np.testing.assert_array_equal(params["condition"][1, 1], -CONDITION)
-    np.testing.assert_allclose(params["threshold"][0], 0.1, atol=1e-7)
+    np.testing.assert_allclose(params["threshold"][0, :2], 0.1, atol=1e-7)
 
 
 def test_what_a_gate_is_given_comes_from_files_and_is_set_while_a_model_answers(tmp_path):

@@ -18,6 +18,7 @@ from moresjax.core.ops import project
 from moresjax.core.ranges import FINITE, Positive, Rate
 from moresjax.tuning.base import (
     LinearLike,
+    Method,
     ModelConfig,
     Params,
     Sites,
@@ -54,6 +55,12 @@ class LoRA(WeightDelta):
     def widened(self, width: int) -> "LoRA":
         scaled = self.scale * (width**0.5 if self.rslora else width)
         return dataclasses.replace(self, rank=width, alpha=None if scaled == 2 * width else scaled)
+
+    def kind(self) -> Method:
+        return dataclasses.replace(super().kind(), rank=1, alpha=1.0, rslora=False)
+
+    def of_kind(self, params: Params) -> Params:
+        return params | {"b": self.scale * params["b"]}
 
     def sites(self, config: ModelConfig) -> Sites:
         shapes = linear_sites(self, config, self.targets)

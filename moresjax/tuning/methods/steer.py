@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.ranges import FINITE
-from moresjax.tuning.base import Edit, ModelConfig, Params, Sites, register
+from moresjax.tuning.base import Edit, Method, ModelConfig, Params, Sites, register
 from moresjax.tuning.sites import edit_dim
 from moresjax.tuning.spec import check_choice
 
@@ -68,6 +68,10 @@ class Steer(Edit):
         check_choice(self, "gate", GATES)
         if self.gate == "none" and (self.condition or self.threshold):
             raise UserError("steer: condition and threshold are those of gate=above or gate=below")
+
+    def kind(self) -> Method:
+        own = {"vector": "", "alpha": 1.0, "condition": "", "threshold": 0.0}
+        return dataclasses.replace(super().kind(), **own)
 
     def sites(self, config: ModelConfig) -> Sites:
         return {self.site: (edit_dim(self, self.site, config),)}

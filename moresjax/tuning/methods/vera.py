@@ -20,6 +20,7 @@ from moresjax.core.ranges import Positive, Range, Rate
 from moresjax.core.types import AnyArray
 from moresjax.tuning.base import (
     LinearLike,
+    Method,
     ModelConfig,
     Params,
     Sites,
@@ -51,6 +52,10 @@ class VeRA(WeightDelta):
     dropout: Rate = 0.0
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     targets: str = "q;v"
+
+    def kind(self) -> Method:
+        # The widest of its linears decides the frozen matrices.
+        return dataclasses.replace(super().kind(), targets=self.targets)
 
     def sites(self, config: ModelConfig) -> Sites:
         return linear_sites(self, config, self.targets)

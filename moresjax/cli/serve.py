@@ -1,0 +1,146 @@
+"""`moresjax serve`: a model and its adapters behind OpenAI's API, and a page to talk to them."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moresjax.cli.options import Commands, adapter_folders, add_command, add_loading, load_model
+from moresjax.core.errors import UserError
+
+if TYPE_CHECKING:
+    from moresjax.inference.model import Model
+    from moresjax.serving.server import ServerConfig
+
+KEY_VARIABLE = "MORESJAX_API_KEY"
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the subcommand."""
+    help = "answer requests of OpenAI's API and show a page to chat with a model"
+    serve = add_command(commands, "serve", run, help, compiles=True)
+    serve.add_argument("model", metavar="DIR", help="a workdir or a Hugging Face folder")
+    serve.add_argument("--name", help="what clients call the model; default: the folder's name")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that clients may call the server by, beside localhost; may be repeated",
+    )
+    serve.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help=f"file with the key that clients have to send; default: the variable {KEY_VARIABLE}, "
+        "else no key",
+    )
+    serve.add_argument(
+        "--rows",
+        type=int,
+        default=32,
+        metavar="N",
+        help="requests answered at a time (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-waiting",
+        type=int,
+        default=256,
+        metavar="N",
+        help="requests that may wait; more are refused with status 429 (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="the most tokens of an answer (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-body",
+        type=int,
+        default=64,
+        metavar="MB",
+        help="the most megabytes of a request (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--max-pixels",
+        type=float,
+        default=64,
+        metavar="MILLIONS",
+        help="the most pixels of an image (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--check", action="store_true", help="answer one question with one token, and end"
+    )
+    add_loading(serve, "clients choose among these and the base model by name")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves a model until it is interrupted."""
+    config = _config(args)
+    try:
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise UserError("`moresjax serve` needs its extra: pip install 'moresjax[serve]'") from None
+    from moresjax.serving.run import check, serve
+    from moresjax.serving.server import Server
+
+    model, folders = _load(args)
+    server = Server(model, args.name or Path(args.model).resolve().name, config, folders)
+    if args.check:
+        check(server)
+    else:
+        serve(server, args.host, args.port, as_json=args.json)
+
+
+def _config(args: argparse.Namespace) -> "ServerConfig":
+    """What the options allow."""
+    from moresjax.serving.images import ImageLimits
+    from moresjax.serving.server import ServerConfig
+
+    for name in ("rows", "max_waiting", "max_new_tokens", "max_body", "max_pixels"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0")
+    if not 0 <= args.port < 1 << 16:
+        raise UserError(f"--port must be from 0 to 65535, got {args.port}")
+    return ServerConfig(
+        rows=args.rows,
+        max_waiting=args.max_waiting,
+        max_new_tokens=args.max_new_tokens,
+        max_body=args.max_body << 20,
+        images=ImageLimits(max_pixels=int(args.max_pixels * 1e6)),
+        api_key=_key(args.api_key_file),
+        hosts=(args.host, *args.allow_host),
+    )
+
+
+def _key(file: str | None) -> str | None:
+    """The key that clients have to send, which no message ever shows."""
+    if file is None:
+        return os.environ.get(KEY_VARIABLE) or None
+    try:
+        key = Path(file).read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--api-key-file {file} cannot be read") from None
+    if not key:
+        raise UserError(f"--api-key-file {file} is empty")
+    return key
+
+
+def _load(args: argparse.Namespace) -> "tuple[Model, dict[str, str]]":
+    """The model with the adapters that clients choose from; one without a name is always on."""
+    pairs = adapter_folders(args)
+    names = [name for name, _ in pairs]
+    if len(pairs) == 1 and not names[0]:
+        return load_model(args, adapter=pairs[0][1]), {}
+    if not all(names):
+        raise UserError("several --adapter need names of their own: --adapter NAME=DIR")
+    if len(set(names)) < len(names):
+        raise UserError("two --adapter have the same name")
+    return load_model(args, adapter=dict(pairs) or None), dict(pairs)

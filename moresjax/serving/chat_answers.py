@@ -1,0 +1,193 @@
+"""Answers of `/v1/chat/completions`, whole or as a stream of chunks."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from moresjax.core.row import Row
+from moresjax.generation.row_pool import PoolRequest
+from moresjax.serving.attention import answer_attention, head_maps
+from moresjax.serving.chat_request import ChatRequest
+from moresjax.serving.errors import ApiError
+from moresjax.serving.server import Piece, Server, TokenInfo
+
+
+class ChatAnswer:
+    """The answers to one request.
+
+    Args:
+      server: The server.
+      asked: The request.
+      row: Its prompt.
+      adapter: The adapter that answers.
+    """
+
+    def __init__(self, server: Server, asked: ChatRequest, row: Row, adapter: str | None) -> None:
+        self._server, self._asked, self._row, self._adapter = server, asked, row, adapter
+        self._name = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+
+    @classmethod
+    async def of(cls, server: Server, asked: ChatRequest) -> "ChatAnswer":
+        """The answers to a request, whose prompt is read on another thread.
+
+        Raises:
+          ApiError: The model is unknown or cannot read the prompt.
+        """
+        adapter = server.adapter(asked.model, asked.adapter)
+        return cls(server, asked, await run_in_threadpool(server.prepare, asked.sample), adapter)
+
+    async def head_maps(self, ids: list[int], token: int) -> dict[str, Any] | None:
+        """Where every head looks for one token of an answer; see `head_maps`."""
+        model, row, adapter = self._server.model, self._row, self._adapter
+        future = self._server.scheduler.call(lambda: head_maps(model, row, ids, adapter, token))
+        return await asyncio.wrap_future(future)
+
+    def _requests(self) -> list[PoolRequest]:
+        """A request for each answer, with a seed of its own."""
+        decoding = self._asked.decoding
+        limit = self._server.limit(self._row, decoding)
+        sampling = decoding.sampling
+        return [
+            PoolRequest(
+                self._row,
+                limit,
+                self._adapter,
+                dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32),
+                listed=self._asked.top_logprobs > 0,
+            )
+            for number in range(decoding.count)
+        ]
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """The pieces of all answers, with the number of the answer."""
+        stop, top = self._asked.decoding.stop, self._asked.top_logprobs
+        readers = [self._server.read(one, stop, top) for one in self._requests()]
+        async for pair in merged(readers):
+            yield pair
+
+    async def whole(self) -> dict[str, Any]:
+        """All answers in one object."""
+        count = self._asked.decoding.count
+        texts, tokens, reasons, total = [""] * count, [[] for _ in range(count)], [""] * count, 0
+        async for number, piece in self.pieces():
+            texts[number] += piece.text
+            tokens[number] += piece.tokens
+            reasons[number] = piece.reason or ""
+            total += piece.count
+        choices = []
+        for number in range(count):
+            message = {"role": "assistant", "content": texts[number], "refusal": None}
+            choice = {"index": number, "message": message, "finish_reason": reasons[number]}
+            choice |= {"logprobs": self._logprobs(tokens[number])}
+            choices.append(choice | (await self._attention(number, tokens[number])))
+        return self._object("chat.completion", choices) | {"usage": self._usage(total)}
+
+    async def stream(self) -> AsyncIterator[dict[str, str]]:
+        """Events of a stream; an error under way is its last event."""
+        total, decoding, first = 0, self._asked.decoding, []
+        with_usage = {"usage": None} if decoding.with_usage else {}
+
+        def event(choices: list[dict], **more: Any) -> dict[str, str]:
+            chunk = self._object("chat.completion.chunk", choices) | with_usage | more
+            return {"data": json.dumps(chunk, ensure_ascii=False)}
+
+        try:
+            for number in range(decoding.count):
+                delta = {"role": "assistant", "content": ""}
+                yield event([self._delta(number, delta, None, None)])
+            async for number, piece in self.pieces():
+                total += piece.count
+                if number == 0:
+                    first += piece.tokens
+                if piece.text or piece.tokens:
+                    delta, logprobs = {"content": piece.text}, self._logprobs(piece.tokens)
+                    yield event([self._delta(number, delta, logprobs, None)])
+                if piece.reason:
+                    last = self._delta(number, {}, None, piece.reason)
+                    yield event([last | (await self._attention(number, first))])
+        except ApiError as error:
+            yield {"data": json.dumps(error.body)}
+            return
+        if decoding.with_usage:
+            yield event([], usage=self._usage(total))
+        yield {"data": "[DONE]"}
+
+    def _delta(self, number: int, delta: dict, logprobs: Any, reason: str | None) -> dict:
+        return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+    async def _attention(self, number: int, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
+        """What the first answer looks at, where that is wanted."""
+        if not self._asked.attention or number:
+            return {}
+        model, row, adapter = self._server.model, self._row, self._adapter
+        ids = [token.id for token in tokens]
+
+        def job() -> dict[str, Any] | None:
+            return answer_attention(model, row, ids, adapter)
+
+        return {"attention": await asyncio.wrap_future(self._server.scheduler.call(job))}
+
+    def _logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, Any] | None:
+        if not self._asked.logprobs:
+            return None
+        return {"content": [token.to_dict() for token in tokens], "refusal": None}
+
+    def _object(self, kind: str, choices: list[dict]) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": kind,
+            "created": self._created,
+            "model": self._asked.model,
+            "system_fingerprint": self._server.fingerprint,
+            "choices": choices,
+        }
+
+    def _usage(self, new: int) -> dict[str, int]:
+        read = len(self._row)
+        return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
+
+
+async def merged(
+    readers: Sequence[AsyncIterator[Piece]],
+) -> AsyncIterator[tuple[int, Piece]]:
+    """What several readers give, in the order in which it comes, with the reader's number.
+
+    When nobody reads on, or a reader fails, all readers end.
+    """
+    events: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+
+    async def follow(number: int, reader: AsyncIterator[Piece]) -> None:
+        try:
+            async for piece in reader:
+                events.put_nowait((number, piece))
+            events.put_nowait((number, None))
+        except Exception as error:
+            events.put_nowait((number, error))
+
+    tasks = [asyncio.create_task(follow(*pair)) for pair in enumerate(readers)]
+    try:
+        left = len(tasks)
+        while left:
+            number, event = await events.get()
+            if isinstance(event, Exception):
+                raise event
+            if event is None:
+                left -= 1
+            else:
+                yield number, event
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        for reader in readers:
+            await reader.aclose()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,251 @@
+"""One thread that owns the model: it takes requests while others are decoded.
+
+Requests wait in a queue of limited length and enter the `RowPool` in the order in which they came;
+those behind the first that have its shape are read together with it. Whatever else needs the model
+(scores, attention, loading an adapter) runs on the same thread between two steps.
+
+Axis legend: N new tokens, K listed tokens.
+"""
+
+import dataclasses
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from moresjax.core.errors import UserError
+from moresjax.generation.row_pool import NewTokens, PoolRequest, RowPool
+from moresjax.inference.model import Model
+from moresjax.serving.metrics import Metrics
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class QueueFull(Exception):
+    """More requests wait than the server holds; come back later."""
+
+
+@dataclasses.dataclass(eq=False)
+class Ticket:
+    """A request on its way.
+
+    Attributes:
+      request: What is asked.
+      tell: Called on the scheduler's thread with every `NewTokens`, or with the exception that
+        ended the request.
+      slot: Its row while it is answered, else None.
+      gone: Whether nobody waits for the answer any more.
+    """
+
+    request: PoolRequest
+    tell: Callable[[NewTokens | Exception], None]
+    slot: int | None = None
+    gone: bool = False
+
+
+class Scheduler:
+    """Answers requests with one model, many at a time, on a thread of its own.
+
+    Args:
+      model: The model, which nobody else uses until `close`.
+      rows: How many requests are answered at a time.
+      max_waiting: How many more may wait.
+      max_new_tokens: The most new tokens that a request may ask for.
+      chunk: The most tokens between two looks at who comes and goes.
+      metrics: The counters to keep.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        rows: int = 32,
+        max_waiting: int = 256,
+        max_new_tokens: int = 2048,
+        chunk: int = 8,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.model, self.metrics = model, metrics or Metrics()
+        self.rows, self.max_waiting, self._chunk = rows, max_waiting, chunk
+        self.max_new_tokens = min(max_new_tokens, model.service.max_length)
+        self._waiting: deque[Ticket] = deque()
+        self._jobs: deque[tuple[Callable[[], Any], Future, bool]] = deque()
+        self._answering: dict[int, Ticket] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._pool: RowPool | None = None
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: PoolRequest, tell: Callable[[NewTokens | Exception], None]) -> Ticket:
+        """Puts a request into the queue.
+
+        Args:
+          request: What is asked.
+          tell: Called on the scheduler's thread with what comes of it.
+
+        Raises:
+          UserError: The prompt and its new tokens do not fit the model.
+          QueueFull: Too many requests wait.
+        """
+        self.model.service.check_context(request.row, request.max_new_tokens)
+        if request.max_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"max_tokens is {request.max_new_tokens}, but this server answers with "
+                f"{self.max_new_tokens} tokens at most"
+            )
+        ticket = Ticket(request, tell)
+        with self._changed:
+            if len(self._waiting) >= self.max_waiting:
+                self.metrics.add("requests_refused")
+                raise QueueFull(f"{self.max_waiting} requests wait already")
+            self._waiting.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Gives up a request; its row is free before the next step."""
+        with self._changed:
+            ticket.gone = True
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            self._changed.notify()
+
+    def call(self, job: Callable[[], T], *, alone: bool = False) -> "Future[T]":
+        """Runs something with the model between two steps.
+
+        Args:
+          job: What runs on the scheduler's thread.
+          alone: Whether all rows have to end before, and the pool is made anew afterwards: what
+            changes the model's tuning does so.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            self._jobs.append((job, future, alone))
+            self._changed.notify()
+        return future
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many requests are answered and how many wait."""
+        return {"running": len(self._answering), "waiting": len(self._waiting)}
+
+    def close(self) -> None:
+        """Ends the thread; requests under way are told."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closed or self._waiting or self._jobs or self._answering):
+                    self._changed.wait()
+                if self._closed:
+                    break
+                gone = [slot for slot, ticket in self._answering.items() if ticket.gone]
+            try:
+                self._turn(gone)
+            except Exception as error:  # whatever JAX raises; the next requests may go well
+                logger.exception("a step of the server failed")
+                self._fail(error)
+        self._fail(RuntimeError("the server stops"), with_waiting=True)
+
+    def _turn(self, gone: list[int]) -> None:
+        """Frees rows that nobody waits for, runs jobs, admits requests, and makes a step."""
+        if gone and self._pool is not None:
+            self._pool.release(gone)
+        for slot in gone:
+            del self._answering[slot]
+            self.metrics.add("requests_cancelled")
+        held = self._run_jobs()
+        if self._pool is None:
+            self._pool = self._make_pool()
+        if not held:
+            while self._waiting and self._pool.num_free:
+                self._admit(self._pool)
+        few = max(self.rows // 4, 1) if self._waiting else None
+        for new in self._pool.step(few):
+            ticket = self._answering[new.slot]
+            self.metrics.add("generation_tokens", len(new.ids))
+            if new.done:
+                del self._answering[new.slot]
+                self.metrics.add("requests_answered")
+            ticket.tell(new)
+
+    def _run_jobs(self) -> bool:
+        """Runs the jobs that may run; whether the next one waits until all rows have ended."""
+        while True:
+            with self._changed:
+                if not self._jobs:
+                    return False
+                job, future, alone = self._jobs[0]
+                if alone and self._answering:
+                    return True
+                self._jobs.popleft()
+            if alone:
+                self._pool = None
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(job())
+            except Exception as error:
+                future.set_exception(error)
+
+    def _admit(self, pool: RowPool) -> None:
+        """Admits the first request that waits and those of its shape."""
+        most = min(pool.num_free, pool.most_at_once)
+        with self._changed:
+            if not self._waiting:
+                return
+            shape = self._waiting[0].request.shape
+            tickets = [one for one in self._waiting if one.request.shape == shape][:most]
+            for ticket in tickets:
+                self._waiting.remove(ticket)
+        try:
+            slots = pool.admit([ticket.request for ticket in tickets])
+        except UserError as error:
+            for ticket in tickets:
+                ticket.tell(error)
+            return
+        except Exception as error:
+            for ticket in tickets:
+                ticket.tell(error)
+            raise
+        self.metrics.add("prompt_tokens", sum(len(ticket.request.row) for ticket in tickets))
+        for slot, ticket in zip(slots, tickets, strict=True):
+            ticket.slot = slot
+            self._answering[slot] = ticket
+
+    def _make_pool(self) -> RowPool:
+        service, prompts = self.model.service, self.model.prompts
+        return RowPool(
+            service.engine(),
+            service.batch,
+            rows=self.rows,
+            most=self.max_new_tokens,
+            chunk=self._chunk,
+            listed=min(20, self.model.config.llm.vocab_size),
+            penalty=prompts.processor.generation.repetition_penalty,
+            adapters=bool(self.model.adapters),
+        )
+
+    def _fail(self, error: Exception, with_waiting: bool = False) -> None:
+        """Tells everybody of an error, and begins with empty rows."""
+        self._pool = None
+        with self._changed:
+            tickets = [*self._answering.values()]
+            self._answering.clear()
+            if with_waiting:
+                tickets += self._waiting
+                self._waiting.clear()
+                jobs = [future for _, future, _ in self._jobs]
+                self._jobs.clear()
+                for future in jobs:
+                    future.set_exception(error)
+        for ticket in tickets:
+            ticket.tell(error)

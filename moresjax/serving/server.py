@@ -1,0 +1,350 @@
+"""What a server knows: its model under its names, the scheduler, and how answers are read.
+
+Axis legend: N new tokens, K listed tokens.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moresjax.core.errors import UserError
+from moresjax.core.layout import TokenKind
+from moresjax.core.row import Row
+from moresjax.core.types import Ids
+from moresjax.data.samples import Sample
+from moresjax.generation.row_pool import NewTokens, PoolRequest
+from moresjax.generation.text import TextStream, has_stop
+from moresjax.inference.model import Model
+from moresjax.serving.chat_request import Decoding
+from moresjax.serving.errors import ApiError
+from moresjax.serving.fields import Fields
+from moresjax.serving.images import ImageLimits
+from moresjax.serving.metrics import Metrics
+from moresjax.serving.scheduler import QueueFull, Scheduler
+from moresjax.tuning.multi_adapter import BASE
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """What a server allows.
+
+    Attributes:
+      rows: How many requests are answered at a time.
+      max_waiting: How many more may wait; others are refused with status 429.
+      max_new_tokens: The most new tokens of an answer.
+      default_new_tokens: The most new tokens where a request names no number.
+      max_body: The most bytes of a request.
+      images: What images a request may have.
+      api_key: What clients have to send as a bearer token; None for no key.
+      hosts: The names that the server may be called by, beside those of this machine itself.
+    """
+
+    rows: int = 32
+    max_waiting: int = 256
+    max_new_tokens: int = 2048
+    default_new_tokens: int = 512
+    max_body: int = 64 << 20
+    images: ImageLimits = dataclasses.field(default_factory=ImageLimits)
+    api_key: str | None = dataclasses.field(default=None, repr=False)
+    hosts: tuple[str, ...] = ()
+
+
+DEFAULT_CONFIG = ServerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenInfo:
+    """A new token and what might have stood in its place.
+
+    Attributes:
+      id: Its id.
+      text: Its text.
+      logprob: Its natural log-probability.
+      likely: Text and log-probability of the most likely tokens.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    likely: tuple[tuple[str, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The token as OpenAI's chat API writes it."""
+        return _token(self.text, self.logprob) | {
+            "top_logprobs": [_token(text, logprob) for text, logprob in self.likely]
+        }
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of an answer.
+
+    Attributes:
+      text: Text that never changes again.
+      tokens: The new tokens behind it, without the one that ends the answer.
+      count: How many tokens that is, the end token included.
+      reason: `stop` or `length` with the last piece, else None.
+    """
+
+    text: str
+    tokens: list[TokenInfo]
+    count: int
+    reason: str | None
+
+
+class Server:
+    """A model under its names, answered by a scheduler.
+
+    Args:
+      model: The model, which belongs to the server until `close`.
+      name: The name of the base model.
+      config: What the server allows.
+      folders: The folders of the model's adapters by name.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        name: str,
+        config: ServerConfig = DEFAULT_CONFIG,
+        folders: Mapping[str, str | Path] | None = None,
+    ) -> None:
+        self._folders = dict(folders or {})
+        self.model, self.name, self.config = model, name, config
+        self.created = int(time.time())
+        self.metrics = Metrics()
+        self.fingerprint = f"fp_{model.fingerprint}"
+        self.scheduler = Scheduler(
+            model,
+            rows=config.rows,
+            max_waiting=config.max_waiting,
+            max_new_tokens=config.max_new_tokens,
+            metrics=self.metrics,
+        )
+        self._preparing = threading.Lock()
+
+    @property
+    def penalty(self) -> float:
+        """The repetition penalty of the model's folder; 1 for none."""
+        return self.model.prompts.processor.generation.repetition_penalty
+
+    @property
+    def start_id(self) -> int:
+        """The token that stands before a text that has nothing before it."""
+        tokenizer = self.model.prompts.tokenizer
+        bos = tokenizer.bos_token_id
+        return tokenizer.eos_token_id if bos is None else bos
+
+    def spell(self, token: int) -> str:
+        """A single token as text, special ones included."""
+        return self.model.prompts.tokenizer.decode([token])
+
+    def close(self) -> None:
+        """Ends the scheduler."""
+        self.scheduler.close()
+
+    def models(self) -> list[dict[str, Any]]:
+        """The base model and its adapters, as OpenAI's API lists them."""
+        base = {"id": self.name, "object": "model", "created": self.created}
+        base |= {"owned_by": "moresjax", "root": self.name, "parent": None}
+        base["max_model_len"] = self.model.service.max_length
+        base["tuning"] = "none" if self.model.adapters else self.model.tuning
+        adapters = [base | {"id": name, "parent": self.name} for name in self.model.adapters]
+        return [base, *adapters]
+
+    def adapter(self, model: str, adapter: str | None) -> str | None:
+        """The adapter that answers for a model's name; None for the base model.
+
+        Raises:
+          ApiError: There is no such model or adapter.
+        """
+        for name, param in ((adapter, "adapter"), (model, "model")):
+            if name is None or (param == "model" and name == self.name):
+                continue
+            if name == BASE and param == "adapter":
+                return None
+            if name in self.model.adapters:
+                return name
+            known = ", ".join((self.name, *self.model.adapters))
+            raise ApiError(
+                f"the {param} {name!r} does not exist; there are {known}",
+                status=404,
+                param=param,
+                code="model_not_found",
+            )
+        return None
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        """Puts an adapter beside the others, once the answers under way have ended.
+
+        Raises:
+          ApiError: The name is taken, or the folder is no adapter of this model.
+        """
+        if name in (self.name, BASE, *self.model.adapters):
+            raise ApiError(f"there is a model {name!r} already", param="lora_name")
+        await self._change(lambda: self._set_adapters(self._folders | {name: folder}), "lora_path")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Takes an adapter away, once the answers under way have ended.
+
+        Raises:
+          ApiError: There is no such adapter.
+        """
+        if name not in self.model.adapters:
+            known = ", ".join(self.model.adapters) or "none"
+            raise ApiError(
+                f"there is no adapter {name!r}; there are {known}", 404, "lora_name", "not_found"
+            )
+        rest = {other: folder for other, folder in self._folders.items() if other != name}
+        await self._change(lambda: self._set_adapters(rest), "lora_name")
+
+    def _set_adapters(self, folders: Mapping[str, str | Path]) -> None:
+        if folders:
+            self.model.load_adapters(folders)
+        else:
+            self.model.attach("none")
+        self._folders = dict(folders)
+
+    async def _change(self, job: Callable[[], None], param: str) -> None:
+        try:
+            await asyncio.wrap_future(self.scheduler.call(job, alone=True))
+        except UserError as error:
+            raise ApiError(str(error), param=param) from None
+
+    def prepare(self, sample: Sample) -> Row:
+        """The row of a conversation; on a thread of its own, for images are decoded.
+
+        Raises:
+          ApiError: The model cannot read it.
+        """
+        prompts = self.model.prompts
+        try:
+            with self._preparing:
+                system = prompts.system_prompt(sample.system)
+                return prompts.sample_row(dataclasses.replace(sample, system=system))
+        except UserError as error:
+            raise ApiError(str(error), param="messages") from None
+
+    def answer_ids(self, fields: Fields, sample: Sample) -> list[int]:
+        """The tokens of a given answer: its `answer_ids`, or those that the text `answer` has.
+
+        Args:
+          fields: The request.
+          sample: Its conversation.
+
+        Raises:
+          ApiError: There is no answer, or it does not fit the model.
+        """
+        ids, text = fields.get("answer_ids"), fields.text("answer")
+        if ids is not None:
+            size = self.model.config.llm.vocab_size
+            fine = isinstance(ids, list) and all(type(x) is int and 0 <= x < size for x in ids)
+            if not fine or not ids:
+                raise fields.wrong("answer_ids", "token ids")
+            return ids
+        if not text:
+            raise ApiError("give the tokens of an answer as answer_ids, or its text as answer")
+        last = dataclasses.replace(sample.turns[-1], answer=text)
+        sample = dataclasses.replace(sample, turns=(*sample.turns[:-1], last))
+        with self._preparing:
+            row = self.model.prompts.processor.without_end.text_row(sample)
+        ends = np.flatnonzero(row.kind != TokenKind.ANSWER)  # the last of them opens the answer
+        return row.tokens[int(ends[-1]) + 1 :].tolist()
+
+    def limit(self, row: Row, decoding: Decoding) -> int:
+        """The most new tokens of an answer to a prompt."""
+        if decoding.max_tokens is not None:
+            return decoding.max_tokens
+        room = self.model.service.max_length - len(row)
+        return max(min(self.config.default_new_tokens, self.scheduler.max_new_tokens, room), 1)
+
+    async def read(
+        self, request: PoolRequest, stop: Sequence[str] = (), top: int = 0, *, strip: bool = True
+    ) -> AsyncIterator[Piece]:
+        """Answers a prompt piece by piece; whoever stops reading frees its row.
+
+        Args:
+          request: What is asked.
+          stop: The answer ends before the first of these strings.
+          top: How many likely tokens each token has.
+          strip: Whether blanks around the answer are left out.
+
+        Raises:
+          ApiError: The request does not fit the model, the queue is full, or the server fails.
+        """
+        events: asyncio.Queue[NewTokens | Exception] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(event: NewTokens | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = self._submit(request, tell)
+        prompts = self.model.prompts
+        stream = TextStream(prompts.spell, stop, strip=strip)
+        ends, ids = set(prompts.processor.eos_ids), []
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise _failure(event)
+                before = len(ids)
+                ids += event.ids.tolist()
+                stopped = bool(stop) and has_stop(prompts.spell(ids), stop)
+                if stopped:
+                    del ids[_length_with_stop(prompts.spell, ids, stop, before) :]
+                final = event.done or stopped
+                text = stream.push(ids, final)
+                ended = final and bool(ids) and ids[-1] in ends
+                kept = ids[before:-1] if ended else ids[before:]
+                reason = None if not final else "stop" if ended or stopped else "length"
+                yield Piece(text, self._infos(kept, event, top), len(ids) - before, reason)
+                if final:
+                    return
+        finally:
+            self.scheduler.cancel(ticket)
+
+    def _submit(self, request: PoolRequest, tell: Callable[[NewTokens | Exception], None]) -> Any:
+        try:
+            return self.scheduler.submit(request, tell)
+        except UserError as error:
+            raise ApiError(str(error)) from None
+        except QueueFull as error:
+            raise ApiError(f"{error}; try again later", status=429, retry_after=1) from None
+
+    def _infos(self, ids: Ids | list[int], new: NewTokens, top: int) -> list[TokenInfo]:
+        """New tokens with their texts and what might have stood there."""
+        spell, found = self.spell, []
+        for number, token in enumerate(ids):
+            likely: tuple[tuple[str, float], ...] = ()
+            if new.likely_ids is not None and new.likely_logprobs is not None:
+                pairs = zip(new.likely_ids[number], new.likely_logprobs[number], strict=True)
+                likely = tuple((spell(int(i)), float(p)) for i, p in list(pairs)[:top])
+            found.append(TokenInfo(token, spell(token), float(new.logprobs[number]), likely))
+        return found
+
+
+def _length_with_stop(
+    spell: Callable[[Ids], str], ids: list[int], stop: Sequence[str], least: int
+) -> int:
+    """How many tokens there are up to the end of the first stop string."""
+    lengths = range(least + 1, len(ids))
+    return next((n for n in lengths if has_stop(spell(np.asarray(ids[:n])), stop)), len(ids))
+
+
+def _failure(error: Exception) -> ApiError:
+    """What a client is told of an error on the scheduler's thread."""
+    if isinstance(error, UserError):
+        return ApiError(str(error))
+    return ApiError("the server failed to answer; its log says why", status=500)
