@@ -200,9 +200,9 @@ STUDIES = (
                 ["six paraphrases, rephrased", "100%", "-", "-"],
             ],
         ),
-        "Ten digits and one-word answers: that control is easy here says nothing about LLaVA. The "
-        "answer follows from the question's words, so that a text editor alone can have it, and "
-        "any region will do.",
+        "Ten digits and one-word answers: that control is easy here says nothing about LLaVA. In "
+        "misclassification the answer follows from the question's words, so that a text editor "
+        "alone can have it, and any region will do; in misalignment it does not.",
         _control,
         more_minutes=0.2,
     ),
