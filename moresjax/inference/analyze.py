@@ -1,8 +1,8 @@
 """What a model looks at while it answers: the notebook's `mj.analyze`, with what it needs besides.
 
 Concepts of states (`learn`, `ground_text`, `ground_images`, `stability`), their shifts
-(`measure_shift`), steering vectors (`coarse`, `contrast`, `fine`) and probes (`separability`) come
-from `moresjax.analysis`.
+(`measure_shift`), steering vectors (`coarse`, `contrast`, `fine`), probes (`separability`) and
+sensitivities (`concept_sensitivity`) come from `moresjax.analysis`.
 
 Axis legend: N images, L layers, G new tokens, V visual tokens, Y, X patches of an image.
 """
@@ -26,6 +26,7 @@ from moresjax.analysis.concepts import learn as learn
 from moresjax.analysis.concepts import stability as stability
 from moresjax.analysis.grounding import ground_images as ground_images
 from moresjax.analysis.grounding import ground_text as ground_text
+from moresjax.analysis.sensitivity import concept_sensitivity as concept_sensitivity
 from moresjax.analysis.separability import separability as separability
 from moresjax.analysis.shift_study import measure_shift as measure_shift
 from moresjax.analysis.states import States as States
@@ -42,6 +43,7 @@ from moresjax.inference.lens import logit_lens as logit_lens
 from moresjax.inference.model import Model
 from moresjax.inference.patching import patching as patching
 from moresjax.inference.prompts import Images, PromptImages, check_images, pair_images, pair_pointed
+from moresjax.inference.sensitivity import answer_gradients as answer_gradients
 
 
 @dataclasses.dataclass(frozen=True)
