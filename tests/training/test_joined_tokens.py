@@ -1,4 +1,4 @@
-"""A model of MiniGPT-v2's shape, whose visual tokens are four patches each: trained, read, exported."""
+"""A model of MiniGPT-v2's shape, four patches a visual token: trained, read, exported."""
 
 import json
 from pathlib import Path
