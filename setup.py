@@ -75,6 +75,7 @@ setup(
             *SERVE,
             "openai>=2",
             "httpx>=0.28",
+            "lm_eval[api]>=0.4.13",  # its models that ask a server
             # Plans are compiled for TPUs on any machine.
             f"jax[tpu]{JAX}",
         ],

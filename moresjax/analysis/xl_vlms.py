@@ -1,8 +1,9 @@
-"""Concepts and steering vectors from the `.pth` files of xl-vlms.
+"""Concepts, steering vectors and hidden states from the `.pth` files of xl-vlms.
 
 Source: mshukor/xl-vlms, as its analyses save them: dictionaries with `concepts` [K, D],
-`activations` [N, K], `decomposition_method`, `text_grounding` and `image_grounding_paths`, and
-steering vectors `steering_vector*` [D]. No file of theirs was at hand.
+`activations` [N, K], `decomposition_method`, `text_grounding`, `image_grounding_paths` and the
+fitted scikit-learn object `analysis_model`, of which only the numbers are read; steering vectors
+`steering_vector*` [D]; and features, which `xl_vlms_features` reads. No file of theirs was at hand.
 
 Their `steering_vector_concept_i_to_j` is `u_i - u_j`, which steers from j to i; it is turned round,
 and called `i>j`, as vectors between concepts are here. Their `mean_of_directions` is the mean of
@@ -20,13 +21,20 @@ import numpy as np
 
 from moresjax.analysis.concepts import METHODS, Concepts
 from moresjax.analysis.vectors import save_vectors
+from moresjax.analysis.xl_vlms_features import STATES, save_features
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import new_folder
 from moresjax.weights.files import pickle_error, unpickled
 
 ORIGIN = "xl-vlms"
-# Their names of methods -> ours; what `pca` centres by is in an object that is not read.
-RENAMED = {"nndl": "snmf", **{name: name for name in METHODS if name not in ("pca", "sae")}}
+# Their names of methods -> ours.
+RENAMED = {"nndl": "snmf", **{name: name for name in METHODS if name != "sae"}}
+# The classes of `analysis_model`.
+FITTED = (
+    "sklearn.cluster._kmeans.KMeans",
+    "sklearn.decomposition._dict_learning.DictionaryLearning",
+    "sklearn.decomposition._pca.PCA",
+)
 FINE = re.compile(r"steering_vector_concept_(\d+)_to_(\d+)")
 CANCELS = "mean_of_directions"
 
@@ -39,26 +47,29 @@ def import_xl_vlms(
     layer: int | None = None,
     allow_pickle: bool = False,
 ) -> dict[str, Any]:
-    """Writes concepts as `Concepts.save` does, or steering vectors as `save_vectors` does.
+    """Writes concepts, steering vectors or a store of hidden states, each as ours are written.
 
     Args:
       file: A `.pth` file of xl-vlms, whose tensors torch reads without running what is in it.
       out: A new or empty folder.
       site: The site that the states were read at, such as `llm.norm.out`; the file does not say.
-      layer: Their layer.
+      layer: Their layer. Of features, which name a module, both choose it where ours is not known.
       allow_pickle: Whether a pickle may be read.
 
     Returns:
-      What was written: `kind` (`concepts` or `vectors`), and the facts.
+      What was written: `kind` (`concepts`, `vectors` or `states`), and the facts.
 
     Raises:
-      UserError: The file may not be read, cannot be, or holds neither; nothing is written then.
+      UserError: The file may not be read, cannot be, or holds none of them; nothing is written
+        then.
     """
     file = Path(file)
     content = _content(file, allow_pickle)
     facts: dict[str, Any] = {"origin": ORIGIN, "file": file.name}
     facts |= {"site": site} if site else {}
     facts |= {} if layer is None else {"layer": layer}
+    if STATES in content:
+        return {"kind": "states", **save_features(content, file, out, site, layer)}
     if "concepts" in content:
         found = _concepts(content, file, facts)
         found.save(out)
@@ -75,10 +86,11 @@ def _content(file: Path, allow_pickle: bool) -> Mapping[str, Any]:
     if not allow_pickle:
         raise pickle_error(f"{file} is pickled")
     try:
-        content = unpickled(file)
+        content = unpickled(file, FITTED)
     except UserError as error:
         raise UserError(
-            f"{error}; if it has a scikit-learn object under analysis_model, save it without that"
+            f"{error}; if it has another object than scikit-learn's KMeans, PCA or "
+            "DictionaryLearning, save it without that"
         ) from None
     if not isinstance(content, Mapping):
         raise UserError(f"{file} is none of xl-vlms: it holds a {type(content).__name__}")
@@ -104,11 +116,21 @@ def _concepts(content: Mapping[str, Any], file: Path, facts: Mapping[str, Any]) 
         raise UserError(
             f"{file} has {len(vectors)} concepts, but activations of {activations.shape[1]}"
         )
+    extra = {}
+    if method == "pca":
+        fitted = content.get("analysis_model")
+        mean = np.asarray(getattr(fitted, "mean_", ()), np.float32)
+        if mean.shape != vectors[0].shape or getattr(fitted, "whiten", False):
+            raise UserError(
+                f"{file}: concepts of pca are about a mean, which analysis_model, a PCA that does "
+                "not whiten, must tell"
+            )
+        extra["center"] = mean
     sizes = np.bincount(activations.argmax(1), minlength=len(vectors))
     more: dict[str, Any] = {"n": len(activations)}
     if words := content.get("text_grounding"):
         more["words"] = [[str(word) for word in own] for own in words]
-    return Concepts(RENAMED[method], vectors, sizes, {}, {**facts, **more})
+    return Concepts(RENAMED[method], vectors, sizes, extra, {**facts, **more})
 
 
 def _vectors(content: Mapping[str, Any], file: Path) -> dict[str, np.ndarray]:
@@ -123,5 +145,7 @@ def _vectors(content: Mapping[str, Any], file: Path) -> dict[str, np.ndarray]:
             found[name.removeprefix("steering_vector_")] = _array(content, name, 1, file)
     if not found:
         held = ", ".join(map(str, [*content][:6]))
-        raise UserError(f"{file} holds neither concepts nor steering vectors, only: {held}")
+        raise UserError(
+            f"{file} holds neither concepts nor steering vectors nor hidden states, only: {held}"
+        )
     return found

@@ -9,6 +9,7 @@ from moresjax.cli.options import (
     Commands,
     add_question_analysis,
     load_tuned_model,
+    marks_of,
     show,
 )
 
@@ -48,7 +49,7 @@ def run_attribute(args: argparse.Namespace) -> None:
     check_new(Path(args.out), "analysis")
     model = load_tuned_model(args)
     question = args.prompt, args.image
-    options = {"answer": args.answer, "against": args.against}
+    options = {"answer": args.answer, "against": args.against, "marks": marks_of(args.mark)}
     found = attribute_tokens(model, *question, **options, method=args.method)
     parts = attribute_logit(model, *question, **options | {"answer": found.answer})
     values = {name: np.asarray(x).tolist() for name, x in dataclasses.asdict(parts).items()}
@@ -70,7 +71,7 @@ def run_attribute(args: argparse.Namespace) -> None:
         save(parts_figure(parts), folder / "parts.png", dpi=150)
         save(attribution_figure(found), folder / "tokens.png", dpi=150)
         if len(found.grids):
-            for number, picture in enumerate(pictures(model, *question)):
+            for number, picture in enumerate(pictures(model, args.image)):
                 name = f"image{number + 1}.png"
                 save(attribution_on_image(picture, found, number), folder / name, dpi=150)
     layer, head = np.unravel_index(np.abs(parts.heads).argmax(), parts.heads.shape)

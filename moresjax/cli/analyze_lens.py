@@ -8,6 +8,7 @@ from moresjax.cli.options import (
     Commands,
     add_question_analysis,
     load_tuned_model,
+    marks_of,
     show,
 )
 
@@ -37,7 +38,9 @@ def run_lens(args: argparse.Namespace) -> None:
     check_new(Path(args.out), "analysis")
     model = load_tuned_model(args)
     words = [word.strip() for word in args.words.split(",")] if args.words else None
-    lens = logit_lens(model, args.prompt, args.image, words=words, top=args.top)
+    lens = logit_lens(
+        model, args.prompt, args.image, words=words, top=args.top, marks=marks_of(args.mark)
+    )
     content = {
         **model.provenance,
         "prompt": args.prompt,
@@ -53,7 +56,7 @@ def run_lens(args: argparse.Namespace) -> None:
         (folder / "lens.json").write_text(json.dumps(content) + "\n")
         save(lens_figure(lens), folder / "lens.png", dpi=150)
         if lens.grids is not None:
-            for number, picture in enumerate(pictures(model, args.prompt, args.image)):
+            for number, picture in enumerate(pictures(model, args.image)):
                 name = f"image{number + 1}.png"
                 save(lens_on_image(picture, lens, number), folder / name, dpi=150)
     lines = [

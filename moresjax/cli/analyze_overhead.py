@@ -7,7 +7,9 @@ from moresjax.cli.options import (
     Commands,
     add_command,
     add_loading,
+    add_marks,
     load_tuned_model,
+    marks_of,
     show,
 )
 
@@ -44,6 +46,7 @@ def register(kinds: Commands) -> None:
         overhead.add_argument(
             option, type=int, default=value, metavar="N", help=f"{text} (default: {value})"
         )
+    add_marks(overhead, "--prompt")
     add_loading(overhead)
 
 
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     elif model.config.vision is not None:
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3))
         images = (noise.astype(np.uint8),)
-    rows = [model.prompts.row(args.prompt, images)] * max(args.rows, 0)
+    rows = [model.prompts.asked(args.prompt, images, marks=marks_of(args.mark))] * max(args.rows, 0)
     tunings = args.tunings or METHODS
     found = measure_overhead(model, tunings, rows, args.new_tokens, rounds=args.rounds)
     data, lines = {}, ["added ms per sample, median over rounds [quartiles]"]

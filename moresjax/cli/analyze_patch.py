@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 
 from moresjax.cli.options import (
     Commands,
+    add_marks,
     add_question_analysis,
     load_tuned_model,
+    marks_of,
     show,
 )
 from moresjax.core.errors import UserError
 
 if TYPE_CHECKING:
+    from moresjax.inference.arguments import PromptOptions
     from moresjax.inference.model import Model
 
-    Asked = tuple[str, list[str]]
+    Asked = tuple[str, list[str], PromptOptions]
 
 
 def register(kinds: Commands) -> None:
@@ -35,6 +38,7 @@ def register(kinds: Commands) -> None:
         metavar="PATH",
         help="its image; may be repeated; default: the same images",
     )
+    add_marks(command, "the other prompt (default: those of --mark)", "--other-mark")
     command.add_argument(
         "--answers",
         metavar="A,B",
@@ -63,10 +67,12 @@ def run_patch(args: argparse.Namespace) -> None:
     if args.other_prompt is None and not args.other_image:
         raise UserError("patching compares two questions; give --other-prompt or --other-image")
     model = load_tuned_model(args)
-    clean = args.prompt, args.image
-    corrupt = (
+    marks = marks_of(args.mark)
+    clean: Asked = args.prompt, args.image, {"marks": marks}
+    corrupt: Asked = (
         args.prompt if args.other_prompt is None else args.other_prompt,
         args.other_image or args.image,
+        {"marks": marks_of(args.other_mark, "--other-mark") or marks},
     )
     answers = _answers(args, model, clean, corrupt)
     found = patching(
@@ -110,7 +116,8 @@ def _answers(
             raise UserError(f"--answers takes two answers, A,B, got {args.answers!r}")
         return given[0], given[1]
     first, second = (
-        model.generate(text, images, max_new_tokens=8) for text, images in (clean, corrupt)
+        model.generate(text, images, max_new_tokens=8, **pointing)
+        for text, images, pointing in (clean, corrupt)
     )
     if first == second:
         raise UserError(f"the model answers {first!r} to both questions; give --answers A,B")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from moresjax.cli.options import marks_of
 from moresjax.core.errors import UserError, choice_error
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ HELP = """\
 /image PATH...   images for the next question (quote paths with blanks); <image> says where one goes
 /system [TEXT]   the system prompt from now on; without TEXT the template's own
 /adapter [NAME]  the adapter that answers from now on, or base; without NAME tells which there are
+/roi REGION      the part of these images that the tuning acts on, such as 0,0,0.5,1 or all
+/mark NAME=TEXT  a piece of the next question that selectors mark(NAME) mean; may be repeated
 /reset           forgets the conversation
 /save FILE       writes the conversation as LLaVA JSON, which `data check` and training read
 /help            these lines
@@ -35,12 +38,16 @@ class Terminal:
 
     def __init__(self, chat: "Chat", images: Sequence[str] = ()) -> None:
         self._chat, self._images = chat, list(images)
+        self._roi: str | None = None
+        self._marks: list[str] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "/image": self._image,
             "/system": self._system,
             "/adapter": self._adapter,
             "/reset": self._reset,
             "/save": self._save,
+            "/roi": self._region,
+            "/mark": self._mark,
             "/help": lambda _: _tell(HELP),
         }
 
@@ -58,11 +65,12 @@ class Terminal:
                 _tell(str(error))
 
     def _ask(self, question: str) -> None:
-        pieces = self._chat.ask(question, self._images)
+        said = {"roi": self._roi, "marks": marks_of(self._marks)}
+        pieces = self._chat.ask(question, self._images, **said)
         try:
             for piece in pieces:
                 print(piece, end="", flush=True)
-            self._images = []
+            self._images, self._roi, self._marks = [], None, []
         except KeyboardInterrupt:
             pieces.close()
             print()
@@ -92,6 +100,18 @@ class Terminal:
         self._images = given
         _tell(f"for the next question: {', '.join(given)}")
 
+    def _region(self, text: str) -> None:
+        from moresjax.data.region_providers import region_provider
+
+        region_provider(text)
+        self._roi = text
+        _tell(f"region of the next question's images: {text}")
+
+    def _mark(self, text: str) -> None:
+        marks_of([text], "/mark")
+        self._marks.append(text)
+        _tell(f"marked in the next question: {', '.join(self._marks)}")
+
     def _system(self, text: str) -> None:
         self._chat.system = text or None
         _tell(f"system prompt: {text or 'that of the template'}")
@@ -110,7 +130,7 @@ class Terminal:
 
     def _reset(self, _: str) -> None:
         self._chat.reset()
-        self._images = []
+        self._images, self._roi, self._marks = [], None, []
         _tell("the conversation is forgotten")
 
     def _save(self, file: str) -> None:

@@ -8,7 +8,9 @@ from moresjax.cli.options import (
     add_batch_size,
     add_command,
     add_loading,
+    add_marks,
     load_model,
+    marks_of,
     show,
 )
 from moresjax.core.errors import UserError
@@ -27,13 +29,7 @@ def add_parser(commands: Commands) -> None:
     )
     generate.add_argument("--prompt", help="default: a chat, or the prompts of --prompts")
     generate.add_argument("--prompts", metavar="JSONL", help="id, prompt and images per line")
-    generate.add_argument(
-        "--mark",
-        action="append",
-        default=[],
-        metavar="NAME=TEXT",
-        help="a piece of --prompt that selectors mark(NAME) mean; may be repeated",
-    )
+    add_marks(generate, "--prompt")
     generate.add_argument(
         "--out",
         metavar="JSONL",
@@ -128,8 +124,10 @@ def run(args: argparse.Namespace) -> None:
     if args.logprobs and not (args.prompts or (args.json and args.prompt is not None)):
         raise UserError("--logprobs goes with --prompts, or with --prompt and --json")
     if args.mark and args.prompt is None:
-        raise UserError("--mark goes with --prompt; records of --prompts have `marks`")
-    marks = _marks(args.mark)
+        raise UserError(
+            "--mark goes with --prompt; records of --prompts have `marks`, and a chat has /mark"
+        )
+    marks = marks_of(args.mark)
     model = load_model(args, adapter=_adapters(args))
     if args.prompts:
         options |= {"image_root": args.image_root, "batch_size": args.batch_size}
@@ -152,17 +150,6 @@ def run(args: argparse.Namespace) -> None:
     answer = model.generate(args.prompt, args.image, marks=marks, details=True, **options)
     asked = {"prompt": args.prompt, "images": args.image}
     show(args, asked | answer.to_dict(), answer.text)
-
-
-def _marks(pieces: list[str]) -> dict[str, list[str]] | None:
-    """The texts of `--mark` by name."""
-    marks: dict[str, list[str]] = {}
-    for piece in pieces:
-        name, equals, text = piece.partition("=")
-        if not (name and equals and text):
-            raise UserError(f"--mark takes NAME=TEXT, got {piece!r}")
-        marks.setdefault(name, []).append(text)
-    return marks or None
 
 
 def _adapters(args: argparse.Namespace) -> str | dict[str, str] | None:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moresjax.core.errors import UserError
@@ -122,9 +122,36 @@ def add_question_analysis(
     command.add_argument(
         "--image", action="append", default=[], metavar="PATH", help="an image; may be repeated"
     )
+    add_marks(command, "--prompt")
     command.add_argument("--out", required=True, metavar="DIR", help="a new directory")
     add_loading(command)
     return command
+
+
+def add_marks(command: argparse.ArgumentParser, of: str, option: str = "--mark") -> None:
+    """Adds `--mark`, which `marks_of` reads, about the text that the help calls `of`."""
+    command.add_argument(
+        option,
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help=f"a piece of {of} that selectors mark(NAME) mean; may be repeated",
+    )
+
+
+def marks_of(pieces: Sequence[str], option: str = "--mark") -> dict[str, list[str]] | None:
+    """The texts of `--mark` by name; None without one.
+
+    Raises:
+      UserError: A piece is not NAME=TEXT.
+    """
+    marks: dict[str, list[str]] = {}
+    for piece in pieces:
+        name, equals, text = piece.partition("=")
+        if not (name and equals and text):
+            raise UserError(f"{option} takes NAME=TEXT, got {piece!r}")
+        marks.setdefault(name, []).append(text)
+    return marks or None
 
 
 TASKS_HELP = (

@@ -76,6 +76,14 @@ def add_parser(commands: Commands) -> None:
         help="the most pixels of an image (default: %(default)s)",
     )
     serve.add_argument(
+        "--vector",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE.npz[:KEY]",
+        help="steering vectors that clients choose by name, such as vectors.npz of `analyze "
+        "steer`; may be repeated",
+    )
+    serve.add_argument(
         "--check", action="store_true", help="answer one question with one token, and end"
     )
     add_loading(serve, "clients choose among these and the base model by name")
@@ -90,9 +98,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("`moresjax serve` needs its extra: pip install 'moresjax[serve]'") from None
     from moresjax.serving.run import check, serve
     from moresjax.serving.server import Server
+    from moresjax.serving.steering import read_shelf
 
-    model, folders = _load(args)
-    server = Server(model, args.name or Path(args.model).resolve().name, config, folders)
+    model = _load(args)
+    llm = model.config.llm
+    shelf = read_shelf(args.vector, llm.hidden_size, llm.num_layers)
+    server = Server(model, args.name or Path(args.model).resolve().name, config, shelf)
     if args.check:
         check(server)
     else:
@@ -133,14 +144,14 @@ def _key(file: str | None) -> str | None:
     return key
 
 
-def _load(args: argparse.Namespace) -> "tuple[Model, dict[str, str]]":
+def _load(args: argparse.Namespace) -> "Model":
     """The model with the adapters that clients choose from; one without a name is always on."""
     pairs = adapter_folders(args)
     names = [name for name, _ in pairs]
     if len(pairs) == 1 and not names[0]:
-        return load_model(args, adapter=pairs[0][1]), {}
+        return load_model(args, adapter=pairs[0][1])
     if not all(names):
         raise UserError("several --adapter need names of their own: --adapter NAME=DIR")
     if len(set(names)) < len(names):
         raise UserError("two --adapter have the same name")
-    return load_model(args, adapter=dict(pairs) or None), dict(pairs)
+    return load_model(args, adapter=dict(pairs) or None)

@@ -22,8 +22,16 @@ from jaxtyping import Int
 from moresjax.core.errors import UserError, choice_error
 from moresjax.data.images import named_image
 from moresjax.data.records import JsonRecords
-from moresjax.data.regions import find_regions
-from moresjax.data.samples import EARLY_TURNS, IMAGE_MARK, Sample, Turn, move_marks, moved_marks
+from moresjax.data.regions import EVERYWHERE, Box, Regions, find_regions
+from moresjax.data.samples import (
+    EARLY_TURNS,
+    IMAGE_MARK,
+    Mark,
+    Sample,
+    Turn,
+    move_marks,
+    moved_marks,
+)
 
 ROLES = ("human", "gpt")
 # How the turns of a conversation are read: as its rounds, or each by itself on the shared image.
@@ -196,7 +204,12 @@ def _role(item: Mapping[str, Any]) -> Any:
 
 
 def to_record(
-    name: str, turns: Sequence[Turn], images: Sequence[str], system: str | None = None
+    name: str,
+    turns: Sequence[Turn],
+    images: Sequence[str],
+    system: str | None = None,
+    roi: Regions = (),
+    marks: Sequence[Mark] = (),
 ) -> dict[str, Any]:
     r"""A conversation as a record of LLaVA, which `to_sample` reads.
 
@@ -208,6 +221,8 @@ def to_record(
       turns: Questions and answers, with a mark for every image.
       images: The paths of the images, from the image root.
       system: The system prompt.
+      roi: The boxes of every image.
+      marks: Named pieces of the questions.
     """
     rounds = [("system", system)] if system else []
     for turn in turns:
@@ -216,7 +231,17 @@ def to_record(
     record: dict[str, Any] = {"id": name}
     if images:
         record["image"] = images[0] if len(images) == 1 else list(images)
+    if any(boxes is not None for boxes in roi):
+        record["roi"] = [None if own is None else [*map(_written, own)] for own in roi]
+    for mark in marks:
+        named = record.setdefault("marks", {}).setdefault(mark.name, [])
+        named.append([mark.turn, mark.start, mark.end])
     return record | {"conversations": [{"from": role, "value": text} for role, text in rounds]}
+
+
+def _written(box: Box) -> list[float]:
+    """A box as a file has it; of all visual tokens it says the whole image."""
+    return [0.0, 0.0, 1.0, 1.0] if box == EVERYWHERE else list(box)
 
 
 def _is_list(rounds: Any) -> bool:

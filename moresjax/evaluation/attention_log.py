@@ -209,7 +209,9 @@ def write_maps(
             continue
         try:
             tokens = known[example.id].tokens
-            image, grid = answer_map(model, example.prompt, example.images, tokens)
+            image, grid = answer_map(
+                model, example.prompt, example.images, tokens, **example.pointed
+            )
         except UserError as error:
             reason = str(error)
             continue

@@ -1,14 +1,15 @@
 """What a model looks at while it answers: the notebook's `mj.analyze`, with what it needs besides.
 
 Concepts of states (`learn`, `ground_text`, `ground_images`, `stability`), their shifts
-(`measure_shift`), steering vectors (`coarse`, `contrast`, `fine`) and probes (`separability`) come
-from `moresjax.analysis`.
+(`measure_shift`), steering vectors (`coarse`, `contrast`, `fine`), probes (`separability`) and
+sensitivities (`concept_sensitivity`) come from `moresjax.analysis`.
 
 Axis legend: N images, L layers, G new tokens, V visual tokens, Y, X patches of an image.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Unpack
 
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +26,7 @@ from moresjax.analysis.concepts import learn as learn
 from moresjax.analysis.concepts import stability as stability
 from moresjax.analysis.grounding import ground_images as ground_images
 from moresjax.analysis.grounding import ground_text as ground_text
+from moresjax.analysis.sensitivity import concept_sensitivity as concept_sensitivity
 from moresjax.analysis.separability import separability as separability
 from moresjax.analysis.shift_study import measure_shift as measure_shift
 from moresjax.analysis.states import States as States
@@ -34,12 +36,14 @@ from moresjax.analysis.steering import fine as fine
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.core.types import Ids
+from moresjax.inference.arguments import Adapters, PromptOptions
 from moresjax.inference.attribution import attribute_logit as attribute_logit
 from moresjax.inference.attribution import attribute_tokens as attribute_tokens
 from moresjax.inference.lens import logit_lens as logit_lens
-from moresjax.inference.model import Adapters, Model
+from moresjax.inference.model import Model
 from moresjax.inference.patching import patching as patching
-from moresjax.inference.prompts import Images, PromptImages, check_images, pair_images
+from moresjax.inference.prompts import Images, PromptImages, check_images, pair_images, pair_pointed
+from moresjax.inference.sensitivity import answer_gradients as answer_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +79,7 @@ def attention(
     max_new_tokens: int = 16,
     batch_size: int = 8,
     adapters: Adapters = None,
+    **pointing: Unpack[PromptOptions],
 ) -> AttentionSummary:
     """How much attention answers pay to the image, the question and the rest, layer by layer.
 
@@ -93,6 +98,7 @@ def attention(
       max_new_tokens: Answers have at most this many tokens, and statistics are over these tokens.
       batch_size: How many prompts are answered at a time.
       adapters: The name of the loaded adapter that answers, or for every prompt its name.
+      pointing: `roi` and `marks` of `Model.generate`.
 
     Raises:
       UserError: As `Model.generate`, and when no prompt has an image.
@@ -100,7 +106,8 @@ def attention(
     texts, own = pair_images(prompts, images)
     if not any(own):
         raise UserError("attention statistics need at least one prompt with an image")
-    rows, probe = model.prompts.rows(texts, own), AttentionProbe()
+    regions, marks = pair_pointed(prompts, **pointing)
+    rows, probe = model.prompts.rows(texts, own, None, regions, marks), AttentionProbe()
     done = model.service.generate_many(
         rows,
         max_new_tokens,
@@ -118,7 +125,12 @@ def attention(
 
 
 def attention_map(
-    model: Model, prompt: str, image: PromptImages, *, max_new_tokens: int = 16
+    model: Model,
+    prompt: str,
+    image: PromptImages,
+    *,
+    max_new_tokens: int = 16,
+    **pointing: Unpack[PromptOptions],
 ) -> AttentionMap:
     """Answers a question about images and maps the attention of every token of the answer.
 
@@ -136,6 +148,7 @@ def attention_map(
       prompt: What the user says.
       image: An image or a list of images: paths, PIL images or uint8 arrays `[Y, X, 3]`.
       max_new_tokens: The answer has at most this many tokens.
+      pointing: `roi` and `marks` of `Model.generate`.
 
     Raises:
       UserError: As `Model.generate`, without an image, and for a connector whose tokens have no
@@ -144,7 +157,7 @@ def attention_map(
     own = check_images(image)
     if not own:
         raise UserError("an attention map needs an image")
-    row = model.prompts.row(prompt, own)
+    row = model.prompts.asked(prompt, own, **pointing)
     generation = model.service.generate_rows([row], max_new_tokens)
     count = int(generation.length[0])
     tokens = np.asarray(generation.tokens)[0, :count]
@@ -153,7 +166,7 @@ def attention_map(
 
 
 def answer_map(
-    model: Model, prompt: str, image: PromptImages, tokens: Ids
+    model: Model, prompt: str, image: PromptImages, tokens: Ids, **pointing: Unpack[PromptOptions]
 ) -> tuple[UInt8[np.ndarray, "Y X 3"], Float[np.ndarray, "L _ _"]]:
     """Where a given answer looks on the only image of its question, in one forward pass.
 
@@ -162,6 +175,7 @@ def answer_map(
       prompt: The question.
       image: Its image.
       tokens: The tokens of the answer.
+      pointing: `roi` and `marks` of the question, as a benchmark says them.
 
     Returns:
       The image as the model is given it, and the attention on its patches: mean over heads and the
@@ -173,7 +187,7 @@ def answer_map(
     own = check_images(image)
     if len(own) != 1:
         raise UserError(f"the map of an answer needs one image, got {len(own)}")
-    row = model.prompts.row(prompt, own)
+    row = model.prompts.row(prompt, own, **pointing)
     (grid,) = _grids(model, row, tokens, 1)
     processor = model.prompts.processor.image
     assert processor is not None  # else the row had no image

@@ -4,7 +4,7 @@ Axis legend: S tokens, N images, Y, X patches of an image.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from moresjax.analysis.attribution import (
 )
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.row import Row
+from moresjax.inference.arguments import PromptOptions
 from moresjax.inference.model import Model
 from moresjax.inference.prompts import PromptImages
 from moresjax.sharding.mesh import use_mesh
@@ -58,6 +59,7 @@ def attribute_tokens(
     answer: str | None = None,
     against: str | None = None,
     method: str = "input_x_gradient",
+    **pointing: Unpack[PromptOptions],
 ) -> TokenAttribution:
     """Which tokens and patches of a prompt an answer comes from, by derivatives.
 
@@ -75,19 +77,22 @@ def attribute_tokens(
       against: Another answer. Then the scores are about the difference of the log-probabilities of
         both, so that what speaks for any answer cancels.
       method: `input_x_gradient` or `gradient_norm`.
+      pointing: `roi` and `marks` of `Model.generate`.
 
     Raises:
       UserError: As `Model.generate`, or there is no such method.
     """
     if method not in METHODS:
         raise choice_error("method of attribution", method, METHODS)
-    row = model.prompts.row(prompt, images)
+    row = model.prompts.asked(prompt, images, **pointing)
+    marks = pointing.get("marks")
     if answer is None:
-        answer = model.generate(prompt, images, max_new_tokens=NEW)
+        answer = model.generate(prompt, images, max_new_tokens=NEW, **pointing)
         if not answer:
             raise UserError("the model says nothing; give the answer to explain")
     texts = [answer] if against is None else [answer, against]
-    pairs = [model.prompts.with_answer(row, prompt, images, text) for text in texts]
+    encode = model.prompts.with_answer
+    pairs = [encode(row, prompt, images, text, marks=marks) for text in texts]
     heads, new = zip(*pairs, strict=True)
     wholes = [head.append(ids) for head, ids in pairs]
     longest, width = max(map(len, wholes)), max(map(len, new))
@@ -122,6 +127,7 @@ def attribute_logit(
     *,
     answer: str | None = None,
     against: str | None = None,
+    **pointing: Unpack[PromptOptions],
 ) -> LogitParts:
     """What every head, MLP and edit adds to the logit of an answer's first token.
 
@@ -136,22 +142,24 @@ def attribute_logit(
       images: One image or a list of images.
       answer: The answer; default: the model's own first token.
       against: Another answer, the logit of whose first token is subtracted.
+      pointing: `roi` and `marks` of `Model.generate`.
 
     Raises:
       UserError: As `Model.generate`, for answers that begin with the same token, and for a weight
         delta that cannot be merged.
     """
-    row = model.prompts.row(prompt, images)
+    row = model.prompts.asked(prompt, images, **pointing)
+    marks = pointing.get("marks")
     mllm = model.mllm
     if any(isinstance(method, WeightDelta) for _, method in mllm.tuning.methods):
         mllm = merged(mllm)
 
     def first(text: str) -> tuple[Row, int]:
-        head, ids = model.prompts.with_answer(row, prompt, images, text)
+        head, ids = model.prompts.with_answer(row, prompt, images, text, marks=marks)
         return head, int(ids[0])
 
     if answer is None:
-        (said,) = model.generate([prompt], [images], max_new_tokens=1, details=True)
+        said = model.generate(prompt, images, max_new_tokens=1, details=True, **pointing)
         head, token = row, int(said.tokens[0])
     else:
         head, token = first(answer)

@@ -18,6 +18,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.data.images import ImageInput, open_image
 from moresjax.data.llava import to_record
+from moresjax.data.region_providers import OWN_REGIONS
 from moresjax.data.regions import Regions
 from moresjax.data.samples import Mark, Sample, Turn
 from moresjax.generation.engine import Engine
@@ -146,7 +147,8 @@ class Chat:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             names = [_image_name(x, n, file) for n, x in enumerate(self.images)]
-            record = to_record(file.stem, self.turns, names, self.system)
+            said = self.turns, names, self.system, self._regions, self._marks
+            record = to_record(file.stem, *said)
             file.write_text(json.dumps([record], ensure_ascii=False, indent=1) + "\n", "utf-8")
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error.strerror}") from None
@@ -179,6 +181,8 @@ class Chat:
         prompts, service = self._model.prompts, self._model.service
         processor, name = prompts.processor, f"turn {len(self.turns) + 1}"
         said = asked_sample(name, question, new, roi=roi, marks=marks)
+        if roi is None and processor.centres:
+            said = processor.regions(said)  # kept, so that later turns have the same
         question = mark_images(question, new)
         sample = Sample(
             name,
@@ -195,7 +199,7 @@ class Chat:
             assert processor.image is not None  # a model without images was refused with the text
             pixels.append(processor.image(image))
         if pixels:
-            row = row.replace(pixels=np.stack(pixels), roi=processor.roi(sample))
+            row = row.replace(pixels=np.stack(pixels), roi=processor.roi(sample, OWN_REGIONS))
         engine = service.engine()
         state = self._read(row, engine)
         self._made = (engine, engine.changes)

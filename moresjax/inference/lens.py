@@ -7,6 +7,7 @@ Axis legend: L layers, S tokens, K most likely tokens, W words, N images, D feat
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from moresjax.analysis.attention import image_grids
 from moresjax.analysis.capture import OutputProbe
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch
-from moresjax.inference.model import Adapters, Model
+from moresjax.inference.arguments import Adapters, PromptOptions
+from moresjax.inference.model import Model
 from moresjax.inference.prompts import PromptImages, check_images
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import use_mesh
@@ -55,6 +57,7 @@ def logit_lens(
     words: Sequence[str] | None = (),
     top: int = 5,
     adapters: Adapters = None,
+    **pointing: Unpack[PromptOptions],
 ) -> LogitLens:
     """Reads each layer's output through the final norm and the vocabulary head.
 
@@ -75,6 +78,7 @@ def logit_lens(
         tokens that the last layer finds likeliest at the end of the prompt.
       top: K, how many of the most likely tokens are kept.
       adapters: The name of the loaded adapter to use.
+      pointing: `roi` and `marks` of `Model.generate`.
 
     Raises:
       UserError: As `Model.generate`, for a word without tokens, and for `top` below 1.
@@ -83,10 +87,11 @@ def logit_lens(
     if not 1 <= top <= vocab:
         raise UserError(f"top must be from 1 to {vocab}, got {top}")
     own = check_images(images)
-    row = model.prompts.row(prompt, own)
+    row = model.prompts.asked(prompt, own, **pointing)
     chosen = None
     if words is not None:
-        pairs = [model.prompts.with_answer(row, prompt, own, word) for word in words]
+        marks = pointing.get("marks")
+        pairs = [model.prompts.with_answer(row, prompt, own, x, marks=marks) for x in words]
         chosen = jnp.asarray([int(ids[0]) for _, ids in pairs], jnp.int32)
     batch = model.service.batch([row], len(row), model.adapter_names(adapters, 1))
     graphdef, state = nnx.split(model.mllm)

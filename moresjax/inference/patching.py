@@ -16,6 +16,8 @@ from moresjax.analysis.capture import OutputProbe, check_site
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch
 from moresjax.core.row import Row
+from moresjax.data.images import ImageInput
+from moresjax.inference.arguments import PromptOptions
 from moresjax.inference.model import Model
 from moresjax.inference.prompts import PromptImages, check_images
 from moresjax.models.mllm import MLLM
@@ -23,7 +25,7 @@ from moresjax.sharding.mesh import use_mesh
 from moresjax.tuning.hooks import AttachedWrite
 from moresjax.tuning.sites import num_layers
 
-Question = str | tuple[str, PromptImages]
+Question = str | tuple[str, PromptImages] | tuple[str, PromptImages, PromptOptions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,8 @@ def patching(
 
     Args:
       model: The model.
-      clean: The question that the states are from: a prompt, or a prompt and its images.
+      clean: The question that the states are from: a prompt, or a prompt and its images, and
+        behind them `roi` and `marks` of `Model.generate` as a mapping.
       corrupt: The question that they are put into.
       answers: The two answers whose first tokens are compared.
       site: `llm.embed.out`, `llm.block.out`, `llm.block.attn.out`, `llm.block.mlp.out` or
@@ -102,16 +105,15 @@ def patching(
         raise UserError(f"patching is about tokens of the LLM, and {site} has none; see Model.run")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    (text, images), (other, others) = (
-        (q, ()) if isinstance(q, str) else (q[0], check_images(q[1])) for q in (clean, corrupt)
-    )
-    rows = model.prompts.row(text, images), model.prompts.row(other, others)
+    (text, images, own), (other, others, its) = map(_whole, (clean, corrupt))
+    rows = model.prompts.asked(text, images, **own), model.prompts.asked(other, others, **its)
     if len(rows[0]) != len(rows[1]) or ((rows[0].image >= 0) != (rows[1].image >= 0)).any():
         raise UserError(
             f"the questions have {len(rows[0])} and {len(rows[1])} tokens; patching needs as many, "
             "with images in the same places"
         )
-    firsts = [int(model.prompts.with_answer(rows[1], other, others, a)[1][0]) for a in answers]
+    marks, encode = its.get("marks"), model.prompts.with_answer
+    firsts = [int(encode(rows[1], other, others, a, marks=marks)[1][0]) for a in answers]
     if firsts[0] == firsts[1]:
         raise UserError(f"answers {answers[0]!r} and {answers[1]!r} begin with the same token")
     columns, masks = _columns(model, rows[1], each_visual_token)
@@ -135,6 +137,14 @@ def patching(
             scores += np.asarray(found)[: len(own)].tolist()
     grid = np.asarray(scores).reshape(layers, len(columns))
     return Patching(columns, grid, float(clean_score[0]), float(corrupt_score[0]))
+
+
+def _whole(question: Question) -> tuple[str, tuple[ImageInput, ...], PromptOptions]:
+    """A question with its images and what is said of regions and marks."""
+    if isinstance(question, str):
+        return question, (), {}
+    text, images, *more = question
+    return text, check_images(images), more[0] if more else {}
 
 
 def _columns(

@@ -302,6 +302,23 @@ class PromptEncoder:
             sample, regions = self.attend(sample, regions), OWN_REGIONS
         return self.processor.row(sample, known, regions)
 
+    def asked(
+        self, text: str, images: PromptImages = (), *, roi: Any = None, marks: Any = None
+    ) -> Row:
+        """The unpadded row of a prompt with what a call says of it, as `Model.generate` reads it.
+
+        Args:
+          text: What the user says.
+          images: One image or a list of images.
+          roi: The regions of this prompt, which hold whatever the processor is told to do.
+          marks: Pieces of the text by name.
+
+        Raises:
+          UserError: As `row`.
+        """
+        regions = None if roi is None else OWN_REGIONS
+        return self.row(text, images, roi=roi, marks=marks, regions=regions)
+
     def rows(
         self,
         prompts: Sequence[str],

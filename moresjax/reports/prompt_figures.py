@@ -18,18 +18,18 @@ from moresjax.inference.attribution import TokenAttribution
 from moresjax.inference.lens import LogitLens
 from moresjax.inference.model import Model
 from moresjax.inference.patching import Patching
-from moresjax.inference.prompts import PromptImages
+from moresjax.inference.prompts import PromptImages, check_images
 from moresjax.reports.plots import evenly, plt
 
 TOKENS, LAYERS, WORDS = 40, 8, 4  # the most that a figure shows
 
 
-def pictures(model: Model, prompt: str, images: PromptImages) -> list[UInt8[np.ndarray, "Y X 3"]]:
+def pictures(model: Model, images: PromptImages) -> list[UInt8[np.ndarray, "Y X 3"]]:
     """The images of a prompt as the model is given them."""
-    row, processor = model.prompts.row(prompt, images), model.prompts.processor.image
-    if processor is None or row.pixels is None:
+    processor = model.prompts.processor.image
+    if processor is None:
         return []
-    return [processor.to_picture(pixels) for pixels in np.asarray(row.pixels)]
+    return [processor.to_picture(processor(image)) for image in check_images(images)]
 
 
 def plain(array: Float[np.ndarray, "..."]) -> list:

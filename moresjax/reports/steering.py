@@ -41,6 +41,30 @@ def strength_figure(rows: Sequence[Mapping[str, Any]], value: str) -> Figure:
     return lines(dict(series), ("alpha", value.replace("_", " ")), title="")
 
 
+def layer_figure(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """The shares of successes and of other answers kept against the layer that is steered.
+
+    Args:
+      rows: Rows of vectors, of one task; a vector of several layers is called `NAME@LAYER`.
+
+    Returns:
+      None where no vector has several layers.
+    """
+    own = [row for row in rows if row["vector"].endswith(f"@{row['layer']}")]
+    if len({row["layer"] for row in own}) < 2:
+        return None
+    several = {name: len({row[name] for row in own}) > 1 for name in ("alpha", "positions")}
+    series: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
+    for row in sorted(own, key=lambda row: (row["alpha"], row["layer"])):
+        how = f", alpha {row['alpha']:g}" * several["alpha"]
+        how += f", {row['positions']}" * several["positions"]
+        for value in ("success", "kept"):
+            if row[value] is not None:
+                series[f"{value}{how}"][0].append(row["layer"])
+                series[f"{value}{how}"][1].append(row[value])
+    return lines(dict(series), ("layer", "share of answers"), title="")
+
+
 def change_figure(row: Mapping[str, Any]) -> Figure:
     """How much more often the answers are given that a vector changes most."""
     changes = row["selection"]["changes"]
@@ -129,6 +153,8 @@ def steering_report(
     for value in ("success", "kept"):
         if any(row[value] is not None for row in rows):
             figures[value] = strength_figure(rows, value)
+    if figure := layer_figure(rows):
+        figures["layers"] = figure
     if cosines:
         figures["sizes"] = size_figure(cosines)
     for file, figure in figures.items():
@@ -146,7 +172,7 @@ def _page(
     changed = [own for own in pairs if own[1] != own[2]]
     shown = []
     for example, before, after in changed[:SHOWN]:
-        images = pictures(model, example.prompt, example.images)
+        images = pictures(model, example.images)
         one = {
             "question": example.prompt.replace("<image>", "").strip(),
             "before": before,

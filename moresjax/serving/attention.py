@@ -64,7 +64,7 @@ def _maps(
 ) -> Float[np.ndarray, "L M G T"]:
     """Attention of some of the tokens that follow a prompt."""
     whole = row.append(ids)
-    names = [adapter] if model.adapters else None
+    names = [adapter] if model.mllm.tuning.held else None
     batch = model.service.batch([whole], bucket(len(whole)), names)
     columns = np.arange(tokens.start, tokens.stop) + len(row) - 1
     padded = np.pad(columns, (0, bucket(len(columns), 8) - len(columns)), mode="edge")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,16 @@ def read_pickles(file: Path) -> dict[str, dict[str, Tensor]]:
     return {name: _arrays(tensors, file) for name, tensors in found.items()}
 
 
-def unpickled(file: Path) -> Any:
+class Record:
+    """The attributes of an object whose class is not loaded, so that none of its code runs."""
+
+
+def unpickled(file: Path, records: Sequence[str] = ()) -> Any:
     """What a pickle of torch holds, read without running what is in it.
+
+    Args:
+      file: The file.
+      records: Full names of classes whose objects are read as a `Record`, with arrays of numbers.
 
     Raises:
       UserError: when it cannot be read so, or torch is not installed.
@@ -180,10 +188,27 @@ def unpickled(file: Path) -> Any:
         import torch
     except ImportError:
         raise UserError(f"reading {file} needs torch, which is not installed") from None
+    known: list[Any] = [(Record, name) for name in records]
+    known += _numpy_globals() * bool(records)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(known):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def _numpy_globals() -> list[Any]:
+    """What arrays of numbers are pickled with, under the names of numpy 1 and 2."""
+    from numpy._core import multiarray  # pyright: ignore[reportAttributeAccessIssue]
+
+    pairs = ((multiarray._reconstruct, "_reconstruct"), (multiarray.scalar, "scalar"))
+    named = [
+        (function, f"numpy.{core}.multiarray.{name}")
+        for function, name in pairs
+        for core in ("core", "_core")
+    ]
+    dtypes = (np.float32, np.float64, np.int32, np.int64, np.bool_)
+    return [*named, np.ndarray, np.dtype, *(type(np.dtype(dtype)) for dtype in dtypes)]
 
 
 def _arrays(tensors: Any, file: Path) -> dict[str, Tensor]:

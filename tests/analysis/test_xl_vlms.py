@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans
+from sklearn.decomposition import NMF, PCA, DictionaryLearning
 
 from moresjax.analysis.concepts import Concepts
+from moresjax.analysis.states import States
 from moresjax.analysis.steering import fine
 from moresjax.analysis.vectors import read_vector_facts
 from moresjax.cli import main
@@ -24,7 +26,11 @@ DICTIONARY = {
 }
 
 
+STATE = torch.ones(1, 2, 5)
+
+
 def imported(content, tmp_path, *options) -> int:
+    tmp_path.mkdir(exist_ok=True)
     torch.save(content, tmp_path / "results.pth")
     source, out = str(tmp_path / "results.pth"), str(tmp_path / "out")
     return main(["import", source, out, "--allow-pickle", *options])
@@ -37,6 +43,47 @@ def test_concepts(tmp_path):
     assert found.sizes.tolist() == [10, 20]
     wanted = {"words": DICTIONARY["text_grounding"], "site": "llm.norm.out", "layer": 0, "n": 30}
     assert wanted.items() <= found.facts.items()
+
+
+def test_concepts_with_the_object_that_was_fitted(tmp_path):
+    fitted = PCA(2).fit(STATES)
+    own = {"concepts": torch.tensor(fitted.components_), "decomposition_method": "pca"}
+    own["activations"] = torch.tensor(fitted.transform(STATES))
+    assert imported(DICTIONARY | own | {"analysis_model": fitted}, tmp_path) == 0
+    found = Concepts.load(tmp_path / "out")
+    np.testing.assert_allclose(found.project(STATES), own["activations"], atol=1e-5)
+    for name, model in (("kmeans", KMeans(2)), ("snmf", DictionaryLearning(2, max_iter=2))):
+        content = DICTIONARY | {"analysis_model": model.fit(STATES)}
+        assert imported(content | {"decomposition_method": name}, tmp_path / name) == 0
+
+
+def test_features_become_a_store_of_states(tmp_path):
+    one, norm = "language_model.model.layers.3", "language_model.model.norm"
+    tokens = [2, 1, 1, 0]
+    states = torch.randn(4, 2, 5, dtype=torch.float16)
+    content = {
+        "hidden_states": [
+            {one: states[n : n + 1, :t], norm: states[n : n + 1, :t] + 1}
+            for n, t in enumerate(tokens)
+        ],
+        "image": [["coco/7.jpg"], ["coco/8.jpg"], ["coco/7.jpg"], ["coco/9.jpg"]],
+        "model_predictions": [["a dog"], ["no"], ["a dog"], ["x"]],
+        "token_of_interest_mask": [torch.tensor([n != 1]) for n in range(4)],
+    }
+    assert imported(content, tmp_path) == 0
+    found = States(tmp_path / "out")
+    assert found.keys == [("llm.block.out", 3), ("llm.norm.out", 0)]
+    assert found.meta["dtype"] == "float16"
+    assert found.ids == ["7", "8", "7#2", "9"]
+    assert found.found.tolist() == [True, False, True, False]
+    assert [row["prediction"] for row in found.index] == ["a dog", "no", "a dog", "x"]
+    matrix = found.matrix("llm.block.out", 3)
+    np.testing.assert_allclose(matrix[0], states[0].float().mean(0), atol=1e-3)
+    np.testing.assert_array_equal(matrix[1], states[1, 0])
+    assert not matrix[3].any()
+    own = {"hidden_states": [{"lm.head": STATE}]}
+    assert imported(own, tmp_path / "b", "--site", "llm.block.mlp.out", "--layer", "2") == 0
+    assert States(tmp_path / "b" / "out").keys == [("llm.block.mlp.out", 2)]
 
 
 def test_vectors_steer_the_way_that_their_names_say(tmp_path):
@@ -60,11 +107,17 @@ def test_vectors_steer_the_way_that_their_names_say(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (DICTIONARY | {"decomposition_method": "pca"}, "decomposition_method in"),
+        (DICTIONARY | {"decomposition_method": "ica"}, "decomposition_method in"),
+        (DICTIONARY | {"decomposition_method": "pca"}, "concepts of pca are about a mean"),
         (DICTIONARY | {"activations": torch.ones(4, 3)}, "2 concepts, but activations of 3"),
         (DICTIONARY | {"concepts": torch.ones(2)}, "concepts must be finite numbers of 2 axes"),
-        (DICTIONARY | {"analysis_model": KMeans()}, "save it without that"),
-        ({"hidden_states": []}, "neither concepts nor steering vectors, only: hidden_states"),
+        (DICTIONARY | {"analysis_model": NMF()}, "save it without that"),
+        ({"logits": []}, "nor steering vectors nor hidden states, only: logits"),
+        ({"hidden_states": []}, "must be a list with tensors by module for each sample"),
+        ({"hidden_states": [{"lm_head": STATE}]}, "states of lm_head; say which --site"),
+        ({"hidden_states": [{"model.norm": STATE[0]}]}, "must have three axes, got 2"),
+        ({"hidden_states": [{"model.norm": STATE}], "image": ["a", "b"]}, "fewer states than"),
+        ({"hidden_states": [{"a.norm": STATE, "b.norm": STATE}]}, "two modules of one site"),
         ([1], "is none of xl-vlms: it holds a list"),
     ],
 )

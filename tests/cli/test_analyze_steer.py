@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 
 from moresjax.analysis.concepts import Concepts
 from moresjax.analysis.states import StatesWriter
@@ -13,6 +14,7 @@ from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.steering.build import check_model
 from moresjax.inference.load import load
+from moresjax.reports.steering import layer_figure
 
 BASE = str(Path(__file__).parents[1] / "fixtures" / "v0_1" / "base")
 SITE, D = "llm.block.out", 8
@@ -76,6 +78,7 @@ def test_two_stores_become_a_vector_with_its_controls(asked, tmp_path, capsys):
     names = {path.name for path in out.iterdir()}
     assert {"vectors.npz", "steering.json", "predictions.jsonl", "yes-to-no.gguf"} <= names
     assert {"changes.png", "kept.png", "asked.html", "sizes.png"} <= names
+    assert "layers.png" not in names
     # The file feeds the method, whose answers are those of the run.
     spec = f"steer:vector={out}/vectors.npz:yes>no,layers=1,positions=last_prompt|generated"
     model = load(BASE, tuning=spec)
@@ -93,12 +96,32 @@ def test_one_store_and_a_task_or_concepts_with_first_tokens(asked, tmp_path, cap
     assert main(command(asked, tmp_path / "a", *options)) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert {row["vector"] for row in rows} >= {"yes>no@0", "yes>no@1", "random"}
+    assert (tmp_path / "a" / "layers.png").is_file()
     options = ["--fine", asked["concepts"], "--states", asked["both"], "--keep", 1, "--limit", 1]
     assert main(command(asked, tmp_path / "b", *options)) == 0
     found = json.loads(capsys.readouterr().out)
     (name,) = found["chosen"]
     assert {row["vector"] for row in found["rows"]} == {"baseline", name}
     assert [*read_vector_facts(tmp_path / "b")] == [name]
+
+
+def test_the_figure_by_layer_has_the_shares_of_each_layer():
+    rows = [
+        {"vector": f"a>b@{n}", "layer": n, "alpha": alpha, "positions": "all"}
+        | {"success": 0.1 * n * alpha, "kept": None if alpha == 2 else 0.5}
+        for alpha in (1.0, 2.0)
+        for n in (3, 7)
+    ]
+    control = {"vector": "random", "layer": 7, "alpha": 1.0, "positions": "all", "success": 1.0}
+    figure = layer_figure([*rows[::-1], control])
+    assert figure is not None
+    drawn = {str(x.get_label()): np.asarray(x.get_xydata()).tolist() for x in figure.axes[0].lines}
+    wanted = {"success, alpha 1": [0.3, 0.7], "kept, alpha 1": [0.5, 0.5]}
+    wanted["success, alpha 2"] = [0.6, 1.4]
+    points = {name: [[3, y[0]], [7, y[1]]] for name, y in wanted.items()}
+    assert {name: np.round(own, 6).tolist() for name, own in drawn.items()} == points
+    plt.close(figure)
+    assert layer_figure(rows[:1]) is None
 
 
 @pytest.mark.parametrize(
@@ -174,3 +197,29 @@ def test_separability_is_written_with_its_figures(asked, tmp_path, capsys):
         assert main(["analyze", "separability", *rest]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
+
+
+def test_sensitivities_are_written_with_their_figure(asked, tmp_path, capsys):
+    common = ["analyze", "sensitivity", "--model", BASE, "--states", asked["both"], "--json"]
+    common += ["--by", "prediction", "--tasks", asked["asked"] + ".jsonl"]
+    out = tmp_path / "out"
+    options = ["--answer", "yes", "--against", "no", "--runs", "3", "--out", str(out)]
+    assert main([*common, *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((out / "sensitivity.json").read_text())
+    assert (out / "sensitivity.png").is_file()
+    assert [(row["concept"], row["layer"]) for row in found["concepts"]] == [
+        *(("no", 0), ("yes", 0), ("no", 1), ("yes", 1))
+    ]
+    assert (found["n"], found["tests"], len(found["concepts"][0]["scores"])) == (2, 4, 3)
+    for options, message in (
+        (["--concepts", "maybe"], "no state has the concept 'maybe'"),
+        (["--select", "answer=never"], "no question is selected"),
+        (["--against", "no"], "against needs the answer"),
+    ):
+        assert main([*common, *options, "--out", str(tmp_path / "bad")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "bad").exists()
+    common[common.index(asked["both"])] = asked["other"]
+    assert main([*common, "--out", str(tmp_path / "bad")]) == 2
+    assert "states of another model" in capsys.readouterr().err

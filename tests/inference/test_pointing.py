@@ -9,6 +9,7 @@ from PIL import Image
 
 import moresjax as mj
 from moresjax.core.errors import UserError
+from moresjax.data.llava import LlavaSource
 from moresjax.data.region_providers import region_provider
 from moresjax.data.samples import Mark, Sample, Turn
 from moresjax.evaluation.run import evaluate
@@ -118,8 +119,8 @@ def test_what_a_selector_wants_and_a_call_does_not_say_is_told(model):
     assert asked_sample("x", QUESTION, (IMAGE,), marks=TWO).marks[0].start == 19
 
 
-def test_a_chat_has_regions_and_marks_at_every_turn(model):
-    """What it says is what the model says to the whole conversation."""
+def test_a_chat_has_regions_and_marks_at_every_turn(model, tmp_path):
+    """What it says is what the model says to the whole conversation, also once it is saved."""
     chat = Chat(model, max_new_tokens=3)
     first = "".join(chat.ask(QUESTION, IMAGE, roi=LEFT, marks=TWO))
     assert first == model.generate(QUESTION, IMAGE, roi=LEFT, marks=TWO, max_new_tokens=3)
@@ -129,6 +130,25 @@ def test_a_chat_has_regions_and_marks_at_every_turn(model):
     asked = Sample("all", turns, (IMAGE,) * 2, roi=((LEFT,), (RIGHT,)), marks=marks)
     (done,) = model.service.complete([model.processor.row(asked)], 3)
     assert second == model.prompts.text(done.tokens)
+    (file,) = [chat.save(tmp_path / "talk.json")]
+    (again,) = LlavaSource(str(file), str(tmp_path))
+    assert (again.roi, again.marks) == (asked.roi, asked.marks)
+    row, whole = (model.processor.row(sample) for sample in (again, asked))
+    np.testing.assert_array_equal(row.roi, whole.roi)
+    np.testing.assert_array_equal(row.marks[: len(whole)], whole.marks)
+
+
+def test_a_chat_keeps_the_regions_that_its_processor_gave(tmp_path):
+    """Random boxes stay where they were at later turns, and one turn may have its own."""
+    model = talking_model("noreft:rank=2,positions=roi")
+    regions = region_provider("random(40%)")
+    model.prompts.saved_processor = dataclasses.replace(model.processor, regions=regions)
+    chat = Chat(model, max_new_tokens=1)
+    for roi in (None, LEFT, "all"):
+        list(chat.ask(QUESTION, IMAGE, roi=roi))
+    (sample,) = LlavaSource(str(chat.save(tmp_path / "talk.json")), str(tmp_path))
+    drawn = asked_sample("turn 1", QUESTION, (IMAGE,), roi="random(40%)").roi[0]
+    assert sample.roi == (drawn, (LEFT,), ((0.0, 0.0, 1.0, 1.0),))
 
 
 def test_questions_of_a_benchmark_have_regions_and_marks(model, tmp_path):
