@@ -46,7 +46,7 @@ class ChatAnswer:
         adapter = server.adapter(asked.model, asked.adapter)
         return cls(server, asked, await run_in_threadpool(server.prepare, asked.sample), adapter)
 
-    async def head_maps(self, ids: list[int], token: int) -> dict[str, Any] | None:
+    async def head_maps(self, ids: list[int], token: int) -> dict[str, Any]:
         """Where every head looks for one token of an answer; see `head_maps`."""
         model, row = self._server.model, self._row
         async with self._server.steered(self._adapter, self._steering) as name:

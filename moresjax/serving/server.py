@@ -9,6 +9,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,7 @@ class Server:
       name: The name of the base model.
       config: What the server allows.
       shelf: The steering vectors that clients know by name.
+      folders: The folders of the model and its adapters by name, which `models` tells.
 
     Attributes:
       adapters: The names of the adapters that clients choose from.
@@ -128,8 +130,10 @@ class Server:
         name: str,
         config: ServerConfig = DEFAULT_CONFIG,
         shelf: Mapping[str, ShelfVector] | None = None,
+        folders: Mapping[str, str | Path] | None = None,
     ) -> None:
         self.adapters, self.shelf = model.adapters, dict(shelf or {})
+        self._folders = dict(folders or {})
         self._tuning = "none" if model.adapters else model.tuning
         self._steered = SteeredAdapters(model, steers=bool(shelf))
         self.model, self.name, self.config = model, name, config
@@ -168,10 +172,15 @@ class Server:
     def models(self) -> list[dict[str, Any]]:
         """The base model and its adapters, as OpenAI's API lists them."""
         base = {"id": self.name, "object": "model", "created": self.created}
-        base |= {"owned_by": "moresjax", "root": self.name, "parent": None}
+        base |= {
+            "owned_by": "moresjax",
+            "root": str(self._folders.get(self.name, self.name)),
+            "parent": None,
+        }
         base["max_model_len"] = self.model.service.max_length
         base["tuning"] = self._tuning
-        adapters = [base | {"id": name, "parent": self.name} for name in self.adapters]
+        own = {name: str(self._folders.get(name, name)) for name in self.adapters}
+        adapters = [base | {"id": n, "root": own[n], "parent": self.name} for n in own]
         return [base, *adapters]
 
     def adapter(self, model: str, adapter: str | None) -> str | None:
@@ -209,6 +218,7 @@ class Server:
             self._steered.forget()
             self.model.load_adapters({name: folder})
             self.adapters = (*self.adapters, name)
+            self._folders[name] = folder
 
         await self._change(job, "lora_path")
 
