@@ -62,7 +62,7 @@ setup(
         # torch 2.13.0 is the build that the parity tests were written against.
         "test": [
             "pytest",
-            "pytest-xdist",
+            "pytest-xdist>=3.7",  # --no-loadscope-reorder
             "hypothesis",
             "beartype",
             "torch==2.13.0",

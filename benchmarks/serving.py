@@ -27,7 +27,6 @@ import numpy as np
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 WORDS = ("one", "two", "six", "nine", "is", "the", "largest", "how", "many", "there")
-WARM = 8  # requests of every client before time counts
 
 
 def make_folder(folder: Path) -> None:
@@ -71,7 +70,7 @@ async def ask(client: httpx.AsyncClient, model: str, number: int, tokens: int, u
     return done.json()["choices"][0]["message"]["content"]
 
 
-async def load(url: str, model: str, clients: int, requests: int, tokens: int) -> dict:
+async def load(url: str, model: str, clients: int, requests: int, tokens: int, warm: int) -> dict:
     """Requests per second, quantiles of seconds, and the answers by number."""
     seconds, answers = [], {}
     limits = httpx.Limits(max_connections=clients)
@@ -84,11 +83,12 @@ async def load(url: str, model: str, clients: int, requests: int, tokens: int) -
                 if into is not None:
                     into.append(time.perf_counter() - start)
 
-        await asyncio.gather(*(run(1000 * c, WARM, None) for c in range(clients)))
+        await asyncio.gather(*(run(1000 * c, warm, None) for c in range(clients)))
         start = time.perf_counter()
         await asyncio.gather(*(run(1000 * c, requests, seconds) for c in range(clients)))
         whole = time.perf_counter() - start
-        alone = {n: await ask(http, model, n, tokens, url) for n in list(answers)[::7]}
+        some = list(answers)[:: max(len(answers) // 8, 1)]
+        alone = {n: await ask(http, model, n, tokens, url) for n in some}
     p50, p95 = np.quantile(seconds, [0.5, 0.95])
     return {
         "requests_per_second": len(seconds) / whole,
@@ -187,9 +187,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--requests", type=int, default=8, help="of every client")
+    parser.add_argument("--warm", type=int, default=8, help="requests before time counts")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--soak", type=int, default=0, metavar="N")
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--continuous", action="store_true", help="its continuous batching too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "tiny"
@@ -198,7 +200,7 @@ def main() -> None:
             with moresjax(folder) as server:
                 asyncio.run(soak(server, args.soak, args.clients, args.tokens))
             return
-        sizes = args.clients, args.requests, args.tokens
+        sizes = args.clients, args.requests, args.tokens, args.warm
         print("server                          requests/s      p50      p95   p95/p50  differ")
 
         def show(title: str, found: dict) -> None:
@@ -212,7 +214,7 @@ def main() -> None:
             show("moresjax serve", asyncio.run(load(server.url, "tiny", *sizes)))
         if args.no_transformers:
             return
-        for more in ([], ["--continuous-batching"]):
+        for more in ([], ["--continuous-batching"])[: 1 + args.continuous]:
             words = [str(Path(sys.executable).parent / "transformers"), "serve", *more]
             words += ["--port", "8765", "--device", "cpu"]
             with Process(words, "http://127.0.0.1:8765") as server:
