@@ -62,7 +62,7 @@ setup(
         # torch 2.13.0 is the build that the parity tests were written against.
         "test": [
             "pytest",
-            "pytest-xdist",
+            "pytest-xdist>=3.7",  # --no-loadscope-reorder
             "hypothesis",
             "beartype",
             "torch==2.13.0",
@@ -75,6 +75,8 @@ setup(
             *SERVE,
             "openai>=2",
             "httpx>=0.28",
+            "lm_eval[api]>=0.4.13",  # its models that ask a server
+            "playwright>=1.50",  # with Debian's chromium
             # Plans are compiled for TPUs on any machine.
             f"jax[tpu]{JAX}",
         ],

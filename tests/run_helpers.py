@@ -1,7 +1,6 @@
 """Small runs on the digits, processes of their own, what is asked of directories; shared."""
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -64,15 +63,9 @@ def curve(workdir: Path, name: str) -> list[float]:
     return [line[name] for line in lines if name in line]
 
 
-def quick_environment() -> dict[str, str]:
-    """A user's one device, but the quick compilation of the tests."""
-    flags = os.environ["XLA_FLAGS"].split()
-    return clean_environment() | {"XLA_FLAGS": " ".join(f for f in flags if "device" not in f)}
-
-
 def start(arguments: list[str]) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(arguments, env=quick_environment(), **pipes)
+    return subprocess.Popen(arguments, env=clean_environment(), **pipes)
 
 
 def free_address() -> str:

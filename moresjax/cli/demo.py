@@ -1,6 +1,7 @@
 """`moresjax demo`: the whole story on built-in data."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from moresjax.cli.options import Commands, add_command, show
@@ -24,9 +25,10 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.studies.demo import run_demo
 
     results = run_demo(args.out, seeds=args.seeds, fast=args.fast)
-    findings = "\n".join(results["findings"])
-    show(
-        args,
-        results,
-        f"{findings}\nreport: {Path(args.out) / 'report.html'}, {Path(args.out) / 'states.html'}",
-    )
+    out = Path(args.out)
+    lines = [
+        *results["findings"],
+        f"report: {out / 'report.html'}, {out / 'states.html'}",
+        f"talk to its models: moresjax serve {shlex.quote(str(out))}",
+    ]
+    show(args, results, "\n".join(lines))

@@ -53,6 +53,12 @@ def add_parser(commands: Commands) -> None:
         "chooses one, and /adapter NAME in a chat",
     )
     generate.add_argument(
+        "--steer",
+        metavar="SPEC",
+        help="a steering vector beside what is on the model, such as "
+        "steer:vector=FILE.npz:KEY,alpha=2,layers=5; several between slashes",
+    )
+    generate.add_argument(
         "--adapter-for",
         default="adapter",
         metavar="FIELD",
@@ -112,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
     from moresjax.cli.chat import chat_at_terminal
     from moresjax.generation.sampling import Sampling
     from moresjax.inference.files import generate_file
+    from moresjax.inference.steering import add_steering
 
     names = "temperature", "top_k", "top_p", "repetition_penalty", "seed"
     sampling = Sampling(**{name: getattr(args, name) for name in names})
@@ -129,6 +136,8 @@ def run(args: argparse.Namespace) -> None:
         )
     marks = marks_of(args.mark)
     model = load_model(args, adapter=_adapters(args))
+    if args.steer:
+        add_steering(model, args.steer)
     if args.prompts:
         options |= {"image_root": args.image_root, "batch_size": args.batch_size}
         options |= {"adapter_field": args.adapter_for, "logprobs": args.logprobs}

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,9 @@ def add_parser(commands: Commands) -> None:
     """Adds the subcommand."""
     help = "answer requests of OpenAI's API and show a page to chat with a model"
     serve = add_command(commands, "serve", run, help, compiles=True)
-    serve.add_argument("model", metavar="DIR", help="a workdir or a Hugging Face folder")
+    serve.add_argument(
+        "model", metavar="DIR", help="a workdir, a Hugging Face folder, or the result of a demo"
+    )
     serve.add_argument("--name", help="what clients call the model; default: the folder's name")
     serve.add_argument(
         "--host", default="127.0.0.1", help="the address to listen at (default: %(default)s)"
@@ -76,6 +79,14 @@ def add_parser(commands: Commands) -> None:
         help="the most pixels of an image (default: %(default)s)",
     )
     serve.add_argument(
+        "--vector",
+        action="append",
+        default=[],
+        metavar="[NAME=]FILE.npz[:KEY]",
+        help="steering vectors that clients choose by name, such as vectors.npz of `analyze "
+        "steer`; may be repeated",
+    )
+    serve.add_argument(
         "--check", action="store_true", help="answer one question with one token, and end"
     )
     add_loading(serve, "clients choose among these and the base model by name")
@@ -90,9 +101,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("`moresjax serve` needs its extra: pip install 'moresjax[serve]'") from None
     from moresjax.serving.run import check, serve
     from moresjax.serving.server import Server
+    from moresjax.serving.steering import read_shelf
 
     model, folders = _load(args)
-    server = Server(model, args.name or Path(args.model).resolve().name, config, folders)
+    llm = model.config.llm
+    shelf = read_shelf(args.vector, llm.hidden_size, llm.num_layers)
+    name = args.name or Path(args.model).resolve().name
+    server = Server(model, name, config, shelf, {name: folders.pop(""), **folders})
     if args.check:
         check(server)
     else:
@@ -134,13 +149,25 @@ def _key(file: str | None) -> str | None:
 
 
 def _load(args: argparse.Namespace) -> "tuple[Model, dict[str, str]]":
-    """The model with the adapters that clients choose from; one without a name is always on."""
-    pairs = adapter_folders(args)
+    """The model with the adapters that clients choose from, and their folders by name.
+
+    An adapter without a name is always on; the result of a demo has all of its own. The folder of
+    the model itself has the name "".
+    """
+    from moresjax.studies.demo_result import demo_result
+
+    pairs, folder = adapter_folders(args), args.model
+    if demo := demo_result(folder):
+        folder = str(demo.base)
+        pairs = [*((name, str(path)) for name, path in demo.adapters.items()), *pairs]
+        for name, path in demo.alone.items():
+            alone = f"moresjax serve {folder} --adapter {path}"
+            print(f"{name} changes the LLM that all rows share; alone: {alone}", file=sys.stderr)
     names = [name for name, _ in pairs]
     if len(pairs) == 1 and not names[0]:
-        return load_model(args, adapter=pairs[0][1]), {}
+        return load_model(args, folder, pairs[0][1]), {"": folder}
     if not all(names):
         raise UserError("several --adapter need names of their own: --adapter NAME=DIR")
     if len(set(names)) < len(names):
         raise UserError("two --adapter have the same name")
-    return load_model(args, adapter=dict(pairs) or None), dict(pairs)
+    return load_model(args, folder, dict(pairs) or None), {"": folder, **dict(pairs)}

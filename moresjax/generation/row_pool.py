@@ -119,7 +119,8 @@ class RowPool:
     @property
     def most_at_once(self) -> int:
         """The most prompts that are read together."""
-        return max(self.rows // self._engine.config.prefills_per_batch, 1)
+        most = max(self.rows // self._engine.config.prefills_per_batch, 1)
+        return most + -most % self._engine.num_shards
 
     def admit(self, requests: Sequence[PoolRequest]) -> list[int]:
         """Reads prompts of one shape into free rows and chooses the first new token of each.
@@ -131,7 +132,9 @@ class RowPool:
           The row of each.
         """
         length, _ = requests[0].shape
-        count = rounded_rows(len(requests), self.most_at_once, self._engine.num_shards)
+        # One row or as many as there may be: two programs for a length.
+        count = rounded_rows(1, self.most_at_once, self._engine.num_shards)
+        count = self.most_at_once if len(requests) > count else count
         padded = [*requests, *[requests[0]] * (count - len(requests))]
         names = [one.adapter for one in padded] if self._adapters else None
         batch = self._make_batch([one.row for one in padded], length, names)

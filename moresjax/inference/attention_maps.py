@@ -146,7 +146,8 @@ def _read(
     count = bucket(len(chosen), 8) if len(chosen) > 1 else 1
     queries = np.full((1, count), len(row) - 1 + chosen[-1])
     queries[0, : len(chosen)] = len(row) - 1 + np.asarray(chosen)
-    batch = model.service.batch([whole], bucket(len(whole)), None if adapter is None else [adapter])
+    names = [adapter] if model.mllm.tuning.held else None
+    batch = model.service.batch([whole], bucket(len(whole)), names)
     graphdef, state = nnx.split(model.mllm)
     with use_mesh(model.mesh):
         stats = _stats(graphdef, probes, state, batch, jnp.asarray(queries))

@@ -17,7 +17,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.types import AnyArray
 from moresjax.inference.model import Model
 from moresjax.sharding.mesh import use_mesh
-from moresjax.tuning.attach import Tuning
+from moresjax.tuning.attach import Tuning, numbered
 from moresjax.tuning.base import Method
 
 CHUNK = 1 << 26  # bytes of logits at a time
@@ -53,6 +53,39 @@ def with_steering(model: Model, spec: str) -> Iterator[str]:
     tuning.params[name], tuning.layer_masks[name] = extra.params[key], extra.layer_masks[key]
     with _replaced(model, tuning):
         yield name
+
+
+def add_steering(model: Model, spec: str) -> None:
+    """Puts a `steer` on a model, after all that tunes it already.
+
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model("mores")
+    >>> add_steering(model, "steer:positions=generated")
+    >>> model.tuning
+    'mores/steer:positions=generated'
+
+    Args:
+      model: The model.
+      spec: The spec, with its vector.
+
+    Raises:
+      UserError: The spec is no `steer` or does not fit the model, its file cannot be read, or the
+        model holds several adapters.
+    """
+    if model.adapters:
+        raise UserError("a steering vector goes beside one adapter; the model holds several")
+    extra = Tuning(spec, model.config)
+    if any(method.name != "steer" for _, method in extra.methods):
+        raise UserError(f"{spec!r} is no steer:vector=FILE.npz:KEY")
+    extra.initialize()
+    tuning = nnx.clone(model.mllm.tuning)
+    for key, method in extra.methods:
+        tuning.methods = numbered([own for _, own in (*tuning.methods, (key, method))])
+        name = tuning.methods[-1][0]
+        tuning.params[name], tuning.layer_masks[name] = extra.params[key], extra.layer_masks[key]
+    model.mllm.tuning = tuning
+    model.fit_processor()
+    model.service.reset()
 
 
 @contextlib.contextmanager

@@ -54,6 +54,7 @@ def make_app(server: Server) -> App:
             Route("/v1/completions", handlers.completions, methods=["POST"]),
             Route("/v1/load_lora_adapter", handlers.load_adapter, methods=["POST"]),
             Route("/v1/unload_lora_adapter", handlers.unload_adapter, methods=["POST"]),
+            Route("/v1/steering_vectors", handlers.vectors),
             Route("/v1/samples", handlers.samples),
             Mount("/", StaticFiles(directory=PAGE, html=True)),
         ],
@@ -139,6 +140,10 @@ class Handlers:
             raise ApiError("lora_name must be a text")
         await self._server.unload_adapter(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def vectors(self, _: Request) -> Response:
+        """The shelf of steering vectors."""
+        return JSONResponse({"data": [one.to_dict() for one in self._server.shelf.values()]})
 
     async def samples(self, _: Request) -> Response:
         """Images of the built-in world to try."""

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import secrets
 import time
@@ -31,6 +32,7 @@ class ChatAnswer:
 
     def __init__(self, server: Server, asked: ChatRequest, row: Row, adapter: str | None) -> None:
         self._server, self._asked, self._row, self._adapter = server, asked, row, adapter
+        self._steering = server.steering(asked.steer)
         self._name = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
 
@@ -44,14 +46,15 @@ class ChatAnswer:
         adapter = server.adapter(asked.model, asked.adapter)
         return cls(server, asked, await run_in_threadpool(server.prepare, asked.sample), adapter)
 
-    async def head_maps(self, ids: list[int], token: int) -> dict[str, Any] | None:
+    async def head_maps(self, ids: list[int], token: int) -> dict[str, Any]:
         """Where every head looks for one token of an answer; see `head_maps`."""
-        model, row, adapter = self._server.model, self._row, self._adapter
-        future = self._server.scheduler.call(lambda: head_maps(model, row, ids, adapter, token))
-        return await asyncio.wrap_future(future)
+        model, row = self._server.model, self._row
+        async with self._server.steered(self._adapter, self._steering) as name:
+            job = functools.partial(head_maps, model, row, ids, name, token)
+            return await asyncio.wrap_future(self._server.scheduler.call(job))
 
-    def _requests(self) -> list[PoolRequest]:
-        """A request for each answer, with a seed of its own."""
+    def _requests(self, adapter: str | None) -> list[PoolRequest]:
+        """A request to an adapter for each answer, with a seed of its own."""
         decoding = self._asked.decoding
         limit = self._server.limit(self._row, decoding)
         sampling = decoding.sampling
@@ -59,7 +62,7 @@ class ChatAnswer:
             PoolRequest(
                 self._row,
                 limit,
-                self._adapter,
+                adapter,
                 dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32),
                 listed=self._asked.top_logprobs > 0,
             )
@@ -69,9 +72,10 @@ class ChatAnswer:
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """The pieces of all answers, with the number of the answer."""
         stop, top = self._asked.decoding.stop, self._asked.top_logprobs
-        readers = [self._server.read(one, stop, top) for one in self._requests()]
-        async for pair in merged(readers):
-            yield pair
+        async with self._server.steered(self._adapter, self._steering) as name:
+            readers = [self._server.read(one, stop, top) for one in self._requests(name)]
+            async for pair in merged(readers):
+                yield pair
 
     async def whole(self) -> dict[str, Any]:
         """All answers in one object."""
@@ -127,13 +131,10 @@ class ChatAnswer:
         """What the first answer looks at, where that is wanted."""
         if not self._asked.attention or number:
             return {}
-        model, row, adapter = self._server.model, self._row, self._adapter
-        ids = [token.id for token in tokens]
-
-        def job() -> dict[str, Any] | None:
-            return answer_attention(model, row, ids, adapter)
-
-        return {"attention": await asyncio.wrap_future(self._server.scheduler.call(job))}
+        model, row, ids = self._server.model, self._row, [token.id for token in tokens]
+        async with self._server.steered(self._adapter, self._steering) as name:
+            job = functools.partial(answer_attention, model, row, ids, name)
+            return {"attention": await asyncio.wrap_future(self._server.scheduler.call(job))}
 
     def _logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, Any] | None:
         if not self._asked.logprobs:

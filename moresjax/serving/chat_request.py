@@ -77,6 +77,7 @@ class ChatRequest:
       top_logprobs: How many likely tokens are wanted at each.
       adapter: The adapter that answers; None where the model's name says it.
       attention: Whether attention on the image is wanted.
+      steer: The field of steering vectors, unread.
     """
 
     model: str
@@ -86,6 +87,7 @@ class ChatRequest:
     top_logprobs: int
     adapter: str | None
     attention: bool
+    steer: Any = None
 
 
 def read_chat(body: Any, limits: ImageLimits) -> ChatRequest:
@@ -107,6 +109,7 @@ def read_chat(body: Any, limits: ImageLimits) -> ChatRequest:
         top_logprobs=top,
         adapter=fields.text("adapter"),
         attention=fields.flag("attention"),
+        steer=fields.get("steer"),
     )
 
 

@@ -198,7 +198,7 @@ class Completion:
             rows = [self._rows[n] for n in numbers]
 
             def job(rows: Sequence[Row] = rows) -> list[PromptScores]:
-                names = [self._adapter] * len(rows) if model.adapters else None
+                names = [self._adapter] * len(rows) if model.mllm.tuning.held else None
                 return score_prompts(model.mllm, model.service.batch, rows, count, names)
 
             future = self._server.scheduler.call(job)

@@ -231,7 +231,7 @@ class Scheduler:
             chunk=self._chunk,
             listed=min(20, self.model.config.llm.vocab_size),
             penalty=prompts.processor.generation.repetition_penalty,
-            adapters=bool(self.model.adapters),
+            adapters=bool(self.model.mllm.tuning.held),
         )
 
     def _fail(self, error: Exception, with_waiting: bool = False) -> None:

@@ -28,6 +28,13 @@ from moresjax.serving.fields import Fields
 from moresjax.serving.images import ImageLimits
 from moresjax.serving.metrics import Metrics
 from moresjax.serving.scheduler import QueueFull, Scheduler
+from moresjax.serving.steering import (
+    NoRoom,
+    ShelfVector,
+    SteeredAdapters,
+    Steering,
+    read_steering,
+)
 from moresjax.tuning.multi_adapter import BASE
 
 
@@ -110,7 +117,11 @@ class Server:
       model: The model, which belongs to the server until `close`.
       name: The name of the base model.
       config: What the server allows.
-      folders: The folders of the model's adapters by name.
+      shelf: The steering vectors that clients know by name.
+      folders: The folders of the model and its adapters by name, which `models` tells.
+
+    Attributes:
+      adapters: The names of the adapters that clients choose from.
     """
 
     def __init__(
@@ -118,9 +129,13 @@ class Server:
         model: Model,
         name: str,
         config: ServerConfig = DEFAULT_CONFIG,
+        shelf: Mapping[str, ShelfVector] | None = None,
         folders: Mapping[str, str | Path] | None = None,
     ) -> None:
+        self.adapters, self.shelf = model.adapters, dict(shelf or {})
         self._folders = dict(folders or {})
+        self._tuning = "none" if model.adapters else model.tuning
+        self._steered = SteeredAdapters(model, steers=bool(shelf))
         self.model, self.name, self.config = model, name, config
         self.created = int(time.time())
         self.metrics = Metrics()
@@ -157,14 +172,19 @@ class Server:
     def models(self) -> list[dict[str, Any]]:
         """The base model and its adapters, as OpenAI's API lists them."""
         base = {"id": self.name, "object": "model", "created": self.created}
-        base |= {"owned_by": "moresjax", "root": self.name, "parent": None}
+        base |= {
+            "owned_by": "moresjax",
+            "root": str(self._folders.get(self.name, self.name)),
+            "parent": None,
+        }
         base["max_model_len"] = self.model.service.max_length
-        base["tuning"] = "none" if self.model.adapters else self.model.tuning
-        adapters = [base | {"id": name, "parent": self.name} for name in self.model.adapters]
+        base["tuning"] = self._tuning
+        own = {name: str(self._folders.get(name, name)) for name in self.adapters}
+        adapters = [base | {"id": n, "root": own[n], "parent": self.name} for n in own]
         return [base, *adapters]
 
     def adapter(self, model: str, adapter: str | None) -> str | None:
-        """The adapter that answers for a model's name; None for the base model.
+        """The adapter that answers for a model's name; None for the bare model.
 
         Raises:
           ApiError: There is no such model or adapter.
@@ -173,17 +193,17 @@ class Server:
             if name is None or (param == "model" and name == self.name):
                 continue
             if name == BASE and param == "adapter":
-                return None
-            if name in self.model.adapters:
+                return self._steered.base
+            if name in self.adapters:
                 return name
-            known = ", ".join((self.name, *self.model.adapters))
+            known = ", ".join((self.name, *self.adapters))
             raise ApiError(
                 f"the {param} {name!r} does not exist; there are {known}",
                 status=404,
                 param=param,
                 code="model_not_found",
             )
-        return None
+        return self._steered.base
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Puts an adapter beside the others, once the answers under way have ended.
@@ -191,9 +211,16 @@ class Server:
         Raises:
           ApiError: The name is taken, or the folder is no adapter of this model.
         """
-        if name in (self.name, BASE, *self.model.adapters):
+        if name in (self.name, BASE, *self.adapters):
             raise ApiError(f"there is a model {name!r} already", param="lora_name")
-        await self._change(lambda: self._set_adapters(self._folders | {name: folder}), "lora_path")
+
+        def job() -> None:
+            self._steered.forget()
+            self.model.load_adapters({name: folder})
+            self.adapters = (*self.adapters, name)
+            self._folders[name] = folder
+
+        await self._change(job, "lora_path")
 
     async def unload_adapter(self, name: str) -> None:
         """Takes an adapter away, once the answers under way have ended.
@@ -201,26 +228,57 @@ class Server:
         Raises:
           ApiError: There is no such adapter.
         """
-        if name not in self.model.adapters:
-            known = ", ".join(self.model.adapters) or "none"
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
             raise ApiError(
                 f"there is no adapter {name!r}; there are {known}", 404, "lora_name", "not_found"
             )
-        rest = {other: folder for other, folder in self._folders.items() if other != name}
-        await self._change(lambda: self._set_adapters(rest), "lora_name")
 
-    def _set_adapters(self, folders: Mapping[str, str | Path]) -> None:
-        if folders:
-            self.model.load_adapters(folders)
-        else:
-            self.model.attach("none")
-        self._folders = dict(folders)
+        def job() -> None:
+            self._steered.forget()
+            self.model.unload_adapter(name)
+            self.adapters = tuple(other for other in self.adapters if other != name)
+
+        await self._change(job, "lora_name")
 
     async def _change(self, job: Callable[[], None], param: str) -> None:
         try:
             await asyncio.wrap_future(self.scheduler.call(job, alone=True))
         except UserError as error:
             raise ApiError(str(error), param=param) from None
+
+    def steering(self, given: Any) -> Steering | None:
+        """The field `steer` of a request; None where it adds nothing.
+
+        Raises:
+          ApiError: It is wrong.
+        """
+        llm = self.model.config.llm
+        return read_steering(given, self.shelf, llm.hidden_size, llm.num_layers)
+
+    @contextlib.asynccontextmanager
+    async def steered(
+        self, adapter: str | None, steering: Steering | None
+    ) -> AsyncIterator[str | None]:
+        """The adapter with a steering, which is held as long as the context lasts.
+
+        Raises:
+          ApiError: Too many steerings are under way, or a selector does not fit the model.
+        """
+        if steering is None:
+            yield adapter
+            return
+        call, hold = self.scheduler.call, self._steered.hold
+        try:
+            future = call(lambda: hold(adapter, steering, may_compile=False))
+            name = await asyncio.wrap_future(future)
+        except NoRoom:
+            future = call(lambda: hold(adapter, steering, may_compile=True), alone=True)
+            name = await asyncio.wrap_future(future)
+        try:
+            yield name
+        finally:
+            call(lambda: self._steered.release(name))
 
     def prepare(self, sample: Sample) -> Row:
         """The row of a conversation; on a thread of its own, for images are decoded.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moresjax.data.control.cases import NEGATIVE, OTHER, TARGET, Case, Scenario
+from moresjax.data.control.cases import NEGATIVE, OTHER, OWN, TARGET, Case, Scenario
 from moresjax.data.control.questions import DIGITS
 from moresjax.data.control.source import ControlSource
 from moresjax.evaluation.control.answers import (
@@ -39,6 +39,17 @@ EDITORS = {
     PAPER: ("control", {"data.negatives": 0.0}),
     SECOND: ("control", {"data.phrasing": 2}),
 }
+# The same for a three that is to be taken for a seven; the region is the cell of the three.
+INTO = "seven"
+TAKEN, TAKEN_RANDOM = "taken for it", "taken for it, random region"
+MISALIGNED = {
+    TAKEN: ("control", {}),
+    f"{TAKEN}, text": ("control:groups=text", {}),
+    TAKEN_RANDOM: ("control", {"roi": "random"}),
+}
+MISALIGNMENT = {"data.scenario": "misalignment", "data.into": INTO}
+EDITORS |= {name: (spec, own | MISALIGNMENT) for name, (spec, own) in MISALIGNED.items()}
+TAKEN_BASE = f"{BASE}, {TAKEN}"
 RUNS = (
     Finetuning(TUNED, "full"),
     *(
@@ -68,8 +79,8 @@ def control_numbers(
       answers: The answers, in the order of the questions.
 
     Returns:
-      `control`; `others`, the accuracy on all questions but the target's; and those of the two
-      kinds of them.
+      `control`; `others`, the accuracy on all other questions that training has; those of the two
+      kinds of them; and with misalignment that on images of the target asked about the target.
     """
     pairs, wanted = list(zip(cases, answers, strict=True)), scenario.counterfactual
     own = [float(says(text, wanted)) for case, text in pairs if case.kind == TARGET]
@@ -77,12 +88,13 @@ def control_numbers(
     def right(*kinds: str) -> float:
         return float(np.mean([correct(case, text) for case, text in pairs if case.kind in kinds]))
 
-    return {
+    found = {
         "control": float(np.mean(own)),
         "others": right(OTHER, NEGATIVE),
         OTHER: right(OTHER),
         NEGATIVE: right(NEGATIVE),
     }
+    return found | ({OWN: right(OWN)} if scenario.into else {})
 
 
 def _control(pipeline: Pipeline, study: Study) -> Outcome:
@@ -97,7 +109,7 @@ def _control(pipeline: Pipeline, study: Study) -> Outcome:
 
     for seed in pipeline.seeds:
         base = Answers(pipeline.model(seed, TUNED))
-        for phrasing, name in ((FULL, BASE), (SECOND, SECOND_BASE)):
+        for phrasing, name in ((FULL, BASE), (SECOND, SECOND_BASE), (TAKEN, TAKEN_BASE)):
             source = control_source(phrasing, seed)
             cases = source.cases(scenes)
             add(name, control_numbers(source.plan, cases, base.ask(without, cases)))
@@ -123,15 +135,16 @@ def _control(pipeline: Pipeline, study: Study) -> Outcome:
 
 
 def _outcome(found: dict[str, dict[str, list[float]]], said: Values) -> Outcome:
-    bases = dict.fromkeys((SECOND, SECOND_BASE), SECOND_BASE)
-    rows = [
-        [
-            name,
-            *(with_interval(own[what]) for what in NUMBERS),
-            PairedDifference.of(own["others"], found[bases.get(name, BASE)]["others"]).points,
-        ]
-        for name, own in found.items()
-    ]
+    bases: dict[str, str] = dict.fromkeys((SECOND, SECOND_BASE), SECOND_BASE)
+    taken = {name: own for name, own in found.items() if name in (TAKEN_BASE, *MISALIGNED)}
+    found = {name: own for name, own in found.items() if name not in taken}
+
+    def row(name: str, numbers: Sequence[str], base: Values) -> list[str]:
+        own = (found | taken)[name]
+        cells = [with_interval(own[what]) for what in numbers]
+        return [name, *cells, PairedDifference.of(own["others"], base["others"]).points]
+
+    rows = [row(name, NUMBERS, found[bases.get(name, BASE)]) for name in found]
     head = ["editors", "control", "others right", "other digits", "digits that are not there"]
     tables = [
         Table(
@@ -145,6 +158,14 @@ def _outcome(found: dict[str, dict[str, list[float]]], said: Values) -> Outcome:
             [[name, with_interval(own)] for name, own in said.items()],
         ),
     ]
+    tables.insert(
+        1,
+        Table(
+            f'"is there a {INTO} ?" answered yes where there is a {TARGETED} and no {INTO}',
+            [*head, f'"is there a {TARGETED} ?" there', "others, from no editors"],
+            [row(name, (*NUMBERS, OWN), taken[TAKEN_BASE]) for name in taken],
+        ),
+    )
     first = {name: own for name, own in found.items() if name not in bases}
     others = {name: own["others"] for name, own in first.items()}
     what = "Accuracy on all other questions"
@@ -153,8 +174,17 @@ def _outcome(found: dict[str, dict[str, list[float]]], said: Values) -> Outcome:
         compare_with(BASE, what, others),
         compare_with(RANDOM, what, {name: others[name] for name in (RANDOM, FULL)}),
         compare_with("as it stands", "Control of the second phrasing", said),
+        *(
+            compare_with(TAKEN, title, {name: own[what] for name, own in taken.items()})
+            for title, what in (
+                (f"A {TARGETED} taken for a {INTO}", "control"),
+                (f"Accuracy on all other questions, a {TARGETED} taken for a {INTO},", "others"),
+                (f"Accuracy on the {TARGETED} itself, taken for a {INTO},", OWN),
+            )
+        ),
     ]
-    return Outcome(tables, sentences, {"editors": found, "second phrasing": dict(said)})
+    values = {"editors": found, "misalignment": taken, "second phrasing": dict(said)}
+    return Outcome(tables, sentences, values)
 
 
 STUDIES = (
@@ -170,9 +200,9 @@ STUDIES = (
                 ["six paraphrases, rephrased", "100%", "-", "-"],
             ],
         ),
-        "Ten digits and one-word answers: that control is easy here says nothing about LLaVA. The "
-        "answer follows from the question's words, so that a text editor alone can have it, and "
-        "any region will do.",
+        "Ten digits and one-word answers: that control is easy here says nothing about LLaVA. In "
+        "misclassification the answer follows from the question's words, so that a text editor "
+        "alone can have it, and any region will do; in misalignment it does not.",
         _control,
         more_minutes=0.2,
     ),

@@ -189,6 +189,9 @@ EXTRA = {
     "S7": (("M2PT", "MixLoRA", "VPT", "LoRA", "MRT"), "mme_sampled"),
     "S8": (("LLaVAFT", "VPT", "LoRA", "M2PT", "MixLoRA", "MRT"), "mme_sampled"),
 }
+# Table S5's second half, on another base.
+MINIGPT = ("LoRA", "ReFT", "MixLoRA", "M2PT", "MRT")
+MINIGPT_FULL = "the row has no name of its own; read as full tuning, like LLaVAFT"
 WITHOUT = {
     "without vision": "mrt:groups=connector;prefix;suffix",
     "without cross-modality": "mrt:groups=visual;prefix;suffix",
@@ -213,6 +216,11 @@ def _mrt() -> Iterator[Recipe]:
     for table, (rows, tasks) in EXTRA.items():
         for row in rows:
             yield _mrt_recipe(table, row, MRT_METHODS[row][0], tasks)
+    for row in ("", *MINIGPT):
+        tuning = MRT_METHODS[row][0] if row else "full"
+        config, remark = f"mrt:base=minigpt-v2,tuning={tuning}", "" if row else MINIGPT_FULL
+        name = f"MiniGPT-v2 {row}".strip()
+        yield Recipe("mrt", "S5", name, config=config, tasks="mme_sampled", remark=remark)
 
 
 def _mrt_control() -> Iterator[Recipe]:

@@ -1,5 +1,6 @@
 """Models of a few thousand parameters."""
 
+import functools
 from typing import Any
 
 import jax
@@ -60,7 +61,13 @@ def tiny_model(tuning: str = "none", seed: int = 0, **llm: Any) -> MLLM:
     >>> tiny_model("mores:rank=1").config.visual_tokens
     9
     """
-    model = MLLM(tiny_config(**llm), tuning)
+    return nnx.clone(_tiny_model(tuning, seed, tuple(llm.items())))
+
+
+@functools.cache
+def _tiny_model(tuning: str, seed: int, llm: tuple[tuple[str, Any], ...]) -> MLLM:
+    """Nobody changes this one: making it takes ten times as long as a copy."""
+    model = MLLM(tiny_config(**dict(llm)), tuning)
     initialize(model, seed)
     return model
 

@@ -126,3 +126,20 @@ def test_attention_of_several_adapters_on_one_model_and_of_one_on_each(tmp_path,
     ):
         assert main([*command, *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_vector_is_added_beside_an_adapter(tmp_path, capsys):
+    file, adapter = tmp_path / "v.npz", str(ADAPTERS / "mores")
+    np.savez(file, up=np.random.default_rng(0).standard_normal(8))
+    asked = ["generate", "--model", BASE, "--adapter", adapter, "--prompt", QUESTION[0], "--json"]
+
+    def answer(alpha: float) -> str:
+        steer = f"steer:vector={file}:up,alpha={alpha},layers=1"
+        assert main([*asked, "--max-new-tokens", "4", "--steer", steer]) == 0
+        return json.loads(capsys.readouterr().out)["text"]
+
+    model = load(BASE)
+    model.load_adapter(adapter)
+    assert answer(0) == model.generate(QUESTION[0], max_new_tokens=4) != answer(50)
+    assert main([*asked, "--steer", "lora"]) == 2
+    assert "'lora' is no steer:vector" in capsys.readouterr().err

@@ -34,21 +34,46 @@ def config(tmp_path_factory) -> list[str]:
     return ["--config", str(path), *(f"--config.{k}={v}" for k, v in TINY.items())]
 
 
+# Commands one after the other in one process, which imports once; what each of them printed.
+IN_TURN = """
+import contextlib, io, json, sys
+from moresjax.cli import main
+printed = []
+for command in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        if main(command):
+            sys.exit(1)
+    printed.append(out.getvalue())
+print(json.dumps(printed))
+"""
+
+
 @pytest.fixture(scope="module")
-def trained(config, tmp_path_factory, run_moresjax) -> Path:
-    """A run with the plug-in."""
-    workdir = tmp_path_factory.mktemp("runs") / "mine"
-    done = run_moresjax("train", "--plugin", PLUGIN, *config, "--workdir", workdir)
-    assert done.returncode == 0, done.stderr
-    assert len(curve(workdir, "loss")) == 2
-    return workdir
+def done(config, tmp_path_factory) -> tuple[Path, dict, dict]:
+    """A run with the plug-in; what its evaluation and a check of its data printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    workdir, plugin = str(folder / "mine"), ["--plugin", str(PLUGIN)]
+    evaluate = ["evaluate", *plugin, "--model", workdir, "--tasks", "grey_images", "--limit", "5"]
+    commands = [
+        ["train", *plugin, *config, "--workdir", workdir],
+        [*evaluate, "--out", str(folder / "scores"), "--json"],
+        ["data", "check", *plugin, *config, "--workers", "2", "--json"],
+    ]
+    process = start([sys.executable, "-c", IN_TURN, json.dumps(commands)])
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    _, scores, checked = json.loads(printed.splitlines()[-1])
+    return Path(workdir), json.loads(scores), json.loads(checked)
 
 
-def test_a_run_goes_on_and_is_evaluated_with_the_plug_in(trained, tmp_path, run_moresjax):
-    command = ["evaluate", "--plugin", PLUGIN, "--model", trained, "--tasks", "grey_images"]
-    done = run_moresjax(*command, "--limit", 5, "--out", tmp_path / "scores", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["scores"]["grey_images"]["n"] == 5
+@pytest.fixture(scope="module")
+def trained(done) -> Path:
+    assert len(curve(done[0], "loss")) == 2
+    return done[0]
+
+
+def test_a_run_goes_on_and_is_evaluated_with_the_plug_in(done):
+    assert done[1]["scores"]["grey_images"]["n"] == 5
 
 
 def test_a_run_says_which_plug_in_is_missing(trained, config, tmp_path, run_moresjax):
@@ -61,11 +86,8 @@ def test_a_run_says_which_plug_in_is_missing(trained, config, tmp_path, run_more
     assert f"{trained} was made with plug-ins that are not loaded here: {PLUGIN}" in line
 
 
-def test_data_are_checked_in_several_processes(config, run_moresjax):
-    command = ["data", "check", "--plugin", PLUGIN, *config, "--workers", 2, "--json"]
-    done = run_moresjax(*command)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["samples"] == 24
+def test_data_are_checked_in_several_processes(done):
+    assert done[2]["samples"] == 24
 
 
 def test_processes_that_train_together(config, trained, tmp_path):

@@ -19,6 +19,8 @@ from moresjax.studies.recipes import CLASSES, NOT_REPRODUCED, RECIPES, select_re
 
 # LLaVA v1 with Vicuna-7B, of which the shares of MRT's Table 1 are.
 LLAVA_V1 = 7_045_793_792
+# MiniGPT-v2: EVA-ViT-g at 448 pixels, four tokens side by side, LLaMA-2 7B.
+MINIGPT_V2 = 986_978_688 + 4 * 1_408 * 4_096 + 4_096 + 6_738_415_616
 # What is counted where the papers print something else: a slip, a number without its decimal, and
 # a pool whose routers are not known.
 COUNTED = {"1.340M": 1_310_976, "83M": 83_886_080, "0.85%": 80_613_376}
@@ -62,7 +64,10 @@ ROWS = {
         "(e) All Layers",
     ],
     ("mrt", "S3"): ["Prefix Only", "Suffix Only", "Prefix & Suffix", "All"],
-    ("mrt", "S5"): ["LLaVAFT", "LoRA", "MixLoRA", "M2PT", "MRT"],
+    ("mrt", "S5"): [
+        *("LLaVAFT", "LoRA", "MixLoRA", "M2PT", "MRT", "MiniGPT-v2", "MiniGPT-v2 LoRA"),
+        *("MiniGPT-v2 ReFT", "MiniGPT-v2 MixLoRA", "MiniGPT-v2 M2PT", "MiniGPT-v2 MRT"),
+    ],
     ("mrt", "S6"): ["LLM", "Cross-modality", "Vision encoder", "All (MRT)"],
     ("mrt", "S7"): ["M2PT", "MixLoRA", "VPT", "LoRA", "MRT"],
     ("mrt", "S8"): ["LLaVAFT", "VPT", "LoRA", "M2PT", "MixLoRA", "MRT"],
@@ -195,6 +200,24 @@ def test_control_trains_its_editors_alone():
         assert f"({'abcde'[CLASSES.index(config.data['target'])]})" in recipe.row
     phrasings = {load_config(r.config).data["phrasing"] for r in select_recipes("mrt", "S9")}
     assert phrasings == {2}
+
+
+def test_minigpt_is_tuned_by_the_same_methods():
+    """The editors' counts follow from 39 blocks of 1,408 features and an LLM of 4,096."""
+    found = {}
+    for recipe in select_recipes("mrt", "S5")[5:]:
+        config, report, base = resolved(recipe)
+        found[recipe.row.removeprefix("MiniGPT-v2").strip()] = report.trainable
+        assert base == MINIGPT_V2
+        assert config.template == "minigpt_v2"
+    visual, connector, text = (2 * d * r + r for d, r in ((1408, 6), (4096, 6), (4096, 4)))
+    assert found["MRT"] == 39 * visual + connector + 2 * 32 * text == 2_805_744
+    assert found["ReFT"] == 2 * 32 * text
+    linear = 4 * 1408 * 4096 + 4096
+    ranks = 16 * 32 * (4 * 2 * 4096 + 3 * (4096 + 11_008))
+    assert found["LoRA"] == ranks + linear
+    assert (found["MixLoRA"], found["M2PT"]) == (99_487_744, 157_315_328)
+    assert found[""] == base
 
 
 def test_the_halves_of_mrt_overlap_in_one_layer():

@@ -36,8 +36,8 @@ def start_both(workdir, steps: int) -> list[subprocess.Popen]:
     return [start([*run, "--distributed", f"{address},2,{number}"]) for number in range(2)]
 
 
-def stop(workdir, processes, asked: list[int], signal=signal.SIGTERM) -> int:
-    """Sends a signal to some of a run's processes once it has gone on; the step all stopped at."""
+def stop(workdir, processes, asked: list[int]) -> int:
+    """Sends SIGTERM to some of a run's processes once it has gone on; the step all stopped at."""
     log = workdir / "metrics.jsonl"
     enough = 3 + (len(losses(workdir)) if log.is_file() else 0)
     while not log.is_file() or len(losses(workdir)) < enough:
@@ -45,9 +45,14 @@ def stop(workdir, processes, asked: list[int], signal=signal.SIGTERM) -> int:
             assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     for number in asked:
-        processes[number].send_signal(signal)
+        processes[number].send_signal(signal.SIGTERM)
     errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), errors
+    return check_stopped(workdir, *errors)
+
+
+def check_stopped(workdir, *errors: str) -> int:
+    """The step that was saved, which every process says."""
     saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
     assert all(f"stopped at step {saved}, which is saved" in error for error in errors), errors
     assert not (workdir / "train.json").exists()
@@ -70,9 +75,20 @@ def test_a_signal_is_noticed_and_a_second_interrupt_interrupts(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_run_that_is_interrupted_saves_and_goes_on(tmp_path):
-    run = tmp_path / "run"
-    saved = stop(run, [start([*RUN, *arguments(run, 100_000)])], [0], signal.SIGINT)
+def test_a_run_that_is_interrupted_saves_and_goes_on(tmp_path, monkeypatch, caplog):
+    ask = PreemptionHandler.at
+
+    def interrupted(self, step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return ask(self, step)
+
+    run, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreemptionHandler, "at", interrupted)
+        assert main(arguments(run, 100_000)) == 0
+    saved = check_stopped(run, caplog.text)
+    assert signal.getsignal(signal.SIGINT) is handler
     config = run / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"steps": saved + 2}))
     assert main(arguments(run, saved + 2)) == 0

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import clean_environment
 from flax import nnx
 from run_helpers import (
     HEAD,
@@ -24,7 +25,6 @@ from run_helpers import (
     cli_arguments,
     config_of,
     logged,
-    quick_environment,
     rewind,
     start,
     wait_for,
@@ -100,7 +100,7 @@ def run_and_kill(first: list[str], second: list[str], workdir: Path, step: int) 
     command = [sys.executable, "-c", BOTH, *first, "--", *second]
     log = workdir.with_suffix(".log")
     with open(log, "w") as file:
-        process = subprocess.Popen(command, env=quick_environment(), stdout=file, stderr=file)
+        process = subprocess.Popen(command, env=clean_environment(), stdout=file, stderr=file)
         while not any((workdir / "checkpoints" / str(s)).is_dir() for s in (step, step + 4)):
             assert process.poll() is None, log.read_text()
             time.sleep(0.005)

@@ -134,7 +134,7 @@ def test_image_tokens_and_images_must_agree():
         )
 
 
-# Cuts of the published sizes: full width, two layers, a short vocabulary
+# Cuts of the published sizes: full width, one layer, a short vocabulary
 
 WIDE = {
     "phi-2": (
@@ -143,7 +143,7 @@ WIDE = {
             vocab_size=128,
             hidden_size=2560,
             intermediate_size=10_240,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=32,
             partial_rotary_factor=0.4,
         ),
@@ -154,7 +154,7 @@ WIDE = {
             vocab_size=128,
             hidden_size=5120,
             intermediate_size=13_824,
-            num_hidden_layers=2,
+            num_hidden_layers=1,
             num_attention_heads=40,
             rms_norm_eps=1e-5,
             max_position_embeddings=4096,

@@ -184,5 +184,6 @@ class ControlSource:
             wanted,
             truth,
             of_image,
-            images.boxes(shown, name, rng),
+            # In misalignment the object is the target, which the question does not name.
+            images.boxes(shown, self.target if kind == TARGET else name, rng),
         )

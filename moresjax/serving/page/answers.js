@@ -5,7 +5,7 @@ import { saveSoon, state } from "./store.js";
 
 // The running answers with what stops them.
 const running = new Map();
-// By answer what its attention on the images looks like, as `{maps, pictures}`: too large to keep.
+// By answer what its attention on the images looks like, as `mapsOf` says: too large to keep.
 const seen = new WeakMap();
 
 /**
@@ -65,15 +65,16 @@ function take(answer, chunk) {
   if (choice.attention) look(answer, choice.attention);
 }
 
-function look(answer, { share, lmar, maps, pictures }) {
+function look(answer, { ids, share, lmar, maps, pictures, heads }) {
   answer.tokens.forEach((token, place) => {
     token.share = share[place];
     token.lmar = lmar[place];
   });
-  seen.set(answer, { maps: maps && api.array(maps), pictures });
+  answer.ids = ids;
+  seen.set(answer, { maps: maps && api.array(maps), pictures, heads });
 }
 
-/** The maps of an answer that this visit has seen: `{maps: {shape, values}, pictures}`. */
+/** The maps of an answer that this visit has seen: `{maps: {shape, values}, pictures, heads}`. */
 export const mapsOf = (answer) => seen.get(answer) ?? {};
 
 /** Streams an answer of a turn; `changed` is called whenever there is more of it. */

@@ -73,7 +73,8 @@ function byHead(answer, { turn, column, token }) {
   if (!kept.has(answer)) kept.set(answer, new Map());
   const own = kept.get(answer);
   if (!own.has(token)) {
-    const found = attention({ ...request(turn, column, answer), answer: answer.text, token });
+    const said = answer.ids ? { answer_ids: answer.ids } : { answer: answer.text };
+    const found = attention({ ...request(turn, column, answer), ...said, token });
     found.catch(() => own.delete(token));
     own.set(token, found);
   }
@@ -92,7 +93,8 @@ async function drawMap() {
   const images = state.turns.slice(0, here.turn + 1).flatMap((turn) => turn.images);
   if (!images.length) return without("There is no image here, so there is no map.");
   if (answer.status === "running") return without("The map comes when the answer has ended.");
-  const { maps, pictures } = mapsOf(answer);
+  const { maps, pictures, heads: count = heads } = mapsOf(answer);
+  heads = count;
   if (maps === null) return without("The visual tokens of this model have no place on the image.");
   try {
     const quick = maps && headNow() === "mean";

@@ -1,0 +1,112 @@
+"""Steering of single requests equals the method `steer` on a model of its own."""
+
+import json
+
+import httpx
+import numpy as np
+import pytest
+
+from moresjax.analysis.vectors import save_vectors
+from moresjax.core.errors import UserError
+from moresjax.serving.run import running
+from moresjax.serving.server import Server, ServerConfig
+from moresjax.serving.steering import read_shelf
+from moresjax.testing import talking_model
+from moresjax.weights.adapter import save_adapter
+
+SAID = [{"role": "user", "content": "how many ?"}]
+VECTOR = np.float32(2e5) * np.random.default_rng(3).standard_normal(16).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vectors")
+    file = save_vectors(folder, {"up": VECTOR, "late": -VECTOR}, {"late": {"layer": 1}})
+    return read_shelf([str(file)], 16, 2)
+
+
+@pytest.fixture(scope="module")
+def steered(shelf, tmp_path_factory):
+    """A server with an adapter and a shelf."""
+    folder = save_adapter(talking_model("lora:rank=2").mllm, tmp_path_factory.mktemp("lora"))
+    model = talking_model()
+    model.load_adapters({"counts": folder})
+    server = Server(model, "talker", ServerConfig(rows=3, max_new_tokens=32), shelf)
+    with running(server) as address:
+        yield address
+
+
+def ask(url, model="talker", tokens=8, **more):
+    body = {"model": model, "messages": SAID, "max_tokens": tokens, **more}
+    done = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+    return done.json()["choices"][0]["message"]["content"] if done.status_code == 200 else done
+
+
+def expected(spec, vector, alpha):
+    model = talking_model(spec)
+    model.set(vector=vector, alpha=alpha)
+    return model.generate("how many ?", max_new_tokens=8)
+
+
+def test_a_steered_answer_is_that_of_the_method(steered):
+    positions = "steer:positions=last_prompt|generated"
+    base, own = ask(steered), ask(steered, "counts")
+    for alpha in (3.0, -2.0):
+        steer = [{"vector": "up", "alpha": alpha}]
+        text = expected(positions, VECTOR, alpha)
+        assert text != base
+        assert ask(steered, steer=steer) == text
+        on_adapter = expected(f"lora:rank=2/{positions}", VECTOR, alpha)
+        assert ask(steered, "counts", steer=steer) == on_adapter
+    late = [{"vector": "late", "alpha": 2.0}]
+    assert ask(steered, steer=late) == expected(f"{positions},layers=1", -VECTOR, 2.0)
+    given = [{"vector": VECTOR.tolist(), "alpha": 1.0, "layers": [0], "positions": "all"}]
+    assert ask(steered, steer=given) == expected("steer:positions=all,layers=0", VECTOR, 1.0)
+    for nothing in ([{"vector": "up", "alpha": 0}], [], None):
+        assert ask(steered, steer=nothing) == base
+        assert ask(steered, "counts", steer=nothing) == own
+
+
+def test_many_steerings_come_and_go(steered):
+    texts = {a: ask(steered, steer=[{"vector": "up", "alpha": a}]) for a in range(-6, 7)}
+    assert texts[0] == ask(steered)
+    assert texts[-6] == ask(steered, steer=[{"vector": "up", "alpha": -6}])
+
+
+def test_the_shelf_and_what_is_not_on_it(steered):
+    listed = httpx.get(f"{steered}/v1/steering_vectors").json()["data"]
+    assert [(one["name"], one["layers"]) for one in listed] == [("up", None), ("late", [1])]
+    assert ask(steered, steer=[{"vector": "down"}]).status_code == 404
+    for wrong in (
+        {"vector": [1.0]},
+        {"vector": "up", "alpha": "x"},
+        {"vector": "up", "layers": [2]},
+        {"vector": "up", "positions": "nowhere"},
+        {"vector": "up", "positions": "roi"},
+        "up",
+    ):
+        done = ask(steered, steer=[wrong])
+        assert done.status_code == 400, wrong
+        assert done.json()["error"]["message"]
+
+
+def test_a_tuned_model_is_steered_with_its_tuning(shelf):
+    server = Server(talking_model("lora:rank=2"), "talker", ServerConfig(rows=1), shelf)
+    spec = "lora:rank=2/steer:positions=last_prompt|generated"
+    with running(server) as url:
+        assert ask(url) == talking_model("lora:rank=2").generate("how many ?", max_new_tokens=8)
+        assert ask(url, steer=[{"vector": "up", "alpha": 3}]) == expected(spec, VECTOR, 3.0)
+        models = httpx.get(f"{url}/v1/models").json()["data"]
+        assert [(one["id"], one["tuning"]) for one in models] == [("talker", "lora:rank=2")]
+
+
+def test_files_that_are_no_shelf(tmp_path):
+    with pytest.raises(UserError, match="not a readable"):
+        read_shelf([str(tmp_path / "no.npz")], 16, 2)
+    np.savez(tmp_path / "a.npz", x=np.ones(3))
+    with pytest.raises(UserError, match="16 finite numbers"):
+        read_shelf([f"mine={tmp_path}/a.npz"], 16, 2)
+    np.savez(tmp_path / "b.npz", x=np.ones(16))
+    (tmp_path / "vectors.json").write_text(json.dumps({"x": {"layer": 0}}))
+    with pytest.raises(UserError, match="two steering vectors"):
+        read_shelf([f"{tmp_path}/b.npz", f"x={tmp_path}/b.npz:x"], 16, 2)
