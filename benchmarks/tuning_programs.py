@@ -42,7 +42,7 @@ def costs(config: RunConfig, topology: str) -> np.ndarray:
     found = []
     for program in (prefill, decode):
         assert program.compiled is not None
-        counted = program.compiled.cost_analysis()
+        counted = program.compiled.cost_analysis() or {}
         found.append([counted[name] for name in COSTS])
     return np.asarray(found)
 

@@ -78,6 +78,15 @@ def test_several_adapters_load_together():
     model.load_adapters({name: WRITTEN / "adapters" / name for name in ("one", "two")})
     texts = model.generate(PROMPTS, images(), max_new_tokens=10, adapters=["one", None, "two"])
     assert texts == EXPECTED["many"]["texts"]
+    # Of other methods, and with connectors of their own, beside these.
+    model.load_adapters({name: WRITTEN / "adapters" / name for name in ("lora", "mores")})
+    names = ["lora", "mores", "two"]
+    texts = model.generate(PROMPTS, images(), max_new_tokens=10, adapters=names)
+    logits = np.asarray(model.logits(PROMPTS, images(), adapters=names))
+    for row, name in enumerate(names):
+        expected = EXPECTED[f"adapters/{name}"]
+        assert texts[row] == expected["texts"][row]
+        np.testing.assert_allclose(logits[row, -1], expected["logits"][row], atol=2e-4)
 
 
 def last_json(capsys) -> dict:

@@ -49,9 +49,10 @@ def run_attribute(args: argparse.Namespace) -> None:
     check_new(Path(args.out), "analysis")
     model = load_tuned_model(args)
     question = args.prompt, args.image
-    options = {"answer": args.answer, "against": args.against, "marks": marks_of(args.mark)}
-    found = attribute_tokens(model, *question, **options, method=args.method)
-    parts = attribute_logit(model, *question, **options | {"answer": found.answer})
+    options, marks = {"answer": args.answer, "against": args.against}, marks_of(args.mark)
+    found = attribute_tokens(model, *question, **options, marks=marks, method=args.method)
+    options["answer"] = found.answer
+    parts = attribute_logit(model, *question, **options, marks=marks)
     values = {name: np.asarray(x).tolist() for name, x in dataclasses.asdict(parts).items()}
     content = {
         **model.provenance,

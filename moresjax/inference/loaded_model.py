@@ -331,6 +331,8 @@ class LoadedModel:
     def unload_adapter(self, name: str) -> None:
         """Drops one of the adapters that `load_adapters` has loaded; its room stays.
 
+        Whoever decodes step by step ends its answers first: another adapter may get its number.
+
         Raises:
           UserError: There is no such adapter.
         """

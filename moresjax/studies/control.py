@@ -135,7 +135,7 @@ def _control(pipeline: Pipeline, study: Study) -> Outcome:
 
 
 def _outcome(found: dict[str, dict[str, list[float]]], said: Values) -> Outcome:
-    bases = dict.fromkeys((SECOND, SECOND_BASE), SECOND_BASE)
+    bases: dict[str, str] = dict.fromkeys((SECOND, SECOND_BASE), SECOND_BASE)
     taken = {name: own for name, own in found.items() if name in (TAKEN_BASE, *MISALIGNED)}
     found = {name: own for name, own in found.items() if name not in taken}
 

@@ -180,7 +180,7 @@ class Method:
         narrow = dataclasses.replace(self.trained, **own)
         return narrow.widened(1) if self.width else narrow
 
-    def of_kind(self, params: Params) -> Params:
+    def of_kind(self, params: dict[str, AnyArray]) -> dict[str, AnyArray]:
         """Parameters that do in `kind` what these do here; neither have been through `prepare`."""
         return params
 

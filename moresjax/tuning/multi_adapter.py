@@ -11,7 +11,6 @@ kinds and shapes alone: leaves are `[L, K, ...]` at layered sites and `[K, ...]`
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -283,7 +282,8 @@ def _raw(tuning: Tuning, key: str, site: str) -> Arrays:
     """The parameters of a method at a site, as its kind means them; empty where it has none."""
     if site not in tuning.params[key]:
         return {}
-    params: Any = {n: np.asarray(x[...]) for n, x in tuning.params[key][site].items()}
+    variables = tuning.params[key][site].items()
+    params: dict[str, AnyArray] = {n: np.asarray(x[...]) for n, x in variables}
     return {n: np.asarray(x) for n, x in dict(tuning.methods)[key].of_kind(params).items()}
 
 

@@ -14,9 +14,10 @@ from flax import nnx
 from moresjax.core.parameter_names import first_name, layered_parameters, path_name
 from moresjax.core.types import AnyArray
 from moresjax.models.mllm import MLLM
-from moresjax.tuning.attach import Constant, Tuning
+from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import WeightDelta
 from moresjax.tuning.selectors import parse_layers
+from moresjax.tuning.variables import Constant, Lengths, Places
 
 # Fields that say how a model is run, or where it came from, but not what it is.
 FREE_FIELDS = ("dtype", "remat", "unroll", "int8", "attention", "model_type")
@@ -110,8 +111,10 @@ def _given(tuning: Tuning) -> dict[str, Any]:
     adapter, and, of several adapters that are held at once, names and layers.
     """
     found: dict[str, Any] = {"adapters": [*tuning.adapters]} if tuning.adapters else {}
-    for path, variable in nnx.to_flat_state(nnx.state(tuning, Constant)):
+    for path, variable in nnx.to_flat_state(nnx.state(tuning, nnx.Any(Constant, Places, Lengths))):
         found[path_name(path)] = _digest(variable.get_value())
+    for name, variable in tuning.connector.items():
+        found[f"connector.{name}"] = checksum(variable.get_value())
     for key, method in tuning.methods:
         own = method.shared(tuning.config) if isinstance(method, WeightDelta) else {}
         for leaf, x in tuning.common(key).items():

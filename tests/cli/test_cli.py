@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import clean_environment
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from moresjax import load
 from moresjax.cli import main
@@ -255,17 +254,13 @@ def test_json_carries_tokens_stop_reason_and_log_probabilities(demo, capsys):
 
 def test_one_file_of_prompts_mixes_adapters_and_the_base(demo, tmp_path, capsys):
     out, _ = demo
-    (lora,) = out.glob("adapters/lora*")
-    other = shutil.copytree(lora, tmp_path / "other")
-    (weights,) = other.glob("*.safetensors")
-    saved = load_file(weights)  # the connector, which all rows of a batch share, stays
-    save_file({n: x if n.startswith("connector") else -3 * x for n, x in saved.items()}, weights)
+    # Two kinds, each with the connector that trained with it.
+    (lora,), (other,) = out.glob("adapters/lora*"), out.glob("adapters/ia3*")
     prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
     names = ["one", "base", "two", None, "one", "three"]
     records = [{"prompt": "what is the largest ?", "by": name} for name in names]
     prompts.write_text("".join(json.dumps(record) + "\n" for record in records))
-    # The run that the adapter came from: its connector is the adapters', too.
-    model = ["generate", "--model", out / "seed0" / "finetune" / lora.name]
+    model = ["generate", "--model", out / "seed0" / "pretrain"]
     command = [*model, "--prompts", prompts, "--out", answers, "--adapter-for", "by", "--logprobs"]
     command += ["--batch-size", "20"]  # of which the five are read at once, to the same bit
     both = ["--adapter", f"one={lora}", "--adapter", f"two={other}", "--max-new-tokens", "4"]
@@ -417,3 +412,25 @@ def test_a_plan_is_of_a_train_step_or_of_generation(capsys):
     assert "--prompt goes with --generate" in capsys.readouterr().err
     assert main([*arguments, "--search", "--generate", "8"]) == 2
     assert "--search is for train steps, not for --generate" in capsys.readouterr().err
+
+
+def test_the_demo_names_the_command_that_serves_its_models(demo, monkeypatch, capsys):
+    out, printed = demo
+    monkeypatch.setattr("moresjax.studies.demo.run_demo", lambda *_, **__: printed)
+    assert main(["demo", "--out", str(out)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"talk to its models: moresjax serve {out}"
+
+    seen = {}
+    monkeypatch.setattr(
+        "moresjax.serving.run.serve", lambda server, *_, **__: seen.update(it=server)
+    )
+    assert main(last.split()[5:]) == 0
+    server = seen["it"]
+    server.close()
+    base, *adapters = server.models()
+    assert (base["id"], base["root"]) == (out.name, str(out / "seed0" / "pretrain"))
+    names = {path.name for path in (out / "adapters").iterdir()}
+    assert {each["id"] for each in adapters} == names - {"full"}
+    assert all(each["root"] == str(out / "adapters" / each["id"]) for each in adapters)
+    assert "full changes the LLM that all rows share" in capsys.readouterr().err

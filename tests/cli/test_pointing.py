@@ -175,12 +175,13 @@ def test_a_question_is_analysed_at_its_region_and_mark(run, model, images, tmp_p
 
 
 def test_attention_of_questions_has_their_regions_and_marks(run, model, images, tmp_path):
-    """Also the maps of answers, which are read again."""
+    """Also the maps of answers, which are read again; `--roi` holds for all questions."""
     file, options = Path(images[0]).parent / "own.jsonl", {"marks": TWO, "max_new_tokens": 1}
     own = attention_map(model, PROMPT, images[0], roi=REGION, **options)
     record = {"image": "a.png", "question": PROMPT, "answer": "yes", "max_new_tokens": 1}
-    file.write_text(json.dumps(record | {"roi": REGION, "marks": TWO}))
-    code, text = run("evaluate", "--tasks", file, "--attention", "--out", tmp_path / "out")
+    file.write_text(json.dumps(record | {"roi": [0.5, 0, 1, 1], "marks": TWO}))
+    asked = ["evaluate", "--tasks", file, "--attention", "--out", tmp_path / "out"]
+    code, text = run(*asked, "--roi", LEFT)
     assert code == 0, text
     with np.load(tmp_path / "out" / "attention_maps.npz") as arrays:
         np.testing.assert_allclose(arrays["0.grid"], own.grid.mean(1), atol=1e-4)

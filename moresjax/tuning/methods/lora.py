@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
 from moresjax.core.ranges import FINITE, Positive, Rate
+from moresjax.core.types import AnyArray
 from moresjax.tuning.base import (
     LinearLike,
     Method,
@@ -59,7 +60,7 @@ class LoRA(WeightDelta):
     def kind(self) -> Method:
         return dataclasses.replace(super().kind(), rank=1, alpha=1.0, rslora=False)
 
-    def of_kind(self, params: Params) -> Params:
+    def of_kind(self, params: dict[str, AnyArray]) -> dict[str, AnyArray]:
         return params | {"b": self.scale * params["b"]}
 
     def sites(self, config: ModelConfig) -> Sites:
