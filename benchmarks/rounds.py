@@ -85,5 +85,19 @@ def measure(
 
 def median_ratio(seconds: Seconds, name: str, phase: str) -> float:
     """The median over rounds of a phase's time relative to the first variant's in that round."""
+    return statistics.median(ratios(seconds, name, phase))
+
+
+def ratios(seconds: Seconds, name: str, phase: str) -> list[float]:
+    """A phase's time relative to the first variant's in every round."""
     base = next(iter(seconds.values()))[phase]
-    return statistics.median(x / y for x, y in zip(seconds[name][phase], base, strict=True))
+    return [x / y for x, y in zip(seconds[name][phase], base, strict=True)]
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """A 95% interval of the median, between two of the values (no assumption on their spread)."""
+    from scipy.stats import binom
+
+    ranked = sorted(values)
+    low = max(int(binom.ppf(0.025, len(ranked), 0.5)) - 1, 0)
+    return ranked[low], ranked[-1 - low]

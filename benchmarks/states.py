@@ -1,9 +1,11 @@
 """What reading hidden states adds to decoding, and states per second beside hooks in torch.
 
-    python benchmarks/states.py [--rounds 7] [--questions 32] [--new-tokens 16]
+    python benchmarks/states.py [--rounds 7] [--questions 32] [--new-tokens 16] [--cpu] [--decode]
 
 First the decoder of `decode.py` with random weights, 8 rows: prefill and decode steps without
-probes, with the states of one layer and with those of all layers (mean over the answer). Then a
+probes, the same once more (what noise alone does), with the states of one layer and with those of
+all layers (mean over the answer). A ratio is the median over rounds with its 95% interval; with
+`--cpu` of seconds of CPU, which other processes disturb less. `--decode` ends here. Then a
 LLaVA of 30 million parameters: the states of every new token at one layer, one question at a time
 with a forward hook on the module in `transformers`, and all questions in one batch here; the states
 must be equal.
@@ -11,12 +13,13 @@ must be equal.
 
 import argparse
 import statistics
+import time
 
 import jax
 import numpy as np
 import torch
 from decode import imported, make_oracle, ours
-from rounds import Run, measure, median_ratio
+from rounds import Run, measure, median_interval, ratios
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from moresjax.analysis.capture import StateProbe
@@ -38,31 +41,34 @@ def program_cost(model: MLLM, ids: np.ndarray, new: int, probes: tuple) -> tuple
     return cost["flops"], cost["bytes accessed"]
 
 
-def decode_cost(rounds: int, prompt: int, new: int, small: bool) -> None:
+def decode_cost(rounds: int, prompt: int, new: int, small: bool, cpu: bool) -> None:
     oracle = make_oracle(small)
     model = imported(oracle)
     last = model.config.llm.num_layers - 1
     ids = np.random.default_rng(0).integers(0, VOCAB, (1, prompt))
     probes = {
         "no states": (),
+        "no states, again": (),
         "one layer": (StateProbe(layers=(last,), take="answer"),),
         "all layers": (StateProbe(take="answer"),),
     }
     runs = {name: ours(model, ids, ROWS, new, own) for name, own in probes.items()}
-    seconds = measure(runs, rounds)
+    seconds = measure(runs, rounds, clock=time.process_time if cpu else time.perf_counter)
     costs = {name: program_cost(model, ids, new, own) for name, own in probes.items()}
     print("| states of | prefill, ms | ms a step | prefill | decode | operations | bytes |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in probes:
         pair = {n: seconds[n] for n in dict.fromkeys(("no states", name))}
-        ratios = [
-            f"{median_ratio(pair, name, phase):.3f}" if name != "no states" else ""
-            for phase in ("prefill", "decode")
-        ]
+        cells = [""] * 4
+        if name != "no states":
+            for place, phase in enumerate(("prefill", "decode")):
+                own = ratios(pair, name, phase)
+                low, high = median_interval(own)
+                cells[place] = f"{statistics.median(own):.3f} [{low:.3f}, {high:.3f}]"
+            pairs = zip(costs[name], costs["no states"], strict=True)
+            cells[2:] = [f"{x / y:.4f}" for x, y in pairs]
         first, step = (statistics.median(seconds[name][phase]) for phase in ("prefill", "decode"))
-        pairs = zip(costs[name], costs["no states"], strict=True)
-        ratios += [f"{x / y:.4f}" if name != "no states" else "" for x, y in pairs]
-        cells = [f"{1e3 * first:.1f}", f"{1e3 * step / (new - 1):.1f}", *ratios]
+        cells = [f"{1e3 * first:.1f}", f"{1e3 * step / (new - 1):.1f}", *cells]
         print(f"| {name} | {' | '.join(cells)} |")
 
 
@@ -180,9 +186,13 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--small", action="store_true", help="few layers: does it run?")
+    parser.add_argument("--cpu", action="store_true", help="seconds of CPU, not of the clock")
+    parser.add_argument("--decode", action="store_true", help="only the first table")
     args = parser.parse_args()
     use_huge_pages()
-    decode_cost(args.rounds, args.prompt, args.new_tokens, args.small)
+    decode_cost(args.rounds, args.prompt, args.new_tokens, args.small, args.cpu)
+    if args.decode:
+        return
     side_by_side(args.rounds, args.questions, args.new_tokens)
 
 

@@ -12,6 +12,8 @@ CUT_LLM = {
     "num_layers": 2,
     "num_heads": 4,
 }
+# For train steps, which take longest to compile.
+NARROW_LLM = CUT_LLM | {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512}
 CUT_VISION = {
     "image_size": 56,
     "patch_size": 14,
@@ -22,12 +24,12 @@ CUT_VISION = {
 }
 
 
-def cut(tuning: str, preset: str = "fsdp", **changes) -> RunConfig:
+def cut(tuning: str, preset: str = "fsdp", llm: dict = CUT_LLM, **changes) -> RunConfig:
     """A run of the small model, split over the eight chips of a v5e-8."""
     config = base_config()
     config.dtype, config.remat, config.tuning = "bfloat16", True, tuning
     config.batch_size, config.max_seq_len, config.images_per_row = 16, 128, 1
     config.mesh.update(mesh_preset(preset, 8))
-    config.model.llm, config.model.vision = CUT_LLM, CUT_VISION
+    config.model.llm, config.model.vision = llm, CUT_VISION
     config.update(changes)
     return resolve(config)

@@ -91,7 +91,7 @@ def concept_sensitivity(
     >>> apart = rng.standard_normal((80, 4)) + 9 * np.eye(4)[0] * (np.arange(80) < 20)[:, None]
     >>> index = [{"id": str(n)} for n in range(80)]
     >>> store = States.from_arrays({("llm.block.out", 3): apart}, index)
-    >>> gradients = {("llm.block.out", 3): np.tile([1.0, 0.0, 0.0, 0.0], (5, 1))}
+    >>> gradients = {("llm.block.out", 3): np.tile([1.0, 0.0, 0.0, 0.0], (9, 1))}
     >>> (found,) = concept_sensitivity(store, labels, gradients, concepts=["up"])
     >>> found.score, found.significant
     (1.0, True)
@@ -181,8 +181,8 @@ def activation_vector(
     The classifier is a logistic regression on standardised features.
 
     >>> vector, accuracy = activation_vector(np.eye(8, 2) + [9.0, 0.0], np.eye(8, 2))
-    >>> vector.round(2).tolist(), accuracy
-    ([1.0, 0.0], 1.0)
+    >>> bool(vector[0] > 0.99), accuracy
+    (True, 1.0)
 
     Args:
       concept: States with the concept.

@@ -11,7 +11,7 @@ from sse_starlette.sse import EventSourceResponse
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
@@ -158,6 +158,8 @@ async def read_json(request: Request) -> Any:
     """
     try:
         return json.loads(await request.body())
+    except ClientDisconnect:
+        raise ApiError("the client has closed the connection", status=499) from None
     except (ValueError, RecursionError):
         raise ApiError("the body of the request is no JSON") from None
 

@@ -9,6 +9,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -268,17 +269,27 @@ class Server:
         if steering is None:
             yield adapter
             return
-        call, hold = self.scheduler.call, self._steered.hold
         try:
-            future = call(lambda: hold(adapter, steering, may_compile=False))
-            name = await asyncio.wrap_future(future)
+            name = await self._hold(adapter, steering, may_compile=False)
         except NoRoom:
-            future = call(lambda: hold(adapter, steering, may_compile=True), alone=True)
-            name = await asyncio.wrap_future(future)
+            name = await self._hold(adapter, steering, may_compile=True)
         try:
             yield name
         finally:
-            call(lambda: self._steered.release(name))
+            self.scheduler.call(lambda: self._steered.release(name))
+
+    async def _hold(self, adapter: str | None, steering: Steering, *, may_compile: bool) -> str:
+        """The name of an adapter with a steering; once all answers have ended if it may compile."""
+
+        def job() -> str:
+            return self._steered.hold(adapter, steering, may_compile=may_compile)
+
+        future = self.scheduler.call(job, alone=may_compile)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:  # the client has gone, but the job may run already
+            self.scheduler.call(lambda: _release_if_held(self._steered, future))
+            raise
 
     def prepare(self, sample: Sample) -> Row:
         """The row of a conversation; on a thread of its own, for images are decoded.
@@ -391,6 +402,12 @@ class Server:
                 likely = tuple((spell(int(i)), float(p)) for i, p in list(pairs)[:top])
             found.append(TokenInfo(token, spell(token), float(new.logprobs[number]), likely))
         return found
+
+
+def _release_if_held(steered: SteeredAdapters, future: "Future[str]") -> None:
+    """Gives up what a job may have held; runs after the job, on its thread."""
+    if future.done() and not future.cancelled() and future.exception() is None:
+        steered.release(future.result())
 
 
 def _length_with_stop(

@@ -15,11 +15,15 @@ from moresjax.analysis.shift import correlation
 from moresjax.analysis.shift_study import ShiftOptions, measure_shift
 from moresjax.analysis.states import States
 from moresjax.analysis.steering import choose
-from moresjax.data.digits import WORDS
+from moresjax.data.digits import WORDS, describe, make_scene
+from moresjax.data.samples import IMAGE_MARK
+from moresjax.evaluation.benchmarks.digits import SEED
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.metrics.vqa import normalize_vqa
+from moresjax.evaluation.scoring import caption_scorer
 from moresjax.evaluation.states import task_states
 from moresjax.evaluation.steering.build import coarse_plan, fine_plan, first_token_selections
-from moresjax.evaluation.steering.run import ALL, steer
+from moresjax.evaluation.steering.run import ALL, BASELINE, steer
 from moresjax.evaluation.steering.tasks import parse_steering_task, split_states
 from moresjax.evaluation.tasks import BenchmarkTask, load_tasks
 from moresjax.inference.model import Model
@@ -33,8 +37,10 @@ from moresjax.studies.study import Outcome, Study, Table, Values, claim, with_in
 SITE = "llm.block.out"
 ALPHAS = (0.5, 1.0, 2.0)
 STATES, ASKED = 150, 60  # scenes per family whose states are kept, and that are asked about
+CAPTIONS = 300  # scenes whose captions' states make a vector
 CONCEPTS, DIGITS = 20, 10  # concepts of a shift; between which fine vectors lead
 CONTROLS = ("random", "shuffled", "reversed")
+STYLE, CAPTION_TOKENS = "seven;eight;nine", 9  # words that captions are steered to
 
 
 # Shift ------------------------------------------------------------------------------------------
@@ -109,6 +115,10 @@ def _steering(pipeline: Pipeline, study: Study) -> Outcome:
         steering_numbers(pipeline.model(seed, run.name), tasks, kept, "yes", "no", seed)
         for seed in pipeline.seeds
     ]
+    scenes = (CAPTIONS, ASKED) if not pipeline.fast else (20, 5)
+    for seed, own in zip(pipeline.seeds, every, strict=True):
+        captioner = pipeline.model(seed, ZERO_SHOT)
+        own |= caption_numbers(captioner, caption_task(pipeline.split, scenes[1]), scenes[0], seed)
     values = {name: [float(one[name]) for one in every] for name in every[0]}
     layers = sorted({int(n.split()[2]) for n in values if n.startswith("success layer")})
     by_layer: Values = {f"layer {n}": values[f"success layer {n}"] for n in layers}
@@ -128,6 +138,7 @@ def _steering(pipeline: Pipeline, study: Study) -> Outcome:
             ["vector", "yes became no"],
             [[name, with_interval(x)] for name, x in own.items()],
         ),
+        _caption_table(values),
     ]
     first, last = f"layer {layers[0]}", f"layer {layers[-1]}"
     sentences = [
@@ -136,6 +147,7 @@ def _steering(pipeline: Pipeline, study: Study) -> Outcome:
         f"Of {DIGITS} digits, {with_interval(values['digits'], 1)} are the only main answer of a "
         "fine vector between concepts (kept by the first new token, from stored states).",
     ]
+    sentences += _caption_sentences(values)
     drawn = {
         name: (layers, [float(np.mean(own[f"layer {n}"])) for n in layers])
         for name, own in (("yes became no", by_layer), ("probe, test states", probes))
@@ -202,6 +214,87 @@ def _reached_digits(model: Model, store: States, layer: int, seed: int) -> float
     return float(len({selections[name].targets[0] for name in kept} & words))
 
 
+# Captions ---------------------------------------------------------------------------------------
+
+
+def caption_task(split: str, scenes: int) -> BenchmarkTask:
+    """Images of the digits world with five descriptions each, which name the cells in other orders.
+
+    >>> example = caption_task("test", 1).examples[0]
+    >>> len(example.answer), len(example.answer[0].split())
+    (5, 8)
+    """
+    examples = []
+    for number in range(scenes):
+        rng = np.random.default_rng((SEED, number, 3))  # other scenes than questions are about
+        scene = make_scene(rng, split)
+        references = [describe(scene.digits, rng) for _ in range(5)]
+        name = f"caption-{split}-{number}"
+        examples.append(Example(name, IMAGE_MARK, references, (scene.image,)))
+    options = {"max_new_tokens": CAPTION_TOKENS, "scorer": caption_scorer}
+    return BenchmarkTask("digits_caption", examples, **options)
+
+
+def caption_numbers(model: Model, task: BenchmarkTask, kept: int, seed: int) -> dict[str, float]:
+    """What steering captions to a list of words does to these words and to CIDEr.
+
+    The vector leads from the mean state of captions to the states that give one of the words.
+
+    Args:
+      model: A model that describes images.
+      task: The images that it describes.
+      kept: The scenes of training handwriting whose captions make the vector.
+      seed: Seeds the controls.
+
+    Raises:
+      UserError: The model never says one of the words.
+    """
+    steering = parse_steering_task(f"style:{STYLE}")
+    items = [
+        {"id": example.id, "prompt": example.prompt, "images": example.images}
+        for example in caption_task("train", kept).examples
+    ]
+    last = model.config.llm.num_layers - 1
+    source, target = (
+        model.states(items, site=SITE, layers=last, take=take, max_new_tokens=CAPTION_TOKENS)
+        for take in ("answer", f"token({STYLE})")
+    )
+    plan = coarse_plan(source, target, steering.name, alphas=ALPHAS, seed=seed)
+    result = steer(model, [task], plan.trials, steering)
+    baseline = result.row(BASELINE)
+    images = len(task.examples)
+    numbers = {"caption cider 0": baseline["score"]}
+    for row in result.rows:
+        name = {steering.name: f"{row.get('alpha', 0):g}"}.get(row["vector"], row["vector"])
+        if row is not baseline and name != "zero":
+            numbers["caption words 0"] = row["words"][0] / images
+            numbers[f"caption words {name}"] = row["words"][1] / images
+            numbers[f"caption cider {name}"] = row["score"]
+    return numbers
+
+
+def _caption_table(values: Values) -> Table:
+    """Words of the list in a caption and CIDEr by strength, and of the controls."""
+    names = ["0", *(f"{alpha:g}" for alpha in ALPHAS), *CONTROLS]
+    rows = [
+        [name, *(with_interval(values[f"caption {key} {name}"], 2) for key in ("words", "cider"))]
+        for name in names
+    ]
+    words = STYLE.replace(";", ", ")
+    head = ["alpha, or control", "of these words in a caption", "CIDEr"]
+    return Table(f"Captions steered towards {words}, at the last layer", head, rows)
+
+
+def _caption_sentences(values: Values) -> list[str]:
+    """What steering does to captions: words at strength 1, and CIDEr from there to 2."""
+    words: Values = {name: values[f"caption words {name}"] for name in ("0", "1", "random")}
+    cider: Values = {name: values[f"caption cider {name}"] for name in ("1", "2", "0")}
+    return [
+        compare_with("0", "Words of the list in a caption, by strength,", words),
+        compare_with("1", "CIDEr of captions, by strength,", cider),
+    ]
+
+
 STUDIES = (
     Study(
         "shift",
@@ -222,10 +315,12 @@ STUDIES = (
         runs_of("full"),
         claim(
             "A difference of mean states changes answers from yes to no and leaves others; it "
-            "works best at the last layer, where a probe tells the answers apart."
+            "works best at the last layer, where a probe tells the answers apart. Captions can be "
+            "steered to a style, and get worse beyond strength 1."
         ),
-        "Yes and no, and ten digits, in a model of three layers.",
+        "Yes and no, and ten digits, in a model of three layers; the captions are those of the "
+        "model after stage 1, and their style is which digits they name.",
         _steering,
-        more_minutes=0.4,
+        more_minutes=0.8,
     ),
 )

@@ -412,3 +412,25 @@ def test_a_plan_is_of_a_train_step_or_of_generation(capsys):
     assert "--prompt goes with --generate" in capsys.readouterr().err
     assert main([*arguments, "--search", "--generate", "8"]) == 2
     assert "--search is for train steps, not for --generate" in capsys.readouterr().err
+
+
+def test_the_demo_names_the_command_that_serves_its_models(demo, monkeypatch, capsys):
+    out, printed = demo
+    monkeypatch.setattr("moresjax.studies.demo.run_demo", lambda *_, **__: printed)
+    assert main(["demo", "--out", str(out)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"talk to its models: moresjax serve {out}"
+
+    seen = {}
+    monkeypatch.setattr(
+        "moresjax.serving.run.serve", lambda server, *_, **__: seen.update(it=server)
+    )
+    assert main(last.split()[5:]) == 0
+    server = seen["it"]
+    server.close()
+    base, *adapters = server.models()
+    assert (base["id"], base["root"]) == (out.name, str(out / "seed0" / "pretrain"))
+    names = {path.name for path in (out / "adapters").iterdir()}
+    assert {each["id"] for each in adapters} == names - {"full"}
+    assert all(each["root"] == str(out / "adapters" / each["id"]) for each in adapters)
+    assert "full changes the LLM that all rows share" in capsys.readouterr().err

@@ -1,13 +1,15 @@
 """Plans for TPU slices: what is compiled is the train step, sharded as the mesh rules say."""
 
 import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
 
 import jax
 import pytest
-from cuts import CUT_LLM, CUT_VISION, cut
+from cuts import CUT_VISION, NARROW_LLM
+from cuts import cut as cut_of
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import RowStructure
@@ -22,7 +24,8 @@ from moresjax.sharding.mesh import make_mesh, mesh_preset
 from moresjax.training.objectives import OBJECTIVES, next_token
 
 RUNS = Path(__file__).parents[2] / "configs" / "llava_steering.py"
-KERNEL = CUT_LLM["hidden_size"] * CUT_LLM["intermediate_size"] * 2  # bytes of the largest
+KERNEL = NARROW_LLM["hidden_size"] * NARROW_LLM["intermediate_size"] * 2  # bytes of the largest
+cut = functools.partial(cut_of, llm=NARROW_LLM)
 
 
 def reduced(found: Plan) -> float:
@@ -52,7 +55,7 @@ def test_the_steps_of_the_papers_models_lower_for_tpus(size, tuning):
 def test_a_frozen_models_step_adds_up_gradients_of_what_trains_only(steered):
     """No gradient of a frozen kernel exists, so nothing of its size is summed over chips."""
     connector = (
-        4 * (CUT_VISION["hidden_size"] + CUT_LLM["hidden_size"] + 2) * CUT_LLM["hidden_size"]
+        4 * (CUT_VISION["hidden_size"] + NARROW_LLM["hidden_size"] + 2) * NARROW_LLM["hidden_size"]
     )
     assert 0 < reduced(steered) < 2.5 * connector
     assert steered.fits
@@ -60,7 +63,7 @@ def test_a_frozen_models_step_adds_up_gradients_of_what_trains_only(steered):
 
 def test_rows_stay_where_they_are_and_weights_come_to_them(steered):
     """Per layer forward, again for remat, and backward: what other chips hold of each kernel."""
-    kernels = 2 * (4 * CUT_LLM["hidden_size"] ** 2 + 3 * KERNEL // 2) * CUT_LLM["num_layers"]
+    kernels = 2 * (4 * NARROW_LLM["hidden_size"] ** 2 + 3 * KERNEL // 2) * NARROW_LLM["num_layers"]
     moved = sum(each["bytes"] for each in steered.collectives.values()) - reduced(steered)
     assert 7 / 8 * 2 * kernels < moved < 7 / 8 * 4 * kernels
 
@@ -83,8 +86,8 @@ def test_a_plan_is_json_and_text(steered):
 
 def test_what_a_chip_holds_is_its_share_of_the_parameters(steered):
     """Frozen kernels and tables in bf16, split eight ways; the rest is small."""
-    per_layer = 4 * CUT_LLM["hidden_size"] ** 2 + 3 * KERNEL // 2
-    tables = 2 * CUT_LLM["vocab_size"] * CUT_LLM["hidden_size"]
+    per_layer = 4 * NARROW_LLM["hidden_size"] ** 2 + 3 * KERNEL // 2
+    tables = 2 * NARROW_LLM["vocab_size"] * NARROW_LLM["hidden_size"]
     share = 2 * (2 * per_layer + tables) / 8
     batch = 2 * 4 * (6 * 128 + 56 * 56 * 3)
     assert share + batch < steered.memory.arguments < 2.5 * (share + batch)

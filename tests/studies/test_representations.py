@@ -7,8 +7,15 @@ import pytest
 
 from moresjax.evaluation.tasks import load_tasks
 from moresjax.inference.load import load
+from moresjax.studies import representations
 from moresjax.studies.papers import STUDIES
-from moresjax.studies.representations import CONTROLS, MOVES, steering_numbers
+from moresjax.studies.representations import (
+    CONTROLS,
+    MOVES,
+    caption_numbers,
+    caption_task,
+    steering_numbers,
+)
 from moresjax.testing.models import talking_model
 
 BASE = Path(__file__).parents[1] / "fixtures" / "v0_1" / "base"
@@ -41,6 +48,22 @@ def test_every_layer_strength_and_control_has_a_number(numbers):
     assert numbers[f"success layer {LAYERS[-1]}"] == numbers["success 1"]
     shares = [value for name, value in numbers.items() if name != "digits" and value is not None]
     assert all(0 <= share <= 1 for share in shares)
+
+
+def test_captions_are_steered_to_words_and_scored(monkeypatch):
+    model, task = talking_model(), caption_task("test", 3)
+    scene = task.examples[0]
+    assert {tuple(sorted(text.split())) for text in scene.answer} == {
+        tuple(sorted(scene.answer[0].split()))  # the same cells and digits in another order
+    }
+    said = model.generate(scene.prompt, scene.images, max_new_tokens=9).split()
+    monkeypatch.setattr(representations, "STYLE", f"{said[-1]};zero")
+    numbers = caption_numbers(model, task, 6, 0)
+    names = ("0", "0.5", "1", "2", *CONTROLS)
+    assert {*numbers} == {f"caption {key} {name}" for key in ("words", "cider") for name in names}
+    assert numbers["caption words 2"] > numbers["caption words reversed"]
+    table = representations._caption_table({name: [x, x] for name, x in numbers.items()})
+    assert len(table.rows) == len(names)
 
 
 def test_shifts_stand_beside_their_controls():
