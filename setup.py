@@ -32,7 +32,7 @@ setup(
         "moresjax.configs",
     ],
     package_dir={"moresjax.configs": "configs"},
-    package_data={"": ["py.typed", "*.j2", "words/*.txt"], "moresjax.serving": ["page/**/*"]},
+    package_data={"": ["py.typed", "*.j2", "words/*.txt"], "moresjax.serve": ["page/**/*"]},
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.8,<0.13",

@@ -14,8 +14,8 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 import moresjax as mj
 from moresjax.core.errors import UserError
-from moresjax.serving.run import running
-from moresjax.serving.server import Server
+from moresjax.serve.run import running
+from moresjax.serve.server import Server
 from moresjax.studies.demo_result import demo_result
 
 PICTURES = Path(__file__).parent / "pictures"

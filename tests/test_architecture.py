@@ -25,7 +25,7 @@ FLOORS = (
     {"evaluation"},
     {"plans"},
     {"reports"},
-    {"studies", "serving", "testing"},
+    {"studies", "serve", "testing"},
     {"cli"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -11,7 +11,7 @@ from moresjax.core.errors import UserError
 
 if TYPE_CHECKING:
     from moresjax.inference.model import Model
-    from moresjax.serving.server import ServerConfig
+    from moresjax.serve.server import ServerConfig
 
 KEY_VARIABLE = "MORESJAX_API_KEY"
 
@@ -99,9 +99,9 @@ def run(args: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
     except ImportError:
         raise UserError("`moresjax serve` needs its extra: pip install 'moresjax[serve]'") from None
-    from moresjax.serving.run import check, serve
-    from moresjax.serving.server import Server
-    from moresjax.serving.steering import read_shelf
+    from moresjax.serve.run import check, serve
+    from moresjax.serve.server import Server
+    from moresjax.serve.steering import read_shelf
 
     model, folders = _load(args)
     llm = model.config.llm
@@ -116,8 +116,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> "ServerConfig":
     """What the options allow."""
-    from moresjax.serving.images import ImageLimits
-    from moresjax.serving.server import ServerConfig
+    from moresjax.serve.images import ImageLimits
+    from moresjax.serve.server import ServerConfig
 
     for name in ("rows", "max_waiting", "max_new_tokens", "max_body", "max_pixels"):
         if getattr(args, name) <= 0:

@@ -423,7 +423,7 @@ def test_the_demo_names_the_command_that_serves_its_models(demo, monkeypatch, ca
 
     seen = {}
     monkeypatch.setattr(
-        "moresjax.serving.run.serve", lambda server, *_, **__: seen.update(it=server)
+        "moresjax.serve.run.serve", lambda server, *_, **__: seen.update(it=server)
     )
     assert main(last.split()[5:]) == 0
     server = seen["it"]

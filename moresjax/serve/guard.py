@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from starlette.responses import JSONResponse
 
-from moresjax.serving.errors import ApiError
+from moresjax.serve.errors import ApiError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -7,8 +7,8 @@ import httpx
 import pytest
 
 from moresjax.generation.row_pool import PoolRequest, RowPool
-from moresjax.serving.run import running
-from moresjax.serving.server import Server, ServerConfig
+from moresjax.serve.run import running
+from moresjax.serve.server import Server, ServerConfig
 from moresjax.testing import talking_model
 
 ASK = {"model": "talker", "messages": [{"role": "user", "content": "two ?"}], "max_tokens": 1}

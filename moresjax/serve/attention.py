@@ -14,7 +14,7 @@ from moresjax.core.row import Row
 from moresjax.inference.attention_maps import answer_maps, token_attention
 from moresjax.inference.model import Model
 from moresjax.reports.html import image_uri
-from moresjax.serving.errors import ApiError
+from moresjax.serve.errors import ApiError
 
 
 def answer_attention(

@@ -17,11 +17,11 @@ from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.generation.prompt_scores import PromptScores, score_prompts
 from moresjax.generation.row_pool import PoolRequest
-from moresjax.serving.chat_answers import merged
-from moresjax.serving.chat_request import Decoding, read_decoding, read_model
-from moresjax.serving.errors import ApiError
-from moresjax.serving.fields import Fields
-from moresjax.serving.server import Piece, Server, TokenInfo
+from moresjax.serve.chat_answers import merged
+from moresjax.serve.chat_request import Decoding, read_decoding, read_model
+from moresjax.serve.errors import ApiError
+from moresjax.serve.fields import Fields
+from moresjax.serve.server import Piece, Server, TokenInfo
 
 MAX_PROMPTS = 512
 MAX_LISTED = 20

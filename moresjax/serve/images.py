@@ -10,8 +10,8 @@ from PIL import Image
 
 from moresjax.core.errors import UserError
 from moresjax.data.images import open_image
-from moresjax.serving.errors import ApiError
-from moresjax.serving.fields import Fields
+from moresjax.serve.errors import ApiError
+from moresjax.serve.fields import Fields
 
 
 @dataclasses.dataclass(frozen=True)

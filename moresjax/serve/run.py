@@ -14,8 +14,8 @@ import uvicorn
 from moresjax.core.errors import UserError
 from moresjax.data.samples import Sample, Turn
 from moresjax.generation.row_pool import PoolRequest
-from moresjax.serving.app import make_app
-from moresjax.serving.server import Server
+from moresjax.serve.app import make_app
+from moresjax.serve.server import Server
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -16,14 +16,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from moresjax.serving.chat_answers import ChatAnswer
-from moresjax.serving.chat_request import read_chat
-from moresjax.serving.completions import Completion, read_completion
-from moresjax.serving.errors import ApiError
-from moresjax.serving.fields import Fields
-from moresjax.serving.guard import App, Guard, error_response
-from moresjax.serving.samples import sample_images
-from moresjax.serving.server import Server
+from moresjax.serve.chat_answers import ChatAnswer
+from moresjax.serve.chat_request import read_chat
+from moresjax.serve.completions import Completion, read_completion
+from moresjax.serve.errors import ApiError
+from moresjax.serve.fields import Fields
+from moresjax.serve.guard import App, Guard, error_response
+from moresjax.serve.samples import sample_images
+from moresjax.serve.server import Server
 
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"

@@ -14,10 +14,10 @@ from starlette.concurrency import run_in_threadpool
 
 from moresjax.core.row import Row
 from moresjax.generation.row_pool import PoolRequest
-from moresjax.serving.attention import answer_attention, head_maps
-from moresjax.serving.chat_request import ChatRequest
-from moresjax.serving.errors import ApiError
-from moresjax.serving.server import Piece, Server, TokenInfo
+from moresjax.serve.attention import answer_attention, head_maps
+from moresjax.serve.chat_request import ChatRequest
+from moresjax.serve.errors import ApiError
+from moresjax.serve.server import Piece, Server, TokenInfo
 
 
 class ChatAnswer:

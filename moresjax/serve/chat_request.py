@@ -9,9 +9,9 @@ from moresjax.data.images import ImageInput
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.generation.sampling import Sampling
 from moresjax.inference.prompts import mark_images
-from moresjax.serving.errors import ApiError
-from moresjax.serving.fields import Fields
-from moresjax.serving.images import ImageLimits, read_image
+from moresjax.serve.errors import ApiError
+from moresjax.serve.fields import Fields
+from moresjax.serve.images import ImageLimits, read_image
 
 MAX_CHOICES = 16
 MAX_LISTED = 20

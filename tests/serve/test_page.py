@@ -17,9 +17,9 @@ from moresjax.cli import main
 from moresjax.data.digits import make_scene
 from moresjax.inference.analyze import attention_map
 from moresjax.inference.attention_maps import answer_maps
-from moresjax.serving.run import running
-from moresjax.serving.server import Server, ServerConfig
-from moresjax.serving.steering import read_shelf
+from moresjax.serve.run import running
+from moresjax.serve.server import Server, ServerConfig
+from moresjax.serve.steering import read_shelf
 from moresjax.testing.models import randomised_tuning
 from moresjax.weights.adapter import save_adapter
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 pytest.importorskip("uvicorn")
 
-from moresjax.serving.run import running
-from moresjax.serving.server import Server, ServerConfig
+from moresjax.serve.run import running
+from moresjax.serve.server import Server, ServerConfig
 from moresjax.testing import talking_model
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from moresjax.core.errors import UserError
 from moresjax.generation.row_pool import NewTokens, PoolRequest, RowPool
 from moresjax.inference.model import Model
-from moresjax.serving.metrics import Metrics
+from moresjax.serve.metrics import Metrics
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from moresjax.analysis.vectors import FACTS, read_vector_facts
 from moresjax.core.errors import UserError
 from moresjax.inference.model import Model
-from moresjax.serving.errors import ApiError
-from moresjax.serving.fields import Fields
+from moresjax.serve.errors import ApiError
+from moresjax.serve.fields import Fields
 from moresjax.tuning.attach import Tuning, numbered
 from moresjax.tuning.methods.steer import read_vector
 from moresjax.tuning.multi_adapter import HeldAdapter, stack_adapters

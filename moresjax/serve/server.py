@@ -23,13 +23,13 @@ from moresjax.data.samples import Sample
 from moresjax.generation.row_pool import NewTokens, PoolRequest
 from moresjax.generation.text import TextStream, has_stop
 from moresjax.inference.model import Model
-from moresjax.serving.chat_request import Decoding
-from moresjax.serving.errors import ApiError
-from moresjax.serving.fields import Fields
-from moresjax.serving.images import ImageLimits
-from moresjax.serving.metrics import Metrics
-from moresjax.serving.scheduler import QueueFull, Scheduler
-from moresjax.serving.steering import (
+from moresjax.serve.chat_request import Decoding
+from moresjax.serve.errors import ApiError
+from moresjax.serve.fields import Fields
+from moresjax.serve.images import ImageLimits
+from moresjax.serve.metrics import Metrics
+from moresjax.serve.scheduler import QueueFull, Scheduler
+from moresjax.serve.steering import (
     NoRoom,
     ShelfVector,
     SteeredAdapters,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moresjax.serving.errors import ApiError
+from moresjax.serve.errors import ApiError
 
 
 class Fields:

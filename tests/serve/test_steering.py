@@ -8,9 +8,9 @@ import pytest
 
 from moresjax.analysis.vectors import save_vectors
 from moresjax.core.errors import UserError
-from moresjax.serving.run import running
-from moresjax.serving.server import Server, ServerConfig
-from moresjax.serving.steering import read_shelf
+from moresjax.serve.run import running
+from moresjax.serve.server import Server, ServerConfig
+from moresjax.serve.steering import read_shelf
 from moresjax.testing import talking_model
 from moresjax.weights.adapter import save_adapter
 
