@@ -422,9 +422,7 @@ def test_the_demo_names_the_command_that_serves_its_models(demo, monkeypatch, ca
     assert last == f"talk to its models: moresjax serve {out}"
 
     seen = {}
-    monkeypatch.setattr(
-        "moresjax.serve.run.serve", lambda server, *_, **__: seen.update(it=server)
-    )
+    monkeypatch.setattr("moresjax.serve.run.serve", lambda server, *_, **__: seen.update(it=server))
     assert main(last.split()[5:]) == 0
     server = seen["it"]
     server.close()

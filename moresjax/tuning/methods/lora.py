@@ -61,7 +61,8 @@ class LoRA(WeightDelta):
         return dataclasses.replace(super().kind(), rank=1, alpha=1.0, rslora=False)
 
     def of_kind(self, params: dict[str, AnyArray]) -> dict[str, AnyArray]:
-        return params | {"b": self.scale * params["b"]}
+        b: AnyArray = self.scale * params["b"]
+        return params | {"b": b}
 
     def sites(self, config: ModelConfig) -> Sites:
         shapes = linear_sites(self, config, self.targets)
