@@ -9,6 +9,7 @@ from moresjax.cli.options import (
     TASKS_HELP,
     Commands,
     add_command,
+    add_length_limit,
     add_loading,
     add_questions,
     add_sample,
@@ -36,6 +37,7 @@ def add_parser(commands: Commands) -> None:
     add_questions(evaluate)
     evaluate.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
     add_sample(evaluate, " and --temperature")
+    add_length_limit(evaluate)
     evaluate.add_argument(
         "--temperature", type=float, default=0.0, help="0 chooses the likeliest token (default)"
     )
@@ -104,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
             )
         if args.temperature:
             raise UserError("--predictions scores answers that are there; it draws none")
+        if args.max_new_tokens:
+            raise UserError("--predictions scores answers that are there, however long they are")
         result = rescore(tasks[0], args.predictions, out=args.out, **options)
     elif not args.model:
         raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
@@ -114,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
         )
         options |= {"download": args.download, "include_path": args.include_path}
         options |= {"attention": args.attention, "title": name}
+        options["max_new_tokens"] = args.max_new_tokens
         model = load_model(args, adapter=adapter)
         base = _base(args, model)
         result = evaluate(model, tasks, **options)
