@@ -91,7 +91,8 @@ def _scores(
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = model(batch, queries=columns).hidden
     targets = jnp.roll(tokens, -1, axis=1)
-    pieces = num_pieces(*tokens.shape, 4 * model.config.llm.vocab_size, logits_bytes)
+    rows, asked = tokens.shape
+    pieces = num_pieces(rows, asked, 4 * model.config.llm.vocab_size, logits_bytes)
     size = -(-tokens.shape[1] // pieces)
 
     def in_pieces(x: Array) -> Array:

@@ -145,8 +145,9 @@ def read_steering(
             raise fields.wrong("layers", f"a list of numbers from 0 to {layers - 1}")
         positions = fields.text("positions") or POSITIONS
         added = np.zeros((layers, dim), np.float32)
-        added[list(chosen)] = alpha * np.broadcast_to(vector, (layers, dim))[list(chosen)]
-        parts[positions] = parts.get(positions, 0) + added
+        with np.errstate(over="ignore"):  # what is infinite is refused below
+            added[list(chosen)] = alpha * np.broadcast_to(vector, (layers, dim))[list(chosen)]
+            parts[positions] = parts.get(positions, 0) + added
         if not np.isfinite(parts[positions]).all():
             raise fields.wrong("alpha", "so small that no sum of vectors is infinite")
     parts = {positions: vector for positions, vector in parts.items() if vector.any()}

@@ -143,6 +143,7 @@ def without_adapter(several: Tuning, name: str) -> Tuning:
 
 def without_idle_kinds(several: Tuning) -> Tuning:
     """A stacked tuning whose room is for the kinds of its adapters only; their numbers stay."""
+    assert several.held  # it is stacked
     source: AdapterSource = several.held.source
     kinds, used = source.room.kinds, set()
     for own in source.adapters.values():

@@ -4,7 +4,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from waiting import until
+from serve_helpers import until
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row

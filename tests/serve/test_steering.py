@@ -7,7 +7,7 @@ import threading
 import httpx
 import numpy as np
 import pytest
-from waiting import until
+from serve_helpers import until
 
 from moresjax.analysis.vectors import save_vectors
 from moresjax.core.errors import UserError
