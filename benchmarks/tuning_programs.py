@@ -22,9 +22,9 @@ from moresjax.runs.config import load_config
 from moresjax.runs.run_config import RunConfig, resolve
 from moresjax.sharding.mesh import use_mesh
 
-# Of Tables S7 and S8, as `moresjax recipes mrt` has them.
+# Of Tables S7 and S8, as `moresjax recipes mrt` has them; prompts beside them.
 METHODS = ("none", "lora", "mrt-paper", "vpt:length=10", "mixlora:factors=16")
-METHODS += ("m2pt:visual_length=10,length=20",)
+METHODS += ("m2pt:visual_length=10,length=20", "prompt:length=10")
 LAYERS, PROMPT, NEW = 32, 512, 16
 COSTS = ("flops", "bytes accessed")
 

@@ -49,9 +49,11 @@ class Sensitivity:
       random: The mean of `random_scores`, those of random concepts.
       random_scores: The share in every run for its random concept.
       accuracy: The accuracy of the classifiers on held-out states, mean over runs; .5 is chance.
-      p: Of a two-sided Welch t-test that concept and random concepts have the same mean score.
-      p_questions: Of a two-sided sign test over questions, each of which counts as most runs have
-        it. Runs share their questions and the concept's states, so that `p` alone is soon small.
+      p: The p-value of a two-sided Welch t-test that concept and random concepts have the same mean
+        score.
+      p_questions: The p-value of a two-sided sign test over questions, each of which counts as most
+        runs have it. Runs share their questions and the concept's states, so that `p` alone is soon
+        small.
       significant: Whether both, times the number of concepts and layers (Bonferroni), are below
         .05.
       states: The states of each side in a run.

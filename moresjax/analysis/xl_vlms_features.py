@@ -94,12 +94,12 @@ def _keys(modules: list[str], file: Path, site: str, layer: int | None) -> dict[
     return keys
 
 
-Sample = tuple[dict[str, Any], dict[Key, np.ndarray]]
+SampleStates = tuple[dict[str, Any], dict[Key, np.ndarray]]
 
 
 def _rows(
     content: Mapping[str, Any], items: Sequence[Any], keys: Mapping[str, Key], file: Path
-) -> Iterator[Sample]:
+) -> Iterator[SampleStates]:
     """The facts and states of every sample."""
     lists = {
         name: _flat(content[name])
@@ -120,7 +120,7 @@ def _rows(
             own = {name: values[count] for name, values in lists.items()}
             tokens = next(iter(arrays.values())).shape[1]
             with np.errstate(invalid="ignore", divide="ignore"):
-                sums = {key: array[place].sum(0) / tokens for key, array in arrays.items()}
+                sums = {key: array[place].sum(0) / array.shape[1] for key, array in arrays.items()}
             good = all(np.isfinite(state).all() for state in sums.values())
             image = str(own.get("image", ""))
             name = Path(image).stem or str(count)

@@ -26,7 +26,13 @@ def register(kinds: Commands) -> None:
     help = "counterfactual answers by region and token, and what else the editors change"
     command = add_command(kinds, "control", run_control, help, compiles=True)
     command.add_argument(
-        "--model", required=True, metavar="RUN", help="a run of --config control, or its export"
+        "--model", default="", metavar="RUN", help="a run of --config control, or its export"
+    )
+    command.add_argument(
+        "--join",
+        nargs="+",
+        metavar="DIR",
+        help="ask nothing: Tables 2, S9 and S10 with a row for each target, from earlier --out",
     )
     command.add_argument(
         "--data",
@@ -60,10 +66,22 @@ def register(kinds: Commands) -> None:
 
 
 def run_control(args: argparse.Namespace) -> None:
-    """Asks, counts, and writes tables, a figure and a page."""
-    from moresjax.evaluation.control.run import measure_control
-    from moresjax.reports.control import control_report, control_tables
+    """Asks, counts, and writes tables, a figure and a page; or joins tables that are there."""
+    import dataclasses
 
+    from moresjax.core.folders import new_folder
+    from moresjax.evaluation.control.run import measure_control
+    from moresjax.reports.control import control_report, control_tables, joined_tables
+
+    if bool(args.model) == bool(args.join):
+        raise UserError("analyze control asks one --model RUN, or joins results: --join DIR DIR")
+    if args.join:
+        joined = joined_tables(args.join)
+        text = "\n\n".join(table.markdown() for table in joined)
+        with new_folder(args.out, "joined tables") as folder:
+            (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+        show(args, {"tables": [dataclasses.asdict(table) for table in joined]}, text)
+        return
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     source = _source(args)

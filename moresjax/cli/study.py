@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
         default="",
         metavar="3b",
         help="not the miniature but the paper's table: the commands that are left, and paper, ours "
-        "and difference from the results that are there",
+        "and difference from the results that are there (figures, where the table is one)",
     )
     study.add_argument("--runs", default="", metavar="DIR", help="with --size: all runs")
     study.add_argument(
@@ -45,7 +45,13 @@ def run(args: argparse.Namespace) -> None:
 
     from moresjax.core.errors import UserError
     from moresjax.studies.papers import STUDIES, list_studies, select_studies
-    from moresjax.studies.real import check_size, describe_plan, plan_tables, plan_text
+    from moresjax.studies.real import (
+        check_size,
+        describe_plan,
+        draw_plan,
+        plan_tables,
+        plan_text,
+    )
     from moresjax.studies.study import run_study
 
     if args.name == "list":
@@ -57,8 +63,10 @@ def run(args: argparse.Namespace) -> None:
         return
     check_size(args.size, args.runs)
     if args.size:
-        plan = describe_plan(plan_tables(args.name, args.size, args.runs, args.data_root))
-        show(args, plan, plan_text(plan))
+        plan = plan_tables(args.name, args.size, args.runs, args.data_root)
+        figures = [str(path) for path in draw_plan(plan, args.runs)]
+        data = describe_plan(plan) | {"figures": figures}
+        show(args, data, plan_text(data))
         return
     studies = select_studies(args.name)
     if not args.out:

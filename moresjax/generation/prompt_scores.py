@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from moresjax.core.layout import Batch
 from moresjax.core.row import Row
-from moresjax.generation.lengths import bucket, rounded_rows
+from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
+from moresjax.generation.lengths import bucket, num_pieces, rounded_rows
 from moresjax.models.mllm import MLLM
+from moresjax.sharding.mesh import use_mesh
 
 MakeBatch = Callable[[Sequence[Row], int, Sequence[str | None] | None], Batch]
 
@@ -42,7 +45,9 @@ def score_prompts(
     rows: Sequence[Row],
     count: int,
     adapters: Sequence[str | None] | None = None,
-    logits_bytes: int = 1 << 28,
+    *,
+    mesh: Mesh | None = None,
+    config: EngineConfig = DEFAULT_ENGINE_CONFIG,
 ) -> list[PromptScores]:
     """Scores of the tokens of prompts, which are read as one batch.
 
@@ -58,7 +63,8 @@ def score_prompts(
       rows: The prompts, unpadded.
       count: K.
       adapters: The adapter of every prompt; default: the base model.
-      logits_bytes: The bytes of logits that are in memory at a time.
+      mesh: The devices that the parameters are on; None for a single device.
+      config: Says how many bytes of logits are in memory at a time.
     """
     size = rounded_rows(len(rows), len(rows))
     padded = [*rows, *[rows[0]] * (size - len(rows))]
@@ -66,8 +72,8 @@ def score_prompts(
     batch = make_batch(padded, bucket(max(map(len, rows))), names)
     graphdef, params = nnx.split(model)
     vocab = model.config.llm.vocab_size
-    pieces = -(-4 * vocab * batch.tokens.size // logits_bytes)
-    found = _scores(graphdef, params, batch, min(count, vocab), pieces)
+    with use_mesh(mesh):
+        found = _scores(graphdef, params, batch, min(count, vocab), config.logits_bytes)
     logprobs, ids, best = map(np.asarray, found)
     return [
         PromptScores(logprobs[n, : len(row) - 1], ids[n, : len(row)], best[n, : len(row)])
@@ -77,7 +83,7 @@ def score_prompts(
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _scores(
-    graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, count: int, pieces: int
+    graphdef: nnx.GraphDef, params: nnx.State, batch: Batch, count: int, logits_bytes: int
 ) -> tuple[Float[Array, "B S"], Int[Array, "B S K"], Float[Array, "B S K"]]:
     """Log-probability of every next token, and the most likely ones."""
     model = nnx.merge(graphdef, params)
@@ -85,6 +91,8 @@ def _scores(
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden = model(batch, queries=columns).hidden
     targets = jnp.roll(tokens, -1, axis=1)
+    rows, asked = tokens.shape
+    pieces = num_pieces(rows, asked, 4 * model.config.llm.vocab_size, logits_bytes)
     size = -(-tokens.shape[1] // pieces)
 
     def in_pieces(x: Array) -> Array:

@@ -355,18 +355,18 @@ class GenerationService:
         """Raises a `UserError` when an answer to score is empty or does not fit with its prompt."""
         if not len(answer):
             raise UserError("an answer to score has no tokens")
-        self._check_ids(answer)
+        self.check_ids(answer)
         # The last token is not read.
         self._check_room(row, len(answer) - 1, f"an answer of {len(answer)} tokens")
 
-    def _check_ids(self, ids: Ids) -> None:
+    def check_ids(self, ids: Ids) -> None:
         """Raises a `UserError` for a token id that has no embedding."""
         vocab, largest = self._mllm.config.llm.vocab_size, np.max(ids, initial=0)
         if largest >= vocab:
             raise UserError(f"token id {largest} is none of the model's {vocab} embeddings")
 
     def _check_room(self, row: Row, more: int, what: str) -> None:
-        self._check_ids(row.tokens)
+        self.check_ids(row.tokens)
         tokens = len(row)
         if tokens + more > self.max_length:
             ahead = self._mllm.tuning.num_virtual_tokens

@@ -3,7 +3,9 @@
 Axis legend: Y, X pixels.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
@@ -11,11 +13,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from moresjax.data.control.cases import KINDS, NEGATIVE, OTHER, OWN, TARGET, Case
+from moresjax.core.errors import UserError
+from moresjax.core.json_files import read_object
+from moresjax.data.control.cases import KINDS, NEGATIVE, OTHER, OWN, SCENARIOS, TARGET, Case
 from moresjax.data.images import open_image
 from moresjax.evaluation.control.answers import ALL, BASE
 from moresjax.evaluation.control.measure import Measured, Rate
-from moresjax.evaluation.control.run import ControlResult
+from moresjax.evaluation.control.run import RESULTS, ControlResult
 from moresjax.reports.html import png_uri, render
 from moresjax.reports.plots import save
 from moresjax.reports.tables import Table, in_points
@@ -25,7 +29,7 @@ SHOWN = 3  # questions of each kind in a figure
 # 100% on the target and 0% on others, in both scenarios.
 PAPER_BASE = {"cat": 18.8, "dog": 17.3, "ship": 21.8, "frog": 22.5, "truck": 21.4}
 PAPER_CONTROL, PAPER_OTHERS = "100%", "0%"
-TABLES = {1: "Table 2", 2: "Table S9"}
+TABLES, S10 = {1: "Table 2", 2: "Table S9"}, "Table S10"
 NOTE = (
     "Control of this kind can make a model tell untruths on purpose. Say openly where editors are "
     "in use, test other ways to ask, and look at what else they change (the paper's section S10)."
@@ -58,7 +62,7 @@ def paper_table(result: ControlResult) -> Table:
     rates = measured.rates(ALL)
     if plan.name == "indeterminate":
         row = [plan.target, _text(rates["control"]), PAPER_CONTROL]
-        return Table("Table S10", ["attribute", "indeterminate", "the paper's"], [row])
+        return Table(S10, ["attribute", "indeterminate", "the paper's"], [row])
     base, paper = measured.base_errors().get(plan.target), PAPER_BASE.get(plan.target)
     head = ["class", "base model wrong", "the paper's", plan.name, "the paper's"]
     others = {OTHER: rates[f"error {OTHER}"], NEGATIVE: rates[f"error {NEGATIVE}"]}
@@ -108,6 +112,54 @@ def control_tables(result: ControlResult) -> list[Table]:
     """All tables of a result."""
     tables = [paper_table(result), editors_table(result.measured), class_table(result.measured)]
     return [*tables, paraphrase_table(result)] if result.paraphrases else tables
+
+
+def joined_tables(folders: Sequence[str | Path]) -> list[Table]:
+    """Tables 2, S9 and S10 with a row for every target, from results of `analyze control`.
+
+    Args:
+      folders: The directories of the results, of any targets, scenarios and phrasings.
+
+    Raises:
+      UserError: A folder has no results, or two of them are of the same cell.
+    """
+    tables: dict[str, dict[str, dict[str, Any]]] = {}
+    for folder in folders:
+        file = Path(folder) / RESULTS
+        if not file.is_file():
+            raise UserError(f"{file} does not exist; give an --out of analyze control")
+        found = read_object(file)
+        data, rates = found["data"], next(x for x in found["rows"] if x["editors"] == ALL)
+        scenario, target = data["scenario"], data["target"]
+        title = S10 if scenario == "indeterminate" else TABLES.get(data["phrasing"], TABLES[1])
+        cells = tables.setdefault(title, {}).setdefault(target, {})
+        if scenario in cells:
+            raise UserError(f"{folder}: another folder has {scenario} of {target}, too ({title})")
+        cells[scenario] = rates
+        if scenario == "misclassification" or "base" not in cells:
+            cells["base"] = found["base_errors"].get(target)
+    made = []
+    for title in (x for x in (*TABLES.values(), S10) if x in tables):
+        rows = tables[title]
+        kinds = {f"error {OTHER}": PAPER_OTHERS, f"error {NEGATIVE}": "not asked"}
+        head, body = ["target", "base model wrong", "the paper's"], []
+        scenarios = [name for name in SCENARIOS if any(name in cells for cells in rows.values())]
+        for name in scenarios:
+            head += [f"{name} (the paper's: {PAPER_CONTROL})"]
+            head += [f"{kind} ({paper})" for kind, paper in kinds.items()]
+        for target, cells in rows.items():
+            of_paper = PAPER_BASE.get(target)
+            row = [target, _saved(cells["base"]), f"{of_paper}%" if of_paper else "-"]
+            for name in scenarios:
+                row += [_saved(cells.get(name, {}).get(what)) for what in ("control", *kinds)]
+            body.append(row)
+        made.append(Table(title, head, body))
+    return made
+
+
+def _saved(rate: dict[str, Any] | None) -> str:
+    """A rate as `control.json` has it."""
+    return _text(None if rate is None else Rate(**rate))
 
 
 def overlay_figure(measured: Measured, shown: int = SHOWN) -> Figure:

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from moresjax.serve.chat_answers import ChatAnswer
 from moresjax.serve.chat_request import read_chat
-from moresjax.serve.completions import Completion, read_completion
+from moresjax.serve.completions import CompletionAnswer, read_completion
 from moresjax.serve.errors import ApiError
 from moresjax.serve.fields import Fields
 from moresjax.serve.guard import App, Guard, error_response
@@ -28,6 +29,7 @@ from moresjax.serve.server import Server
 T = TypeVar("T")
 PAGE = Path(__file__).parent / "page"
 PING = 15  # seconds between signs of life of a stream
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def make_app(server: Server) -> App:
@@ -96,12 +98,16 @@ class Handlers:
 
     async def chat(self, request: Request) -> Response:
         """Answers a conversation."""
+        answer, streams = await self._chat(request)
+        if streams:
+            return await streamed(request, answer.stream())
+        return JSONResponse(await unless_closed(request, answer.whole()))
+
+    async def _chat(self, request: Request) -> tuple[ChatAnswer, bool]:
+        """The answers to a request, whose body is not kept, and whether they are streamed."""
         body = await read_json(request)
         asked = await run_in_threadpool(read_chat, body, self._server.config.images)
-        answer = await ChatAnswer.of(self._server, asked)
-        if asked.decoding.stream:
-            return EventSourceResponse(answer.stream(), sep="\n", ping=PING)
-        return JSONResponse(await unless_closed(request, answer.whole()))
+        return await ChatAnswer.of(self._server, asked), asked.decoding.stream
 
     async def attention(self, request: Request) -> Response:
         """Where every head looks for one token of a given answer."""
@@ -111,7 +117,7 @@ class Handlers:
         if not asked.sample.images:
             raise ApiError("a map of attention needs an image", param="messages")
         answer = await ChatAnswer.of(self._server, asked)
-        ids = self._server.answer_ids(fields, asked.sample)
+        ids = await run_in_threadpool(self._server.answer_ids, fields, asked.sample)
         token = fields.whole("token", 0, 0, len(ids) - 1)
         return JSONResponse(await unless_closed(request, answer.head_maps(ids, token)))
 
@@ -119,9 +125,9 @@ class Handlers:
         """Goes on with raw texts."""
         body = await read_json(request)
         asked = await run_in_threadpool(read_completion, body)
-        completion = await Completion.of(self._server, asked)
+        completion = await CompletionAnswer.of(self._server, asked)
         if asked.decoding.stream:
-            return EventSourceResponse(completion.stream(), sep="\n", ping=PING)
+            return await streamed(request, completion.stream())
         return JSONResponse(await unless_closed(request, completion.whole()))
 
     async def load_adapter(self, request: Request) -> Response:
@@ -151,17 +157,44 @@ class Handlers:
 
 
 async def read_json(request: Request) -> Any:
-    """The body of a request.
+    """The body of a request, which is not kept.
 
     Raises:
-      ApiError: It is no JSON.
+      ApiError: It is no JSON, or has texts that are no Unicode.
     """
     try:
-        return json.loads(await request.body())
+        text = b"".join([chunk async for chunk in request.stream()]).decode("utf-8-sig")
+        found = json.loads(text)
+        if SURROGATE.search(text):  # half a pair is a text for Python, but has no bytes
+            json.dumps(found, ensure_ascii=False).encode()
     except ClientDisconnect:
         raise ApiError("the client has closed the connection", status=499) from None
+    except UnicodeError:
+        raise ApiError("the body of the request is not valid Unicode") from None
     except (ValueError, RecursionError):
         raise ApiError("the body of the request is no JSON") from None
+    return found
+
+
+async def streamed(request: Request, events: AsyncGenerator[dict[str, str], None]) -> Response:
+    """A response that streams events; what is refused before the first has its own status.
+
+    Raises:
+      ApiError: The request is refused, or its client has gone.
+    """
+
+    async def begun() -> dict[str, str]:
+        return await anext(events)
+
+    first = await unless_closed(request, begun())
+
+    async def all_events() -> AsyncIterator[dict[str, str]]:
+        async with contextlib.aclosing(events):
+            yield first
+            async for event in events:
+                yield event
+
+    return EventSourceResponse(all_events(), sep="\n", ping=PING)
 
 
 async def unless_closed(request: Request, answer: Awaitable[T]) -> T:

@@ -48,7 +48,7 @@ def answer_attention(
 
 
 def head_maps(
-    model: Model, row: Row, ids: list[int], adapter: str | None, token: int
+    model: Model, row: Row, ids: list[int], token: int, adapter: str | None
 ) -> dict[str, Any]:
     """The maps of every head for one token of an answer `[N, L, H, Y, X]`.
 

@@ -1,13 +1,12 @@
 """Answers of `/v1/chat/completions`, whole or as a stream of chunks."""
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -17,7 +16,8 @@ from moresjax.generation.row_pool import PoolRequest
 from moresjax.serve.attention import answer_attention, head_maps
 from moresjax.serve.chat_request import ChatRequest
 from moresjax.serve.errors import ApiError
-from moresjax.serve.server import Piece, Server, TokenInfo
+from moresjax.serve.pieces import Numbered, TokenInfo, answers
+from moresjax.serve.server import Server
 
 
 class ChatAnswer:
@@ -25,7 +25,7 @@ class ChatAnswer:
 
     Args:
       server: The server.
-      asked: The request.
+      asked: The request, whose images are in the row.
       row: Its prompt.
       adapter: The adapter that answers.
     """
@@ -44,14 +44,15 @@ class ChatAnswer:
           ApiError: The model is unknown or cannot read the prompt.
         """
         adapter = server.adapter(asked.model, asked.adapter)
-        return cls(server, asked, await run_in_threadpool(server.prepare, asked.sample), adapter)
+        row = await run_in_threadpool(server.prepare, asked.sample)
+        without_files = dataclasses.replace(asked.sample, images=())
+        return cls(server, dataclasses.replace(asked, sample=without_files), row, adapter)
 
     async def head_maps(self, ids: list[int], token: int) -> dict[str, Any]:
         """Where every head looks for one token of an answer; see `head_maps`."""
-        model, row = self._server.model, self._row
+        job = functools.partial(head_maps, self._server.model, self._row, ids, token)
         async with self._server.steered(self._adapter, self._steering) as name:
-            job = functools.partial(head_maps, model, row, ids, name, token)
-            return await asyncio.wrap_future(self._server.scheduler.call(job))
+            return await self._server.call(job, name)
 
     def _requests(self, adapter: str | None) -> list[PoolRequest]:
         """A request to an adapter for each answer, with a seed of its own."""
@@ -69,23 +70,30 @@ class ChatAnswer:
             for number in range(decoding.count)
         ]
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """The pieces of all answers, with the number of the answer."""
-        stop, top = self._asked.decoding.stop, self._asked.top_logprobs
-        async with self._server.steered(self._adapter, self._steering) as name:
-            readers = [self._server.read(one, stop, top) for one in self._requests(name)]
-            async for pair in merged(readers):
-                yield pair
+    @contextlib.asynccontextmanager
+    async def pieces(self) -> AsyncIterator[Numbered]:
+        """The pieces of all answers, with the number of the answer; all wait or run at its start.
+
+        Raises:
+          ApiError: The queue is full, or a request does not fit the model.
+        """
+        server, stop, top = self._server, self._asked.decoding.stop, self._asked.top_logprobs
+        async with (
+            server.steered(self._adapter, self._steering) as name,
+            answers(server.scheduler, self._requests(name), stop, top) as pieces,
+        ):
+            yield pieces
 
     async def whole(self) -> dict[str, Any]:
         """All answers in one object."""
         count = self._asked.decoding.count
         texts, tokens, reasons, total = [""] * count, [[] for _ in range(count)], [""] * count, 0
-        async for number, piece in self.pieces():
-            texts[number] += piece.text
-            tokens[number] += piece.tokens
-            reasons[number] = piece.reason or ""
-            total += piece.count
+        async with self.pieces() as pieces:
+            async for number, piece in pieces:
+                texts[number] += piece.text
+                tokens[number] += piece.tokens
+                reasons[number] = piece.reason or ""
+                total += piece.count
         choices = []
         for number in range(count):
             message = {"role": "assistant", "content": texts[number], "refusal": None}
@@ -94,8 +102,12 @@ class ChatAnswer:
             choices.append(choice | (await self._attention(number, tokens[number])))
         return self._object("chat.completion", choices) | {"usage": self._usage(total)}
 
-    async def stream(self) -> AsyncIterator[dict[str, str]]:
-        """Events of a stream; an error under way is its last event."""
+    async def stream(self) -> AsyncGenerator[dict[str, str], None]:
+        """Events of a stream; an error under way is its last event.
+
+        Raises:
+          ApiError: As `pieces`, before the first event.
+        """
         total, decoding, first = 0, self._asked.decoding, []
         with_usage = {"usage": None} if decoding.with_usage else {}
 
@@ -103,23 +115,24 @@ class ChatAnswer:
             chunk = self._object("chat.completion.chunk", choices) | with_usage | more
             return {"data": json.dumps(chunk, ensure_ascii=False)}
 
-        try:
+        async with self.pieces() as pieces:
             for number in range(decoding.count):
                 delta = {"role": "assistant", "content": ""}
                 yield event([self._delta(number, delta, None, None)])
-            async for number, piece in self.pieces():
-                total += piece.count
-                if number == 0:
-                    first += piece.tokens
-                if piece.text or piece.tokens:
-                    delta, logprobs = {"content": piece.text}, self._logprobs(piece.tokens)
-                    yield event([self._delta(number, delta, logprobs, None)])
-                if piece.reason:
-                    last = self._delta(number, {}, None, piece.reason)
-                    yield event([last | (await self._attention(number, first))])
-        except ApiError as error:
-            yield {"data": json.dumps(error.body)}
-            return
+            try:
+                async for number, piece in pieces:
+                    total += piece.count
+                    if number == 0:
+                        first += piece.tokens
+                    if piece.text or piece.tokens:
+                        delta, logprobs = {"content": piece.text}, self._logprobs(piece.tokens)
+                        yield event([self._delta(number, delta, logprobs, None)])
+                    if piece.reason:
+                        last = self._delta(number, {}, None, piece.reason)
+                        yield event([last | (await self._attention(number, first))])
+            except ApiError as error:
+                yield {"data": json.dumps(error.body)}
+                return
         if decoding.with_usage:
             yield event([], usage=self._usage(total))
         yield {"data": "[DONE]"}
@@ -131,10 +144,10 @@ class ChatAnswer:
         """What the first answer looks at, where that is wanted."""
         if not self._asked.attention or number:
             return {}
-        model, row, ids = self._server.model, self._row, [token.id for token in tokens]
+        ids = [token.id for token in tokens]
+        job = functools.partial(answer_attention, self._server.model, self._row, ids)
         async with self._server.steered(self._adapter, self._steering) as name:
-            job = functools.partial(answer_attention, model, row, ids, name)
-            return {"attention": await asyncio.wrap_future(self._server.scheduler.call(job))}
+            return {"attention": await self._server.call(job, name)}
 
     def _logprobs(self, tokens: Sequence[TokenInfo]) -> dict[str, Any] | None:
         if not self._asked.logprobs:
@@ -154,41 +167,3 @@ class ChatAnswer:
     def _usage(self, new: int) -> dict[str, int]:
         read = len(self._row)
         return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}
-
-
-async def merged(
-    readers: Sequence[AsyncIterator[Piece]],
-) -> AsyncIterator[tuple[int, Piece]]:
-    """What several readers give, in the order in which it comes, with the reader's number.
-
-    When nobody reads on, or a reader fails, all readers end.
-    """
-    events: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
-
-    async def follow(number: int, reader: AsyncIterator[Piece]) -> None:
-        try:
-            async for piece in reader:
-                events.put_nowait((number, piece))
-            events.put_nowait((number, None))
-        except Exception as error:
-            events.put_nowait((number, error))
-
-    tasks = [asyncio.create_task(follow(*pair)) for pair in enumerate(readers)]
-    try:
-        left = len(tasks)
-        while left:
-            number, event = await events.get()
-            if isinstance(event, Exception):
-                raise event
-            if event is None:
-                left -= 1
-            else:
-                yield number, event
-    finally:
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        for reader in readers:
-            await reader.aclose()  # pyright: ignore[reportAttributeAccessIssue]

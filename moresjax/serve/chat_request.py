@@ -5,13 +5,12 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from moresjax.data.images import ImageInput
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.generation.sampling import Sampling
 from moresjax.inference.prompts import mark_images
 from moresjax.serve.errors import ApiError
 from moresjax.serve.fields import Fields
-from moresjax.serve.images import ImageLimits, read_image
+from moresjax.serve.images import ImageLimits, ImagePart, read_images
 
 MAX_CHOICES = 16
 MAX_LISTED = 20
@@ -136,12 +135,12 @@ def read_messages(messages: Any, limits: ImageLimits) -> Sample:
     system: list[str] = []
     questions: list[list[str]] = []
     answers: list[list[str]] = []
-    images: list[ImageInput] = []
+    images: list[ImagePart] = []
     for number, message in enumerate(messages):
         path = f"messages[{number}]"
         fields = Fields(message, path)
         role = fields.text("role")
-        text, own = _read_content(fields.get("content"), f"{path}.content", limits)
+        text, own = _read_content(fields.get("content"), f"{path}.content")
         if role in ("system", "developer", "assistant") and own:
             raise ApiError(f"{path}: only a user's message may have images", param=path)
         if role in ("system", "developer"):
@@ -149,7 +148,7 @@ def read_messages(messages: Any, limits: ImageLimits) -> Sample:
         elif role == "user":
             images += own
             if len(images) > limits.max_images:
-                raise ApiError(f"a request may have {limits.max_images} images", param=path)
+                raise ApiError(f"a request may have at most {limits.max_images} images", param=path)
             if len(answers) == len(questions):  # the last question has its answer
                 questions.append([])
             questions[-1].append(mark_images(text, own))
@@ -167,13 +166,13 @@ def read_messages(messages: Any, limits: ImageLimits) -> Sample:
     return Sample(
         "the request",
         tuple(Turn("\n".join(q), None if a is None else "\n".join(a)) for q, a in turns),
-        tuple(images),
+        read_images(images, limits),
         system="\n".join(system) or None,
     )
 
 
-def _read_content(content: Any, path: str, limits: ImageLimits) -> tuple[str, Sequence[ImageInput]]:
-    """Text and images of a message's content.
+def _read_content(content: Any, path: str) -> tuple[str, Sequence[ImagePart]]:
+    """Text and images of a message's content; the images are not read yet.
 
     Images go before the text, as `moresjax generate` puts them; images between texts stay there.
     """
@@ -184,14 +183,14 @@ def _read_content(content: Any, path: str, limits: ImageLimits) -> tuple[str, Se
     if not isinstance(content, list):
         raise ApiError(f"{path} must be a text or a list of parts", param=path)
     texts: list[str | None] = []  # None stands for an image
-    images: list[ImageInput] = []
+    images: list[ImagePart] = []
     for number, part in enumerate(content):
         fields = Fields(part, f"{path}[{number}]")
         kind = fields.text("type")
         if kind == "text":
             texts.append(fields.text("text") or "")
         elif kind == "image_url":
-            images.append(read_image(part, f"{path}[{number}]", limits))
+            images.append((part, f"{path}[{number}]"))
             texts.append(None)
         else:
             raise fields.wrong("type", "text or image_url")

@@ -3,12 +3,12 @@
 Axis legend: S prompt tokens, N new tokens.
 """
 
-import asyncio
+import contextlib
 import dataclasses
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -17,11 +17,11 @@ from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.generation.prompt_scores import PromptScores, score_prompts
 from moresjax.generation.row_pool import PoolRequest
-from moresjax.serve.chat_answers import merged
 from moresjax.serve.chat_request import Decoding, read_decoding, read_model
 from moresjax.serve.errors import ApiError
 from moresjax.serve.fields import Fields
-from moresjax.serve.server import Piece, Server, TokenInfo
+from moresjax.serve.pieces import AnswerPiece, Numbered, TokenInfo, answers
+from moresjax.serve.server import Server
 
 MAX_PROMPTS = 512
 MAX_LISTED = 20
@@ -80,7 +80,7 @@ def _prompts(fields: Fields) -> tuple[str | list[int], ...]:
     given = fields.get("prompt")
 
     def is_ids(x: Any) -> bool:
-        ints = isinstance(x, list) and all(isinstance(i, int) and i >= 0 for i in x)
+        ints = isinstance(x, list) and all(type(i) is int and 0 <= i < 1 << 31 for i in x)
         return ints and len(x) > 0
 
     prompts = [given] if isinstance(given, str) or is_ids(given) else given
@@ -101,7 +101,7 @@ class _Part:
     count: int = 0
 
 
-class Completion:
+class CompletionAnswer:
     """The completions of one request.
 
     Args:
@@ -118,7 +118,7 @@ class Completion:
         self._name, self._created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
 
     @classmethod
-    async def of(cls, server: Server, asked: CompletionRequest) -> "Completion":
+    async def of(cls, server: Server, asked: CompletionRequest) -> "CompletionAnswer":
         """The completions of a request, whose prompts are read on another thread.
 
         Raises:
@@ -134,6 +134,7 @@ class Completion:
                 ids = ids or [server.start_id]  # an empty text begins like all texts
                 row = Row.text(ids)
                 # The last token of a prompt that is only scored is not continued.
+                service.check_ids(row.tokens)
                 service.check_context(row[:-1] if asked.nothing_new else row, 1)
                 found.append(row)
             return found
@@ -143,13 +144,27 @@ class Completion:
         except UserError as error:
             raise ApiError(str(error), param="prompt") from None
 
-    async def _parts(self) -> AsyncIterator[tuple[int, _Part]]:
-        """What has come of the completions, with the number of each."""
+    @contextlib.asynccontextmanager
+    async def _parts(self) -> AsyncIterator[AsyncIterator[tuple[int, _Part]]]:
+        """What comes of the completions, with the number of each; all wait or run at its start.
+
+        Raises:
+          ApiError: The queue is full, or a request does not fit the model.
+        """
+        asked, scheduler = self._asked, self._server.scheduler
+        scored = asked.echo and asked.listed is not None
+        known = asked.nothing_new or (scored and self._is_in_scores)
+        requests = [] if known else self._requests()
+        stop, listed = asked.decoding.stop, asked.listed or 0
+        async with answers(scheduler, requests, stop, listed, strip=False) as pieces:
+            yield self._all_parts(await self._scores() if scored else None, pieces)
+
+    async def _all_parts(
+        self, scores: list[PromptScores] | None, pieces: Numbered
+    ) -> AsyncIterator[tuple[int, _Part]]:
+        """The prompts where they are echoed, and then the new tokens."""
         asked, count = self._asked, self._asked.decoding.count
-        scores: list[PromptScores] | None = None
         if asked.echo:
-            if asked.listed is not None:
-                scores = await self._scores()
             for number in range(len(self._rows) * count):
                 prompt = number // count
                 part = self._echoed(self._rows[prompt], scores[prompt] if scores else None)
@@ -161,9 +176,7 @@ class Completion:
             for number, one in enumerate(scores):
                 yield number, self._next(one)
             return
-        stop, listed = asked.decoding.stop, asked.listed or 0
-        readers = [self._server.read(r, stop, listed, strip=False) for r in self._requests()]
-        async for number, piece in merged(readers):
+        async for number, piece in pieces:
             yield number, self._new(piece)
 
     @property
@@ -192,17 +205,26 @@ class Completion:
         """Scores of the tokens of all prompts, those of like length together."""
         order = sorted(range(len(self._rows)), key=lambda n: len(self._rows[n]))
         model, found = self._server.model, {}
-        count = max(self._asked.listed or 0, 1)
         for first in range(0, len(order), SCORED_AT_ONCE):
             numbers = order[first : first + SCORED_AT_ONCE]
             rows = [self._rows[n] for n in numbers]
 
-            def job(rows: Sequence[Row] = rows) -> list[PromptScores]:
-                names = [self._adapter] * len(rows) if model.mllm.tuning.held else None
-                return score_prompts(model.mllm, model.service.batch, rows, count, names)
+            def job(adapter: str | None, rows: Sequence[Row] = rows) -> list[PromptScores]:
+                names = [adapter] * len(rows) if model.mllm.tuning.held else None
+                service = model.service
+                # One program, whatever a request lists.
+                return score_prompts(
+                    model.mllm,
+                    service.batch,
+                    rows,
+                    MAX_LISTED,
+                    names,
+                    mesh=service.mesh,
+                    config=service.config,
+                )
 
-            future = self._server.scheduler.call(job)
-            found |= zip(numbers, await asyncio.wrap_future(future), strict=True)
+            scores = await self._server.call(job, self._adapter)
+            found |= zip(numbers, scores, strict=True)
         return [found[n] for n in range(len(order))]
 
     def _echoed(self, row: Row, scores: PromptScores | None) -> _Part:
@@ -232,35 +254,42 @@ class Completion:
         reason = "stop" if token in prompts.processor.eos_ids else "length"
         return _Part(prompts.spell([token]), [info], reason=reason, count=1)
 
-    def _new(self, piece: Piece) -> _Part:
+    def _new(self, piece: AnswerPiece) -> _Part:
         return _Part(piece.text, piece.tokens, reason=piece.reason, count=piece.count)
 
     async def whole(self) -> dict[str, Any]:
         """All completions in one object."""
         total = len(self._rows) * self._asked.decoding.count
         parts = [_Part() for _ in range(total)]
-        async for number, new in self._parts():
-            part = parts[number]
-            part.text, part.tokens = part.text + new.text, part.tokens + new.tokens
-            part.first, part.reason = part.first or new.first, new.reason
-            part.count += new.count
+        async with self._parts() as found:
+            async for number, new in found:
+                part = parts[number]
+                part.text, part.tokens = part.text + new.text, part.tokens + new.tokens
+                part.first, part.reason = part.first or new.first, new.reason
+                part.count += new.count
         choices = [self._choice(number, part, 0) for number, part in enumerate(parts)]
         usage = self._usage(sum(part.count for part in parts))
         return self._object(choices) | {"usage": usage}
 
-    async def stream(self) -> AsyncIterator[dict[str, str]]:
-        """Events of a stream; an error under way is its last event."""
+    async def stream(self) -> AsyncGenerator[dict[str, str], None]:
+        """Events of a stream; an error under way is its last event.
+
+        Raises:
+          ApiError: As `whole`, before the first event.
+        """
         how, offsets, new = self._asked.decoding, {}, 0
         with_usage = {"usage": None} if how.with_usage else {}
-        try:
-            async for number, part in self._parts():
-                choice = self._choice(number, part, offsets.get(number, 0))
-                offsets[number] = offsets.get(number, 0) + len(part.text)
-                new += part.count
-                yield {"data": json.dumps(self._object([choice]) | with_usage)}
-        except ApiError as error:
-            yield {"data": json.dumps(error.body)}
-            return
+        async with self._parts() as parts:
+            yield {"comment": "begun"}
+            try:
+                async for number, part in parts:
+                    choice = self._choice(number, part, offsets.get(number, 0))
+                    offsets[number] = offsets.get(number, 0) + len(part.text)
+                    new += part.count
+                    yield {"data": json.dumps(self._object([choice]) | with_usage)}
+            except ApiError as error:
+                yield {"data": json.dumps(error.body)}
+                return
         if how.with_usage:
             yield {"data": json.dumps(self._object([]) | {"usage": self._usage(new)})}
         yield {"data": "[DONE]"}

@@ -19,10 +19,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-# Files of the page and the sign of life need no key.
-OPEN = ("/health",)
 POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
+    "default-src 'self'; img-src 'self'; object-src 'none'; base-uri 'none'; "
     "form-action 'self'; frame-ancestors 'none'"
 )
 HEADERS = {
@@ -48,6 +46,7 @@ class Guard:
     ) -> None:
         self._app, self._max_body = app, max_body
         self._hosts = {host.lower() for host in (*LOCAL_HOSTS, *hosts)}
+        self._allowed = self._hosts - {*LOCAL_HOSTS}
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,15 +68,22 @@ class Guard:
             await error_response(error)(scope, receive, send_guarded)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        host = urlsplit("//" + headers.get(b"host", b"").decode("latin-1")).hostname
+        address = headers.get(b"host", b"").decode("latin-1")
+        host = _parts(f"//{address}")[0]
         if host not in self._hosts:
             raise ApiError(
-                f"this server is not called {host}; start it with --allow-host {host} if it is",
+                f"this server is not called {address}; start it with --allow-host {host} if it is"
+                if host
+                else f"the header Host must be the name of this server, got {address!r}",
                 param="Host",
             )
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and urlsplit(origin).hostname not in self._hosts:
+        page, place = _parts(origin)
+        # Other ports of this machine belong to others; a proxy in front of an allowed name may
+        # change the header Host.
+        if origin and place != address.lower() and page not in self._allowed:
             raise ApiError(f"pages of {origin} may not use this server", status=403)
+        # Files of the page and the sign of life need no key.
         guarded = path.startswith("/v1/") or path == "/metrics"
         if self._key is not None and guarded:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -109,6 +115,15 @@ class Guard:
             return message
 
         return counted
+
+
+def _parts(address: str) -> tuple[str | None, str]:
+    """The host of an address and the host with its port; None and "" where it has none."""
+    try:
+        parts = urlsplit(address)
+        return parts.hostname, parts.netloc.lower()
+    except ValueError:  # such as an IPv6 address that does not end
+        return None, ""
 
 
 def error_response(error: ApiError) -> JSONResponse:

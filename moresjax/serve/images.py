@@ -1,17 +1,23 @@
-"""Images of requests: data URIs, checked before a pixel of them is decoded."""
+"""Images of requests: the files in data URIs, of which only the headers are read here.
+
+Their pixels are decoded when the prompt is made, one image at a time.
+"""
 
 import base64
 import binascii
 import dataclasses
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
-from moresjax.core.errors import UserError
-from moresjax.data.images import open_image
 from moresjax.serve.errors import ApiError
 from moresjax.serve.fields import Fields
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow starts programs for some of the others
+TOGETHER = 4
+ImagePart = tuple[Any, str]  # a part of a message and where it stands in the request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,24 +26,46 @@ class ImageLimits:
 
     Attributes:
       max_images: The most images of a conversation.
-      max_pixels: The most pixels of an image.
+      max_pixels: The most pixels of an image; those of a request have `TOGETHER` times as many.
     """
 
     max_images: int = 16
     max_pixels: int = 1 << 26
 
 
-def read_image(part: Any, path: str, limits: ImageLimits) -> Image.Image:
-    """The image of a part `{"type": "image_url", "image_url": {"url": "data:..."}}`.
+def read_images(parts: Sequence[ImagePart], limits: ImageLimits) -> tuple[bytes, ...]:
+    """The image files of parts `{"type": "image_url", "image_url": {"url": "data:..."}}`.
 
     Nothing is fetched: a server that opens addresses for its clients opens its own network to them.
 
     Raises:
-      ApiError: The address is no data URI, or no image that can be read.
+      ApiError: An address is no data URI, or no image, or the images have too many pixels.
     """
+    files, total = [], 0
+    for part, path in parts:
+        param = f"{path}.image_url.url"
+        data = _file(part, path, param)
+        width, height = _size(data, param)
+        if width * height > limits.max_pixels:
+            raise ApiError(
+                f"an image has {width} x {height} pixels, more than the {limits.max_pixels} that "
+                "this server reads",
+                param=param,
+            )
+        total += width * height
+        if total > TOGETHER * limits.max_pixels:
+            raise ApiError(
+                f"the images of a request may have {TOGETHER * limits.max_pixels} pixels together",
+                param=param,
+            )
+        files.append(data)
+    return tuple(files)
+
+
+def _file(part: Any, path: str, param: str) -> bytes:
+    """The bytes in the data URI of a part."""
     url = part.get("image_url")
     url = url if isinstance(url, str) else Fields(url, f"{path}.image_url").text("url")
-    param = f"{path}.image_url.url"
     if url is None or not url.startswith("data:"):
         raise ApiError(
             "an image must be a data URI such as data:image/png;base64,...; this server fetches "
@@ -48,21 +76,18 @@ def read_image(part: Any, path: str, limits: ImageLimits) -> Image.Image:
     if not comma or not head.endswith(";base64"):
         raise ApiError("a data URI of an image must be in base64", param=param)
     try:
-        data = base64.b64decode(body, validate=True)
+        return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
         raise ApiError("the data URI of an image is no base64", param=param) from None
+
+
+def _size(data: bytes, param: str) -> tuple[int, int]:
+    """Width and height of an image, from its header."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return image.size
     except Exception:  # decoders of Pillow raise any kind of error for a damaged file
-        raise ApiError("an image cannot be read: it has no known format", param=param) from None
-    if width * height > limits.max_pixels:
+        known = ", ".join(FORMATS)
         raise ApiError(
-            f"an image has {width} x {height} pixels, more than the {limits.max_pixels} that this "
-            "server reads",
-            param=param,
-        )
-    try:
-        return open_image(data)
-    except UserError as error:
-        raise ApiError(f"an image cannot be read: {error}", param=param) from None
+            f"an image cannot be read: it has no known format; there are {known}", param=param
+        ) from None

@@ -15,6 +15,7 @@ from moresjax.core.errors import UserError
 from moresjax.data.samples import Sample, Turn
 from moresjax.generation.row_pool import PoolRequest
 from moresjax.serve.app import make_app
+from moresjax.serve.pieces import answers
 from moresjax.serve.server import Server
 
 
@@ -83,7 +84,8 @@ def check(server: Server) -> None:
 
     async def answer() -> int:
         row = server.prepare(Sample("the check", (Turn("hello"),)))
-        return sum([piece.count async for piece in server.read(PoolRequest(row, 1))])
+        async with answers(server.scheduler, [PoolRequest(row, 1)]) as pieces:
+            return sum([piece.count async for _, piece in pieces])
 
     try:
         asyncio.run(answer())

@@ -11,15 +11,17 @@ import dataclasses
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from moresjax.core.errors import UserError
 from moresjax.generation.row_pool import NewTokens, PoolRequest, RowPool
 from moresjax.inference.model import Model
+from moresjax.serve.errors import ApiError
 from moresjax.serve.metrics import Metrics
 
+Tell = Callable[[NewTokens | Exception], None]
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
@@ -37,13 +39,15 @@ class Ticket:
       tell: Called on the scheduler's thread with every `NewTokens`, or with the exception that
         ended the request.
       slot: Its row while it is answered, else None.
-      gone: Whether nobody waits for the answer any more.
+      gone: Whether nobody waits for more of the answer.
+      answered: Whether that is because the answer has ended, with a stop string.
     """
 
     request: PoolRequest
-    tell: Callable[[NewTokens | Exception], None]
+    tell: Tell
     slot: int | None = None
     gone: bool = False
+    answered: bool = False
 
 
 class Scheduler:
@@ -56,6 +60,8 @@ class Scheduler:
       max_new_tokens: The most new tokens that a request may ask for.
       chunk: The most tokens between two looks at who comes and goes.
       metrics: The counters to keep.
+      named: The name by which the model knows the adapter of a request when its turn has come; an
+        `ApiError` where it has been taken away.
     """
 
     def __init__(
@@ -67,7 +73,9 @@ class Scheduler:
         max_new_tokens: int = 2048,
         chunk: int = 8,
         metrics: Metrics | None = None,
+        named: Callable[[str | None], str | None] = lambda adapter: adapter,
     ) -> None:
+        self._named = named
         self.model, self.metrics = model, metrics or Metrics()
         self.rows, self.max_waiting, self._chunk = rows, max_waiting, chunk
         self.max_new_tokens = min(max_new_tokens, model.service.max_length)
@@ -80,38 +88,57 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, request: PoolRequest, tell: Callable[[NewTokens | Exception], None]) -> Ticket:
-        """Puts a request into the queue.
-
-        Args:
-          request: What is asked.
-          tell: Called on the scheduler's thread with what comes of it.
-
-        Raises:
-          UserError: The prompt and its new tokens do not fit the model.
-          QueueFull: Too many requests wait.
-        """
-        self.model.service.check_context(request.row, request.max_new_tokens)
-        if request.max_new_tokens > self.max_new_tokens:
-            raise UserError(
-                f"max_tokens is {request.max_new_tokens}, but this server answers with "
-                f"{self.max_new_tokens} tokens at most"
-            )
-        ticket = Ticket(request, tell)
-        with self._changed:
-            if len(self._waiting) >= self.max_waiting:
-                self.metrics.add("requests_refused")
-                raise QueueFull(f"{self.max_waiting} requests wait already")
-            self._waiting.append(ticket)
-            self._changed.notify()
+    def submit(self, request: PoolRequest, tell: Tell) -> Ticket:
+        """Puts a request into the queue; see `submit_all`."""
+        (ticket,) = self.submit_all([(request, tell)])
         return ticket
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Gives up a request; its row is free before the next step."""
+    def submit_all(self, asked: Sequence[tuple[PoolRequest, Tell]]) -> list[Ticket]:
+        """Puts requests into the queue, all of them or none.
+
+        Args:
+          asked: What is asked, each with what is called on the scheduler's thread with what comes
+            of it.
+
+        Raises:
+          UserError: A prompt and its new tokens do not fit the model, or there are more requests
+            than the queue ever holds.
+          QueueFull: Too many requests wait.
+        """
+        for request, _ in asked:
+            self.model.service.check_context(request.row, request.max_new_tokens)
+            if request.max_new_tokens > self.max_new_tokens:
+                raise UserError(
+                    f"max_tokens is {request.max_new_tokens}, but this server answers with "
+                    f"{self.max_new_tokens} tokens at most"
+                )
+        if len(asked) > self.max_waiting:
+            raise UserError(
+                f"{len(asked)} answers are wanted at once, but this server's queue holds "
+                f"{self.max_waiting}; ask for fewer in one request"
+            )
+        tickets = [Ticket(*one) for one in asked]
         with self._changed:
+            if len(self._waiting) + len(tickets) > self.max_waiting:
+                self.metrics.add("requests_refused", len(tickets))
+                raise QueueFull(f"{len(self._waiting)} requests wait already")
+            self._waiting += tickets
+            self._changed.notify()
+        return tickets
+
+    def cancel(self, ticket: Ticket, *, answered: bool = False) -> None:
+        """Gives up a request; its row is free before the next step.
+
+        Args:
+          ticket: The request; one that has ended may be given up again.
+          answered: Whether its answer has ended rather than its reader gone.
+        """
+        with self._changed:
+            ticket.answered |= answered
             ticket.gone = True
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
+                self.metrics.add("requests_cancelled")
             self._changed.notify()
 
     def call(self, job: Callable[[], T], *, alone: bool = False) -> "Future[T]":
@@ -153,15 +180,15 @@ class Scheduler:
             except Exception as error:  # whatever JAX raises; the next requests may go well
                 logger.exception("a step of the server failed")
                 self._fail(error)
-        self._fail(RuntimeError("the server stops"), with_waiting=True)
+        self._fail(RuntimeError("the server stops"), closing=True)
 
     def _turn(self, gone: list[int]) -> None:
         """Frees rows that nobody waits for, runs jobs, admits requests, and makes a step."""
         if gone and self._pool is not None:
             self._pool.release(gone)
         for slot in gone:
-            del self._answering[slot]
-            self.metrics.add("requests_cancelled")
+            ticket = self._answering.pop(slot)
+            self.metrics.add("requests_answered" if ticket.answered else "requests_cancelled")
         held = self._run_jobs()
         if self._pool is None:
             self._pool = self._make_pool()
@@ -184,13 +211,13 @@ class Scheduler:
                 if not self._jobs:
                     return False
                 job, future, alone = self._jobs[0]
-                if alone and self._answering:
+                if alone and self._answering and not future.cancelled():
                     return True
                 self._jobs.popleft()
-            if alone:
-                self._pool = None
             if not future.set_running_or_notify_cancel():
                 continue
+            if alone:
+                self._pool = None
             try:
                 future.set_result(job())
             except Exception as error:
@@ -206,8 +233,11 @@ class Scheduler:
             tickets = [one for one in self._waiting if one.request.shape == shape][:most]
             for ticket in tickets:
                 self._waiting.remove(ticket)
+        tickets, requests = self._resolved(tickets)
+        if not tickets:
+            return
         try:
-            slots = pool.admit([ticket.request for ticket in tickets])
+            slots = pool.admit(requests)
         except UserError as error:
             for ticket in tickets:
                 ticket.tell(error)
@@ -220,6 +250,18 @@ class Scheduler:
         for slot, ticket in zip(slots, tickets, strict=True):
             ticket.slot = slot
             self._answering[slot] = ticket
+
+    def _resolved(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[PoolRequest]]:
+        """Requests with their adapters as the model names them; the others are told of it."""
+        found = []
+        for ticket in tickets:
+            try:
+                adapter = self._named(ticket.request.adapter)
+            except ApiError as error:
+                ticket.tell(error)
+            else:
+                found.append((ticket, dataclasses.replace(ticket.request, adapter=adapter)))
+        return [ticket for ticket, _ in found], [request for _, request in found]
 
     def _make_pool(self) -> RowPool:
         service, prompts = self.model.service, self.model.prompts
@@ -234,18 +276,22 @@ class Scheduler:
             adapters=bool(self.model.mllm.tuning.held),
         )
 
-    def _fail(self, error: Exception, with_waiting: bool = False) -> None:
-        """Tells everybody of an error, and begins with empty rows."""
-        self._pool = None
+    def _fail(self, error: Exception, *, closing: bool = False) -> None:
+        """Tells everybody of an error, and begins with empty rows.
+
+        Those who wait are told as well where there are no rows for them: at the end, and when none
+        could be made.
+        """
         with self._changed:
             tickets = [*self._answering.values()]
             self._answering.clear()
-            if with_waiting:
+            if closing or self._pool is None:
                 tickets += self._waiting
                 self._waiting.clear()
-                jobs = [future for _, future, _ in self._jobs]
-                self._jobs.clear()
-                for future in jobs:
-                    future.set_exception(error)
+            jobs = [future for _, future, _ in self._jobs] if closing else []
+        self._pool = None
+        for future in jobs:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
         for ticket in tickets:
             ticket.tell(error)

@@ -1,34 +1,28 @@
-"""What a server knows: its model under its names, the scheduler, and how answers are read.
-
-Axis legend: N new tokens, K listed tokens.
-"""
+"""What a server knows: its model under its names, the scheduler, and what steers it."""
 
 import asyncio
 import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
 from moresjax.core.row import Row
-from moresjax.core.types import Ids
 from moresjax.data.samples import Sample
-from moresjax.generation.row_pool import NewTokens, PoolRequest
-from moresjax.generation.text import TextStream, has_stop
 from moresjax.inference.model import Model
 from moresjax.serve.chat_request import Decoding
 from moresjax.serve.errors import ApiError
 from moresjax.serve.fields import Fields
 from moresjax.serve.images import ImageLimits
 from moresjax.serve.metrics import Metrics
-from moresjax.serve.scheduler import QueueFull, Scheduler
+from moresjax.serve.scheduler import Scheduler
 from moresjax.serve.steering import (
     NoRoom,
     ShelfVector,
@@ -37,6 +31,8 @@ from moresjax.serve.steering import (
     read_steering,
 )
 from moresjax.tuning.multi_adapter import BASE
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,50 +61,6 @@ class ServerConfig:
 
 
 DEFAULT_CONFIG = ServerConfig()
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenInfo:
-    """A new token and what might have stood in its place.
-
-    Attributes:
-      id: Its id.
-      text: Its text.
-      logprob: Its natural log-probability.
-      likely: Text and log-probability of the most likely tokens.
-    """
-
-    id: int
-    text: str
-    logprob: float
-    likely: tuple[tuple[str, float], ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The token as OpenAI's chat API writes it."""
-        return _token(self.text, self.logprob) | {
-            "top_logprobs": [_token(text, logprob) for text, logprob in self.likely]
-        }
-
-
-def _token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A piece of an answer.
-
-    Attributes:
-      text: Text that never changes again.
-      tokens: The new tokens behind it, without the one that ends the answer.
-      count: How many tokens that is, the end token included.
-      reason: `stop` or `length` with the last piece, else None.
-    """
-
-    text: str
-    tokens: list[TokenInfo]
-    count: int
-    reason: str | None
 
 
 class Server:
@@ -147,6 +99,7 @@ class Server:
             max_waiting=config.max_waiting,
             max_new_tokens=config.max_new_tokens,
             metrics=self.metrics,
+            named=self._steered.named,
         )
         self._preparing = threading.Lock()
 
@@ -181,47 +134,62 @@ class Server:
         base["max_model_len"] = self.model.service.max_length
         base["tuning"] = self._tuning
         own = {name: str(self._folders.get(name, name)) for name in self.adapters}
-        adapters = [base | {"id": n, "root": own[n], "parent": self.name} for n in own]
+        more = {"parent": self.name}
+        adapters = [base | more | {"id": n, "root": own[n], "tuning": self._spec(n)} for n in own]
         return [base, *adapters]
 
+    def _spec(self, adapter: str) -> str:
+        """The spec of an adapter's tuning."""
+        held = self.model.mllm.tuning.held
+        own = held.source.adapters.get(adapter) if held else None
+        return "none" if own is None else own.tuning.spec
+
     def adapter(self, model: str, adapter: str | None) -> str | None:
-        """The adapter that answers for a model's name; None for the bare model.
+        """The adapter that answers for a model's name; None for the model as it was loaded.
 
         Raises:
           ApiError: There is no such model or adapter.
         """
-        for name, param in ((adapter, "adapter"), (model, "model")):
-            if name is None or (param == "model" and name == self.name):
+        chosen = None
+        for name, param in ((model, "model"), (adapter, "adapter")):
+            if name is None:
                 continue
-            if name == BASE and param == "adapter":
-                return self._steered.base
             if name in self.adapters:
-                return name
-            known = ", ".join((self.name, *self.adapters))
-            raise ApiError(
-                f"the {param} {name!r} does not exist; there are {known}",
-                status=404,
-                param=param,
-                code="model_not_found",
-            )
-        return self._steered.base
+                chosen = name
+            elif name == self.name or (param == "adapter" and name == BASE):
+                chosen = None
+            else:
+                known = ", ".join((self.name, *self.adapters))
+                raise ApiError(
+                    f"the {param} {name!r} does not exist; there are {known}",
+                    status=404,
+                    param=param,
+                    code="model_not_found",
+                )
+        return chosen
 
     async def load_adapter(self, name: str, folder: str) -> None:
         """Puts an adapter beside the others, once the answers under way have ended.
 
         Raises:
-          ApiError: The name is taken, or the folder is no adapter of this model.
+          ApiError: The name is taken or not printable, or the folder is no adapter of this model.
         """
-        if name in (self.name, BASE, *self.adapters):
-            raise ApiError(f"there is a model {name!r} already", param="lora_name")
+        if not name.isprintable():
+            raise ApiError(f"the name {name!r} has control characters", param="lora_name")
+        self._check_free(name)
 
         def job() -> None:
-            self._steered.forget()
+            self._check_free(name)  # another request may have taken it meanwhile
+            self._steered.keep_own()
             self.model.load_adapters({name: folder})
             self.adapters = (*self.adapters, name)
             self._folders[name] = folder
 
         await self._change(job, "lora_path")
+
+    def _check_free(self, name: str) -> None:
+        if name in (self.name, BASE, *self.adapters):
+            raise ApiError(f"there is a model {name!r} already", param="lora_name")
 
     async def unload_adapter(self, name: str) -> None:
         """Takes an adapter away, once the answers under way have ended.
@@ -236,17 +204,26 @@ class Server:
             )
 
         def job() -> None:
-            self._steered.forget()
             self.model.unload_adapter(name)
+            self._steered.forget(name)
             self.adapters = tuple(other for other in self.adapters if other != name)
 
         await self._change(job, "lora_name")
 
     async def _change(self, job: Callable[[], None], param: str) -> None:
-        try:
-            await asyncio.wrap_future(self.scheduler.call(job, alone=True))
-        except UserError as error:
-            raise ApiError(str(error), param=param) from None
+        await _ended(self.scheduler.call(job, alone=True), param)
+
+    async def call(self, job: Callable[[str | None], T], adapter: str | None) -> T:
+        """Runs something with an adapter between two steps of the scheduler.
+
+        Args:
+          job: What is run, given the name by which the model knows the adapter.
+          adapter: The adapter; None for the model as it was loaded.
+
+        Raises:
+          ApiError: The adapter has been taken away, or the job raises a `UserError`.
+        """
+        return await _ended(self.scheduler.call(lambda: job(self._steered.named(adapter))))
 
     def steering(self, given: Any) -> Steering | None:
         """The field `steer` of a request; None where it adds nothing.
@@ -286,7 +263,7 @@ class Server:
 
         future = self.scheduler.call(job, alone=may_compile)
         try:
-            return await asyncio.wrap_future(future)
+            return await _ended(future, "steer")
         except asyncio.CancelledError:  # the client has gone, but the job may run already
             self.scheduler.call(lambda: _release_if_held(self._steered, future))
             raise
@@ -308,6 +285,8 @@ class Server:
     def answer_ids(self, fields: Fields, sample: Sample) -> list[int]:
         """The tokens of a given answer: its `answer_ids`, or those that the text `answer` has.
 
+        It waits for prompts that are prepared, hence runs on a thread of its own.
+
         Args:
           fields: The request.
           sample: Its conversation.
@@ -326,8 +305,11 @@ class Server:
             raise ApiError("give the tokens of an answer as answer_ids, or its text as answer")
         last = dataclasses.replace(sample.turns[-1], answer=text)
         sample = dataclasses.replace(sample, turns=(*sample.turns[:-1], last))
-        with self._preparing:
-            row = self.model.prompts.processor.without_end.text_row(sample)
+        try:
+            with self._preparing:
+                row = self.model.prompts.processor.without_end.text_row(sample)
+        except UserError as error:
+            raise ApiError(str(error), param="answer") from None
         ends = np.flatnonzero(row.kind != TokenKind.ANSWER)  # the last of them opens the answer
         return row.tokens[int(ends[-1]) + 1 :].tolist()
 
@@ -338,88 +320,20 @@ class Server:
         room = self.model.service.max_length - len(row)
         return max(min(self.config.default_new_tokens, self.scheduler.max_new_tokens, room), 1)
 
-    async def read(
-        self, request: PoolRequest, stop: Sequence[str] = (), top: int = 0, *, strip: bool = True
-    ) -> AsyncIterator[Piece]:
-        """Answers a prompt piece by piece; whoever stops reading frees its row.
 
-        Args:
-          request: What is asked.
-          stop: The answer ends before the first of these strings.
-          top: How many likely tokens each token has.
-          strip: Whether blanks around the answer are left out.
+async def _ended(future: "Future[T]", param: str | None = None) -> T:
+    """What a job on the scheduler's thread gives.
 
-        Raises:
-          ApiError: The request does not fit the model, the queue is full, or the server fails.
-        """
-        events: asyncio.Queue[NewTokens | Exception] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def tell(event: NewTokens | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody listens
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        ticket = self._submit(request, tell)
-        prompts = self.model.prompts
-        stream = TextStream(prompts.spell, stop, strip=strip)
-        ends, ids = set(prompts.processor.eos_ids), []
-        try:
-            while True:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    raise _failure(event)
-                before = len(ids)
-                ids += event.ids.tolist()
-                stopped = bool(stop) and has_stop(prompts.spell(ids), stop)
-                if stopped:
-                    del ids[_length_with_stop(prompts.spell, ids, stop, before) :]
-                final = event.done or stopped
-                text = stream.push(ids, final)
-                ended = final and bool(ids) and ids[-1] in ends
-                kept = ids[before:-1] if ended else ids[before:]
-                reason = None if not final else "stop" if ended or stopped else "length"
-                yield Piece(text, self._infos(kept, event, top), len(ids) - before, reason)
-                if final:
-                    return
-        finally:
-            self.scheduler.cancel(ticket)
-
-    def _submit(self, request: PoolRequest, tell: Callable[[NewTokens | Exception], None]) -> Any:
-        try:
-            return self.scheduler.submit(request, tell)
-        except UserError as error:
-            raise ApiError(str(error)) from None
-        except QueueFull as error:
-            raise ApiError(f"{error}; try again later", status=429, retry_after=1) from None
-
-    def _infos(self, ids: Ids | list[int], new: NewTokens, top: int) -> list[TokenInfo]:
-        """New tokens with their texts and what might have stood there."""
-        spell, found = self.spell, []
-        for number, token in enumerate(ids):
-            likely: tuple[tuple[str, float], ...] = ()
-            if new.likely_ids is not None and new.likely_logprobs is not None:
-                pairs = zip(new.likely_ids[number], new.likely_logprobs[number], strict=True)
-                likely = tuple((spell(int(i)), float(p)) for i, p in list(pairs)[:top])
-            found.append(TokenInfo(token, spell(token), float(new.logprobs[number]), likely))
-        return found
+    Raises:
+      ApiError: It raises this or a `UserError`.
+    """
+    try:
+        return await asyncio.wrap_future(future)
+    except UserError as error:
+        raise ApiError(str(error), param=param) from None
 
 
 def _release_if_held(steered: SteeredAdapters, future: "Future[str]") -> None:
     """Gives up what a job may have held; runs after the job, on its thread."""
     if future.done() and not future.cancelled() and future.exception() is None:
         steered.release(future.result())
-
-
-def _length_with_stop(
-    spell: Callable[[Ids], str], ids: list[int], stop: Sequence[str], least: int
-) -> int:
-    """How many tokens there are up to the end of the first stop string."""
-    lengths = range(least + 1, len(ids))
-    return next((n for n in lengths if has_stop(spell(np.asarray(ids[:n])), stop)), len(ids))
-
-
-def _failure(error: Exception) -> ApiError:
-    """What a client is told of an error on the scheduler's thread."""
-    if isinstance(error, UserError):
-        return ApiError(str(error))
-    return ApiError("the server failed to answer; its log says why", status=500)

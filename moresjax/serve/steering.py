@@ -25,7 +25,7 @@ from moresjax.serve.errors import ApiError
 from moresjax.serve.fields import Fields
 from moresjax.tuning.attach import Tuning, numbered
 from moresjax.tuning.methods.steer import read_vector
-from moresjax.tuning.multi_adapter import HeldAdapter, stack_adapters
+from moresjax.tuning.multi_adapter import HeldAdapter, stack_adapters, without_idle_kinds
 from moresjax.weights.adapter import add_tunings
 
 OWN = "\0own"  # the tuning that a model was loaded with, beside steerings
@@ -145,8 +145,11 @@ def read_steering(
             raise fields.wrong("layers", f"a list of numbers from 0 to {layers - 1}")
         positions = fields.text("positions") or POSITIONS
         added = np.zeros((layers, dim), np.float32)
-        added[list(chosen)] = alpha * np.broadcast_to(vector, (layers, dim))[list(chosen)]
-        parts[positions] = parts.get(positions, 0) + added
+        with np.errstate(over="ignore"):  # what is infinite is refused below
+            added[list(chosen)] = alpha * np.broadcast_to(vector, (layers, dim))[list(chosen)]
+            parts[positions] = parts.get(positions, 0) + added
+        if not np.isfinite(parts[positions]).all():
+            raise fields.wrong("alpha", "so small that no sum of vectors is infinite")
     parts = {positions: vector for positions, vector in parts.items() if vector.any()}
     return Steering(parts) if parts else None
 
@@ -163,7 +166,7 @@ def _vector(
         return shelf[given].vector, shelf[given].layers
     try:
         vector = np.asarray(given, np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         vector = np.zeros(0, np.float32)
     if vector.shape not in ((dim,), (layers, dim)) or not np.isfinite(vector).all():
         raise ApiError(
@@ -194,13 +197,40 @@ class SteeredAdapters:
 
     def __init__(self, model: Model, *, steers: bool) -> None:
         self._model, self.base = model, None
-        if steers and not model.mllm.tuning.held and model.tuning != "none":
-            add_tunings(model.mllm, {OWN: model.mllm.tuning})
-            model.service.update()
-            self.base = OWN
+        if steers:
+            self.keep_own()
         self._names: OrderedDict[tuple[str | None, str], str] = OrderedDict()
         self._used: Counter[str] = Counter()
         self._count = 0
+
+    def keep_own(self) -> None:
+        """Makes a tuning that the model was loaded with one that rows choose, beside others.
+
+        Raises:
+          UserError: It cannot be chosen per row; all is then as it was.
+        """
+        model = self._model
+        if not model.mllm.tuning.held and model.tuning != "none":
+            add_tunings(model.mllm, {OWN: model.mllm.tuning})
+            model.service.update()
+            self.base = OWN
+
+    def named(self, adapter: str | None) -> str | None:
+        """The name by which the model knows an adapter now.
+
+        Requests name none for the model as it was loaded, whose tuning gets a name when it is held
+        with others; hence they are asked for when their turn has come.
+
+        Raises:
+          ApiError: The adapter has been taken away.
+        """
+        if adapter is None:
+            return self.base
+        if adapter not in self._model.adapters:
+            raise ApiError(
+                f"the adapter {adapter!r} has been unloaded", 404, "model", "model_not_found"
+            )
+        return adapter
 
     def hold(self, adapter: str | None, steering: Steering, *, may_compile: bool) -> str:
         """The name of an adapter with a steering, which stays until `release`.
@@ -212,8 +242,10 @@ class SteeredAdapters:
 
         Raises:
           NoRoom: It needs another program, and that may not be now.
-          ApiError: Too many steerings are under way, or the selector does not fit.
+          ApiError: Too many steerings are under way, the selector does not fit, or the adapter has
+            been taken away.
         """
+        adapter = self.named(adapter)
         key = adapter, steering.key
         if key not in self._names:
             self._drop_one()
@@ -226,13 +258,17 @@ class SteeredAdapters:
     def release(self, name: str) -> None:
         """Says that a request has ended; its steering may be forgotten."""
         self._used[name] -= 1
+        if not self._used[name]:
+            del self._used[name]
+            if name not in self._names.values():  # what it was added to has been taken away
+                self._model.unload_adapter(name)
 
-    def forget(self) -> None:
-        """Drops all steerings; none may be under way."""
-        for name in self._names.values():
-            self._model.unload_adapter(name)
-        self._names.clear()
-        self._used.clear()
+    def forget(self, adapter: str) -> None:
+        """Drops the steerings of an adapter, those under way when their requests have ended."""
+        for key, name in [pair for pair in self._names.items() if pair[0][0] == adapter]:
+            del self._names[key]
+            if not self._used[name]:
+                self._model.unload_adapter(name)
 
     def _drop_one(self) -> None:
         """Makes place for one more."""
@@ -269,6 +305,8 @@ class SteeredAdapters:
         before = model.mllm.tuning
         if may_compile:
             reserve = len(source) + HELD
+            if held:
+                model.mllm.tuning = without_idle_kinds(before)
             add_tunings(model.mllm, {name: tuning}, connectors, reserve=reserve)
             model.fit_processor()
             model.service.update()

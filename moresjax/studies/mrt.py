@@ -5,13 +5,18 @@ editors train alone. Numbers of the paper are points of MME.
 """
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
+from moresjax.evaluation.statistics import mean_with_interval
+from moresjax.reports.ablations import part_scores, rank_map
 from moresjax.studies.findings import compare_with
 from moresjax.studies.pipeline import ZERO_SHOT, Finetuning, Pipeline
 from moresjax.studies.printed import PRINTED
-from moresjax.studies.study import Outcome, Study, Table, agreement, values_table
+from moresjax.studies.study import Outcome, Study, Table, Values, agreement, values_table
 
 MRT, RATE = "mrt", 1e-2
 # Editors train alone, and start as in the paper.
@@ -75,13 +80,33 @@ def _table1(pipeline: Pipeline, study: Study) -> Outcome:
 
 # Ablations --------------------------------------------------------------------------------------
 
+RANKS = (2, 4, 6, 8)
+LONGEST = 7  # tokens of a question of the digits world
+_SAME_LENGTHS = (
+    f"A question has five to {LONGEST} tokens, of which prefix and suffix take at most half each: "
+    f"all lengths from {LONGEST // 2} are the same edits, so that of the paper's 2, 4, 6, 8 and 10 "
+    "all but 2 are `mrt` itself, and 2 differs on the two families with longer questions alone. Of "
+    "the paper's ranks 2 to 8 every second one is here."
+)
+
+
+def _ranks_row(visual: int, rank: int) -> str:
+    return f"visual {visual}, multimodal {rank}"
+
+
+def _printed_ranks(visual: int, rank: int) -> float | None:
+    return PRINTED["mrt", "Figure 4"].get(_ranks_row(visual, rank), {}).get("mme_sampled")
+
+
+BEST_RANKS = (6, 4)  # those of `mrt`
+_GRID = [(v, r) for v in RANKS for r in RANKS if (v, r) != BEST_RANKS]
 # By ablation and row: the keys of `mrt`, and the paper's MME; None where a figure shows no number.
 ABLATIONS: Mapping[str, Mapping[str, tuple[str, float | None]]] = {
     "ranks (Figure 4)": {
-        "visual 4, multimodal 8": ("rank=8,visual_rank=4", 1452.12),
-        "visual 8, multimodal 8": ("rank=8,visual_rank=8", 1505.32),
+        _ranks_row(v, r): (f"rank={r},visual_rank={v}", _printed_ranks(v, r)) for v, r in _GRID
     },
     "components (Figure 6, Table S6)": {
+        "without vision": ("groups=connector;prefix;suffix", None),
         "without connector": ("groups=visual;prefix;suffix", None),
         "without multimodal": ("groups=visual;connector", 1358.0),
         "LLM alone": ("groups=prefix;suffix", 1473.25),
@@ -103,6 +128,7 @@ ABLATIONS: Mapping[str, Mapping[str, tuple[str, float | None]]] = {
 }
 # Ranks, components, depth and segments of the paper's best are those of `mrt` itself.
 _BEST = 1580.40
+_LENGTH_6 = PRINTED["mrt", "Figure 6"]["length 6"]["MME"]
 _ROWS = {row: keys for rows in ABLATIONS.values() for row, (keys, _) in rows.items()}
 
 
@@ -132,7 +158,28 @@ def _ablations(pipeline: Pipeline, study: Study) -> Outcome:
             title = f"{_title(what).partition(' (')[0]}: accuracy"
             sentences.append(agreement(title, MRT, {MRT: _BEST} | paper, values))
         sentences.append(compare_with(MRT, _title(what), values))
-    return Outcome(tables, sentences, {"mean_accuracy": found})
+    return Outcome(tables, sentences, {"mean_accuracy": found}, _figures(found))
+
+
+def _figures(found: Values) -> dict[str, Figure]:
+    """The miniature's figures 4 and 6, of the rows that there are."""
+    figures: dict[str, Figure] = {}
+    rows = {ranks: _ranks_row(*ranks) for ranks in _GRID}
+    grid = {ranks: fmean(found[row]) for ranks, row in rows.items() if row in found}
+    if grid:
+        grid[BEST_RANKS] = fmean(found[MRT])
+        figures["Figure 4: mean accuracy by ranks"] = rank_map(grid, "mean accuracy")
+    panels = {}
+    for what, every in ABLATIONS.items():
+        there = [row for row in every if row in found]
+        if there and "Figure 6" in what:
+            own = {row: mean_with_interval(found[row]) for row in (MRT, *there)}
+            panels[what.partition(" (")[0]] = own
+    if panels:
+        name = "Figure 6: mean accuracy by editors and length"
+        label = "mean accuracy, with its 95% interval"
+        figures[name] = part_scores(panels, label, fmean(found[MRT]))
+    return figures
 
 
 def _printed() -> Table:
@@ -141,8 +188,9 @@ def _printed() -> Table:
         for what, own in ABLATIONS.items()
         for row, (_, mme) in own.items()
     ]
+    same = ["length (Figure 6)", "length 6, here as MRT", f"{_LENGTH_6:.2f}"]
     head = ["ablation", "row", "MME"]
-    return Table("The paper", head, [["", "MRT", f"{_BEST:.2f}"], *rows])
+    return Table("The paper", head, [["", "MRT", f"{_BEST:.2f}"], *rows, same])
 
 
 STUDIES = (
@@ -164,7 +212,7 @@ STUDIES = (
         "MRT, Figures 4 and 6, Tables 3, S3 and S6: ablations",
         (_editors(MRT), *(_editors(_run(row), keys) for row, keys in _ROWS.items())),
         _printed(),
-        _LIMITS,
+        f"{_SAME_LENGTHS} {_LIMITS}",
         _ablations,
         in_parts=True,
     ),

@@ -15,6 +15,8 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.core.json_files import read_object
 from moresjax.evaluation.presets import column_values, expand_presets
 from moresjax.evaluation.results import RESULTS
+from moresjax.reports.ablations import Score, part_scores, rank_map
+from moresjax.reports.plots import save
 from moresjax.studies.printed import PRINTED
 from moresjax.studies.recipes import Recipe, select_recipes
 from moresjax.training.prepare import RESULT as TRAINED
@@ -131,6 +133,42 @@ def describe_plan(plan: Sequence[Planned]) -> dict[str, Any]:
     return {"cells": cells, "commands": list(commands)}
 
 
+def draw_plan(plan: Sequence[Planned], runs: str | Path) -> list[Path]:
+    """Draws MRT's figures 4 and 6 from the results that are there: `figure4.png`, `figure6.png`.
+
+    Args:
+      plan: The runs of a study.
+      runs: The directory of all runs, in which the figures are written.
+
+    Returns:
+      The figures that were written; none for another study, or without results.
+    """
+    grid: dict[tuple[int, int], float] = {}
+    printed: dict[tuple[int, int], float] = {}
+    panels: dict[str, dict[str, Score]] = {}
+    for run in plan:
+        score, row = next(iter(run.ours.values()), None), run.recipe.row
+        if score is None:
+            continue
+        if run.recipe.table == "Figure 4":
+            visual, rank = map(int, re.findall(r"\d+", row))
+            grid[visual, rank] = score
+            if run.paper:
+                printed[visual, rank] = next(iter(run.paper.values()))
+        elif run.recipe.table == "Figure 6":
+            panels.setdefault(row.split()[0], {})[row] = score, None
+    folder, files = Path(runs), []
+    if grid:
+        figure = rank_map(grid, "MME", printed=printed, form=".0f")
+        save(figure, path := folder / "figure4.png")
+        files.append(path)
+    if panels:
+        base, _ = panels.get("length", {}).get("length 4", (None, None))
+        save(part_scores(panels, "MME", base), path := folder / "figure6.png")
+        files.append(path)
+    return files
+
+
 def plan_text(data: Mapping[str, Any]) -> str:
     """A plan as text: the table, then what is left to run."""
 
@@ -142,6 +180,7 @@ def plan_text(data: Mapping[str, Any]) -> str:
         places = f"{cell['table']:10s} {cell['row']:28s} {cell['column']:14s}"
         numbers = f"{number(cell['paper']):>8s} {number(cell['ours']):>8s}"
         lines.append(f"{places} {numbers} {number(cell['difference'], '+'):>10s}")
+    lines += [f"figure: {path}" for path in data.get("figures", ())]
     left = data["commands"]
     lines += ["", f"{len(left)} commands are left:" if left else "nothing is left to run", *left]
     return "\n".join(lines)

@@ -28,7 +28,7 @@ class AttachedEdit:
       params: its parameters, which have been through `prepare`.
       mask: the selected tokens `[B, S]`.
       layer_mask: whether the layer is edited; None at a site outside the blocks.
-      rows: the adapter of each row; None for a single tuning.
+      rows: the place of each row's piece; None for a single tuning.
     """
 
     method: Edit
@@ -63,7 +63,7 @@ class AttachedDelta:
       params: its parameters, which have been through `prepare`, neutral in layers that it leaves
         alone; a leading layer axis, then one of adapters if there are several.
       common: arrays that it finds among its parameters at every layer.
-      rows: the adapter of each row; None for a single tuning.
+      rows: the place of each row's piece; None for a single tuning.
     """
 
     method: WeightDelta

@@ -34,7 +34,7 @@ from moresjax.tuning.variables import (
 )
 
 BASE = "base"
-Connector = Mapping[str, AnyArray]  # its parameters by name
+ConnectorParams = Mapping[str, AnyArray]  # its parameters by name
 # How many adapters there is room for: of the kinds that are held, or of some specs.
 Reserve = int | Mapping[str, int]
 
@@ -66,11 +66,11 @@ class HeldAdapter:
 
     number: int
     tuning: Tuning
-    connector: Connector | None = None
+    connector: ConnectorParams | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class AdapterSource:
     """What a stacked tuning was made of.
 
     Attributes:
@@ -81,15 +81,15 @@ class Source:
 
     adapters: Mapping[str, HeldAdapter]
     room: Room
-    base_connector: Connector
+    base_connector: ConnectorParams
 
 
 def stack_adapters(
     tunings: Mapping[str, Tuning],
-    connectors: Mapping[str, Connector] | None = None,
+    connectors: Mapping[str, ConnectorParams] | None = None,
     *,
     config: ModelConfig | None = None,
-    base_connector: Connector | None = None,
+    base_connector: ConnectorParams | None = None,
     reserve: Reserve = 0,
     beside: Tuning | None = None,
 ) -> Tuning:
@@ -113,7 +113,7 @@ def stack_adapters(
         raise UserError(f"adapters need names other than {BASE!r}, got {[*tunings]}")
     held, room = {}, Room()
     if beside is not None and beside.held:
-        source: Source = beside.held.source
+        source: AdapterSource = beside.held.source
         held, room, config = dict(source.adapters), source.room, beside.config
         base_connector = source.base_connector
     if config is None:
@@ -136,9 +136,20 @@ def without_adapter(several: Tuning, name: str) -> Tuning:
     """
     if not several.held or name not in several.adapters:
         raise choice_error("adapter", name, several.adapters or ("(none is loaded)",))
-    source: Source = several.held.source
+    source: AdapterSource = several.held.source
     held = {other: own for other, own in source.adapters.items() if other != name}
     return _stacked(held, source.room, several.config, source.base_connector)
+
+
+def without_idle_kinds(several: Tuning) -> Tuning:
+    """A stacked tuning whose room is for the kinds of its adapters only; their numbers stay."""
+    assert several.held  # it is stacked
+    source: AdapterSource = several.held.source
+    kinds, used = source.room.kinds, set()
+    for own in source.adapters.values():
+        used |= {*_places(kinds, [kind for _, kind in pieces_of(own.tuning)])}
+    room = dataclasses.replace(source.room, kinds=tuple(kinds[n] for n in sorted(used)))
+    return _stacked(source.adapters, room, several.config, source.base_connector)
 
 
 def _fitting(room: Room, held: Mapping[str, HeldAdapter]) -> Room:
@@ -204,12 +215,15 @@ def _with_reserve(room: Room, reserve: Reserve, config: ModelConfig) -> Room:
 
 
 def _stacked(
-    held: Mapping[str, HeldAdapter], room: Room, config: ModelConfig, base_connector: Connector
+    held: Mapping[str, HeldAdapter],
+    room: Room,
+    config: ModelConfig,
+    base_connector: ConnectorParams,
 ) -> Tuning:
     """The tuning of some adapters in a room that they fit in."""
     stacked = Tuning("none", config)
     stacked.held = Held(
-        {name: own.number for name, own in held.items()}, Source(held, room, base_connector)
+        {name: own.number for name, own in held.items()}, AdapterSource(held, room, base_connector)
     )
     stacked.methods = numbered([kind.wide for kind in room.kinds])
     members: list[list[tuple[HeldAdapter, str]]] = [[] for _ in room.kinds]

@@ -63,7 +63,7 @@ def test_features_become_a_store_of_states(tmp_path):
     states = torch.randn(4, 2, 5, dtype=torch.float16)
     content = {
         "hidden_states": [
-            {one: states[n : n + 1, :t], norm: states[n : n + 1, :t] + 1}
+            {one: states[n : n + 1, :t], norm: states[n : n + 1, : min(t, 1)] + 1}
             for n, t in enumerate(tokens)
         ],
         "image": [["coco/7.jpg"], ["coco/8.jpg"], ["coco/7.jpg"], ["coco/9.jpg"]],
@@ -80,6 +80,8 @@ def test_features_become_a_store_of_states(tmp_path):
     matrix = found.matrix("llm.block.out", 3)
     np.testing.assert_allclose(matrix[0], states[0].float().mean(0), atol=1e-3)
     np.testing.assert_array_equal(matrix[1], states[1, 0])
+    of_one_token = found.matrix("llm.norm.out", 0)  # modules may have tokens of their own
+    np.testing.assert_allclose(of_one_token[0], states[0, 0] + 1, atol=1e-3)
     assert not matrix[3].any()
     own = {"hidden_states": [{"lm.head": STATE}]}
     assert imported(own, tmp_path / "b", "--site", "llm.block.mlp.out", "--layer", "2") == 0

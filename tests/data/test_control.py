@@ -6,7 +6,7 @@ import pytest
 
 from moresjax.core.errors import UserError
 from moresjax.data.cifar import CIFAR10_CLASSES
-from moresjax.data.control.attributes import WORD, attribute_questions
+from moresjax.data.control.attributes import SIZES, WORD, attribute_questions
 from moresjax.data.control.cases import INDICATOR, NEGATIVE, NOT_SURE, OTHER, OWN, TARGET
 from moresjax.data.control.questions import DIGITS, OBJECTS, Marked, find_indicator, word_span
 from moresjax.data.control.rephrase import (
@@ -187,6 +187,10 @@ def test_an_attribute_is_not_sure(root, caplog):
     words = ((0.5, 0.25, 0.75, 0.5), (0.75, 0.5, 1.0, 0.625))
     assert [s.roi for s in samples] == [(words,), (words,), ((),)]
     cases = ControlSource(root=root, split="val", target="brand", **options).cases()
+    assert "textvqa val has 3 questions about name, color, brand; the paper counts 1,189" in (
+        caplog.text
+    )
+    assert SIZES == {"train": 8_017, "val": 1_189}
     assert [case.kind for case in cases] == [OTHER, TARGET, OTHER]
     assert cases[0].truth == ("gum plus",) * 6 + ("gum",) * 4
     assert cases[0].wanted == "gum plus"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from transformers import CLIPImageProcessorPil
 
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
@@ -69,6 +70,37 @@ def test_boxes_go_through_padding_and_crops():
     assert grid(padded, whole, wide) == [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
     assert grid(padded, ((0.0, 0.4, 1.0, 1.0),), image(12, 4)) == [[0, 0, 0]] + [[0, 1, 0]] * 2
     assert grid(padded, (EVERYWHERE,), wide) == [[1, 1, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("short", "box", "patches"),
+    [
+        # Scaled to 24 x 12 pixels, of which the crop takes 6 to 18: patches have their centres at
+        # 1/3, 1/2 and 2/3 of the image's width, at 1/6, 1/2 and 5/6 of its height.
+        (12, (0.45, 0.0, 1.0, 0.6), [[0, 1, 1], [0, 1, 1], [0, 0, 0]]),
+        (12, (0.0, 0.4, 0.4, 1.0), [[0, 0, 0], [1, 0, 0], [1, 0, 0]]),
+        # Scaled to 12 x 6, which the crop surrounds by 3 pixels above and below.
+        (6, (0.4, 0.0, 1.0, 1.0), [[0, 0, 0], [0, 1, 1], [0, 0, 0]]),
+    ],
+)
+def test_boxes_go_through_scaling_and_the_centre_crop(short, box, patches):
+    reference = CLIPImageProcessorPil(
+        size={"shortest_edge": short}, crop_size={"height": 12, "width": 12}
+    )
+    cropped = processor_for("roi", image=ImageProcessor(12, reference=reference))
+    pixels, (x0, y0, x1, y1) = image(60, 120), box
+    assert grid(cropped, (box,), pixels) == patches
+    # What the encoder sees at the centres of the patches says the same.
+    pixels[round(60 * y0) : round(60 * y1), round(120 * x0) : round(120 * x1)] = 255
+    seen = cropped.image(pixels)[2::4, 2::4, 0]
+    assert (seen > 0).astype(int).tolist() == patches
+
+
+def test_a_box_that_the_crop_takes_away_has_the_nearest_patch():
+    reference = CLIPImageProcessorPil(size={"shortest_edge": 12}, crop_size=12)
+    cropped = processor_for("roi", image=ImageProcessor(12, reference=reference))
+    left = [[0, 0, 0], [0, 0, 0], [1, 0, 0]]
+    assert grid(cropped, ((0.0, 0.8, 0.2, 1.0),), image(60, 120)) == left
 
 
 def test_tokens_have_the_places_of_their_patches():

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
+from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.data.control.cases import NEGATIVE, OTHER, OWN, TARGET, Case, Scenario
 from moresjax.data.control.questions import OBJECTS
@@ -21,7 +23,14 @@ from moresjax.evaluation.control.answers import (
 )
 from moresjax.evaluation.control.measure import Measured, correct, says
 from moresjax.evaluation.control.run import ControlResult, measure_control, template_rephraser
-from moresjax.reports.control import control_report, control_tables
+from moresjax.reports.control import (
+    control_report,
+    control_tables,
+    joined_tables,
+    overlay_figure,
+)
+from moresjax.testing.benchmark_files import write
+from moresjax.testing.control_files import textvqa
 from moresjax.testing.models import talking_model
 
 TUNING = "loreft:positions=roi,rank=6,site=connector.out/loreft:positions=mark(indicator),layers=0"
@@ -208,6 +217,106 @@ def test_the_report_stands_beside_the_paper(asked, measured):
     assert first.title == "Table S9"
     assert first.rows[0][:3] == ["cat", "50.0% [0.0, 100.0]", "18.8%"]
     assert "not asked" in first.rows[0]
+
+
+def test_tables_have_the_papers_names(asked, measured):
+    titles = [table.title for table in control_tables(asked[-1])]
+    assert titles == ["Table 2", "Which editors act", "By class, all editors", "Table S11"]
+    assert [row[0] for row in control_tables(asked[-1])[-1].rows] == ["is {e} there ?"]
+    facts = {"data": {"phrasing": 1, "dataset": "textvqa"}}
+    plan = Scenario("indeterminate", "brand")
+    first = control_tables(ControlResult(dataclasses.replace(measured, scenario=plan), [], facts))[
+        0
+    ]
+    assert (first.title, first.rows[0][0], first.rows[0][2]) == ("Table S10", "brand", "100%")
+
+
+def saved(folder, measured, phrasing, **plan):
+    """The results of a scenario in a folder of their own."""
+    scenario = Scenario(**plan)
+    measured = dataclasses.replace(measured, scenario=scenario)
+    data = {"scenario": scenario.name, "target": scenario.target, "phrasing": phrasing}
+    folder.mkdir()
+    found = ControlResult(measured, [], {"data": data}).to_dict()
+    (folder / "control.json").write_text(json.dumps(found))
+    return str(folder)
+
+
+def test_results_of_several_targets_are_one_table(measured, tmp_path, capsys):
+    made = [
+        saved(tmp_path / "a", measured, 1, name="misclassification", target="cat"),
+        saved(tmp_path / "b", measured, 1, name="misalignment", target="cat", into="dog"),
+        saved(tmp_path / "c", measured, 1, name="misclassification", target="ship"),
+        saved(tmp_path / "d", measured, 2, name="misclassification", target="cat"),
+        saved(tmp_path / "e", measured, 1, name="indeterminate", target="name"),
+    ]
+    two, nine, ten = joined_tables(made)
+    assert [two.title, nine.title, ten.title] == ["Table 2", "Table S9", "Table S10"]
+    own = measured.rates(ALL)
+    cat, ship = two.rows
+    known = [str(own[what]) for what in ("control", f"error {OTHER}", f"error {NEGATIVE}")]
+    assert cat[:6] == ["cat", "50.0% [0.0, 100.0]", "18.8%", *known]
+    assert cat[6] == "0.0% [0.0, 0.0]"  # nobody says yes
+    assert (ship[0], ship[2], ship[6:]) == ("ship", "21.8%", ["-"] * 3)
+    assert all(len(row) == len(t.head) for t in (two, ten, nine) for row in t.rows)
+    command = ["analyze", "control", "--out", str(tmp_path / "out"), "--join"]
+    assert main([*command, *made]) == 0
+    said = capsys.readouterr().out
+    assert (tmp_path / "out" / "tables.md").read_text() == said
+    assert "### Table S9" in said
+    for arguments, message in (
+        ([made[0], made[0]], "a: another folder has misclassification of cat, too (Table 2)"),
+        ([str(tmp_path)], "control.json does not exist; give an --out of analyze control"),
+        ([made[0], "--model", "x"], "asks one --model RUN, or joins results"),
+    ):
+        assert main([*command[:3], str(tmp_path / "no"), "--join", *arguments]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "no").exists()
+
+
+def test_an_attribute_is_asked_and_measured(tmp_path):
+    write(tmp_path, textvqa())
+    options = {"dataset": "textvqa", "scenario": "indeterminate", "target": "brand"}
+    source = ControlSource(root=str(tmp_path), split="val", **options)
+    result = measure_control(talking_model("control:groups=text"), source, out=tmp_path / "out")
+    assert [*result.measured.answers] == [BASE, ALL]
+    asked = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").open()]
+    assert [row["kind"] for row in asked] == 2 * [OTHER, TARGET, OTHER]
+    assert asked[1]["question"] == "What is the brand, please?"
+    controlled = result.measured.rates(ALL)
+    assert (controlled["control"].n, controlled[f"error {OTHER}"].n) == (1, 2)
+    assert controlled["control"].mean == 0.0  # the digits world has no such words
+    said = {**result.measured.answers, ALL: ["gum plus", "Not sure.", "Not sure"]}
+    found = dataclasses.replace(result.measured, answers=said).rates(ALL)
+    assert found["control"].mean == 1.0
+    assert found[f"error {OTHER}"].mean == pytest.approx(0.5)
+
+
+def test_the_figure_shows_regions_and_answers_before_and_after(asked):
+    measured = asked[-1].measured
+    axes = [axis for axis in overlay_figure(measured, 2).axes if axis.patches]
+    kinds = [TARGET, OTHER, OTHER, NEGATIVE, NEGATIVE]  # one scene has the target
+    texts = {}
+    for case, before, after in zip(
+        measured.cases, measured.answers[BASE], measured.answers[ALL], strict=True
+    ):
+        texts.setdefault(f"{case.question.text}\n{before} → {after}", []).append(case)
+    assert len(axes) == len(kinds)
+    for axis, kind in zip(axes, kinds, strict=True):
+        cases = [case for case in texts[axis.get_title()] if case.kind == kind]
+        box = axis.patches[0].get_bbox().extents
+        assert any(np.allclose(box, 32 * np.asarray(case.roi[0]) - 0.5) for case in cases)
+        pale, part = axis.images
+        assert (pale.get_alpha(), part.get_alpha()) == (0.45, None)
+        left, right, bottom, top = part.get_extent()
+        np.testing.assert_allclose((left, top, right, bottom), box)
+        x0, y0, x1, y1 = (round(x + 0.5) for x in box)
+        np.testing.assert_array_equal(part.get_array(), pale.get_array()[y0:y1, x0:x1])
+    # What editors change comes first.
+    changed = [axis.get_title().split("\n")[1].split(" → ") for axis in axes]
+    for kind in dict.fromkeys(kinds):
+        own = [a == b for (a, b), k in zip(changed, kinds, strict=True) if k == kind]
+        assert own == sorted(own)
 
 
 def test_a_target_that_is_never_asked_about_is_told(asked):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from run_helpers import TINY, config_of, curve
 
+from moresjax.analysis import landscape as landscape_module
 from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.landscape import loss as loss_module
@@ -18,7 +19,8 @@ from moresjax.training.loop import train
 
 SETTINGS = TINY | {
     "steps": 2,
-    "tuning": "mores:rank=2",
+    # Behind the only block the edit of an image moves no answer; landscapes have no dropout.
+    "tuning": "mores:rank=2,positions=all,dropout=0.5",
     **{f"validation.data.{k}": v for k, v in {"name": "digits", "task": "instruct"}.items()},
     **{"validation.data.split": "val", "validation.data.size": 12},
     "validation.every": 2,
@@ -33,10 +35,15 @@ def run(tmp_path_factory):
     return workdir
 
 
+PROGRAM = landscape_module._losses
+
+
 @pytest.fixture(scope="module")
 def measured(run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("landscape") / "out"
-    return out, measure_landscapes({"a": run}, out, OPTIONS)
+    out, compiled = tmp_path_factory.mktemp("landscape") / "out", PROGRAM._cache_size()
+    result = measure_landscapes({"a": run}, out, OPTIONS)
+    assert PROGRAM._cache_size() == compiled + 1  # for three chunks
+    return out, result
 
 
 def losses(result, name="a", pair=0):
@@ -55,7 +62,9 @@ def test_the_centre_is_the_validation_loss(run, measured):
 
 
 def test_a_small_grid_bends_as_the_curvature_says(run, measured):
+    compiled = PROGRAM._cache_size()
     result = measure_landscapes({"a": run}, None, dataclasses.replace(OPTIONS, span=0.1))
+    assert PROGRAM._cache_size() == compiled  # another grid of the same run is the same program
     near, bend = losses(result), np.array(measured[1]["models"]["a"]["pairs"][0]["curvature"])
     second = (near[0, 1] - 2 * near[1, 1] + near[2, 1]) / 0.1**2
     assert second == pytest.approx(bend[0, 0], rel=0.1, abs=2e-3)

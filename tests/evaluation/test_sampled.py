@@ -16,6 +16,7 @@ from moresjax.evaluation.results import write_results
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import load_benchmark
 from moresjax.generation.sampling import Sampling
+from moresjax.testing.benchmark_files import DOWNLOADS, write
 from moresjax.testing.models import talking_model
 
 HOT = Sampling(temperature=1000.0, top_p=0.95, seed=5)
@@ -75,6 +76,16 @@ def test_a_benchmark_may_draw_its_answers_itself(model, tmp_path, monkeypatch):
     assert again.scores[hot.name] == entry  # scored again, it says so too
     # The evaluation's own sampling wins, and is its own note.
     assert hot.sampling(HOT) == HOT
+
+
+def test_mme_is_drawn_as_mrts_code_draws_it(tmp_path):
+    write(tmp_path, DOWNLOADS["mme_sampled"]())
+    (plain,), (drawn,) = (
+        load_benchmark(name, data_root=tmp_path, limit=2) for name in ("mme", "mme_sampled")
+    )
+    assert (plain.temperature, plain.sampling(Sampling())) == (0.0, Sampling())
+    assert drawn.sampling(Sampling(seed=7)) == Sampling(temperature=0.4, seed=0)
+    assert [x.prompt for x in drawn.examples] == [x.prompt for x in plain.examples]
 
 
 def test_lm_eval_is_told_too(model, monkeypatch):

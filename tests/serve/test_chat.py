@@ -1,13 +1,21 @@
 """`/v1/chat/completions` by OpenAI's own client: answers are those of `Model.generate`."""
 
+import asyncio
 import base64
+import io
 import threading
 
+import httpx
 import numpy as np
 import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
+from PIL import Image
 
 from moresjax.generation.sampling import Sampling
+from moresjax.serve.chat_answers import ChatAnswer
+from moresjax.serve.chat_request import read_chat
+from moresjax.serve.errors import ApiError
+from moresjax.serve.images import ImageLimits
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +147,43 @@ def test_a_closed_stream_frees_its_row(client, server):
         ({"n": 0}, "n must be"),
         ({"messages": [{"role": "system", "content": "Be kind."}, user("a")]}, "system prompt"),
         ({"messages": [user("a", b"no image")]}, "no known format"),
+        ({"messages": [user("a", *[b"no image"] * 17)]}, "at most 16 images"),
+        ({"messages": [user("a", b"x") | {"role": "system"}]}, "only a user's message"),
+        ({"max_tokens": 300, "stream": True}, "256 tokens at most"),
     ],
 )
 def test_bad_requests_are_told_in_one_sentence(client, change, words):
     with pytest.raises(BadRequestError, match=words):
         client.chat.completions.create(**({"model": "talker", "messages": [user("a")]} | change))
+
+
+def test_images_are_bounded_together_and_not_kept(server, picture):
+    body = {"model": "talker", "messages": [user("two ?", *[picture] * 4)]}
+    asked = read_chat(body, ImageLimits(max_pixels=144))
+    answer = asyncio.run(ChatAnswer.of(server, asked))
+    assert answer._asked.sample.images == ()
+    assert answer._row.num_images == 4
+    body["messages"].append(user("?", picture))
+    with pytest.raises(ApiError, match="576 pixels together"):
+        read_chat(body, ImageLimits(max_pixels=144))
+
+
+def test_files_that_start_programs_are_no_images(client):
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(file, "eps")
+    with pytest.raises(BadRequestError, match="no known format"):
+        ask(client, user("a", file.getvalue()))
+
+
+@pytest.mark.parametrize("half", [b"\\ud83d", b"\xed\xa0\xbd"])
+def test_texts_that_are_no_unicode_are_told(url, half):
+    for path in ("completions", "chat/completions"):
+        body = b'{"model": "talker", "prompt": "%s", "messages": "%s"}' % (half, half)
+        done = httpx.post(f"{url}/v1/{path}", content=body)
+        assert done.status_code == 400
+        assert "Unicode" in done.json()["error"]["message"]
+    whole = b'{"model": "talker", "prompt": "\\ud83d\\ude00", "max_tokens": 1}'
+    assert httpx.post(f"{url}/v1/completions", content=whole).status_code == 200
 
 
 def test_addresses_of_images_are_not_fetched(client):
@@ -156,3 +196,11 @@ def test_an_unknown_model_is_not_found_and_unknown_fields_are_ignored(client):
     with pytest.raises(NotFoundError, match="there are talker"):
         client.chat.completions.create(model="other", messages=[user("two ?")])
     assert ask(client, user("two ?"), max_tokens=1, extra_body={"colour": "blue"}).choices
+
+
+def test_names_of_models_and_adapters(server):
+    assert server.adapter("talker", "talker") is server.adapter("talker", "base") is None
+    for model, adapter in (("no", "talker"), ("no", "base"), ("base", None), ("talker", "no")):
+        with pytest.raises(ApiError, match="does not exist; there are talker") as told:
+            server.adapter(model, adapter)
+        assert told.value.status == 404

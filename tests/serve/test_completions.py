@@ -6,6 +6,7 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from moresjax.core.row import Row
+from moresjax.generation import prompt_scores
 from moresjax.testing import talking_model
 from moresjax.weights.adapter import save_adapter
 
@@ -46,9 +47,21 @@ def test_echo_has_the_scores_of_the_prompt(client, model, more):
         assert listed.tokens[len(ids) :] == spelt
 
 
-@pytest.mark.parametrize("prompt", [[], "", [[]], [5, "a"], 7, [10**6]])
-def test_bad_prompts_are_told(client, prompt):
-    ask = {"model": "talker", "prompt": prompt, "max_tokens": 1}
+def test_what_is_listed_compiles_nothing(client):
+    texts = ["how many ?", "is there a two ?"]
+    programs = set()
+    for listed in (1, 3, 0):
+        ask = {"model": "talker", "prompt": texts, "echo": True, "max_tokens": 0}
+        done = client.completions.create(**ask, logprobs=listed)
+        assert len(done.choices) == 2
+        programs.add(prompt_scores._scores._cache_size())
+    assert len(programs) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"echo": True, "max_tokens": 0, "logprobs": 1}])
+@pytest.mark.parametrize("prompt", [[], "", [[]], [5, "a"], 7, [10**6], [1 << 31], [True]])
+def test_bad_prompts_are_told(client, prompt, more):
+    ask = {"model": "talker", "prompt": prompt, "max_tokens": 1, **more}
     if prompt == "":  # begins like all texts
         assert client.completions.create(**ask).choices
         return

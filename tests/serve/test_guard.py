@@ -22,6 +22,12 @@ def test_other_hosts_and_pages_are_refused_and_headers_are_set(url):
     done = httpx.post(chat, json=ASK, headers={"Origin": "https://evil.example"})
     assert done.status_code == 403
     assert httpx.post(chat, json=ASK, headers={"Origin": url}).status_code == 200
+    for origin in ("http://localhost:1", "http://127.0.0.1", "http://[", "null"):
+        assert httpx.post(chat, json=ASK, headers={"Origin": origin}).status_code == 403
+    for host in ("[", ""):
+        done = httpx.post(chat, json=ASK, headers={"Host": host})
+        assert done.status_code == 400
+        assert "must be the name of this server" in done.text
     page = httpx.get(url)
     assert page.status_code == 200
     assert page.headers["content-security-policy"].startswith("default-src 'self'")
@@ -85,11 +91,21 @@ def test_large_bodies_and_full_queues_are_refused(small):
     entered.wait(10)
     row = server.model.prompt("two ?")
     ticket = server.scheduler.submit(PoolRequest(row, 1), lambda _: None)
-    done = httpx.post(f"{url}/v1/chat/completions", json=ASK, headers=key)
+    texts = {"model": "talker", "prompt": "two ?", "max_tokens": 1}
+    asked = [("chat/completions", ASK), ("completions", texts)]
+    answers = [
+        httpx.post(f"{url}/v1/{path}", json=one | {"stream": stream}, headers=key)
+        for path, one in asked
+        for stream in (False, True)
+    ]
+    done = httpx.post(f"{url}/v1/completions", json=texts | {"n": 2}, headers=key)
     held.set()
     future.result(10)
-    assert (done.status_code, done.headers["Retry-After"]) == (429, "1")
-    assert done.json()["error"]["type"] == "rate_limit_error"
+    for one in answers:
+        assert (one.status_code, one.headers["Retry-After"]) == (429, "1")
+        assert one.json()["error"]["type"] == "rate_limit_error"
+    assert done.status_code == 400  # it would never fit
+    assert "ask for fewer" in done.json()["error"]["message"]
     server.scheduler.cancel(ticket)
 
 

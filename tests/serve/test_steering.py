@@ -1,16 +1,20 @@
 """Steering of single requests equals the method `steer` on a model of its own."""
 
+import asyncio
 import json
+import threading
 
 import httpx
 import numpy as np
 import pytest
+from serve_helpers import until
 
 from moresjax.analysis.vectors import save_vectors
 from moresjax.core.errors import UserError
+from moresjax.serve.errors import ApiError
 from moresjax.serve.run import running
 from moresjax.serve.server import Server, ServerConfig
-from moresjax.serve.steering import read_shelf
+from moresjax.serve.steering import HELD, SteeredAdapters, Steering, read_shelf
 from moresjax.testing import talking_model
 from moresjax.weights.adapter import save_adapter
 
@@ -83,6 +87,8 @@ def test_the_shelf_and_what_is_not_on_it(steered):
         {"vector": "up", "layers": [2]},
         {"vector": "up", "positions": "nowhere"},
         {"vector": "up", "positions": "roi"},
+        {"vector": [10**400] * 16},
+        {"vector": [1e38] * 16, "alpha": 1e6},
         "up",
     ):
         done = ask(steered, steer=[wrong])
@@ -98,6 +104,101 @@ def test_a_tuned_model_is_steered_with_its_tuning(shelf):
         assert ask(url, steer=[{"vector": "up", "alpha": 3}]) == expected(spec, VECTOR, 3.0)
         models = httpx.get(f"{url}/v1/models").json()["data"]
         assert [(one["id"], one["tuning"]) for one in models] == [("talker", "lora:rank=2")]
+
+
+class Background:
+    """Something on a thread, whose result is waited for."""
+
+    def __init__(self, call):
+        self._thread = threading.Thread(target=lambda: setattr(self, "found", call()))
+        self._thread.start()
+
+    def result(self):
+        self._thread.join()
+        return self.found
+
+
+def while_they_wait(server, change, *asks):
+    """What requests are answered that come while an adapter's coming or going waits."""
+    held, scheduler = threading.Event(), server.scheduler
+    scheduler.call(lambda: held.wait(20))
+    until(lambda: not scheduler._jobs)
+    changing = Background(change)
+    until(lambda: scheduler._jobs)
+    asking = [Background(one) for one in asks]
+    until(lambda: scheduler.counts["waiting"] == len(asks))
+    held.set()
+    assert changing.result().status_code == 200
+    return [one.result() for one in asking]
+
+
+def test_adapters_come_and_go_beside_a_tuning_while_requests_wait(tmp_path):
+    folder = save_adapter(talking_model("mores:rank=2").mllm, tmp_path / "mores")
+    server = Server(talking_model("lora:rank=2"), "talker", ServerConfig(rows=2))
+    tuned = talking_model("lora:rank=2").generate("how many ?", max_new_tokens=8)
+    assert tuned != talking_model().generate("how many ?", max_new_tokens=8)
+    with running(server) as url:
+
+        def post(what, **fields):
+            return httpx.post(f"{url}/v1/{what}_lora_adapter", json=fields, timeout=120)
+
+        load = {"lora_name": "new", "lora_path": str(folder)}
+        assert while_they_wait(server, lambda: post("load", **load), lambda: ask(url)) == [tuned]
+        listed = httpx.get(f"{url}/v1/models").json()["data"]
+        assert [(one["id"], one["tuning"]) for one in listed] == [
+            ("talker", "lora:rank=2"),
+            ("new", "mores:rank=2"),
+        ]
+        own = talking_model("mores:rank=2").generate("how many ?", max_new_tokens=8)
+        assert [ask(url, name) for name in ("new", "talker")] == [own, tuned]
+        other, mine = while_they_wait(
+            server,
+            lambda: post("unload", lora_name="new"),
+            lambda: ask(url, "new"),
+            lambda: ask(url),
+        )
+        assert (other.status_code, mine) == (404, tuned)
+        bad = post("load", lora_name="\0own", lora_path=str(folder))
+        assert (bad.status_code, server.adapters) == (400, ())
+
+
+def test_a_job_for_an_adapter_that_has_gone_is_told(server):
+    with pytest.raises(ApiError, match="has been unloaded") as told:
+        asyncio.run(server.call(lambda name: name, "gone"))
+    assert told.value.status == 404
+    assert asyncio.run(server.call(lambda name: name, None)) is None
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Steered adapters of a model that nothing is asked."""
+    model = talking_model()
+    model.load_adapters({"counts": save_adapter(talking_model("lora:rank=1").mllm, tmp_path)})
+    return model, SteeredAdapters(model, steers=True)
+
+
+def test_steerings_under_way_outlive_their_adapter_and_no_longer(held):
+    model, steered = held
+    steering = Steering({"all": np.ones((2, 16), np.float32)})
+    kept, idle = [steered.hold(name, steering, may_compile=True) for name in ("counts", None)]
+    steered.release(idle)
+    model.unload_adapter("counts")
+    steered.forget("counts")
+    assert {*model.adapters} == {kept, idle}
+    steered.release(kept)
+    assert model.adapters == (idle,)
+    assert not steered._used
+    with pytest.raises(ApiError, match="has been unloaded"):
+        steered.hold("counts", steering, may_compile=True)
+
+
+def test_selectors_that_nobody_uses_any_more_are_dropped(held):
+    model, steered = held
+    for number in range(HELD + 3):
+        one = Steering({f"prompt:f{number + 1}": np.ones((2, 16), np.float32)})
+        steered.release(steered.hold(None, one, may_compile=True))
+    assert len(model.mllm.tuning.methods) <= HELD + 2
+    assert model.adapters[0] == "counts"
 
 
 def test_files_that_are_no_shelf(tmp_path):

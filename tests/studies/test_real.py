@@ -1,22 +1,36 @@
 """The papers' tables at their own size: what is left to run, beside what the runs say."""
 
 import json
+import re
 import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from moresjax.cli import main
 from moresjax.cli.app import make_parser
 from moresjax.evaluation.presets import column_values
+from moresjax.reports.ablations import rank_map
 from moresjax.studies.papers import STUDIES
 from moresjax.studies.printed import PRINTED
-from moresjax.studies.real import TABLES, plan_tables
+from moresjax.studies.real import SIZES, TABLES, plan_tables
 from moresjax.studies.recipes import select_recipes
 
 
 def planned(capsys, *arguments) -> dict:
     assert main(["study", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_the_page_of_studies_says_which_have_a_size():
+    page = Path(__file__).parents[2] / "docs" / "reference" / "studies.md"
+    listed = {}
+    for names, sizes in re.findall(r"^\| (`[^|]+`) \|.*\| ([^|]+) \|$", page.read_text(), re.M):
+        for name in re.findall(r"`([\w-]+)`", names):
+            listed[name] = tuple(re.findall(r"`(\w+)`", sizes))
+    assert listed == {name: SIZES[TABLES[name][0]] if name in TABLES else () for name in STUDIES}
 
 
 @pytest.mark.parametrize("key", PRINTED, ids=" ".join)
@@ -46,10 +60,11 @@ def test_commands_are_those_of_the_command_line(study):
     assert study in STUDIES
     commands = [c for run in plan_tables(study, "7b", "runs") for c in run.commands]
     assert commands
+    parser = make_parser()
     for command in dict.fromkeys(commands):
         name, *arguments = shlex.split(command)
         assert name == "moresjax"
-        make_parser().parse_args(arguments)
+        parser.parse_args(arguments)
 
 
 def test_what_is_there_is_not_run_again(tmp_path, capsys):
@@ -72,6 +87,26 @@ def test_what_is_there_is_not_run_again(tmp_path, capsys):
     assert cell["difference"] == pytest.approx(66.6)
     assert main(["study", *options]) == 0
     assert "1233.9   1300.5      +66.6" in capsys.readouterr().out
+
+
+def test_figures_show_the_results_that_are_there(tmp_path, capsys):
+    options = ["mrt-ablations", "--size", "7b", "--runs", str(tmp_path)]
+    assert planned(capsys, *options)["figures"] == []
+    scores = {"visual 4, multimodal 8": 1400.0, "visual 2, multimodal 2": 1300.0, "length 4": 1500}
+    for run in plan_tables("mrt-ablations", "7b", tmp_path):
+        if run.recipe.row in scores:
+            (run.workdir / "scores").mkdir(parents=True)
+            entry = {"score": scores[run.recipe.row], "stderr": None, "details": {}}
+            found = {"mme_sampled": {"benchmark": "mme_sampled", "total": entry["score"]} | entry}
+            (run.workdir / "scores" / "results.json").write_text(json.dumps({"scores": found}))
+    files = [str(tmp_path / f"figure{n}.png") for n in (4, 6)]
+    assert planned(capsys, *options)["figures"] == files
+    assert all(Image.open(file).size[0] > 200 for file in files)
+    assert main(["study", *options]) == 0
+    assert f"figure: {files[0]}" in capsys.readouterr().out
+    figure = rank_map({(4, 8): 1400.0, (2, 2): 1300.0}, "MME", printed={(4, 8): 1452}, form=".0f")
+    assert [t.get_text() for t in figure.axes[0].texts] == ["1400\n(paper 1452)", "1300"]
+    assert np.isnan(figure.axes[0].images[0].get_array().filled(np.nan)).sum() == 2
 
 
 def test_sizes_and_columns():

@@ -8,11 +8,18 @@ import numpy as np
 import pytest
 
 from moresjax.cli import main
-from moresjax.data.digits import FAMILIES
+from moresjax.core.layout import TokenKind, TokenLayout
+from moresjax.data.digits import FAMILIES, ask
+from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.evaluation.benchmarks.pope import KINDS
 from moresjax.studies import llava_steering, more_tokens_and_layers, papers, tasks
+from moresjax.studies.mrt import LONGEST
 from moresjax.studies.papers import STUDIES
-from moresjax.studies.study import agreement, run_study
+from moresjax.studies.study import agreement, run_study, with_interval
+from moresjax.testing.models import digits_processor
+from moresjax.tuning.selectors import parse_selector
+
+IMAGE = np.zeros((12, 12, 3), np.uint8)
 
 SHORT = {"lora r=8", "mores r=1"}
 
@@ -86,6 +93,16 @@ def test_a_study_says_what_agrees_with_the_paper(name):
     json.dumps(outcome.values)
 
 
+def test_figure_2_has_an_interval_for_every_layer():
+    study = STUDIES["fig2"]
+    outcome = study.make(CannedPipeline(LEVELS), study)
+    lines = outcome.values["lmar_by_layer"]
+    assert np.mean(lines["full"], axis=0) == pytest.approx(0.902)
+    wanted = [[name, *[with_interval(np.mean(own, axis=1), 2)] * 2] for name, own in lines.items()]
+    assert outcome.tables[1].rows == wanted
+    assert wanted[1] == ["full", "0.90 [0.90, 0.90]", "0.90 [0.90, 0.90]"]
+
+
 MRT_LEVELS = {"zero-shot": 0.3, "mrt, visual 8": 0.6, "mrt, ": 0.4, "mrt": 0.5, "full": 0.9}
 MRT_LEVELS |= dict.fromkeys(("lora", "aprompt", "ptum", "vpt", "reft", "m2pt", "mixlora"), 0.45)
 
@@ -96,7 +113,7 @@ def test_mrt_in_miniature_is_compared_with_its_own_ablations():
     rest = "lora r=8, aprompt, ptum, vpt, reft, m2pt and mixlora"
     assert said == f"Mean accuracy against mrt: as in the paper for zero-shot, full, {rest}."
     outcome = ablations.make(CannedPipeline(MRT_LEVELS), ablations)
-    assert [len(table.rows) for table in outcome.tables] == [3, 6, 5, 2, 4]
+    assert [len(table.rows) for table in outcome.tables] == [16, 7, 5, 2, 4]
     said = " ".join(outcome.findings)
     assert "Ranks: accuracy against mrt: as in the paper for visual 4, multimodal 8; " in said
     assert "against the paper for visual 8, multimodal 8" in said
@@ -104,12 +121,53 @@ def test_mrt_in_miniature_is_compared_with_its_own_ablations():
     part = dataclasses.replace(ablations, runs=[r for r in ablations.runs if "half" in r.name])
     (table,) = part.make(CannedPipeline(MRT_LEVELS), part).tables
     assert [row[0] for row in table.rows] == ["mrt", "first half", "latter half"]
+    assert not part.make(CannedPipeline(MRT_LEVELS), part).figures
     # Editors train alone, and the tables share what is one run in both.
     for study in (methods, ablations):
         alone = [run.tuning for run in study.runs if run.settings]
         assert all(tuning.startswith("mrt") for tuning in alone)
     assert "reft" in {run.name for run in methods.runs} & {run.name for run in ablations.runs}
     json.dumps(outcome.values)
+
+
+def shown(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def test_ranks_and_parts_of_mrt_are_drawn_as_far_as_they_have_run():
+    study = STUDIES["mrt-ablations"]
+    ranks, parts = study.make(CannedPipeline(MRT_LEVELS), study).figures.values()
+    cells = ["0.602" if visual == 8 else "0.402" for visual in (2, 4, 6, 8) for _ in range(4)]
+    cells[9] = "0.502"  # visual 6, multimodal 4: MRT itself
+    found = {text.get_position(): text.get_text() for text in ranks.axes[0].texts}
+    assert found == {(n % 4, n // 4): cell for n, cell in enumerate(cells)}
+    names = [[t.get_text() for t in axis.get_yticklabels()] for axis in parts.axes]
+    assert names[0][:4] == ["mrt", "without vision", "without connector", "without multimodal"]
+    assert names[1] == ["mrt", "length 2"]
+    wanted = ("visual 2, multimodal 2", "length 2")
+    part = dataclasses.replace(study, runs=[r for r in study.runs if r.name.endswith(wanted)])
+    ranks, parts = part.make(CannedPipeline(MRT_LEVELS), part).figures.values()
+    assert shown(ranks.axes[0]) == ["0.402", "0.502"]
+    assert [axis.get_title() for axis in parts.axes] == ["length"]
+
+
+def test_longer_prefixes_than_half_a_question_are_none():
+    """Why the miniature has one of the paper's lengths."""
+    processor, lengths = digits_processor(), set()
+    for family in FAMILIES:
+        turn = ask(family, (1, 2, 1, 3), np.random.default_rng(0))
+        row = processor.row(Sample(family, (Turn(f"{IMAGE_MARK}\n{turn.question}"),), (IMAGE,)))
+        lengths.add(int((row.kind == TokenKind.QUESTION).sum()))
+    assert (min(lengths), max(lengths)) == (5, LONGEST)
+    # Whether other tokens are edited than with length 3, for questions of 5, 6 and 7 tokens.
+    layout = TokenLayout.text(np.arange(LONGEST) < np.array([[5], [6], [7]]))
+    masks = {}
+    for length in (2, 3, 4, 10):
+        selector = parse_selector(f"question:f{length}+l0|question:f0+l{length}")
+        masks[length] = np.asarray(selector(layout))
+    differs = {length: (mask != masks[3]).any(1).tolist() for length, mask in masks.items()}
+    same = [False, False, False]
+    assert differs == {2: [False, True, True], 3: same, 4: same, 10: same}
 
 
 def test_the_papers_order_is_compared_only_where_it_has_one():

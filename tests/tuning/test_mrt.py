@@ -27,8 +27,18 @@ PHOTO = np.zeros((14, 14, 3), np.uint8)
 PIECES = """
 ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant . ▁The ▁gives
 ▁helpful , ▁detailed ▁pol ite ▁answers ▁to ▁the ' s ▁questions ▁US ER : ▁ SS IST ANT ▁is what ▁what
-▁cat ▁on ▁mat ?
+▁cat ▁on ▁mat ? ▁?
 """
+# What LLaMA's own vocabulary and merges make of a prompt, before and behind its image: as the
+# package `llama-tokenizer-js` 1.2.2 of npm, which has both, cuts it.
+OF_LLAMA = (
+    """
+<s> ▁A ▁chat ▁between ▁a ▁curious ▁user ▁and ▁an ▁artificial ▁intelligence ▁assistant . ▁The
+▁assistant ▁gives ▁helpful , ▁detailed , ▁and ▁pol ite ▁answers ▁to ▁the ▁user ' s ▁questions . ▁US
+ER : ▁
+""",
+    "▁ <0x0A> what ▁is ▁on ▁the ▁mat ▁? ▁A SS IST ANT :",
+)
 
 
 @functools.cache
@@ -84,6 +94,19 @@ def test_the_prompt_is_that_of_the_constants():
     assert tokens[FIRST - 2 : FIRST + 2] == ["▁", "<0x0A>", "what", "▁what"]
     assert FIRST == SPECIAL + IMAGE_EXTRA
     assert tokens[-1] == ":"
+
+
+def test_the_prompt_is_cut_as_llamas_own_tokenizer_cuts_it():
+    row = row_of(Turn(f"{IMAGE_MARK}\nwhat is on the mat ?"))
+    tokens = np.asarray(llama_like().convert_ids_to_tokens(row.tokens.tolist()))
+    before, behind = (text.split() for text in OF_LLAMA)
+    assert tokens[:35].tolist() == before
+    assert tokens[35 + VISUAL :].tolist() == behind
+    # The prefix begins behind the blank and the newline, the suffix ends before the last token.
+    prefix, suffix = positions("mrt-code:length=4", row)
+    assert tokens[prefix].tolist() == behind[2:6]
+    assert tokens[suffix].tolist() == behind[-5:-1]
+    assert prefix[0] == FIRST
 
 
 ANSWERS = (None, "cat", "a cat on a mat")

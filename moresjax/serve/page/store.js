@@ -14,7 +14,7 @@ const fresh = () => ({
   version: VERSION,
   // {model, steer}: who answers the next question, a column for each.
   columns: [{ model: "", steer: true }],
-  // {id, text, images: [{name, uri}], answers: [answer]}; see `ask.js` for an answer.
+  // {id, text, images: [{name, uri}], answers: [answer]}; see `answers.js` for an answer.
   turns: [],
   // By name {alpha, layers, positions}, of vectors that are not as the server has them.
   vectors: {},
