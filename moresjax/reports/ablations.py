@@ -45,8 +45,8 @@ def rank_map(
         place = text.index(t), visual.index(v)
         colour = "white" if score <= middle else "black"
         axis.text(*place, words, ha="center", va="center", fontsize=7, color=colour)
-    axis.set_xticks(range(len(text)), text)
-    axis.set_yticks(range(len(visual)), visual)
+    axis.set_xticks(range(len(text)), [str(rank) for rank in text])
+    axis.set_yticks(range(len(visual)), [str(rank) for rank in visual])
     axis.set_xlabel("rank of the multimodal editors")
     axis.set_ylabel("rank of the visual editors")
     figure.colorbar(drawn, ax=axis).set_label(label, fontsize=8)
@@ -77,7 +77,7 @@ def part_scores(
             axis.plot([score], [number], marker="o", markersize=5, color=COLOURS[0])
             if bounds is not None:
                 axis.plot(bounds, [number] * 2, linewidth=1.6, alpha=0.7, color=COLOURS[0])
-        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_yticks(range(len(rows)), list(rows), fontsize=8)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(label, fontsize=8)

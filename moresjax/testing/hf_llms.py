@@ -3,6 +3,7 @@
 # Configurations of transformers are made of dicts, whose values no type checker can tell apart.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,8 @@ def randomised(model, seed: int = 0):
 
 
 def oracle_of(config):
-    return randomised(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    own = copy.deepcopy(config)  # a model writes its dtype into it
+    return randomised(AutoModelForCausalLM.from_config(own, attn_implementation="eager"))
 
 
 def padded(rows: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -61,7 +62,10 @@ def tiny_model(tuning: str = "none", seed: int = 0, **llm: Any) -> MLLM:
     >>> tiny_model("mores:rank=1").config.visual_tokens
     9
     """
-    return nnx.clone(_tiny_model(tuning, seed, tuple(llm.items())))
+    graph, state = nnx.split(_tiny_model(tuning, seed, tuple(llm.items())))
+    return nnx.merge(
+        graph, jax.tree.map(jnp.copy, state)
+    )  # arrays of its own: a step may donate them
 
 
 @functools.cache

@@ -24,6 +24,7 @@ analyze states --model run --tasks digits --limit 4 --layers 0 --out states
 analyze concepts --states states --concepts 2 --out concepts
 analyze shift --base states --tuned same=states --num-concepts 2 --out shift
 analyze separability --states states --by task --out apart
+analyze sensitivity --model run --states states {concepts} --tasks digits --limit 1 --out told
 analyze landscape --model run --points 3 --pairs 1 --samples 2 --out land
 analyze steer --model run --fine concepts --tasks digits --limit 1 --out steered
 analyze lens --model run --prompt how --image a.png --words two,six --out lens
@@ -85,6 +86,8 @@ def test_no_command_touches_the_network(tmp_path, monkeypatch, capsys):
         name: " ".join(f"--config.{key}={value}" for key, value in values.items())
         for name, values in settings.items()
     }
+    named = "--by task --concepts digits_count,digits_compare --answer two --against one"
+    options["concepts"] = named
     for line in lines:
         arguments = line.format(digits=DIGITS, **options).split()
         assert main(arguments) == 0, (line, capsys.readouterr().err)
