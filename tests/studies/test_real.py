@@ -60,10 +60,11 @@ def test_commands_are_those_of_the_command_line(study):
     assert study in STUDIES
     commands = [c for run in plan_tables(study, "7b", "runs") for c in run.commands]
     assert commands
+    parser = make_parser()
     for command in dict.fromkeys(commands):
         name, *arguments = shlex.split(command)
         assert name == "moresjax"
-        make_parser().parse_args(arguments)
+        parser.parse_args(arguments)
 
 
 def test_what_is_there_is_not_run_again(tmp_path, capsys):
