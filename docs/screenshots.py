@@ -10,6 +10,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 import moresjax as mj
@@ -20,7 +21,7 @@ from moresjax.studies.demo_result import demo_result
 
 PICTURES = Path(__file__).parent / "pictures"
 COLUMNS = ("connector-only", "mores-r-1")
-QUESTION = "top-left"  # an incomplete question, so that the answers are long and differ
+QUESTION = "what is at top-left ?"
 
 
 def ask(page: Page) -> None:
@@ -58,6 +59,8 @@ def take(url: str, out: Path) -> None:
         page.wait_for_timeout(300)
         page.screenshot(path=out / "page_phone.png")
         browser.close()
+    for name in ("page.png", "page_phone.png"):  # a third of the bytes
+        Image.open(out / name).convert("RGB").quantize(128).save(out / name, optimize=True)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Small runs on the digits, processes of their own, what is asked of directories; shared."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -56,6 +57,20 @@ def assert_equal_weights(found: Path, wanted: Path) -> None:
     assert set(found) == set(wanted)
     for name, array in wanted.items():
         np.testing.assert_allclose(found[name], array, atol=1e-6, rtol=0, err_msg=name)
+
+
+def assert_same_bits(found: Path, wanted: Path) -> None:
+    found, wanted = trained_parameters(found), trained_parameters(wanted)
+    assert set(found) == set(wanted)
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def compilations(caplog) -> list[str]:
+    """The programs that XLA compiled, or took from its folder, below `jax.log_compiles`."""
+    texts = [record.getMessage() for record in caplog.records]
+    found = (re.match(r"Finished XLA compilation of (\S+)", text) for text in texts)
+    return [match[1] for match in found if match]
 
 
 def curve(workdir: Path, name: str) -> list[float]:

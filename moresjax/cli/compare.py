@@ -26,9 +26,10 @@ def run(args: argparse.Namespace) -> None:
     """Prints every pair's difference with its interval and test."""
     from moresjax.core.errors import UserError
     from moresjax.evaluation.compare import compare, compare_table
+    from moresjax.evaluation.paired import OF_ONE_SEED
 
     if args.resamples < 100:
         raise UserError(f"--resamples must be at least 100, got {args.resamples}")
     found = compare(args.folders, resamples=args.resamples)
     data = [dataclasses.asdict(one) | {"finding": one.finding} for one in found]
-    show(args, {"comparisons": data}, compare_table(found))
+    show(args, {"comparisons": data, "note": OF_ONE_SEED}, compare_table(found))

@@ -1,7 +1,9 @@
 """`moresjax evaluate`: scores a model on benchmarks."""
 
 import argparse
+import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from moresjax.cli.options import (
     show,
 )
 from moresjax.core.errors import UserError
+from moresjax.core.folders import named_folder
 
 if TYPE_CHECKING:
     from moresjax.evaluation.judges import EndpointJudge, ModelJudge
@@ -28,7 +31,15 @@ if TYPE_CHECKING:
 def add_parser(commands: Commands) -> None:
     """Adds the subcommand."""
     evaluate = add_command(commands, "evaluate", run, "score a model on benchmarks", compiles=True)
-    evaluate.add_argument("--model", metavar="DIR", help="a workdir or a Hugging Face folder")
+    evaluate.add_argument(
+        "--model",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a workdir or a Hugging Face folder; several, such as runs/lr/*, are asked in turn, "
+        "each into a folder below --out; those of one shape share compiled programs",
+    )
     evaluate.add_argument(
         "--predictions", metavar="FILE", help="score these saved answers again, without a model"
     )
@@ -75,62 +86,147 @@ def add_parser(commands: Commands) -> None:
     evaluate.add_argument("--out", required=True, metavar="DIR", help="directory for the results")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A model that is asked, and where what it says goes.
+
+    Attributes:
+      name: What it is called in output.
+      folder: Its folder.
+      out: The directory of its results.
+    """
+
+    name: str
+    folder: str
+    out: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What an evaluation found.
+
+    Attributes:
+      data: What `results.json` says.
+      text: The same for people.
+      not_run: Why tasks were not run, and where the others are.
+    """
+
+    data: dict[str, Any]
+    text: str
+    not_run: str = ""
+
+
 def run(args: argparse.Namespace) -> None:
-    """Evaluates a model, or scores saved predictions again."""
-    from moresjax.evaluation.attention_log import attention_line
-    from moresjax.evaluation.presets import table
+    """Evaluates models, or scores saved predictions again."""
+    if args.predictions:
+        found = {"": _rescored(args)}
+    else:
+        models, questions = _models(args), _questions(args)
+        found = {asked.name: _evaluated(args, asked, questions) for asked in models}
+    if len(found) == 1:
+        (one,) = found.values()
+        show(args, one.data, one.text)
+    else:
+        data = {"models": {name: one.data for name, one in found.items()}}
+        show(args, data, "\n\n".join(f"{name}\n{one.text}" for name, one in found.items()))
+    for one in found.values():
+        if one.not_run:
+            raise UserError(one.not_run)
+
+
+def _models(args: argparse.Namespace) -> list[_Asked]:
+    """The models of `--model`, of which several have folders of their own below `--out`.
+
+    A model is called by its folder, from where the folders of all part.
+
+    Raises:
+      UserError: There is none, one of several does not exist or is named twice, or an option takes
+        one model alone.
+    """
+    adapter, pairs = only_adapter(args), [named_folder(value) for value in args.model]
+    if not pairs:
+        raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
+    if len(pairs) == 1:
+        ((name, folder),) = pairs
+        return [_Asked(name or Path(adapter or folder).resolve().name, folder, args.out)]
+    if args.forgetting:
+        raise UserError("--forgetting compares one --model with the model before its tuning")
+    places = [Path(folder).resolve() for _, folder in pairs]
+    for place, (_, folder) in zip(places, pairs, strict=True):
+        if not place.is_dir():
+            raise UserError(f"{folder} does not exist")
+    root = os.path.commonpath([place.parent for place in places])
+    names = [
+        name or place.relative_to(root).as_posix()
+        for place, (name, _) in zip(places, pairs, strict=True)
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--model {name} is given twice; NAME=DIR gives it a name of its own")
+    named = zip(names, (folder for _, folder in pairs), strict=True)
+    return [_Asked(name, folder, str(Path(args.out) / name)) for name, folder in named]
+
+
+def _questions(args: argparse.Namespace) -> dict[str, Any]:
+    """What evaluations and scores of saved answers are told."""
+    names = ("data_root", "limit", "sample", "seed", "split", "image_root")
+    return {name: getattr(args, name) for name in names} | {"judge": _judge(args)}
+
+
+def _rescored(args: argparse.Namespace) -> _Found:
+    """Scores saved predictions again."""
     from moresjax.evaluation.rescore import rescore
-    from moresjax.evaluation.results import sample_facts, write_results
+
+    asked = args.model or args.adapter or args.tuning or args.attention or args.forgetting
+    if len(args.tasks.split(",")) != 1 or asked:
+        raise UserError(
+            "--predictions scores one task of --tasks, without a model or its attention"
+        )
+    if args.temperature:
+        raise UserError("--predictions scores answers that are there; it draws none")
+    result = rescore(args.tasks, args.predictions, out=args.out, **_questions(args))
+    return _written(args, _Asked("", "", args.out), result)
+
+
+def _evaluated(args: argparse.Namespace, asked: _Asked, questions: dict[str, Any]) -> _Found:
+    """Asks a model."""
     from moresjax.evaluation.run import evaluate
     from moresjax.generation.sampling import Sampling
 
-    tasks, adapter = args.tasks.split(","), only_adapter(args)
-    model = base = None
-    name = Path(adapter or args.model or "").resolve().name
-    options = {
-        "data_root": args.data_root,
-        "limit": args.limit,
-        "sample": args.sample,
-        "seed": args.seed,
-        "split": args.split,
-        "image_root": args.image_root,
-        "judge": _judge(args),
-    }
-    if args.predictions:
-        asked = args.model or args.adapter or args.tuning or args.attention or args.forgetting
-        if len(tasks) != 1 or asked:
-            raise UserError(
-                "--predictions scores one task of --tasks, without a model or its attention"
-            )
-        if args.temperature:
-            raise UserError("--predictions scores answers that are there; it draws none")
-        result = rescore(tasks[0], args.predictions, out=args.out, **options)
-    elif not args.model:
-        raise UserError("evaluate needs --model DIR, or --predictions FILE to score again")
-    else:
-        options |= {"batch_size": args.batch_size, "out": args.out, "num_fewshot": args.num_fewshot}
-        options["sampling"] = Sampling(
-            temperature=args.temperature, top_p=args.top_p, seed=args.seed
-        )
-        options |= {"download": args.download, "include_path": args.include_path}
-        options |= {"attention": args.attention, "title": name}
-        model = load_model(args, adapter=adapter)
-        base = _base(args, model)
-        result = evaluate(model, tasks, **options)
-    facts = {"model": args.model, "adapter": adapter, "tuning": args.tuning, "split": args.split}
-    facts |= sample_facts(args.sample, args.seed)
-    path = write_results(result, args.out, name=name, **facts)
-    text = table(result.scores, tasks, result.not_run)
+    tasks = args.tasks.split(",")
+    names = ("batch_size", "num_fewshot", "download", "include_path", "attention")
+    options = questions | {name: getattr(args, name) for name in names}
+    options |= {"out": asked.out, "title": asked.name}
+    options["sampling"] = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    model = load_model(args, asked.folder, adapter=only_adapter(args))
+    base = _base(args, model)
+    result = evaluate(model, tasks, **options)
+    found = _written(args, asked, result)
+    if base is None:
+        return found
+    more, text = _forgetting(args, (model, base), tasks, options, result)
+    data = found.data | {"forgetting": more}
+    scores, line, path = found.text.rpartition("\nresults: ")
+    return dataclasses.replace(found, data=data, text=f"{scores}\n\n{text}{line}{path}")
+
+
+def _written(args: argparse.Namespace, asked: _Asked, result: "EvaluationResult") -> _Found:
+    """Writes the results of a model and says them."""
+    from moresjax.evaluation.attention_log import attention_line
+    from moresjax.evaluation.presets import table
+    from moresjax.evaluation.results import sample_facts, write_results
+
+    facts = {"model": asked.folder or None, "adapter": only_adapter(args), "tuning": args.tuning}
+    facts |= {"split": args.split, **sample_facts(args.sample, args.seed)}
+    path = write_results(result, asked.out, name=asked.name, **facts)
+    text = table(result.scores, args.tasks.split(","), result.not_run)
     if result.attention is not None:
-        text += f"\n{attention_line(name, result.attention.to_dict())}"
-    data = json.loads(path.read_text())
-    if model is not None and base is not None:
-        data["forgetting"], more = _forgetting(args, (model, base), tasks, options, result)
-        text += f"\n\n{more}"
-    show(args, data, f"{text}\nresults: {path}")
+        text += f"\n{attention_line(asked.name, result.attention.to_dict())}"
+    not_run = ""
     if result.not_run:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in result.not_run.items())
-        raise UserError(f"not run were {reasons}; the results of the others are in {path}")
+        not_run = f"not run were {reasons}; the results of the others are in {path}"
+    return _Found(json.loads(path.read_text()), f"{text}\nresults: {path}", not_run)
 
 
 def _base(args: argparse.Namespace, model: "Model") -> "Model | None":

@@ -1,6 +1,7 @@
 """`moresjax sweep`: trains one configuration over a grid of settings and several seeds."""
 
 import argparse
+import logging
 
 from moresjax.cli.options import Commands, add_command, add_config, show
 
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     """Trains all runs and prints what they have found."""
     from moresjax.studies.sweep import parse_grid, sweep, table
 
+    logging.getLogger("moresjax.training.many").setLevel(logging.INFO)  # the programs of the runs
     summary = sweep(
         args.config,
         args.workdir,

@@ -65,8 +65,9 @@ def replace_file(path: Path, content: str | bytes) -> None:
 def named_folder(value: str) -> tuple[str, str]:
     """Name and folder of `NAME=DIR`; the name is empty for a folder without one.
 
-    >>> named_folder("lora=runs/lora"), named_folder("runs/lora")
-    (('lora', 'runs/lora'), ('', 'runs/lora'))
+    >>> named_folder("lora=runs/lora"), named_folder("runs/lr/lr=1e-3")
+    (('lora', 'runs/lora'), ('', 'runs/lr/lr=1e-3'))
     """
     name, equals, folder = value.partition("=")
-    return (name, folder) if equals and not Path(value).is_dir() else ("", value)
+    named = equals and "/" not in name and not Path(value).is_dir()
+    return (name, folder) if named else ("", value)

@@ -9,7 +9,14 @@ from statistics import fmean
 
 from moresjax.core.errors import UserError
 from moresjax.evaluation.files import read_log
-from moresjax.evaluation.paired import bootstrap_interval, holm, is_shown, mcnemar, sign_flip
+from moresjax.evaluation.paired import (
+    OF_ONE_SEED,
+    bootstrap_interval,
+    holm,
+    is_shown,
+    mcnemar,
+    sign_flip,
+)
 from moresjax.evaluation.predictions import FILE
 from moresjax.evaluation.results import RESULTS
 from moresjax.evaluation.statistics import clusters_of
@@ -165,7 +172,7 @@ def _compare(
 
 
 def compare_table(comparisons: Sequence[Comparison]) -> str:
-    """Comparisons in lines, with what each of them says."""
+    """Comparisons in lines, with what each of them says and what none of them can say."""
     lines = []
     for task, group in itertools.groupby(comparisons, key=lambda one: one.task):
         own = list(group)
@@ -180,4 +187,4 @@ def compare_table(comparisons: Sequence[Comparison]) -> str:
                 f"{one.difference:+.3f}, {bounds}",
                 f"    p = {one.p:.2g} ({one.test}){corrected}: {one.finding}",
             ]
-    return "\n".join(lines)
+    return "\n".join([*lines, OF_ONE_SEED])

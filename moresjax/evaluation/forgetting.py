@@ -9,6 +9,7 @@ import numpy as np
 
 from moresjax.core.errors import UserError
 from moresjax.evaluation.compare import Comparison, compare
+from moresjax.evaluation.paired import OF_ONE_SEED
 from moresjax.evaluation.results import EvaluationResult
 from moresjax.inference.model import Model
 
@@ -90,6 +91,8 @@ def forgetting_table(facts: Mapping[str, Any]) -> str:
     for row in facts["tasks"]:
         before, after = (_number(row[key]) for key in ("before", "after"))
         lines.append(f"{row['task']:24s} {before:>8s} {after:>8s}  {_difference(row)}")
+    if any(row["comparison"] for row in facts["tasks"]):
+        lines.append(OF_ONE_SEED)
     if facts["logits_bit_equal"] is not None:
         same = "are bit-equal to" if facts["logits_bit_equal"] else "differ from"
         lines.append(f"logits of prompts without images {same} those before tuning")

@@ -17,6 +17,11 @@ RESAMPLES = 10_000
 EXACT = 14  # clusters of which all sign patterns are tried
 CHUNK = 1 << 22  # draws held at a time
 LEVEL = 0.05  # of p-values after the correction
+# Said wherever sentences follow from these intervals.
+OF_ONE_SEED = (
+    "Intervals are over questions to one training run each; how far another seed of training would "
+    "move the scores is not in them."
+)
 
 
 def cluster_sums(

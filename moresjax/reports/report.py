@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from moresjax.evaluation.paired import bootstrap_interval, holm, is_shown, sign_flip
+from moresjax.evaluation.paired import (
+    OF_ONE_SEED,
+    bootstrap_interval,
+    holm,
+    is_shown,
+    sign_flip,
+)
 from moresjax.evaluation.statistics import clusters_of
 from moresjax.reports import plots
 from moresjax.reports.html import figure_uri, render
@@ -121,7 +127,8 @@ def write_page(found: Report, path: str | Path, template: str = TEMPLATE, **valu
       values: What it needs beside the report.
     """
     drawn = plots.styles(run.name for run in found.runs)
-    return render(template, path, report=found, styles=drawn, curves=CURVES, **values)
+    values |= {"styles": drawn, "curves": CURVES, "of_one_seed": OF_ONE_SEED}
+    return render(template, path, report=found, **values)
 
 
 def make_report(runs: Sequence[ReportedRun]) -> Report:
@@ -394,7 +401,7 @@ def _short(text: str, most: int = 40) -> str:
 
 def as_text(found: Report) -> str:
     """The findings and what is missing, for the terminal."""
-    lines = [*found.warnings, *found.findings]
+    lines = [*found.warnings, *found.findings, *([OF_ONE_SEED] if found.findings else [])]
     lines += [f"{name}: {sentence}" for name, own in found.missing.items() for sentence in own]
     return "\n".join(lines)
 

@@ -172,25 +172,22 @@ def _beaten(name: str, values: Values, sizes: Mapping[str, int]) -> list[str]:
 
 
 def _fig2(pipeline: Pipeline, study: Study) -> Outcome:
-    lines = _mean_lines(pipeline, study, "lmar_of_means", "text")
-    values = {
-        run.name: [
-            float(np.mean(pipeline.scores(seed, run.name)["attention"]["lmar_of_means"]["text"]))
-            for seed in pipeline.seeds
-        ]
-        for run in study.runs
-    }
-    layers = range(len(next(iter(lines.values()))))
-    rows = [[name, *(f"{value:.2f}" for value in line)] for name, line in lines.items()]
+    by_seed = _attention(pipeline, study, "lmar_of_means", "text")
+    values = {name: [float(np.mean(line)) for line in own] for name, own in by_seed.items()}
+    layers = range(len(by_seed[PLAIN][0]))
+    rows = [
+        [name, *(with_interval(layer, 2) for layer in zip(*own, strict=True))]
+        for name, own in by_seed.items()
+    ]
     claim = {name: float(name.startswith("mores")) for name in values if name != PLAIN}
-    drawn = {name: line.tolist() for name, line in lines.items()}
+    drawn = {name: np.mean(own, axis=0).tolist() for name, own in by_seed.items()}
     return Outcome(
         [
             values_table("LMAR, mean over layers (ratio of means)", {"LMAR": values}, PLAIN),
             Table("LMAR by layer, mean over seeds", ["method", *map(str, layers)], rows),
         ],
         [agreement("LMAR", MORES, claim, values), compare_with(PLAIN, "LMAR", values)],
-        {"lmar": values},
+        {"lmar": values, "lmar_by_layer": by_seed},
         {"LMAR by layer and method": plots.lmar_lines(drawn, "LMAR, ratio of means")},
     )
 

@@ -116,7 +116,8 @@ def run_study(
     pipeline.finetune(study.runs)
     outcome = study.make(pipeline, study)
     facts = provenance()
-    command = f"moresjax study {study.name} --out {out} --seeds {seeds}"
+    place = out.name if out.is_absolute() else out  # the command is for every machine
+    command = f"moresjax study {study.name} --out {place} --seeds {seeds}"
     if only:
         command += f' --only "{";".join(only)}"'
     record = {

@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
+import operator
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,16 @@ from moresjax.training.programs import OneCompiler
 from moresjax.training.step import compiled_step, shared_step
 from moresjax.training.widths import resized, shapes_of, split_widths, widen_model, with_room
 
+logger = logging.getLogger(__name__)
+
 DONE, DIVERGED, STOPPED = "done", "diverged", "stopped"
+# The config keys that a program is made from, and some more; beside them its tuning.
+_OF_PROGRAM = (
+    *("model", "objective", "also_train", "dtype", "quantize", "attention", "remat", "mesh"),
+    *("batch_size", "microbatches", "max_seq_len", "images_per_row", "batching", "buckets"),
+    *("optimizer.b1", "optimizer.b2", "optimizer.eps"),
+)
+_MOST_VALUES = 4  # of a key that are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +90,8 @@ def train_many(
 ) -> dict[Path, Outcome]:
     """Trains several runs in one process, as many at a time as there are cores.
 
-    A run equals the one that `train` makes alone. A run that diverges ends alone. After Ctrl-C or
+    One line of the log says how many programs they need, and what keeps them from sharing one. A
+    run equals the one that `train` makes alone. A run that diverges ends alone. After Ctrl-C or
     SIGTERM all runs are saved, and the same call goes on with them.
 
     Example:
@@ -119,6 +131,8 @@ def train_many(
     shared = _Shared(share_ranks)
     starts = [check(config, place, resume, shared.sources) for place, config in runs.items()]
     shared.configs = [start.config for start in starts]
+    if waiting := [start.config for start in starts if not start.finished]:
+        logger.info(shared.describe_programs(waiting))
     outcomes: dict[Path, Outcome] = {}
     if begin is not None:
         begin()
@@ -229,12 +243,28 @@ class _Shared:
 
     def _settings(self, config: RunConfig) -> tuple[Any, ...]:
         """The settings that a program is made from, and some more, but for layers."""
-        o = config.optimizer
-        parts = (config.also_train, config.model, config.objective, config.dtype)
-        sizes = (config.batch_size, config.microbatches, config.max_seq_len, config.mesh)
-        others = repr((parts, sizes, config.remat, config.quantize, o.b1, o.b2, o.eps))
+        others = repr(operator.attrgetter(*_OF_PROGRAM)(config))
+        return *self._methods(config), others
+
+    def _methods(self, config: RunConfig) -> tuple[Any, ...]:
+        """What of a run's tuning a program is made from."""
         methods, widths = split_widths(config.tuning)
-        return methods, others, () if self._share_ranks else widths
+        return methods, () if self._share_ranks else widths
+
+    def describe_programs(self, configs: Sequence[RunConfig]) -> str:
+        """How many programs runs need, and the keys in which those of different ones differ."""
+        apart = list({self._settings(config): config for config in configs}.values())
+        programs, runs = (
+            f"{count} {word}{'s' * (count != 1)}"
+            for count, word in ((len(apart), "program"), (len(configs), "run"))
+        )
+        flat = [dict(_leaves(config.to_dict())) for config in apart]
+        keys = [key for key in dict.fromkeys(k for one in flat for k in one) if key != "tuning"]
+        if len({self._methods(config) for config in apart}) > 1:
+            keys = ["tuning", *keys]
+        values = {key: list(dict.fromkeys(one.get(key, "none") for one in flat)) for key in keys}
+        differing = [_named(key, own) for key, own in values.items() if len(own) > 1]
+        return f"{programs} for {runs}{': ' * bool(differing)}{', '.join(differing)}"
 
     def _known(self, frozen: nnx.State) -> nnx.State:
         """The same parameters, those that another run has, too, in that run's memory."""
@@ -258,6 +288,21 @@ def _varied(config: RunConfig, alike: Sequence[RunConfig]) -> tuple[list[str], t
     o = config.optimizer
     same = (values[name](o) for name in CONSTANTS if name not in varied)
     return varied, (*varied, *same, o.b1, o.b2, o.eps)
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted keys of a configuration that a program is made from, and their values as text."""
+    if isinstance(value, Mapping):
+        for name, own in value.items():
+            yield from _leaves(own, f"{key}.{name}" if key else name)
+    elif any(f"{key}.".startswith(f"{own}.") for own in ("tuning", *_OF_PROGRAM)):
+        yield key, ";".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _named(key: str, values: Sequence[str]) -> str:
+    """A key and its values, of which a few are said."""
+    said = [*values[:_MOST_VALUES], *["..."] * (len(values) > _MOST_VALUES)]
+    return f"{key} ({', '.join(said)})"
 
 
 def _widest(alike: Sequence[RunConfig]) -> tuple[int, ...]:

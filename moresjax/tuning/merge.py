@@ -88,23 +88,39 @@ def dense_at(model: TunedModel, site: str, layer: int) -> Float[Array, "D F"]:
 def _merge_site(
     model: TunedModel, site: str, method: WeightDelta, params: Params, common: Params
 ) -> None:
-    def merge(
-        params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
-    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
-        return method.merge(params | common, kernel, bias)
-
     start = 0
     for linear in linears_at(model, site):
         if linear.scale is not None:
             raise UserError(
                 f"{method.name} cannot be merged into int8 weights; load them as they are"
             )
-        bias, own, function = None if linear.bias is None else linear.bias[...], params, merge
+        bias, own = None if linear.bias is None else linear.bias[...], params
         if linear.kernel[...].ndim == 3:
             count = len(linear.kernel[...])
             own = {name: x[start : start + count] for name, x in params.items()}
-            start, function = start + count, jax.vmap(merge)
-        kernel, bias = jax.jit(function)(own, linear.kernel[...], bias)
+            start += count
+        kernel, bias = _folded(method, own, common, linear.kernel[...], bias)
         linear.kernel[...] = kernel
         if linear.bias is not None:
             linear.bias[...] = bias
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _folded(
+    method: WeightDelta,
+    params: Params,
+    common: Params,
+    kernel: Float[Array, "*L D F"],
+    bias: Float[Array, "*L F"] | None,
+) -> tuple[Float[Array, "*L D F"], Float[Array, "*L F"] | None]:
+    """Kernel and bias with the delta in them, layer by layer where they are stacked.
+
+    Compiled once for all models of a shape.
+    """
+
+    def fold(
+        params: Params, kernel: Float[Array, "D F"], bias: Float[Array, "F"] | None
+    ) -> tuple[Float[Array, "D F"], Float[Array, "F"] | None]:
+        return method.merge(params | common, kernel, bias)
+
+    return (jax.vmap(fold) if kernel.ndim == 3 else fold)(params, kernel, bias)

@@ -11,6 +11,7 @@ from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.compare import MCNEMAR, SIGN_FLIP, compare, compare_table
 from moresjax.evaluation.paired import (
+    OF_ONE_SEED,
     bootstrap_interval,
     cluster_sums,
     holm,
@@ -120,8 +121,12 @@ def test_models_are_compared_pair_by_pair(tmp_path, capsys):
     assert "0.875 - 0.500 = +0.375, 95% in +0.2" in printed
     assert "no difference could be shown" in printed
     assert main(["compare", a, b, "--json"]) == 0
-    (row,) = json.loads(capsys.readouterr().out)["comparisons"]
+    told = json.loads(capsys.readouterr().out)
+    (row,) = told["comparisons"]
     assert (row["difference"], row["finding"]) == (one.difference, one.finding)
+    assert printed.endswith(f"{told['note']}\n")
+    assert told["note"] == OF_ONE_SEED
+    assert "another seed of training" in OF_ONE_SEED
 
 
 def test_questions_about_one_image_count_together(tmp_path):

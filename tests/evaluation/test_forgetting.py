@@ -7,6 +7,7 @@ import pytest
 
 from moresjax.cli import main
 from moresjax.evaluation.forgetting import forgetting, forgetting_facts, forgetting_table
+from moresjax.evaluation.paired import OF_ONE_SEED
 from moresjax.evaluation.results import EvaluationResult, write_results
 
 BASE = str(Path(__file__).parents[1] / "fixtures" / "v0_1" / "base")
@@ -51,6 +52,7 @@ def test_what_is_lower_is_said_by_a_paired_interval(tmp_path):
     text = forgetting_table(json.loads(json.dumps(forgetting_facts([row], None))))
     assert text.splitlines()[1].startswith("t ")
     assert "1.000    0.200  -80.0, 95% in -100.0 to -50.0: lower; 8 of 10 answers chang" in text
+    assert text.splitlines()[2] == OF_ONE_SEED
     assert "logits" not in text
 
 

@@ -12,11 +12,11 @@ import moresjax as mj
 from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.paired import bootstrap_interval
+from moresjax.evaluation.paired import OF_ONE_SEED, bootstrap_interval
 from moresjax.evaluation.run import evaluate
 from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.reports import plots
-from moresjax.reports.report import findings
+from moresjax.reports.report import Report, as_text, findings
 from moresjax.reports.runs import AskedQuestion, ReportedRun, gather
 from moresjax.testing import talking_model
 
@@ -102,6 +102,7 @@ def test_the_page_has_every_number_of_its_sources(evaluated, tmp_path):
     shares = "No difference in share of attention on the image could be shown between two and first"
     assert f"{shares}: +0.000, 95% interval +0.000 to +0.000, n = 12, p = 1 (Holm)." in text
     assert "trained parameters" in text
+    assert OF_ONE_SEED in text
 
 
 def test_folders_of_one_model_are_put_together(evaluated, tmp_path, capsys):
@@ -193,6 +194,9 @@ def test_findings_follow_from_paired_intervals():
     told = f"{mean:+.1f} points, 95% interval {100 * low:+.1f} to {100 * high:+.1f}, n = 200"
     assert first.startswith(f"The accuracy of better is higher than that of base: {told}")
     assert second.startswith("No difference in accuracy could be shown between other and base")
+    told = as_text(Report(runs, (first, second), (), {}, {}, ()))
+    assert told == f"{first}\n{second}\n{OF_ONE_SEED}"
+    assert as_text(Report(runs[:1], (), (), {}, {}, ())) == ""
     # The same difference in every question about three images may be chance.
     few = [
         ReportedRun(name, Path(name), answers=asked(list(values), np.arange(200) % 3))

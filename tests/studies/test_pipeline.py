@@ -1,9 +1,12 @@
 """Folders and settings of pipelines, without training any."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
+import jax
 import pytest
+from run_helpers import compilations
 
 from moresjax.studies.more_tokens_and_layers import LAYERS, TOKENS
 from moresjax.studies.pipeline import STAGES, Pipeline, _merged
@@ -55,3 +58,20 @@ def test_answers_to_a_single_task_are_asked_once(tmp_path):
     assert pipeline.scores(0, "adapter", only="digits_count") == found
     more = dataclasses.replace(pipeline, scenes=3)
     assert more.scores(0, "adapter", model, only="digits_count")["scores"]["digits_count"]["n"] == 3
+
+
+@pytest.mark.parametrize("tuning", ["mores:rank=1,positions=image", "lora:rank=2"])
+def test_a_second_seed_of_a_method_compiles_nothing(tuning, tmp_path, caplog):
+    pipeline, compiled, answers = Pipeline(tmp_path, (0, 1), scenes=1), [], []
+    for seed in pipeline.seeds:
+        folder = pipeline.folder(seed, "method")
+        folder.mkdir(parents=True)
+        (folder / "train.json").write_text("{}")
+        model = talking_model(tuning, seed=seed, intermediate_size=20)  # a shape of its own
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG), jax.log_compiles():
+            answers.append(pipeline.scores(seed, "method", model)["attention"]["share"])
+        compiled.append(compilations(caplog))
+    assert "jit(prefill)" in compiled[0]
+    assert compiled[1] == []
+    assert answers[0] != answers[1]

@@ -1,7 +1,9 @@
 """The papers' tables at their own size: what is left to run, beside what the runs say."""
 
 import json
+import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +15,22 @@ from moresjax.evaluation.presets import column_values
 from moresjax.reports.ablations import rank_map
 from moresjax.studies.papers import STUDIES
 from moresjax.studies.printed import PRINTED
-from moresjax.studies.real import TABLES, plan_tables
+from moresjax.studies.real import SIZES, TABLES, plan_tables
 from moresjax.studies.recipes import select_recipes
 
 
 def planned(capsys, *arguments) -> dict:
     assert main(["study", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_the_page_of_studies_says_which_have_a_size():
+    page = Path(__file__).parents[2] / "docs" / "reference" / "studies.md"
+    listed = {}
+    for names, sizes in re.findall(r"^\| (`[^|]+`) \|.*\| ([^|]+) \|$", page.read_text(), re.M):
+        for name in re.findall(r"`([\w-]+)`", names):
+            listed[name] = tuple(re.findall(r"`(\w+)`", sizes))
+    assert listed == {name: SIZES[TABLES[name][0]] if name in TABLES else () for name in STUDIES}
 
 
 @pytest.mark.parametrize("key", PRINTED, ids=" ".join)
@@ -49,10 +60,11 @@ def test_commands_are_those_of_the_command_line(study):
     assert study in STUDIES
     commands = [c for run in plan_tables(study, "7b", "runs") for c in run.commands]
     assert commands
+    parser = make_parser()
     for command in dict.fromkeys(commands):
         name, *arguments = shlex.split(command)
         assert name == "moresjax"
-        make_parser().parse_args(arguments)
+        parser.parse_args(arguments)
 
 
 def test_what_is_there_is_not_run_again(tmp_path, capsys):

@@ -15,7 +15,7 @@ from moresjax.evaluation.benchmarks.pope import KINDS
 from moresjax.studies import llava_steering, more_tokens_and_layers, papers, tasks
 from moresjax.studies.mrt import LONGEST
 from moresjax.studies.papers import STUDIES
-from moresjax.studies.study import agreement, run_study
+from moresjax.studies.study import agreement, run_study, with_interval
 from moresjax.testing.models import digits_processor
 from moresjax.tuning.selectors import parse_selector
 
@@ -91,6 +91,16 @@ def test_a_study_says_what_agrees_with_the_paper(name):
     for table in (*outcome.tables, study.paper):
         assert all(len(row) == len(table.head) for row in table.rows), table.title
     json.dumps(outcome.values)
+
+
+def test_figure_2_has_an_interval_for_every_layer():
+    study = STUDIES["fig2"]
+    outcome = study.make(CannedPipeline(LEVELS), study)
+    lines = outcome.values["lmar_by_layer"]
+    assert np.mean(lines["full"], axis=0) == pytest.approx(0.902)
+    wanted = [[name, *[with_interval(np.mean(own, axis=1), 2)] * 2] for name, own in lines.items()]
+    assert outcome.tables[1].rows == wanted
+    assert wanted[1] == ["full", "0.90 [0.90, 0.90]", "0.90 [0.90, 0.90]"]
 
 
 MRT_LEVELS = {"zero-shot": 0.3, "mrt, visual 8": 0.6, "mrt, ": 0.4, "mrt": 0.5, "full": 0.9}

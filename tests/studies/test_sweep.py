@@ -10,7 +10,14 @@ import time
 
 import numpy as np
 import pytest
-from run_helpers import DIGITS, HEAD, assert_equal_weights, config_of
+from run_helpers import (
+    DIGITS,
+    HEAD,
+    assert_equal_weights,
+    assert_same_bits,
+    config_of,
+    rewind,
+)
 from scipy import stats
 
 from moresjax.cli import main
@@ -62,11 +69,12 @@ def test_a_run_of_a_sweep_goes_on_as_an_ordinary_run(swept, tmp_path):
     assert train(config_of("stage=llm", settings), workdir).step == 6
 
 
-def test_more_seeds_are_added_to_a_sweep(swept, tmp_path, capsys):
+def test_more_seeds_are_added_to_a_sweep(swept, tmp_path, capsys, caplog):
     workdir = shutil.copytree(swept[0], tmp_path / "runs")
     before = (workdir / "lr=3e-2_seed=0" / "metrics.jsonl").read_bytes()
     assert main(arguments(workdir, "--grid", "optimizer.lr=3e-2", "--seeds", "3")) == 0
     assert "3 of 3" in capsys.readouterr().out
+    assert "1 program for 1 run" in caplog.messages  # the others are done
     assert (workdir / "lr=3e-2_seed=0" / "metrics.jsonl").read_bytes() == before
 
 
@@ -90,9 +98,22 @@ def test_a_killed_sweep_resumes_to_the_same_weights(tmp_path):
 
     assert main(command) == 0
     train(config_of("stage=llm", HEAD | settings | {"seed": 1}), tmp_path / "alone")
-    assert_equal_weights(workdir / "seed=1", tmp_path / "alone")
+    assert_equal_weights(workdir / "seed=1", tmp_path / "alone")  # sums of one device and of eight
     lines = (workdir / "seed=1" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(4, 25, 4))
+
+
+def test_a_sweep_that_goes_on_has_the_bits_of_runs_alone(tmp_path):
+    workdir, settings = tmp_path / "runs", {"steps": 8, "checkpoint.every": 4}
+    command = arguments(workdir, "--seeds", "2", **settings)
+    assert main(command) == 0
+    for seed in (0, 1):
+        rewind(workdir / f"seed={seed}", 4)
+    assert main(command) == 0
+    for seed in (0, 1):
+        alone = tmp_path / f"alone-{seed}"
+        train(config_of("stage=llm", HEAD | settings | {"seed": seed}), alone)
+        assert_same_bits(workdir / f"seed={seed}", alone)
 
 
 # ---- Which runs there are.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from run_helpers import HEAD, TEXT_ONLY, config_of, logged
+from run_helpers import HEAD, TEXT_ONLY, assert_same_bits, compilations, config_of, logged
 
 from moresjax.core.errors import UserError
 from moresjax.runs.checkpoint import named
@@ -19,10 +19,8 @@ from moresjax.training.widths import split_widths
 
 # Dropout needs each run's own key; the frozen weights of another seed are others.
 TUNED = TEXT_ONLY | {"tuning": "lora:rank=2,dropout=0.3,targets=q", "also_train": "llm.head"}
-RUNS = {
-    "seed and rates": {"seed": 1, "optimizer.lr": 1e-2, "optimizer.schedule": "linear"},
-    "decay and clip": {"optimizer.weight_decay": 0.1, "optimizer.clip": 0.0, "steps": 40},
-}
+RATES = {"seed": 1, "optimizer.lr": 1e-2, "optimizer.schedule": "linear"}
+DECAY = {"optimizer.weight_decay": 0.1, "optimizer.clip": 0.0}
 
 
 def tuned(**changes):
@@ -33,11 +31,6 @@ def head(**changes):
     return config_of("stage=llm", HEAD | changes)
 
 
-def compilations(caplog) -> int:
-    texts = [record.getMessage() for record in caplog.records]
-    return sum(text.startswith("Finished XLA compilation of jit(step)") for text in texts)
-
-
 def assert_same_parameters(one, other):
     found, wanted = trained_parameters(one), trained_parameters(other)
     assert set(found) == set(wanted)
@@ -46,23 +39,24 @@ def assert_same_parameters(one, other):
         np.testing.assert_allclose(found[key], x, rtol=0, atol=limit, err_msg=key)
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """Directories of runs that trained at once, by name."""
-    folder = tmp_path_factory.mktemp("together")
-    places = {name: folder / name for name in RUNS}
-    outcomes = train_many({places[name]: tuned(**RUNS[name]) for name in RUNS})
-    assert [outcome.state for outcome in outcomes.values()] == ["done"] * len(RUNS)
-    return places
+def assert_same_logs(one, other):
+    for found, wanted in zip(logged(one), logged(other), strict=True):
+        assert found["lr"] == pytest.approx(wanted["lr"], rel=1e-6)
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_among_others_equals_the_run_alone(name, together, tmp_path):
-    train(tuned(**RUNS[name]), tmp_path)
-    assert_same_parameters(together[name], tmp_path)
-    for one, other in zip(logged(together[name]), logged(tmp_path), strict=True):
-        assert one["lr"] == pytest.approx(other["lr"], rel=1e-6)
-        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+def test_runs_that_differ_in_seed_and_rate_have_the_bits_of_runs_alone(tmp_path):
+    train_many({tmp_path / "rates": tuned(**RATES), tmp_path / "other": tuned(steps=60)})
+    train(tuned(**RATES), tmp_path / "alone")
+    assert_same_bits(tmp_path / "rates", tmp_path / "alone")
+    assert_same_logs(tmp_path / "rates", tmp_path / "alone")
+
+
+def test_runs_that_differ_in_decay_and_clip_equal_runs_alone_but_for_rounding(tmp_path):
+    train_many({tmp_path / "decay": tuned(**DECAY), tmp_path / "other": tuned(steps=1)})
+    train(tuned(**DECAY), tmp_path / "alone")
+    assert_same_parameters(tmp_path / "decay", tmp_path / "alone")
+    assert_same_logs(tmp_path / "decay", tmp_path / "alone")
 
 
 def test_runs_of_a_shape_compile_one_step(tmp_path, caplog):
@@ -71,7 +65,7 @@ def test_runs_of_a_shape_compile_one_step(tmp_path, caplog):
     }
     with caplog.at_level(logging.DEBUG), jax.log_compiles():
         train_many(runs)
-    assert compilations(caplog) == 1
+    assert compilations(caplog).count("jit(step)") == 1
 
 
 RANKED = {
@@ -91,7 +85,8 @@ def test_ranks_and_layers_share_a_program(name, tmp_path, caplog):
     )
     with caplog.at_level(logging.DEBUG), jax.log_compiles():
         train_many({tmp_path / "small": small, tmp_path / "large": large})
-    assert compilations(caplog) == 1
+    assert compilations(caplog).count("jit(step)") == 1
+    assert "1 program for 2 runs" in caplog.messages
     train(small, tmp_path / "alone")
     assert_same_parameters(tmp_path / "small", tmp_path / "alone")
 
@@ -101,6 +96,22 @@ def test_ranks_have_programs_of_their_own_where_bits_count():
     shared.configs = [*runs, tuned(tuning=RANKED["mores"][0].replace("=1,", "=0,"))]
     assert shared._alike(runs[0]) == [runs[0], shared.configs[-1]]
     assert many._Shared()._settings(runs[0]) == many._Shared()._settings(runs[1])
+
+
+def test_what_keeps_runs_from_sharing_a_program_is_said():
+    def told(*settings, **options):
+        return many._Shared(**options).describe_programs([tuned(**own) for own in settings])
+
+    ranks = [{"tuning": spec} for spec in RANKED["lora"]]
+    assert told({"seed": 1}, {"optimizer.lr": 1}, DECAY) == "1 program for 3 runs"
+    assert told(*ranks) == "1 program for 2 runs"
+    specs = ", ".join(RANKED["lora"])
+    assert told(*ranks, share_ranks=False) == f"2 programs for 2 runs: tuning ({specs})"
+    layers = {"model.llm.num_layers": 2, "optimizer.b2": 0.9} | ranks[1]
+    wanted = "2 programs for 3 runs: model.llm.num_layers (1, 2), optimizer.b2 (0.98, 0.9)"
+    assert told(ranks[0], ranks[1], layers) == wanted
+    many_sizes = [{"batch_size": 8 * n} for n in range(1, 7)]
+    assert told(*many_sizes) == "6 programs for 6 runs: batch_size (8, 16, 24, 32, ...)"
 
 
 def test_only_methods_of_one_kind_share_a_program():
@@ -120,7 +131,8 @@ def test_runs_that_no_program_fits_together_have_one_each(tmp_path, caplog):
     with caplog.at_level(logging.DEBUG), jax.log_compiles():
         outcomes = train_many(runs)
     assert [outcome.state for outcome in outcomes.values()] == ["done", "done"]
-    assert compilations(caplog) == 2
+    assert compilations(caplog).count("jit(step)") == 2
+    assert "2 programs for 2 runs: batch_size (8, 16)" in caplog.messages
 
 
 def test_equal_frozen_weights_are_held_once():
