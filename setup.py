@@ -67,6 +67,7 @@ setup(
             "beartype",
             "torch==2.13.0",
             "peft>=0.21",
+            "gguf>=0.19",  # reads control vectors as llama.cpp does
             "ruff",
             "pyright[nodejs]",
             "nbclient",
