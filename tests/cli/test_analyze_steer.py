@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from matplotlib import pyplot as plt
 
 from moresjax.analysis.concepts import Concepts
@@ -92,6 +93,13 @@ def test_two_stores_become_a_vector_with_its_controls(asked, tmp_path, capsys):
     assert {"vectors.npz", "steering.json", "predictions.jsonl", "yes-to-no.gguf"} <= names
     assert {"changes.png", "kept.png", "asked.html", "sizes.png"} <= names
     assert "layers.png" not in names
+    # llama.cpp's own reader finds the vector.
+    reader = GGUFReader(out / "yes-to-no.gguf")
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    assert reader.fields["controlvector.layer_count"].contents() == 1
+    (tensor,) = reader.tensors
+    assert tensor.name == "direction.1"
+    np.testing.assert_array_equal(tensor.data, np.load(out / "vectors.npz")["yes>no"])
     # The file feeds the method, whose answers are those of the run.
     spec = f"steer:vector={out}/vectors.npz:yes>no,layers=1,positions=last_prompt|generated"
     model = load(BASE, tuning=spec)
