@@ -16,6 +16,7 @@ from moresjax.runs.sources import with_sources
 
 ROOT = Path(__file__).parents[1]
 STEERING, MRT = (str(ROOT / "configs" / name) for name in ("llava_steering.py", "mrt.py"))
+SHIFT = str(ROOT / "configs" / "shift.py")
 METHODS = ("full", "lora", "adapter", "oft", "ia3", "mores-base", "mores-large", "mores-huge")
 
 
@@ -69,7 +70,7 @@ def test_mrt_and_its_baselines():
 
 def test_the_tunings_of_representation_shift_take_all_parts_from_where_they_start():
     base = ROOT / "tests" / "fixtures" / "v0_1" / "base"
-    config = load_config(f"{ROOT}/configs/shift.py:task=place,rank=4,start={base}")
+    config = load_config(f"{SHIFT}:task=place,rank=4,start={base}")
     assert config.data["files"] == "data/shift/place.json"
     whole = with_sources(config, ROOT)
     model = model_config(whole)
@@ -77,7 +78,34 @@ def test_the_tunings_of_representation_shift_take_all_parts_from_where_they_star
     report = count_parameters(model, whole.tuning, whole.also_train)
     assert report.trainable == report.trainable_in_llm == 2 * 7 * 4 * (8 + 8)
     with pytest.raises(UserError, match="unknown task 'colors'; choose from: color, place, senti"):
-        load_config(f"{ROOT}/configs/shift.py:task=colors")
+        load_config(f"{SHIFT}:task=colors")
+
+
+@pytest.mark.parametrize(
+    ("llm", "layers", "hidden", "mlp"),
+    [("vicuna-7b", 32, 4096, 11_008), ("vicuna-13b", 40, 5120, 13_824)],
+)
+def test_representation_shift_has_all_sizes_of_llava(llm, layers, hidden, mlp):
+    parts = [f"model.llm={llm}", "model.vision=clip-l-14-336", "model.connector=mlp2x_gelu"]
+    report = counted(load_config(f"{SHIFT}:task=color", parts))
+    lora = layers * 16 * (4 * 2 * hidden + 3 * (hidden + mlp))
+    assert report.trainable == report.trainable_in_llm == lora
+
+
+def test_the_main_model_of_representation_shift():
+    """CLIP-L/14 and OPT-6.7B; the transformer between them trains first, and then LoRA alone."""
+    captions, color = (
+        load_config(f"{SHIFT}:base=opt-6.7b,task={x}") for x in ("captions", "color")
+    )
+    assert (captions.init.llm, color.init.llm) == ("checkpoints/opt-6.7b", "../shift-captions")
+    assert captions.image_processor == color.image_processor == captions.init.vision
+    first, second = counted(captions), counted(color)
+    assert model_config(captions).visual_tokens == model_config(color).visual_tokens == 32
+    assert first.components["llm"].total == 6_658_473_984
+    assert first.trainable == first.components["connector"].total
+    assert second.trainable == 32 * 16 * (4 * 2 * 4096 + 2 * 5 * 4096)
+    with pytest.raises(UserError, match="task captions trains the connector of"):
+        load_config(f"{SHIFT}:task=captions")
 
 
 def test_every_argument_of_the_readme_is_one():

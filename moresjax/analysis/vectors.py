@@ -84,6 +84,20 @@ def vector_hash(vector: Float[np.ndarray, " D"]) -> str:
     return hashlib.sha256(np.asarray(vector, np.float32).tobytes()).hexdigest()[:12]
 
 
+def data_hash(states: States) -> str:
+    """Twelve hexadecimal digits that tell apart what states are of.
+
+    Those of `states.json` where it has some, else of the index.
+
+    >>> data_hash(States.from_arrays({("llm.norm.out", 0): np.ones((1, 2))}, [{}], {"data": "a"}))
+    'a'
+    """
+    if "data" in states.meta:
+        return str(states.meta["data"])
+    asked = [[row.get("id"), row.get("prompt")] for row in states.index]
+    return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:12]
+
+
 def check_same_source(one: States, other: States, site: str, layer: int) -> dict[str, Any]:
     """What two stores of states say of the model behind them, which must be the same.
 

@@ -1,6 +1,7 @@
 """`moresjax analyze sensitivity`: how an answer depends on concepts (TCAV)."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -59,11 +60,11 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     from moresjax.analysis.sensitivity import concept_sensitivity
     from moresjax.analysis.separability import labelled
     from moresjax.analysis.states import States
-    from moresjax.analysis.vectors import PROVENANCE
+    from moresjax.analysis.vectors import PROVENANCE, data_hash
     from moresjax.core.folders import check_new, new_folder
     from moresjax.evaluation.states import Selection
     from moresjax.evaluation.steering.build import check_model
-    from moresjax.evaluation.tasks import draw_examples, load_tasks
+    from moresjax.evaluation.tasks import draw_examples, load_tasks, questions_hash
     from moresjax.inference.sensitivity import answer_gradients
     from moresjax.reports.plots import save
     from moresjax.reports.sensitivity import sensitivity_figure
@@ -75,7 +76,13 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         args.tasks.split(","), args.data_root, args.limit, args.split, args.image_root
     )
     tasks = draw_examples(tasks, args.sample, args.seed, args.limit)
-    examples = [e for task in tasks for e in task.examples if all(own(e) for own in chosen)]
+    tasks = [
+        dataclasses.replace(
+            task, examples=[e for e in task.examples if all(own(e) for own in chosen)]
+        )
+        for task in tasks
+    ]
+    examples = [example for task in tasks for example in task.examples]
     if not examples:
         raise UserError("no question is selected")
     model = load_tuned_model(args)
@@ -97,6 +104,8 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         "by": args.by,
         "tasks": [task.name for task in tasks],
         "n": len(examples),
+        "data": questions_hash(tasks),
+        "states_data": data_hash(states),
         "runs": args.runs,
         "seed": args.seed,
         "tests": len(rows),

@@ -34,6 +34,7 @@ def run_separability(args: argparse.Namespace) -> None:
     from moresjax._version import __version__
     from moresjax.analysis.separability import labelled, separability
     from moresjax.analysis.states import States
+    from moresjax.analysis.vectors import data_hash
     from moresjax.core.folders import check_new, new_folder
     from moresjax.reports.steering import plane_figure, probe_figure
 
@@ -53,6 +54,7 @@ def run_separability(args: argparse.Namespace) -> None:
         "classes": sorted({*labels}),
         "seed": args.seed,
         "n": len(labels),
+        "data": data_hash(states),
         "version": __version__,
         **{name: states.meta[name] for name in names if name in states.meta},
         "layers": [layer.to_dict() for layer in layers],

@@ -9,6 +9,7 @@ from moresjax.cli.options import (
     TASKS_HELP,
     Commands,
     add_command,
+    add_length_limit,
     add_loading,
     add_questions,
     add_sample,
@@ -37,6 +38,13 @@ def register(kinds: Commands) -> None:
     add_questions(command)
     command.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
     add_sample(command, ", for the controls and for --sizes")
+    add_length_limit(command)
+    command.add_argument(
+        "--types",
+        metavar="TASK=SPLIT",
+        help="questions whose true answers tell the types of answers, such as vqav2=train; "
+        "default: those behind the states and those of --tasks",
+    )
     add_loading(command)
     command.add_argument(
         "--gguf", action="store_true", help="also write control vectors for llama.cpp"
@@ -101,9 +109,9 @@ def _add_vectors(command: argparse.ArgumentParser) -> None:
 def run_steer(args: argparse.Namespace) -> None:
     """Makes vectors, asks the questions under each, writes numbers, figures and a page."""
     from moresjax.analysis.vectors import save_vectors
-    from moresjax.evaluation.steering.build import check_model
+    from moresjax.evaluation.steering.build import check_model, with_controls
     from moresjax.evaluation.steering.run import BASELINE, steer
-    from moresjax.evaluation.tasks import draw_examples, load_tasks
+    from moresjax.evaluation.tasks import draw_examples, limit_answers, load_tasks
     from moresjax.reports.steering import steering_report
 
     plan, steering = _plan(args)
@@ -111,6 +119,11 @@ def run_steer(args: argparse.Namespace) -> None:
         args.tasks.split(","), args.data_root, args.limit, args.split, args.image_root
     )
     tasks = draw_examples(tasks, args.sample, args.seed, args.limit)
+    tasks = limit_answers(tasks, args.max_new_tokens)
+    if args.types:
+        name, _, split = args.types.partition("=")
+        typed = load_tasks([name], args.data_root, None, split or None, args.image_root)
+        steering.learn_types([example for task in typed for example in task.examples])
     model = load_tuned_model(args)
     note = "" if args.other_model else check_model(plan.facts, model)
     facts: dict[str, Any] = {"note": note} if note else {}
@@ -118,7 +131,7 @@ def run_steer(args: argparse.Namespace) -> None:
     if args.fine:
         kept = _chosen(args, model, plan, tasks, steering)
         facts["chosen"] = kept
-        plan = _only(plan, kept)
+        plan = with_controls(plan, kept, args.seed)
     if args.gguf:
         _check_gguf(plan)
     save_vectors(args.out, plan.vectors, plan.facts)
@@ -126,6 +139,7 @@ def run_steer(args: argparse.Namespace) -> None:
         _write_gguf(args.out, plan)
     options = {"batch_size": args.batch_size, "out": args.out}
     facts |= {"cosines": plan.cosines, "sample": args.sample, "seed": args.seed}
+    facts["max_new_tokens"] = args.max_new_tokens
     result = steer(model, tasks, plan.trials, steering, facts=facts, **options)
     steering_report(model, tasks, plan.trials, result, args.out, plan.cosines)
     lines = [_line(row) for row in result.overall if row["vector"] != BASELINE]
@@ -217,15 +231,6 @@ def _chosen(
             "larger --alpha or --targets"
         )
     return kept
-
-
-def _only(plan: "Plan", names: Sequence[str]) -> "Plan":
-    """A plan with some of its vectors, in order."""
-    from moresjax.evaluation.steering.build import Plan
-
-    trials = [trial for name in names for trial in plan.trials if trial.name == name]
-    vectors = {name: plan.vectors[name] for name in names}
-    return Plan(vectors, {name: plan.facts[name] for name in names}, trials)
 
 
 def _check_gguf(plan: "Plan") -> None:

@@ -11,6 +11,7 @@ from moresjax.cli.options import (
     TASKS_HELP,
     Commands,
     add_command,
+    add_length_limit,
     add_loading,
     add_questions,
     add_sample,
@@ -47,6 +48,7 @@ def add_parser(commands: Commands) -> None:
     add_questions(evaluate)
     evaluate.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
     add_sample(evaluate, " and --temperature")
+    add_length_limit(evaluate)
     evaluate.add_argument(
         "--temperature", type=float, default=0.0, help="0 chooses the likeliest token (default)"
     )
@@ -184,6 +186,8 @@ def _rescored(args: argparse.Namespace) -> _Found:
         )
     if args.temperature:
         raise UserError("--predictions scores answers that are there; it draws none")
+    if args.max_new_tokens:
+        raise UserError("--predictions scores answers that are there, however long they are")
     result = rescore(args.tasks, args.predictions, out=args.out, **_questions(args))
     return _written(args, _Asked("", "", args.out), result)
 
@@ -194,7 +198,7 @@ def _evaluated(args: argparse.Namespace, asked: _Asked, questions: dict[str, Any
     from moresjax.generation.sampling import Sampling
 
     tasks = args.tasks.split(",")
-    names = ("batch_size", "num_fewshot", "download", "include_path", "attention")
+    names = ("batch_size", "num_fewshot", "download", "include_path", "attention", "max_new_tokens")
     options = questions | {name: getattr(args, name) for name in names}
     options |= {"out": asked.out, "title": asked.name}
     options["sampling"] = Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed)

@@ -203,6 +203,16 @@ def add_sample(command: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
+def add_length_limit(command: argparse.ArgumentParser) -> None:
+    """Adds `--max-new-tokens`, for answers to benchmarks."""
+    command.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens of a written answer; default: each benchmark's own limit",
+    )
+
+
 def add_tuning(command: argparse.ArgumentParser, several: str = "") -> None:
     """Adds what is put on a model: `--tuning`, or `--adapter` and what its folder may need.
 

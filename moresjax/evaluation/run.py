@@ -34,6 +34,7 @@ from moresjax.evaluation.tasks import (
     choice_letter,
     draw_examples,
     is_file,
+    limit_answers,
     load_available_tasks,
 )
 from moresjax.generation.sampling import GREEDY, Sampling
@@ -60,6 +61,7 @@ def evaluate(
     download: bool = False,
     include_path: str | Path | None = None,
     sampling: Sampling = GREEDY,
+    max_new_tokens: int | None = None,
 ) -> EvaluationResult:
     """Scores a model on benchmarks.
 
@@ -95,10 +97,12 @@ def evaluate(
       include_path: A folder with tasks of yours in the format of `lm_eval`.
       sampling: How tokens of written answers are chosen. What is drawn for a question depends on
         the seed, the task and the question only. Greedy leaves it to tasks of `lm_eval`.
+      max_new_tokens: The most tokens of a written answer, instead of each benchmark's own limit;
+        tasks of `lm_eval` keep theirs.
 
     Raises:
-      UserError: A task is unknown, a file is missing (of a benchmark in a preset: all are), the
-        limit or batch size is below 1, no task has written answers about images to read the
+      UserError: A task is unknown, a file is missing (of a benchmark in a preset: all are), a
+        limit or the batch size is below 1, no task has written answers about images to read the
         attention of, or no question of any task could be asked.
     """
     if batch_size < 1:
@@ -123,7 +127,7 @@ def evaluate(
     made = [task for task in wanted if isinstance(task, BenchmarkTask)]
     check_names([*loaded, *made])
     loaded += [dataclasses.replace(task, examples=task.examples[:limit]) for task in made]
-    loaded = draw_examples(loaded, sample, seed, limit)
+    loaded = limit_answers(draw_examples(loaded, sample, seed, limit), max_new_tokens)
     if not_run and not loaded and not texts:
         raise UserError(next(iter(not_run.values())))
     if attention:

@@ -11,6 +11,7 @@ score (`scoring.py`), and in which format the benchmark's own tools save and exp
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 from moresjax.core.errors import UnknownName, UserError, choice_error
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import add_entry
+from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import LETTERS, DataRoot, ResultReader, result_reader
 from moresjax.evaluation.metrics.choices import lowest_loss
@@ -310,6 +312,52 @@ def draw_examples(
         examples = [task.examples[number] for number in sorted(chosen)]
         drawn.append(dataclasses.replace(task, examples=examples))
     return drawn
+
+
+def questions_hash(tasks: Sequence[BenchmarkTask]) -> str:
+    """Twelve hexadecimal digits that tell the questions of tasks, with their answers, apart.
+
+    >>> from moresjax.evaluation.examples import Example
+    >>> tasks = [BenchmarkTask("snow", [Example(x, "What colour is snow?")]) for x in "12"]
+    >>> questions_hash(tasks[:1]) == questions_hash(tasks[1:]), len(questions_hash(tasks))
+    (False, 12)
+    """
+    asked = [[t.name, e.id, e.prompt, e.answer, e.choices] for t in tasks for e in t.examples]
+    return short_hash(json.dumps(asked, default=str))
+
+
+def limit_answers(tasks: Sequence[BenchmarkTask], tokens: int | None) -> list[BenchmarkTask]:
+    """The tasks with answers of so many tokens at most; None: with their own limits.
+
+    Every example has the limit as its own, so that answers of another limit are asked again. Tasks
+    that rank choices stay as they are.
+
+    >>> from moresjax.evaluation.examples import Example
+    >>> tasks = [BenchmarkTask("snow", [Example("1", "What colour is snow?", "white")])]
+    >>> [task.length_limit(task.examples[0]) for task in limit_answers(tasks, 5)]
+    [5]
+
+    Args:
+      tasks: The tasks.
+      tokens: The limit.
+
+    Raises:
+      UserError: The limit is below 1.
+    """
+    if tokens is None:
+        return list(tasks)
+    if tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {tokens}")
+    return [
+        task
+        if task.ranks_choices
+        else dataclasses.replace(
+            task,
+            max_new_tokens=tokens,
+            examples=[dataclasses.replace(e, max_new_tokens=tokens) for e in task.examples],
+        )
+        for task in tasks
+    ]
 
 
 def named_splits(split: str) -> dict[str, str]:

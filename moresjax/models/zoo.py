@@ -247,6 +247,7 @@ LLMS: dict[str, DecoderConfig] = {
         model_type="mistral",
     ),
     "opt-125m": _opt(768, 12, 12),
+    "opt-6.7b": _opt(4096, 32, 32),
     "phi-1.5": _phi(2048, 24, 32, 0.5),
     "phi-2": _phi(2560, 32, 32, 0.4),
     "qwen2.5-0.5b": _qwen(

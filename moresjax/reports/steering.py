@@ -20,7 +20,7 @@ from moresjax.reports.plots import evenly, lines, save, styles
 from moresjax.reports.prompt_figures import pictures
 
 SHOWN = 24  # questions on a page
-DRAW = re.compile(r"n\d+\.\d+")  # the names of vectors of few states
+DRAW = re.compile(r"n(\d+)\.\d+")  # the names of vectors of few states
 PANELS = 12  # planes of a figure
 
 
@@ -81,12 +81,36 @@ def change_figure(row: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def size_figure(cosines: Mapping[int, Sequence[float]]) -> Figure:
-    """The cosine of vectors of few states with that of all, against the number of states."""
-    sizes = sorted(cosines)
-    means = [float(np.mean(cosines[size])) for size in sizes]
-    series = {"mean of draws": (sizes, means)}
-    return lines(series, ("states of each side", "cosine with the vector of all"), title="")
+def size_figure(
+    cosines: Mapping[int, Sequence[float]], rows: Sequence[Mapping[str, Any]] = ()
+) -> Figure:
+    """Vectors of few states against the number of states: a point for every draw, and their mean.
+
+    Args:
+      cosines: By number of states, the cosines of the draws with the vector of all.
+      rows: Rows of vectors, of one task, for a second panel with the success of every draw.
+    """
+    successes: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        if (draw := DRAW.fullmatch(row["vector"])) and row["success"] is not None:
+            successes[int(draw[1])].append(row["success"])
+    panels: dict[str, Mapping[int, Sequence[float]]] = {"cosine with the vector of all": cosines}
+    if successes:
+        panels["success"] = successes
+    shape = (4.2 * len(panels), 3.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=shape, squeeze=False)
+    for axis, (label, found) in zip(axes.flat, panels.items(), strict=True):
+        sizes = sorted(found)
+        draws = [(size, value) for size in sizes for value in found[size]]
+        axis.plot(*zip(*draws, strict=True), "o", color="#BBBBBB", markersize=4, label="draws")
+        means = [float(np.mean(found[size])) for size in sizes]
+        axis.plot(sizes, means, "o-", color="#0072B2", markersize=4, label="mean of draws")
+        axis.set_xlabel("states of each side")
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    return figure
 
 
 def probe_figure(layers: Sequence[Separability]) -> Figure:
@@ -156,7 +180,7 @@ def steering_report(
     if figure := layer_figure(rows):
         figures["layers"] = figure
     if cosines:
-        figures["sizes"] = size_figure(cosines)
+        figures["sizes"] = size_figure(cosines, rows)
     for file, figure in figures.items():
         save(figure, out / f"{file}.png", dpi=150)
     pages = [_page(model, task, strongest, result, out / f"{task.name}.html") for task in tasks]

@@ -38,7 +38,8 @@ class Recipe:
       column: The column's name; empty where all columns are of one run.
       config: The config string of the run, `NAME:ARGUMENTS`; empty where nothing trains.
       tasks: What the run is evaluated on, as `moresjax evaluate --tasks` takes it.
-      printed: The trainable parameters that the paper prints, or their share; empty: none.
+      printed: The trainable parameters that the paper prints, or their share; of steering its
+        counts of answers by type; empty: none.
       attach: The tuning that is attached to the base model where nothing trains.
       remark: Why there is no run, or how it is not the paper's.
     """
@@ -261,22 +262,47 @@ def _mrt_ablations() -> Iterator[Recipe]:
 
 # Representation shift ------------------------------------------------------------------------
 
-STEER = "steer:vector=vectors/{}.npz,layers=31"
-SHIFT_ROWS = {
-    "1": {"Yes/No": "type_yes_no", "Number": "type_number", "Other": "type_other"},
-    "2": {"Yes (Yes/No)": "answer_no", "Number": "answer_3", "Other": "answer_white"},
-    "3": {"colors": "style_colors", "places": "style_places", "sentiments": "style_sentiments"},
-    "4": {"Yes to No": "yes_to_no", "White to Black": "white_to_black"},
+# Folder and name of the vector, as `docs/reference/steering.md` makes them, and of what it is made.
+TYPES = {
+    "Yes/No": ("type-yes-no", "answer_type:yes-no", "answer_type:yes/no"),
+    "Number": ("type-number", "answer_type:number", "answer_type:number"),
+    "Other": ("type-other", "answer_type:other", "answer_type:other"),
 }
+ANSWERS = {
+    "Yes (Yes/No)": ("steered", "yes>no"),
+    "Number": ("steered-3", "1>3"),
+    "Other": ("steered-black", "white>black"),
+}
+STYLES = {"colors": "coloured", "places": "placed", "sentiments": "felt"}
+# Answers of type yes/no, number, other and none of these under steering, in the authors' notebook.
+STEERED_COUNTS = {
+    "yes>no": "1885/694/2294/127",
+    "1>3": "1859/670/2349/122",
+    "white>black": "1862/671/2311/156",
+}
+STEERED_MODEL = "LLaVA-1.5 7B; `moresjax analyze steer --steer {} --layers {}`: mean state {}"
+
+
+def _steered(table: str, row: str, folder: str, key: str, **more: str) -> Recipe:
+    layer, tasks = ("19", "coco_caption") if table == "3" else ("31", "vqav2")
+    attach = f"steer:vector={folder}/vectors.npz:{key},layers={layer},positions=all"
+    how = STEERED_MODEL.format(more.pop("steer", f"answers:{key}"), layer, more.pop("made"))
+    return Recipe("shift", table, row, tasks=tasks, attach=attach, remark=how, **more)
 
 
 def _shift() -> Iterator[Recipe]:
-    for table, rows in SHIFT_ROWS.items():
-        tasks = "coco_caption" if table == "3" else "vqav2"
-        for row, vector in rows.items():
-            remark = "a LLaVA-1.5 7B; the vector is a difference of means of its hidden states"
-            attach = STEER.format(vector)
-            yield Recipe("shift", table, row, tasks=tasks, attach=attach, remark=remark)
+    answered = "at the target's answer minus that at the source's"
+    for row, (folder, key, steer) in TYPES.items():
+        made = "of questions of the type minus that of the others"
+        yield _steered("1", row, folder, key, steer=steer, made=made)
+    for row, (folder, key) in ANSWERS.items():
+        yield _steered("2", row, folder, key, made=answered, printed=STEERED_COUNTS[key])
+    for row, folder in STYLES.items():
+        made = "at words of the list minus that of all captions"
+        key = f"style:{row}"
+        yield _steered("3", row, folder, key, steer=key, made=made)
+    for row, name in {"Yes to No": "Yes (Yes/No)", "White to Black": "Other"}.items():
+        yield _steered("4", row, *ANSWERS[name], made=answered)
 
 
 PAPERS = ("llava-steering", "mrt", "shift")

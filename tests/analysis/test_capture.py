@@ -1,5 +1,7 @@
 """Hidden states while generating: those of one teacher-forced pass, and those of transformers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,7 @@ PROMPTS = [
     ("<image> the largest ? <image> the same ?", [IMAGES[0], IMAGES[1]]),
 ]
 ITEMS = [{"prompt": text, "images": images} for text, images in PROMPTS]
+CALLBACK = "callback"  # what programs call that ask the host
 LIMIT, TUNING = 5, "prompt:length=2/lora:rank=2"
 
 
@@ -158,12 +161,33 @@ def llava() -> Case:
     return case_of("llama + clip")
 
 
-@pytest.mark.parametrize("left", [True, False])
-def test_states_are_those_of_transformers(llava, left):
+@pytest.fixture(scope="module")
+def read(llava):
+    """Tokens, states of a block and means of an answer, of prompts in a batch of some form."""
     probes = StateProbe("llm.block.out", (0,), "each"), StateProbe("llm.norm.out", None, "answer")
     engine = Engine(llava.model, eos_ids=(-1,), probes=probes)
-    done = engine.generate(llava.batch(left=left, extra=3), NEW)
-    block, answer = (np.asarray(done.stats[probe.name]["state"]) for probe in probes)
+
+    @functools.cache
+    def generated(**options):
+        done = engine.generate(llava.batch(**options), NEW)
+        states = (np.asarray(done.stats[probe.name]["state"]) for probe in probes)
+        return np.asarray(done.tokens), *states
+
+    return generated
+
+
+def test_states_depend_on_neither_padding_nor_the_batch(read):
+    tokens, block, answer = read(left=True, extra=3)
+    for options, rows in (({"left": False, "extra": 3}, slice(None)), ({"chosen": (1,)}, [1])):
+        own = read(**options)
+        np.testing.assert_array_equal(own[0], tokens[rows])
+        close(own[1], block[:, rows])
+        close(own[2], answer[:, rows])
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_states_are_those_of_transformers(llava, read, left):
+    tokens, block, answer = read(left=left, extra=3)
     ids, mask, pixels = (torch.tensor(x) for x in llava.arrays())
     with torch.no_grad():
         oracle = llava.oracle.generate(
@@ -176,7 +200,7 @@ def test_states_are_those_of_transformers(llava, left):
             output_hidden_states=True,
             return_dict_in_generate=True,
         )
-    np.testing.assert_array_equal(done.tokens, oracle.sequences[:, ids.shape[1] :])
+    np.testing.assert_array_equal(tokens, oracle.sequences[:, ids.shape[1] :])
     first, last = (
         np.stack([step[layer][:, -1].numpy() for step in oracle.hidden_states], 1)
         for layer in (1, -1)
@@ -190,11 +214,15 @@ def test_layers_that_are_not_chosen_and_states_of_prompts_cost_nothing():
 
     def flops(*probes: StateProbe) -> float:
         engine = Engine(model, eos_ids=(1,), probes=probes)
-        return engine.lower_decode(batch, 3).compile().cost_analysis()["flops"]
+        lowered = engine.lower_decode(batch, 3)
+        assert CALLBACK not in lowered.as_text()  # states stay on the device
+        return lowered.compile().cost_analysis()["flops"]
 
     bare = flops()
     assert flops(StateProbe(take="prompt")) == bare
     assert bare < flops(StateProbe(layers=(2,), take="answer")) < 1.01 * bare
+    told = jax.jit(lambda x: jax.debug.callback(print, x)).lower(1.0)
+    assert CALLBACK in told.as_text()
 
 
 def test_whole_words_are_told_from_their_beginnings():

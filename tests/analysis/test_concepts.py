@@ -185,6 +185,17 @@ def test_stores_count_states_that_were_found(tmp_path, dtype):
     np.testing.assert_array_equal(d.rows(states).numbers, np.flatnonzero(kept))
 
 
+@pytest.mark.parametrize(("method", "every"), [("sae", 1), ("snmf", 9)])
+def test_sparse_dictionaries_of_several_shards_are_those_of_one_array(tmp_path, method, every):
+    states = stored(tmp_path / "s", found=lambda number: number % every == 0)
+    assert len([*(tmp_path / "s").glob("*.npy")]) == 4
+    d, z = learn(states, method, 6, seed=1, sae=SAE), Z[::every]
+    one = learned("sae") if method == "sae" else learn(z, method, 6, seed=1)
+    np.testing.assert_allclose(d.vectors, one.vectors, atol=1e-5)
+    assert d.sizes.tolist() == one.sizes.tolist()
+    np.testing.assert_allclose(d.project(states), one.project(z), atol=1e-4)
+
+
 def test_stability_tells_groups_from_noise():
     groups = stability(Z, concepts=6, seeds=[0, 1, 2])
     assert groups["adjusted_rand"] > 0.6

@@ -90,6 +90,20 @@ def test_pieces_inside_words_are_no_words():
     assert not any(words[token] for token in inside)
 
 
+def test_numbers_are_words_whatever_their_length_and_the_dictionary(tmp_path):
+    tokenizer = train_tokenizer(["in 1984 we saw 7 dogs", "7 dogs of 1984"] * 5, 330)
+    few = tmp_path / "few.txt"
+    few.write_text("dogs")
+    decoded = {n: tokenizer.decode([n]).strip() for n in range(len(tokenizer))}
+    numbers = {n: text for n, text in decoded.items() if text.isdecimal()}
+    assert {"7"} < set(numbers.values())
+    for word_filter in (WordFilter(), WordFilter(few)):
+        keep = word_filter.keeper(tokenizer)
+        assert {n: keep(n) for n in numbers} == numbers
+        assert {keep(n) for n, text in decoded.items() if text == "dogs"} == {"dogs"}
+        assert not any(keep(n) for n, text in decoded.items() if text in ("in", "we", "of"))
+
+
 def test_random_words_are_as_many_and_seeded():
     vectors = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
     like = ground_text(MODEL, vectors, words=3, candidates=37, norm="raw")

@@ -14,7 +14,7 @@ from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.steering.build import check_model
 from moresjax.inference.load import load
-from moresjax.reports.steering import layer_figure
+from moresjax.reports.steering import layer_figure, size_figure
 
 BASE = str(Path(__file__).parents[1] / "fixtures" / "v0_1" / "base")
 SITE, D = "llm.block.out", 8
@@ -34,7 +34,11 @@ def data(tmp_path_factory) -> dict[str, str]:
         "other": ["no"] * 4,
     }
     for name, answers in sides.items():
-        meta = facts | (dict.fromkeys(("model", "weights"), "another") if name == "other" else {})
+        meta = (
+            facts
+            | {"data": f"of {name}"}
+            | (dict.fromkeys(("model", "weights"), "another") if name == "other" else {})
+        )
         with StatesWriter(root / name, [(SITE, 0), (SITE, 1)], D, meta, dtype="float32") as writer:
             for number, answer in enumerate(answers):
                 row = {"id": f"{number}", "prediction": answer, "found": True}
@@ -44,6 +48,11 @@ def data(tmp_path_factory) -> dict[str, str]:
     concepts = Concepts("kmeans", 30 * np.eye(3, D), np.ones(3, int))
     concepts.save(root / "concepts", {"site": SITE, "layer": 1, "states": facts})
     questions = [{"question": f"is there a {x} ?", "answer": "yes"} for x in ("two", "six")]
+    lines = ["from moresjax.evaluation.examples import Example"]
+    lines += ["from moresjax.evaluation.tasks import BenchmarkTask"]
+    lines += ['known = Example("1", "?", "two", metadata={"answer_type": "number"})']
+    lines += ['task = BenchmarkTask("typed", [known])', ""]
+    (root / "typed.py").write_text("\n".join(lines))
     (root / "asked.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     return {path.stem: str(path) for path in root.iterdir()}
 
@@ -55,13 +64,14 @@ def command(data, out, *arguments) -> list[str]:
 
 @pytest.fixture(scope="module")
 def asked(data):
-    return {**data, "asked": str(Path(data["asked"]).with_suffix(""))}
+    return data | {name: str(Path(data[name]).with_suffix("")) for name in ("asked", "typed")}
 
 
 def test_two_stores_become_a_vector_with_its_controls(asked, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--source", asked["yes"], "--target", asked["no"], "--layers", "1"]
-    options += ["--alpha", "0.5,1", "--sizes", "4", "--gguf"]
+    options += ["--alpha", "0.5,1", "--sizes", "4", "--gguf", "--max-new-tokens", "3"]
+    options += ["--types", asked["typed"] + ".py:task"]
     assert main(command(asked, out, *options)) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["steering"] == "yes>no"
@@ -73,8 +83,11 @@ def test_two_stores_become_a_vector_with_its_controls(asked, tmp_path, capsys):
     assert by_name["zero", 0.0]["changed"] == 0
     assert by_name["yes>no", 0.5]["n"] == 2
     assert len(found["cosines"]["4"]) == 5
+    assert [*by_name["random", 1.0]["answer_types"]] == ["number", "unrecognised"]
     facts = read_vector_facts(out)
     assert (facts["yes>no"]["layer"], facts["yes>no"]["n"]) == (1, [8, 8])
+    assert facts["yes>no"]["data"] == ["of yes", "of no"]
+    assert len(found["data"]) == 12
     names = {path.name for path in out.iterdir()}
     assert {"vectors.npz", "steering.json", "predictions.jsonl", "yes-to-no.gguf"} <= names
     assert {"changes.png", "kept.png", "asked.html", "sizes.png"} <= names
@@ -85,24 +98,60 @@ def test_two_stores_become_a_vector_with_its_controls(asked, tmp_path, capsys):
     rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
     own = {row["id"]: row for row in rows if row["trial"].startswith("yes>no layer=1 alpha=1 ")}
     for row in own.values():
-        assert model.generate(row["prompt"]) == row["prediction"]
+        assert model.generate(row["prompt"], max_new_tokens=3) == row["prediction"]
+        assert row["max_new_tokens"] == 3
     assert len(own) == 2
     assert main(command(asked, out, *options)) == 0  # a finished run asks nothing again
     assert json.loads(capsys.readouterr().out)["rows"] == found["rows"]
+    assert len((out / "predictions.jsonl").read_text().splitlines()) == len(rows)
 
 
 def test_one_store_and_a_task_or_concepts_with_first_tokens(asked, tmp_path, capsys):
     options = ["--states", asked["both"], "--steer", "answers:yes>no", "--limit", 1]
+    options += ["--positions", "all", "--positions", "generated"]
     assert main(command(asked, tmp_path / "a", *options)) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert {row["vector"] for row in rows} >= {"yes>no@0", "yes>no@1", "random"}
+    tried = [(row["vector"], row.get("positions")) for row in rows]
+    layers = [f"yes>no@{layer}" for layer in (0, 1)]
+    assert tried[:5] == [
+        ("baseline", None),
+        *((name, positions) for name in layers for positions in ("all", "generated")),
+    ]
+    controls = ("random", "shuffled", "reversed", "zero")
+    assert tried[5:] == [(name, "all") for name in controls]
     assert (tmp_path / "a" / "layers.png").is_file()
     options = ["--fine", asked["concepts"], "--states", asked["both"], "--keep", 1, "--limit", 1]
     assert main(command(asked, tmp_path / "b", *options)) == 0
     found = json.loads(capsys.readouterr().out)
     (name,) = found["chosen"]
-    assert {row["vector"] for row in found["rows"]} == {"baseline", name}
-    assert [*read_vector_facts(tmp_path / "b")] == [name]
+    by_name = {row["vector"]: row for row in found["rows"]}
+    controls = [f"{name} random", f"{name} reversed"]
+    assert [*by_name] == ["baseline", name, *controls, "zero"]
+    assert (by_name["zero"]["alpha"], by_name["zero"]["changed"]) == (0, 0)
+    facts = read_vector_facts(tmp_path / "b")
+    assert [*facts] == [name, *controls]
+    assert [own.get("control") for own in facts.values()] == [None, "random", "reversed"]
+    own, drawn, back = np.load(tmp_path / "b" / "vectors.npz").values()
+    np.testing.assert_array_equal(back, -own)
+    assert np.linalg.norm(drawn) == pytest.approx(np.linalg.norm(own), rel=1e-5)
+    assert abs(drawn @ own) < 0.9 * own @ own
+
+
+def test_the_figure_by_number_of_states_has_every_draw():
+    rows = [
+        {"vector": f"n{n}.{draw}", "success": n / 10 + draw / 100}
+        for n in (2, 4)
+        for draw in (0, 2)
+    ]
+    rows += [{"vector": "a>b", "success": 1.0}, {"vector": "n4.4", "success": None}]
+    figure = size_figure({4: [0.5, 0.9], 2: [0.3]}, rows)
+    cosines, successes = (
+        [np.round(np.asarray(line.get_xydata()), 6).tolist() for line in axis.lines]
+        for axis in figure.axes
+    )
+    assert cosines == [[[2, 0.3], [4, 0.5], [4, 0.9]], [[2, 0.3], [4, 0.7]]]
+    assert successes == [[[2, 0.2], [2, 0.22], [4, 0.4], [4, 0.42]], [[2, 0.21], [4, 0.41]]]
+    plt.close(figure)
 
 
 def test_the_figure_by_layer_has_the_shares_of_each_layer():
@@ -185,6 +234,7 @@ def test_separability_is_written_with_its_figures(asked, tmp_path, capsys):
     tests = [layer["test"] for layer in found["layers"]]
     assert tests[1] == 1.0 >= tests[0]
     assert len(found["labels"]) == len(found["layers"][0]["plane"]) == 16
+    assert found["data"] == "of both"
     assert {path.name for path in out.iterdir()} == {
         *("separability.json", "probes.png", "planes.png")
     }
@@ -208,6 +258,7 @@ def test_sensitivities_are_written_with_their_figure(asked, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((out / "sensitivity.json").read_text())
     assert (out / "sensitivity.png").is_file()
+    assert (len(found["data"]), found["states_data"]) == (12, "of both")
     assert [(row["concept"], row["layer"]) for row in found["concepts"]] == [
         *(("no", 0), ("yes", 0), ("no", 1), ("yes", 1))
     ]

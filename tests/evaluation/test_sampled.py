@@ -101,10 +101,27 @@ def test_lm_eval_is_told_too(model, monkeypatch):
     assert seen["sampling"] == HOT
 
 
+def test_answers_have_the_length_that_the_evaluation_allows(model, tmp_path):
+    options = {"tasks": load_benchmark("digits", limit=4)[:1], "out": tmp_path, "batch_size": 4}
+    whole = evaluate(model, **options)
+    short = evaluate(model, **options, max_new_tokens=1)
+    (entry,) = short.scores.values()
+    assert entry["max_new_tokens"] == 1
+    firsts = [" ".join(row["prediction"].split()[:1]) for row in whole.predictions]
+    assert [row["prediction"] for row in short.predictions] == firsts
+    assert firsts != [row["prediction"] for row in whole.predictions]
+    assert evaluate(model, **options).predictions == whole.predictions
+    with pytest.raises(UserError, match="max_new_tokens must be at least 1, got 0"):
+        evaluate(model, **options, max_new_tokens=0)
+
+
 def test_a_temperature_is_for_a_model(tmp_path, capsys):
     command = ["evaluate", "--tasks", "digits", "--predictions", "x.jsonl", "--temperature", "1"]
     assert main([*command, "--out", str(tmp_path / "out")]) == 2
     assert "scores answers that are there; it draws none" in capsys.readouterr().err
+    command[-2:] = ["--max-new-tokens", "5"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "answers that are there, however long they are" in capsys.readouterr().err
     bad = ["evaluate", "--tasks", "digits", "--model", str(tmp_path), "--top-p", "0"]
     assert main([*bad, "--out", str(tmp_path / "out")]) == 2
     assert "top_p must be above 0" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Steering runs: vectors per row against one model each, first tokens from states, and tasks."""
 
+import itertools
 import json
 
 import numpy as np
@@ -19,7 +20,8 @@ from moresjax.evaluation.steering.tasks import (
     split_states,
     steering_task,
 )
-from moresjax.evaluation.tasks import BenchmarkTask
+from moresjax.evaluation.tasks import BenchmarkTask, limit_answers
+from moresjax.generation import programs
 from moresjax.inference.model import Model
 from moresjax.inference.steering import first_tokens
 from moresjax.testing.models import talking_model
@@ -85,6 +87,21 @@ def test_questions_are_read_once_for_all_vectors(run):
     assert len(shared.prefix_index) == len(QUESTIONS) * (len(TRIALS) + 1)
 
 
+def test_all_vectors_and_strengths_are_one_program(run):
+    model, result, *_ = run
+    kinds = [value for value in vars(programs).values() if hasattr(value, "_cache_size")]
+
+    def sizes() -> list[int]:
+        return [kind._cache_size() for kind in kinds]
+
+    before = sizes()
+    assert max(before) > 0
+    others = [Trial(f"v{n}", -n * VECTORS[n % 2], n % 2, alpha=n / 2) for n in range(3)]
+    found = steer(model, [TASK], others, STEERING, batch_size=4)
+    assert found.answers["questions"] != result.answers["questions"]
+    assert sizes() == before
+
+
 def test_numbers_and_answers_are_written_and_a_killed_run_goes_on(run, monkeypatch):
     model, result, out, _ = run
     saved = json.loads((out / "steering.json").read_text())
@@ -101,8 +118,21 @@ def test_numbers_and_answers_are_written_and_a_killed_run_goes_on(run, monkeypat
         return real(self, rows, *args, **options)
 
     monkeypatch.setattr(service.GenerationService, "generate_many", spy)
-    again = steer(talking_model(), [TASK], TRIALS, STEERING, batch_size=4, out=out)
-    assert (again.answers, again.rows, asked) == (result.answers, result.rows, [3])
+    whole = steer(talking_model(), [TASK], TRIALS, STEERING, batch_size=4, out=out)
+    assert (whole.answers, whole.rows, asked) == (result.answers, result.rows, [3])
+    again, fresh = [], limit_answers([TASK], 2)
+
+    def ask(model, task, trials, *, pending, on_done, **options):
+        found = itertools.product(task.examples, (None, *trials))
+        again.extend(pair for pair in found if pending(*pair))
+        for example, trial in again:
+            on_done(example, trial, "two")
+
+    monkeypatch.setattr("moresjax.evaluation.steering.run.ask_steered", ask)
+    steer(talking_model(), [TASK], TRIALS, STEERING, out=out)
+    assert again == []
+    steer(talking_model(), fresh, TRIALS, STEERING, out=out)  # answers of another length are others
+    assert len(again) == len(log)
     other = [Trial("a", VECTORS[1], 1)]
     with pytest.raises(UserError, match="holds answers of another model or vector"):
         steer(talking_model(), [TASK], other, STEERING, out=out)
@@ -153,6 +183,11 @@ def test_vqa_accuracy_also_comes_as_it_was_published():
     result = steer(talking_model(), [task], [], STEERING)
     counts = STEERING.metrics(questions, ["2", "blue"], ["yes", "yes"])["answer_types"]
     assert counts == {"number": [1, 0], "yes/no": [0, 2], "unrecognised": [1, 0]}
+    trained = parse_steering_task("answers:yes>seven")
+    trained.learn(rows("x", answers="seven", metadata={"answer_type": "number"}))
+    trained.learn_types([Example("t", "?", "blue", metadata={"answer_type": "other"})])
+    counts = trained.metrics(questions, ["2", "blue"], ["yes", "seven"])["answer_types"]
+    assert counts == {"other": [1, 0], "unrecognised": [1, 2]}
     assert result.row(BASELINE)["matches_of_three"] == {
         "number": 0.0,
         "yes/no": 0.0,

@@ -6,8 +6,17 @@ import jax
 import numpy as np
 import pytest
 
+from moresjax.evaluation.examples import Example
 from moresjax.evaluation.steering.ask import Trial
-from moresjax.inference.analyze import logit_lens, patching
+from moresjax.evaluation.steering.run import steer
+from moresjax.evaluation.steering.tasks import parse_steering_task
+from moresjax.evaluation.tasks import BenchmarkTask
+from moresjax.inference.analyze import (
+    answer_gradients,
+    attribute_tokens,
+    logit_lens,
+    patching,
+)
 from moresjax.inference.model import Model
 from moresjax.inference.steering import first_tokens, with_steering
 from moresjax.sharding.mesh import make_mesh
@@ -15,6 +24,9 @@ from moresjax.testing.models import talking_model
 
 PROMPTS = "is there a two ?", "is there a six ?"
 SITE, NORM, LAST = "llm.block.out", "llm.norm.out", 1
+IMAGE = np.random.default_rng(0).integers(0, 255, (12, 12, 3)).astype(np.uint8)
+ASKED = BenchmarkTask("asked", [Example(x, x, "two") for x in PROMPTS], max_new_tokens=2)
+STEERING = parse_steering_task("answers:yes>two")
 VECTOR = 50 * np.random.default_rng(1).standard_normal(16).astype(np.float32)
 # What families of LLMs have beside LLaMA's blocks, which the other test has.
 PHI = {"norm": "layer", "parallel": True, "rotary_fraction": 0.5, "head_bias": True}
@@ -67,7 +79,7 @@ def test_analyses_agree_with_the_models_own_pass(kind):
 
 
 def test_on_eight_devices_all_numbers_are_the_same():
-    model = talking_model()
+    model, answers = talking_model(), []
 
     def steered() -> dict[str, np.ndarray]:
         found, trial = numbers(model), Trial("v", VECTOR, LAST)
@@ -78,10 +90,21 @@ def test_on_eight_devices_all_numbers_are_the_same():
         tokens = np.stack([completion.tokens[:1] for completion in done])
         first = first_tokens(model, found["states"][LAST], VECTOR[None])[0]
         np.testing.assert_array_equal(first, tokens[:, 0])
-        return found | {"tokens": tokens}
+        # Rows of one batch with vectors of their own.
+        strong = Trial("v", 6000 * VECTOR, LAST), Trial("w", -6000 * VECTOR[::-1], 0)
+        steering = steer(model, [ASKED], strong, STEERING, batch_size=8)
+        answers.append(steering.answers["asked"])
+        assert len({*map(tuple, answers[-1].values())}) > 1
+        attributed = attribute_tokens(model, PROMPTS[0], IMAGE, answer="two")
+        return found | {
+            "tokens": tokens,
+            "derivatives": answer_gradients(model, PROMPTS, [IMAGE, IMAGE], SITE, answer="two"),
+            "attributed": attributed.scores,
+        }
 
     alone = steered()
     model.shard(make_mesh())
     for name, value in steered().items():
         size = max(float(np.abs(alone[name]).max()), 1.0)
         np.testing.assert_allclose(value, alone[name], atol=1e-5 * size, err_msg=name)
+    assert answers[0] == answers[1]

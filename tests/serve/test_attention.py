@@ -64,7 +64,11 @@ def test_what_has_no_image_or_answer_is_told(url, picture):
     plain = body(picture) | {"messages": [{"role": "user", "content": "two ?"}]}
     done = httpx.post(f"{url}/v1/chat/completions", json=plain, timeout=60).json()
     assert done["choices"][0]["attention"] is None
-    for asked, word in ((plain | {"answer": "two"}, "image"), (body(picture), "answer_ids")):
+    for asked, word in (
+        (plain | {"answer": "two"}, "image"),
+        (body(picture), "answer_ids"),
+        (body(picture, answer=" "), "answer"),
+    ):
         told = httpx.post(f"{url}/v1/attention", json=asked, timeout=60)
         assert told.status_code == 400
         assert word in told.json()["error"]["message"]

@@ -10,12 +10,15 @@ import pytest
 from moresjax.cli import main
 from moresjax.core.errors import UserError
 from moresjax.evaluation.presets import expand_presets
+from moresjax.evaluation.steering.tasks import parse_steering_task
 from moresjax.evaluation.tasks import benchmark_names
 from moresjax.models.count import count_parameters
 from moresjax.models.zoo import mllm_config
 from moresjax.runs.architecture import model_config
 from moresjax.runs.config import load_config
 from moresjax.studies.recipes import CLASSES, NOT_REPRODUCED, RECIPES, select_recipes
+from moresjax.tuning.methods.steer import Steer
+from moresjax.tuning.spec import parse_spec
 
 # LLaVA v1 with Vicuna-7B, of which the shares of MRT's Table 1 are.
 LLAVA_V1 = 7_045_793_792
@@ -54,6 +57,10 @@ ROWS = {
     ("llava-steering", "8"): ["1%", "25%", "50%", "100%"],
     ("llava-steering", "9"): ["[0,2,4,]", "[0,3,6,]", "[0,4,8,]", "All Layer"],
     ("llava-steering", "10"): [*("Shallow (0-15)", "Middle (8-23)", "Deep (16-31)", "All Layer")],
+    ("shift", "1"): ["Yes/No", "Number", "Other"],
+    ("shift", "2"): ["Yes (Yes/No)", "Number", "Other"],
+    ("shift", "3"): ["colors", "places", "sentiments"],
+    ("shift", "4"): ["Yes to No", "White to Black"],
     ("mrt", "1"): [
         *("LLaVAAlign", "LLaVAFT", "LoRA", "APrompt", "PTUM", "VPT", "ReFT", "M2PT", "MixLoRA"),
         "MRT",
@@ -200,6 +207,22 @@ def test_control_trains_its_editors_alone():
         assert f"({'abcde'[CLASSES.index(config.data['target'])]})" in recipe.row
     phrasings = {load_config(r.config).data["phrasing"] for r in select_recipes("mrt", "S9")}
     assert phrasings == {2}
+
+
+def test_steering_is_at_the_last_layer_and_of_captions_at_the_twentieth():
+    for table in "1234":
+        for recipe in select_recipes("shift", table):
+            (method,) = parse_spec(recipe.attach)
+            assert isinstance(method, Steer)
+            assert (method.layers, method.positions) == ("19" if table == "3" else "31", "all")
+            assert recipe.tasks == ("coco_caption" if table == "3" else "vqav2")
+            steer = re.search(r"--steer (\S+) --layers (\d+)", recipe.remark)
+            assert steer
+            key = method.vector.partition(".npz:")[2]
+            assert parse_steering_task(steer[1]).name.replace("/", "-") == key
+            assert steer[2] == method.layers
+    printed = [recipe.printed for recipe in select_recipes("shift", "2")]
+    assert [sum(map(int, counts.split("/"))) for counts in printed] == [5000] * 3
 
 
 def test_minigpt_is_tuned_by_the_same_methods():

@@ -48,6 +48,7 @@ from moresjax.weights.families.base import decoder_config
         ("gemma-3-1b", 999_885_952),
         ("stablelm-2-1.6b", 1_644_515_328),
         ("opt-125m", 125_239_296),
+        ("opt-6.7b", 6_658_473_984),
         ("phi-1.5", 1_418_270_720),
     ],
 )

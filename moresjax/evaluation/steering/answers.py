@@ -30,10 +30,15 @@ class AnswerTask(SteeringTask):
             raise UserError(f"the answer {both[0]!r} is the source's and the target's")
         self.name = f"{'+'.join(sorted(self.source))}>{'+'.join(sorted(self.target))}"
         self._typed: list[tuple[str, str]] = []
+        self._types: dict[str, str] = {}
 
     def learn(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keeps true answers with the types of their questions, where the states tell them."""
         self._typed = _typed(rows)
+
+    def learn_types(self, examples: Sequence[Example]) -> None:
+        """Counts types by the true answers of these questions and no others."""
+        self._types = type_map(_typed_questions(examples))
 
     def is_source(self, answer: str) -> bool:
         """Whether it is one of the source's answers."""
@@ -48,13 +53,15 @@ class AnswerTask(SteeringTask):
     ) -> dict[str, Any]:
         """Counts of the answers that steering changed most, and of types, before and after.
 
-        Types come from the true answers behind the states and of these questions, of VQAv2.
+        Types come from the answers that `learn_types` was shown. Else they come from the true
+        answers behind the states and of these questions: states are of chosen questions, whose
+        answers are few.
         """
         before, after = (Counter(map(normalize_vqa, x)) for x in (baseline, steered))
         ranked = sorted({**before, **after}, key=lambda x: (-abs(after[x] - before[x]), x))
         found: dict[str, Any] = {"answers": {x: [before[x], after[x]] for x in ranked[:20]}}
-        asked = [{"answers": e.answer, "metadata": e.metadata} for e in examples]
-        if types := type_map([*self._typed, *_typed(asked)]):
+        own = [*self._typed, *_typed_questions(examples)]
+        if types := self._types or type_map(own):
             found["answer_types"] = _both_counts(baseline, steered, types)
         return found
 
@@ -94,6 +101,10 @@ class AnswerTypeTask(SteeringTask):
         if self.wanted not in self.types.values():
             raise choice_error("answer type", self.wanted, sorted({*self.types.values()}))
 
+    def learn_types(self, examples: Sequence[Example]) -> None:
+        """Makes the map of the true answers of these questions."""
+        self.types = type_map(_typed_questions(examples))
+
     def is_target(self, answer: str) -> bool:
         """Whether the answer has the wanted type."""
         return answer_type(answer, self.types) == self.wanted
@@ -122,6 +133,11 @@ def _typed(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         if (kind := (row.get("metadata") or {}).get("answer_type"))
         for answer in _texts(row.get("answers"))
     ]
+
+
+def _typed_questions(examples: Sequence[Example]) -> list[tuple[str, str]]:
+    """True answers with the type of their question, of questions that have both."""
+    return _typed([{"answers": e.answer, "metadata": e.metadata} for e in examples])
 
 
 def _both_counts(

@@ -18,10 +18,11 @@ from moresjax.analysis.steering import (
     controls,
     count_changes,
     fine,
+    random_like,
     selection,
     subsampled,
 )
-from moresjax.analysis.vectors import PROVENANCE, check_same_source
+from moresjax.analysis.vectors import PROVENANCE, check_same_source, data_hash
 from moresjax.core.errors import UserError
 from moresjax.evaluation.steering.answers import AnswerTask
 from moresjax.evaluation.steering.ask import POSITIONS, Trial
@@ -77,7 +78,8 @@ def coarse_plan(
     Args:
       source: The states to steer away from.
       target: The states to steer to.
-      name: The vector's name; with several layers the layer is added.
+      name: The vector's name; with several layers the layer is added. A slash, which separates the
+        methods of a spec, becomes a hyphen.
       site: The site.
       layers: The layers; default: all that both stores have.
       alphas: The strengths.
@@ -94,7 +96,7 @@ def coarse_plan(
     ]
     if not layers or not alphas:
         raise UserError(f"source and target states have no layer of {site} in common")
-    vectors, facts, trials = {}, {}, []
+    vectors, facts, trials, name = {}, {}, [], name.replace("/", "-")
     made: dict[str, Any] = {}
     sides: list[np.ndarray] = []
     for layer in layers:
@@ -102,10 +104,11 @@ def coarse_plan(
         sides = [_found(states, site, layer) for states in (source, target)]
         own = name if len(layers) == 1 else f"{name}@{layer}"
         made = {"site": site, "layer": layer, "n": [len(side) for side in sides], **provenance}
+        made["data"] = [data_hash(source), data_hash(target)]
         vectors[own], facts[own] = coarse(sides[0], sides[1]), made
         for alpha, chosen in itertools.product(alphas, positions):
             trials.append(Trial(own, vectors[own], layer, alpha, site, chosen))
-    alpha = 1.0 if 1.0 in alphas else max(alphas, key=abs)
+    alpha = _control_strength(alphas)
     rest = {"layer": layers[-1], "site": site, "positions": positions[0]}
     whole = vectors[trials[-1].name]
     for control, vector in controls(sides[0], sides[1], seed).items():
@@ -129,6 +132,8 @@ def fine_plan(
 ) -> Plan:
     """The vectors between all pairs of concepts of source states, `I>J` leading to concept J.
 
+    `with_controls` adds what those that are kept have to be better than.
+
     >>> concepts = Concepts("kmeans", np.eye(2, 4), np.ones(2, int), facts={"layer": 3})
     >>> [trial.name for trial in fine_plan(concepts).trials]
     ['0>1', '1>0']
@@ -148,7 +153,7 @@ def fine_plan(
         raise UserError("the concepts do not say which layer they are of")
     source = concepts.facts.get("states") or {}
     made = {"site": site, "layer": layer, "concepts": concepts.method}
-    made |= {name: source[name] for name in PROVENANCE if name in source}
+    made |= {name: source[name] for name in (*PROVENANCE, "data") if name in source}
     whole = fine(concepts.vectors)
     pairs = itertools.permutations(range(len(concepts)), 2)
     vectors = {f"{i}>{j}": whole[i, j] for i, j in pairs}
@@ -159,6 +164,44 @@ def fine_plan(
         for alpha, chosen in itertools.product(alphas, positions)
     ]
     return Plan(vectors, facts, trials)
+
+
+def with_controls(plan: Plan, names: Sequence[str], seed: int = 0) -> Plan:
+    """Some fine vectors of a plan, each with its controls.
+
+    These are a random vector of equal norm (`I>J random`), the vector reversed (`I>J reversed`) and
+    strength 0 (`zero`, once, whose answers must be those without steering). There are no labels
+    that could be shuffled: a fine vector is made of concepts. Controls have strength 1 where it is
+    among those of the vectors, else the largest of these.
+
+    >>> concepts = Concepts("kmeans", np.eye(2, 4), np.ones(2, int), facts={"layer": 3})
+    >>> [trial.name for trial in with_controls(fine_plan(concepts), ["0>1"]).trials]
+    ['0>1', '0>1 random', '0>1 reversed', 'zero']
+
+    Args:
+      plan: The vectors.
+      names: Those that are kept.
+      seed: Seeds the random vectors.
+    """
+    trials = [trial for name in names for trial in plan.trials if trial.name == name]
+    vectors = {name: plan.vectors[name] for name in names}
+    facts = {name: plan.facts[name] for name in names}
+    for number, name in enumerate(names):
+        own = next(trial for trial in trials if trial.name == name)
+        alpha = _control_strength([trial.alpha for trial in trials])
+        drawn = random_like(own.vector, seed + number)
+        for control, vector in {"random": drawn, "reversed": -own.vector}.items():
+            key = f"{name} {control}"
+            vectors[key] = vector
+            facts[key] = plan.facts[name] | {"control": control, "seed": seed + number}
+            trials.append(dataclasses.replace(own, name=key, vector=vector, alpha=alpha))
+    trials.append(dataclasses.replace(trials[0], name=ZERO, alpha=0.0))
+    return Plan(vectors, facts, trials)
+
+
+def _control_strength(alphas: Sequence[float]) -> float:
+    """1 where it is among the strengths, else the largest of them."""
+    return 1.0 if 1.0 in alphas else max(alphas, key=abs)
 
 
 def first_token_selections(

@@ -20,12 +20,14 @@ from moresjax.evaluation.metrics.vqa import matches_of_three
 from moresjax.evaluation.scoring import Predictions, TaskScore
 from moresjax.evaluation.steering.ask import Trial, ask_steered
 from moresjax.evaluation.steering.tasks import SteeringTask
-from moresjax.evaluation.tasks import BenchmarkTask
+from moresjax.evaluation.tasks import BenchmarkTask, questions_hash
 from moresjax.inference.model import Model
 
 RESULTS, LOG = "steering.json", "predictions.jsonl"
 BASELINE, ALL = "baseline", "all"
 VQA = "VQA accuracy"
+KEYS = ("task", "id", "prompt", "trial")
+Key = tuple[str, str, str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,8 @@ def steer(
     if twice := {task.name for task in tasks} & {ALL}:
         raise UserError(f"no task may have the name {twice.pop()!r}, which stands for all of them")
     log = _Log(out, model, trials)
-    result = SteeringResult([], {}, {"steering": steering.name, **log.facts, **(facts or {})})
+    own = {"steering": steering.name, "data": questions_hash(tasks), **log.facts}
+    result = SteeringResult([], {}, own | dict(facts or {}))
     for task in tasks:
         if not task.examples:
             raise UserError(f"task {task.name} has no questions")
@@ -251,7 +254,8 @@ class _Log:
         self._made = {
             trial.key: short_hash("".join([*made, vector_hash(trial.vector)])) for trial in trials
         } | {BASELINE: short_hash("".join(made))}
-        self._answers: dict[tuple[str, str, str, str], str] = {}
+        self._answers: dict[Key, str] = {}
+        self._limits: dict[Key, int | None] = {}
         self._path = None if out is None else Path(out) / LOG
         if self._path is None:
             return
@@ -264,13 +268,15 @@ class _Log:
                     f"{self._path} holds answers of another model or vector ({trial}); choose "
                     "another directory"
                 )
-            self._answers[row["task"], row["id"], row["prompt"], row["trial"]] = row["prediction"]
+            self._answers[_key_of(row)] = row["prediction"]
+            self._limits[_key_of(row)] = row.get("max_new_tokens")
         if rows:
             write_log(self._path, rows)
 
     def knows(self, task: str, example: Example, trial: Trial | None) -> bool:
-        """Whether an answer is there."""
-        return self._key(task, example, trial) in self._answers
+        """Whether an answer of the example's length limit is there."""
+        key = self._key(task, example, trial)
+        return key in self._answers and self._limits.get(key) == example.max_new_tokens
 
     def answer(self, task: str, example: Example, trial: Trial | None) -> str:
         """An answer that is there."""
@@ -279,12 +285,17 @@ class _Log:
     def add(self, task: str, example: Example, trial: Trial | None, text: str) -> None:
         """Keeps an answer."""
         key = self._key(task, example, trial)
-        self._answers[key] = text
+        self._answers[key], self._limits[key] = text, example.max_new_tokens
         if self._path is None:
             return
-        names = ("task", "id", "prompt", "trial")
-        row = dict(zip(names, key, strict=True)) | {"prediction": text, "made": self._made[key[3]]}
+        row = dict(zip(KEYS, key, strict=True)) | {"prediction": text, "made": self._made[key[3]]}
+        row |= example.own_limit
         append_log(self._path, row)
 
-    def _key(self, task: str, example: Example, trial: Trial | None) -> tuple[str, str, str, str]:
+    def _key(self, task: str, example: Example, trial: Trial | None) -> Key:
         return task, example.id, example.prompt, BASELINE if trial is None else trial.key
+
+
+def _key_of(row: Mapping[str, Any]) -> Key:
+    """What a row of the log answers."""
+    return row["task"], row["id"], row["prompt"], row["trial"]

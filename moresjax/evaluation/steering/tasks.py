@@ -52,6 +52,9 @@ class SteeringTask:
     def learn(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Is shown the rows of all states before any of them is chosen."""
 
+    def learn_types(self, examples: Sequence[Example]) -> None:
+        """Is shown questions whose true answers tell the types of answers, after `learn`."""
+
     def normalize(self, answer: str) -> str:
         """An answer as it is counted and compared."""
         return normalize_vqa(answer)
