@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from generating import generating
 from rounds import Run, measure
 
 from moresjax.core.layout import Batch, TokenKind, TokenLayout
@@ -79,15 +80,7 @@ def make_batch(config: MLLMConfig, rows: int) -> Batch:
 
 def timed(model: MLLM, tuning: Tuning | None, batch: Batch, new: int) -> Run:
     model.tuning = tuning or Tuning("none", model.config)
-    engine = Engine(model, eos_ids=(-1,))
-
-    def run():
-        state = jax.block_until_ready(engine.prefill(batch, new))
-        yield "prefill"
-        jax.block_until_ready(engine.decode(state))
-        yield "decode"
-
-    return run
+    return generating(Engine(model, eos_ids=(-1,)), batch, new)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from generating import generating
 from rounds import Run, Seconds, measure, median_ratio
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -81,15 +82,7 @@ def bandwidth(megabytes: int = 512, tries: int = 5) -> dict[str, float]:
 
 def ours(model: MLLM, ids: np.ndarray, rows: int, new: int, probes=()) -> Run:
     engine = Engine(model, eos_ids=(-1,), probes=probes)
-    batch = hf_batch(np.repeat(ids, rows, axis=0))
-
-    def run():
-        state = jax.block_until_ready(engine.prefill(batch, new))
-        yield "prefill"
-        jax.block_until_ready(engine.decode(state))
-        yield "decode"
-
-    return run
+    return generating(engine, hf_batch(np.repeat(ids, rows, axis=0)), new)
 
 
 def theirs(oracle: LlamaForCausalLM, ids: np.ndarray, new: int) -> Run:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from generating import generating
 from rounds import Run, Seconds, measure, median_ratio
 
 from moresjax.core.layout import Batch, TokenKind
@@ -142,15 +143,7 @@ def generation(base: MLLM, batch: Batch, methods: Sequence[str], new_tokens: int
     for spec in methods:
         model = nnx.clone(base)
         model.attach(spec)
-        engine = Engine(model, eos_ids=(-1,))
-
-        def run(engine: Engine = engine) -> Iterator[str]:
-            state = jax.block_until_ready(engine.prefill(batch, new_tokens))
-            yield "prefill"
-            jax.block_until_ready(engine.decode(state))
-            yield "decode"
-
-        runs[spec] = run
+        runs[spec] = generating(Engine(model, eos_ids=(-1,)), batch, new_tokens)
     return runs
 
 

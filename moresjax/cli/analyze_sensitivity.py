@@ -12,6 +12,7 @@ from moresjax.cli.options import (
     add_loading,
     add_questions,
     add_sample,
+    add_select,
     load_tuned_model,
     show,
 )
@@ -38,14 +39,7 @@ def register(kinds: Commands) -> None:
     add_questions(command)
     command.set_defaults(batch_size=8)  # the pass backwards keeps all activations
     command.add_argument("--limit", type=int, metavar="N", help="first N questions of a task")
-    command.add_argument(
-        "--select",
-        action="append",
-        default=[],
-        metavar="FIELD~WORD;WORD",
-        help="only questions whose field (such as answer) holds a word; FIELD=VALUE: is a value; "
-        "may be repeated",
-    )
+    add_select(command)
     command.add_argument(
         "--runs", type=int, default=20, metavar="R", help="draws of other states (default: 20)"
     )

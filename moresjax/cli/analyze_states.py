@@ -8,6 +8,7 @@ from moresjax.cli.options import (
     add_loading,
     add_questions,
     add_sample,
+    add_select,
     load_tuned_model,
     show,
 )
@@ -28,15 +29,7 @@ def register(kinds: Commands) -> None:
     add_questions(states)
     states.add_argument("--limit", type=int, metavar="N", help="the first N questions of a task")
     add_sample(states)
-    states.add_argument(
-        "--select",
-        action="append",
-        default=[],
-        metavar="FIELD~WORD;WORD",
-        help="ask only questions whose field holds one of the words, or is one (FIELD=VALUE); a "
-        "field is answer (the majority's, or the first caption), prompt, id or of the metadata; "
-        "may be repeated",
-    )
+    add_select(states)
     states.add_argument(
         "--class",
         dest="words",

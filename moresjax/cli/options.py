@@ -203,6 +203,19 @@ def add_sample(command: argparse.ArgumentParser, more: str = "") -> None:
     )
 
 
+def add_select(command: argparse.ArgumentParser) -> None:
+    """Adds `--select`, by which questions are chosen."""
+    command.add_argument(
+        "--select",
+        action="append",
+        default=[],
+        metavar="FIELD~WORD;WORD",
+        help="ask only questions whose field holds one of the words, or is one (FIELD=VALUE); a "
+        "field is answer (the majority's, or the first caption), prompt, id or of the metadata; "
+        "may be repeated",
+    )
+
+
 def add_length_limit(command: argparse.ArgumentParser) -> None:
     """Adds `--max-new-tokens`, for answers to benchmarks."""
     command.add_argument(

@@ -6,10 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("uvicorn")
-
-from moresjax.serve.run import running
-from moresjax.serve.server import Server, ServerConfig
 from moresjax.testing import talking_model
 
 
@@ -21,12 +17,16 @@ def model():
 
 @pytest.fixture(scope="session")
 def server():
+    from moresjax.serve.server import Server, ServerConfig
+
     config = ServerConfig(rows=4, max_waiting=32, max_new_tokens=256, default_new_tokens=8)
     return Server(talking_model(), "talker", config)
 
 
 @pytest.fixture(scope="session")
 def url(server):
+    from moresjax.serve.run import running
+
     with running(server) as address:
         yield address
 

@@ -8,8 +8,6 @@ from lm_eval.evaluator import evaluate
 from moresjax.data.digits import FAMILIES, ask, make_scene
 from moresjax.evaluation.lm import MoresjaxLM
 
-pytest.importorskip("tenacity")
-
 
 @pytest.fixture(scope="module")
 def docs():
@@ -49,9 +47,20 @@ def folder(model, tmp_path_factory):
     return str(path)
 
 
-def test_local_completions_score_choices_alike(url, model, docs, folder):
+def completions(url, folder, batch_size):
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
+    return LocalCompletionsAPI(
+        base_url=f"{url}/v1/completions",
+        model="talker",
+        tokenizer=folder,
+        tokenizer_backend="huggingface",
+        add_bos_token=True,
+        batch_size=batch_size,
+    )
+
+
+def test_local_completions_score_choices_alike(url, model, docs, folder):
     metrics = [{"metric": "acc"}, {"metric": "acc_norm"}]
     task = make_task(
         docs,
@@ -60,14 +69,7 @@ def test_local_completions_score_choices_alike(url, model, docs, folder):
         doc_to_target=1,
         metric_list=metrics,
     )
-    lm = LocalCompletionsAPI(
-        base_url=f"{url}/v1/completions",
-        model="talker",
-        tokenizer=folder,
-        tokenizer_backend="huggingface",
-        add_bos_token=True,
-        batch_size=5,
-    )
+    lm = completions(url, folder, batch_size=5)
     scores, found = run(lm, task)
     own_scores, expected = run(MoresjaxLM(model, batch_size=8), task)
     assert scores == own_scores
@@ -78,7 +80,7 @@ def test_local_completions_score_choices_alike(url, model, docs, folder):
 
 @pytest.mark.parametrize("kind", ["completions", "chat"])
 def test_texts_are_generated_alike(url, model, docs, folder, kind):
-    from lm_eval.models.openai_completions import LocalChatCompletion, LocalCompletionsAPI
+    from lm_eval.models.openai_completions import LocalChatCompletion
 
     task = make_task(
         docs,
@@ -88,14 +90,7 @@ def test_texts_are_generated_alike(url, model, docs, folder, kind):
         metric_list=[{"metric": "exact_match"}],
     )
     if kind == "completions":
-        lm = LocalCompletionsAPI(
-            base_url=f"{url}/v1/completions",
-            model="talker",
-            tokenizer=folder,
-            tokenizer_backend="huggingface",
-            add_bos_token=True,
-            batch_size=4,
-        )
+        lm = completions(url, folder, batch_size=4)
         scores, found = run(lm, task)
         own_scores, expected = run(MoresjaxLM(model, batch_size=8), task)
         assert scores == own_scores
