@@ -1,10 +1,9 @@
 """JSON files of others, which may be damaged."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from moresjax.core.errors import UserError
+from moresjax.core.reading import read_json
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -13,10 +12,4 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
       UserError: The file is damaged, or holds something else.
     """
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} cannot be used: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} cannot be used: it is no object")
-    return values
+    return read_json(file, dict[str, Any])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.data.records import ChangedFile
 
 T = TypeVar("T")
 
@@ -45,10 +46,12 @@ class SkipPolicy:
 
         Raises:
           UserError: What `make` raised, unless bad samples are skipped; also when every sample is
-            bad.
+            bad, or the file of the samples has changed.
         """
         try:
             return make()
+        except ChangedFile:
+            raise
         except UserError as error:
             if self.on_bad_sample == "raise":
                 raise

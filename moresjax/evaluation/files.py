@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from moresjax.core import reading
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import replace_file
 from moresjax.data.images import UnusableImage, named_image
@@ -67,11 +68,7 @@ def read_json(folder: Path, name: str) -> Any:
     Raises:
       UserError: The file does not exist or is not JSON.
     """
-    path = require_file(folder / name)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    return reading.read_json(require_file(folder / name), most=reading.LARGE)
 
 
 def read_jsonl(folder: Path, name: str, ending: str = "") -> list[Any]:
@@ -85,14 +82,7 @@ def read_jsonl(folder: Path, name: str, ending: str = "") -> list[Any]:
     Raises:
       UserError: The file does not exist, or a line is not JSON.
     """
-    path, values = require_file(folder / name), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                values.append(json.loads(line.strip().removesuffix(ending)))
-            except ValueError as error:
-                raise UserError(f"line {number} of {path} is not JSON: {error}") from None
-    return values
+    return reading.read_json_lines(require_file(folder / name), ending=ending)
 
 
 def limit_rows(
@@ -256,22 +246,19 @@ def load_results(path: Path) -> Any:
         return read_jsonl(path.parent, path.name, ending=",")
 
 
-def read_log(path: Path) -> list[dict]:
+def read_log(path: Path, kind: Any = dict[str, Any]) -> list[dict]:
     """Rows of a log; a last line that a killed process left unfinished is dropped.
 
+    Args:
+      path: The log; where there is none it has no rows.
+      kind: The type of every row; see `moresjax.core.reading.check`.
+
     Raises:
-      UserError: Another line is damaged.
+      UserError: Another line is damaged, or a row is of another type.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
-    rows, lines = [], path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line else []
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"line {number} of {path} is not JSON: {error}") from None
-    return rows
+    return reading.read_json_lines(path, kind, torn=True)
 
 
 def append_log(path: Path, row: Mapping) -> None:
