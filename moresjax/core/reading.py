@@ -108,7 +108,7 @@ def read_text(path: str | Path, *, what: str = "", most: int = SMALL) -> str:
     try:
         return read_bytes(path, what=what, most=most).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{name} is not UTF-8 text") from None
+        raise UserError(f"{name} cannot be used: it is not UTF-8 text") from None
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -117,7 +117,7 @@ def parse_json(text: str, where: str) -> Any:
     >>> parse_json("[" * 20_000, "record 7 of mine.json")
     Traceback (most recent call last):
     ...
-    moresjax.core.errors.UserError: record 7 of mine.json is nested more than 100 deep
+    moresjax.core.errors.UserError: record 7 of mine.json cannot be used: it is nested more than 100 deep
 
     Args:
       text: The text.
@@ -131,12 +131,14 @@ def parse_json(text: str, where: str) -> Any:
         if _SURROGATE.search(text):  # half of a pair is a text for Python, but has no bytes
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
-        raise UserError(f"{where} is nested more than {DEPTH} deep") from None
+        raise UserError(f"{where} cannot be used: it is nested more than {DEPTH} deep") from None
     except UnicodeError:
-        raise UserError(f"{where} has half of a surrogate pair, which is no character") from None
+        raise UserError(
+            f"{where} cannot be used: it has half of a surrogate pair, which is no character"
+        ) from None
     except ValueError as error:
         said = "a number has thousands of digits" if "digits" in str(error) else error
-        raise UserError(f"{where} is not JSON: {said}") from None
+        raise UserError(f"{where} cannot be used: it is not JSON: {said}") from None
     if text.count("[") + text.count("{") > DEPTH:
         check_depth(value, where)
     return value
@@ -153,7 +155,7 @@ def check_depth(value: Any, where: str) -> None:
         level = [child for node in level for child in _inside(node)]
         if not level:
             return
-    raise UserError(f"{where} is nested more than {DEPTH} deep")
+    raise UserError(f"{where} cannot be used: it is nested more than {DEPTH} deep")
 
 
 def _inside(node: Any) -> Iterator[Any]:
@@ -218,24 +220,48 @@ def read_json_lines(
     Raises:
       UserError: There is no such file, or a line holds something else; names the line.
     """
-    found = []
+    values, damaged = scan_json_lines(path, kind, torn=torn, ending=ending, most_damaged=1)
+    if damaged:
+        raise damaged[0]
+    return values
+
+
+def scan_json_lines(
+    path: str | Path,
+    kind: Any = Any,
+    *,
+    torn: bool = False,
+    ending: str = "",
+    most_damaged: int | None = None,
+) -> tuple[list[Any], list[UserError]]:
+    """The values of a JSON Lines file as `read_json_lines` has them, and what is wrong with others.
+
+    Args:
+      path: The path.
+      kind: The type of every line.
+      torn: Whether a last line that is unfinished is dropped.
+      ending: What a line may have behind its value.
+      most_damaged: How many damaged lines are read; None for all.
+    """
+    values: list[Any] = []
+    damaged: list[UserError] = []
     for number, line, whole in _lines(check_file(path, most=LARGE)):
-        where = f"line {number} of {path}"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            if text:
-                value = parse_json(text.removesuffix(ending), where)
-        except UserError:
-            if torn and not whole:
+            values += _value(line, kind, f"line {number} of {path}", ending, first=number == 1)
+        except UserError as error:
+            damaged += [error] if whole or not torn else []
+            if len(damaged) == most_damaged:
                 break
-            raise
-        except UnicodeDecodeError:
-            if torn and not whole:
-                break
-            raise UserError(f"{where} is not UTF-8 text") from None
-        if text:
-            found.append(check(value, kind, where))
-    return found
+    return values, damaged
+
+
+def _value(line: bytes, kind: Any, where: str, ending: str, *, first: bool) -> list[Any]:
+    """The value of a line; of an empty one there is none."""
+    try:
+        text = line.decode("utf-8-sig" if first else "utf-8").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{where} cannot be used: it is not UTF-8 text") from None
+    return [check(parse_json(text.removesuffix(ending), where), kind, where)] if text else []
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:

@@ -16,6 +16,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from moresjax.core.errors import UserError
+from moresjax.core.json_files import write_json
 from moresjax.core.reading import IMAGE, Count, check_file, read_bytes, read_json
 from moresjax.data.llava import (
     LlavaSource,
@@ -71,7 +72,7 @@ def convert_llava(
             files[name] = int(stop - start)
     np.save(out / SIZES, np.concatenate([source.sizes, source.turn_counts], axis=1))
     index = {"records": len(source), "shards": files}
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(out / INDEX, index)
     return index
 
 

@@ -4,15 +4,13 @@
 in `DATA_ROOT/coco/val2014/`, `DATA_ROOT/coco/test2015/` and so on.
 """
 
-import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from moresjax.core import reading
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.folders import replace_file
 from moresjax.data.images import UnusableImage, named_image
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
@@ -244,29 +242,3 @@ def load_results(path: Path) -> Any:
         return read_json(path.parent, path.name)
     except UserError:
         return read_jsonl(path.parent, path.name, ending=",")
-
-
-def read_log(path: Path, kind: Any = dict[str, Any]) -> list[dict]:
-    """Rows of a log; a last line that a killed process left unfinished is dropped.
-
-    Args:
-      path: The log; where there is none it has no rows.
-      kind: The type of every row; see `moresjax.core.reading.check`.
-
-    Raises:
-      UserError: Another line is damaged, or a row is of another type.
-    """
-    if not path.exists():
-        return []
-    return reading.read_json_lines(path, kind, torn=True)
-
-
-def append_log(path: Path, row: Mapping) -> None:
-    """Adds a row to a log; a process killed meanwhile leaves a line that `read_log` drops."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def write_log(path: Path, rows: Iterable[Mapping]) -> None:
-    """Replaces a log as a whole."""
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -21,7 +21,7 @@ JSON = {
     "101 deep": ('{"a":' * 101 + "1" + "}" * 101, "nested more than 100 deep"),
     "digits": ('{"steps": ' + "9" * 5000 + "}", "a number has thousands of digits"),
     "half a pair": ('{"spec": "\\ud800"}', "half of a surrogate pair"),
-    "cut": ('{"spec": "a', "is not JSON: Unterminated string"),
+    "cut": ('{"spec": "a', "it is not JSON: Unterminated string"),
     "list": ("[]", "expected `object`, got `array`"),
     "null": ("null", "expected `object`, got `null`"),
     "type": ('{"sites": {"a": ["b", 2]}}', r"expected `str`, got `int` at sites\[...\]\[1\]"),
