@@ -114,10 +114,10 @@ def read_text(path: str | Path, *, what: str = "", most: int = SMALL) -> str:
 def parse_json(text: str, where: str) -> Any:
     """The value of a JSON text.
 
-    >>> parse_json("[" * 20_000, "record 7 of mine.json")
+    >>> parse_json("[" * 20_000, "a.json")
     Traceback (most recent call last):
     ...
-    moresjax.core.errors.UserError: record 7 of mine.json cannot be used: it is nested more than 100 deep
+    moresjax.core.errors.UserError: a.json cannot be used: it is nested more than 100 deep
 
     Args:
       text: The text.
