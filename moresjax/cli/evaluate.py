@@ -253,7 +253,7 @@ def _forgetting(
     result: "EvaluationResult",
 ) -> tuple[dict[str, Any], str]:
     """Asks the model before tuning the same; what changed, and the same as text."""
-    from moresjax.core.folders import replace_file
+    from moresjax.core.json_files import write_json
     from moresjax.evaluation import forgetting
     from moresjax.evaluation.results import write_results
     from moresjax.evaluation.run import evaluate
@@ -266,7 +266,7 @@ def _forgetting(
     same = forgetting.same_logits(*models, prompts) if prompts else None
     rows = forgetting.forgetting(before, result, args.out)
     facts = forgetting.forgetting_facts(rows, same)
-    replace_file(Path(args.out) / "forgetting.json", json.dumps(facts, indent=2) + "\n")
+    write_json(Path(args.out) / "forgetting.json", facts)
     return facts, forgetting.forgetting_table(facts)
 
 

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from moresjax.core.errors import UserError
-from moresjax.evaluation.files import read_log
+from moresjax.core.json_files import read_log
 from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.predictions import FILE, decoding_of, read_predictions
 from moresjax.evaluation.results import EvaluationResult, fingerprints, score_task

@@ -17,6 +17,7 @@ def attention_mask(
     first: int | None,
     *,
     gaps: bool = False,
+    dense: bool = False,
 ) -> Bool[Array, "B Q S"] | LazyMask | Runs:
     """The form in which attention takes what the queries see.
 
@@ -30,7 +31,10 @@ def attention_mask(
       config: The configuration of the LLM.
       first: The column of the first query, when the queries are all keys from there on; else None.
       gaps: Whether rows may lack some of the virtual tokens before the batch.
+      dense: Asks for the mask of all pairs.
     """
+    if dense:
+        return seen.dense()
     if first is not None:
         runs = visible_runs(batch, config, seen.layout, first, gaps=gaps)
         if runs is not None:

@@ -240,7 +240,10 @@ class MLLM(nnx.Module):
         if chunk is not None:
             start, count, num_extra = num_virtual + chunk.first, chunk.count, 0
         seen = LazyMask(full, jnp.broadcast_to(start + jnp.arange(count), (rows, count)))
-        mask: Mask = attention_mask(batch, seen, self.config.llm, first, gaps=present is not None)
+        # Writes to the mask need one.
+        masked = any(site == "llm.block.attn.mask" for site, _ in writes)
+        gaps = present is not None
+        mask: Mask = attention_mask(batch, seen, self.config.llm, first, gaps=gaps, dense=masked)
         if queries is not None:
             queries = jnp.asarray(queries) + num_virtual - start
         context = None

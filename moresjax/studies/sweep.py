@@ -5,7 +5,6 @@ The runs train by `train_many`; this file says which runs there are, and what th
 
 import dataclasses
 import itertools
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moresjax.core.errors import UserError
-from moresjax.core.folders import replace_file
+from moresjax.core.json_files import write_json
 from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.runs.config import load_config
 from moresjax.runs.run_config import InitConfig, RunConfig
@@ -253,7 +252,7 @@ def _split(setting: str) -> tuple[str, str, str]:
 def _write(folder: Path, runs: Sequence[SweepRun], outcomes: Mapping[Path, Outcome]) -> None:
     """Writes the summary so that no half of it is ever seen."""
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / SUMMARY, json.dumps(summarize(folder, runs, outcomes), indent=2) + "\n")
+    write_json(folder / SUMMARY, summarize(folder, runs, outcomes))
 
 
 def _number(x: float | None) -> str:

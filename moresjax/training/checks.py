@@ -22,10 +22,10 @@ from moresjax.models.decoder import DecoderConfig
 from moresjax.models.mllm import MLLM
 from moresjax.models.vision import VisionConfig
 from moresjax.runs.architecture import AnyModel, new_model
-from moresjax.runs.checkpoint import saved_identity
 from moresjax.runs.config import read_config
 from moresjax.runs.identity import changed_settings
 from moresjax.runs.run_config import PARTS, RANDOM, RunConfig
+from moresjax.runs.saved_identity import saved_identity
 from moresjax.training.step import split_model
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """What a run needs before its first step: data, model, train step, and the newest checkpoint."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from moresjax.core.errors import UserError
+from moresjax.core.json_files import read_object
 from moresjax.core.plugins import active_plugins
 from moresjax.core.ranges import check_ranges
 from moresjax.data.check import count_cut
@@ -22,7 +23,7 @@ from moresjax.data.sources import Source
 from moresjax.models.mllm import MLLM
 from moresjax.runs.budget import check_budget, with_steps
 from moresjax.runs.build import build_model
-from moresjax.runs.checkpoint import Checkpoints, saved_identity
+from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import load_config, save_config
 from moresjax.runs.data import build_iterator, build_sources
 from moresjax.runs.identity import check_identity, run_identity
@@ -30,6 +31,7 @@ from moresjax.runs.init_tuning import save_shared
 from moresjax.runs.paths import with_absolute_paths
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import AnyConfig, RunConfig, resolve
+from moresjax.runs.saved_identity import saved_identity
 from moresjax.runs.sources import check_same_tokenizer, check_sources, with_sources
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import batch_shards, make_mesh, replicated, shard_params
@@ -182,8 +184,12 @@ def _finished(config: RunConfig, workdir: Path, resume: str) -> TrainResult | No
     check_workdir(config, workdir, resume)
     if not (workdir / RESULT).is_file():
         return None
-    result = TrainResult(**json.loads((workdir / RESULT).read_text()))
-    return result if result.step >= config.steps else None
+    try:
+        result = TrainResult(**read_object(workdir / RESULT))
+        return result if result.step >= config.steps else None
+    except (UserError, TypeError) as error:
+        logger.warning("%s is made again from the newest checkpoint: %s", workdir / RESULT, error)
+        return None
 
 
 def prepare(
