@@ -8,12 +8,12 @@ features of the values.
 | `splash` | TPU | `SINGLE`, `PACKED` | 128 tokens per row |
 | `cudnn` | NVIDIA GPU | `SINGLE` | 16 bits; heads of 8, 16 .. 128 features; no soft cap |
 
-Probes leave the kernel on (`group_attention`), and so do virtual tokens before rows of one document.
-A chosen kernel that cannot say what rows see (branches, padding on the left, virtual tokens that all
-documents of packed rows see, with cuDNN packed rows too) is left with a line in the log; such rows
-are read by `attention="chunked"`: plain XLA, some queries at a time where there are more than
-`attention.PAIRS` pairs. Decoding, vision encoders and `xla`, which is the `auto` of CPUs, have
-`moresjax.models.attention` over a dense mask.
+Probes leave the kernel on (`group_attention`), and so do virtual tokens before rows of one
+document. A chosen kernel that cannot say what rows see (branches, padding on the left, virtual
+tokens that all documents of packed rows see, with cuDNN packed rows too) is left with a line in the
+log; such rows are read by `attention="chunked"`: plain XLA, some queries at a time where there are
+more than `attention.PAIRS` pairs. Decoding, vision encoders and `xla`, which is the `auto` of CPUs,
+have `moresjax.models.attention` over a dense mask.
 """
 
 import dataclasses
