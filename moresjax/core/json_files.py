@@ -11,26 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from moresjax.core.errors import UserError
 from moresjax.core.folders import explain_disk, replace_file
+from moresjax.core.reading import read_json, read_json_lines, scan_json_lines
 
-_MOST_REASON = 200  # characters of a library's reason that are told
 _BLOCK = 1 << 16  # bytes that are looked through at a time for the end of a line
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-      UserError: The file cannot be read, or is damaged.
-    """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        reason = f"{error or type(error).__name__}"[:_MOST_REASON]
-        raise UserError(f"{file} cannot be used: {reason}") from None
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -39,10 +23,7 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
       UserError: The file is damaged, or holds something else.
     """
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise UserError(f"{file} cannot be used: it is no object")
-    return values
+    return read_json(file, dict[str, Any])
 
 
 def write_json(file: str | Path, value: Any, *, indent: int | None = 2, **options: Any) -> None:
@@ -66,30 +47,27 @@ def write_json(file: str | Path, value: Any, *, indent: int | None = 2, **option
     replace_file(Path(file), json.dumps(value, indent=indent, **options) + "\n")
 
 
-def read_log(file: Path) -> list[Any]:
+def read_log(file: Path, kind: Any = dict[str, Any]) -> list[Any]:
     """The values of a file of JSON lines; no file has none.
 
     A last line that a killed process left unfinished is dropped, and empty lines are skipped.
 
+    Args:
+      file: The file.
+      kind: The type of every line; see `moresjax.core.reading.check`.
+
     Raises:
-      UserError: Another line is damaged.
+      UserError: Another line is damaged, or of another type.
     """
-    values, damaged = scan_log(file)
-    if damaged:
-        raise UserError(damaged[0])
-    return values
+    return read_json_lines(file, kind, torn=True) if file.exists() else []
 
 
-def scan_log(file: Path) -> tuple[list[Any], list[str]]:
+def scan_log(file: Path, kind: Any = dict[str, Any]) -> tuple[list[Any], list[str]]:
     """The values of a file of JSON lines as `read_log` has them, and what is wrong with others."""
-    values, damaged = [], []
-    lines = file.read_bytes().split(b"\n") if file.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            values += [json.loads(line)] if line.strip() else []
-        except (ValueError, RecursionError) as error:
-            damaged += [f"line {number} of {file} is not JSON: {error}"] * (number < len(lines))
-    return values, damaged
+    if not file.exists():
+        return [], []
+    values, damaged = scan_json_lines(file, kind, torn=True)
+    return values, [str(error) for error in damaged]
 
 
 def write_log(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:

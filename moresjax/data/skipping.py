@@ -9,6 +9,7 @@ from typing import TypeVar
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import set_aside
 from moresjax.core.json_files import read_object, write_json
+from moresjax.data.records import ChangedFile
 
 T = TypeVar("T")
 
@@ -46,10 +47,12 @@ class SkipPolicy:
 
         Raises:
           UserError: What `make` raised, unless bad samples are skipped; also when every sample is
-            bad.
+            bad, or the file of the samples has changed.
         """
         try:
             return make()
+        except ChangedFile:
+            raise
         except UserError as error:
             if self.on_bad_sample == "raise":
                 raise

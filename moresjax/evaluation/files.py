@@ -4,12 +4,12 @@
 in `DATA_ROOT/coco/val2014/`, `DATA_ROOT/coco/test2015/` and so on.
 """
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from moresjax.core import reading
 from moresjax.core.errors import UserError, choice_error
 from moresjax.data.images import UnusableImage, named_image
 from moresjax.data.samples import IMAGE_MARK
@@ -66,11 +66,7 @@ def read_json(folder: Path, name: str) -> Any:
     Raises:
       UserError: The file does not exist or is not JSON.
     """
-    path = require_file(folder / name)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    return reading.read_json(require_file(folder / name), most=reading.LARGE)
 
 
 def read_jsonl(folder: Path, name: str, ending: str = "") -> list[Any]:
@@ -84,14 +80,7 @@ def read_jsonl(folder: Path, name: str, ending: str = "") -> list[Any]:
     Raises:
       UserError: The file does not exist, or a line is not JSON.
     """
-    path, values = require_file(folder / name), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                values.append(json.loads(line.strip().removesuffix(ending)))
-            except ValueError as error:
-                raise UserError(f"line {number} of {path} is not JSON: {error}") from None
-    return values
+    return reading.read_json_lines(require_file(folder / name), ending=ending)
 
 
 def limit_rows(

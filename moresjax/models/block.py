@@ -148,7 +148,7 @@ class Attention(nnx.Module):
         queries: Int[Array, "B Q"] | None,
     ) -> tuple[Float[Array, "B Q D"], LayerCache]:
         """The output at the queries (default: all tokens), and the keys and values."""
-        config = self.config
+        config, mask = self.config, hooks.mask(mask)
 
         def heads(name: str, count: int) -> Float[Array, "B N S H"]:
             y = hooks.linear(name, getattr(self, name), x)

@@ -237,7 +237,8 @@ class MLLM(nnx.Module):
         if chunk is not None:
             start, count, num_extra = num_virtual + chunk.first, chunk.count, 0
         mask: Mask | None = None
-        if not (any(map(reads_attention, probes)) or num_virtual or chunk):
+        masked = any(site == "llm.block.attn.mask" for site, _ in writes)
+        if not (any(map(reads_attention, probes)) or num_virtual or chunk or masked):
             mask = visible_runs(batch, self.config.llm)
         if mask is None:
             mask = visible(full, jnp.broadcast_to(start + jnp.arange(count), (rows, count)))

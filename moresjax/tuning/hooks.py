@@ -7,8 +7,8 @@ and the identity. What `edit` returns is shown to the probes of the site, and wh
 block reads to those of `X.in`. Sites are named
 `vision.block.X`, `connector.N` (its linear number N), `connector.out`, `llm.embed.out`,
 `llm.norm.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
-`mlp.out`, `out`. Virtual tokens are at `vision.embed`, `llm.embed`, `X.block.in` and
-`llm.block.kv`.
+`mlp.out`, `out`; writes may also be at `llm.block.attn.mask`, which keys each query sees. Virtual
+tokens are at `vision.embed`, `llm.embed`, `X.block.in` and `llm.block.kv`.
 
 `Hooks` serve a whole forward pass, `TowerHooks` the blocks of the LLM or of the vision encoder,
 `LayerHooks` one of these blocks.
@@ -94,6 +94,13 @@ class LayerHooks:
                 h = item.apply(self._params[number][0], h)
         self._read(self._tower.context, name, h=h)
         return h
+
+    def mask(self, mask: Any) -> Any:
+        """What the block's queries see, after the writes at `attn.mask`, which need a dense one."""
+        for number, item in self._tower.at("attn.mask"):
+            assert isinstance(item, AttachedWrite)  # nothing else is there
+            mask = item.write(self._params[number][0], mask)
+        return mask
 
     def enter(self, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The input of the block: extra tokens that have content at this layer get it."""
