@@ -15,6 +15,7 @@ from moresjax._version import __version__
 from moresjax.analysis.attention import AttentionSummary
 from moresjax.core.folders import replace_file
 from moresjax.core.json_files import read_log, write_json, write_log
+from moresjax.core.locks import one_writer
 from moresjax.data.images import image_names
 from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.attention_log import attention_entry, write_attention
@@ -187,6 +188,7 @@ def sample_facts(sample: int | None, seed: int) -> dict[str, int]:
     return {} if sample is None else {"sample": sample, "sample_seed": seed}
 
 
+@one_writer
 def write_results(
     result: EvaluationResult, out: str | Path, *, name: str = "", **facts: Any
 ) -> Path:

@@ -11,6 +11,7 @@ from moresjax.analysis.steering import count_changes, selection, side_effects
 from moresjax.analysis.vectors import vector_hash
 from moresjax.core.errors import UserError
 from moresjax.core.json_files import append_log, read_log, write_json, write_log
+from moresjax.core.locks import one_writer
 from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.judges import Judge
@@ -62,6 +63,7 @@ class SteeringResult:
         raise UserError(f"no trial of {vector} has {wanted}")
 
 
+@one_writer
 def steer(
     model: Model,
     tasks: Sequence[BenchmarkTask],
