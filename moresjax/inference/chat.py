@@ -5,7 +5,6 @@ the cache does not hold yet: the tokens after the first that differs from what w
 before. What a turn gives is therefore what reading the whole conversation anew would give.
 """
 
-import json
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from moresjax.core.errors import UserError
+from moresjax.core.json_files import write_json
 from moresjax.core.row import Row
 from moresjax.data.images import ImageInput, open_image
 from moresjax.data.llava import to_record
@@ -149,7 +149,7 @@ class Chat:
             names = [_image_name(x, n, file) for n, x in enumerate(self.images)]
             said = self.turns, names, self.system, self._regions, self._marks
             record = to_record(file.stem, *said)
-            file.write_text(json.dumps([record], ensure_ascii=False, indent=1) + "\n", "utf-8")
+            write_json(file, [record], indent=1, ensure_ascii=False)
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error.strerror}") from None
         self._saved.add(file.resolve())
