@@ -120,11 +120,16 @@ class _Found:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates models, or scores saved predictions again."""
+    from moresjax.core.locks import locked
+
+    found: dict[str, _Found] = {}
     if args.predictions:
-        found = {"": _rescored(args)}
+        found[""] = _rescored(args)
     else:
         models, questions = _models(args), _questions(args)
-        found = {asked.name: _evaluated(args, asked, questions) for asked in models}
+        for asked in models:
+            with locked(asked.out):  # before a model is loaded, which takes long
+                found[asked.name] = _evaluated(args, asked, questions)
     if len(found) == 1:
         (one,) = found.values()
         show(args, one.data, one.text)

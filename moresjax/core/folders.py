@@ -13,6 +13,8 @@ from moresjax.core.errors import UserError
 
 # Files and folders that are not finished; a name that nobody can foresee.
 _PARTIAL = re.compile(r"\..*\.partial-[0-9a-f]{16}")
+# The file that says who writes into a folder (`locks.py`).
+LOCK = ".moresjax-lock"
 _ADVICE = {
     errno.ENOSPC: "free some space, or inodes, and give the same command again",
     errno.EDQUOT: "free some of your quota and give the same command again",
@@ -71,7 +73,8 @@ def check_new(folder: Path, what: str) -> None:
 
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing, but for what killed processes did not finish."""
-    return all(_PARTIAL.fullmatch(path.name) for path in folder.iterdir())
+    names = (path.name for path in folder.iterdir())
+    return all(name == LOCK or _PARTIAL.fullmatch(name) for name in names)
 
 
 def remove_partial(folder: Path) -> None:
@@ -120,6 +123,7 @@ def new_folder(folder: str | Path, what: str) -> Iterator[Path]:
             _sync(partial)
             if folder.is_dir():
                 remove_partial(folder)
+                (folder / LOCK).unlink(missing_ok=True)
                 folder.rmdir()
             partial.rename(folder)
             _sync(folder.parent)

@@ -185,6 +185,42 @@ def visible(
     return (causal & related & alive) | own
 
 
+@pytree_dataclass
+class LazyMask:
+    """Which keys queries see, worked out for some queries at a time: never for all pairs at once.
+
+    Attributes:
+      layout: The layout of the keys `[B, S]`.
+      queries: The column of every query among the keys `[B, Q]`.
+      window: A query sees only keys less than so many positions before it; 0: all (static).
+      local: Whether this layer has the window, where only a number in a scan tells; None: it has.
+    """
+
+    layout: TokenLayout
+    queries: Int[AnyArray, "B Q"]
+    window: int = dataclasses.field(default=0, metadata={"static": True})
+    local: Bool[Array, ""] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows, queries and keys, as those of the mask."""
+        return *self.queries.shape, self.layout.shape[1]
+
+    def at(self, queries: Int[AnyArray, "B Q"]) -> Bool[Array, "B Q S"]:
+        """The mask of the queries in these columns."""
+        mask = visible(self.layout, queries)
+        if not self.window:
+            return mask
+        position = jnp.asarray(self.layout.position)
+        own = jnp.take_along_axis(position, jnp.asarray(queries), axis=1)
+        near = own[:, :, None] - position[:, None, :] < self.window
+        return mask & (near if self.local is None else near | ~self.local)
+
+    def dense(self) -> Bool[Array, "B Q S"]:
+        """The whole mask."""
+        return self.at(self.queries)
+
+
 def _next(layout: TokenLayout) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
     """TokenKind of the next token, and whether it continues the same document and branch."""
     kind, document, branch = (jnp.asarray(f) for f in (layout.kind, layout.document, layout.branch))

@@ -23,7 +23,7 @@ from moresjax.core.types import Ids
 from moresjax.generation.lengths import bucket
 from moresjax.inference.model import Model
 from moresjax.sharding.mesh import use_mesh
-from moresjax.tuning.base import Probe
+from moresjax.tuning.probes import Probe
 
 BY_HEAD = (AttentionMaps(by_head=True),)
 BY_TOKEN = (AttentionMaps(), AttentionProbe(by_query=True))

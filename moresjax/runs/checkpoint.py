@@ -185,6 +185,11 @@ class Checkpoints:
         if steps:
             self._manager.reload()
 
+    def wait(self) -> None:
+        """Waits for a running save."""
+        with _orbax:
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for a running save."""
         with _orbax:

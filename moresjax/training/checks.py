@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.folders import is_empty
 from moresjax.core.parameter_names import named_parameters
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample
@@ -383,7 +384,7 @@ def check_workdir(config: RunConfig, workdir: Path, resume: str) -> None:
         raise choice_error("resume", resume, ("auto", "never"))
     if re.match(r"\w+:/", str(workdir)):  # would become a folder of that name
         raise UserError(f"workdir {workdir} is in an object store; give a folder or a mounted one")
-    if not workdir.exists() or not any(workdir.iterdir()):
+    if not workdir.exists() or is_empty(workdir):
         return
     if resume == "never":
         raise UserError(f"workdir {workdir} is not empty and --resume is never")

@@ -83,11 +83,14 @@ def train_prepared(run: Run, preemption: PreemptionHandler, *, bar: bool = True)
     """
     if run.first:
         logger.info("resuming %s at step %d", run.config.name, run.first)
-    result, stopped = _loop(run, preemption, bar)
-    if stopped:
-        logger.warning("stopped at step %d, which is saved; the same command goes on", result.step)
-    elif run.speaks:
-        write_json(run.workdir / RESULT, dataclasses.asdict(result))
+    with run.held:
+        result, stopped = _loop(run, preemption, bar)
+        run.checkpoints.wait()
+        if stopped:
+            said = "stopped at step %d, which is saved; the same command goes on"
+            logger.warning(said, result.step)
+        elif run.speaks:
+            write_json(run.workdir / RESULT, dataclasses.asdict(result))
     return result
 
 
@@ -97,9 +100,7 @@ def _loop(run: Run, preemption: PreemptionHandler, bar: bool) -> tuple[TrainResu
     rows, state, first = batch_sharding(run.mesh), run.state, run.first
     done, stopped, metrics = first, False, {}
     compile_seconds, start = 0.0, time.monotonic()
-    with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.close)
-        reports = stack.enter_context(contextlib.closing(_StepReports(run, bar)))
+    with contextlib.closing(_StepReports(run, bar)) as reports:
         meter = reports.meter
         while done < config.steps and not stopped:
             stacked = next(run.iterator)

@@ -1,5 +1,6 @@
 """What a run needs before its first step: data, model, train step, and the newest checkpoint."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.core.json_files import read_object
+from moresjax.core.locks import FolderLock
 from moresjax.core.plugins import active_plugins
 from moresjax.core.ranges import check_ranges
 from moresjax.data.check import count_cut
@@ -82,6 +84,7 @@ class Checked:
       finished: The result of a run that has nothing left to do; the rest is None then.
       processor: The processor of the model.
       sources: Training samples, and validation samples if there are any.
+      resume: `auto` or `never`.
     """
 
     config: RunConfig
@@ -89,6 +92,7 @@ class Checked:
     finished: TrainResult | None = None
     processor: Processor | None = None
     sources: Sources | None = None
+    resume: str = "auto"
 
 
 @dataclasses.dataclass
@@ -110,6 +114,7 @@ class Run:
       step_fn: `(state, frozen, batch) -> (state, metrics)`.
       mesh: The devices.
       checkpoints: Where the state is saved.
+      held: What is let go of at the end: the lock of the directory and the checkpoints.
     """
 
     config: RunConfig
@@ -126,6 +131,7 @@ class Run:
     step_fn: Callable[..., Any]
     mesh: Mesh
     checkpoints: Checkpoints
+    held: contextlib.ExitStack
 
     @property
     def speaks(self) -> bool:
@@ -166,7 +172,7 @@ def check(
         config = with_steps(config, sources[0], lambda: processor)
         if finished := _finished(config, workdir, resume):
             return Checked(config, workdir, finished)
-    return Checked(config, workdir, None, processor, sources)
+    return Checked(config, workdir, None, processor, sources, resume)
 
 
 def _checked_start(config: RunConfig, workdir: Path) -> Processor:
@@ -223,19 +229,23 @@ def prepare(
     # Resume.
     identity = run_identity(config, frozen, processor, training)
     check_identity(saved_identity(workdir / "checkpoints")[1], identity, str(workdir))
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:  # one process writes for all
-        save_config(config, workdir / "config.json")
-        if isinstance(model, MLLM):
-            save_shared(model.tuning, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    checkpoints.identity = identity
-    samples_seen = 0
-    if restored := checkpoints.restore(state):
-        state, position = restored
-        iterator.set_state(position)
-        # Version 0.2 did not count them.
-        samples_seen = position.get("samples_seen", int(state.step) * config.batch_size)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:  # one process writes for all
+            stack.enter_context(FolderLock(workdir))
+            check_workdir(config, workdir, checked.resume)  # what another run wrote meanwhile
+            save_config(config, workdir / "config.json")
+            if isinstance(model, MLLM):
+                save_shared(model.tuning, workdir)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+        checkpoints.identity = identity
+        stack.callback(checkpoints.close)
+        samples_seen = 0
+        if restored := checkpoints.restore(state):
+            state, position = restored
+            iterator.set_state(position)
+            # Version 0.2 did not count them.
+            samples_seen = position.get("samples_seen", int(state.step) * config.batch_size)
+        held = stack.pop_all()
     return Run(
         config=config,
         workdir=workdir,
@@ -251,6 +261,7 @@ def prepare(
         step_fn=step_fn,
         mesh=mesh,
         checkpoints=checkpoints,
+        held=held,
     )
 
 

@@ -146,8 +146,9 @@ def test_the_dense_mask_is_used_where_no_kernel_can_say_the_same():
     packed = long_batch(RowStructure.PACKED)
     assert "splash_mha" in program(packed)
     assert "splash_mha" not in program(long_batch(RowStructure.ANY))  # there may be branches
-    assert "splash_mha" not in program(packed, probes=(AttentionProbe(),))
-    assert "splash_mha" not in program(packed, tuning="prefix:length=2")
+    assert "splash_mha" in program(packed, probes=(AttentionProbe(),))
+    assert "splash_mha" in program(long_batch(), tuning="prefix:length=2")
+    assert "splash_mha" not in program(packed, tuning="prefix:length=2")  # all documents see it
     assert "splash_mha" not in program(
         dataclasses.replace(tiny_batch(), structure=RowStructure.SINGLE)
     )

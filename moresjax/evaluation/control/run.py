@@ -9,6 +9,7 @@ from typing import Any
 from moresjax._version import __version__
 from moresjax.core.errors import UserError
 from moresjax.core.json_files import write_json
+from moresjax.core.locks import one_writer
 from moresjax.data.control.cases import OTHER, TARGET, Case
 from moresjax.data.control.questions import Phrasing
 from moresjax.data.control.rephrase import Rephraser, TemplateRephraser, rephrase
@@ -70,6 +71,7 @@ class ControlResult:
         return self.facts | self.measured.to_dict() | {"paraphrases": rows}
 
 
+@one_writer
 def measure_control(
     model: Model,
     source: ControlSource,

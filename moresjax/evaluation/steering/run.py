@@ -11,10 +11,12 @@ from moresjax.analysis.steering import count_changes, selection, side_effects
 from moresjax.analysis.vectors import vector_hash
 from moresjax.core.errors import UserError
 from moresjax.core.json_files import append_log, read_log, write_json, write_log
+from moresjax.core.locks import one_writer
 from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.metrics.vqa import matches_of_three
+from moresjax.evaluation.rows import SteeringRow
 from moresjax.evaluation.scoring import Predictions, TaskScore
 from moresjax.evaluation.steering.ask import Trial, ask_steered
 from moresjax.evaluation.steering.tasks import SteeringTask
@@ -62,6 +64,7 @@ class SteeringResult:
         raise UserError(f"no trial of {vector} has {wanted}")
 
 
+@one_writer
 def steer(
     model: Model,
     tasks: Sequence[BenchmarkTask],
@@ -258,7 +261,7 @@ class _Log:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_log(self._path)
+        rows = read_log(self._path, SteeringRow)
         for row in rows:
             trial = str(row.get("trial"))
             if self._made.get(trial, row.get("made")) != row.get("made"):
