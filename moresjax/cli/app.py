@@ -126,6 +126,8 @@ def _run(arguments: Sequence[str] | None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with every `--config.key=value` collected in `overrides`."""
+    if any("\0" in word for word in arguments or ()):
+        raise UserError("a word of the command has a zero byte, which no text and no path may have")
     args, rest = make_parser().parse_known_args(arguments)
     args.overrides = [item.removeprefix(OVERRIDE) for item in rest if item.startswith(OVERRIDE)]
     unknown = [item for item in rest if not item.startswith(OVERRIDE)]
