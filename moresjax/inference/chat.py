@@ -18,7 +18,7 @@ from moresjax.core.json_files import write_json
 from moresjax.core.row import Row
 from moresjax.data.images import ImageInput, open_image
 from moresjax.data.llava import to_record
-from moresjax.data.region_providers import OWN_REGIONS
+from moresjax.data.region_providers import OWN_REGIONS, RegionProvider, region_provider
 from moresjax.data.regions import Regions
 from moresjax.data.samples import Mark, Sample, Turn
 from moresjax.generation.engine import Engine
@@ -180,9 +180,12 @@ class Chat:
             raise UserError("the question is empty")
         prompts, service = self._model.prompts, self._model.service
         processor, name = prompts.processor, f"turn {len(self.turns) + 1}"
+        regions = processor.regions if roi is None and processor.centres else OWN_REGIONS
+        if isinstance(roi, str | RegionProvider):
+            regions, roi = region_provider(roi) if isinstance(roi, str) else roi, None
         said = asked_sample(name, question, new, roi=roi, marks=marks)
-        if roi is None and processor.centres:
-            said = processor.regions(said)  # kept, so that later turns have the same
+        asks = regions.kind == "attention"
+        said = said if asks else regions(said)  # kept, so that later turns have the same
         question = mark_images(question, new)
         sample = Sample(
             name,
@@ -194,6 +197,11 @@ class Chat:
         )
         row = processor.text_row(sample)
         service.check_context(row, self._limit)
+        if (
+            asks and new and prompts.asks_model(sample, regions)
+        ):  # of these images; others have theirs
+            looked = prompts.attended(sample, regions).roi or ()
+            sample = replace(sample, roi=(*self._regions, *looked[len(self.images) :]))
         pixels = [*self._pixels]
         for image in new:
             assert processor.image is not None  # a model without images was refused with the text

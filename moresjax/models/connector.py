@@ -35,7 +35,7 @@ CONNECTORS = (
     "qformer",
 )
 # How many neighbours are put side by side, whether a norm follows, the chain of linears behind.
-_CHAIN = r"(?:concat([2-9]|[1-9]\d+)-)?(norm-)?(linear|mlp\d.+)"
+_CHAIN = r"(?:concat([2-9]|[1-9]\d{1,3})-)?(norm-)?(linear|mlp\d.+)"
 NORM_EPS = 1e-5
 # Those that read the features with learned queries.
 QUERYING: dict[str, type[ResamplerConfig] | type[QFormerConfig]] = {
@@ -84,7 +84,7 @@ def parse_connector(name: str) -> tuple[str, ResamplerConfig | QFormerConfig | N
         key, _, value = item.partition("=")
         if key not in fields:
             raise choice_error(f"option of connector {kind}", key, fields)
-        if not re.fullmatch(r"[1-9]\d*", value):
+        if not re.fullmatch(r"[1-9]\d{0,8}", value):
             raise UserError(f"connector {kind}: {key} must be a positive integer, got {value!r}")
         options[key] = int(value)
     return kind, config(**options)
@@ -128,7 +128,7 @@ def linear_widths(name: str, d_in: int, d_out: int) -> list[int] | None:
         return [d_in, d_out]
     if name == "fused-gelu-mlp":
         return [d_in, 4 * d_in, d_out, d_out]
-    if m := re.fullmatch(r"mlp([1-9]\d*)x_(\w+)", name):
+    if m := re.fullmatch(r"mlp([1-9]\d?)x_(\w+)", name):
         if m[2] not in ACTIVATIONS:
             return None
         return [d_in] + [d_out] * int(m[1])
