@@ -155,13 +155,26 @@ def count_documents(layout: TokenLayout) -> Int[Array, ""]:
 
 
 def visible(
-    layout: TokenLayout, queries: Int[AnyArray, "B Q"] | None = None
+    layout: TokenLayout,
+    queries: Int[AnyArray, "B Q"] | None = None,
+    *,
+    whole_images: bool = False,
 ) -> Bool[Array, "B Q S"]:
     """Which keys the tokens at row indices `queries` (default: all) attend to.
 
     A key is visible when it is not padding, stands at or before the query in the row, belongs to
     the query's document (or to all of them), and lies in the trunk or in the query's own branch. A
     padding query sees only itself, so that its softmax stays finite; nothing ever reads its output.
+
+    >>> row = TokenLayout.text(np.ones((1, 3), bool)).replace(image=np.array([[-1, 0, 1]]))
+    >>> row = row.replace(visual_tokens=2)
+    >>> visible(row, whole_images=True).astype(int).tolist()
+    [[[1, 0, 0], [1, 1, 1], [1, 1, 1]]]
+
+    Args:
+      layout: The layout of the batch.
+      queries: Indices of tokens in their rows.
+      whole_images: Whether the tokens of one image also see those behind them.
     """
     batch, length = layout.shape
     index = jnp.arange(length)
@@ -177,6 +190,10 @@ def visible(
     )
     own = index[None, None, :] == queries[:, :, None]
     causal = index[None, None, :] <= queries[:, :, None]
+    if whole_images and layout.visual_tokens:
+        place = jnp.asarray(layout.image)
+        number = jnp.where(place >= 0, place // layout.visual_tokens, -1)
+        causal |= (number[:, None, :] == at_queries(number)) & (number >= 0)[:, None, :]
     related = (document == SHARED) | (
         (document == at_queries(layout.document))
         & ((branch == 0) | (branch == at_queries(layout.branch)))

@@ -22,6 +22,7 @@ from moresjax.models.connector import (
     Connector,
     build_connector,
     connector_tokens,
+    feature_tokens,
     linear_widths,
     parse_connector,
 )
@@ -73,9 +74,19 @@ class MLLMConfig:
         NaN for a token that stands for no place. None for a connector whose learned queries read
         the whole image, and without a vision encoder.
         """
-        if self.vision is None or parse_connector(self.connector)[1] is not None:
+        if self.vision is None or (tokens := self.feature_tokens()) is None:
             return None
-        return self.vision.token_centres().reshape(self.visual_tokens, -1, 2).mean(1)
+        centres = self.vision.token_centres()[np.argsort(tokens, kind="stable")]
+        return centres.reshape(self.visual_tokens, -1, 2).mean(1)
+
+    def feature_tokens(self) -> Int[np.ndarray, " F"] | None:
+        """The visual token that each visual feature of an image becomes.
+
+        None for a connector whose learned queries read them all, and without a vision encoder.
+        """
+        if self.vision is None:
+            return None
+        return feature_tokens(self.connector, self.vision.num_tokens)
 
     @property
     def places_visual_tokens(self) -> bool:
@@ -237,17 +248,22 @@ class MLLM(nnx.Module):
         if chunk is not None:
             start, count, num_extra = num_virtual + chunk.first, chunk.count, 0
         mask: Mask | None = None
-        if not (any(map(reads_attention, probes)) or num_virtual or chunk):
+        whole = self.config.llm.image_attention == "bidirectional" and batch.pixels is not None
+        if not (any(map(reads_attention, probes)) or num_virtual or chunk or whole):
             mask = visible_runs(batch, self.config.llm)
         if mask is None:
-            mask = visible(full, jnp.broadcast_to(start + jnp.arange(count), (rows, count)))
+            columns = jnp.broadcast_to(start + jnp.arange(count), (rows, count))
+            mask = visible(full, columns, whole_images=whole)
         if queries is not None:
             queries = jnp.asarray(queries) + num_virtual - start
         context = None
         if probes:
             seen = None
             if any(map(reads_attention, probes)):
-                seen = dense(mask) if queries is None else visible(full, queries + start)
+                if queries is None:
+                    seen = dense(mask)
+                else:
+                    seen = visible(full, queries + start, whole_images=whole)
             images = self._images(batch)
             context = ProbeContext(jnp.asarray(full.kind), seen, queries, *images)
         hooks = self.tuning.hooks(
