@@ -48,6 +48,8 @@ setup(
         "pillow",
         "numpy",
         "jaxtyping>=0.3",
+        "msgspec>=0.20,<1",  # types of what is read from outside; one wheel, nothing below it
+        "regex>=2024.4",  # patterns of users with a time limit; transformers has it too
         "lm_eval>=0.4.13",
         "scikit-learn",
         "matplotlib",
@@ -63,7 +65,7 @@ setup(
         "test": [
             "pytest",
             "pytest-xdist>=3.7",  # --no-loadscope-reorder
-            "hypothesis",
+            "hypothesis>=6.100,<7",
             "beartype",
             "torch==2.13.0",
             "peft>=0.21",

@@ -62,6 +62,7 @@ def clean_environment() -> dict[str, str]:
 
 def pytest_addoption(parser: pytest.Parser):
     parser.addoption("--shape-checks", action="store_true", help="check array shapes at run time")
+    parser.addoption("--all-faults", action="store_true", help="every fault of tests/faults")
 
 
 def pytest_configure(config: pytest.Config):
@@ -78,9 +79,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]):
     """Marks the tests of the files that `fast.txt` names and leaves them for the end, when workers
-    would wait for each other's long files."""
+    would wait for each other's long files. Faults beyond the sample come with `--all-faults`."""
+    if not config.getoption("--all-faults"):
+        beyond = [item for item in items if item.get_closest_marker("all_faults")]
+        config.hook.pytest_deselected(items=beyond)
+        items[:] = [item for item in items if item not in beyond]
     for item in items:
         if str(item.path.relative_to(TESTS)) in FAST:
             item.add_marker("fast")

@@ -10,20 +10,22 @@ mean over its visible keys. Source: LLaVA Steering, figures 1 and 2, equation 2.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import TokenKind
+from moresjax.core.layout import LazyMask, TokenKind
 from moresjax.core.types import Ids
-from moresjax.models.attention import GROUPS, attention_probabilities, group_masses
+from moresjax.models.attention import GROUPS, attention_probabilities, in_chunks
 from moresjax.models.connector import neighbours, parse_connector, pooled_side
+from moresjax.models.fused_attention import Runs
 from moresjax.models.fusion import FusedVisionConfig
+from moresjax.models.group_attention import group_counts, group_masses, key_sums, one_hot
 from moresjax.models.mllm import MLLMConfig
-from moresjax.tuning.base import ProbeContext
+from moresjax.tuning.probes import ProbeContext
 
 IMAGE = GROUPS.index(TokenKind.IMAGE)
 # What the image is compared with; the first is the default (the paper does not say).
@@ -46,18 +48,19 @@ class AttentionProbe:
     name: str = "attention"
     site: str = "attn"
     by_query: bool = False
+    lazy = True
+
+    def members(self, context: ProbeContext) -> Float[Array, "B T C"]:
+        """Which of `GROUPS` each key belongs to."""
+        return (context.kind[:, :, None] == jnp.asarray(GROUPS)).astype(jnp.float32)
 
     def read(
         self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
     ) -> dict[str, Float[Array, "..."]]:
         """Statistics of one layer from its queries and keys."""
-        if context.queries is not None:
-            q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
-        probabilities = attention_probabilities(q, k, context.mask, context.softcap)
-        masses = group_masses(probabilities, context.kind)  # [B, N, Q, C]
-        assert context.mask is not None  # because attention is read
-        members = (context.kind[:, :, None] == jnp.asarray(GROUPS)).astype(jnp.float32)
-        counts = jnp.einsum("bqs,bsc->bqc", context.mask.astype(jnp.float32), members)[:, None]
+        members = self.members(context)
+        masses = masses_of(members, context, q, k)  # [B, N, Q, C]
+        counts = group_counts(members, context.visible())[:, None]
 
         def mean(groups: Sequence[TokenKind]) -> Float[Array, "B N Q"]:
             chosen = np.asarray([group in groups for group in GROUPS], np.float32)
@@ -80,15 +83,130 @@ class AttentionMaps:
     name: str = "maps"
     site: str = "attn"
     by_head: bool = False
+    lazy = True
 
     def read(
         self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
     ) -> Float[Array, "B *N Q T"]:
         """The map of one layer from its queries and keys."""
+        mask = context.visible()
+
+        def maps(q: Array, mask: Array) -> Array:
+            found = attention_probabilities(q, k, mask, context.softcap)
+            return found if self.by_head else found.mean(axis=1, keepdims=True)
+
+        q = context.at_queries(q)
+        found = in_chunks(maps, q, mask) if isinstance(mask, LazyMask) else maps(q, mask)
+        return found if self.by_head else found[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupProbe:
+    """Attention mass of groups of keys of your own, such as images or regions of them.
+
+    Reads `[B, N, C]`, summed over the queries of a row, or `[B, N, Q, C]` with `by_query`. Like
+    `AttentionProbe` it costs memory in proportion to the keys, whatever kernel attends.
+
+    >>> import jax.numpy as jnp
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model()
+    >>> batch = model.service.batch([model.prompt("how many ?")], 8)
+    >>> halves = GroupProbe(lambda context: jnp.arange(context.kind.shape[1])[None] // 4, 2)
+    >>> model.mllm(batch, probes=(halves,), queries=jnp.array([[3]])).stats["groups"].shape
+    (2, 1, 4, 2)
+
+    Attributes:
+      number: Gives the number of every key's group from the context, `[B, S]`, or `[1, S]` for all
+        rows; a key of another number belongs to none. `by_image` and `by_roi` are such functions.
+      groups: C.
+      name: The key of the statistics.
+      by_query: Whether the queries are kept apart.
+    """
+
+    number: Callable[[ProbeContext], Int[Array, "_ S"]]
+    groups: int
+    name: str = "groups"
+    site: str = "attn"
+    by_query: bool = False
+    lazy = True
+
+    def members(self, context: ProbeContext) -> Float[Array, "B T C"]:
+        """Which group each key belongs to."""
+        number = jnp.broadcast_to(self.number(context), context.kind.shape)
+        return one_hot(number, self.groups)
+
+    def read(
+        self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
+    ) -> Float[Array, "B N *Q C"]:
+        """The masses of one layer from its queries and keys."""
+        masses = masses_of(self.members(context), context, q, k)
+        return masses if self.by_query else masses.sum(axis=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyProbe:
+    """How much attention every key gets: column sums over the chosen queries of a row.
+
+    Reads `[B, S]`, mean over heads, or `[B, N, S]` with `by_head`; over all queries of a kernel
+    they come from its backward pass, and no array has all queries and all keys.
+
+    >>> import jax.numpy as jnp
+    >>> from moresjax.testing import talking_model
+    >>> model = talking_model()
+    >>> batch = model.service.batch([model.prompt("how many ?")], 8)
+    >>> sums = model.mllm(batch, probes=(KeyProbe(),), queries=jnp.array([[2, 3]])).stats["keys"]
+    >>> sums.shape, round(float(sums[0, 0].sum()), 3)
+    ((2, 1, 8), 2.0)
+    """
+
+    name: str = "keys"
+    site: str = "attn"
+    by_head: bool = False
+    lazy = True
+
+    def read(
+        self, context: ProbeContext, q: Float[Array, "B N S H"], k: Float[Array, "B K T H"]
+    ) -> Float[Array, "B *N T"]:
+        """The sums of one layer from its queries and keys."""
+        kind, mask = context.kind, context.visible()
+        if isinstance(context.view, Runs) and context.queries is None:
+            mask = context.view
+        chosen = kind[:, -q.shape[2] :] != TokenKind.PAD  # of all queries: those that are tokens
+        weights = chosen.astype(jnp.float32)
         if context.queries is not None:
-            q = jnp.take_along_axis(q, context.queries[:, None, :, None], axis=2)
-        maps = attention_probabilities(q, k, context.mask, context.softcap)
-        return maps if self.by_head else maps.mean(axis=1)
+            q = context.at_queries(q)
+            weights = jnp.ones(context.queries.shape, jnp.float32)
+        sums = key_sums(q, k.astype(q.dtype), weights, mask, context.softcap)
+        return sums if self.by_head else sums.mean(axis=1)
+
+
+def by_image(context: ProbeContext) -> Int[Array, "B S"]:
+    """For `GroupProbe`: the number of the image that a key is a token of."""
+    layout = context.layout
+    assert layout is not None  # in every pass of the LLM
+    return jnp.asarray(layout.image) // max(layout.visual_tokens, 1)
+
+
+def by_roi(context: ProbeContext) -> Int[Array, "B S"]:
+    """For `GroupProbe`: 0 for visual tokens in the region of interest, 1 for the others."""
+    layout, roi = context.layout, context.roi
+    if layout is None or roi is None:
+        raise UserError("attention on a region of interest needs one: give roi=")
+    image = jnp.asarray(layout.image)
+    inside = jnp.take_along_axis(jnp.asarray(roi), jnp.maximum(image, 0), axis=1)
+    return jnp.where(image < 0, -1, jnp.where(inside, 0, 1))
+
+
+def masses_of(
+    members: Float[Array, "B T C"],
+    context: ProbeContext,
+    q: Float[Array, "B N S H"],
+    k: Float[Array, "B K T H"],
+) -> Float[Array, "B N Q C"]:
+    """Masses of the chosen queries: those that attention itself gave, else read from the keys."""
+    if context.masses is not None:
+        return context.at_queries(context.masses)
+    return group_masses(context.at_queries(q), k, members, context.visible(), context.softcap)
 
 
 @dataclasses.dataclass(frozen=True)

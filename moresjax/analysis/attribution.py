@@ -25,8 +25,9 @@ from moresjax.core.types import AnyArray
 from moresjax.models.block import Block
 from moresjax.models.layers import Norm
 from moresjax.models.mllm import MLLM
-from moresjax.tuning.base import Params, ProbeContext
+from moresjax.tuning.base import Params
 from moresjax.tuning.hooks import AttachedWrite
+from moresjax.tuning.probes import ProbeContext
 
 EMBEDDED, HEADS = "llm.embed.out", "llm.block.o.in"
 ATTENTION, MLP, OUT = "llm.block.attn.out", "llm.block.mlp.out", "llm.block.out"

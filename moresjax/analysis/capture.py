@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.types import Ids, Tokenizer
-from moresjax.tuning.base import ChosenToken, ModelConfig, ProbeContext
+from moresjax.tuning.base import ModelConfig
+from moresjax.tuning.probes import ChosenToken, ProbeContext
 from moresjax.tuning.selectors import parse_layers
 from moresjax.tuning.sites import EDIT_SITES, num_layers
 

@@ -17,7 +17,6 @@ Axis legend: N states, D hidden size, K concepts.
 import dataclasses
 import functools
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from moresjax.analysis.sparse_autoencoder import SAEOptions, codes, train_autoen
 from moresjax.analysis.state_rows import StateRows
 from moresjax.analysis.states import States
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.folders import new_folder
-from moresjax.core.json_files import read_object
+from moresjax.core.folders import new_file, new_folder
+from moresjax.core.json_files import read_object, write_json
 from moresjax.core.types import AnyArray
 
 ARRAYS, FACTS = "concepts.npz", "concepts.json"
@@ -129,10 +128,11 @@ class Concepts:
         """The files of `save` in a folder that is there."""
         arrays: dict[str, Any] = {"vectors": self.vectors, "sizes": self.sizes}
         arrays |= {f"extra.{name}": array for name, array in self.extra.items()}
-        np.savez(folder / ARRAYS, **arrays)
+        with new_file(folder / ARRAYS) as file, file.open("wb") as content:
+            np.savez(content, **arrays)
         content = {"method": self.method, "version": __version__} | self.facts
         content |= {"sizes": self.sizes.tolist()} | dict(facts or {})
-        (folder / FACTS).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / FACTS, content)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Concepts":

@@ -20,7 +20,7 @@ from moresjax._version import __version__
 from moresjax.analysis.states import States
 from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
-from moresjax.core.json_files import read_object
+from moresjax.core.json_files import read_object, write_json
 
 ARRAYS, FACTS = "vectors.npz", "vectors.json"
 # What `states.json` says of the model behind the states.
@@ -63,7 +63,7 @@ def save_vectors(
     buffer = io.BytesIO()
     save: Any = np.savez  # whose type has names of its own
     save(buffer, **arrays)
-    replace_file(folder / FACTS, json.dumps(content, indent=2) + "\n")
+    write_json(folder / FACTS, content)
     replace_file(folder / ARRAYS, buffer.getvalue())
     return folder / ARRAYS
 

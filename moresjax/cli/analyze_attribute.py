@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from moresjax.cli.options import (
@@ -36,6 +35,7 @@ def run_attribute(args: argparse.Namespace) -> None:
     import numpy as np
 
     from moresjax.core.folders import check_new, new_folder
+    from moresjax.core.json_files import write_json
     from moresjax.inference.attribution import attribute_logit, attribute_tokens
     from moresjax.reports.plots import save
     from moresjax.reports.prompt_figures import (
@@ -68,7 +68,7 @@ def run_attribute(args: argparse.Namespace) -> None:
         "parts": values,
     }
     with new_folder(args.out, "analysis") as folder:
-        (folder / "attribution.json").write_text(json.dumps(content) + "\n")
+        write_json(folder / "attribution.json", content, indent=None)
         save(parts_figure(parts), folder / "parts.png", dpi=150)
         save(attribution_figure(found), folder / "tokens.png", dpi=150)
         if len(found.grids):

@@ -69,7 +69,7 @@ def run_control(args: argparse.Namespace) -> None:
     """Asks, counts, and writes tables, a figure and a page; or joins tables that are there."""
     import dataclasses
 
-    from moresjax.core.folders import new_folder
+    from moresjax.core.folders import new_folder, replace_file
     from moresjax.evaluation.control.run import measure_control
     from moresjax.reports.control import control_report, control_tables, joined_tables
 
@@ -79,7 +79,7 @@ def run_control(args: argparse.Namespace) -> None:
         joined = joined_tables(args.join)
         text = "\n\n".join(table.markdown() for table in joined)
         with new_folder(args.out, "joined tables") as folder:
-            (folder / "tables.md").write_text(text + "\n", encoding="utf-8")
+            replace_file(folder / "tables.md", text + "\n")
         show(args, {"tables": [dataclasses.asdict(table) for table in joined]}, text)
         return
     if args.limit is not None and args.limit < 1:

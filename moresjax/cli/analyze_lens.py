@@ -1,7 +1,6 @@
 """`moresjax analyze lens`: what every layer would say next."""
 
 import argparse
-import json
 from pathlib import Path
 
 from moresjax.cli.options import (
@@ -31,6 +30,7 @@ def register(kinds: Commands) -> None:
 def run_lens(args: argparse.Namespace) -> None:
     """Reads the layers, writes `lens.json` and draws them."""
     from moresjax.core.folders import check_new, new_folder
+    from moresjax.core.json_files import write_json
     from moresjax.inference.lens import logit_lens
     from moresjax.reports.plots import save
     from moresjax.reports.prompt_figures import lens_figure, lens_on_image, pictures, plain
@@ -53,7 +53,7 @@ def run_lens(args: argparse.Namespace) -> None:
         "grids": None if lens.grids is None else plain(lens.grids),
     }
     with new_folder(args.out, "analysis") as folder:
-        (folder / "lens.json").write_text(json.dumps(content) + "\n")
+        write_json(folder / "lens.json", content, indent=None)
         save(lens_figure(lens), folder / "lens.png", dpi=150)
         if lens.grids is not None:
             for number, picture in enumerate(pictures(model, args.image)):

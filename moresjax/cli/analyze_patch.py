@@ -1,7 +1,6 @@
 """`moresjax analyze patch`: which states carry the difference between two prompts or images."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +58,7 @@ def register(kinds: Commands) -> None:
 def run_patch(args: argparse.Namespace) -> None:
     """Patches states, writes `patching.json` and draws the effects."""
     from moresjax.core.folders import check_new, new_folder
+    from moresjax.core.json_files import write_json
     from moresjax.inference.patching import patching
     from moresjax.reports.plots import save
     from moresjax.reports.prompt_figures import patching_figure
@@ -97,7 +97,7 @@ def run_patch(args: argparse.Namespace) -> None:
         "effect": found.effect.tolist(),
     }
     with new_folder(args.out, "analysis") as folder:
-        (folder / "patching.json").write_text(json.dumps(content) + "\n")
+        write_json(folder / "patching.json", content, indent=None)
         save(patching_figure(found), folder / "patching.png", dpi=150)
     lines = [f"{answers[0]!r} minus {answers[1]!r}: {found.clean:.3f} and {found.corrupt:.3f}"]
     for layer, row in enumerate(found.effect):

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 from moresjax.cli.options import (
@@ -56,6 +55,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
     from moresjax.analysis.states import States
     from moresjax.analysis.vectors import PROVENANCE, data_hash
     from moresjax.core.folders import check_new, new_folder
+    from moresjax.core.json_files import write_json
     from moresjax.evaluation.states import Selection
     from moresjax.evaluation.steering.build import check_model
     from moresjax.evaluation.tasks import draw_examples, load_tasks, questions_hash
@@ -107,7 +107,7 @@ def run_sensitivity(args: argparse.Namespace) -> None:
         "concepts": [row.to_dict() for row in rows],
     }
     with new_folder(args.out, "analysis") as folder:
-        (folder / "sensitivity.json").write_text(json.dumps(content) + "\n")
+        write_json(folder / "sensitivity.json", content, indent=None)
         save(sensitivity_figure(rows), folder / "sensitivity.png", dpi=150)
     lines = [
         f"{row.concept} {row.site} {row.layer}: score {row.score:.3f} (random {row.random:.3f}, "

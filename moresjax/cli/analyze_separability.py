@@ -1,7 +1,6 @@
 """`moresjax analyze separability`: how far classes of states lie apart, layer by layer."""
 
 import argparse
-import json
 from pathlib import Path
 
 from moresjax.cli.options import Commands, add_command, show
@@ -36,6 +35,7 @@ def run_separability(args: argparse.Namespace) -> None:
     from moresjax.analysis.states import States
     from moresjax.analysis.vectors import data_hash
     from moresjax.core.folders import check_new, new_folder
+    from moresjax.core.json_files import write_json
     from moresjax.reports.steering import plane_figure, probe_figure
 
     check_new(Path(args.out), "analysis")
@@ -61,7 +61,7 @@ def run_separability(args: argparse.Namespace) -> None:
         "labels": labels,
     }
     with new_folder(args.out, "analysis") as folder:
-        (folder / "separability.json").write_text(json.dumps(content) + "\n")
+        write_json(folder / "separability.json", content, indent=None)
         probe_figure(layers).savefig(folder / "probes.png", dpi=150)
         plane_figure(layers, labels).savefig(folder / "planes.png", dpi=150)
     lines = [

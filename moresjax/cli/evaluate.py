@@ -120,11 +120,16 @@ class _Found:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluates models, or scores saved predictions again."""
+    from moresjax.core.locks import locked
+
+    found: dict[str, _Found] = {}
     if args.predictions:
-        found = {"": _rescored(args)}
+        found[""] = _rescored(args)
     else:
         models, questions = _models(args), _questions(args)
-        found = {asked.name: _evaluated(args, asked, questions) for asked in models}
+        for asked in models:
+            with locked(asked.out):  # before a model is loaded, which takes long
+                found[asked.name] = _evaluated(args, asked, questions)
     if len(found) == 1:
         (one,) = found.values()
         show(args, one.data, one.text)
@@ -253,7 +258,7 @@ def _forgetting(
     result: "EvaluationResult",
 ) -> tuple[dict[str, Any], str]:
     """Asks the model before tuning the same; what changed, and the same as text."""
-    from moresjax.core.folders import replace_file
+    from moresjax.core.json_files import write_json
     from moresjax.evaluation import forgetting
     from moresjax.evaluation.results import write_results
     from moresjax.evaluation.run import evaluate
@@ -266,7 +271,7 @@ def _forgetting(
     same = forgetting.same_logits(*models, prompts) if prompts else None
     rows = forgetting.forgetting(before, result, args.out)
     facts = forgetting.forgetting_facts(rows, same)
-    replace_file(Path(args.out) / "forgetting.json", json.dumps(facts, indent=2) + "\n")
+    write_json(Path(args.out) / "forgetting.json", facts)
     return facts, forgetting.forgetting_table(facts)
 
 

@@ -79,6 +79,14 @@ def add_parser(commands: Commands) -> None:
         help="the most pixels of an image (default: %(default)s)",
     )
     serve.add_argument(
+        "--image-host",
+        action="append",
+        default=[],
+        metavar="NAME[:PORT]",
+        help="a public host whose addresses of images are fetched; may be repeated (default: none, "
+        "images come in the request)",
+    )
+    serve.add_argument(
         "--vector",
         action="append",
         default=[],
@@ -117,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
 def _config(args: argparse.Namespace) -> "ServerConfig":
     """What the options allow."""
     from moresjax.serve.images import ImageLimits
+    from moresjax.serve.remote_images import RemoteLimits, check_host
     from moresjax.serve.server import ServerConfig
 
     for name in ("rows", "max_waiting", "max_new_tokens", "max_body", "max_pixels"):
@@ -129,7 +138,10 @@ def _config(args: argparse.Namespace) -> "ServerConfig":
         max_waiting=args.max_waiting,
         max_new_tokens=args.max_new_tokens,
         max_body=args.max_body << 20,
-        images=ImageLimits(max_pixels=int(args.max_pixels * 1e6)),
+        images=ImageLimits(
+            max_pixels=int(args.max_pixels * 1e6),
+            remote=RemoteLimits(tuple(map(check_host, args.image_host))),
+        ),
         api_key=_key(args.api_key_file),
         hosts=(args.host, *args.allow_host),
     )

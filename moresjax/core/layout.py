@@ -63,6 +63,8 @@ class TokenLayout:
         of several continuations that share the trunk but not each other (many questions on one
         image).
       visual_tokens: V, the number of visual tokens of one image (static).
+      whole_images: Whether the tokens of an image also see those of it that stand after them; said
+        by the model that reads the batch (static).
     """
 
     kind: IntField
@@ -71,6 +73,7 @@ class TokenLayout:
     document: IntField
     branch: IntField
     visual_tokens: int = dataclasses.field(default=0, metadata={"static": True})
+    whole_images: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,24 +160,17 @@ def count_documents(layout: TokenLayout) -> Int[Array, ""]:
 def visible(
     layout: TokenLayout,
     queries: Int[AnyArray, "B Q"] | None = None,
-    *,
-    whole_images: bool = False,
 ) -> Bool[Array, "B Q S"]:
     """Which keys the tokens at row indices `queries` (default: all) attend to.
 
     A key is visible when it is not padding, stands at or before the query in the row, belongs to
-    the query's document (or to all of them), and lies in the trunk or in the query's own branch. A
+    the query's document (or to all of them), and lies in the trunk or in the query's own branch.
+    With `whole_images` those of the query's image are visible, too, that stand after it. A
     padding query sees only itself, so that its softmax stays finite; nothing ever reads its output.
 
     >>> row = TokenLayout.text(np.ones((1, 3), bool)).replace(image=np.array([[-1, 0, 1]]))
-    >>> row = row.replace(visual_tokens=2)
-    >>> visible(row, whole_images=True).astype(int).tolist()
+    >>> visible(row.replace(visual_tokens=2, whole_images=True)).astype(int).tolist()
     [[[1, 0, 0], [1, 1, 1], [1, 1, 1]]]
-
-    Args:
-      layout: The layout of the batch.
-      queries: Indices of tokens in their rows.
-      whole_images: Whether the tokens of one image also see those behind them.
     """
     batch, length = layout.shape
     index = jnp.arange(length)
@@ -190,7 +186,7 @@ def visible(
     )
     own = index[None, None, :] == queries[:, :, None]
     causal = index[None, None, :] <= queries[:, :, None]
-    if whole_images and layout.visual_tokens:
+    if layout.whole_images and layout.visual_tokens:
         place = jnp.asarray(layout.image)
         number = jnp.where(place >= 0, place // layout.visual_tokens, -1)
         causal |= (number[:, None, :] == at_queries(number)) & (number >= 0)[:, None, :]
@@ -200,6 +196,42 @@ def visible(
     )
     alive = (kind != TokenKind.PAD) & (at_queries(layout.kind) != TokenKind.PAD)
     return (causal & related & alive) | own
+
+
+@pytree_dataclass
+class LazyMask:
+    """Which keys queries see, worked out for some queries at a time: never for all pairs at once.
+
+    Attributes:
+      layout: The layout of the keys `[B, S]`.
+      queries: The column of every query among the keys `[B, Q]`.
+      window: A query sees only keys less than so many positions before it; 0: all (static).
+      local: Whether this layer has the window, where only a number in a scan tells; None: it has.
+    """
+
+    layout: TokenLayout
+    queries: Int[AnyArray, "B Q"]
+    window: int = dataclasses.field(default=0, metadata={"static": True})
+    local: Bool[Array, ""] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows, queries and keys, as those of the mask."""
+        return *self.queries.shape, self.layout.shape[1]
+
+    def at(self, queries: Int[AnyArray, "B Q"]) -> Bool[Array, "B Q S"]:
+        """The mask of the queries in these columns."""
+        mask = visible(self.layout, queries)
+        if not self.window:
+            return mask
+        position = jnp.asarray(self.layout.position)
+        own = jnp.take_along_axis(position, jnp.asarray(queries), axis=1)
+        near = own[:, :, None] - position[:, None, :] < self.window
+        return mask & (near if self.local is None else near | ~self.local)
+
+    def dense(self) -> Bool[Array, "B Q S"]:
+        """The whole mask."""
+        return self.at(self.queries)
 
 
 def _next(layout: TokenLayout) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from flax import nnx
 
+from moresjax.core.patterns import full_match
+
 
 def path_name(path: Iterable[object]) -> str:
     """Dotted name of a parameter.
@@ -62,6 +64,9 @@ def matches(name: str, pattern: str) -> bool:
       name: The dotted name of the parameter.
       pattern: The name itself, the beginning of a name up to a dot, or a regex for all of it.
         `lm_head` stands for `llm.head`, `vision:lastN` for the last N blocks of the vision encoder.
+
+    Raises:
+      UserError: The pattern is no regex, or takes too long.
     """
     pattern = "vision.last" if pattern.startswith("vision:last") else ALIASES.get(pattern, pattern)
-    return name == pattern or name.startswith(pattern + ".") or bool(re.fullmatch(pattern, name))
+    return name == pattern or name.startswith(pattern + ".") or full_match(pattern, name)

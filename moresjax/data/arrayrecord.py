@@ -9,13 +9,15 @@ import functools
 import itertools
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
 from moresjax.core.errors import UserError
+from moresjax.core.json_files import write_json
+from moresjax.core.reading import IMAGE, Count, check_file, read_bytes, read_json
 from moresjax.data.llava import (
     LlavaSource,
     image_names,
@@ -70,7 +72,7 @@ def convert_llava(
             files[name] = int(stop - start)
     np.save(out / SIZES, np.concatenate([source.sizes, source.turn_counts], axis=1))
     index = {"records": len(source), "shards": files}
-    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(out / INDEX, index)
     return index
 
 
@@ -80,13 +82,15 @@ def _pack(source: LlavaSource, index: int) -> bytes:
     to_sample(record, name, found)  # a bad sample stops the conversion
     images = []
     for path in found:
-        try:
-            images.append(path if isinstance(path, bytes) else path.read_bytes())
-        except (OSError, ValueError) as error:  # no path may hold a zero byte
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"sample {name}: image {path!s} cannot be read: {reason}") from None
+        what = f"sample {name}: image"
+        images.append(path if isinstance(path, bytes) else read_bytes(path, what=what, most=IMAGE))
     line = json.dumps(record | {"name": name, "image_bytes": [len(image) for image in images]})
     return b"\n".join([line.encode(), b"".join(images)])
+
+
+class _Index(TypedDict):
+    records: Count
+    shards: dict[str, Count]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +118,14 @@ class ArrayRecordSource:
         root = Path(self.folder)
         if not (root / INDEX).is_file():
             raise UserError(f"{root} has no {INDEX}: it is not a (complete) converted data set")
-        shards = json.loads((root / INDEX).read_text())["shards"]
+        shards = read_json(root / INDEX, _Index)["shards"]
         for name in shards:
-            if not (root / name).is_file():
+            if Path(name).name != name or not (root / name).is_file():
                 raise UserError(f"{root} lacks the shard {name}")
-        reader: Any = ArrayRecordDataSource([str(root / name) for name in shards])
+        try:
+            reader: Any = ArrayRecordDataSource([str(root / name) for name in shards])
+        except Exception as error:  # the library raises kinds of its own
+            raise UserError(f"the shards of {root} cannot be read: {error}") from None
         if len(reader) != sum(shards.values()):
             raise UserError(f"{root}: the shards have {len(reader)} records, not as {INDEX} says")
         return reader
@@ -135,7 +142,14 @@ class ArrayRecordSource:
 
     @functools.cached_property
     def _numbers(self) -> Int[np.ndarray, "n k"]:
-        return np.load(Path(self.folder) / SIZES)
+        file = check_file(Path(self.folder) / SIZES)
+        try:
+            numbers = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, SyntaxError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
+        if numbers.ndim != 2 or numbers.shape[0] != len(self) or numbers.dtype.kind not in "iu":
+            raise UserError(f"{file} does not hold the sizes of {len(self)} samples")
+        return numbers
 
     def __len__(self) -> int:
         return len(self._reader)

@@ -17,6 +17,7 @@ from moresjax.data.images import open_image
 from moresjax.data.packing import first_fit
 from moresjax.data.pipeline import PACK_WINDOW
 from moresjax.data.processor import Processor
+from moresjax.data.records import ChangedFile
 from moresjax.data.samples import EARLY_TURNS, LATER_TURNS, Sample
 from moresjax.data.sources import Source
 
@@ -149,6 +150,8 @@ def _measure(
                 found.append(_measure_one(index, sample, None, decode))
             else:
                 found.append(_measure_one(index, sample, processor, decode))
+        except ChangedFile:
+            raise
         except UserError as error:
             found.append(_Measured(index, error=str(error)))
         except Exception as error:  # one bad sample of a plug-in's source costs itself

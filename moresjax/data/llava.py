@@ -48,7 +48,7 @@ def image_names(record: Any, name: str) -> tuple[str, ...]:
     """
     if not isinstance(record, Mapping):
         raise UserError(f"sample {name}: a record must be an object, not {type(record).__name__}")
-    if record.get("image") and record.get("images"):
+    if not any(_says_nothing(record.get(key)) for key in ("image", "images")):
         raise UserError(f"sample {name}: it has both `image` and `images`; give one of them")
     value = _images(record)
     names = (value,) if isinstance(value, str) else value
@@ -185,7 +185,13 @@ def _rounds(record: Mapping[str, Any]) -> Any:
 
 
 def _images(record: Mapping[str, Any]) -> Any:
-    return record.get("image") or record.get("images") or ()
+    given = (record.get(key) for key in ("image", "images"))
+    return next((value for value in given if not _says_nothing(value)), ())
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether what stands for an image means that there is none; `false` and `0` do not."""
+    return value is None or (isinstance(value, str | list) and not value)
 
 
 def _foreign(record: Mapping[str, Any]) -> str:

@@ -7,26 +7,33 @@ through once to note where every record stands, and again record by record when 
 import codecs
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int
 
 from moresjax.core.errors import UserError
+from moresjax.core.reading import DEPTH, LINE, check_depth, check_file, reason_of
 
 CHUNK = 1 << 22  # bytes read at once
 # The keys under which an object around the records may have their list, and where it must begin.
 WRAPPERS = ("data", "questions")
 HEAD = 1 << 16  # bytes
-# Between records: list brackets, commas, blanks, a byte order mark.
-_BETWEEN = re.compile("[\\s,\\[\\]\ufeff]*")
+# Between records.
+_BETWEEN = re.compile("[\\s,\ufeff]*")
 # The key of an object, with what stands around it.
 _KEY = r'\s*("(?:[^"\\]|\\.)*")\s*:\s*'
 _OPENING = re.compile("[\\s\ufeff]*\\{" + _KEY)
 _NEXT_KEY = re.compile(r"\s*," + _KEY)
+_DECODE = json.JSONDecoder().raw_decode
+
+
+class ChangedFile(UserError):
+    """A file is not any more what it was when its records were found: no sample of it is safe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +45,14 @@ class JsonRecords:
       offsets: The number of bytes before each record.
       lengths: The number of bytes of each record.
       sizes: The numbers that `measure` gave for each record.
+      state: The size and the time of the last change of the file when its records were found.
     """
 
     path: Path
     offsets: Int[np.ndarray, "n"]
     lengths: Int[np.ndarray, "n"]
     sizes: Int[np.ndarray, "n k"]
+    state: tuple[int, int]
 
     @classmethod
     def scan(
@@ -58,36 +67,41 @@ class JsonRecords:
         Raises:
           UserError: The file does not exist, is not JSON, or ends early.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise UserError(f"data file {path} does not exist")
-        start = _list_inside(path)
-        if start is None:
-            _check_whole(path)
-        records = _records(path, start)
+        path = check_file(path, what="data file")
+        state = _state(path.stat())
+        records = _records(path, _list_inside(path))
         found = [(offset, length, *measure(record)) for offset, length, record in records]
         if not found:
             raise UserError(f"data file {path} has no records")
         table = np.asarray(found, np.int64)
-        return cls(path, table[:, 0], table[:, 1].astype(np.int32), table[:, 2:].astype(np.int32))
+        lengths, sizes = table[:, 1].astype(np.int32), table[:, 2:].astype(np.int32)
+        return cls(path, table[:, 0], lengths, sizes, state)
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def __getitem__(self, index: int) -> Any:
-        with self.path.open("rb") as file:
-            file.seek(int(self.offsets[index]))
-            return json.loads(file.read(int(self.lengths[index])))
+        try:
+            with self.path.open("rb") as file:
+                same = _state(os.fstat(file.fileno())) == self.state
+                file.seek(int(self.offsets[index]))
+                content = file.read(int(self.lengths[index]))
+        except OSError as error:
+            raise ChangedFile(
+                f"data file {self.path} cannot be read any more: {reason_of(error)}"
+            ) from None
+        if not same:
+            raise ChangedFile(
+                f"data file {self.path} has changed while it was in use; begin again with what it "
+                "is now"
+            )
+        record = json.loads(content)
+        check_depth(record, f"{self.path}: record {index}")
+        return record
 
 
-def _check_whole(path: Path) -> None:
-    """Refuses a list without its closing bracket: the copying of a file was interrupted."""
-    with path.open("rb") as file:
-        opening = file.read(16).lstrip(b" \t\r\n\xef\xbb\xbf")[:1]
-        file.seek(max(path.stat().st_size - 16, 0))
-        closing = file.read().rstrip()[-1:]
-    if opening == b"[" and closing != b"]":
-        raise UserError(f"data file {path} ends in the middle of its list")
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_size, found.st_mtime_ns
 
 
 def _list_inside(path: Path) -> int | None:
@@ -100,7 +114,7 @@ def _list_inside(path: Path) -> int | None:
             return len(text[: found.end() + 1].encode())
         try:
             _, end = json.JSONDecoder().raw_decode(text, found.end())
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
         found = _NEXT_KEY.match(text, end)
     return None
@@ -113,41 +127,91 @@ def _records(path: Path, start: int | None) -> Iterator[tuple[int, int, Any]]:
       path: The file.
       start: The first byte of a list inside of an object; None where there is no such list.
     """
-    decode = json.JSONDecoder().raw_decode
-    utf8 = codecs.getincrementaldecoder("utf-8")()
-    text, place, offset, number, ended = "", 0, start or 0, 0, False
-    depth = 1  # of the list inside of an object, which ends at 0
-    with path.open("rb") as file:
-        file.seek(offset)
-        while not ended:
-            chunk = file.read(CHUNK)
-            ended = not chunk
+    try:
+        with path.open("rb") as file:
+            file.seek(start or 0)
+            yield from _Scanner(path, file, start or 0).records(inside=start is not None)
+    except UnicodeDecodeError:
+        raise UserError(f"data file {path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"data file {path} cannot be read: {reason_of(error)}") from None
+
+
+class _Scanner:
+    """Finds the records of a file, of which it holds a piece at a time.
+
+    Args:
+      path: The file.
+      file: The same, open at `offset`.
+      offset: The number of bytes before what is read first.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, offset: int) -> None:
+        self._path, self._file = path, file
+        self._text, self._place, self._offset = "", 0, offset  # the byte at `place` of the text
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._ended = False
+
+    def records(self, *, inside: bool) -> Iterator[tuple[int, int, Any]]:
+        """First byte, number of bytes and value of each; `inside` a list, which has begun."""
+        listed = inside
+        if not inside and self._next() == "[":
+            self._pass(self._place + 1)
+            listed = True
+        number = 0
+        while first := self._next():
+            if listed and first == "]":
+                self._pass(self._place + 1)
+                if not inside and self._next():
+                    raise UserError(f"data file {self._path} has text after its list")
+                return
+            record, end = self._decode(f"{self._path}: record {number}")
+            offset, length = self._offset, self._pass(end)
+            if length > LINE:
+                raise UserError(
+                    f"{self._path}: record {number} has {length:,d} bytes; at most {LINE:,d} are "
+                    "read"
+                )
+            yield offset, length, record
+            number += 1
+        if listed:
+            raise UserError(f"data file {self._path} ends in the middle of its list")
+
+    def _next(self) -> str:
+        """The next character that is not between records; empty at the end of the file."""
+        while True:
+            between = _BETWEEN.match(self._text, self._place)
+            self._pass(self._place if between is None else between.end())
+            if self._place < len(self._text) or self._ended:
+                return self._text[self._place : self._place + 1]
+            self._read()
+
+    def _pass(self, end: int) -> int:
+        """Goes on to a place in the text; returns the number of bytes before it."""
+        length = len(self._text[self._place : end].encode())
+        self._offset, self._place = self._offset + length, end
+        return length
+
+    def _read(self) -> None:
+        """Reads as much again as is held, so that a long record is not decoded too often."""
+        rest = self._text[self._place :]
+        chunk = self._file.read(max(CHUNK, len(rest)))
+        self._ended = not chunk
+        self._text, self._place = rest + self._utf8.decode(chunk, final=self._ended), 0
+
+    def _decode(self, where: str) -> tuple[Any, int]:
+        """The value at the present place, and the place where it ends."""
+        while True:
             try:
-                text, place = text[place:] + utf8.decode(chunk, final=ended), 0
-            except UnicodeDecodeError:
-                raise UserError(f"data file {path} is not UTF-8 text") from None
-            while True:
-                between = _BETWEEN.match(text, place)
-                end = place if between is None else between.end()
-                skipped = text[place:end]
-                depth += skipped.count("[") - skipped.count("]")
-                if start is not None and depth <= 0:
-                    return
-                offset += len(skipped.encode())
-                place = end
-                if place == len(text):
-                    break
-                try:
-                    record, end = decode(text, place)
-                except json.JSONDecodeError as error:
-                    # A record that goes on in the next chunk fails where the text ends.
-                    cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated")
-                    if cut and not ended:
-                        break
-                    message = f"{path}: record {number} is not JSON: {error.msg}"
-                    raise UserError(message) from None
-                length = len(text[place:end].encode())
-                yield offset, length, record
-                offset, place, number = offset + length, end, number + 1
-    if start is not None:
-        raise UserError(f"data file {path} ends in the middle of its list")
+                value, end = _DECODE(self._text, self._place)
+                if end < len(self._text) or self._ended:
+                    return value, end
+            except RecursionError:
+                raise UserError(f"{where} is nested more than {DEPTH} deep") from None
+            except ValueError as error:
+                said = getattr(error, "msg", "a number has thousands of digits")
+                # What goes on in the next chunk fails where the text ends.
+                near = getattr(error, "pos", 0) > len(self._text) - 16
+                if self._ended or not (near or said.startswith("Unterminated")):
+                    raise UserError(f"{where} is not JSON: {said}") from None
+            self._read()

@@ -76,8 +76,8 @@ class RegionProvider:
             return sample
         if self.kind == "attention":
             raise UserError(
-                f"roi={self} asks a model where it looks, which training and chats do not; give "
-                "boxes to samples, or another roi"
+                f"roi={self} asks a model where it looks, which training does not; give boxes to "
+                "samples, or another roi"
             )
         if self.kind == "file":
             return dataclasses.replace(sample, roi=self._of_file(sample))

@@ -5,13 +5,12 @@ is honoured by them. What they would not know, or what the code around them leav
 """
 
 import inspect
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
-from moresjax.core.json_files import read_object
+from moresjax.core.json_files import read_object, write_json
 from moresjax.data.templates import Template, template_name
 
 # The file beside an exported model that names its conversation template; not of transformers.
@@ -113,7 +112,7 @@ def save_template(template: Template, folder: Path) -> None:
     """Notes the template that a model was trained in, unless it is one that drops questions."""
     if template.keep_question:
         name = template_name(template).split("/")[0]
-        (folder / TEMPLATE_FILE).write_text(json.dumps({"template": name}) + "\n")
+        write_json(folder / TEMPLATE_FILE, {"template": name}, indent=None)
 
 
 def saved_template(folder: Path) -> str:

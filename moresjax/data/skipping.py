@@ -1,13 +1,15 @@
 """What happens to samples that cannot be used: none is dropped or cut without being counted."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.folders import set_aside
+from moresjax.core.json_files import read_object, write_json
+from moresjax.data.records import ChangedFile
 
 T = TypeVar("T")
 
@@ -45,10 +47,12 @@ class SkipPolicy:
 
         Raises:
           UserError: What `make` raised, unless bad samples are skipped; also when every sample is
-            bad.
+            bad, or the file of the samples has changed.
         """
         try:
             return make()
+        except ChangedFile:
+            raise
         except UserError as error:
             if self.on_bad_sample == "raise":
                 raise
@@ -74,13 +78,24 @@ class SkipPolicy:
         skipped, cut = dict(self.skipped), dict(self.cut)  # reading threads may add to them
         if not skipped and not cut:
             return
-        report = json.loads(path.read_text()) if path.is_file() else {}
-        known = report.get("samples", {}) | _by_number(skipped)
-        known_cut = report.get("cut_samples", {}) | _by_number(cut)
-        report = {"skipped": len(known), "samples": known}
+        known, known_cut = _told_before(path)
+        known, known_cut = known | _by_number(skipped), known_cut | _by_number(cut)
+        report: dict = {"skipped": len(known), "samples": known}
         if known_cut:
             report |= {"cut": len(known_cut), "cut_samples": known_cut}
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(path, report)
+
+
+def _told_before(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The skipped and the cut samples of a file; a damaged one is set aside, none is lost."""
+    if not path.is_file():
+        return {}, {}
+    try:
+        report = read_object(path)
+        return dict(report.get("samples", {})), dict(report.get("cut_samples", {}))
+    except (UserError, ValueError, TypeError) as error:
+        logger.warning("%s; it is kept as %s, and a new one is begun", error, set_aside(path).name)
+        return {}, {}
 
 
 def _by_number(told: Mapping[int, str]) -> dict[str, str]:

@@ -24,8 +24,8 @@ from jaxtyping import Float, UInt8
 from moresjax.analysis.attention import AnswerAttention, AttentionSummary, summarize_answers
 from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
+from moresjax.core.json_files import append_log, read_log, write_json, write_log
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.files import append_log, read_log, write_log
 from moresjax.evaluation.predictions import row_key
 from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.inference.analyze import answer_map
@@ -162,7 +162,7 @@ def attention_line(name: str, summary: Mapping[str, Any]) -> str:
 def write_attention(entries: Mapping[str, Mapping[str, Any]], out: str | Path) -> Path:
     """Writes `attention.json`: by the names of models what `attention_entry` says of them."""
     path = Path(out) / SUMMARY
-    replace_file(path, json.dumps(entries, indent=2) + "\n")
+    write_json(path, entries)
     return path
 
 

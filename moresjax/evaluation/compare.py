@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from moresjax.core.errors import UserError
-from moresjax.evaluation.files import read_log
+from moresjax.core.json_files import read_log
 from moresjax.evaluation.paired import (
     OF_ONE_SEED,
     bootstrap_interval,

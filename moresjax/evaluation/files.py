@@ -4,14 +4,13 @@
 in `DATA_ROOT/coco/val2014/`, `DATA_ROOT/coco/test2015/` and so on.
 """
 
-import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from moresjax.core import reading
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.folders import replace_file
 from moresjax.data.images import UnusableImage, named_image
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
@@ -67,11 +66,7 @@ def read_json(folder: Path, name: str) -> Any:
     Raises:
       UserError: The file does not exist or is not JSON.
     """
-    path = require_file(folder / name)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    return reading.read_json(require_file(folder / name), most=reading.LARGE)
 
 
 def read_jsonl(folder: Path, name: str, ending: str = "") -> list[Any]:
@@ -85,14 +80,7 @@ def read_jsonl(folder: Path, name: str, ending: str = "") -> list[Any]:
     Raises:
       UserError: The file does not exist, or a line is not JSON.
     """
-    path, values = require_file(folder / name), []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                values.append(json.loads(line.strip().removesuffix(ending)))
-            except ValueError as error:
-                raise UserError(f"line {number} of {path} is not JSON: {error}") from None
-    return values
+    return reading.read_json_lines(require_file(folder / name), ending=ending)
 
 
 def limit_rows(
@@ -254,32 +242,3 @@ def load_results(path: Path) -> Any:
         return read_json(path.parent, path.name)
     except UserError:
         return read_jsonl(path.parent, path.name, ending=",")
-
-
-def read_log(path: Path) -> list[dict]:
-    """Rows of a log; a last line that a killed process left unfinished is dropped.
-
-    Raises:
-      UserError: Another line is damaged.
-    """
-    if not path.is_file():
-        return []
-    rows, lines = [], path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line else []
-        except ValueError as error:
-            if number < len(lines):
-                raise UserError(f"line {number} of {path} is not JSON: {error}") from None
-    return rows
-
-
-def append_log(path: Path, row: Mapping) -> None:
-    """Adds a row to a log; a process killed meanwhile leaves a line that `read_log` drops."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def write_log(path: Path, rows: Iterable[Mapping]) -> None:
-    """Replaces a log as a whole."""
-    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from moresjax.core.errors import UserError
-from moresjax.evaluation.files import append_log, read_log, write_log
+from moresjax.core.json_files import append_log, read_log, write_log
 from moresjax.generation.sampling import Sampling
 from moresjax.inference.model import Model
 

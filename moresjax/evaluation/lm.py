@@ -20,7 +20,7 @@ from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scheduler import Completion
 from moresjax.generation.text import cut_at_stop
 from moresjax.inference.model import Model
-from moresjax.tuning.base import Probe
+from moresjax.tuning.probes import Probe
 
 MAX_NEW_TOKENS = 256  # The default of the library's own models, where a task names no number.
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from moresjax.core.errors import UserError
+from moresjax.core.json_files import append_log, read_log, write_log
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.files import SavedPredictions, Unlabelled, append_log, read_log, write_log
+from moresjax.evaluation.files import SavedPredictions, Unlabelled
 from moresjax.evaluation.tasks import BenchmarkTask
 
 FILE = "predictions.jsonl"

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 from moresjax.core.errors import UserError
-from moresjax.evaluation.files import read_log
+from moresjax.core.json_files import read_log
+from moresjax.core.locks import one_writer
 from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.predictions import FILE, decoding_of, read_predictions
 from moresjax.evaluation.results import EvaluationResult, fingerprints, score_task
@@ -13,6 +14,7 @@ from moresjax.evaluation.tasks import BenchmarkTask, draw_examples, load_tasks
 from moresjax.generation.sampling import GREEDY
 
 
+@one_writer
 def rescore(
     task: str,
     predictions: str | Path,

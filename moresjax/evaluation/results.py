@@ -14,11 +14,12 @@ import numpy as np
 from moresjax._version import __version__
 from moresjax.analysis.attention import AttentionSummary
 from moresjax.core.folders import replace_file
+from moresjax.core.json_files import read_log, write_json, write_log
+from moresjax.core.locks import one_writer
 from moresjax.data.images import image_names
 from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.attention_log import attention_entry, write_attention
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.files import read_log, write_log
 from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.predictions import FILE, decoding_of, provenance_of, row_key
 from moresjax.evaluation.scoring import TaskScore
@@ -187,6 +188,7 @@ def sample_facts(sample: int | None, seed: int) -> dict[str, int]:
     return {} if sample is None else {"sample": sample, "sample_seed": seed}
 
 
+@one_writer
 def write_results(
     result: EvaluationResult, out: str | Path, *, name: str = "", **facts: Any
 ) -> Path:
@@ -211,7 +213,7 @@ def write_results(
     write_log(out / FILE, [*_other_rows(result, out / FILE), *result.predictions])
     for name, text in result.submissions.items():
         (out / name).parent.mkdir(exist_ok=True)
-        (out / name).write_text(text, encoding="utf-8")
+        replace_file(out / name, text)
     earlier = _earlier(result, out / RESULTS)
     scores = earlier.get("scores", {}) | result.scores
     data: dict[str, Any] = {
@@ -240,7 +242,7 @@ def write_results(
         write_attention({name or "model": result.attention_entry(**where)}, out)
     elif "attention" in earlier:
         data["attention"] = earlier["attention"]
-    replace_file(out / RESULTS, json.dumps(data, indent=2) + "\n")
+    write_json(out / RESULTS, data)
     return out / RESULTS
 
 

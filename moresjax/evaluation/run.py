@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from moresjax.analysis.attention import AnswerAttention, AttentionProbe
 from moresjax.core.errors import UserError
+from moresjax.core.locks import one_writer
 from moresjax.core.row import Row
 from moresjax.data.images import image_keys
 from moresjax.data.processor_facts import processor_facts, short_hash
@@ -42,6 +43,7 @@ from moresjax.generation.scheduler import Completion
 from moresjax.inference.model import Model
 
 
+@one_writer
 def evaluate(
     model: Model,
     tasks: str | Sequence[str | BenchmarkTask],

@@ -9,7 +9,6 @@ In the written file image paths start from one folder for all tasks, which is wh
 `data/tasks/vizwiz_10000.json` names `vizwiz/train/...`, with the download in `data/tasks/vizwiz`.
 """
 
-import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.folders import replace_file
+from moresjax.core.json_files import write_json
 from moresjax.core.plugins import load_plugins
 from moresjax.core.registry import registrar
 from moresjax.data.images import image_path
@@ -97,7 +96,7 @@ def build_training_file(
     chosen = subset(records, SIZES.get(size) or int(size)) if size else records
     placed = [_placed(record, prefix) for record in chosen]
     out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, json.dumps(placed, indent=1) + "\n")
+    write_json(out, placed, indent=1)
     return {"available": len(records), "written": len(placed)}
 
 

@@ -34,7 +34,7 @@ from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import batch_shards, use_mesh
 from moresjax.tuning.attach import Tuning
-from moresjax.tuning.base import Probe
+from moresjax.tuning.probes import Probe
 
 
 class Engine:

@@ -28,8 +28,8 @@ from moresjax.generation.state import DecodeConfig, DecodeState, RowBudgets, fol
 from moresjax.models.block import LayerCache
 from moresjax.models.mllm import MLLM, PrefillChunk
 from moresjax.sharding.mesh import constrain_batch_sharding
-from moresjax.tuning.base import Probe
 from moresjax.tuning.masks import extend_layout
+from moresjax.tuning.probes import Probe
 
 
 @pytree_dataclass

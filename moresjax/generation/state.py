@@ -23,7 +23,7 @@ from moresjax.generation.sampling import (
     choose_token,
 )
 from moresjax.models.block import LayerCache
-from moresjax.tuning.base import ChosenToken, Probe
+from moresjax.tuning.probes import ChosenToken, Probe
 
 
 @pytree_dataclass

@@ -39,10 +39,14 @@ from moresjax.core.types import Ids
 from moresjax.inference.arguments import Adapters, PromptOptions
 from moresjax.inference.attribution import attribute_logit as attribute_logit
 from moresjax.inference.attribution import attribute_tokens as attribute_tokens
+from moresjax.inference.causes import causes as causes
+from moresjax.inference.causes import knockouts as knockouts
 from moresjax.inference.lens import logit_lens as logit_lens
 from moresjax.inference.model import Model
 from moresjax.inference.patching import patching as patching
 from moresjax.inference.prompts import Images, PromptImages, check_images, pair_images, pair_pointed
+from moresjax.inference.pruning import faithfulness as faithfulness
+from moresjax.inference.pruning import pruning as pruning
 from moresjax.inference.sensitivity import answer_gradients as answer_gradients
 
 

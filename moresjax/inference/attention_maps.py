@@ -23,7 +23,7 @@ from moresjax.core.types import Ids
 from moresjax.generation.lengths import bucket
 from moresjax.inference.model import Model
 from moresjax.sharding.mesh import use_mesh
-from moresjax.tuning.base import Probe
+from moresjax.tuning.probes import Probe
 
 BY_HEAD = (AttentionMaps(by_head=True),)
 BY_TOKEN = (AttentionMaps(), AttentionProbe(by_query=True))
@@ -47,9 +47,9 @@ class TokenAttention:
 
 
 def token_attention(
-    model: Model, row: Row, tokens: Ids, *, adapter: str | None = None
+    model: Model, row: Row, tokens: Ids, *, first: int = 0, adapter: str | None = None
 ) -> TokenAttention:
-    """Share, LMAR and maps of every token of a given answer, in one pass.
+    """Share, LMAR and maps of the tokens of a given answer, in one pass.
 
     >>> import numpy as np
     >>> from moresjax.testing import talking_model
@@ -62,12 +62,13 @@ def token_attention(
       model: The model.
       row: The conversation up to the answer.
       tokens: The tokens of the answer.
+      first: The number of the first token that is looked at; those before it were before.
       adapter: The name of the loaded adapter that answered; None for the base model.
 
     Raises:
       UserError: There is no image or no token, or the conversation is too long.
     """
-    stats = _read(model, row, tokens, range(len(tokens)), adapter, BY_TOKEN)
+    stats = _read(model, row, tokens, range(first, len(tokens)), adapter, BY_TOKEN)
     mass, score = (np.asarray(stats["attention"][name])[:, 0] for name in ("mass", "score"))
     image, text = np.moveaxis(score.mean(1)[..., :2], -1, 0)  # layers, tokens
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -5,7 +5,6 @@ the cache does not hold yet: the tokens after the first that differs from what w
 before. What a turn gives is therefore what reading the whole conversation anew would give.
 """
 
-import json
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
@@ -15,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from moresjax.core.errors import UserError
+from moresjax.core.json_files import write_json
 from moresjax.core.row import Row
 from moresjax.data.images import ImageInput, open_image
 from moresjax.data.llava import to_record
-from moresjax.data.region_providers import OWN_REGIONS
+from moresjax.data.region_providers import OWN_REGIONS, RegionProvider, region_provider
 from moresjax.data.regions import Regions
 from moresjax.data.samples import Mark, Sample, Turn
 from moresjax.generation.engine import Engine
@@ -149,7 +149,7 @@ class Chat:
             names = [_image_name(x, n, file) for n, x in enumerate(self.images)]
             said = self.turns, names, self.system, self._regions, self._marks
             record = to_record(file.stem, *said)
-            file.write_text(json.dumps([record], ensure_ascii=False, indent=1) + "\n", "utf-8")
+            write_json(file, [record], indent=1, ensure_ascii=False)
         except OSError as error:
             raise UserError(f"{file} cannot be written: {error.strerror}") from None
         self._saved.add(file.resolve())
@@ -180,9 +180,12 @@ class Chat:
             raise UserError("the question is empty")
         prompts, service = self._model.prompts, self._model.service
         processor, name = prompts.processor, f"turn {len(self.turns) + 1}"
+        regions = processor.regions if roi is None and processor.centres else OWN_REGIONS
+        if isinstance(roi, str | RegionProvider):
+            regions, roi = region_provider(roi) if isinstance(roi, str) else roi, None
         said = asked_sample(name, question, new, roi=roi, marks=marks)
-        if roi is None and processor.centres:
-            said = processor.regions(said)  # kept, so that later turns have the same
+        asks = regions.kind == "attention"
+        said = said if asks else regions(said)  # kept, so that later turns have the same
         question = mark_images(question, new)
         sample = Sample(
             name,
@@ -194,6 +197,11 @@ class Chat:
         )
         row = processor.text_row(sample)
         service.check_context(row, self._limit)
+        if (
+            asks and new and prompts.asks_model(sample, regions)
+        ):  # of these images; others have theirs
+            looked = prompts.attended(sample, regions).roi or ()
+            sample = replace(sample, roi=(*self._regions, *looked[len(self.images) :]))
         pixels = [*self._pixels]
         for image in new:
             assert processor.image is not None  # a model without images was refused with the text

@@ -1,13 +1,16 @@
 """A model told in a few lines: its parts, what trains in it, and where it is."""
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from moresjax.inference.loaded_model import LoadedModel
 from moresjax.models.count import count_parameters
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionConfig
 
+if TYPE_CHECKING:
+    from moresjax.inference.loaded_model import LoadedModel
 
-def describe_model(model: LoadedModel) -> str:
+
+def describe_model(model: "LoadedModel") -> str:
     """The `repr` of a model: sizes and parameters of its parts, tuning, adapters and mesh."""
     config = model.config
     held = model.mllm.tuning.held

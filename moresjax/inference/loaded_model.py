@@ -16,6 +16,7 @@ from moresjax.data.region_providers import RegionProvider
 from moresjax.data.samples import IMAGE_MARK, Sample
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.arguments import Adapters
+from moresjax.inference.describe import describe_model
 from moresjax.inference.prompts import PromptEncoder
 from moresjax.inference.regions import attended_regions
 from moresjax.inference.service import GenerationService
@@ -68,6 +69,16 @@ class LoadedModel:
         self.prompts = PromptEncoder(processor, self._attend)
         self.service = GenerationService(mllm, self.prompts, mesh, engine_config)
         self.fit_processor()
+
+    def __repr__(self) -> str:
+        return describe_model(self)
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        """The module as treescope shows it, with the description above; treescope calls this."""
+        from treescope import repr_lib
+
+        parts = {"description": str(self), "mllm": self.mllm, "processor": self.processor}
+        return repr_lib.render_object_constructor(type(self), parts, path, subtree_renderer)
 
     def fit_processor(self) -> None:
         """Tells the attached tuning and the processor what they have to know of each other."""

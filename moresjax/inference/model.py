@@ -23,7 +23,7 @@ from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.generation.scoring import ContinuationScore
 from moresjax.inference.activations import Activations, Write, run_batch
 from moresjax.inference.arguments import Adapters, GenerateOptions, Marks, PromptOptions, Roi
-from moresjax.inference.describe import describe_model
+from moresjax.inference.causes import Causes, CausesOptions, causes
 from moresjax.inference.loaded_model import LoadedModel
 from moresjax.inference.prompts import (
     Answer,
@@ -59,16 +59,6 @@ class Model(LoadedModel):
       prompts: Turns texts and images into rows of tokens, and tokens into texts.
       service: Generates and scores for rows of tokens.
     """
-
-    def __repr__(self) -> str:
-        return describe_model(self)
-
-    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
-        """The module as treescope shows it, with the description above; treescope calls this."""
-        from treescope import repr_lib
-
-        parts = {"description": str(self), "mllm": self.mllm, "processor": self.processor}
-        return repr_lib.render_object_constructor(Model, parts, path, subtree_renderer)
 
     def merge(self) -> "Model":
         """The same model with LoRA, IA3 and the like folded into the weights; edits stay attached.
@@ -439,3 +429,22 @@ class Model(LoadedModel):
             the folder `out` holds other states.
         """
         return states(self, items, **options)
+
+    def causes(self, prompt: str, images: PromptImages, **options: Unpack[CausesOptions]) -> Causes:
+        """The effect on an answer of removing visual tokens, by editing a cache.
+
+        >>> from moresjax.testing import talking_model
+        >>> image = np.zeros((12, 12, 3), np.uint8)
+        >>> talking_model().causes("how many ?", image, answer="two").effects.shape
+        (1, 9)
+
+        Args:
+          prompt: What the user says.
+          images: An image or a list of images.
+          options: `answer`, `removal`, `other`, `regions`, `layers`, `reads`, `seed`, `adapters`,
+            `batch_size`, `roi` and `marks` of `moresjax.inference.causes.causes`.
+
+        Raises:
+          UserError: As `generate`; there is no image, or an option has no such value.
+        """
+        return causes(self, prompt, images, **options)

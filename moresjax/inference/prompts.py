@@ -296,11 +296,25 @@ class PromptEncoder:
         regions: RegionProvider | None = None,
     ) -> Row:
         """The unpadded row of a prompt that is a sample; see `Processor.row`."""
+        if self.asks_model(sample, regions):
+            sample, regions = self.attended(sample, regions), OWN_REGIONS
+        return self.processor.row(sample, known, regions)
+
+    def asks_model(self, sample: Sample, regions: RegionProvider | None = None) -> bool:
+        """Whether the regions of a prompt are where the model looks, which it has to be asked.
+
+        Args:
+          sample: The prompt.
+          regions: Where its regions come from; default: the processor's.
+        """
         regions = self.processor.regions if regions is None else regions
         asks = regions.kind == "attention" and self.processor.centres and sample.images
-        if asks and self.attend is not None:
-            sample, regions = self.attend(sample, regions), OWN_REGIONS
-        return self.processor.row(sample, known, regions)
+        return bool(asks and self.attend is not None)
+
+    def attended(self, sample: Sample, regions: RegionProvider | None = None) -> Sample:
+        """A prompt with the regions that the model attends to, see `asks_model`; runs the model."""
+        assert self.attend is not None  # `asks_model` says so
+        return self.attend(sample, self.processor.regions if regions is None else regions)
 
     def asked(
         self, text: str, images: PromptImages = (), *, roi: Any = None, marks: Any = None

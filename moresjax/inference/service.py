@@ -38,8 +38,8 @@ from moresjax.inference.prompts import PromptEncoder
 from moresjax.models.fused_attention import kernel_for
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import batch_shards, use_mesh
-from moresjax.tuning.base import Probe, reads_images
 from moresjax.tuning.multi_adapter import adapter_ids
+from moresjax.tuning.probes import Probe, reads_images
 
 
 class StreamOptions(TypedDict, total=False):
@@ -385,7 +385,7 @@ class GenerationService:
     @property
     def _shares_text(self) -> bool:
         """Whether text that prompts begin with is read by itself; kernels read whole prompts."""
-        return kernel_for(self._mllm.config.llm) == "xla"
+        return kernel_for(self._mllm.config.llm) in ("xla", "chunked")
 
     def _reader(
         self,

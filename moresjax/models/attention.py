@@ -1,17 +1,21 @@
 """Scaled dot-product attention.
 
 Axis legend: B batch, N query heads, K key/value heads, G = N/K queries per key head, T queries,
-S keys, H head features, C key groups.
+S keys, H head features, F features of the values, C key groups.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Shaped
 
-from moresjax.core.layout import TokenKind
+from moresjax.core.layout import LazyMask, TokenKind
 from moresjax.models.fused_attention import Runs, fused_attention
 
-# The key groups of every attention statistic, in the order of their last axis.
+# Pairs of query and key whose logits a head has at a time, where queries are read in chunks.
+PAIRS = 2**20
+# The key groups of the usual attention statistics, in the order of their last axis.
 GROUPS = (TokenKind.SYSTEM, TokenKind.IMAGE, TokenKind.QUESTION, TokenKind.ANSWER)
 
 
@@ -72,30 +76,62 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 def attention(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"] | Runs | None,
+    v: Float[Array, "B K S F"],
+    mask: Bool[Array, "B T S"] | LazyMask | Runs | None,
     softcap: float = 0.0,
-) -> Float[Array, "B N T H"]:
+) -> Float[Array, "B N T F"]:
     """Attention with grouped key/value heads.
 
     Args:
       q: The queries.
       k: The keys.
       v: The values.
-      mask: True where a query sees a key; or the runs of tokens that see each other, which a fused
-        kernel takes; or None when all see all.
+      mask: True where a query sees a key; or that in a lazy form, for queries that are read some at
+        a time; or the runs of tokens that see each other, which a fused kernel takes; or None when
+        all see all.
       softcap: The soft cap on the logits; 0: none.
     """
     if isinstance(mask, Runs):
         return fused_attention(q, k, v, mask, softcap)
+    if isinstance(mask, LazyMask):
+        return in_chunks(lambda q, mask: attention(q, k, v, mask, softcap), q, mask)
     probabilities = attention_probabilities(q, k, mask, softcap).astype(v.dtype)
     grouped = probabilities.reshape(q.shape[0], k.shape[1], -1, k.shape[2])
-    return jnp.matmul(grouped, v).reshape(q.shape)
+    return jnp.matmul(grouped, v).reshape(*q.shape[:3], v.shape[3])
 
 
-def group_masses(
-    probabilities: Float[Array, "B N T S"], kind: Int[Array, "B S"]
-) -> Float[Array, "B N T 4"]:
-    """Attention mass on each of `GROUPS`; the four add up to 1 for a token that is not padding."""
-    members = (kind[:, :, None] == jnp.asarray(GROUPS)).astype(probabilities.dtype)
-    return jnp.einsum("bnts,bsc->bntc", probabilities, members)
+def in_chunks(
+    read: Callable[[Array, Array], Array], q: Float[Array, "B N T H"], mask: LazyMask
+) -> Float[Array, "B N T F"]:
+    """What some queries at a time read, so that no array has all queries and all keys.
+
+    So many are taken that each head has `PAIRS` logits at most; all at once where that is enough.
+    For the backward pass the logits are made again.
+
+    Args:
+      read: Gives `[B, N, t, F]` of queries `[B, N, t, H]` and their mask `[B, t, S]`.
+      q: All queries.
+      mask: What they see.
+    """
+    chunks, count = query_chunks(mask.shape), mask.shape[1]
+    if chunks == 1:
+        return read(q, mask.dense())
+    one = jax.checkpoint(lambda q, columns: read(q, mask.at(columns)), prevent_cse=False)
+    xs = chunked(q, chunks, 2), chunked(jnp.asarray(mask.queries), chunks, 1)
+    y = jnp.moveaxis(jax.lax.map(lambda xs: one(*xs), xs), 0, 2)
+    return y.reshape(*y.shape[:2], -1, y.shape[-1])[:, :, :count]
+
+
+def query_chunks(shape: tuple[int, ...]) -> int:
+    """The number of chunks in which queries are read, from rows, queries and keys."""
+    _, count, keys = shape
+    return -(-count // max(1, PAIRS // keys))
+
+
+def chunked(x: Shaped[Array, "..."], chunks: int, axis: int) -> Shaped[Array, "..."]:
+    """Chunks of equal size of what is there for every query, in front; zeros fill the last one."""
+    size = -(-x.shape[axis] // chunks)
+    missing = [(0, 0)] * x.ndim
+    missing[axis] = (0, chunks * size - x.shape[axis])
+    x = jnp.pad(x, missing)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :]), axis, 0)

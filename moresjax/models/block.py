@@ -19,18 +19,20 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.errors import UserError
+from moresjax.core.layout import LazyMask
 from moresjax.core.ops import pick, write_at
 from moresjax.core.ranges import AtLeastZero, Finite, NonNegative, Positive
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
 from moresjax.models.block_checks import check_heads, check_kinds
 from moresjax.models.fused_attention import Runs
+from moresjax.models.group_attention import attention_and_masses
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, Rope, apply_rope, param, unstack
 from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.hooks import LayerHooks, TowerHooks, stack_layers
 
-# What every query sees: a mask that is True at its keys, or the runs of a fused kernel.
-Mask = Bool[Array, "B S T"] | Runs
+# What every query sees: a mask that is True at its keys, also in a lazy form, or a kernel's runs.
+Mask = Bool[Array, "B S T"] | LazyMask | Runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ class Attention(nnx.Module):
         queries: Int[Array, "B Q"] | None,
     ) -> tuple[Float[Array, "B Q D"], LayerCache]:
         """The output at the queries (default: all tokens), and the keys and values."""
-        config = self.config
+        config, mask = self.config, hooks.mask(mask)
 
         def heads(name: str, count: int) -> Float[Array, "B N S H"]:
             y = hooks.linear(name, getattr(self, name), x)
@@ -172,9 +174,13 @@ class Attention(nnx.Module):
         k, v = hooks.extend(k, v)
         if cache is not None and index is not None:
             k, v = write_at(cache.k, k, index, 2), write_at(cache.v, v, index, 2)
-        if not isinstance(mask, Runs):  # passes with probes have a dense mask
-            hooks.read_attention(q, k, mask if config.window else None, config.attention_softcap)
-        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, config.attention_softcap)
+        tensors, softcap = (q, k.astype(q.dtype), v.astype(q.dtype)), config.attention_softcap
+        lazy, groups, masses = isinstance(mask, LazyMask | Runs), hooks.key_groups(), None
+        if isinstance(mask, LazyMask | Runs) and groups is not None:
+            y, masses = attention_and_masses(*tensors, mask, softcap, groups)
+        else:
+            y = attention(*tensors, mask, softcap)
+        hooks.read_attention(q, k, mask if config.window or lazy else None, softcap, masses)
         y = y.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         return hooks.linear("o", self.o, y), LayerCache(k, v)
 
@@ -208,7 +214,7 @@ class MLP(nnx.Module):
 def dense(mask: Mask | None) -> Bool[Array, "B S T"]:
     """The mask, which must be an array."""
     assert mask is not None
-    assert not isinstance(mask, Runs)
+    assert not isinstance(mask, LazyMask | Runs)
     return mask
 
 
@@ -365,7 +371,7 @@ def run_blocks(
     if isinstance(blocks, nnx.List) or (config.unroll and caches is None):
         in_list = isinstance(blocks, nnx.List)
         each = blocks if in_list else unstack(blocks, config.num_layers)
-        if in_list and not isinstance(mask, Runs) and not hooks.needs_all_tokens:
+        if in_list and not isinstance(mask, LazyMask | Runs) and not hooks.needs_all_tokens:
             last_queries = queries
         h, kept, stats = _loop(one_layer, h, each, hooks, config, caches, last_queries)
     elif caches is not None:
@@ -391,11 +397,11 @@ def _view(
     chosen = jnp.asarray(is_local)[layer]
 
     def choose(a: Any, b: Any) -> Any:
-        if isinstance(a, Runs):
+        if isinstance(a, LazyMask | Runs):
             return dataclasses.replace(a, local=chosen)
         return a if a is b else jnp.where(chosen, a, b)
 
-    return jax.tree.map(choose, local, common, is_leaf=lambda x: isinstance(x, Runs))
+    return jax.tree.map(choose, local, common, is_leaf=lambda x: isinstance(x, LazyMask | Runs))
 
 
 def _loop(

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.layout import LazyMask
 from moresjax.core.ranges import AboveZero, AtLeastZero, NonNegative, Positive, Share
 from moresjax.core.types import AnyArray
 from moresjax.models.attention import soft_cap
@@ -70,7 +71,7 @@ class DecoderConfig(BlockConfig):
     head_bias: bool = False
     logit_softcap: AtLeastZero = 0.0  # 0: none
     max_positions: Positive = 2048
-    attention: str = "auto"  # auto | xla | splash | cudnn, see `moresjax.models.fused_attention`
+    attention: str = "auto"  # auto | xla | splash | cudnn | chunked, see `models.fused_attention`
     # causal | bidirectional: whether the tokens of an image see all of that image (Gemma 3)
     image_attention: str = "causal"
 
@@ -153,7 +154,7 @@ class Decoder(nnx.Module):
         self,
         h: Float[Array, "B S D"],
         positions: Int[AnyArray, "B S"],
-        mask: Bool[Array, "B S T"] | Runs,
+        mask: Bool[Array, "B S T"] | LazyMask | Runs,
         hooks: TowerHooks | None = None,
         *,
         caches: list[LayerCache] | None = None,
@@ -167,7 +168,8 @@ class Decoder(nnx.Module):
         Args:
           h: The input embeddings.
           positions: The positions of the tokens in their documents, below T.
-          mask: True where a query sees a key, or the runs that a fused kernel takes.
+          mask: True where a query sees a key, or that in a lazy form, or the runs that a fused
+            kernel takes.
           hooks: The attached methods and probes.
           caches: Keys and values of earlier tokens per layer, with room for these; needs `unstack`.
           index: The column of the caches where the new keys and values go; one for all rows, or
@@ -196,7 +198,7 @@ class Decoder(nnx.Module):
         common, local = rope(False), None
         if any(config.local_layers):
             keys = positions if key_positions is None else key_positions
-            if isinstance(mask, Runs):
+            if isinstance(mask, LazyMask | Runs):
                 near = dataclasses.replace(mask, window=config.window)
             else:
                 # Positions, not places in the row: padding may lie between a query and its keys.

@@ -1,18 +1,24 @@
 """Attention by kernels that never write the logits to memory, and when they are used.
 
-Axis legend: B batch, N query heads, K key/value heads, S tokens, H head features.
+Axis legend: B batch, N query heads, K key/value heads, Q queries, S keys, H head features, F
+features of the values.
 
 | `attention` | platform of `auto` | batches that hold | needs |
 |---|---|---|---|
 | `splash` | TPU | `SINGLE`, `PACKED` | 128 tokens per row |
 | `cudnn` | NVIDIA GPU | `SINGLE` | 16 bits; heads of 8, 16 .. 128 features; no soft cap |
 
-Everything else (other batches, probes, learned keys, decoding, vision encoders, CPUs) is
-`moresjax.models.attention` over a dense mask.
+Probes leave the kernel on (`group_attention`), and so do virtual tokens before rows of one
+document. A chosen kernel that cannot say what rows see (branches, padding on the left, virtual
+tokens that all documents of packed rows see, images whose tokens see each other, with cuDNN packed
+rows too) is left with a line in the log; such rows are read by `attention="chunked"`: plain XLA,
+some queries at a time where there are more than `attention.PAIRS` pairs. Decoding, vision encoders
+and `xla`, which is the `auto` of CPUs, have `moresjax.models.attention` over a dense mask.
 """
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -21,11 +27,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.core.layout import Batch, RowStructure, valid_mask
+from moresjax.core.layout import Batch, RowStructure, TokenLayout, valid_mask
 from moresjax.core.types import pytree_dataclass
 from moresjax.sharding.mesh import BATCH_AXES, batch_shards
 
-KERNELS = ("auto", "xla", "splash", "cudnn")
+log = logging.getLogger(__name__)
+
+KERNELS = ("auto", "xla", "splash", "cudnn", "chunked")
 LANES = 128  # splash works on blocks of multiples of it, so shorter rows gain nothing
 BLOCKS = (512, 384, 256, 128)
 CUDNN_HEAD = 128  # features; newer GPUs take more
@@ -61,8 +69,9 @@ class Runs:
     """What a fused kernel takes instead of a dense mask: a query sees its run up to itself.
 
     Attributes:
-      run: number of every token's run, -1 for padding.
+      run: The number of every key's run, -1 for padding. The queries are the last of the keys.
       kernel: `splash` or `cudnn` (static).
+      first: The column of the first query among the keys (static).
       window: only so many tokens up to itself; 0: all of them (static).
       local: whether this layer has the window, where only a number in a scan tells; None: it has.
     """
@@ -71,33 +80,75 @@ class Runs:
     kernel: str = dataclasses.field(metadata={"static": True})
     window: int = dataclasses.field(default=0, metadata={"static": True})
     local: Bool[Array, ""] | None = None
+    first: int = dataclasses.field(default=0, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Rows and tokens."""
+        """Rows and keys."""
         return self.run.shape
 
 
-def visible_runs(batch: Batch, config: FusedConfig) -> Runs | None:
+def visible_runs(
+    batch: Batch,
+    config: FusedConfig,
+    full: TokenLayout | None = None,
+    first: int = 0,
+    *,
+    gaps: bool = False,
+) -> Runs | None:
     """What the tokens of a batch see, if there is a kernel for it.
 
+    Where there is none although the rows are long enough for one, a line in the log says why.
+
     Args:
-      batch: A batch without virtual tokens before its rows.
+      batch: A batch.
       config: The configuration of the LLM (`models.decoder.DecoderConfig`).
+      full: The layout of all keys, with the virtual tokens before the rows; default: there are
+        none.
+      first: The column of the first query in it.
+      gaps: Whether rows may lack some of the virtual tokens.
     """
     kernel = kernel_for(config)
-    fits = {
-        "xla": False,
-        "splash": batch.structure != RowStructure.ANY and batch.layout.shape[1] >= LANES,
-        "cudnn": batch.structure == RowStructure.SINGLE
-        and config.dtype in ("bfloat16", "float16")
-        and config.head_dim % 8 == 0
-        and config.head_dim <= CUDNN_HEAD
-        and not config.attention_softcap,
-    }
-    if not fits[kernel]:
+    if kernel not in ("splash", "cudnn") or (batch.layout.shape[1] < LANES and kernel == "splash"):
         return None
-    return Runs(jnp.where(valid_mask(batch.layout), batch.layout.document, -1), kernel)
+    virtual = 0 if full is None else full.shape[1] - batch.layout.shape[1]
+    reason = _unfit(kernel, batch.structure, config, bool(virtual), gaps)
+    if full is not None and full.whole_images:
+        reason = "images whose tokens see each other"
+    if reason:
+        log_fallback(kernel, reason)
+        return None
+    if full is None or not virtual:
+        return Runs(jnp.where(valid_mask(batch.layout), batch.layout.document, -1), kernel)
+    # Of one document, which virtual tokens belong to.
+    return Runs(jnp.where(valid_mask(full), 0, -1), kernel, first=first)
+
+
+def _unfit(
+    kernel: str, structure: RowStructure, config: FusedConfig, virtual: bool, gaps: bool
+) -> str:
+    """Why a kernel cannot say what the rows see; empty if it can."""
+    if structure == RowStructure.ANY:
+        return "rows that may have branches or padding on the left"
+    if structure == RowStructure.PACKED and kernel == "cudnn":
+        return "packed rows"
+    if structure == RowStructure.PACKED and virtual:
+        return "virtual tokens that all documents of packed rows see"
+    if gaps and (kernel == "cudnn" or getattr(config, "window", 0)):
+        return "rows with different numbers of virtual tokens"
+    if kernel == "splash":
+        return ""
+    if config.dtype not in ("bfloat16", "float16"):
+        return f"activations in {config.dtype}"
+    if config.head_dim % 8 or config.head_dim > CUDNN_HEAD:
+        return f"heads of {config.head_dim} features"
+    return "a soft cap on attention logits" if config.attention_softcap else ""
+
+
+@functools.cache
+def log_fallback(kernel: str, reason: str) -> None:
+    """Says once that something is read without the kernel that was chosen."""
+    log.warning("attention without the %s kernel: %s", kernel, reason)
 
 
 def kernel_for(config: FusedConfig) -> str:
@@ -127,18 +178,19 @@ def _platform() -> str:
 
 
 def fused_attention(
-    q: Float[Array, "B N S H"],
+    q: Float[Array, "B N Q H"],
     k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
+    v: Float[Array, "B K S F"],
     runs: Runs,
     softcap: float = 0.0,
-) -> Float[Array, "B N S H"]:
+) -> Float[Array, "B N Q F"]:
     """Attention within runs; what comes out for padding means nothing."""
 
     def attend(window: int) -> Callable[..., Array]:
         if runs.kernel == "cudnn":
-            return functools.partial(_cudnn, window)
-        return functools.partial(_on_each_device, functools.partial(_splash, window, softcap))
+            return functools.partial(_cudnn, window, runs.first)
+        kernel = functools.partial(_splash, window, softcap, runs.first)
+        return functools.partial(_on_each_device, kernel)
 
     if runs.local is None:
         return attend(runs.window)(q, k, v, runs.run)
@@ -160,50 +212,68 @@ def _on_each_device(
     return jax.shard_map(function, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, run)
 
 
-def _splash(window: int, softcap: float, q: Array, k: Array, v: Array, run: Array) -> Array:
+def _splash(
+    window: int, softcap: float, first: int, q: Array, k: Array, v: Array, run: Array
+) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    heads, length, dim = q.shape[1:]
-    missing = -length % LANES
-    size = length + missing
+    heads, queries, dim = q.shape[1:]
+    keys = k.shape[2]
 
-    def lengthened(x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    def lengthened(x: Array, length: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, 0), (0, -length % LANES), (0, 0)))
+
+    def numbers(run: Array) -> Array:
+        return jnp.pad(run, ((0, 0), (0, -run.shape[1] % LANES)), constant_values=-1)
 
     q = (q.astype(jnp.float32) * dim**-0.5).astype(q.dtype)  # the kernel does not scale
-    run = jnp.pad(run, ((0, 0), (0, missing)), constant_values=-1)
+    q, k, v = lengthened(q, queries), lengthened(k, keys), lengthened(v, keys)
+    ids = splash.SegmentIds(numbers(run[:, first:]), numbers(run))
     # Keys before a query (all of them, or a window) and none after it.
-    seen = splash.LocalMask((size, size), (window - 1 if window else None, 0), 0)
-    block = next(block for block in BLOCKS if size % block == 0)
+    size = q.shape[2], k.shape[2]
+    seen = splash.LocalMask(size, (window - 1 if window else None, 0), first)
+    block_q, block_kv = (next(b for b in BLOCKS if length % b == 0) for length in size)
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([seen] * heads),
         block_sizes=splash.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=block_q,
+            block_kv=block_kv,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_kv,
+            block_q_dq=block_q,
+            block_kv_dq=block_kv,
         ),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap or None,
         interpret=_platform() == "cpu",  # emulated
     )
-    y = jax.vmap(kernel)(*map(lengthened, (q, k, v)), splash.SegmentIds(run, run))
-    return jnp.asarray(y)[:, :, :length]
+    return jnp.asarray(jax.vmap(kernel)(q, k, v, ids))[:, :, :queries]
 
 
-def _cudnn(window: int, q: Array, k: Array, v: Array, run: Array) -> Array:
+def _cudnn(window: int, first: int, q: Array, k: Array, v: Array, run: Array) -> Array:
     """Causal attention.
 
     With one document per row and padding on the right, no token sees what it should not, but for
-    padding.
+    padding. Keys before the first query get a query each, which nobody reads; values as wide as the
+    keys are all that the kernel takes.
     """
     del run
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    q = jnp.pad(q, ((0, 0), (0, 0), (first, 0), (0, 0)))
+    dim, width = k.shape[3], v.shape[3]
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, -width % dim)))
     near = (window - 1, 0) if window else None
-    y = jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, local_window_size=near, implementation="cudnn"
-    )
-    return y.swapaxes(1, 2)
+    q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)
+    parts = [
+        jax.nn.dot_product_attention(
+            q,
+            k,
+            v[..., start : start + dim].swapaxes(1, 2),
+            is_causal=True,
+            local_window_size=near,
+            implementation="cudnn",
+        )
+        for start in range(0, width, dim)
+    ]
+    y = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
+    return y.swapaxes(1, 2)[:, :, first:, :width]

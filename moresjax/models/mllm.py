@@ -13,10 +13,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from moresjax.core.errors import UserError
-from moresjax.core.layout import Batch, TokenLayout, visible
+from moresjax.core.layout import Batch, LazyMask, TokenLayout, visible
 from moresjax.core.parameter_names import path_name
 from moresjax.core.types import AnyArray, pytree_dataclass
-from moresjax.models.block import BlocksOutput, LayerCache, Mask, dense
+from moresjax.models.attention_mask import attention_mask
+from moresjax.models.block import BlocksOutput, LayerCache, Mask
 from moresjax.models.connector import (
     AnyConnector,
     Connector,
@@ -27,14 +28,15 @@ from moresjax.models.connector import (
     parse_connector,
 )
 from moresjax.models.decoder import Decoder, DecoderConfig
-from moresjax.models.fused_attention import visible_runs
+from moresjax.models.fused_attention import Runs
 from moresjax.models.fusion import AnyVisionConfig, FusedVisionEncoder, vision_module
 from moresjax.models.vision import VisionEncoder, image_batch
 from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.attach import Tuning, adapter_numbers
-from moresjax.tuning.base import Params, Probe, ProbeContext, reads_attention, reads_images
+from moresjax.tuning.base import Params
 from moresjax.tuning.hooks import AttachedWrite, Hooks
 from moresjax.tuning.masks import extend_layout
+from moresjax.tuning.probes import Probe, ProbeContext, needs_mask, reads_attention, reads_images
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,30 +244,24 @@ class MLLM(nnx.Module):
         table = self.tuning.virtual_table()
         present = None if table is None else table[adapter_numbers(batch)]
         full = extend_layout(batch.layout, num_virtual, present)
+        if self.config.llm.image_attention == "bidirectional" and batch.pixels is not None:
+            full = full.replace(whole_images=True)
         rows, length = full.shape
         # The column that the blocks read first; learned keys come before it and have no query.
         start, count = num_virtual - num_extra, length - num_virtual + num_extra
+        first = start if chunk is None else None
         if chunk is not None:
             start, count, num_extra = num_virtual + chunk.first, chunk.count, 0
-        mask: Mask | None = None
-        whole = self.config.llm.image_attention == "bidirectional" and batch.pixels is not None
-        if not (any(map(reads_attention, probes)) or num_virtual or chunk or whole):
-            mask = visible_runs(batch, self.config.llm)
-        if mask is None:
-            columns = jnp.broadcast_to(start + jnp.arange(count), (rows, count))
-            mask = visible(full, columns, whole_images=whole)
+        seen = LazyMask(full, jnp.broadcast_to(start + jnp.arange(count), (rows, count)))
+        # Writes to the mask need one.
+        masked = any(site == "llm.block.attn.mask" for site, _ in writes)
+        gaps = present is not None
+        mask: Mask = attention_mask(batch, seen, self.config.llm, first, gaps=gaps, dense=masked)
         if queries is not None:
             queries = jnp.asarray(queries) + num_virtual - start
         context = None
         if probes:
-            seen = None
-            if any(map(reads_attention, probes)):
-                if queries is None:
-                    seen = dense(mask)
-                else:
-                    seen = visible(full, queries + start, whole_images=whole)
-            images = self._images(batch)
-            context = ProbeContext(jnp.asarray(full.kind), seen, queries, *images)
+            context = self._context(batch, seen, mask, queries, probes)
         hooks = self.tuning.hooks(
             batch,
             key=key,
@@ -298,6 +294,29 @@ class MLLM(nnx.Module):
         hidden = hooks.edit("llm.norm.out", out.hidden, queries)
         hidden = hidden[:, num_extra:] if queries is None else hidden
         return dataclasses.replace(out, hidden=hidden, stats=out.stats | hooks.stats)
+
+    def _context(
+        self,
+        batch: Batch,
+        seen: LazyMask,
+        mask: Mask,
+        queries: Int[Array, "B Q"] | None,
+        probes: Sequence[Probe],
+    ) -> ProbeContext:
+        """What the probes of a pass are told."""
+        kind, layout = jnp.asarray(seen.layout.kind), seen.layout
+        context = ProbeContext(
+            kind, None, queries, *self._images(batch), layout=layout, roi=batch.roi
+        )
+        if not any(map(reads_attention, probes)):
+            return context
+        if queries is not None:
+            first = jnp.asarray(seen.queries)[:, :1]
+            seen = dataclasses.replace(seen, queries=queries + first)
+        if isinstance(mask, LazyMask | Runs):
+            needed = seen.dense() if any(map(needs_mask, probes)) else None
+            return dataclasses.replace(context, mask=needed, seen=seen)
+        return dataclasses.replace(context, mask=mask if queries is None else seen.dense())
 
     def _with_images(self, batch: Batch) -> Batch:
         """The batch with black images that no token stands for, where it has none."""
@@ -343,7 +362,7 @@ class MLLM(nnx.Module):
         context = None
         if probes:
             attended = mask if any(map(reads_attention, probes)) else None
-            context = ProbeContext(jnp.asarray(keys.kind), attended, None)
+            context = ProbeContext(jnp.asarray(keys.kind), attended, None, layout=keys)
         hooks = self.tuning.hooks(
             Batch(tokens, step, adapter=adapter), decoding=True, probes=probes, context=context
         )

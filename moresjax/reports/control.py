@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from moresjax.core.errors import UserError
+from moresjax.core.folders import replace_file
 from moresjax.core.json_files import read_object
 from moresjax.data.control.cases import KINDS, NEGATIVE, OTHER, OWN, SCENARIOS, TARGET, Case
 from moresjax.data.images import open_image
@@ -223,7 +224,7 @@ def control_report(result: ControlResult, out: str | Path) -> list[Path]:
     title = f"{plan.name}: {plan.target}" + (f" taken for {plan.into}" if plan.into else "")
     text = "\n\n".join([f"## {title}", *(table.markdown() for table in tables), *notes])
     files = [out / name for name in ("tables.md", "examples.png", "control.html")]
-    files[0].write_text(text + "\n", encoding="utf-8")
+    replace_file(files[0], text + "\n")
     save(overlay_figure(result.measured), files[1], dpi=150)
     figure = png_uri(files[1].read_bytes())
     render("control.html.j2", files[2], title=title, tables=tables, figure=figure, notes=notes)

@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from moresjax.core.folders import replace_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -44,7 +46,7 @@ def render(template: str, path: str | Path, **values: Any) -> Path:
         autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(source)
     )
     path = Path(path)
-    path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
+    replace_file(path, environment.get_template(template).render(**values))
     return path
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from moresjax.core.errors import UserError
 from moresjax.core.folders import named_folder
-from moresjax.core.json_files import read_object
+from moresjax.core.json_files import read_log, read_object
 from moresjax.core.plugins import explain_missing
 from moresjax.evaluation.attention_log import (
     LOG,
@@ -27,7 +27,6 @@ from moresjax.evaluation.attention_log import (
     AnswerOnImage,
     read_maps,
 )
-from moresjax.evaluation.files import read_log
 from moresjax.evaluation.predictions import FILE, row_key
 from moresjax.evaluation.results import RESULTS
 from moresjax.evaluation.tasks import default_split, named_splits

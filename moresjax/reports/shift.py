@@ -1,7 +1,6 @@
 """The shift of concepts from one run's states to those of others: numbers and figures."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from moresjax.analysis.shift_study import ShiftOptions, measure_shift
 from moresjax.analysis.states import States
 from moresjax.core.errors import UserError
 from moresjax.core.folders import check_new, new_folder
+from moresjax.core.json_files import write_json
 from moresjax.reports import plots
 from moresjax.reports.concept_figures import (
     Pictures,
@@ -115,7 +115,7 @@ def shift_report(
         "sweeps": _sweeps(entries, measure, main, concepts, layers),
     }
     with new_folder(out, "shift") as folder:
-        (folder / "shift.json").write_text(json.dumps(result, indent=2) + "\n")
+        write_json(folder / "shift.json", result)
         for name, figure in _figures(result).items():
             plots.save(figure, folder / f"{name}.png")
         for name, (entry, first, second) in measured.items():

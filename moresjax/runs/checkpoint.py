@@ -5,7 +5,6 @@ the background. Parameters are stored under their names. Every checkpoint carrie
 array; one that does not come back with the same bytes counts as damaged.
 """
 
-import json
 import logging
 import threading
 import zlib
@@ -186,26 +185,16 @@ class Checkpoints:
         if steps:
             self._manager.reload()
 
+    def wait(self) -> None:
+        """Waits for a running save."""
+        with _orbax:
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Waits for a running save."""
         with _orbax:
             self._manager.wait_until_finished()
             self._manager.close()
-
-
-def saved_identity(directory: str | Path) -> tuple[int, dict[str, Any]]:
-    """Step of the newest checkpoint, and the identity of the run that is saved with it.
-
-    Returns:
-      0 where there is no checkpoint; an empty identity where none was saved or it is damaged.
-    """
-    steps = [int(path.name) for path in Path(directory).glob("[0-9]*") if path.name.isdigit()]
-    newest = max(steps, default=0)
-    try:
-        meta = json.loads((Path(directory) / str(newest) / "meta" / "metadata").read_text())
-        return newest, dict(meta.get("identity", {}))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return newest, {}
 
 
 def _numbered(tree: Any) -> Arrays:

@@ -12,7 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import importlib.util
-import json
+import logging
 import re
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,11 +22,15 @@ from typing import Any
 import ml_collections
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.json_files import read_object, write_json
 from moresjax.core.plugins import use_plugins
 from moresjax.core.ranges import check_ranges
 from moresjax.models.zoo import LLMS, VISION
 from moresjax.runs.run_config import BUDGET, RENAMED_KEYS, RunConfig, check_spelling, resolve
+from moresjax.runs.saved_identity import saved_identity
 from moresjax.tuning.spec import keys_of
+
+logger = logging.getLogger(__name__)
 
 # Dicts whose keys are checked where they are used: options of a source, fields of a part.
 OPEN = ("data", "validation.data", "model.llm", "model.vision")
@@ -260,22 +264,33 @@ def _convert(key: str, text: str, like: Any) -> Any:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Writes a configuration as JSON."""
-    Path(path).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
+    write_json(path, config.to_dict(), sort_keys=True)
 
 
 def read_config(path: str | Path) -> RunConfig:
     """A configuration written by `save_config`; keys that it lacks have their defaults.
 
+    In place of a damaged one stands that of the newest checkpoint beside it.
+
     Raises:
-      UserError: when the file is not one.
+      UserError: when the file is not one, and no checkpoint has it.
     """
+    path = Path(path)
     try:
-        values = json.loads(Path(path).read_text())
-        if not isinstance(values, dict):
-            raise TypeError("it holds no keys")
-        return resolve(present_names(values))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a run's configuration: {error}") from None
+        return _resolved(read_object(path))
+    except (ValueError, TypeError, AttributeError) as error:
+        wrong = f"{path} is not a run's configuration: {error}"
+    _, identity = saved_identity(path.parent / "checkpoints")
+    try:
+        found = _resolved(identity["config"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        raise UserError(wrong) from None
+    logger.warning("%s; the newest checkpoint's is used", wrong)
+    return found
+
+
+def _resolved(values: Mapping[str, Any]) -> RunConfig:
+    return resolve(present_names(values))
 
 
 def present_names(values: Mapping[str, Any]) -> dict[str, Any]:

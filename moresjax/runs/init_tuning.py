@@ -7,6 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moresjax.core.errors import UserError
+from moresjax.core.folders import new_file
 from moresjax.core.parameter_names import matches, named_parameters
 from moresjax.core.plugins import explain_missing
 from moresjax.models.initialize import set_params
@@ -61,7 +62,8 @@ def save_shared(tuning: Tuning, workdir: Path) -> None:
     A checkpoint holds what trains only, and the spec makes other ones.
     """
     if list(tuning.shared) and (arrays := foreign_arrays(tuning)):
-        save_file(arrays, workdir / SHARED)
+        with new_file(workdir / SHARED) as file:
+            save_file(arrays, file)
 
 
 def load_shared(tuning: Tuning, workdir: Path) -> None:

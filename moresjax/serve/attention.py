@@ -18,33 +18,38 @@ from moresjax.serve.errors import ApiError
 
 
 def answer_attention(
-    model: Model, row: Row, ids: list[int], adapter: str | None
+    model: Model, row: Row, ids: list[int], first: int, adapter: str | None
 ) -> dict[str, Any] | None:
-    """Share, LMAR and maps of every token of an answer; None without images or tokens.
+    """Share, LMAR and maps of tokens of an answer; None without images or tokens.
 
     Runs on the scheduler's thread.
 
     Args:
       model: The model.
       row: The prompt.
-      ids: The answer's tokens, without the one that ends it.
+      ids: The answer's tokens so far, without the one that ends it.
+      first: The number of the first token that is told; with 0 the pictures are told too.
       adapter: The adapter that answered.
     """
-    if not ids or not row.num_images:
+    told = ids[first:]
+    if not told or not row.num_images:
         return None
-    found = token_attention(model, row, np.asarray(ids, np.int32), adapter=adapter)
+    found = token_attention(model, row, np.asarray(ids, np.int32), first=first, adapter=adapter)
     lmar = [[x if np.isfinite(x) else None for x in layers] for layers in found.lmar.tolist()]
     processor = model.prompts.processor.image
     assert processor is not None  # else the row had no image
-    return {
-        "tokens": [model.prompts.tokenizer.decode([token]) for token in ids],
-        "ids": ids,
+    tokens = {
+        "first": first,
+        "tokens": [model.prompts.tokenizer.decode([token]) for token in told],
+        "ids": told,
         "share": found.share.tolist(),
         "lmar": lmar,
         "maps": None if found.grids is None else _array(found.grids),
-        "pictures": [image_uri(x) for x in processor.to_picture(np.asarray(row.pixels))],
-        "heads": model.config.llm.num_heads,
     }
+    if first:
+        return tokens
+    pictures = [image_uri(x) for x in processor.to_picture(np.asarray(row.pixels))]
+    return tokens | {"pictures": pictures, "heads": model.config.llm.num_heads}
 
 
 def head_maps(

@@ -99,7 +99,7 @@ class ChatAnswer:
             message = {"role": "assistant", "content": texts[number], "refusal": None}
             choice = {"index": number, "message": message, "finish_reason": reasons[number]}
             choice |= {"logprobs": self._logprobs(tokens[number])}
-            choices.append(choice | (await self._attention(number, tokens[number])))
+            choices.append(choice | (await self._attention(number, tokens[number], 0)))
         return self._object("chat.completion", choices) | {"usage": self._usage(total)}
 
     async def stream(self) -> AsyncGenerator[dict[str, str], None]:
@@ -122,14 +122,15 @@ class ChatAnswer:
             try:
                 async for number, piece in pieces:
                     total += piece.count
-                    if number == 0:
-                        first += piece.tokens
+                    said = first if number == 0 else []
+                    told = len(said)
+                    said += piece.tokens
                     if piece.text or piece.tokens:
                         delta, logprobs = {"content": piece.text}, self._logprobs(piece.tokens)
-                        yield event([self._delta(number, delta, logprobs, None)])
+                        choice = self._delta(number, delta, logprobs, None)
+                        yield event([choice | (await self._attention(number, said, told))])
                     if piece.reason:
-                        last = self._delta(number, {}, None, piece.reason)
-                        yield event([last | (await self._attention(number, first))])
+                        yield event([self._delta(number, {}, None, piece.reason)])
             except ApiError as error:
                 yield {"data": json.dumps(error.body)}
                 return
@@ -140,12 +141,20 @@ class ChatAnswer:
     def _delta(self, number: int, delta: dict, logprobs: Any, reason: str | None) -> dict:
         return {"index": number, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    async def _attention(self, number: int, tokens: Sequence[TokenInfo]) -> dict[str, Any]:
-        """What the first answer looks at, where that is wanted."""
+    async def _attention(
+        self, number: int, tokens: Sequence[TokenInfo], first: int
+    ) -> dict[str, Any]:
+        """What tokens of the first answer look at, where that is wanted.
+
+        Args:
+          number: The number of the answer.
+          tokens: Its tokens so far.
+          first: How many of them were looked at before.
+        """
         if not self._asked.attention or number:
             return {}
         ids = [token.id for token in tokens]
-        job = functools.partial(answer_attention, self._server.model, self._row, ids)
+        job = functools.partial(answer_attention, self._server.model, self._row, ids, first)
         async with self._server.steered(self._adapter, self._steering) as name:
             return {"attention": await self._server.call(job, name)}
 

@@ -1,4 +1,4 @@
-"""Images of requests: the files in data URIs, of which only the headers are read here.
+"""Images of requests: the files in data URIs, or of allowed hosts; their headers are read here.
 
 Their pixels are decoded when the prompt is made, one image at a time.
 """
@@ -7,6 +7,7 @@ import base64
 import binascii
 import dataclasses
 import io
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from moresjax.serve.errors import ApiError
 from moresjax.serve.fields import Fields
+from moresjax.serve.remote_images import RemoteLimits, fetch_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # Pillow starts programs for some of the others
 TOGETHER = 4
@@ -27,24 +29,27 @@ class ImageLimits:
     Attributes:
       max_images: The most images of a conversation.
       max_pixels: The most pixels of an image; those of a request have `TOGETHER` times as many.
+      remote: What may be fetched from other servers; nothing by default.
     """
 
     max_images: int = 16
     max_pixels: int = 1 << 26
+    remote: RemoteLimits = dataclasses.field(default_factory=RemoteLimits)
 
 
 def read_images(parts: Sequence[ImagePart], limits: ImageLimits) -> tuple[bytes, ...]:
     """The image files of parts `{"type": "image_url", "image_url": {"url": "data:..."}}`.
 
-    Nothing is fetched: a server that opens addresses for its clients opens its own network to them.
+    Nothing is fetched but from hosts of `limits.remote`.
 
     Raises:
-      ApiError: An address is no data URI, or no image, or the images have too many pixels.
+      ApiError: An address is no data URI and not allowed, or there is no image, or the images have
+        too many pixels.
     """
-    files, total = [], 0
+    files, total, ends = [], 0, time.monotonic() + limits.remote.seconds
     for part, path in parts:
         param = f"{path}.image_url.url"
-        data = _file(part, path, param)
+        data = _file(part, path, param, limits.remote, ends)
         width, height = _size(data, param)
         if width * height > limits.max_pixels:
             raise ApiError(
@@ -62,10 +67,12 @@ def read_images(parts: Sequence[ImagePart], limits: ImageLimits) -> tuple[bytes,
     return tuple(files)
 
 
-def _file(part: Any, path: str, param: str) -> bytes:
-    """The bytes in the data URI of a part."""
+def _file(part: Any, path: str, param: str, remote: RemoteLimits, ends: float) -> bytes:
+    """The bytes in the data URI of a part, or at its address."""
     url = part.get("image_url")
     url = url if isinstance(url, str) else Fields(url, f"{path}.image_url").text("url")
+    if url is not None and remote.hosts and not url.startswith("data:"):
+        return fetch_image(url, remote, ends, param)
     if url is None or not url.startswith("data:"):
         raise ApiError(
             "an image must be a data URI such as data:image/png;base64,...; this server fetches "

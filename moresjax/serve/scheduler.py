@@ -26,6 +26,9 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+STOPS = "the server stops and answers nothing more"
+
+
 class QueueFull(Exception):
     """More requests wait than the server holds; come back later."""
 
@@ -104,6 +107,7 @@ class Scheduler:
           UserError: A prompt and its new tokens do not fit the model, or there are more requests
             than the queue ever holds.
           QueueFull: Too many requests wait.
+          ApiError: The scheduler has been closed.
         """
         for request, _ in asked:
             self.model.service.check_context(request.row, request.max_new_tokens)
@@ -119,6 +123,8 @@ class Scheduler:
             )
         tickets = [Ticket(*one) for one in asked]
         with self._changed:
+            if self._closed:
+                raise ApiError(STOPS, 503)
             if len(self._waiting) + len(tickets) > self.max_waiting:
                 self.metrics.add("requests_refused", len(tickets))
                 raise QueueFull(f"{len(self._waiting)} requests wait already")
@@ -148,9 +154,15 @@ class Scheduler:
           job: What runs on the scheduler's thread.
           alone: Whether all rows have to end before, and the pool is made anew afterwards: what
             changes the model's tuning does so.
+
+        Returns:
+          What comes of it; an `ApiError` once the scheduler has been closed.
         """
         future: Future[T] = Future()
         with self._changed:
+            if self._closed:
+                future.set_exception(ApiError(STOPS, 503))
+                return future
             self._jobs.append((job, future, alone))
             self._changed.notify()
         return future
@@ -180,7 +192,7 @@ class Scheduler:
             except Exception as error:  # whatever JAX raises; the next requests may go well
                 logger.exception("a step of the server failed")
                 self._fail(error)
-        self._fail(RuntimeError("the server stops"), closing=True)
+        self._fail(ApiError(STOPS, 503), closing=True)
 
     def _turn(self, gone: list[int]) -> None:
         """Frees rows that nobody waits for, runs jobs, admits requests, and makes a step."""

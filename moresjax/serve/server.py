@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
 from moresjax.core.row import Row
+from moresjax.data.region_providers import OWN_REGIONS
 from moresjax.data.samples import Sample
 from moresjax.inference.model import Model
 from moresjax.serve.chat_request import Decoding
@@ -278,7 +280,11 @@ class Server:
         try:
             with self._preparing:
                 system = prompts.system_prompt(sample.system)
-                return prompts.sample_row(dataclasses.replace(sample, system=system))
+                sample, regions = dataclasses.replace(sample, system=system), None
+                if prompts.asks_model(sample):  # which the scheduler's thread alone may run
+                    looks = functools.partial(prompts.attended, sample)
+                    sample, regions = self.scheduler.call(looks).result(), OWN_REGIONS
+                return prompts.sample_row(sample, regions=regions)
         except UserError as error:
             raise ApiError(str(error), param="messages") from None
 

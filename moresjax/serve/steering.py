@@ -245,6 +245,7 @@ class SteeredAdapters:
           ApiError: Too many steerings are under way, the selector does not fit, or the adapter has
             been taken away.
         """
+        self._hold_own(may_compile)
         adapter = self.named(adapter)
         key = adapter, steering.key
         if key not in self._names:
@@ -254,6 +255,18 @@ class SteeredAdapters:
         name = self._names[key]
         self._used[name] += 1
         return name
+
+    def _hold_own(self, may_compile: bool) -> None:
+        """Lets rows choose a tuning that the model was loaded with, to which they add."""
+        model = self._model
+        if model.mllm.tuning.held or model.tuning == "none":
+            return
+        if not may_compile:
+            raise NoRoom
+        try:
+            self.keep_own()
+        except UserError as error:
+            raise ApiError(str(error), param="steer") from None
 
     def release(self, name: str) -> None:
         """Says that a request has ended; its steering may be forgotten."""
@@ -292,12 +305,6 @@ class SteeredAdapters:
             tuning = _composed(model, own.tuning if own else None, steering)
         except UserError as error:
             raise ApiError(str(error), param="steer") from None
-        if not held and model.tuning != "none":
-            raise ApiError(
-                f"this model was loaded with {model.tuning}; start the server with --vector to "
-                "steer it",
-                param="steer",
-            )
         self._count += 1
         name = f"{adapter or ''}\0steered {self._count}"  # no name that a client can ask for
         connector = own.connector if own else None

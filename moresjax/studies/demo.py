@@ -4,7 +4,6 @@ Every stage is a run of `configs/digits.py`, every score comes from `evaluate`, 
 `moresjax.analysis`; this file says in which order, and collects the numbers.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,9 @@ import numpy as np
 
 from moresjax.configs import digits as recipe  # pyright: ignore[reportMissingImports]
 from moresjax.core.errors import UserError
+from moresjax.core.folders import is_empty
+from moresjax.core.json_files import write_json
+from moresjax.core.locks import one_writer
 from moresjax.data.digits import FAMILIES, UNSEEN
 from moresjax.evaluation.benchmarks.digits import majority_accuracy, make_examples
 from moresjax.evaluation.statistics import mean_with_interval
@@ -32,6 +34,7 @@ from moresjax.training.prepare import TrainResult
 from moresjax.weights.adapter import save_adapter
 
 
+@one_writer
 def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool = False) -> dict:
     """Runs all stages into `out` and writes `results.json`, plots, adapters and two pages.
 
@@ -54,7 +57,7 @@ def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, got {seeds}")
     out, start = Path(out), time.monotonic()
-    if out.exists() and any(out.iterdir()) and not (out / "seed0").is_dir():
+    if out.exists() and not is_empty(out) and not (out / "seed0").is_dir():
         raise UserError(f"{out} is not empty and holds no demo to go on with")
     pipeline = Pipeline(out, range(seeds), split, fast)
 
@@ -90,7 +93,7 @@ def run_demo(out: str | Path, *, seeds: int = 1, split: str = "test", fast: bool
     results["heat_map"] = _plots(out, results, models, questions)
     results["states"] = states_page(models["full"], out, "full", split=split, fast=fast)
     results["seconds"] = round(time.monotonic() - start, 1)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(out / "results.json", results)
     write_demo_report(results | {"made": describe(results["made_with"])}, out)
     return results
 

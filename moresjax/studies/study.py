@@ -5,12 +5,12 @@ directory share, and says in tables and sentences what came out, beside the pape
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.json_files import write_json
 from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.reports.html import figure_uri, render
 from moresjax.reports.tables import Table
@@ -129,7 +129,7 @@ def run_study(
         "tables": [dataclasses.asdict(table) for table in (*outcome.tables, study.paper)],
         "values": outcome.values,
     }
-    (out / f"{study.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out / f"{study.name}.json", record, indent=1)
     return render(
         "study.html.j2",
         out / f"{study.name}.html",

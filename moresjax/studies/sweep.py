@@ -5,7 +5,6 @@ The runs train by `train_many`; this file says which runs there are, and what th
 
 import dataclasses
 import itertools
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moresjax.core.errors import UserError
-from moresjax.core.folders import replace_file
+from moresjax.core.folders import is_empty, make_folder
+from moresjax.core.json_files import write_json
+from moresjax.core.locks import locked
 from moresjax.evaluation.statistics import mean_with_interval
 from moresjax.runs.config import load_config
 from moresjax.runs.run_config import InitConfig, RunConfig
@@ -143,7 +144,7 @@ def sweep(
       UserError: for runs that cannot be, or a directory that holds something else.
     """
     runs, folder = sweep_runs(config, grid or {}, seeds, overrides), Path(workdir)
-    if folder.exists() and any(folder.iterdir()) and not (folder / SUMMARY).is_file():
+    if folder.exists() and not is_empty(folder) and not (folder / SUMMARY).is_file():
         raise UserError(f"workdir {folder} is not empty and holds no sweep")
     outcomes: dict[Path, Outcome] = {}
 
@@ -152,13 +153,14 @@ def sweep(
         _write(folder, runs, outcomes)
 
     places: dict[str | Path, RunConfig] = {folder / run.name: run.config for run in runs}
-    train_many(
-        places,
-        at_once=at_once,
-        allow_pickle=allow_pickle,
-        report=report,
-        begin=lambda: _write(folder, runs, outcomes),
-    )
+    with locked(folder):
+        train_many(
+            places,
+            at_once=at_once,
+            allow_pickle=allow_pickle,
+            report=report,
+            begin=lambda: _write(folder, runs, outcomes),
+        )
     return summarize(folder, runs, outcomes)
 
 
@@ -252,8 +254,8 @@ def _split(setting: str) -> tuple[str, str, str]:
 
 def _write(folder: Path, runs: Sequence[SweepRun], outcomes: Mapping[Path, Outcome]) -> None:
     """Writes the summary so that no half of it is ever seen."""
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / SUMMARY, json.dumps(summarize(folder, runs, outcomes), indent=2) + "\n")
+    make_folder(folder)
+    write_json(folder / SUMMARY, summarize(folder, runs, outcomes))
 
 
 def _number(x: float | None) -> str:

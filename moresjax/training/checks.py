@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.folders import is_empty
 from moresjax.core.parameter_names import named_parameters
 from moresjax.data.processor import Processor
 from moresjax.data.samples import IMAGE_MARK, Sample
@@ -22,10 +23,10 @@ from moresjax.models.decoder import DecoderConfig
 from moresjax.models.mllm import MLLM
 from moresjax.models.vision import VisionConfig
 from moresjax.runs.architecture import AnyModel, new_model
-from moresjax.runs.checkpoint import saved_identity
 from moresjax.runs.config import read_config
 from moresjax.runs.identity import changed_settings
 from moresjax.runs.run_config import PARTS, RANDOM, RunConfig
+from moresjax.runs.saved_identity import saved_identity
 from moresjax.training.step import split_model
 
 logger = logging.getLogger(__name__)
@@ -383,7 +384,7 @@ def check_workdir(config: RunConfig, workdir: Path, resume: str) -> None:
         raise choice_error("resume", resume, ("auto", "never"))
     if re.match(r"\w+:/", str(workdir)):  # would become a folder of that name
         raise UserError(f"workdir {workdir} is in an object store; give a folder or a mounted one")
-    if not workdir.exists() or not any(workdir.iterdir()):
+    if not workdir.exists() or is_empty(workdir):
         return
     if resume == "never":
         raise UserError(f"workdir {workdir} is not empty and --resume is never")

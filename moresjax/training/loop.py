@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import time
 from collections import deque
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Array
 
 from moresjax.core.errors import UserError
+from moresjax.core.json_files import write_json
 from moresjax.data.pipeline import to_device_batch
 from moresjax.runs.run_config import AnyConfig
 from moresjax.sharding.mesh import batch_sharding
@@ -83,11 +83,14 @@ def train_prepared(run: Run, preemption: PreemptionHandler, *, bar: bool = True)
     """
     if run.first:
         logger.info("resuming %s at step %d", run.config.name, run.first)
-    result, stopped = _loop(run, preemption, bar)
-    if stopped:
-        logger.warning("stopped at step %d, which is saved; the same command goes on", result.step)
-    elif run.speaks:
-        (run.workdir / RESULT).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    with run.held:
+        result, stopped = _loop(run, preemption, bar)
+        run.checkpoints.wait()
+        if stopped:
+            said = "stopped at step %d, which is saved; the same command goes on"
+            logger.warning(said, result.step)
+        elif run.speaks:
+            write_json(run.workdir / RESULT, dataclasses.asdict(result))
     return result
 
 
@@ -97,9 +100,7 @@ def _loop(run: Run, preemption: PreemptionHandler, bar: bool) -> tuple[TrainResu
     rows, state, first = batch_sharding(run.mesh), run.state, run.first
     done, stopped, metrics = first, False, {}
     compile_seconds, start = 0.0, time.monotonic()
-    with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.close)
-        reports = stack.enter_context(contextlib.closing(_StepReports(run, bar)))
+    with contextlib.closing(_StepReports(run, bar)) as reports:
         meter = reports.meter
         while done < config.steps and not stopped:
             stacked = next(run.iterator)
@@ -126,6 +127,8 @@ def _loop(run: Run, preemption: PreemptionHandler, bar: bool) -> tuple[TrainResu
                 checkpoints.save(state, position)
                 run.iterator.skip_policy.save(workdir / SKIPPED.format(jax.process_index()))
         seconds = time.monotonic() - start
+    # A run that ended right behind its last checkpoint has its metrics in the log.
+    metrics = metrics or reports.writer.last
     return TrainResult(done, metrics, seconds, compile_seconds), stopped
 
 
@@ -190,9 +193,8 @@ def _finite(step: int, measured: Mapping[str, Array], ids: Any, workdir: Path) -
     metrics = {name: float(value) for name, value in measured.items()}
     if not np.isfinite([metrics["loss"], metrics["grad_norm"]]).all():
         path = workdir / f"non_finite_step_{step}.json"
-        path.write_text(
-            json.dumps({"step": step, "metrics": repr(metrics), "samples": list(map(str, ids))})
-        )
+        found = {"step": step, "metrics": repr(metrics), "samples": list(map(str, ids))}
+        write_json(path, found, indent=None)
         raise Diverged(
             f"loss {metrics['loss']} or gradient norm {metrics['grad_norm']} is not finite at step "
             f"{step}; the samples are in {path}"

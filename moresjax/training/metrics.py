@@ -1,13 +1,18 @@
 """Where training metrics go: a JSON-lines file, TensorBoard, and a progress bar."""
 
-import json
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
+
+from moresjax.core.folders import set_aside
+from moresjax.core.json_files import append_log, scan_log, write_log
+
+logger = logging.getLogger(__name__)
 
 # Outside a terminal: time between lines about logged steps, and the longest time without a line.
 LINE_SECONDS = 10
@@ -22,6 +27,9 @@ class MetricWriter:
       done: steps that the run goes on from; what an interrupted run wrote beyond them is dropped.
       tensorboard: whether to write TensorBoard events.
       active: False for all but one of the processes of a run: nothing is written.
+
+    Attributes:
+      last: The newest values of the steps that the run goes on from, by name.
     """
 
     def __init__(
@@ -32,35 +40,39 @@ class MetricWriter:
         tensorboard: bool = True,
         active: bool = True,
     ) -> None:
-        self._file: TextIO | None = None
+        self._path = Path(directory) / "metrics.jsonl" if active else None
         self._board: Any = None  # of tensorboardX, which is imported where it is used
-        if not active:
+        self.last: dict[str, float] = {}
+        if self._path is None:
             return
-        path = Path(directory) / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        # A killed process may leave half a line.
-        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-        self._file = path.open("a", encoding="utf-8")
+        for row in (rows := _logged(self._path, done)):
+            self.last |= {name: value for name, value in row.items() if name != "step"}
+        write_log(self._path, rows)
         if tensorboard:
             board = str(Path(directory) / "tensorboard")
             self._board = _summary_writer()(board, purge_step=done + 1 if done else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of one step."""
-        if not self._file:
+        if self._path is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        append_log(self._path, {"step": step, **values})
         for name, value in values.items() if self._board else ():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the files."""
-        if self._file:
-            self._file.close()
         if self._board:
             self._board.close()
+
+
+def _logged(path: Path, done: int) -> list[dict[str, Any]]:
+    """The lines of a log up to a step. One with a damaged line is set aside, and told of."""
+    rows, damaged = scan_log(path)
+    whole = [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    if lost := len(damaged) + len(rows) - len(whole):
+        logger.warning("%d lines of %s are damaged; it is kept as %s", lost, path, set_aside(path))
+    return [row for row in whole if row["step"] <= done]
 
 
 def _summary_writer() -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """What a run needs before its first step: data, model, train step, and the newest checkpoint."""
 
+import contextlib
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from moresjax.core.errors import UserError
+from moresjax.core.json_files import read_object
+from moresjax.core.locks import FolderLock
 from moresjax.core.plugins import active_plugins
 from moresjax.core.ranges import check_ranges
 from moresjax.data.check import count_cut
@@ -22,7 +25,7 @@ from moresjax.data.sources import Source
 from moresjax.models.mllm import MLLM
 from moresjax.runs.budget import check_budget, with_steps
 from moresjax.runs.build import build_model
-from moresjax.runs.checkpoint import Checkpoints, saved_identity
+from moresjax.runs.checkpoint import Checkpoints
 from moresjax.runs.config import load_config, save_config
 from moresjax.runs.data import build_iterator, build_sources
 from moresjax.runs.identity import check_identity, run_identity
@@ -30,6 +33,7 @@ from moresjax.runs.init_tuning import save_shared
 from moresjax.runs.paths import with_absolute_paths
 from moresjax.runs.processor import build_processor
 from moresjax.runs.run_config import AnyConfig, RunConfig, resolve
+from moresjax.runs.saved_identity import saved_identity
 from moresjax.runs.sources import check_same_tokenizer, check_sources, with_sources
 from moresjax.runs.state import TrainState
 from moresjax.sharding.mesh import batch_shards, make_mesh, replicated, shard_params
@@ -80,6 +84,7 @@ class Checked:
       finished: The result of a run that has nothing left to do; the rest is None then.
       processor: The processor of the model.
       sources: Training samples, and validation samples if there are any.
+      resume: `auto` or `never`.
     """
 
     config: RunConfig
@@ -87,6 +92,7 @@ class Checked:
     finished: TrainResult | None = None
     processor: Processor | None = None
     sources: Sources | None = None
+    resume: str = "auto"
 
 
 @dataclasses.dataclass
@@ -108,6 +114,7 @@ class Run:
       step_fn: `(state, frozen, batch) -> (state, metrics)`.
       mesh: The devices.
       checkpoints: Where the state is saved.
+      held: What is let go of at the end: the lock of the directory and the checkpoints.
     """
 
     config: RunConfig
@@ -124,6 +131,7 @@ class Run:
     step_fn: Callable[..., Any]
     mesh: Mesh
     checkpoints: Checkpoints
+    held: contextlib.ExitStack
 
     @property
     def speaks(self) -> bool:
@@ -164,7 +172,7 @@ def check(
         config = with_steps(config, sources[0], lambda: processor)
         if finished := _finished(config, workdir, resume):
             return Checked(config, workdir, finished)
-    return Checked(config, workdir, None, processor, sources)
+    return Checked(config, workdir, None, processor, sources, resume)
 
 
 def _checked_start(config: RunConfig, workdir: Path) -> Processor:
@@ -182,8 +190,12 @@ def _finished(config: RunConfig, workdir: Path, resume: str) -> TrainResult | No
     check_workdir(config, workdir, resume)
     if not (workdir / RESULT).is_file():
         return None
-    result = TrainResult(**json.loads((workdir / RESULT).read_text()))
-    return result if result.step >= config.steps else None
+    try:
+        result = TrainResult(**read_object(workdir / RESULT))
+        return result if result.step >= config.steps else None
+    except (UserError, TypeError) as error:
+        logger.warning("%s is made again from the newest checkpoint: %s", workdir / RESULT, error)
+        return None
 
 
 def prepare(
@@ -217,19 +229,23 @@ def prepare(
     # Resume.
     identity = run_identity(config, frozen, processor, training)
     check_identity(saved_identity(workdir / "checkpoints")[1], identity, str(workdir))
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:  # one process writes for all
-        save_config(config, workdir / "config.json")
-        if isinstance(model, MLLM):
-            save_shared(model.tuning, workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-    checkpoints.identity = identity
-    samples_seen = 0
-    if restored := checkpoints.restore(state):
-        state, position = restored
-        iterator.set_state(position)
-        # Version 0.2 did not count them.
-        samples_seen = position.get("samples_seen", int(state.step) * config.batch_size)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:  # one process writes for all
+            stack.enter_context(FolderLock(workdir))
+            check_workdir(config, workdir, checked.resume)  # what another run wrote meanwhile
+            save_config(config, workdir / "config.json")
+            if isinstance(model, MLLM):
+                save_shared(model.tuning, workdir)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+        checkpoints.identity = identity
+        stack.callback(checkpoints.close)
+        samples_seen = 0
+        if restored := checkpoints.restore(state):
+            state, position = restored
+            iterator.set_state(position)
+            # Version 0.2 did not count them.
+            samples_seen = position.get("samples_seen", int(state.step) * config.batch_size)
+        held = stack.pop_all()
     return Run(
         config=config,
         workdir=workdir,
@@ -245,6 +261,7 @@ def prepare(
         step_fn=step_fn,
         mesh=mesh,
         checkpoints=checkpoints,
+        held=held,
     )
 
 

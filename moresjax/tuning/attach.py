@@ -15,16 +15,7 @@ from jaxtyping import Array, Bool, Int, PRNGKeyArray
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import Batch
 from moresjax.core.types import Numbers
-from moresjax.tuning.base import (
-    Edit,
-    Method,
-    ModelConfig,
-    Params,
-    Probe,
-    ProbeContext,
-    VirtualTokens,
-    WeightDelta,
-)
+from moresjax.tuning.base import Edit, Method, ModelConfig, Params, VirtualTokens, WeightDelta
 from moresjax.tuning.hooks import (
     Attached,
     AttachedDelta,
@@ -40,6 +31,7 @@ from moresjax.tuning.layered import (
     prepare_layers,
 )
 from moresjax.tuning.masks import SiteMasks
+from moresjax.tuning.probes import Probe, ProbeContext
 from moresjax.tuning.selectors import Selector, mark_names, parse_layers, parse_selector
 from moresjax.tuning.sites import check_selector, is_per_image, num_layers
 from moresjax.tuning.spec import format_spec, parse_spec

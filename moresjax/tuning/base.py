@@ -10,19 +10,19 @@ beside the frozen blocks, and switches layers on and off (layer masks).
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.ranges import Positive, Rate, check_ranges
 from moresjax.core.registry import add_entry
-from moresjax.core.types import AnyArray, pytree_dataclass
+from moresjax.core.types import AnyArray
 
 Params = dict[str, Array]
 # Where a method acts: names of sites, each with what `initial` needs to know about its shape.
@@ -353,91 +353,3 @@ class VirtualTokens(Method, abc.ABC):
     @abc.abstractmethod
     def initial(self, key: PRNGKeyArray, *shape: Any) -> Params:
         """Initial content; that of one layer where the site is layered."""
-
-
-@pytree_dataclass
-class ProbeContext:
-    """What a probe may know about the tokens besides the tensors it reads.
-
-    Attributes:
-      kind: kind of every key, `[B, S]`.
-      mask: which keys each chosen query sees, `[B, Q, S]`; None where no probe reads attention.
-      queries: row index of each chosen query, `[B, Q]`; None when the pass has only chosen queries.
-      images: which of the images that a row has place for are there, `[B, N]`; None without any.
-      patches: the patches of an image, the last tokens of the vision encoder (static).
-      softcap: the soft cap on the attention logits; 0: none (static).
-    """
-
-    kind: Int[Array, "B S"]
-    mask: Bool[Array, "B Q S"] | None
-    queries: Int[Array, "B Q"] | None
-    images: Bool[Array, "B N"] | None = None
-    patches: int = dataclasses.field(default=0, metadata={"static": True})
-    softcap: float = dataclasses.field(default=0.0, metadata={"static": True})
-
-
-@pytree_dataclass
-class ChosenToken:
-    """The token that each row has just been given, as probes are told.
-
-    Attributes:
-      ids: the tokens `[B]`; meaningless in rows that have ended before.
-      number: how many new tokens each row had before this one `[B]`.
-      alive: whether the row had not ended before `[B]`.
-      ends: whether it is an end token `[B]`.
-      most: G, the most new tokens of a row (static).
-    """
-
-    ids: Int[Array, " B"]
-    number: Int[Array, " B"]
-    alive: Bool[Array, " B"]
-    ends: Bool[Array, " B"]
-    most: int = dataclasses.field(metadata={"static": True})
-
-
-@runtime_checkable
-class Probe(Protocol):
-    """Read-only: returns reduced statistics of one layer, stacked over layers by the framework.
-
-    A probe may also have:
-
-      `layers`: the numbers of the layers that it reads, in order; default: all.
-      `fold(total, new, token)`: what generation accumulates. `total` is what the queries so far
-        gave, None at the first; `new` is what `read` gave for the query that the `ChosenToken` was
-        chosen at; leaves of both have leading axes `[L, B]`, or `[1, B]`. Default: the sum.
-      `at_queries`: whether `read` looks at nothing but the context's queries, so that the last
-        layer is computed there only; default: False.
-    """
-
-    @property
-    def name(self) -> str:
-        """The key of the statistics in the output."""
-        ...
-
-    @property
-    def site(self) -> str:
-        """`attn` (tensors `q`, `k`), `out` of the LLM's blocks, or a site of an edit (tensor `h`).
-
-        What it reads is what edits have left.
-        """
-        ...
-
-    @property
-    def read(self) -> Callable[..., Any]:
-        """`read(context, **tensors)`, with a `ProbeContext`: statistics of one layer."""
-        ...
-
-
-def probe_layers(probe: Probe) -> tuple[int, ...] | None:
-    """The layers that a probe reads; None: all of them."""
-    return getattr(probe, "layers", None)
-
-
-def reads_attention(probe: Probe) -> bool:
-    """Whether a probe reads queries and keys."""
-    return probe.site == "attn"
-
-
-def reads_images(probe: Probe) -> bool:
-    """Whether a probe reads what is made of the images, before the LLM."""
-    return probe.site.startswith(("vision.", "connector."))

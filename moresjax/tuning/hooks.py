@@ -7,8 +7,8 @@ and the identity. What `edit` returns is shown to the probes of the site, and wh
 block reads to those of `X.in`. Sites are named
 `vision.block.X`, `connector.N` (its linear number N), `connector.out`, `llm.embed.out`,
 `llm.norm.out` and `llm.block.X`, X being a linear (`q k v o gate up down`) or `attn.out`,
-`mlp.out`, `out`. Virtual tokens are at `vision.embed`, `llm.embed`, `X.block.in` and
-`llm.block.kv`.
+`mlp.out`, `out`; writes may also be at `llm.block.attn.mask`, which keys each query sees. Virtual
+tokens are at `vision.embed`, `llm.embed`, `X.block.in` and `llm.block.kv`.
 
 `Hooks` serve a whole forward pass, `TowerHooks` the blocks of the LLM or of the vision encoder,
 `LayerHooks` one of these blocks.
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moresjax.core.ops import pick
 from moresjax.core.types import AnyArray
@@ -34,12 +34,12 @@ from moresjax.tuning.attached import (
     put_before,
     tuned_linear,
 )
-from moresjax.tuning.base import (
-    LinearLike,
-    Params,
+from moresjax.tuning.base import LinearLike, Params
+from moresjax.tuning.probes import (
     Probe,
     ProbeContext,
     probe_layers,
+    probe_members,
     reads_attention,
 )
 
@@ -95,6 +95,13 @@ class LayerHooks:
         self._read(self._tower.context, name, h=h)
         return h
 
+    def mask(self, mask: Any) -> Any:
+        """What the block's queries see, after the writes at `attn.mask`, which need a dense one."""
+        for number, item in self._tower.at("attn.mask"):
+            assert isinstance(item, AttachedWrite)  # nothing else is there
+            mask = item.write(self._params[number][0], mask)
+        return mask
+
     def enter(self, h: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The input of the block: extra tokens that have content at this layer get it."""
         for number, _ in self._tower.at("in"):
@@ -112,39 +119,75 @@ class LayerHooks:
             v = put_before(params["v"], v, item.rows)
         return k, v
 
+    def key_groups(self) -> Float[Array, "B T C"] | None:
+        """The groups of keys whose masses the main pass of attention is asked for.
+
+        It is where probes read all queries or a quarter of the keys and more; fewer cost less by
+        themselves. None where no probe does, and where the pass has a dense mask.
+        """
+        context = self._tower.context
+        if context is None or context.seen is None:
+            return None
+        if context.queries is not None and 4 * context.queries.shape[1] < context.kind.shape[1]:
+            return None
+        groups = [members(context) for members in map(probe_members, self._tower.probes) if members]
+        return jnp.concatenate(groups, axis=2) if groups else None
+
     def read_attention(
         self,
         q: Float[Array, "B N S H"],
         k: Float[Array, "B K T H"],
-        mask: Bool[Array, "B S T"] | None,
+        mask: Any,
         softcap: float,
+        masses: Float[Array, "B N S C"] | None = None,
     ) -> None:
         """Shows queries and keys to the probes, as `attn`.
 
         Args:
           q: The queries.
           k: The keys.
-          mask: What this layer's queries see, when that differs between layers; else None.
+          mask: What this layer's queries see, when that differs between layers or is no array; else
+            None.
           softcap: The soft cap on the layer's attention logits.
+          masses: What the queries put on `key_groups`.
         """
         context = self._tower.context
         if context is None or not any(map(reads_attention, self._tower.probes)):
             return
         context = dataclasses.replace(context, softcap=softcap)
-        if mask is not None:
+        if isinstance(mask, jax.Array):
             if context.queries is not None:
                 mask = jnp.take_along_axis(mask, context.queries[:, :, None], axis=1)
             context = dataclasses.replace(context, mask=mask)
-        self._read(context, "attn", q=q, k=k)
+        elif mask is not None:
+            assert context.seen is not None  # because there is no mask of all pairs
+            seen = dataclasses.replace(context.seen, window=mask.window, local=mask.local)
+            context = dataclasses.replace(context, seen=seen, view=mask)
+            if context.mask is not None:
+                context = dataclasses.replace(context, mask=seen.dense())
+        first = 0
+        for probe in self._tower.probes:
+            own, members = context, probe_members(probe)
+            if masses is not None and members:
+                count = members(context).shape[2]
+                own = dataclasses.replace(context, masses=masses[..., first : first + count])
+                first += count
+            if reads_attention(probe):
+                self._read_probe(probe, own, "attn", q=q, k=k)
 
     def _read(self, context: ProbeContext | None, name: str, **tensors: Array) -> None:
         """Shows tensors to the probes of a site; in a scan, whatever layers they choose."""
         for probe in self._tower.probes:
-            layers = probe_layers(probe)
-            if layers is not None and isinstance(self._layer, int) and self._layer not in layers:
-                continue
-            if probe.site in (name, f"{self._tower.name}.block.{name}"):
-                self.stats[probe.name] = probe.read(context, **tensors)
+            self._read_probe(probe, context, name, **tensors)
+
+    def _read_probe(
+        self, probe: Probe, context: ProbeContext | None, name: str, **tensors: Array
+    ) -> None:
+        layers = probe_layers(probe)
+        if layers is not None and isinstance(self._layer, int) and self._layer not in layers:
+            return
+        if probe.site in (name, f"{self._tower.name}.block.{name}"):
+            self.stats[probe.name] = probe.read(context, **tensors)
 
 
 class TowerHooks:

@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 from moresjax._version import __version__
 from moresjax.core.errors import UserError
+from moresjax.core.folders import new_file
+from moresjax.core.json_files import write_json
 from moresjax.core.parameter_names import (
     current_name,
     layered_parameters,
@@ -72,8 +74,9 @@ def save_adapter(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = 
         "base": {"config": mllm.config.to_dict(), "checksums": checksums(base)},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(arrays | foreign_arrays(tuning), folder / TENSORS, metadata={"format": FORMAT})
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    with new_file(folder / TENSORS) as file:
+        save_file(arrays | foreign_arrays(tuning), file, metadata={"format": FORMAT})
+    write_json(folder / DESCRIPTION, description)
     return folder
 
 

@@ -19,6 +19,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moresjax.core.errors import UserError
+from moresjax.core.folders import replace_file
+from moresjax.core.json_files import write_json
 from moresjax.models.block import BlockConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
@@ -127,8 +129,8 @@ def write_edits(
     }
     (folder / TENSORS).parent.mkdir(parents=True)
     save_file(arrays, folder / TENSORS, metadata={"format": FORMAT})
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-    (folder / LOADER).write_text(Path(__file__).with_name(LOADER).read_text())
+    write_json(folder / DESCRIPTION, description)
+    replace_file(folder / LOADER, Path(__file__).with_name(LOADER).read_text())
 
 
 def read_edits(mllm: MLLM, folder: Path) -> None:

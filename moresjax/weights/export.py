@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 
 from moresjax.core.errors import UserError
 from moresjax.core.folders import new_folder
+from moresjax.core.json_files import write_json
 from moresjax.core.parameter_names import layered_parameters, path_name
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
@@ -188,7 +188,7 @@ def _write_model(
     family = MLLM_FAMILIES.get(hf["model_type"])
     name = family.written_name if family else str
     _write_tensors(mllm, model_mappings(config, hf), folder, shard_size, name)
-    (folder / "config.json").write_text(json.dumps(hf, indent=2, default=str) + "\n")
+    write_json(folder / "config.json", hf, default=str)
 
 
 def _write_tensors(
@@ -226,7 +226,7 @@ def _write_tensors(
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def _grown(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,11 +1,10 @@
 """What `generation_config.json` says about generation, as `transformers` reads it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
-from moresjax.core.json_files import read_object
+from moresjax.core.json_files import read_object, write_json
 from moresjax.data.processor import GenerationDefaults
 
 FILE = "generation_config.json"
@@ -88,7 +87,7 @@ def save_generation_config(folder: Path, defaults: GenerationDefaults) -> None:
     if defaults.repetition_penalty != 1:
         values["repetition_penalty"] = defaults.repetition_penalty
     if values:
-        (folder / FILE).write_text(json.dumps(values, indent=2) + "\n")
+        write_json(folder / FILE, values)
 
 
 def _ids(values: dict[str, Any]) -> tuple[int, ...]:

@@ -17,6 +17,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.folders import new_file
+from moresjax.core.json_files import write_json
 from moresjax.core.parameter_names import layered_parameters, matches
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -95,8 +97,9 @@ def export_peft(mllm: MLLM, folder: str | Path, *, also_train: Sequence[str] = (
     config |= {"task_type": "CAUSAL_LM", "inference_mode": True, "peft_version": PEFT_VERSION}
     folder.mkdir(parents=True, exist_ok=True)
     named = {_file_name(n): np.ascontiguousarray(x, np.float32) for n, x in arrays.items()}
-    save_file(named, folder / TENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    with new_file(folder / TENSORS) as file:
+        save_file(named, file, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config)
     return folder
 
 

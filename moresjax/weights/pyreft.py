@@ -28,6 +28,7 @@ from safetensors.numpy import load_file, save_file
 
 from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.json_files import write_json
 from moresjax.core.parameter_names import named_parameters
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
@@ -135,7 +136,7 @@ def export_pyreft(
         "mode": "parallel",
         "sorted_keys": keys,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "config.json", config)
     if connector:
         values = {n: np.asarray(x.get_value()) for n, x in named_parameters(mllm).items()}
         own = {n: x for n, x in values.items() if n.startswith("connector.")}

@@ -13,7 +13,7 @@ from typing import Any
 
 from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError
-from moresjax.core.json_files import read_object
+from moresjax.core.json_files import read_object, write_json
 from moresjax.tuning.base import Method
 from moresjax.tuning.methods.mores import MoReS
 
@@ -151,5 +151,5 @@ def note(method: MoReS, layers: int, dim: int, visual_tokens: int, folder: Path)
     edit = {"type": "mores", "embed_dim": dim, "low_rank_dimension": method.rank}
     edit |= {"dropout": method.dropout}
     one = {"component": "block_output", "low_rank_dimension": method.rank, "intervention": edit}
-    (folder / POSITIONS).write_text(json.dumps(positions, indent=4) + "\n")
-    (folder / EDITS).write_text(json.dumps({"representations": [one] * layers}, indent=4) + "\n")
+    write_json(folder / POSITIONS, positions, indent=4)
+    write_json(folder / EDITS, {"representations": [one] * layers}, indent=4)

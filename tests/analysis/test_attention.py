@@ -27,7 +27,7 @@ from moresjax.models.vision import VisionConfig
 from moresjax.models.zoo import mllm_config
 from moresjax.testing.batches import row_layout, stack_layout, tiny_batch
 from moresjax.testing.models import TINY_LLM, talking_model, tiny_config, tiny_model
-from moresjax.tuning.base import ProbeContext
+from moresjax.tuning.probes import ProbeContext
 from moresjax.weights.families.base import decoder_config
 from moresjax.weights.hf import build_mllm, import_params
 

@@ -29,7 +29,7 @@ from moresjax.testing.models import (
     talking_model,
     tiny_model,
 )
-from moresjax.tuning.base import ChosenToken
+from moresjax.tuning.probes import ChosenToken
 
 SITES = (
     "llm.embed.out",

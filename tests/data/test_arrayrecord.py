@@ -91,7 +91,7 @@ def test_an_image_that_is_missing_stops_the_conversion(tmp_path):
     conversation = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}]
     record = {"id": "7", "image": "none.png", "conversations": conversation}
     source = LlavaSource(write_list(tmp_path / "bad.json", [record]), str(tmp_path))
-    with pytest.raises(UserError, match=r"\[0\] 7: image .*none\.png cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"\[0\] 7: image .*none\.png does not exist"):
         convert_llava(source, tmp_path / "new", shards=1, progress=False)
 
 

@@ -1,6 +1,7 @@
 """LLaVA's files: read lazily, as LLaVA reads them, every mistake told with the sample's name."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -341,3 +342,56 @@ def test_pixels_are_those_of_the_file(corpus):
     row = PROCESSOR.row(source[1])
     with Image.open(folder / "images" / records[1]["image"]) as image:
         np.testing.assert_array_equal(row.pixels[0], PROCESSOR.image(image))
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+@pytest.mark.parametrize("value", [False, 0, {}, 7, True, {"path": "a.png"}, [None], [["a.png"]]])
+def test_what_is_no_image_is_refused(key, value):
+    with pytest.raises(UserError, match="is neither a path nor a list of paths"):
+        image_names({key: value, "conversations": []}, "1")
+
+
+@pytest.mark.parametrize("nothing", [None, "", []])
+def test_a_record_may_say_that_it_has_no_image(nothing):
+    assert image_names({"image": nothing, "images": ["a.png"]}, "1") == ("a.png",)
+    assert image_names({"image": nothing}, "1") == ()
+
+
+def test_every_value_of_a_list_is_a_record(tmp_path):
+    path = tmp_path / "odd.json"
+    for text in ('[[], {"id": 1}, [[{"id": 2}], {"id": 3}], 4]', '[]\n{"id": 1}', "[{}] [{}]"):
+        path.write_text(text)
+        if text.endswith("4]"):
+            found = JsonRecords.scan(path)
+            assert [found[i] for i in range(4)] == json.loads(text)
+        else:
+            with pytest.raises(UserError, match=r"odd\.json has text after its list"):
+                JsonRecords.scan(path)
+    path.write_text('{"data": [[], {"id": 1}], "data2": []}')
+    assert [*map(JsonRecords.scan(path).__getitem__, range(2))] == [[], {"id": 1}]
+
+
+@pytest.mark.parametrize("depth", [200, 20_000])
+def test_a_deep_record_is_named(tmp_path, depth):
+    path = tmp_path / "deep.json"
+    path.write_text('[{"id": 1}, {"id": ' + "[" * depth + "]" * depth + "}]")
+    with pytest.raises(UserError, match=r"deep\.json: record 1 .*is nested more than 100 deep"):
+        JsonRecords.scan(path)[1]
+
+
+@pytest.mark.parametrize("change", ["cut", "emptied", "shifted", "touched", "removed"])
+def test_a_file_that_changes_ends_the_run(tmp_path, change):
+    lines = write_lines(tmp_path / "lines.jsonl", [{"id": i} for i in range(3)])
+    source = LlavaSource(lines, str(tmp_path))
+    path = tmp_path / "lines.jsonl"
+    text = path.read_text()
+    changed = {"cut": text[:20], "emptied": "", "shifted": " " + text, "touched": text}
+    if change == "removed":
+        path.unlink()
+    else:
+        path.write_text(changed[change])
+        os.utime(path, (1, 1))  # another time, however short this test is
+    message = "cannot be read any more" if change == "removed" else "has changed while it was in"
+    with pytest.raises(UserError, match=rf"lines\.jsonl {message}"):
+        # Not one of many bad samples, which are skipped.
+        next(make_iterator(source, PROCESSOR, batch_size=1, max_seq_len=9, on_bad_sample="skip"))

@@ -150,7 +150,7 @@ def test_saved_predictions_that_do_not_fit_are_refused(tmp_path):
         official("okvqa", tmp_path, [{"question_id": 1}])
     with pytest.raises(UserError, match="no prediction for any question of okvqa"):
         official("okvqa", tmp_path, [{"question_id": 1, "answer": "x"}])
-    with pytest.raises(UserError, match=r"line 2 of .* is not JSON"):
+    with pytest.raises(UserError, match=r"line 2 of .* it is not JSON"):
         official("okvqa", tmp_path, '{"question_id": 1, "answer": "x"}\n{]\n', "a.jsonl")
 
 

@@ -267,7 +267,7 @@ def test_mistakes_are_told(tmp_path, name, options, message):
 
 def test_a_download_that_is_broken_is_told(tmp_path):
     write(tmp_path, {"Annotations/train.json": "[{"})
-    with pytest.raises(UserError, match=r"train\.json is not JSON"):
+    with pytest.raises(UserError, match=r"train\.json cannot be used: it is not JSON"):
         build_training_file("vizwiz", tmp_path, tmp_path / "out.json")
     write_coco(tmp_path, "v2_", multiple_choice_answer="a cat")
     write(tmp_path, {"v2_mscoco_train2014_annotations.json": {"annotations": []}})

@@ -151,6 +151,27 @@ def test_a_chat_keeps_the_regions_that_its_processor_gave(tmp_path):
     assert sample.roi == (drawn, (LEFT,), ((0.0, 0.0, 1.0, 1.0),))
 
 
+def test_a_chat_has_the_regions_that_the_model_attends_to(model, tmp_path):
+    """Of a turn's own images in the whole conversation; earlier ones keep theirs."""
+    provider, image = "attention(1;34%)", np.ascontiguousarray(IMAGE[::-1])
+    chat = Chat(model, max_new_tokens=3)
+    first = "".join(chat.ask(QUESTION, IMAGE, roi=provider, marks=TWO))
+    assert first == model.generate(QUESTION, IMAGE, roi=provider, marks=TWO, max_new_tokens=3)
+    second = "".join(chat.ask("how many two ?", image, roi=provider, marks=TWO))
+    (kept,) = LlavaSource(str(chat.save(tmp_path / "talk.json")), str(tmp_path))
+    (own,) = model._attend(asked_sample("x", QUESTION, (IMAGE,)), region_provider(provider)).roi
+    turns = (Turn(f"<image>\n{QUESTION}", first), Turn("<image>\nhow many two ?"))
+    asked = dataclasses.replace(kept, turns=turns, images=(IMAGE, image))
+    looked = model._attend(asked, region_provider(provider)).roi
+    assert kept.roi == (own, looked[1])
+    (done,) = model.service.complete([model.processor.row(asked)], 3)
+    assert second == model.prompts.text(done.tokens)
+    list(chat.ask("is there a two ?", marks=TWO))  # without images nothing is asked
+    with pytest.raises(UserError, match="the model has layers 0-1"):
+        list(chat.ask(QUESTION, IMAGE, roi="attention(2;20%)", marks=TWO))
+    assert len(chat.turns) == 3
+
+
 def test_questions_of_a_benchmark_have_regions_and_marks(model, tmp_path):
     Image.fromarray(IMAGE).save(tmp_path / "a.png")
     asked = {"image": "a.png", "question": f"  {QUESTION}", "answer": "yes", "roi": LEFT}

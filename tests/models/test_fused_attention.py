@@ -146,8 +146,9 @@ def test_the_dense_mask_is_used_where_no_kernel_can_say_the_same():
     packed = long_batch(RowStructure.PACKED)
     assert "splash_mha" in program(packed)
     assert "splash_mha" not in program(long_batch(RowStructure.ANY))  # there may be branches
-    assert "splash_mha" not in program(packed, probes=(AttentionProbe(),))
-    assert "splash_mha" not in program(packed, tuning="prefix:length=2")
+    assert "splash_mha" in program(packed, probes=(AttentionProbe(),))
+    assert "splash_mha" in program(long_batch(), tuning="prefix:length=2")
+    assert "splash_mha" not in program(packed, tuning="prefix:length=2")  # all documents see it
     assert "splash_mha" not in program(
         dataclasses.replace(tiny_batch(), structure=RowStructure.SINGLE)
     )
@@ -205,6 +206,8 @@ def test_cudnn_lowers_for_gpus_in_both_directions(monkeypatch):
 def test_on_a_cpu_nothing_is_fused_unless_it_is_asked_for():
     assert visible_runs(long_batch(), tiny_config().llm) is None
     assert visible_runs(long_batch(), tiny_config(attention="splash").llm).kernel == "splash"
+    whole = long_batch().layout.replace(whole_images=True)
+    assert visible_runs(long_batch(), tiny_config(attention="splash").llm, whole) is None
     with pytest.raises(UserError, match="attention 'flash'"):
         tiny_config(attention="flash")
 

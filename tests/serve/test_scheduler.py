@@ -73,6 +73,10 @@ class Told:
         return self.events[0]
 
 
+def submit(scheduler):
+    return scheduler.submit(ASK, Told())
+
+
 def blocked(scheduler):
     """Stops the scheduler's thread until the event is set."""
     held, entered = threading.Event(), threading.Event()
@@ -142,9 +146,13 @@ def test_the_end_reaches_jobs_that_wait_behind_one_that_was_given_up(make):
     until(lambda: scheduler._closed)
     held.set()
     for future in (first, last):
-        with pytest.raises(RuntimeError, match="the server stops"):
+        with pytest.raises(ApiError, match="the server stops"):
             future.result(10)
     end.join()
+    for late in (lambda: scheduler.call(lambda: None).result(10), lambda: submit(scheduler)):
+        with pytest.raises(ApiError, match="the server stops") as told:
+            late()
+        assert told.value.status == 503
 
 
 def test_an_answer_that_a_stop_string_ends_is_answered(make):

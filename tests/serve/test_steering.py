@@ -14,7 +14,7 @@ from moresjax.core.errors import UserError
 from moresjax.serve.errors import ApiError
 from moresjax.serve.run import running
 from moresjax.serve.server import Server, ServerConfig
-from moresjax.serve.steering import HELD, SteeredAdapters, Steering, read_shelf
+from moresjax.serve.steering import HELD, NoRoom, SteeredAdapters, Steering, read_shelf
 from moresjax.testing import talking_model
 from moresjax.weights.adapter import save_adapter
 
@@ -96,12 +96,17 @@ def test_the_shelf_and_what_is_not_on_it(steered):
         assert done.json()["error"]["message"]
 
 
-def test_a_tuned_model_is_steered_with_its_tuning(shelf):
-    server = Server(talking_model("lora:rank=2"), "talker", ServerConfig(rows=1), shelf)
+@pytest.mark.parametrize("has_shelf", [True, False])
+def test_a_tuned_model_is_steered_with_its_tuning(shelf, has_shelf):
+    given = (shelf,) if has_shelf else ()
+    server = Server(talking_model("lora:rank=2"), "talker", ServerConfig(rows=1), *given)
     spec = "lora:rank=2/steer:positions=last_prompt|generated"
+    vector = "up" if has_shelf else VECTOR.tolist()
     with running(server) as url:
-        assert ask(url) == talking_model("lora:rank=2").generate("how many ?", max_new_tokens=8)
-        assert ask(url, steer=[{"vector": "up", "alpha": 3}]) == expected(spec, VECTOR, 3.0)
+        own = talking_model("lora:rank=2").generate("how many ?", max_new_tokens=8)
+        assert ask(url) == own
+        assert ask(url, steer=[{"vector": vector, "alpha": 3}]) == expected(spec, VECTOR, 3.0)
+        assert ask(url) == own
         models = httpx.get(f"{url}/v1/models").json()["data"]
         assert [(one["id"], one["tuning"]) for one in models] == [("talker", "lora:rank=2")]
 
@@ -160,6 +165,16 @@ def test_adapters_come_and_go_beside_a_tuning_while_requests_wait(tmp_path):
         assert (other.status_code, mine) == (404, tuned)
         bad = post("load", lora_name="\0own", lora_path=str(folder))
         assert (bad.status_code, server.adapters) == (400, ())
+
+
+def test_a_tuning_that_rows_cannot_choose_is_not_steered():
+    model, steering = talking_model("mixlora"), Steering({"all": np.ones((2, 16), np.float32)})
+    steered = SteeredAdapters(model, steers=False)
+    with pytest.raises(NoRoom):  # not while others are answered
+        steered.hold(None, steering, may_compile=False)
+    with pytest.raises(ApiError, match="cannot be chosen per row"):
+        steered.hold(None, steering, may_compile=True)
+    assert (model.tuning, model.adapters, steered.base) == ("mixlora", (), None)
 
 
 def test_a_job_for_an_adapter_that_has_gone_is_told(server):

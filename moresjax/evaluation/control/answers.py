@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moresjax.core.errors import UserError
+from moresjax.core.json_files import append_log, read_log, write_log
 from moresjax.data.control.cases import Case
 from moresjax.data.images import LazyPixels
 from moresjax.data.processor_facts import processor_facts, short_hash
 from moresjax.data.region_providers import OWN_REGIONS, RegionProvider
 from moresjax.data.regions import EVERYWHERE, Box
-from moresjax.evaluation.files import append_log, read_log, write_log
 from moresjax.inference.model import Model
 from moresjax.inference.regions import attended_regions
 from moresjax.inference.steering import with_part

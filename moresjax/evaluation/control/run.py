@@ -8,7 +8,8 @@ from typing import Any
 
 from moresjax._version import __version__
 from moresjax.core.errors import UserError
-from moresjax.core.folders import replace_file
+from moresjax.core.json_files import write_json
+from moresjax.core.locks import one_writer
 from moresjax.data.control.cases import OTHER, TARGET, Case
 from moresjax.data.control.questions import Phrasing
 from moresjax.data.control.rephrase import Rephraser, TemplateRephraser, rephrase
@@ -70,6 +71,7 @@ class ControlResult:
         return self.facts | self.measured.to_dict() | {"paraphrases": rows}
 
 
+@one_writer
 def measure_control(
     model: Model,
     source: ControlSource,
@@ -139,7 +141,7 @@ def measure_control(
     }
     result = ControlResult(Measured(source.plan, cases, found), rows, known)
     if out is not None:
-        replace_file(Path(out) / RESULTS, json.dumps(result.to_dict(), indent=2) + "\n")
+        write_json(Path(out) / RESULTS, result.to_dict())
     return result
 
 

@@ -23,6 +23,7 @@ from moresjax.analysis.landscape import (
     make_axis,
 )
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.locks import one_writer
 from moresjax.data.processor_facts import processor_facts, short_hash
 from moresjax.data.sources import Source
 from moresjax.data.subset import Subset
@@ -90,6 +91,7 @@ class LandscapeOptions:
         return make_axis(self.points, self.span)
 
 
+@one_writer
 def measure_landscapes(
     runs: Mapping[str, str | Path],
     out: str | Path | None = None,

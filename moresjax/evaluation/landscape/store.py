@@ -5,7 +5,6 @@ is done; a killed process loses one chunk at most. A model is known by its weigh
 that come later use the same folder.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from typing import Any
 import jax
 
 from moresjax.core.errors import UserError
-from moresjax.core.folders import check_new, replace_file
-from moresjax.core.json_files import read_object
-from moresjax.evaluation.files import append_log, read_log, write_log
+from moresjax.core.folders import check_new
+from moresjax.core.json_files import append_log, read_log, read_object, write_json, write_log
 
 POINTS, FACTS, RESULT = "points.jsonl", "points.json", "landscape.json"
 CURVATURE = -1  # in place of the first point of a chunk
@@ -55,7 +53,7 @@ class PointStore:
             check_new(folder, "landscape")
             if self._writes:
                 folder.mkdir(parents=True, exist_ok=True)
-                replace_file(path, json.dumps(self.facts, indent=2) + "\n")
+                write_json(path, self.facts)
             return
         there = read_object(path)
         for name, value in self.facts.items():
@@ -83,4 +81,4 @@ class PointStore:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes the result."""
         if self._folder is not None and self._writes:
-            replace_file(self._folder / RESULT, json.dumps(result, indent=1) + "\n")
+            write_json(self._folder / RESULT, result, indent=1)

@@ -1,7 +1,6 @@
 """Steering runs: vectors of states, what they do to answers, and what they are compared with."""
 
 import dataclasses
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,10 +10,10 @@ from typing import Any
 from moresjax.analysis.steering import count_changes, selection, side_effects
 from moresjax.analysis.vectors import vector_hash
 from moresjax.core.errors import UserError
-from moresjax.core.folders import replace_file
+from moresjax.core.json_files import append_log, read_log, write_json, write_log
+from moresjax.core.locks import one_writer
 from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.examples import Example
-from moresjax.evaluation.files import append_log, read_log, write_log
 from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.metrics.vqa import matches_of_three
 from moresjax.evaluation.scoring import Predictions, TaskScore
@@ -64,6 +63,7 @@ class SteeringResult:
         raise UserError(f"no trial of {vector} has {wanted}")
 
 
+@one_writer
 def steer(
     model: Model,
     tasks: Sequence[BenchmarkTask],
@@ -131,7 +131,7 @@ def steer(
         result.rows.extend(_over_all(tasks, trials, steering, result.answers))
     if out is not None:
         content = result.facts | {"rows": result.rows}
-        replace_file(Path(out) / RESULTS, json.dumps(content, indent=2) + "\n")
+        write_json(Path(out) / RESULTS, content)
     return result
 
 

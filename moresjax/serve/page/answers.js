@@ -65,13 +65,30 @@ function take(answer, chunk) {
   if (choice.attention) look(answer, choice.attention);
 }
 
-function look(answer, { ids, share, lmar, maps, pictures, heads }) {
-  answer.tokens.forEach((token, place) => {
+/** Takes in what the tokens of a chunk look at, of which the first has the number `first`. */
+function look(answer, { first, ids, share, lmar, maps, pictures, heads }) {
+  ids.forEach((_, place) => {
+    const token = answer.tokens[first + place];
     token.share = share[place];
     token.lmar = lmar[place];
   });
-  answer.ids = ids;
-  seen.set(answer, { maps: maps && api.array(maps), pictures, heads });
+  answer.ids = [...(answer.ids ?? []).slice(0, first), ...ids];
+  const before = first ? mapsOf(answer) : { pictures, heads };
+  const more = maps && api.array(maps);
+  seen.set(answer, { ...before, maps: before.maps ? joined(before.maps, more) : more });
+}
+
+/** Two arrays `[images, layers, tokens, rows, columns]`, one after the other over tokens. */
+function joined(before, after) {
+  const [images, layers, , rows, columns] = before.shape;
+  const [mine, added] = [before, after].map(({ shape }) => shape[2] * rows * columns);
+  const values = new Float32Array(images * layers * (mine + added));
+  for (let block = 0; block < images * layers; block++) {
+    const start = block * (mine + added);
+    values.set(before.values.subarray(block * mine, (block + 1) * mine), start);
+    values.set(after.values.subarray(block * added, (block + 1) * added), start + mine);
+  }
+  return { shape: [images, layers, before.shape[2] + after.shape[2], rows, columns], values };
 }
 
 /** The maps of an answer that this visit has seen: `{maps: {shape, values}, pictures, heads}`. */
