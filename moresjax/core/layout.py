@@ -87,7 +87,7 @@ class TokenLayout:
     @classmethod
     def stacked(cls, fields: Mapping[str, AnyArray], visual_tokens: int = 0) -> "TokenLayout":
         """The layout of stacked rows, given as arrays `[B, S]` by name; other names are ignored."""
-        return cls(**{name: fields[name] for name in LAYOUT_FIELDS}, visual_tokens=visual_tokens)
+        return cls(*(fields[name] for name in LAYOUT_FIELDS), visual_tokens=visual_tokens)
 
     @classmethod
     def text(
