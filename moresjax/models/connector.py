@@ -41,7 +41,7 @@ CONNECTORS = (
 NO_BIAS = "-nobias"
 # How many neighbours are put side by side, or the side of the square whose mean is taken; whether a
 # norm follows; the chain of linears behind, and whether it goes without biases.
-_MANY = r"[2-9]|[1-9]\d+"
+_MANY = r"[2-9]|[1-9]\d{1,3}"
 _CHAIN = rf"(?:concat({_MANY})-|pool({_MANY})-)?(?:(?:rms)?norm-)?(linear|mlp\d.+?)(?:{NO_BIAS})?"
 NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6
 # Those that read the features with learned queries.
@@ -91,7 +91,7 @@ def parse_connector(name: str) -> tuple[str, ResamplerConfig | QFormerConfig | N
         key, _, value = item.partition("=")
         if key not in fields:
             raise choice_error(f"option of connector {kind}", key, fields)
-        if not re.fullmatch(r"[1-9]\d*", value):
+        if not re.fullmatch(r"[1-9]\d{0,8}", value):
             raise UserError(f"connector {kind}: {key} must be a positive integer, got {value!r}")
         options[key] = int(value)
     return kind, config(**options)
@@ -169,7 +169,7 @@ def linear_widths(name: str, d_in: int, d_out: int) -> list[int] | None:
         return [d_in, d_out]
     if name == "fused-gelu-mlp":
         return [d_in, 4 * d_in, d_out, d_out]
-    if m := re.fullmatch(r"mlp([1-9]\d*)x_(\w+)", name):
+    if m := re.fullmatch(r"mlp([1-9]\d?)x_(\w+)", name):
         if m[2] not in ACTIVATIONS:
             return None
         return [d_in] + [d_out] * int(m[1])

@@ -4,6 +4,7 @@ Axis legend: B batch, S tokens, T keys, D hidden size, V vocabulary, L layers.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import LazyMask
-from moresjax.core.ranges import AboveZero, AtLeastZero, NonNegative, Positive, Share
+from moresjax.core.ranges import AboveZero, AtLeastZero, NonNegative, Positive, Range, Share
 from moresjax.core.types import AnyArray
 from moresjax.models.attention import soft_cap
 from moresjax.models.block import (
@@ -55,7 +56,7 @@ class DecoderConfig(BlockConfig):
         number of rotated features.
     """
 
-    vocab_size: Positive
+    vocab_size: Annotated[int, Range(1, limit=1 << 24)]
     positions: str = "rope"  # rope | learned
     position_offset: NonNegative = 0  # row of position 0 in the table of learned positions
     rope_theta: AboveZero = 10_000.0

@@ -259,9 +259,11 @@ def _cudnn(window: int, first: int, q: Array, k: Array, v: Array, run: Array) ->
     keys are all that the kernel takes.
     """
     del run
-    q = jnp.pad(q, ((0, 0), (0, 0), (first, 0), (0, 0)))
-    dim, width = k.shape[3], v.shape[3]
-    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, -width % dim)))
+    dim, width, keys = k.shape[3], v.shape[3], k.shape[2]
+    odd = keys % 2  # the backward pass wants an even number of tokens
+    q = jnp.pad(q, ((0, 0), (0, 0), (first, odd), (0, 0)))
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, odd), (0, 0)))
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, odd), (0, -width % dim)))
     near = (window - 1, 0) if window else None
     q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)
     parts = [
@@ -276,4 +278,4 @@ def _cudnn(window: int, first: int, q: Array, k: Array, v: Array, run: Array) ->
         for start in range(0, width, dim)
     ]
     y = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
-    return y.swapaxes(1, 2)[:, :, first:, :width]
+    return y.swapaxes(1, 2)[:, :, first:keys, :width]

@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
-from moresjax.core.ranges import Positive, Rate, check_ranges
+from moresjax.core.ranges import Rate, Size, check_ranges
 from moresjax.core.registry import add_entry
 from moresjax.core.types import AnyArray
 
@@ -344,7 +344,7 @@ class VirtualTokens(Method, abc.ABC):
     """
 
     by_rows: ClassVar[tuple[str, ...]] = ("embedding", "k", "v")
-    length: Positive = 10
+    length: Size = 10
 
     def kind(self) -> "Method":
         """The method with one token."""
