@@ -3,6 +3,7 @@
 from moresjax.cli import (
     analyze_attention,
     analyze_attribute,
+    analyze_causes,
     analyze_concepts,
     analyze_control,
     analyze_landscape,
@@ -31,6 +32,7 @@ KINDS = (
     analyze_lens,
     analyze_patch,
     analyze_attribute,
+    analyze_causes,
     analyze_overhead,
 )
 

@@ -48,6 +48,7 @@ from moresjax.inference.prompts import Images, PromptImages, check_images, pair_
 from moresjax.inference.pruning import faithfulness as faithfulness
 from moresjax.inference.pruning import pruning as pruning
 from moresjax.inference.sensitivity import answer_gradients as answer_gradients
+from moresjax.inference.sinks import find_sinks as find_sinks
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moresjax.core.errors import UserError
 from moresjax.core.layout import LazyMask
 from moresjax.core.ops import pick, write_at
-from moresjax.core.ranges import AtLeastZero, Finite, NonNegative, Positive
+from moresjax.core.ranges import AtLeastZero, Finite, Layers, NonNegative, Width, check_ranges
 from moresjax.core.types import AnyArray, pytree_dataclass
 from moresjax.models.attention import attention
 from moresjax.models.block_checks import check_heads, check_kinds
@@ -44,10 +44,10 @@ class BlockConfig:
         not divide, or a pattern of local and global layers that cannot be.
     """
 
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_layers: Positive
-    num_heads: Positive
+    hidden_size: Width
+    intermediate_size: Width
+    num_layers: Layers
+    num_heads: Width
     num_kv_heads: NonNegative = 0  # 0: as many as query heads
     head_dim: NonNegative = 0  # 0: hidden_size // num_heads
     norm: str = "rms"  # rms | layer
@@ -75,6 +75,7 @@ class BlockConfig:
     model_type: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if not self.num_kv_heads:
             object.__setattr__(self, "num_kv_heads", self.num_heads)
         check_heads(self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim)

@@ -10,10 +10,10 @@ features of the values.
 
 Probes leave the kernel on (`group_attention`), and so do virtual tokens before rows of one
 document. A chosen kernel that cannot say what rows see (branches, padding on the left, virtual
-tokens that all documents of packed rows see, with cuDNN packed rows too) is left with a line in the
-log; such rows are read by `attention="chunked"`: plain XLA, some queries at a time where there are
-more than `attention.PAIRS` pairs. Decoding, vision encoders and `xla`, which is the `auto` of CPUs,
-have `moresjax.models.attention` over a dense mask.
+tokens that all documents of packed rows see, images whose tokens see each other, with cuDNN packed
+rows too) is left with a line in the log; such rows are read by `attention="chunked"`: plain XLA,
+some queries at a time where there are more than `attention.PAIRS` pairs. Decoding, vision encoders
+and `xla`, which is the `auto` of CPUs, have `moresjax.models.attention` over a dense mask.
 """
 
 import dataclasses
@@ -112,7 +112,10 @@ def visible_runs(
     if kernel not in ("splash", "cudnn") or (batch.layout.shape[1] < LANES and kernel == "splash"):
         return None
     virtual = 0 if full is None else full.shape[1] - batch.layout.shape[1]
-    if reason := _unfit(kernel, batch.structure, config, bool(virtual), gaps):
+    reason = _unfit(kernel, batch.structure, config, bool(virtual), gaps)
+    if full is not None and full.whole_images:
+        reason = "images whose tokens see each other"
+    if reason:
         log_fallback(kernel, reason)
         return None
     if full is None or not virtual:
@@ -256,9 +259,11 @@ def _cudnn(window: int, first: int, q: Array, k: Array, v: Array, run: Array) ->
     keys are all that the kernel takes.
     """
     del run
-    q = jnp.pad(q, ((0, 0), (0, 0), (first, 0), (0, 0)))
-    dim, width = k.shape[3], v.shape[3]
-    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, -width % dim)))
+    dim, width, keys = k.shape[3], v.shape[3], k.shape[2]
+    odd = keys % 2  # the backward pass wants an even number of tokens
+    q = jnp.pad(q, ((0, 0), (0, 0), (first, odd), (0, 0)))
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, odd), (0, 0)))
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, odd), (0, -width % dim)))
     near = (window - 1, 0) if window else None
     q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)
     parts = [
@@ -273,4 +278,4 @@ def _cudnn(window: int, first: int, q: Array, k: Array, v: Array, run: Array) ->
         for start in range(0, width, dim)
     ]
     y = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
-    return y.swapaxes(1, 2)[:, :, first:, :width]
+    return y.swapaxes(1, 2)[:, :, first:keys, :width]

@@ -39,7 +39,7 @@ def plain(array: Float[np.ndarray, "..."]) -> list:
     return whole.tolist()
 
 
-def _grid(
+def value_grid(
     values: Float[np.ndarray, "L C"], columns: Sequence[str], label: str, signed: bool
 ) -> tuple[Figure, Axes]:
     """Values of layers and tokens, the first layer below."""
@@ -66,7 +66,7 @@ def lens_figure(lens: LogitLens) -> Figure:
     """
     places = [n for n, text in enumerate(lens.tokens) if text != "<image>"][-TOKENS:]
     values = np.exp(lens.logprobs[:, places, 0])
-    figure, axis = _grid(values, [lens.tokens[n] for n in places], "probability", False)
+    figure, axis = value_grid(values, [lens.tokens[n] for n in places], "probability", False)
     for layer, own in enumerate(lens.top):
         for column, place in enumerate(places):
             colour = "white" if values[layer, column] > 0.6 * values.max() else "black"
@@ -87,10 +87,10 @@ def lens_on_image(picture: UInt8[np.ndarray, "Y X 3"], lens: LogitLens, image: i
     grids = lens.grids[image, :WORDS]
     layers = evenly(grids.shape[1], LAYERS)
     titles = [f"layer {layer}" for layer in layers]
-    return _on_image(picture, list(grids[:, layers]), list(lens.words[:WORDS]), titles, "viridis")
+    return on_image(picture, list(grids[:, layers]), list(lens.words[:WORDS]), titles, "viridis")
 
 
-def _on_image(
+def on_image(
     picture: UInt8[np.ndarray, "Y X 3"],
     rows: Sequence[Float[np.ndarray, "L Y X"]],
     names: Sequence[str],
@@ -125,7 +125,7 @@ def _on_image(
 
 def patching_figure(found: Patching) -> Figure:
     """The effect of the states of every layer and column; 1 is the whole difference."""
-    return _grid(found.effect, found.columns, "effect", True)[0]
+    return value_grid(found.effect, found.columns, "effect", True)[0]
 
 
 def attribution_figure(found: TokenAttribution) -> Figure:
@@ -160,7 +160,7 @@ def attribution_on_image(
       found: What `attribute_tokens` found, with grids.
       image: The number of the image.
     """
-    return _on_image(picture, [found.grids[image][None]], ["image"], ["score"], "RdBu")
+    return on_image(picture, [found.grids[image][None]], ["image"], ["score"], "RdBu")
 
 
 def parts_figure(parts: LogitParts) -> Figure:

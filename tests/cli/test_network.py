@@ -30,6 +30,7 @@ analyze steer --model run --fine concepts --tasks digits --limit 1 --out steered
 analyze lens --model run --prompt how --image a.png --words two,six --out lens
 analyze patch --model run --prompt how --other-prompt two --answers two,six --out patched
 analyze attribute --model run --prompt how --answer two --out parts
+analyze causes --model run --prompt how --image a.png --answer two --maps random --out causes
 analyze overhead --model run --prompt how --try lora:rank=1 --rows 1 --new-tokens 2 --rounds 1
 train --workdir control --config {digits}:stage=control --config.steps=1 {tiny}
 analyze control --model control --limit 12 --no-subsets --out controlled

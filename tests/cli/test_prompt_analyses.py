@@ -1,4 +1,4 @@
-"""`analyze lens`, `patch` and `attribute`: numbers in JSON, figures beside them."""
+"""`analyze lens`, `patch`, `attribute` and `causes`: numbers in JSON, figures beside them."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import moresjax as mj
 from moresjax.cli import main
 from moresjax.inference.load import load
 from moresjax.inference.patching import patching
@@ -80,6 +81,28 @@ def test_an_answer_is_split_up(images, tmp_path, capsys):
     assert len(found["scores"]) == len(found["tokens"])
 
 
+def test_tokens_and_attention_are_taken_away(images, tmp_path, capsys):
+    options = ["--image", images[0], "--answer", "two", "--removal", "swap"]
+    options += ["--other-image", images[1], "--layers", "each", "--tau", 1, "--regions", "2x2"]
+    assert analyze("causes", tmp_path / "out", *options, "--maps", "attention,random") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "out" / "causes.json").read_text()) == found
+    names = {f"{name}.png" for name in ("effects", "knockouts", "pruning", "sinks", "image1")}
+    assert files(tmp_path / "out") == {"causes.json", *names}
+    model = load(BASE)
+    value = model.score(PROMPT, ["two"], images[0])[0].logprob
+    assert found["value"] == pytest.approx(value, abs=1e-4)
+    own = {"removal": "swap", "other": images[1], "layers": "each", "regions": "2x2"}
+    wanted = model.causes(PROMPT, images[0], answer="two", **own)
+    np.testing.assert_allclose(found["effects"], wanted.effects, atol=1e-5)
+    assert found["columns"] == wanted.columns
+    knocked = mj.analyze.knockouts(model, PROMPT, images[0], answer="two")
+    np.testing.assert_allclose(found["knockouts"]["effects"], knocked.effects, atol=1e-5)
+    assert len(found["pruning"]["faithfulness"]) == 2
+    sinks = mj.analyze.find_sinks(model, PROMPT, images[0], answer="two", tau=1)
+    assert found["sinks"]["counts"] == sinks.counts.tolist()
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
@@ -87,6 +110,7 @@ def test_an_answer_is_split_up(images, tmp_path, capsys):
         ("patch", ["--other-prompt", "the same ?", "--answers", "two"], "--answers takes two"),
         ("patch", ["--other-prompt", PROMPT, "--answers", "two,six"], "the same score"),
         ("lens", ["--top", "0"], "top must be from 1 to 37, got 0"),
+        ("causes", [], "causes in an image need an image; give --image"),
         ("attribute", ["--method", "saliency"], "unknown method of attribution 'saliency'"),
     ],
 )
