@@ -10,10 +10,10 @@ features of the values.
 
 Probes leave the kernel on (`group_attention`), and so do virtual tokens before rows of one
 document. A chosen kernel that cannot say what rows see (branches, padding on the left, virtual
-tokens that all documents of packed rows see, with cuDNN packed rows too) is left with a line in the
-log; such rows are read by `attention="chunked"`: plain XLA, some queries at a time where there are
-more than `attention.PAIRS` pairs. Decoding, vision encoders and `xla`, which is the `auto` of CPUs,
-have `moresjax.models.attention` over a dense mask.
+tokens that all documents of packed rows see, images whose tokens see each other, with cuDNN packed
+rows too) is left with a line in the log; such rows are read by `attention="chunked"`: plain XLA,
+some queries at a time where there are more than `attention.PAIRS` pairs. Decoding, vision encoders
+and `xla`, which is the `auto` of CPUs, have `moresjax.models.attention` over a dense mask.
 """
 
 import dataclasses
@@ -114,7 +114,10 @@ def visible_runs(
     if kernel not in ("splash", "cudnn") or (batch.layout.shape[1] < LANES and kernel == "splash"):
         return None
     virtual = 0 if full is None else full.shape[1] - batch.layout.shape[1]
-    if reason := _unfit(kernel, batch.structure, config, bool(virtual), gaps):
+    reason = _unfit(kernel, batch.structure, config, bool(virtual), gaps)
+    if full is not None and full.whole_images:
+        reason = "images whose tokens see each other"
+    if reason:
         log_fallback(kernel, reason)
         return None
     if full is None or not virtual:
