@@ -89,7 +89,7 @@ def print_memory(args: argparse.Namespace) -> None:
     print(f"| program | {' | '.join(name for name, *_ in VARIANTS)} | ratio | ratio before |")
     print("|---|---:|---:|---:|---:|---:|")
     for kind in args.programs:
-        base, new, old = (memory(kind, *variant, args) for _, *variant in VARIANTS)
+        base, new, old = (memory(kind, kernel, probes, args) for _, kernel, probes in VARIANTS)
         cells = [f"{x:.2f}" for x in (base, new, old)] + [f"{x / base:.3f}" for x in (new, old)]
         print(f"| {kind} | {' | '.join(cells)} |", flush=True)
 

@@ -169,8 +169,9 @@ class KeyProbe:
     ) -> Float[Array, "B *N T"]:
         """The sums of one layer from its queries and keys."""
         kind, mask = context.kind, context.visible()
-        if isinstance(context.view, Runs) and context.queries is None:
-            mask = context.view
+        view = context.view
+        if isinstance(view, Runs) and context.queries is None and not view.behind_cache:
+            mask = view
         chosen = kind[:, -q.shape[2] :] != TokenKind.PAD  # of all queries: those that are tokens
         weights = chosen.astype(jnp.float32)
         if context.queries is not None:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.core.layout import Batch, RowStructure, TokenLayout, valid_mask
+from moresjax.core.layout import Batch, LazyMask, RowStructure, TokenLayout, valid_mask
 from moresjax.core.types import pytree_dataclass
 from moresjax.sharding.mesh import BATCH_AXES, batch_shards
 
@@ -72,6 +72,7 @@ class Runs:
       run: The number of every key's run, -1 for padding. The queries are the last of the keys.
       kernel: `splash` or `cudnn` (static).
       first: The column of the first query among the keys (static).
+      behind_cache: Whether the keys are those of a cache and, once more, the queries' own (static).
       window: only so many tokens up to itself; 0: all of them (static).
       local: whether this layer has the window, where only a number in a scan tells; None: it has.
     """
@@ -81,6 +82,7 @@ class Runs:
     window: int = dataclasses.field(default=0, metadata={"static": True})
     local: Bool[Array, ""] | None = None
     first: int = dataclasses.field(default=0, metadata={"static": True})
+    behind_cache: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,6 +124,33 @@ def visible_runs(
         return Runs(jnp.where(valid_mask(batch.layout), batch.layout.document, -1), kernel)
     # Of one document, which virtual tokens belong to.
     return Runs(jnp.where(valid_mask(full), 0, -1), kernel, first=first)
+
+
+def chunk_runs(batch: Batch, seen: LazyMask, config: FusedConfig) -> Runs | None:
+    """What tokens see that are read when a cache holds those before them, if a kernel can say it.
+
+    Where the queries begin is data, and the kernel's mask is not. So the queries' own keys come
+    once more behind all places of the cache, whose later places belong to no run.
+
+    Args:
+      batch: A batch.
+      seen: What the queries see; their columns are the same in all rows.
+      config: The configuration of the LLM.
+    """
+    kernel, (_, count, keys) = kernel_for(config), seen.shape
+    if kernel not in ("splash", "cudnn") or count < LANES:
+        return None
+    reason = "chunked prefill" if kernel == "cudnn" else ""
+    if batch.structure != RowStructure.SINGLE or getattr(config, "window", 0):
+        reason = "chunked prefill of rows with padding between, branches or sliding windows"
+    if reason:
+        log_fallback(kernel, reason)
+        return None
+    run = jnp.where(valid_mask(seen.layout), 0, -1)
+    queries = jnp.asarray(seen.queries)
+    cached = jnp.where(jnp.arange(keys) < queries[:, :1], run, -1)
+    run = jnp.concatenate([cached, jnp.take_along_axis(run, queries, axis=1)], axis=1)
+    return Runs(run, kernel, first=keys, behind_cache=True)
 
 
 def _unfit(

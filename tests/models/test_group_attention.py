@@ -24,6 +24,7 @@ from moresjax.models import attention as attention_module
 from moresjax.models.attention import attention
 from moresjax.models.fused_attention import Runs, log_fallback
 from moresjax.models.group_attention import attention_and_masses, group_masses, key_sums, one_hot
+from moresjax.models.mllm import PrefillChunk
 from moresjax.testing.batches import tiny_batch
 from moresjax.testing.models import tiny_model
 
@@ -233,3 +234,41 @@ def test_groups_of_a_region_of_interest():
     assert (np.asarray(stats["groups"]) > 0).all()
     with pytest.raises(UserError, match="give roi="):
         run(args[0], batch)
+
+
+def test_a_chunk_of_a_prompt_is_read_by_the_kernel():
+    """Its first column is data; statistics of its last token are those of a whole prompt."""
+    batch, first = long_batch(length=160), 20
+    alive = np.asarray(batch.layout.kind) != TokenKind.PAD
+    last = jnp.asarray(alive.sum(axis=1))[:, None] - 1
+    options = {"tuning": "prefix:length=3", "num_layers": 1}
+    graphdef, state = nnx.split(unstacked(attention="splash", **options))
+    dense, _ = nnx.split(unstacked(attention="xla", **options))
+
+    @jax.jit
+    def whole(state, batch):
+        out = nnx.merge(dense, state)(batch, probes=PROBES[:2], queries=last, keep_cache=True)
+        return out.hidden, out.cache, out.stats
+
+    def chunk(state, batch, caches, first):
+        model = nnx.merge(graphdef, state)
+        chunk = PrefillChunk(caches, first, 140)
+        out = model(batch, probes=PROBES[:2], queries=last, chunk=chunk)
+        return out.hidden, out.stats
+
+    wanted, caches, wanted_stats = whole(state, batch)
+    known = jnp.arange(3 + 160) < 3 + first  # the rest of a cache is what was there before
+    caches = [jax.tree.map(lambda x: jnp.where(known[:, None], x, 7.0), one) for one in caches]
+    args = state, batch, caches, jnp.asarray(first)
+    assert "splash_mha" in str(jax.make_jaxpr(chunk)(*args))
+    hidden, stats = jax.jit(chunk)(*args)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+    close(hidden, wanted)
+    jax.tree.map(close, stats, wanted_stats)
+
+
+def unstacked(**options):
+    """A tiny model whose layers are a list, as decoding has them."""
+    model = tiny_model(**options)
+    model.llm.unstack()
+    return model
