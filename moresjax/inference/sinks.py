@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.analysis.attention import AttentionMaps
 from moresjax.analysis.capture import OutputProbe
+from moresjax.analysis.causes import Structure
 from moresjax.analysis.sinks import TAU, SinkShares, sink_dimensions, sink_shares, sink_values
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, visible
@@ -102,10 +103,9 @@ def find_sinks(
     if wrong := [d for d in dimensions or () if not 0 <= d < size]:
         raise UserError(f"the LLM has dimensions 0 to {size - 1}, got {wrong[0]}")
     asked = ask(model, prompt, images, answer, adapters=adapters, pointing=pointing)
-    graphdef, state = nnx.split(model.mllm)
     queries = jnp.asarray(asked.reading.queries)[None]
     with use_mesh(model.mesh):
-        found = _read(graphdef, state, asked.batch, queries)
+        found = _read(asked.split.structure, asked.split.state, asked.batch, queries)
     count, new = len(asked.row) + len(asked.ids) - 1, len(asked.ids)
     virtual, extra = model.mllm.tuning.num_virtual_tokens, model.mllm.tuning.num_extra_tokens
     attention = np.asarray(found[0])[:, :new, virtual : virtual + count]
@@ -123,10 +123,10 @@ def find_sinks(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _read(
-    graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, queries: Int[Array, "1 Q"]
+    structure: Structure, state: nnx.State, batch: Batch, queries: Int[Array, "1 Q"]
 ) -> tuple[Float[Array, "L Q T"], Float[Array, "L U D"]]:
     """Attention of the queries, and what every layer reads."""
-    model: MLLM = nnx.merge(graphdef, state)
+    model: MLLM = nnx.merge(structure.graphdef, state)
     probes = AttentionMaps(), OutputProbe("llm.embed.out"), OutputProbe("llm.block.out")
     stats = model(batch, probes=probes, queries=queries).stats
     first, outputs = (stats[probe.name] for probe in probes[1:])
