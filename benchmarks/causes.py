@@ -13,6 +13,7 @@ seconds are those of the process.
 
 import argparse
 import copy
+import functools
 import os
 import statistics
 import time
@@ -129,7 +130,7 @@ class Loop:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     use_huge_pages()
@@ -166,8 +167,8 @@ def main() -> None:
 
         runs = {
             "here": run_of(effects),
-            "loop": run_of(lambda args=(removal, ranges): loop.effects(*args, False)),
-            "once": run_of(lambda args=(removal, ranges): loop.effects(*args, True)),
+            "loop": run_of(functools.partial(loop.effects, removal, ranges, False)),
+            "once": run_of(functools.partial(loop.effects, removal, ranges, True)),
         }
         times = measure(runs, args.rounds, warm=1, clock=time.process_time)
         here, whole, once = (

@@ -56,14 +56,14 @@ def sink_values(
     return _relative(states)[..., list(dimensions)].max(-1)
 
 
-def sink_dimensions(states: Float[np.ndarray, "L S D"], tau: float = TAU) -> Ids:
+def sink_dimensions(states: Float[np.ndarray, "L S D"], tau: float = TAU) -> list[int]:
     """The dimensions in which the first token has a massive activation in some layer.
 
     Args:
       states: The inputs of all layers.
       tau: The least |x_d| / rms(x) of one.
     """
-    return np.flatnonzero((_relative(states[:, 0]) >= tau).any(0)).astype(np.int32)
+    return np.flatnonzero((_relative(states[:, 0]) >= tau).any(0)).tolist()
 
 
 def _relative(states: Float[np.ndarray, "*L D"]) -> Float[np.ndarray, "*L D"]:

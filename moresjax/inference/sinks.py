@@ -21,7 +21,6 @@ from moresjax.analysis.causes import Structure
 from moresjax.analysis.sinks import TAU, SinkShares, sink_dimensions, sink_shares, sink_values
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, visible
-from moresjax.core.types import Ids
 from moresjax.inference.arguments import Adapters, PromptOptions
 from moresjax.inference.prompts import PromptImages
 from moresjax.inference.questions import ask
@@ -48,7 +47,7 @@ class Sinks:
 
     answer: str
     tokens: list[str]
-    dimensions: Ids
+    dimensions: list[int]
     values: Float[np.ndarray, "L S"]
     sinks: Bool[np.ndarray, "L S"]
     visual: Bool[np.ndarray, " S"]
@@ -110,8 +109,8 @@ def find_sinks(
     virtual, extra = model.mllm.tuning.num_virtual_tokens, model.mllm.tuning.num_extra_tokens
     attention = np.asarray(found[0])[:, :new, virtual : virtual + count]
     states = np.asarray(found[1], np.float32)[:, extra : extra + count]
-    own = sink_dimensions(states, tau) if dimensions is None else np.asarray(dimensions, np.int32)
-    values = sink_values(states, own.tolist())
+    own = sink_dimensions(states, tau) if dimensions is None else list(dimensions)
+    values = sink_values(states, own)
     sinks = values >= tau
     seen = np.asarray(visible(asked.batch.layout, queries))[0, :new, :count]
     kind = np.asarray(asked.batch.layout.kind)[0, :count]

@@ -73,7 +73,8 @@ def image_pairs(function: str, split: str, count: int) -> list[ImagePair]:
         number += 1
         pair = _pair(function, make_scene(rng, split), split, rng)
         if pair is not None and len(found) % 2 and function != "position":
-            pair = ImagePair(pair.question, pair.images[::-1], pair.answers[::-1])
+            (image, other), (answer, second) = pair.images, pair.answers
+            pair = ImagePair(pair.question, (other, image), (second, answer))
         found += [pair] if pair is not None else []
     return found
 
