@@ -1,7 +1,9 @@
 """Patterns that users and files give, matched in bounded time."""
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterator
 
 import regex
 
@@ -37,8 +39,24 @@ def full_match(pattern: str, name: str, what: str = "pattern") -> bool:
       UserError: The pattern is malformed, too long, or takes too long because its repetitions
         stand in each other.
     """
-    try:
+    with _in_time(pattern, what):
         return _compiled(pattern, what).fullmatch(name, timeout=SECONDS) is not None
+
+
+def match_start(pattern: str, name: str, what: str = "pattern") -> regex.Match[str] | None:
+    """What a regular expression finds at the beginning of a name; see `full_match`.
+
+    Raises:
+      UserError: The pattern is malformed, too long, or takes too long.
+    """
+    with _in_time(pattern, what):
+        return _compiled(pattern, what).match(name, timeout=SECONDS)
+
+
+@contextlib.contextmanager
+def _in_time(pattern: str, what: str) -> Iterator[None]:
+    try:
+        yield
     except (TimeoutError, MemoryError):
         raise UserError(
             f"{what} {pattern!r} takes too long to match; a repetition must not repeat another one"

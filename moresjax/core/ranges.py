@@ -30,6 +30,8 @@ class Range:
       above: Every number is larger than this.
       below: Every number is smaller than this.
       also: Single numbers that are allowed besides.
+      limit: The largest whole number where there is no `most`: what a machine can hold. It is only
+        told to who is beyond it.
     """
 
     least: Number = -math.inf
@@ -37,9 +39,10 @@ class Range:
     above: Number = -math.inf
     below: Number = math.inf
     also: tuple[Number, ...] = ()
+    limit: int = (1 << 31) - 1
 
     def __contains__(self, number: Number) -> bool:
-        if not math.isfinite(number):
+        if self._is_beyond(number) or (isinstance(number, float) and not math.isfinite(number)):
             return False
         inside = self.least <= number <= self.most and self.above < number < self.below
         return inside or number in self.also
@@ -58,12 +61,23 @@ class Range:
           UserError: Names the setting, its range and the number.
         """
         if number not in self:
-            raise UserError(f"{what} must be {self}, got {number}")
+            limit = f" and at most {self.limit:,d}" if self._is_beyond(number) else ""
+            bits = number.bit_length() if isinstance(number, int) else 0
+            got = f"a number of {bits} bits" if bits > 64 else number
+            raise UserError(f"{what} must be {self}{limit}, got {got}")
+
+    def _is_beyond(self, number: Number) -> bool:
+        return isinstance(number, int) and math.isinf(self.most) and abs(number) > self.limit
 
 
 FINITE = Range()
 AnyInt = Annotated[int, FINITE]
 Positive = Annotated[int, Range(1)]
+# The rank, the tokens, the factors or the blocks of a tuning: what arrays are as large as.
+Size = Annotated[int, Range(1, limit=1 << 16)]
+Depth = Annotated[int, Range(1, limit=256)]  # of what is not scanned but built block by block
+Layers = Annotated[int, Range(1, limit=10_000)]
+Width = Annotated[int, Range(1, limit=1 << 20)]
 NonNegative = Annotated[int, Range(0)]
 Finite = Annotated[float, FINITE]
 AboveZero = Annotated[float, Range(above=0)]
@@ -105,10 +119,10 @@ def check_ranges(values: Any, prefix: str = "") -> None:
 
 
 def check_value(name: str, value: Any, allowed: Range) -> None:
-    """Checks a number, or all numbers of a tuple; those of a mapping must be finite.
+    """Checks a number or a text, or all of a tuple; numbers of a mapping must be finite.
 
     Raises:
-      UserError: Names the setting, its range and the number.
+      UserError: Names the setting, its range and the number, or tells of a text's zero byte.
     """
     if isinstance(value, dict):
         for key, item in value.items():
@@ -116,5 +130,7 @@ def check_value(name: str, value: Any, allowed: Range) -> None:
     elif isinstance(value, tuple):
         for item in value:
             check_value(name, item, allowed)
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name} has a zero byte, which no text and no path may have")
     elif isinstance(value, int | float) and not isinstance(value, bool):
         allowed.check(name, value)

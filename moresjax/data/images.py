@@ -25,6 +25,7 @@ from moresjax.data.saved_processors import check_image_processor
 
 # Longer than this, an image whose shorter side is enlarged would not fit into memory.
 MAX_ASPECT = 200
+MAX_PIXELS = 89_478_485  # from which on Pillow warns; decoded they take 256 MiB
 THREADS = 4  # that open images ahead of time
 ASPECTS = ("square", "pad")
 _LONGEST_NAME = 1000  # of a path in an error message; a longer one is cut in the middle
@@ -201,7 +202,8 @@ def open_image(source: ImageInput) -> Image.Image:
     8 bits.
 
     Raises:
-      UserError: A file is missing or is not an image, or the image is too long for its width.
+      UserError: A file is missing or is not an image, or the image is too large, too long for its
+        width, or of 32-bit numbers.
     """
     _check_exists(source)
     name = _name(source)
@@ -225,6 +227,11 @@ def _opened(source: ImageInput) -> Image.Image:
         return Image.fromarray(source)
     assert not isinstance(source, UnusableImage)  # it was asked whether it exists
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(
+            f"{_name(source)} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,d} "
+            "are read; make it smaller"
+        )
     image.load()
     return image
 
@@ -235,6 +242,11 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise UserError(
             f"{name} has {image.width} x {image.height} pixels; "
             f"its sides may differ {MAX_ASPECT}-fold at most"
+        )
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise UserError(
+            f"{name} has numbers of 32 bits as pixels, of which nothing says how bright they are; "
+            "save it with 8 or 16 bits"
         )
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))

@@ -19,6 +19,8 @@ from moresjax.core.errors import UserError
 from moresjax.core.layout import TokenKind
 from moresjax.core.types import Tokenizer
 
+MAX_TEXT = 1 << 22  # characters that are tokenised at once; no context is as long
+
 
 class Text(NamedTuple):
     """A text of a conversation.
@@ -192,7 +194,10 @@ class TextEncoder:
 
 
 def _encode(backend: Any, texts: Texts) -> Any:
-    return backend.encode("".join(item.text for item in texts), add_special_tokens=False)
+    text = "".join(item.text for item in texts)
+    if len(text) > MAX_TEXT:
+        raise UserError(f"a text has {len(text):,d} characters; at most {MAX_TEXT:,d} are read")
+    return backend.encode(text, add_special_tokens=False)
 
 
 def _owners(offsets: Sequence[tuple[int, int]], texts: Texts) -> np.ndarray:

@@ -27,6 +27,7 @@ from moresjax.core.folders import replace_file
 from moresjax.core.json_files import append_log, read_log, write_json, write_log
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.predictions import row_key
+from moresjax.evaluation.rows import AttentionRow
 from moresjax.evaluation.tasks import BenchmarkTask
 from moresjax.inference.analyze import answer_map
 from moresjax.inference.model import Model
@@ -48,8 +49,10 @@ class AttentionLog:
         self._known: dict[tuple[str, str, str], AnswerAttention] = {}
         if self._path is None:
             return
-        rows = {row_key(row): row for row in read_log(self._path) if self._is_own(row)}
-        self._known = {key: _from_row(row) for key, row in rows.items()}
+        rows = {
+            row_key(row): row for row in read_log(self._path, AttentionRow) if self._is_own(row)
+        }
+        self._known = {key: _from_row(row, self._path) for key, row in rows.items()}
         if self._path.exists():
             write_log(self._path, rows.values())
 
@@ -96,10 +99,13 @@ def _to_row(answer: AnswerAttention) -> dict[str, Any]:
     }
 
 
-def _from_row(row: Mapping[str, Any]) -> AnswerAttention:
-    mass = np.frombuffer(base64.b64decode(row["mass"]), "<f4").reshape(row["mass_shape"])
-    tokens = np.asarray(row["tokens"], np.int32)
-    return AnswerAttention(mass, np.asarray(row["score"]), tokens, row["has_image"])
+def _from_row(row: Mapping[str, Any], path: Path) -> AnswerAttention:
+    try:
+        mass = np.frombuffer(base64.b64decode(row["mass"]), "<f4").reshape(row["mass_shape"])
+        score = np.asarray(row["score"], np.float64)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{path}: the attention of question {row['id']!r}: {error}") from None
+    return AnswerAttention(mass, score, np.asarray(row["tokens"], np.int32), row["has_image"])
 
 
 def check_attention(tasks: Sequence[BenchmarkTask]) -> None:

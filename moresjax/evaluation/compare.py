@@ -19,6 +19,7 @@ from moresjax.evaluation.paired import (
 )
 from moresjax.evaluation.predictions import FILE
 from moresjax.evaluation.results import RESULTS
+from moresjax.evaluation.rows import PredictionRow
 from moresjax.evaluation.statistics import clusters_of
 
 MCNEMAR, SIGN_FLIP = "exact McNemar", "sign flips of images"
@@ -122,7 +123,7 @@ def read_scores(path: str | Path) -> Scored:
         raise UserError(f"{path} has no {FILE}; give the --out of an evaluation")
     tasks: dict[str, dict[tuple[str, str], Mapping]] = {}
     unscored = set()
-    for row in read_log(folder / FILE):
+    for row in read_log(folder / FILE, PredictionRow):
         task, score = str(row.get("task")), row.get("score")
         if isinstance(score, bool) or not isinstance(score, int | float):
             unscored.add(task)

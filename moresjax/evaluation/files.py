@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from moresjax.core import reading
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.reading import LARGE, check, read_json_lines
 from moresjax.data.images import UnusableImage, named_image
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
@@ -66,7 +67,7 @@ def read_json(folder: Path, name: str) -> Any:
     Raises:
       UserError: The file does not exist or is not JSON.
     """
-    return reading.read_json(require_file(folder / name), most=reading.LARGE)
+    return reading.read_json(require_file(folder / name), most=LARGE)
 
 
 def read_jsonl(folder: Path, name: str, ending: str = "") -> list[Any]:
@@ -80,7 +81,7 @@ def read_jsonl(folder: Path, name: str, ending: str = "") -> list[Any]:
     Raises:
       UserError: The file does not exist, or a line is not JSON.
     """
-    return reading.read_json_lines(require_file(folder / name), ending=ending)
+    return read_json_lines(require_file(folder / name), ending=ending)
 
 
 def limit_rows(
@@ -173,6 +174,8 @@ class Unlabelled(NamedTuple):
     question: str = ""
 
 
+# An id or a prediction as authors write them; nothing is none.
+Written = str | int | float | bool
 # Predictions by id, or in the order of the questions where a format has no ids.
 SavedPredictions = Mapping[str, str] | Sequence[Unlabelled]
 ResultReader = Callable[[Path], SavedPredictions]
@@ -195,11 +198,14 @@ def result_reader(id_field: str | None, text_field: str) -> ResultReader:
         if isinstance(data, Mapping) and fields <= set(data):
             data = [data]  # JSON Lines of one line
         if isinstance(data, Mapping):
+            check(data, dict[str, Written], str(path))
             return {str(key): str(text) for key, text in data.items()}
+        check(data, list[dict[str, Any]], str(path))
         for number, row in enumerate(data):
             for field in sorted(fields):
-                if not isinstance(row, Mapping) or field not in row:
+                if field not in row:
                     raise UserError(f"row {number} of {path} has no field {field!r}")
+                check(row[field], Written, f"field {field!r} in row {number} of {path}")
         if id_field is None:
             return [Unlabelled(str(row[text_field]), str(row.get("question", ""))) for row in data]
         return {str(row[id_field]): str(row[text_field]) for row in data}
@@ -224,6 +230,7 @@ def choice_reader(read: ResultReader, choice: Callable[[str, int], str]) -> Resu
         results = data.get("results") if isinstance(data, Mapping) else None
         if not isinstance(results, Mapping):
             return read(path)
+        check(results, dict[str, str | int], str(path))
         return {
             name: choice(name, value) if isinstance(value, int) else str(value)
             for name, value in results.items()

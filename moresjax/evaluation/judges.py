@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from moresjax.core.errors import UserError
 from moresjax.core.json_files import append_log, read_log, write_log
+from moresjax.evaluation.rows import JudgeRow
 from moresjax.generation.sampling import Sampling
 from moresjax.inference.model import Model
 
@@ -214,7 +215,7 @@ class CachedJudge:
         self.parallel = getattr(judge, "parallel", 1)
         self._path, self._lock = Path(out) / REPLIES, threading.Lock()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_log(self._path)
+        rows = read_log(self._path, JudgeRow)
         self._known = {_key(row): row["reply"] for row in rows}
         if rows:
             write_log(self._path, rows)  # without a line that was left unfinished

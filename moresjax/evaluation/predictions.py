@@ -14,6 +14,7 @@ from moresjax.core.json_files import append_log, read_log, write_log
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.files import SavedPredictions, Unlabelled
+from moresjax.evaluation.rows import PredictionRow
 from moresjax.evaluation.tasks import BenchmarkTask
 
 FILE = "predictions.jsonl"
@@ -37,7 +38,7 @@ class PredictionLog:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_log(self._path)
+        rows = read_log(self._path, PredictionRow)
         for row in rows:
             if row.get("model") != provenance["model"]:
                 raise UserError(
@@ -95,7 +96,7 @@ class PredictionLog:
 
 def row_key(row: Mapping) -> tuple[str, str, str]:
     """What a row answers. Splits may have the same ids, so the prompt belongs to it."""
-    return row["task"], row["id"], row["prompt"]
+    return row["task"], row["id"], row.get("prompt", "")
 
 
 def decoding_of(row: Mapping) -> str:
@@ -131,6 +132,7 @@ def read_predictions(
     if path.suffix == ".jsonl" and path.is_file():
         rows = read_log(path)
         if rows and {"task", "id", "prediction"} <= set(rows[0]):
+            rows = read_log(path, PredictionRow)
             own = {row["id"]: row for row in rows if row["task"] == task.name}
             asked = {(task.name, example.id, example.prompt) for example in task.examples}
             own |= {row["id"]: row for row in rows if "prompt" in row and row_key(row) in asked}

@@ -10,6 +10,7 @@ from moresjax.core.locks import one_writer
 from moresjax.evaluation.judges import CachedJudge, Judge
 from moresjax.evaluation.predictions import FILE, decoding_of, read_predictions
 from moresjax.evaluation.results import EvaluationResult, fingerprints, score_task
+from moresjax.evaluation.rows import PredictionRow
 from moresjax.evaluation.tasks import BenchmarkTask, draw_examples, load_tasks
 from moresjax.generation.sampling import GREEDY
 
@@ -72,7 +73,8 @@ def rescore(
         for _, found, provenance in answered
         for name in found
     }
-    if out is not None and any(fingerprints(row) not in made for row in read_log(Path(out) / FILE)):
+    there = () if out is None else read_log(Path(out) / FILE, PredictionRow)
+    if any(fingerprints(row) not in made for row in there):
         raise UserError(f"{out} holds predictions of another model; choose another directory")
     result = EvaluationResult()
     for each, found, provenance in answered:

@@ -1,7 +1,7 @@
 """What an evaluation returns, and the directory that keeps it."""
 
 import dataclasses
-import json
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,15 +13,18 @@ import numpy as np
 
 from moresjax._version import __version__
 from moresjax.analysis.attention import AttentionSummary
+from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
 from moresjax.core.json_files import read_log, write_json, write_log
 from moresjax.core.locks import one_writer
+from moresjax.core.reading import read_json
 from moresjax.data.images import image_names
 from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.attention_log import attention_entry, write_attention
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.predictions import FILE, decoding_of, provenance_of, row_key
+from moresjax.evaluation.rows import PredictionRow, Results
 from moresjax.evaluation.scoring import TaskScore
 from moresjax.evaluation.statistics import clustered_stderr, image_clusters, interval
 from moresjax.evaluation.tasks import BenchmarkTask
@@ -252,7 +255,7 @@ def _other_rows(result: EvaluationResult, path: Path) -> list[dict]:
     made = {fingerprints(row) for row in result.predictions} | {_fingerprints_of(result)}
     return [
         row
-        for row in read_log(path)
+        for row in read_log(path, PredictionRow)
         if row_key(row) not in fresh
         and (row["task"] not in result.scores or fingerprints(row) in made)
     ]
@@ -260,9 +263,12 @@ def _other_rows(result: EvaluationResult, path: Path) -> list[dict]:
 
 def _earlier(result: EvaluationResult, path: Path) -> dict[str, Any]:
     """The content of `results.json`, if it is of the same model."""
+    if not path.is_file():
+        return {}
     try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError):
+        data = read_json(path, Results)
+    except UserError as error:
+        logging.getLogger(__name__).warning("%s; it is written anew", error)
         return {}
     made = data.get("fingerprint"), data.get("processor", {}).get("hash", ""), decoding_of(data)
     return data if made == _fingerprints_of(result) else {}

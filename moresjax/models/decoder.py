@@ -4,6 +4,7 @@ Axis legend: B batch, S tokens, T keys, D hidden size, V vocabulary, L layers.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import LazyMask
-from moresjax.core.ranges import AboveZero, AtLeastZero, NonNegative, Positive, Share
+from moresjax.core.ranges import AboveZero, AtLeastZero, NonNegative, Positive, Range, Share
 from moresjax.core.types import AnyArray
 from moresjax.models.attention import soft_cap
 from moresjax.models.block import (
@@ -42,6 +43,7 @@ from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.hooks import TowerHooks
 
 POSITIONS = ("rope", "learned")
+IMAGE_ATTENTIONS = ("causal", "bidirectional")
 QUANTIZATIONS = ("", "int8")
 
 
@@ -54,7 +56,7 @@ class DecoderConfig(BlockConfig):
         number of rotated features.
     """
 
-    vocab_size: Positive
+    vocab_size: Annotated[int, Range(1, limit=1 << 24)]
     positions: str = "rope"  # rope | learned
     position_offset: NonNegative = 0  # row of position 0 in the table of learned positions
     rope_theta: AboveZero = 10_000.0
@@ -71,6 +73,8 @@ class DecoderConfig(BlockConfig):
     logit_softcap: AtLeastZero = 0.0  # 0: none
     max_positions: Positive = 2048
     attention: str = "auto"  # auto | xla | splash | cudnn | chunked, see `models.fused_attention`
+    # causal | bidirectional: whether the tokens of an image see all of that image (Gemma 3)
+    image_attention: str = "causal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +84,8 @@ class DecoderConfig(BlockConfig):
             raise choice_error("rope scaling", self.rope_scaling, ROPE_SCALINGS)
         if self.attention not in KERNELS:
             raise choice_error("attention", self.attention, KERNELS)
+        if self.image_attention not in IMAGE_ATTENTIONS:
+            raise choice_error("image attention", self.image_attention, IMAGE_ATTENTIONS)
         rotated = int(self.head_dim * self.rotary_fraction)
         if self.positions == "rope" and self.rotary_fraction and (rotated < 2 or rotated % 2):
             raise UserError(

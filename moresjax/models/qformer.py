@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError
+from moresjax.core.ranges import Depth, Size, check_ranges
 from moresjax.models.attention import attention
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, param, stack
 from moresjax.models.resampler import broadcast_batch, join_heads, split_heads
@@ -28,14 +29,15 @@ class QFormerConfig:
       UserError: when sizes do not divide each other.
     """
 
-    latents: int = 128  # visual tokens per image
-    layers: int = 12
-    width: int = 768
-    heads: int = 12
-    mlp: int = 3072
-    cross_every: int = 2
+    latents: Size = 128  # visual tokens per image
+    layers: Depth = 12
+    width: Size = 768
+    heads: Size = 12
+    mlp: Size = 3072
+    cross_every: Depth = 2
 
     def __post_init__(self) -> None:
+        check_ranges(self, "connector qformer: ")
         for whole, part in (("layers", "cross_every"), ("width", "heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise UserError(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from moresjax.core.ranges import Depth, Size, check_ranges
 from moresjax.models.attention import attention
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, param, stack
 
@@ -23,11 +24,14 @@ from moresjax.models.layers import ACTIVATIONS, Linear, Norm, param, stack
 class ResamplerConfig:
     """Sizes of a resampler."""
 
-    latents: int = 128  # visual tokens per image
-    layers: int = 3
-    heads: int = 8
-    head_dim: int = 64
-    expansion: int = 4  # MLP size over D
+    latents: Size = 128  # visual tokens per image
+    layers: Depth = 3
+    heads: Size = 8
+    head_dim: Size = 64
+    expansion: Depth = 4  # MLP size over D
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "connector resampler: ")
 
 
 class ResamplerLayer(nnx.Module):

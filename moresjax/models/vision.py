@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.ranges import FINITE, AtLeastZero, NonNegative, Positive, Range
+from moresjax.core.ranges import FINITE, AtLeastZero, NonNegative, Range
 from moresjax.models.block import Block, BlockConfig, run_blocks
 from moresjax.models.layers import Linear, Norm, param, stack
 from moresjax.tuning.hooks import TowerHooks
@@ -39,8 +39,8 @@ class VisionConfig(BlockConfig):
         not.
     """
 
-    image_size: Positive
-    patch_size: Positive
+    image_size: Annotated[int, Range(1, limit=1 << 14)]
+    patch_size: Annotated[int, Range(1, limit=1 << 14)]
     class_token: bool = False  # CLIP, DINOv2
     registers: NonNegative = 0  # learned tokens between class token and patches, without a position
     pre_norm: bool = False  # norm before the first block (CLIP)

@@ -238,7 +238,7 @@ def _name_to_fields(config: ml_collections.ConfigDict, parents: Sequence[str]) -
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # the last two: nested too deep
         return text
 
 

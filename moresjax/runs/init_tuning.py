@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from moresjax.core.errors import UserError
 from moresjax.core.folders import new_file
@@ -17,6 +17,7 @@ from moresjax.runs.init_weights import trained_parameters
 from moresjax.runs.paths import is_workdir
 from moresjax.tuning.attach import Tuning
 from moresjax.weights.adapter import attach_adapter, foreign_arrays, leaves_tokens_open
+from moresjax.weights.adapter_files import load_tensors
 
 OWN = "tuning."
 # Frozen arrays of a tuning, in the directory of a run that got them from an adapter.
@@ -68,7 +69,7 @@ def save_shared(tuning: Tuning, workdir: Path) -> None:
 
 def load_shared(tuning: Tuning, workdir: Path) -> None:
     """Gives a run's tuning the frozen arrays that `save_shared` has written."""
-    arrays = load_file(workdir / SHARED) if (workdir / SHARED).is_file() else {}
+    arrays = load_tensors(workdir / SHARED) if (workdir / SHARED).is_file() else {}
     for name, x in arrays.items():
         *_, key, leaf = name.split(".")
         tuning.shared[key][leaf][...] = jnp.asarray(x)

@@ -15,11 +15,12 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
-from moresjax.core.ranges import Positive, Rate, check_ranges
+from moresjax.core.ranges import Rate, Size, check_ranges
 from moresjax.core.registry import add_entry
 from moresjax.core.types import AnyArray
 
@@ -101,6 +102,10 @@ class ModelConfig(Protocol):
     @property
     def places_visual_tokens(self) -> bool:
         """Whether visual tokens stand for places in the image."""
+        ...
+
+    def feature_tokens(self) -> Int[np.ndarray, " F"] | None:
+        """The visual token that each visual feature becomes; None where queries read them all."""
         ...
 
     def connector_linears(self) -> dict[str, tuple[int, int]]:
@@ -339,7 +344,7 @@ class VirtualTokens(Method, abc.ABC):
     """
 
     by_rows: ClassVar[tuple[str, ...]] = ("embedding", "k", "v")
-    length: Positive = 10
+    length: Size = 10
 
     def kind(self) -> "Method":
         """The method with one token."""

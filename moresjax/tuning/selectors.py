@@ -35,7 +35,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from moresjax.core.errors import UserError, choice_error
+from moresjax.core.errors import UserError, choice_error, shortened
 from moresjax.core.layout import (
     SHARED,
     IntField,
@@ -61,9 +61,11 @@ SPECIAL = ("last_prompt", "roi", "token(WORD)", "word(N)", "mark(NAME)")
 SLICES = ("fN", "lN", "fN+lN", "uniform(N)", "uniform(P%)", "P%", "at(I;J)", "skip(I;J)+SLICE")
 _DECODED = {"answer", "generated", "all"}
 
-_MARKED = re.compile(r"word\([1-9]\d*\)|mark\([^\s()|]+\)")
+_MARKED = re.compile(r"word\([1-9]\d{0,8}\)|mark\([^\s()|]+\)")
 MAX_MARKS = 31  # bits of a 32-bit integer, without its sign
 
+_DIGITS = 9  # of a number of tokens or layers: sums of two stay within 32 bits
+MAX_LENGTH = 4096  # characters of a selector or of a choice of layers
 _NUMBER = r"(\d+(?:\.\d+)?)"
 
 
@@ -231,6 +233,7 @@ def parse_selector(text: str) -> Selector:
     Raises:
       UserError: for an unknown region or slice; the message names the allowed ones.
     """
+    _check_length(text)
     parts = []
     for piece in text.split("|"):
         region, _, sliced = piece.strip().partition(":")
@@ -250,22 +253,23 @@ def _parse_slice(sliced: str, text: str) -> TokenSlice:
     if m := re.fullmatch(r"skip\((\d+);(\d+)\)(?:\+(.+))?", sliced):
         rest = _parse_slice(m[3] or "", text)
         if not any(rest.skipped):
-            return dataclasses.replace(rest, skipped=(int(m[1]), int(m[2])))
+            return dataclasses.replace(rest, skipped=(_whole(m[1], text), _whole(m[2], text)))
     if m := re.fullmatch(r"(?:f(\d+))?(?:(?<=\d)\+(?=l))?(?:l(\d+))?", sliced):
-        first, last = int(m[1] or 0), int(m[2] or 0)
+        first, last = _whole(m[1] or "0", text), _whole(m[2] or "0", text)
         if not first + last:
             raise UserError(f"selector {text!r}: {sliced!r} is out of range")
         # With both ends named, neither may reach past the middle: they never overlap.
         return TokenSlice("ends", first=first, last=last, halves="+" in sliced)
     if m := re.fullmatch(rf"(uniform\()?{_NUMBER}(%?)(\))?", sliced):
         uniform, closed, percent = bool(m[1]), bool(m[4]), bool(m[3])
+        _whole(m[2].partition(".")[0], text)
         count = float(m[2])
         if uniform == closed and (uniform or percent) and (percent or count.is_integer()):
             if not count > 0 or (percent and count > 100):
                 raise UserError(f"selector {text!r}: {sliced!r} is out of range")
             return TokenSlice("uniform" if uniform else "ratio", count=count, percent=percent)
     if m := re.fullmatch(r"at\((\d+(?:;\d+)*)\)", sliced):
-        return TokenSlice("at", indices=tuple(int(i) for i in m[1].split(";")))
+        return TokenSlice("at", indices=tuple(_whole(i, text) for i in m[1].split(";")))
     raise choice_error(f"slice in selector {text!r}", sliced, SLICES)
 
 
@@ -319,22 +323,43 @@ def parse_layers(text: str, num_layers: int) -> tuple[bool, ...]:
         "middle": range(quarter, quarter + half),
         "deep": range(half, num_layers),
     }
+    _check_length(text)
+    chosen, highest = set[int](), 0
     if text in named:
         chosen = set(named[text])
     elif m := re.fullmatch(r"every:([1-9]\d*)", text):
-        chosen = set(range(0, num_layers, int(m[1])))
+        chosen = set(range(0, num_layers, _whole(m[1], text)))
     elif re.fullmatch(r"\d+(-\d*)?(;\d+(-\d*)?)*", text):
-        chosen = set()
         for piece in text.split(";"):
             low, dash, high = piece.partition("-")
-            end = int(high or max(num_layers - 1, int(low)) if dash else low)
-            chosen |= set(range(int(low), end + 1))
-        if not chosen:
-            raise UserError(f"layers {text!r} select nothing")
+            first = _whole(low, text)
+            last = _whole(high, text) if high else max(num_layers - 1, first) if dash else first
+            chosen |= set(range(first, min(last + 1, num_layers)))
+            highest = max(highest, last)
     else:
         raise choice_error("layers", text, allowed)
-    if max(chosen) >= num_layers:
+    if highest >= num_layers:
         raise UserError(
-            f"layers {text!r} name layer {max(chosen)}, but the model has layers 0-{num_layers - 1}"
+            f"layers {text!r} name layer {highest}, but the model has layers 0-{num_layers - 1}"
         )
+    if not chosen:
+        raise UserError(f"layers {text!r} select none of the model's layers 0-{num_layers - 1}")
     return tuple(layer in chosen for layer in range(num_layers))
+
+
+def _whole(digits: str, text: str) -> int:
+    """A number of tokens or layers.
+
+    Raises:
+      UserError: It is larger than arrays of 32 bits can hold.
+    """
+    if len(digits) > _DIGITS:
+        raise UserError(f"{shortened(text)!r} counts beyond {_DIGITS} digits")
+    return int(digits)
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_LENGTH:
+        raise UserError(
+            f"{shortened(text)!r} has {len(text):,d} characters; at most {MAX_LENGTH:,d} are read"
+        )

@@ -15,6 +15,7 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.core.plugins import load_plugins
 from moresjax.tuning.base import METHODS, Method
 
+MAX_LENGTH = 10_000  # characters of a spec
 PRESETS: dict[str, str] = {}
 
 # Not the slashes inside the path of a file.
@@ -40,6 +41,8 @@ def parse_spec(spec: str) -> tuple[Method, ...]:
       UserError: for an unknown method or key or a value of the wrong type.
     """
     load_plugins()
+    if len(spec) > MAX_LENGTH:
+        raise UserError(f"tuning {spec!r} has {len(spec):,d} characters; at most {MAX_LENGTH:,d}")
     pieces = _BETWEEN_METHODS.split(spec)
     return tuple(part for piece in pieces for part in _parse_method(piece.strip()).parts())
 

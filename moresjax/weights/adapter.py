@@ -5,7 +5,6 @@ method acts on only. `tuning.json` has the spec string and the base's fingerprin
 configuration, and checksums of a few values of parameters that did not train.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from moresjax._version import __version__
 from moresjax.core.errors import UserError
@@ -25,6 +24,7 @@ from moresjax.core.parameter_names import (
     matches,
     named_parameters,
 )
+from moresjax.core.reading import read_json
 from moresjax.core.types import AnyArray
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
@@ -32,6 +32,7 @@ from moresjax.tuning.attach import Tuning
 from moresjax.tuning.multi_adapter import Reserve, stack_adapters, without_adapter
 from moresjax.weights import peft, pyreft
 from moresjax.weights.acting_layers import entries_of_layers
+from moresjax.weights.adapter_files import Description, load_tensors
 from moresjax.weights.fingerprint import checksum, checksums, config_difference
 from moresjax.weights.rt_modules import import_rt_modules, rt_modules_file
 
@@ -275,8 +276,8 @@ def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
     for file in (DESCRIPTION, TENSORS):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not an adapter folder: it has no {file}")
-    description = json.loads((folder / DESCRIPTION).read_text())
-    arrays = {current_name(name): x for name, x in load_file(folder / TENSORS).items()}
+    description = read_json(folder / DESCRIPTION, Description)
+    arrays = {current_name(name): x for name, x in load_tensors(folder / TENSORS).items()}
     stored_config = description["base"]["config"]
     if difference := config_difference(stored_config, mllm.config.to_dict()):
         raise UserError(f"{folder} belongs to another base: {difference}")
@@ -288,7 +289,10 @@ def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
     for name in _shared(tuning):
         if name in arrays:
             _, _, key, leaf = name.split(".")
-            tuning.shared[key][leaf][...] = jnp.asarray(arrays.pop(name))
+            values, needed = arrays.pop(name), tuning.shared[key][leaf].shape
+            if values.shape != needed:
+                raise UserError(_other_shape(folder, name, values, needed))
+            tuning.shared[key][leaf][...] = jnp.asarray(values)
     if wrong := sorted(set(trained) ^ set(arrays)):
         raise UserError(f"{folder} lacks or should not hold: {', '.join(wrong[:8])}")
     layers, values = _layers(tuning), {}
@@ -296,12 +300,16 @@ def _read(mllm: MLLM, folder: Path) -> tuple[Tuning, dict[str, AnyArray]]:
         acts, shape = layers.get(_site(name)), trained[name].shape
         needed = shape if acts is None else (int(acts.sum()), *shape[1:])
         if x.shape != needed:
-            raise UserError(f"{folder}: {name} has shape {x.shape}, the model needs {needed}")
+            raise UserError(_other_shape(folder, name, x, needed))
         values[name] = x if acts is None else x[entries_of_layers(acts)]
     prefix = "tuning."
     own = {n.removeprefix(prefix): x for n, x in values.items() if n.startswith(prefix)}
     set_params(tuning, own, str(folder))
     return tuning, {n: x for n, x in values.items() if not n.startswith(prefix)}
+
+
+def _other_shape(folder: Path, name: str, values: AnyArray, needed: tuple[int, ...]) -> str:
+    return f"{folder}: {name} has shape {values.shape}, the model needs {needed}"
 
 
 def _split(

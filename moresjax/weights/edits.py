@@ -9,18 +9,18 @@ there.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from moresjax.core.errors import UserError
 from moresjax.core.folders import replace_file
 from moresjax.core.json_files import write_json
+from moresjax.core.reading import read_json
 from moresjax.models.block import BlockConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
@@ -35,6 +35,7 @@ from moresjax.tuning.methods.steer import Steer
 from moresjax.tuning.selectors import Selector, parse_selector
 from moresjax.tuning.spec import format_spec
 from moresjax.weights.acting_layers import entries_of_layers
+from moresjax.weights.adapter_files import EditsDescription, load_tensors
 from moresjax.weights.families.base import HFConfig, llm_family, vision_family
 
 DESCRIPTION, TENSORS, LOADER = "edits/edits.json", "edits/edits.safetensors", "load_edits.py"
@@ -141,13 +142,10 @@ def read_edits(mllm: MLLM, folder: Path) -> None:
         as it was.
     """
     file = folder / DESCRIPTION
-    try:
-        description = json.loads(file.read_text())
-        arrays = load_file(folder / TENSORS)
-        records = [(r["method"], r["site"], r["layers"]) for r in description["edits"]]
-        tuning = Tuning(description["spec"], mllm.config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be used: {error}") from None
+    description = read_json(file, EditsDescription)
+    arrays = load_tensors(folder / TENSORS)
+    records = [(r["method"], r["site"], r["layers"]) for r in description["edits"]]
+    tuning = Tuning(description["spec"], mllm.config)
     wanted = [(key, site) for key, _ in tuning.methods for site in tuning.params.get(key, {})]
     if [(key, site) for key, site, _ in records] != wanted:
         raise UserError(f"{file} does not list the edits of its spec {tuning.spec!r}")
@@ -155,7 +153,7 @@ def read_edits(mllm: MLLM, folder: Path) -> None:
         mask = tuning.layer_mask(key, site)
         for leaf, variable in tuning.params[key][site].items():
             x = arrays.get(f"{number}.{leaf}")
-            if x is None or x.shape[0] != max(len(layers), mask is None):
+            if x is None or not x.ndim or x.shape[0] != max(len(layers), mask is None):
                 raise UserError(f"{folder / TENSORS} lacks {leaf} of {key} at {site}")
             x = x[0] if mask is None else x[entries_of_layers(mask)]
             if x.shape != variable.shape:

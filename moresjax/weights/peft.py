@@ -6,7 +6,6 @@ scale and layers share one. Target modules are written as a regex over whole pat
 """
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.folders import new_file
 from moresjax.core.json_files import write_json
 from moresjax.core.parameter_names import layered_parameters, matches
+from moresjax.core.reading import read_json
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
@@ -29,6 +29,7 @@ from moresjax.tuning.merge import dense_at
 from moresjax.tuning.methods.ln import NormTuning
 from moresjax.tuning.sites import format_layers, num_layers
 from moresjax.tuning.spec import format_spec
+from moresjax.weights.adapter_files import PeftConfig, load_tensors
 from moresjax.weights.peft_base import NORM_COPY, base_methods, read_base, write_base
 from moresjax.weights.peft_formats import (
     NORMS,
@@ -207,12 +208,9 @@ def import_peft(folder: str | Path, mllm: MLLM) -> str:
     for file in (CONFIG, TENSORS):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not an adapter of peft: it has no {file}")
-    try:
-        config, stored = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
-    except Exception as error:  # safetensors has a kind of its own
-        raise UserError(f"{folder} cannot be read: {error}") from None
-    types = (*PEFT_TYPES, *VIRTUAL_TOKEN_TYPES)
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_json(folder / CONFIG, PeftConfig)
+    stored = load_tensors(folder / TENSORS)
+    types, kind = (*PEFT_TYPES, *VIRTUAL_TOKEN_TYPES), config["peft_type"]
     if kind not in types:
         raise choice_error("peft_type", kind, types)
     KEYS[kind].check(config, f"{kind} in {folder / CONFIG}")

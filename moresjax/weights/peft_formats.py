@@ -110,15 +110,26 @@ def _oft_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> Settings:
             "peft 0.18 or newer is needed"
         )
     # The stored size, because peft silently changes one that does not divide the features.
-    elements = modules[0].arrays["oft_R.weight"].shape[1]
+    _, elements = _shape(modules[0], "oft_R.weight", 2)
     size = (1 + math.isqrt(1 + 8 * elements)) // 2
     return {"block_size": size, "cayley": "neumann" if neumann else "exact"}
+
+
+def _shape(module: Module, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a module's tensor, which must have this many axes."""
+    shape = module.arrays[name].shape
+    if len(shape) != axes:
+        raise UserError(
+            f"{module.tensors.source}: {name} of {module.site} must have {axes} axes, its shape is "
+            f"{shape}"
+        )
+    return shape
 
 
 def _ia3_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> Settings:
     """Which side of the linear is scaled, where it is not the usual one."""
     name = modules[0].site.split(".")[-1]
-    on_input = modules[0].arrays["ia3_l"].shape[0] == 1
+    on_input = _shape(modules[0], "ia3_l", 2)[0] == 1
     if on_input == (name in IA3().inputs.split(";")):
         return {}
     return {"inputs": name if on_input else NO_INPUTS}
@@ -134,7 +145,7 @@ def _boft_config(method: BOFT) -> Settings:
 
 
 def _boft_keys(config: Mapping[str, Any], modules: Sequence[Module]) -> Settings:
-    factors, _, size, _ = modules[0].arrays["boft_R"].shape
+    factors, _, size, _ = _shape(modules[0], "boft_R", 4)
     return {"block_size": size, "factors": factors}
 
 

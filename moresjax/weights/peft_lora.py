@@ -8,7 +8,6 @@ twice the rank on the unchanged base that `peft`'s own conversion makes of it: [
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.patterns import full_match
 from moresjax.weights.peft_modules import Module
 
 A, B = "lora_A.weight", "lora_B.weight"
@@ -114,7 +114,7 @@ def _factors(config: Mapping[str, Any], module: Module) -> Factors:
 def _of_module(patterns: Mapping[str, Any] | None, module: Module, default: Any) -> Any:
     """The value for a module: that of the first pattern that matches the end of its path."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module.file_name):
+        if full_match(rf"(.*\.)?({pattern})", module.file_name, module.tensors.source):
             return value
     return default
 

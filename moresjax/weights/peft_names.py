@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from moresjax.core.parameter_names import named_parameters
+from moresjax.core.patterns import full_match, match_start
 from moresjax.models.decoder import Decoder, DecoderConfig
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig, VisionEncoder
@@ -105,21 +106,26 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
     """Whether an adapter with this `adapter_config.json` acts on a module, by `peft`'s rules."""
     excluded, targets = config.get("exclude_modules") or (), config.get("target_modules") or ()
     saved = config.get("modules_to_save") or ()
-    if _named(excluded, name) or any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved):
+    if _named(excluded, name) or any(
+        match_start(rf"(^|.*\.){m}($|\..*)", name, "modules_to_save") for m in saved
+    ):
         return False
     layers = config.get("layers_to_transform")
     if not _named(targets, name) or isinstance(targets, str) or layers in (None, []):
         return _named(targets, name)
     layer_lists = config.get("layers_pattern") or r"[^.]*"
     layer_lists = [layer_lists] if isinstance(layer_lists, str) else layer_lists
-    found = (re.match(rf"(?:^|.*?\.){stack}\.(\d+)\.", name) for stack in layer_lists)
+    found = (
+        match_start(rf"(?:^|.*?\.){stack}\.(\d+)\.", name, "layers_pattern")
+        for stack in layer_lists
+    )
     layer = next((int(m[1]) for m in found if m), None)
     return name in targets or layer in ([layers] if isinstance(layers, int) else layers)
 
 
 def _named(targets: str | Iterable[str], name: str) -> bool:
     if isinstance(targets, str):
-        return targets == "all-linear" or bool(re.fullmatch(targets, name))
+        return targets == "all-linear" or full_match(targets, name, "target_modules")
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 

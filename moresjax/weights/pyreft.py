@@ -15,7 +15,6 @@ that trained too is in a file of ours, `connector.safetensors`.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,12 +23,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from moresjax.core.config_keys import ConfigKeys
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.json_files import write_json
+from moresjax.core.json_files import read_object, write_json
 from moresjax.core.parameter_names import named_parameters
+from moresjax.core.reading import read_json
 from moresjax.models.initialize import set_params
 from moresjax.models.mllm import MLLM
 from moresjax.tuning.attach import Tuning
@@ -39,6 +39,7 @@ from moresjax.tuning.sites import format_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 from moresjax.weights import steering
 from moresjax.weights.acting_layers import fill_layers
+from moresjax.weights.adapter_files import PyreftConfig, check_finite, load_tensors
 from moresjax.weights.families.keys import COMMON_KEYS
 from moresjax.weights.files import pickle_error, read_pickle
 from moresjax.weights.tensor_mapping import Tensor
@@ -148,7 +149,7 @@ def pyreft_folder(folder: Path) -> Path | None:
     """Where the edits are that pyreft or LLaVA Steering saved in a folder; None without any."""
     for place in (folder, folder / steering.PLACE):
         file = place / "config.json"
-        if file.is_file() and "representations" in json.loads(file.read_text()):
+        if file.is_file() and "representations" in read_object(file):
             return place
     return None
 
@@ -215,7 +216,7 @@ def import_pyreft(
                 )
             variable.set_value(jnp.asarray(stacked))
     if (folder / CONNECTOR).is_file():
-        own = load_file(folder / CONNECTOR)
+        own = load_tensors(folder / CONNECTOR)
         names = {n for n in named_parameters(mllm) if n.startswith("connector.")}
         if names != set(own):
             raise UserError(f"{folder / CONNECTOR} is not this model's connector")
@@ -242,8 +243,8 @@ def _read(
     """The kind of all edits, and our parameters of each by its number (`#0`, `#1`) and layer."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a folder of pyreft: it has no config.json")
-    config = json.loads((folder / "config.json").read_text())
-    if not isinstance(config.get("representations"), list) or not config["representations"]:
+    config = read_json(folder / "config.json", PyreftConfig)
+    if not config.get("representations"):
         raise UserError(f"{folder} is not a folder of pyreft: config.json has no representations")
     sources = config.get("intervention_constant_sources")
     if sources is not None and not all([sources] if isinstance(sources, bool) else sources):
@@ -291,6 +292,8 @@ def _place(entry: Mapping[str, Any] | Sequence[Any], folder: Path) -> tuple[int,
             raise UserError(f"{folder}: representations with field {key} = {value!r}")
     values: list[Any] = [fields.get(field) for field in _FIELDS]
     layer, component, unit, units, rank = values
+    if not isinstance(component, str) or type(rank) not in (int, type(None)):
+        raise UserError(f"{folder}: an entry of representations has {component!r}, rank {rank!r}")
     if path := _PATH.fullmatch(component):
         layer = path[1]
     elif component != COMPONENT:
@@ -299,6 +302,8 @@ def _place(entry: Mapping[str, Any] | Sequence[Any], folder: Path) -> tuple[int,
         )
     if unit != "pos" or units != 1:
         raise UserError(f"{folder}: edits must be of single positions, got {units} of {unit!r}")
+    if type(layer) is not int and not (isinstance(layer, str) and layer.isdecimal()):
+        raise UserError(f"{folder}: an entry of representations has the layer {layer!r}")
     return int(layer), _stem(*values[:4]), rank
 
 
@@ -317,6 +322,9 @@ def _parameters(tensors: Mapping[str, Tensor], file: Path) -> dict[str, np.ndarr
     if sorted(tensors) != [*names]:
         raise UserError(f"{file} must hold {', '.join(names)}, it holds {', '.join(tensors)}")
     bias, rotate, weight = (np.asarray(tensors[name], np.float32) for name in names)
+    check_finite({"bias": bias, "rotate_layer": rotate, "weight": weight}, file)
+    if (bias.ndim, rotate.ndim, weight.ndim) != (1, 2, 2):
+        raise UserError(f"{file} must hold a vector `bias` and matrices, the rest")
     gram = rotate.T.astype(np.float64) @ rotate
     if np.abs(gram - np.eye(len(gram))).max() > _TOLERANCE:
         raise UserError(f"{file}: rotate_layer is not orthonormal")

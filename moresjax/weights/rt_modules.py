@@ -31,6 +31,7 @@ from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.sites import edit_dim, format_layers
 from moresjax.tuning.spec import format_spec, parse_spec
 from moresjax.weights.acting_layers import fill_layers
+from moresjax.weights.adapter_files import check_finite
 from moresjax.weights.files import pickle_error, read_pickles
 
 NAME = "rt_modules.bin"
@@ -130,7 +131,7 @@ def _read(file: Path) -> Editors:
                 raise UserError(f"{file} holds {module}.{name}, which is no editor of MRT")
             group = found.setdefault(_GROUPS[match[1] or match[2]], {})
             own, leaf = group.setdefault(int(match[3] or 0), {}), _LEAVES[match[4]]
-            value = np.asarray(tensor, np.float32)
+            value = check_finite({name: np.asarray(tensor, np.float32)}, file)[name]
             if not np.array_equal(own.setdefault(leaf, value), value):
                 raise UserError(f"{file} holds {module}.{name} twice, with different values")
     if not found:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -234,3 +235,33 @@ def test_thin_images_are_read_up_to_a_limit(tmp_path):
 def test_arrays_of_floats_are_told_what_to_be():
     with pytest.raises(UserError, match=r"an array of float32; give uint8, which is \(255 \* x\)"):
         open_image(np.zeros((4, 4, 3), np.float32))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize("kind", ["TIFF", "array"])
+def test_pixels_of_unknown_brightness_are_refused(tmp_path, dtype, kind):
+    pixels = np.linspace(0, 255, 12).reshape(3, 4).astype(dtype)
+    source = pixels if dtype == np.int32 else Image.fromarray(pixels)  # arrays of floats are told
+    if kind == "TIFF":
+        source = tmp_path / "scan.tiff"
+        Image.fromarray(pixels).save(source)
+    with pytest.raises(UserError, match="has numbers of 32 bits as pixels"):
+        open_image(source)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_greys_of_16_bits_are_scaled(tmp_path, kind):
+    file = tmp_path / "grey"
+    Image.fromarray(np.asarray([[0, 257, 65535]], np.uint16)).save(file, kind)
+    assert np.asarray(open_image(file))[0, :, 0].tolist() == [0, 1, 255]
+
+
+def test_a_large_image_is_refused_before_it_is_decoded(tmp_path):
+    # The header of a PNG of 144 megapixels, and nothing behind it.
+    header = b"IHDR" + struct.pack(">IIBBBBB", 12_000, 12_000, 8, 2, 0, 0, 0)
+    crc = struct.pack(">I", zlib.crc32(header))
+    data = b"IDAT" + zlib.compress(b"")
+    body = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + crc + body
+    with pytest.raises(UserError, match="has 12000 x 12000 pixels; at most 89,478,485 are read"):
+        open_image(png)

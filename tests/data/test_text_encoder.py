@@ -23,6 +23,7 @@ from moresjax.data.digits import build_tokenizer
 from moresjax.data.processor import Processor
 from moresjax.data.samples import Sample, Turn
 from moresjax.data.templates import Template, get_template
+from moresjax.data.text_encoder import Text, TextEncoder
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
 
@@ -183,3 +184,9 @@ def test_a_vocabulary_with_the_token_as_a_word():
     without = wrapped(words, "</s>")
     with pytest.raises(UserError, match="sample it: the text contains </s>, which this tokenizer"):
         rows(without, get_template("bare"), Sample("it", (Turn("two </s> two", "two"),)))
+
+
+def test_a_very_long_text_is_refused():
+    encoder = TextEncoder(build_tokenizer())
+    with pytest.raises(UserError, match="a text has 4,194,305 characters; at most 4,194,304 are"):
+        encoder((Text("x" * (1 << 22) + "x", TokenKind.QUESTION, control=False),))

@@ -239,6 +239,11 @@ def test_the_connector_takes_tuning_at_its_tokens():
         ("qformer:latents", "latents must be a positive integer, got ''"),
         ("qformer:", "option of connector qformer ''"),
         ("qformer:layers=3", "layers=3 is not a multiple of cross_every=2"),
+        ("mlp1000000000x_gelu", "unknown connector 'mlp1000000000x_gelu'"),
+        ("concat1000000000-linear", "unknown connector"),
+        ("resampler:layers=999999999", "layers must be at least 1 and at most 256"),
+        ("qformer:latents=99999", "latents must be at least 1 and at most 65,536"),
+        ("resampler:latents=" + "9" * 5000, "latents must be a positive integer"),
         ("qformer:heads=7", "width=768 is not a multiple of heads=7"),
     ],
 )

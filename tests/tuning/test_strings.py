@@ -210,3 +210,35 @@ def test_a_method_may_occur_twice():
     tuning = Tuning("mores:rank=1,layers=0/mores:rank=2,layers=1", tiny_config())
     assert [key for key, _ in tuning.methods] == ["mores", "mores_2"]
     assert tuning.params["mores_2"]["llm.block.out"]["rotate"].shape == (3, 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mores:layers=0-999999999", "name layer 999999999, but the model has layers 0-2"),
+        ("mores:layers=" + "9" * 4000, r"beyond 9 digits"),
+        ("mores:layers=every:" + "9" * 4000, r"beyond 9 digits"),
+        ("mores:rank=" + "9" * 5000, "rank takes a whole number"),
+        ("vera:rank=1000000000", "vera:rank must be at least 1 and at most 65,536, got 1000000000"),
+        (
+            "boft:factors=" + "9" * 99,
+            "boft:factors must be .* at most 32, got a number of 329 bits",
+        ),
+        ("prefix:length=65537", "at most 65,536"),
+        ("mores:positions=all:f2147483648", r"beyond 9 digits"),
+        ("mores:positions=all:at(1;2147483648)", r"beyond 9 digits"),
+        ("mores:positions=all:skip(2147483648;0)", r"beyond 9 digits"),
+        ("mores:positions=all:uniform(2147483648.0)", r"beyond 9 digits"),
+        ("mores:positions=word(2147483648)", "unknown region"),
+        ("mores:positions=" + "|".join(["image"] * 999), "has 5,993 characters; at most 4,096"),
+        ("/".join(["lora"] * 9999), "characters; at most 10,000"),
+    ],
+)
+def test_a_small_string_costs_little(spec, message):
+    with pytest.raises(UserError, match=message):
+        Tuning(spec, tiny_config())
+
+
+def test_a_choice_of_no_layer_is_refused():
+    with pytest.raises(UserError, match=r"'shallow' select none of the model's layers 0-0"):
+        parse_layers("shallow", 1)

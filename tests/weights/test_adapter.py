@@ -96,3 +96,15 @@ def test_mores_of_vicuna_7b_takes_at_most_eleven_hundred_kilobytes():
     report = count_parameters(mllm_config("vicuna-7b"), "mores:rank=1", ())
     header = 3 * 200  # three tensors with their names, types, shapes and places
     assert report.checkpoint_bytes + header <= 1_100_000
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_an_adapter_that_diverged_is_refused(saved, number):
+    arrays = load_file(saved / "tuning.safetensors")
+    name = min(arrays)
+    arrays[name].flat[0] = number
+    save_file(arrays, saved / "tuning.safetensors")
+    model = tiny_model()
+    with pytest.raises(UserError, match=rf"{name} has numbers that are not finite"):
+        load_adapter(model, saved)
+    assert model.tuning.spec == "none"

@@ -13,6 +13,7 @@ from moresjax.data.images import LazyPixels
 from moresjax.data.processor_facts import processor_facts, short_hash
 from moresjax.data.region_providers import OWN_REGIONS, RegionProvider
 from moresjax.data.regions import EVERYWHERE, Box
+from moresjax.evaluation.rows import ControlRow
 from moresjax.inference.model import Model
 from moresjax.inference.regions import attended_regions
 from moresjax.inference.steering import with_part
@@ -146,7 +147,7 @@ class Answers:
         self._known: dict[str, str] = {}
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            rows = read_log(self._path)
+            rows = read_log(self._path, ControlRow)
             self._known = {row["key"]: row["prediction"] for row in rows}
             if rows:
                 write_log(self._path, rows)

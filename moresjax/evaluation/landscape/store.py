@@ -14,6 +14,7 @@ import jax
 from moresjax.core.errors import UserError
 from moresjax.core.folders import check_new
 from moresjax.core.json_files import append_log, read_log, read_object, write_json, write_log
+from moresjax.evaluation.rows import LandscapeRow
 
 POINTS, FACTS, RESULT = "points.jsonl", "points.json", "landscape.json"
 CURVATURE = -1  # in place of the first point of a chunk
@@ -41,7 +42,7 @@ class PointStore:
             return
         self._check(self._folder)
         path = self._folder / POINTS
-        rows = read_log(path)
+        rows = read_log(path, LandscapeRow)
         for row in rows:
             self._chunks.setdefault((row["model"], row["pair"]), {})[row["first"]] = row["losses"]
         if rows and self._writes:

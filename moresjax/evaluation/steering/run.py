@@ -16,6 +16,7 @@ from moresjax.data.processor_facts import short_hash
 from moresjax.evaluation.examples import Example
 from moresjax.evaluation.judges import Judge
 from moresjax.evaluation.metrics.vqa import matches_of_three
+from moresjax.evaluation.rows import SteeringRow
 from moresjax.evaluation.scoring import Predictions, TaskScore
 from moresjax.evaluation.steering.ask import Trial, ask_steered
 from moresjax.evaluation.steering.tasks import SteeringTask
@@ -260,7 +261,7 @@ class _Log:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        rows = read_log(self._path)
+        rows = read_log(self._path, SteeringRow)
         for row in rows:
             trial = str(row.get("trial"))
             if self._made.get(trial, row.get("made")) != row.get("made"):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
-from moresjax.core.ranges import Positive, Rate
+from moresjax.core.ranges import Rate, Size
 from moresjax.tuning.base import (
     LinearLike,
     ModelConfig,
@@ -39,7 +39,7 @@ class Adapter(WeightDelta):
 
     name = "adapter"
     width = "bottleneck"
-    bottleneck: Positive = 256
+    bottleneck: Size = 256
     dropout: Rate = 0.05
 
     def sites(self, config: ModelConfig) -> Sites:

@@ -6,7 +6,7 @@ without values enter attention is not to be had from the sources of this project
 
 import dataclasses
 
-from moresjax.core.ranges import Positive
+from moresjax.core.ranges import Size
 from moresjax.tuning.base import Method, register
 from moresjax.tuning.methods.prefix import Prefix
 from moresjax.tuning.methods.ptum import PTUM
@@ -18,8 +18,8 @@ class APrompt(Method):
     """`length` tokens, and `kv_length` keys and values, per block of the LLM."""
 
     name = "aprompt"
-    length: Positive = 10
-    kv_length: Positive = 10
+    length: Size = 10
+    kv_length: Size = 10
 
     def parts(self) -> tuple[Method, ...]:
         return PTUM(length=self.length), Prefix(length=self.kv_length)

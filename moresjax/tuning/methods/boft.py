@@ -9,13 +9,14 @@ i mixes blocks 2^(i-1) apart, as in a fast Fourier transform.
 """
 
 import dataclasses
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
-from moresjax.core.ranges import Positive
+from moresjax.core.ranges import Range, Size
 from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.rotations import cayley, check_divides, rotate, skew_part
 from moresjax.tuning.sites import linear_sites
@@ -37,8 +38,8 @@ class BOFT(WeightDelta):
 
     name = "boft"
     whole = True
-    block_size: Positive = 4
-    factors: Positive = 1
+    block_size: Size = 4
+    factors: Annotated[int, Range(1, limit=32)] = 1
     targets: str = "q;v"
 
     def sites(self, config: ModelConfig) -> Sites:

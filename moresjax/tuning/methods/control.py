@@ -13,7 +13,7 @@ import dataclasses
 import functools
 
 from moresjax.core.errors import choice_error
-from moresjax.core.ranges import Positive, Rate
+from moresjax.core.ranges import Rate, Size
 from moresjax.tuning.base import Method, layer_field, register
 from moresjax.tuning.methods.reft import LoReFT
 
@@ -37,8 +37,8 @@ class Control(Method):
     """
 
     name = "control"
-    rank: Positive = 4
-    visual_rank: Positive = 6
+    rank: Size = 4
+    visual_rank: Size = 6
     mark: str = "indicator"
     groups: str = ";".join(GROUPS)
     layers: str = "0"

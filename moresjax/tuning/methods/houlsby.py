@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
-from moresjax.core.ranges import Positive
+from moresjax.core.ranges import Size
 from moresjax.tuning.base import Edit, ModelConfig, Params, Sites, register
 
 SITES = ("llm.block.attn.out", "llm.block.mlp.out")
@@ -28,7 +28,7 @@ class Houlsby(Edit):
     name = "houlsby"
     width = "bottleneck"
     positions: str = "all"
-    bottleneck: Positive = 64
+    bottleneck: Size = 64
 
     def sites(self, config: ModelConfig) -> Sites:
         return {site: (config.llm.hidden_size,) for site in SITES}

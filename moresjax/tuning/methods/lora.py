@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
-from moresjax.core.ranges import FINITE, Positive, Rate
+from moresjax.core.ranges import FINITE, Rate, Size
 from moresjax.core.types import AnyArray
 from moresjax.tuning.base import (
     LinearLike,
@@ -37,7 +37,7 @@ class LoRA(WeightDelta):
 
     name = "lora"
     width = "rank"
-    rank: Positive = 8
+    rank: Size = 8
     alpha: Annotated[float | None, FINITE] = None
     dropout: Rate = 0.0
     rslora: bool = False

@@ -8,7 +8,7 @@ others reach the connector; here the connector gets the patches, as the paper dr
 
 import dataclasses
 
-from moresjax.core.ranges import Positive
+from moresjax.core.ranges import Size
 from moresjax.tuning.base import Method, register
 from moresjax.tuning.methods.full import Partial
 from moresjax.tuning.methods.ptum import PTUM
@@ -27,8 +27,8 @@ class M2PT(Method):
     """
 
     name = "m2pt"
-    visual_length: Positive = 10
-    length: Positive = 10
+    visual_length: Size = 10
+    length: Size = 10
     train: str = "connector;lm_head"
 
     def parts(self) -> tuple[Method, ...]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError
-from moresjax.core.ranges import Positive
+from moresjax.core.ranges import Size
 from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.sites import check_rank, linear_sites
 
@@ -32,8 +32,8 @@ class MixLoRA(WeightDelta):
     name = "mixlora"
     sees_tokens = True
     by_rows = ("a", "b")
-    factors: Positive = 16
-    rank: Positive = 4
+    factors: Size = 16
+    rank: Size = 4
     conditional: bool = False
     scored: bool = False
     targets: str = "all"

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.ops import project
-from moresjax.core.ranges import Positive, Rate
+from moresjax.core.ranges import Rate, Size
 from moresjax.tuning.base import Method, Params, layer_field, register
 from moresjax.tuning.low_rank import LowRankEdit
 from moresjax.tuning.spec import check_choice, preset
@@ -38,7 +38,7 @@ class MoReS(LowRankEdit):
 
     name = "mores"
     positions: str = "image:f4+l5"
-    rank: Positive = 1
+    rank: Size = 1
     parity: str = "paper"
 
     def __post_init__(self) -> None:
@@ -77,8 +77,8 @@ class MoReS2(Method):
     name = "mores2"
     positions: str = "image:f4+l5"
     text_positions: str = "question:f4+l5"
-    rank: Positive = 1
-    text_rank: Positive = 1
+    rank: Size = 1
+    text_rank: Size = 1
     layers: str = layer_field()
     dropout: Rate = 0.0
     init: str = "paper"

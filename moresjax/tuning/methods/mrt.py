@@ -19,7 +19,7 @@ import functools
 import re
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.ranges import Positive, Rate
+from moresjax.core.ranges import Rate, Size
 from moresjax.tuning.base import Method, layer_field, register
 from moresjax.tuning.methods.reft import LoReFT
 from moresjax.tuning.spec import check_choice, preset
@@ -52,9 +52,9 @@ class MRT(Method):
     name = "mrt"
     groups: str = ";".join(GROUPS)
     text: str = "ends"
-    rank: Positive = 4
-    visual_rank: Positive = 6
-    length: Positive = 4
+    rank: Size = 4
+    visual_rank: Size = 6
+    length: Size = 4
     scope: str = "prompt"
     skip: str = "0;0"
     layers: str = layer_field()

@@ -35,7 +35,7 @@ class OFT(WeightDelta):
 
     name = "oft"
     whole = True
-    block_size: Annotated[int, Range(2)] = 32
+    block_size: Annotated[int, Range(2, limit=1 << 16)] = 32
     cayley: str = "neumann"
     targets: str = "q;k;v"
 

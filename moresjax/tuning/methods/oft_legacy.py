@@ -12,7 +12,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.core.ranges import Positive
+from moresjax.core.ranges import Size
 from moresjax.tuning.base import LinearLike, ModelConfig, Params, Sites, WeightDelta, register
 from moresjax.tuning.rotations import cayley, check_divides, rotate, skew_part
 from moresjax.tuning.sites import linear_sites
@@ -25,7 +25,7 @@ class LegacyOFT(WeightDelta):
 
     name = "oft-legacy"
     whole = True
-    blocks: Positive = 16
+    blocks: Size = 16
     targets: str = "q;k;v"
 
     def sites(self, config: ModelConfig) -> Sites:

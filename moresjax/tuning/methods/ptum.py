@@ -12,7 +12,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from moresjax.core.ranges import Positive
+from moresjax.core.ranges import Size
 from moresjax.tuning.base import ModelConfig, Params, Sites, VirtualTokens, register
 
 
@@ -33,7 +33,7 @@ class PTUM(VirtualTokens):
     """
 
     name = "ptum"
-    length: Positive = 64
+    length: Size = 64
     deep: bool = True
 
     def sites(self, config: ModelConfig) -> Sites:

@@ -15,7 +15,7 @@ free, as torch's linear. None of them is the identity then.
 
 import dataclasses
 
-from moresjax.core.ranges import Positive, Rate
+from moresjax.core.ranges import Rate, Size
 from moresjax.tuning.base import Method, layer_field, register
 from moresjax.tuning.low_rank import LowRankEdit
 from moresjax.tuning.spec import check_choice
@@ -100,9 +100,9 @@ class UnsharedReFT(Method):
 
     name = "reft"
     kind: str = "loreft"
-    rank: Positive = 4
-    first: Positive = 4
-    last: Positive = 4
+    rank: Size = 4
+    first: Size = 4
+    last: Size = 4
     region: str = "prompt"
     layers: str = layer_field()
     dropout: Rate = 0.0

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from moresjax.core.ops import project
-from moresjax.core.ranges import Positive, Range, Rate
+from moresjax.core.ranges import Range, Rate, Size
 from moresjax.core.types import AnyArray
 from moresjax.tuning.base import (
     LinearLike,
@@ -48,7 +48,7 @@ class VeRA(WeightDelta):
     """VeRA on the linears named by `targets`; `seed` makes the random matrices."""
 
     name = "vera"
-    rank: Positive = 256
+    rank: Size = 256
     dropout: Rate = 0.0
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     targets: str = "q;v"
