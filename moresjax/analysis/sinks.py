@@ -85,9 +85,9 @@ def sink_shares(
       visible: Which tokens each query sees.
       sinks: Which tokens are sinks in each layer.
     """
-    groups = np.stack([kind == int(group) for group in GROUPS], -1).astype(float)  # [S, 4]
+    groups = np.stack([np.isin(kind, [int(group)]) for group in GROUPS], -1).astype(float)  # [S, 4]
     text = np.isin(kind, [int(group) for group in TEXT])
-    image = kind == int(TokenKind.IMAGE)
+    image = np.isin(kind, [int(TokenKind.IMAGE)])
 
     def share(mass: Float[np.ndarray, "L G S"]) -> Float[np.ndarray, "L 4"]:
         parts = mass @ groups

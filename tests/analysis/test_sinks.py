@@ -1,5 +1,7 @@
 """Attention sinks: planted ones are found, and shares without them are counted by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -67,9 +69,10 @@ def test_a_planted_sink_is_named_in_the_layers_that_read_it():
 
 
 def test_what_is_no_rule_is_told():
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"tau": 0.0}, "tau must be above 0, got 0"),
         ({"dimensions": [16]}, "the LLM has dimensions 0 to 15, got 16"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(UserError, match=message):
             find_sinks(talking_model(), QUESTION, IMAGE, answer="two", **options)
