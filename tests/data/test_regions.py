@@ -409,7 +409,7 @@ def test_regions_from_a_file(tmp_path):
             provider(dataclasses.replace(sample, id=name))
     with pytest.raises(UserError, match="cannot be read"):
         region_provider(str(tmp_path / "other.json"))
-    for text, message in (("[", "is not JSON"), ("[]", "must be an object with boxes by the name")):
+    for text, message in (("[", "is not JSON"), ("[]", "expected `object`, got `array`")):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             region_provider(str(file))
