@@ -28,6 +28,7 @@ from moresjax.cli import (
     zoo,
 )
 from moresjax.core.errors import UserError
+from moresjax.core.folders import disk_error
 from moresjax.core.plugins import use_plugins
 from moresjax.hardware.host import use_huge_pages
 
@@ -85,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None:
         use_huge_pages()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs with a traceback what it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Libraries read it when they are imported, which no command does before this.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -100,6 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141  # what a shell reports for a process that SIGPIPE has ended
     except UserError as error:
         print(f"moresjax: error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not (sentence := disk_error(error)):
+            raise
+        print(f"moresjax: error: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("moresjax: interrupted", file=sys.stderr)

@@ -27,11 +27,42 @@ _ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 
+# A disk says so, and not the name of a file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 def disk_sentence(error: OSError, path: str | Path) -> str:
     """One sentence about a file or folder that cannot be written, and what to do."""
     advice = _ADVICE.get(error.errno or 0, "")
     return f"{path} cannot be written: {error.strerror or error}" + f"; {advice}" * bool(advice)
+
+
+def disk_reason(error: BaseException) -> str:
+    """Why a library could not write, if a full or read-only disk is behind what it raised.
+
+    Empty where something else is. Libraries wrap the error of the system, or tell its number.
+    """
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    for one in chain:
+        told = re.search(r"\(os error (\d+)\)|os_error_code='(\d+)'", str(one))
+        number = one.errno if isinstance(one, OSError) else told and int(told[1] or told[2])
+        if number in _FULL:
+            return f"{os.strerror(number)}; {_ADVICE[number]}"
+    return ""
+
+
+def disk_error(error: BaseException) -> str:
+    """One sentence about a disk or a file that the system refuses; empty for other errors."""
+    if reason := disk_reason(error):
+        name = getattr(error, "filename", None) or "the output"
+        return f"{name} cannot be written: {reason}"
+    if isinstance(error, OSError) and error.filename and error.errno in (*_ADVICE, errno.EIO):
+        return disk_sentence(error, error.filename)
+    return ""
 
 
 @contextlib.contextmanager
@@ -45,6 +76,25 @@ def explain_disk(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(disk_sentence(error, path)) from None
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuses a folder that cannot be made or written into; nothing is made.
+
+    Raises:
+      UserError: says why.
+    """
+    with explain_disk(folder):
+        place = Path(folder).absolute()
+        while not os.path.lexists(place) and place != place.parent:
+            with contextlib.suppress(FileNotFoundError):
+                place.stat()  # the name may be too long, or a file on its way
+            place = place.parent
+        if not place.is_dir():
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(place, os.W_OK | os.X_OK):
+            reason = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+            raise OSError(reason, os.strerror(reason))
 
 
 def make_folder(folder: str | Path) -> Path:

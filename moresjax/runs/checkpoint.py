@@ -5,10 +5,12 @@ the background. Parameters are stored under their names. Every checkpoint carrie
 array; one that does not come back with the same bytes counts as damaged.
 """
 
+import contextlib
 import logging
+import shutil
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moresjax.core.errors import UserError
+from moresjax.core.folders import disk_reason, disk_sentence, explain_disk
 from moresjax.core.parameter_names import current_name, named_parameters, path_name
+from moresjax.runs.orbax_signals import use_signals
 from moresjax.runs.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -64,7 +68,8 @@ class Checkpoints:
             "params": ocp.PyTreeCheckpointHandler(use_compression=False),
             "optimizer": ocp.PyTreeCheckpointHandler(use_compression=False),
         }
-        with _orbax:
+        self._signals, self._failed, self._under_way = use_signals(), False, False
+        with _orbax, explain_disk(self.directory):
             self._manager = ocp.CheckpointManager(
                 self.directory, options=options, item_handlers=handlers
             )
@@ -75,13 +80,16 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, data: Mapping) -> None:
-        """Saves in the background; a later save or `close` waits for it.
+        """Saves in the background; a later save, `wait` or `close` waits for it.
 
         Outside of the main thread, where other runs may want to save, it waits itself.
 
         Args:
           state: what trains.
           data: state of the data iterator (JSON).
+
+        Raises:
+          UserError: This checkpoint, or the one before, cannot be written.
         """
         trees = {"params": named(state.trainable), "optimizer": _numbered(state.opt_state)}
         checksums = {name: x for tree in trees.values() for name, x in _checksums(tree).items()}
@@ -89,10 +97,11 @@ class Checkpoints:
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items() if tree}
         saved = {"data": data, "checksums": checksums, "identity": dict(self.identity)}
         meta = ocp.args.JsonSave(saved)
-        with _orbax:
+        with self._saving():
             self._manager.save(int(state.step), args=ocp.args.Composite(meta=meta, **items))
-            if threading.current_thread() is not threading.main_thread():
-                self._manager.wait_until_finished()
+            self._under_way = True
+        if threading.current_thread() is not threading.main_thread():
+            self.wait()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """The newest intact checkpoint: state and data position; None when there is none at all.
@@ -186,15 +195,54 @@ class Checkpoints:
             self._manager.reload()
 
     def wait(self) -> None:
-        """Waits for a running save."""
-        with _orbax:
+        """Waits for a running save.
+
+        Raises:
+          UserError: The checkpoint cannot be written.
+        """
+        with self._saving():
             self._manager.wait_until_finished()
+        self._under_way = False
+
+    def check(self) -> None:
+        """Raises what went wrong in the background, if a save has ended.
+
+        Raises:
+          UserError: The checkpoint cannot be written.
+        """
+        if self._under_way and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def close(self) -> None:
-        """Waits for a running save."""
-        with _orbax:
-            self._manager.wait_until_finished()
-            self._manager.close()
+        """Waits for a running save; one that has failed, or was interrupted, is left alone."""
+        if not self._failed:
+            with self._saving():
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Ends every thread of a save that fails, and says in a sentence that the disk is full."""
+        try:
+            with _orbax:
+                yield
+        except BaseException as error:
+            self._failed = True
+            if self._signals is not None:
+                self._signals.fail()
+            if isinstance(error, OSError):
+                raise UserError(self._told(disk_sentence(error, self.directory))) from None
+            if reason := disk_reason(error):
+                text = f"{self.directory} cannot be written: {reason}"
+                raise UserError(self._told(text)) from None
+            raise
+
+    def _told(self, sentence: str) -> str:
+        """A sentence about a save that failed, and what there is in its place."""
+        for path in self.directory.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(path, ignore_errors=True)  # it may be what the disk is full of
+        names = (path.name for path in self.directory.glob("[0-9]*"))
+        newest = max((int(name) for name in names if name.isdigit()), default=0)
+        return f"{sentence} (checkpoint {newest} is whole)" if newest else sentence
 
 
 def _numbered(tree: Any) -> Arrays:

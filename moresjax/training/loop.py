@@ -109,6 +109,7 @@ def _loop(run: Run, preemption: PreemptionHandler, bar: bool) -> tuple[TrainResu
             state, measured = run.step_fn(state, run.frozen, batch)
             done += 1
             reports.add(done, measured, ids, meter.flops(batch))
+            checkpoints.check()
             stopped, compiled = preemption.at(done), done == first + 1
             saves = stopped or done % config.checkpoint.every == 0 or done == config.steps
             evaluates = run.evaluators.due(done) and not stopped

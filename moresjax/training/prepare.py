@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
+from moresjax.core.folders import check_writable, make_folder
 from moresjax.core.locks import FolderLock
 from moresjax.core.plugins import active_plugins
 from moresjax.core.ranges import check_ranges
@@ -165,6 +166,7 @@ def check(
     config = with_absolute_paths(asked)
     if config.steps and (finished := _finished(config, workdir, resume)):
         return Checked(config, workdir, finished)
+    check_writable(workdir)
     processor = _checked_start(asked, workdir)
     sources = read_sources(config)
     check_samples(config, sources[0])
@@ -236,7 +238,7 @@ def prepare(
             save_config(config, workdir / "config.json")
             if isinstance(model, MLLM):
                 save_shared(model.tuning, workdir)
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+        checkpoints = Checkpoints(make_folder(workdir / "checkpoints"), keep=config.checkpoint.keep)
         checkpoints.identity = identity
         stack.callback(checkpoints.close)
         samples_seen = 0

@@ -15,7 +15,7 @@ from typing import Any, TypedDict
 import numpy as np
 from jax.sharding import Mesh
 
-from moresjax.core.errors import UserError
+from moresjax.core.errors import UserError, choice_error
 from moresjax.core.reading import read_json
 from moresjax.core.types import AnyArray
 from moresjax.models.decoder import quantized
@@ -28,6 +28,7 @@ from moresjax.weights.families.base import (
     MLLM_FAMILIES,
     VISION_FAMILIES,
     HFConfig,
+    MLLMFamily,
     decoder_config,
     llm_family,
     renamed,
@@ -35,7 +36,6 @@ from moresjax.weights.families.base import (
 )
 from moresjax.weights.families.eva import eva_config, eva_tensors
 from moresjax.weights.families.keys import TWO_TOWER_KEYS
-from moresjax.weights.families.llava import Llava
 from moresjax.weights.families.llava_original import (
     RENAMED,
     LlavaOriginal,
@@ -230,9 +230,9 @@ class HFFolder:
         return kinds.most_common(1)[0][0]
 
     @property
-    def is_llava(self) -> bool:
-        """Whether it is a LLaVA of `transformers`, whose tokenizer knows images."""
-        return isinstance(MLLM_FAMILIES.get(self.raw.get("model_type", "")), Llava)
+    def family(self) -> MLLMFamily | None:
+        """The family of a multimodal LLM; None for another model."""
+        return MLLM_FAMILIES.get(self.raw.get("model_type", ""))
 
     @property
     def is_vision(self) -> bool:
@@ -292,6 +292,8 @@ def config_from_hf(hf: HFConfig) -> MLLMConfig:
     """
     if family := MLLM_FAMILIES.get(hf["model_type"]):
         return family.from_hf(hf)
+    if hf.get("vision_config"):
+        raise choice_error("multimodal family", hf["model_type"], sorted(MLLM_FAMILIES))
     return MLLMConfig(llm=decoder_config(hf))
 
 
