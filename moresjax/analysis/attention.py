@@ -9,6 +9,7 @@ mean over its visible keys. Source: LLaVA Steering, figures 1 and 2, equation 2.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.layout import LazyMask, TokenKind
 from moresjax.core.types import Ids
 from moresjax.models.attention import GROUPS, attention_probabilities, in_chunks
-from moresjax.models.connector import neighbours, parse_connector
+from moresjax.models.connector import neighbours, parse_connector, pooled_side
 from moresjax.models.fused_attention import Runs
 from moresjax.models.fusion import FusedVisionConfig
 from moresjax.models.group_attention import group_counts, group_masses, key_sums, one_hot
@@ -168,8 +169,9 @@ class KeyProbe:
     ) -> Float[Array, "B *N T"]:
         """The sums of one layer from its queries and keys."""
         kind, mask = context.kind, context.visible()
-        if isinstance(context.view, Runs) and context.queries is None:
-            mask = context.view
+        view = context.view
+        if isinstance(view, Runs) and context.queries is None and not view.behind_cache:
+            mask = view
         chosen = kind[:, -q.shape[2] :] != TokenKind.PAD  # of all queries: those that are tokens
         weights = chosen.astype(jnp.float32)
         if context.queries is not None:
@@ -354,7 +356,7 @@ def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.n
 
     Interleaved encoders have two tokens per patch, whose values are added. A connector that joins
     neighbours (`concat4-linear`) has a token for so many patches of a row: MiniGPT-v2's 256 tokens
-    are 32 rows of 8.
+    are 32 rows of 8. One that takes the mean of squares (`pool4-linear`) has a token for each.
 
     Raises:
       UserError: for a connector whose tokens have no place on the image, for a model that reads no
@@ -373,6 +375,9 @@ def to_grid(values: Float[np.ndarray, "*L V"], config: MLLMConfig) -> Float[np.n
             f"an image has {config.visual_tokens} visual tokens, got {values.shape[-1]} values; "
             "the tokens of several images go to one grid each"
         )
+    if (square := pooled_side(config.connector)) > 1:
+        side = math.isqrt(vision.num_tokens) // square
+        return values.reshape(*values.shape[:-1], side, side)
     if neighbours(config.connector) > 1:
         return _grid_of_joined(values, config)
     if isinstance(vision, FusedVisionConfig):

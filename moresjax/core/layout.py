@@ -63,6 +63,8 @@ class TokenLayout:
         of several continuations that share the trunk but not each other (many questions on one
         image).
       visual_tokens: V, the number of visual tokens of one image (static).
+      whole_images: Whether the tokens of an image also see those of it that stand after them; said
+        by the model that reads the batch (static).
     """
 
     kind: IntField
@@ -71,6 +73,7 @@ class TokenLayout:
     document: IntField
     branch: IntField
     visual_tokens: int = dataclasses.field(default=0, metadata={"static": True})
+    whole_images: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +87,7 @@ class TokenLayout:
     @classmethod
     def stacked(cls, fields: Mapping[str, AnyArray], visual_tokens: int = 0) -> "TokenLayout":
         """The layout of stacked rows, given as arrays `[B, S]` by name; other names are ignored."""
-        return cls(**{name: fields[name] for name in LAYOUT_FIELDS}, visual_tokens=visual_tokens)
+        return cls(*(fields[name] for name in LAYOUT_FIELDS), visual_tokens=visual_tokens)
 
     @classmethod
     def text(
@@ -155,13 +158,19 @@ def count_documents(layout: TokenLayout) -> Int[Array, ""]:
 
 
 def visible(
-    layout: TokenLayout, queries: Int[AnyArray, "B Q"] | None = None
+    layout: TokenLayout,
+    queries: Int[AnyArray, "B Q"] | None = None,
 ) -> Bool[Array, "B Q S"]:
     """Which keys the tokens at row indices `queries` (default: all) attend to.
 
     A key is visible when it is not padding, stands at or before the query in the row, belongs to
-    the query's document (or to all of them), and lies in the trunk or in the query's own branch. A
+    the query's document (or to all of them), and lies in the trunk or in the query's own branch.
+    With `whole_images` those of the query's image are visible, too, that stand after it. A
     padding query sees only itself, so that its softmax stays finite; nothing ever reads its output.
+
+    >>> row = TokenLayout.text(np.ones((1, 3), bool)).replace(image=np.array([[-1, 0, 1]]))
+    >>> visible(row.replace(visual_tokens=2, whole_images=True)).astype(int).tolist()
+    [[[1, 0, 0], [1, 1, 1], [1, 1, 1]]]
     """
     batch, length = layout.shape
     index = jnp.arange(length)
@@ -177,6 +186,10 @@ def visible(
     )
     own = index[None, None, :] == queries[:, :, None]
     causal = index[None, None, :] <= queries[:, :, None]
+    if layout.whole_images and layout.visual_tokens:
+        place = jnp.asarray(layout.image)
+        number = jnp.where(place >= 0, place // layout.visual_tokens, -1)
+        causal |= (number[:, None, :] == at_queries(number)) & (number >= 0)[:, None, :]
     related = (document == SHARED) | (
         (document == at_queries(layout.document))
         & ((branch == 0) | (branch == at_queries(layout.branch)))

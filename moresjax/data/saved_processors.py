@@ -21,12 +21,19 @@ CLASS = "it names a class or says where the file comes from"
 CALLS = "it says what calls return, not what is computed"
 ROWS = "rows are built and padded otherwise here"
 
+_PAN_AND_SCAN = (
+    "pan_and_scan_min_crop_size",
+    "pan_and_scan_max_num_crops",
+    "pan_and_scan_min_ratio_to_activate",
+)
+
 IMAGE_KEYS = ConfigKeys(
     implemented=(
         *("do_resize", "size", "default_to_square", "resample", "do_center_crop", "crop_size"),
         *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
         *("do_convert_rgb", "do_pad", "pad_size"),
     ),
+    neutral={"do_pan_and_scan": (None, False)},
     irrelevant={
         **dict.fromkeys(("image_processor_type", "feature_extractor_type"), CLASS),
         **dict.fromkeys(("processor_class", "_processor_class", "auto_map"), CLASS),
@@ -34,6 +41,7 @@ IMAGE_KEYS = ConfigKeys(
         **dict.fromkeys(("data_format", "input_data_format", "return_tensors"), CALLS),
         **dict.fromkeys(("device", "disable_grouping", "backend"), "it changes speed only"),
         "image_seq_length": "the size of image and patch says it",
+        **dict.fromkeys(_PAN_AND_SCAN, "images are not cut: do_pan_and_scan says it"),
     },
 )
 

@@ -77,7 +77,12 @@ def find_shared_prefixes(
       text: Whether to look for text.
       config: The knobs that tell when reading a prefix by itself pays.
     """
-    whole = {n: (row, len(row) - 1) for n, row in enumerate(rows) if text or row.pixels is not None}
+    # An image that ends a prompt is not cut: its tokens may see each other.
+    whole = {
+        n: (row, len(row) - 1)
+        for n, row in enumerate(rows)
+        if (text or row.pixels is not None) and row.image[-1] < 0
+    }
     found = [
         _grouped(rows, pairs, tuning, adapters, config) for pairs in (_up_to_images(rows), whole)
     ]

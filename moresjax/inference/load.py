@@ -7,12 +7,13 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
+from moresjax.core.types import Tokenizer
 from moresjax.data.images import ImageProcessor
 from moresjax.data.processor import Processor
 from moresjax.data.region_providers import region_provider
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.data.saved_processors import has_tokenizer, saved_template
-from moresjax.data.templates import get_template
+from moresjax.data.templates import OWN, Template, get_template
 from moresjax.generation.config import DEFAULT_ENGINE_CONFIG, EngineConfig
 from moresjax.inference.model import Model
 from moresjax.models.mllm import MLLM, MLLMConfig
@@ -24,6 +25,7 @@ from moresjax.runs.sources import earlier_template
 from moresjax.runs.workdir import load_workdir
 from moresjax.weights import steering
 from moresjax.weights.edits import has_edits, read_edits
+from moresjax.weights.families.base import MLLMFamily
 from moresjax.weights.generation_config import read_generation_config
 from moresjax.weights.hf import HFFolder, load_pretrained
 from moresjax.weights.pyreft import import_pyreft
@@ -58,8 +60,9 @@ def load(
     Args:
       path: The folder.
       template: The conversation template; default: a run's own; for a Hugging Face folder the one
-        that `export` noted in it, else `vicuna_v1`. A run whose own one drops questions (`plain`)
-        is asked with that of the LLM it started from, where that is known; a warning says so.
+        that `export` noted in it, else its tokenizer's own for a Gemma 3, else `vicuna_v1`. A run
+        whose own one drops questions (`plain`) is asked with that of the LLM it started from, where
+        that is known; a warning says so.
       tuning: The spec of a tuning to attach, freshly initialised; `none` gives the model without
         tuning. Default: a run's own with its trained parameters, for a Hugging Face folder the
         edits that lie beside its weights.
@@ -109,9 +112,9 @@ def load(
         )
         if tuning is None:
             attach_saved(mllm, path, allow_pickle=allow_pickle)
-        template = template or saved_template(path) or DEFAULT_TEMPLATE
-        processor = _saved_processor(folder, mllm.config, template)
-        image_token_id = folder.hf.get("image_token_index") if folder.is_llava else None
+        processor = _saved_processor(folder, mllm.config, template or saved_template(path))
+        has_mark = folder.family is not None and folder.family.image_mark
+        image_token_id = folder.hf.get("image_token_index") if has_mark else None
     if image_aspect is not None:
         if processor is None or processor.image is None:
             raise UserError(f"{path} takes no images; image_aspect cannot be used")
@@ -172,8 +175,10 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
         return None
     vision = config.vision
     tokenizer = load_tokenizer(str(path))
-    if folder.is_llava and IMAGE_MARK not in tokenizer.get_vocab():
-        raise UserError(f"{path}: the tokenizer has no {IMAGE_MARK} token; it is no LLaVA's")
+    family = folder.family
+    if family is not None and (mark := family.image_mark) not in {"", *tokenizer.get_vocab()}:
+        kind = "LLaVA" if mark == IMAGE_MARK else family.model_type
+        raise UserError(f"{path}: the tokenizer has no {mark} token; it is no {kind}'s")
     image = None
     if vision is not None:
         mean, std = vision.pixel_mean, vision.pixel_std
@@ -184,9 +189,21 @@ def _saved_processor(folder: HFFolder, config: MLLMConfig, template: str) -> Pro
         )
     return Processor(
         tokenizer,
-        get_template(template, tokenizer),
+        _template_of(family, tokenizer, template),
         image,
         config.visual_tokens,
         read_generation_config(path),
         config.llm.vocab_size,
     )
+
+
+def _template_of(family: MLLMFamily | None, tokenizer: Tokenizer, name: str) -> Template:
+    """The named template; without a name that of the folder, or of the model's family."""
+    own = get_template(family.template) if family is not None and family.template else None
+    if own is None or name not in ("", OWN):
+        return get_template(name or DEFAULT_TEMPLATE, tokenizer)
+    if not (name or tokenizer.chat_template):
+        return own
+    # A chat template writes of an image only where it stands; the family says with what around.
+    written = get_template(OWN, tokenizer)
+    return dataclasses.replace(written, around_image=own.around_image)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool
 
 from moresjax.core.layout import Batch, LazyMask
 from moresjax.models.attention import query_chunks
-from moresjax.models.fused_attention import FusedConfig, Runs, kernel_for, visible_runs
+from moresjax.models.fused_attention import FusedConfig, Runs, chunk_runs, kernel_for, visible_runs
 
 
 def attention_mask(
@@ -29,16 +29,19 @@ def attention_mask(
       batch: The batch.
       seen: What the queries see.
       config: The configuration of the LLM.
-      first: The column of the first query, when the queries are all keys from there on; else None.
+      first: The column of the first query, when the queries are all keys from there on; None when
+        a cache holds the keys before them.
       gaps: Whether rows may lack some of the virtual tokens before the batch.
       dense: Asks for the mask of all pairs.
     """
     if dense:
         return seen.dense()
-    if first is not None:
+    if first is None:
+        runs = chunk_runs(batch, seen, config)
+    else:
         runs = visible_runs(batch, config, seen.layout, first, gaps=gaps)
-        if runs is not None:
-            return runs
+    if runs is not None:
+        return runs
     if kernel_for(config) != "xla" and query_chunks(seen.shape) > 1:
         return seen
     return seen.dense()

@@ -23,10 +23,9 @@ from moresjax.core.layout import LazyMask
 from moresjax.core.ops import pick, write_at
 from moresjax.core.ranges import AtLeastZero, Finite, Layers, NonNegative, Width, check_ranges
 from moresjax.core.types import AnyArray, pytree_dataclass
-from moresjax.models.attention import attention
 from moresjax.models.block_checks import check_heads, check_kinds
 from moresjax.models.fused_attention import Runs
-from moresjax.models.group_attention import attention_and_masses
+from moresjax.models.group_attention import attend
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm, Rope, apply_rope, param, unstack
 from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.hooks import LayerHooks, TowerHooks, stack_layers
@@ -172,15 +171,12 @@ class Attention(nnx.Module):
             q = q * (config.query_scale * config.head_dim**0.5)
         if rope is not None and key_rope is not None:
             q, k = apply_rope(q, rope), apply_rope(k, key_rope)
-        k, v = hooks.extend(k, v)
+        own = k, v = hooks.extend(k, v)
         if cache is not None and index is not None:
             k, v = write_at(cache.k, k, index, 2), write_at(cache.v, v, index, 2)
         tensors, softcap = (q, k.astype(q.dtype), v.astype(q.dtype)), config.attention_softcap
-        lazy, groups, masses = isinstance(mask, LazyMask | Runs), hooks.key_groups(), None
-        if isinstance(mask, LazyMask | Runs) and groups is not None:
-            y, masses = attention_and_masses(*tensors, mask, softcap, groups)
-        else:
-            y = attention(*tensors, mask, softcap)
+        y, masses = attend(*tensors, own, mask, softcap, hooks.key_groups())
+        lazy = isinstance(mask, LazyMask | Runs)
         hooks.read_attention(q, k, mask if config.window or lazy else None, softcap, masses)
         y = y.swapaxes(1, 2).reshape(*x.shape[:2], -1)
         return hooks.linear("o", self.o, y), LayerCache(k, v)

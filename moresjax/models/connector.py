@@ -4,16 +4,19 @@ Axis legend: B images, V visual features, T visual tokens, C vision features, D 
 
 A connector is named by a string, `NAME` or `NAME:option=value,...` (`resampler:latents=64`). The
 resampler and the Q-Former turn any number of features into a fixed number of tokens, `concat4-` and
-so on put that many neighbours side by side in one token; all others keep the number. `norm-` is a
-LayerNorm before the linears.
+so on put that many neighbours side by side in one token, `pool4-` and so on take the mean of a
+square of 4 by 4; all others keep the number. `norm-` is a LayerNorm before the linears, `rmsnorm-`
+an RMSNorm (that of Gemma, whose scales are beside one), and linears with `-nobias` have no bias.
 """
 
 import dataclasses
+import math
 import re
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moresjax.core.errors import UserError, choice_error
 from moresjax.models.layers import ACTIVATIONS, Linear, Norm
@@ -29,14 +32,18 @@ CONNECTORS = (
     "concat{m}-mlp{n}x_gelu",
     "norm-linear",
     "norm-mlp{n}x_gelu",
+    "pool{m}-rmsnorm-linear-nobias",
     "fused-gelu-mlp",
     "mof_mlp",
     "resampler",
     "qformer",
 )
-# How many neighbours are put side by side, whether a norm follows, the chain of linears behind.
-_CHAIN = r"(?:concat([2-9]|[1-9]\d{1,3})-)?(norm-)?(linear|mlp\d.+)"
-NORM_EPS = 1e-5
+NO_BIAS = "-nobias"
+# How many neighbours are put side by side, or the side of the square whose mean is taken; whether a
+# norm follows; the chain of linears behind, and whether it goes without biases.
+_MANY = r"[2-9]|[1-9]\d{1,3}"
+_CHAIN = rf"(?:concat({_MANY})-|pool({_MANY})-)?(?:(?:rms)?norm-)?(linear|mlp\d.+?)(?:{NO_BIAS})?"
+NORM_EPS, RMS_NORM_EPS = 1e-5, 1e-6
 # Those that read the features with learned queries.
 QUERYING: dict[str, type[ResamplerConfig] | type[QFormerConfig]] = {
     "resampler": ResamplerConfig,
@@ -105,7 +112,31 @@ def connector_tokens(name: str, features: int) -> int:
             f"connector {name} joins {side_by_side} visual features to a token; {features} "
             "features cannot be divided so"
         )
-    return features // side_by_side
+    square, side = pooled_side(name), math.isqrt(features)
+    if square > 1 and (side * side != features or side % square):
+        raise UserError(
+            f"connector {name} takes the mean of {square} x {square} visual features; {features} "
+            "features are no square that can be divided so"
+        )
+    return features // side_by_side // square**2
+
+
+def feature_tokens(name: str, features: int) -> Int[np.ndarray, " F"] | None:
+    """The visual token that each visual feature becomes; None where learned queries read them all.
+
+    >>> feature_tokens("pool2-linear", 16).reshape(4, 4).tolist()
+    [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+
+    Raises:
+      UserError: As `connector_tokens`.
+    """
+    tokens = connector_tokens(name, features)
+    if parse_connector(name)[1] is not None:
+        return None
+    if (square := pooled_side(name)) > 1:
+        line = np.arange(math.isqrt(features)) // square
+        return (line[:, None] * (line[-1] + 1) + line).reshape(-1)
+    return np.arange(features) // (features // tokens)
 
 
 def neighbours(name: str) -> int:
@@ -116,6 +147,16 @@ def neighbours(name: str) -> int:
     """
     found = re.fullmatch(_CHAIN, name)
     return int(found[1] or 1) if found else 1
+
+
+def pooled_side(name: str) -> int:
+    """The side of the square of visual features whose mean becomes one token.
+
+    >>> pooled_side("pool4-rmsnorm-linear-nobias"), pooled_side("linear")
+    (4, 1)
+    """
+    found = re.fullmatch(_CHAIN, name)
+    return int(found[2] or 1) if found else 1
 
 
 def linear_widths(name: str, d_in: int, d_out: int) -> list[int] | None:
@@ -140,8 +181,9 @@ class Connector(nnx.Module):
 
     `identity` has none, `linear` one, `mlp{n}x_gelu` n (or `mlp{n}x_relu` and so on),
     `fused-gelu-mlp` three (the first is four times as wide as the features). `concat4-linear` and
-    the like first put so many consecutive features side by side, `norm-mlp2x_gelu` and the like
-    have a LayerNorm before the linears.
+    the like first put so many consecutive features side by side, `pool4-linear` and the like take
+    the mean of squares of them, `norm-mlp2x_gelu` and the like have a LayerNorm before the linears,
+    `rmsnorm-linear` and the like an RMSNorm; `linear-nobias` and the like have no bias.
 
     Raises:
       UserError: for another name.
@@ -151,13 +193,17 @@ class Connector(nnx.Module):
         widths = linear_widths(name, d_in, d_out)
         if widths is None:
             raise choice_error("connector", name, CONNECTORS)
-        self.activation = name.partition("x_")[2] or "gelu"
-        self.neighbours = neighbours(name)
-        has_norm = "norm-" in name
-        self.norm = Norm(widths[0], kind="layer", eps=NORM_EPS) if has_norm else None
-        self.layers = nnx.List()
+        self.activation = name.removesuffix(NO_BIAS).partition("x_")[2] or "gelu"
+        self.neighbours, self.square = neighbours(name), pooled_side(name)
+        norm = None
+        if "rmsnorm-" in name:
+            norm = Norm(widths[0], kind="rms", eps=RMS_NORM_EPS, offset=1.0)
+        elif "norm-" in name:
+            norm = Norm(widths[0], kind="layer", eps=NORM_EPS)
+        self.norm = norm
+        self.layers, bias = nnx.List(), not name.endswith(NO_BIAS)
         for i, width in enumerate(widths[1:]):
-            self.layers.append(Linear(widths[i], width, axes=(None, "embed"), bias=True))
+            self.layers.append(Linear(widths[i], width, axes=(None, "embed"), bias=bias))
 
     def __call__(
         self, x: Float[Array, "B V C"], hooks: Hooks | None = None
@@ -166,6 +212,10 @@ class Connector(nnx.Module):
         hooks = hooks or Hooks()
         if self.neighbours > 1:
             x = x.reshape(len(x), -1, self.neighbours * x.shape[-1])
+        if (n := self.square) > 1:
+            side = math.isqrt(x.shape[1]) // n
+            squares = x.reshape(len(x), side, n, side, n, x.shape[-1])
+            x = squares.mean((2, 4)).reshape(len(x), side * side, x.shape[-1])
         x = x if self.norm is None else self.norm(x)
         for i, layer in enumerate(self.layers):
             x = ACTIVATIONS[self.activation](x) if i else x

@@ -43,6 +43,7 @@ from moresjax.sharding.mesh import constrain_batch_sharding
 from moresjax.tuning.hooks import TowerHooks
 
 POSITIONS = ("rope", "learned")
+IMAGE_ATTENTIONS = ("causal", "bidirectional")
 QUANTIZATIONS = ("", "int8")
 
 
@@ -72,6 +73,8 @@ class DecoderConfig(BlockConfig):
     logit_softcap: AtLeastZero = 0.0  # 0: none
     max_positions: Positive = 2048
     attention: str = "auto"  # auto | xla | splash | cudnn | chunked, see `models.fused_attention`
+    # causal | bidirectional: whether the tokens of an image see all of that image (Gemma 3)
+    image_attention: str = "causal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +84,8 @@ class DecoderConfig(BlockConfig):
             raise choice_error("rope scaling", self.rope_scaling, ROPE_SCALINGS)
         if self.attention not in KERNELS:
             raise choice_error("attention", self.attention, KERNELS)
+        if self.image_attention not in IMAGE_ATTENTIONS:
+            raise choice_error("image attention", self.image_attention, IMAGE_ATTENTIONS)
         rotated = int(self.head_dim * self.rotary_fraction)
         if self.positions == "rope" and self.rotary_fraction and (rotated < 2 or rotated % 2):
             raise UserError(

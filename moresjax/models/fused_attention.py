@@ -10,10 +10,10 @@ features of the values.
 
 Probes leave the kernel on (`group_attention`), and so do virtual tokens before rows of one
 document. A chosen kernel that cannot say what rows see (branches, padding on the left, virtual
-tokens that all documents of packed rows see, with cuDNN packed rows too) is left with a line in the
-log; such rows are read by `attention="chunked"`: plain XLA, some queries at a time where there are
-more than `attention.PAIRS` pairs. Decoding, vision encoders and `xla`, which is the `auto` of CPUs,
-have `moresjax.models.attention` over a dense mask.
+tokens that all documents of packed rows see, images whose tokens see each other, with cuDNN packed
+rows too) is left with a line in the log; such rows are read by `attention="chunked"`: plain XLA,
+some queries at a time where there are more than `attention.PAIRS` pairs. Decoding, vision encoders
+and `xla`, which is the `auto` of CPUs, have `moresjax.models.attention` over a dense mask.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from moresjax.core.layout import Batch, RowStructure, TokenLayout, valid_mask
+from moresjax.core.layout import Batch, LazyMask, RowStructure, TokenLayout, valid_mask
 from moresjax.core.types import pytree_dataclass
 from moresjax.sharding.mesh import BATCH_AXES, batch_shards
 
@@ -72,6 +72,7 @@ class Runs:
       run: The number of every key's run, -1 for padding. The queries are the last of the keys.
       kernel: `splash` or `cudnn` (static).
       first: The column of the first query among the keys (static).
+      behind_cache: Whether the keys are those of a cache and, once more, the queries' own (static).
       window: only so many tokens up to itself; 0: all of them (static).
       local: whether this layer has the window, where only a number in a scan tells; None: it has.
     """
@@ -81,6 +82,7 @@ class Runs:
     window: int = dataclasses.field(default=0, metadata={"static": True})
     local: Bool[Array, ""] | None = None
     first: int = dataclasses.field(default=0, metadata={"static": True})
+    behind_cache: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -112,13 +114,43 @@ def visible_runs(
     if kernel not in ("splash", "cudnn") or (batch.layout.shape[1] < LANES and kernel == "splash"):
         return None
     virtual = 0 if full is None else full.shape[1] - batch.layout.shape[1]
-    if reason := _unfit(kernel, batch.structure, config, bool(virtual), gaps):
+    reason = _unfit(kernel, batch.structure, config, bool(virtual), gaps)
+    if full is not None and full.whole_images:
+        reason = "images whose tokens see each other"
+    if reason:
         log_fallback(kernel, reason)
         return None
     if full is None or not virtual:
         return Runs(jnp.where(valid_mask(batch.layout), batch.layout.document, -1), kernel)
     # Of one document, which virtual tokens belong to.
     return Runs(jnp.where(valid_mask(full), 0, -1), kernel, first=first)
+
+
+def chunk_runs(batch: Batch, seen: LazyMask, config: FusedConfig) -> Runs | None:
+    """What tokens see that are read when a cache holds those before them, if a kernel can say it.
+
+    Where the queries begin is data, and the kernel's mask is not. So the queries' own keys come
+    once more behind all places of the cache, whose later places belong to no run.
+
+    Args:
+      batch: A batch.
+      seen: What the queries see; their columns are the same in all rows.
+      config: The configuration of the LLM.
+    """
+    kernel, (_, count, keys) = kernel_for(config), seen.shape
+    if kernel not in ("splash", "cudnn") or count < LANES:
+        return None
+    reason = "chunked prefill" if kernel == "cudnn" else ""
+    if batch.structure != RowStructure.SINGLE or getattr(config, "window", 0):
+        reason = "chunked prefill of rows with padding between, branches or sliding windows"
+    if reason:
+        log_fallback(kernel, reason)
+        return None
+    run = jnp.where(valid_mask(seen.layout), 0, -1)
+    queries = jnp.asarray(seen.queries)
+    cached = jnp.where(jnp.arange(keys) < queries[:, :1], run, -1)
+    run = jnp.concatenate([cached, jnp.take_along_axis(run, queries, axis=1)], axis=1)
+    return Runs(run, kernel, first=keys, behind_cache=True)
 
 
 def _unfit(
@@ -256,9 +288,11 @@ def _cudnn(window: int, first: int, q: Array, k: Array, v: Array, run: Array) ->
     keys are all that the kernel takes.
     """
     del run
-    q = jnp.pad(q, ((0, 0), (0, 0), (first, 0), (0, 0)))
-    dim, width = k.shape[3], v.shape[3]
-    v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, -width % dim)))
+    dim, width, keys = k.shape[3], v.shape[3], k.shape[2]
+    odd = keys % 2  # the backward pass wants an even number of tokens
+    q = jnp.pad(q, ((0, 0), (0, 0), (first, odd), (0, 0)))
+    k = jnp.pad(k, ((0, 0), (0, 0), (0, odd), (0, 0)))
+    v = jnp.pad(v, ((0, 0), (0, 0), (0, odd), (0, -width % dim)))
     near = (window - 1, 0) if window else None
     q, k = q.swapaxes(1, 2), k.swapaxes(1, 2)
     parts = [
@@ -273,4 +307,4 @@ def _cudnn(window: int, first: int, q: Array, k: Array, v: Array, run: Array) ->
         for start in range(0, width, dim)
     ]
     y = jnp.concatenate(parts, axis=3) if len(parts) > 1 else parts[0]
-    return y.swapaxes(1, 2)[:, :, first:, :width]
+    return y.swapaxes(1, 2)[:, :, first:keys, :width]

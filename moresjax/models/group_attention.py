@@ -36,6 +36,36 @@ def one_hot(number: Int[Array, "B S"], groups: int) -> Float[Array, "B S C"]:
     return (number[:, :, None] == jnp.arange(groups)).astype(jnp.float32)
 
 
+def attend(
+    q: Float[Array, "B N T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S F"],
+    own: tuple[Array, Array],
+    mask: Bool[Array, "B T S"] | LazyMask | Runs | None,
+    softcap: float,
+    members: Float[Array, "B S C"] | None,
+) -> tuple[Float[Array, "B N T F"], Float[Array, "B N T C"] | None]:
+    """Attention, and the masses of key groups where the main pass is asked for them.
+
+    Args:
+      q: The queries.
+      k: All keys, those of a cache too.
+      v: Their values.
+      own: Keys and values of the queries' tokens; what a kernel reads behind a cache.
+      mask: What the queries see.
+      softcap: The soft cap on the logits; 0: none.
+      members: Which groups a key belongs to; None where nobody asks.
+    """
+    if isinstance(mask, Runs) and mask.behind_cache:
+        k, v = (
+            jnp.concatenate([x, mine.astype(x.dtype)], axis=2)
+            for x, mine in zip((k, v), own, strict=True)
+        )
+    elif isinstance(mask, LazyMask | Runs) and members is not None:
+        return attention_and_masses(q, k, v, mask, softcap, members)
+    return attention(q, k, v, mask, softcap), None
+
+
 def attention_and_masses(
     q: Float[Array, "B N T H"],
     k: Float[Array, "B K S H"],

@@ -23,6 +23,7 @@ from moresjax.models.connector import (
     Connector,
     build_connector,
     connector_tokens,
+    feature_tokens,
     linear_widths,
     parse_connector,
 )
@@ -75,9 +76,19 @@ class MLLMConfig:
         NaN for a token that stands for no place. None for a connector whose learned queries read
         the whole image, and without a vision encoder.
         """
-        if self.vision is None or parse_connector(self.connector)[1] is not None:
+        if self.vision is None or (tokens := self.feature_tokens()) is None:
             return None
-        return self.vision.token_centres().reshape(self.visual_tokens, -1, 2).mean(1)
+        centres = self.vision.token_centres()[np.argsort(tokens, kind="stable")]
+        return centres.reshape(self.visual_tokens, -1, 2).mean(1)
+
+    def feature_tokens(self) -> Int[np.ndarray, " F"] | None:
+        """The visual token that each visual feature of an image becomes.
+
+        None for a connector whose learned queries read them all, and without a vision encoder.
+        """
+        if self.vision is None:
+            return None
+        return feature_tokens(self.connector, self.vision.num_tokens)
 
     @property
     def places_visual_tokens(self) -> bool:
@@ -233,6 +244,8 @@ class MLLM(nnx.Module):
         table = self.tuning.virtual_table()
         present = None if table is None else table[adapter_numbers(batch)]
         full = extend_layout(batch.layout, num_virtual, present)
+        if self.config.llm.image_attention == "bidirectional" and batch.pixels is not None:
+            full = full.replace(whole_images=True)
         rows, length = full.shape
         # The column that the blocks read first; learned keys come before it and have no query.
         start, count = num_virtual - num_extra, length - num_virtual + num_extra

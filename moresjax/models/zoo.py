@@ -174,6 +174,34 @@ def _gemma(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> De
     return _llama(hidden, mlp, layers, heads, **(defaults | changes))
 
 
+def _gemma3(hidden: int, mlp: int, layers: int, heads: int, **changes: Any) -> DecoderConfig:
+    """Gemma 3: every sixth layer sees everything, queries and keys are normalised."""
+    defaults = {
+        "model_type": "gemma3_text",
+        "vocab_size": 262_144,
+        "max_positions": 32_768,
+        "qk_norm": True,
+        "post_norms": True,
+        "query_scale": 256**-0.5,
+        "window": 512,
+        "attention_pattern": "lllllg",
+        "rope_theta": 1_000_000.0,
+        "local_rope_theta": 10_000.0,
+    }
+    return _gemma(hidden, mlp, layers, heads, **(defaults | changes))
+
+
+# Gemma 3 with images.
+_GEMMA3_IMAGES = {
+    "vocab_size": 262_208,
+    "max_positions": 131_072,
+    "window": 1024,
+    "rope_scaling": "linear",
+    "rope_factor": 8.0,
+    "image_attention": "bidirectional",
+}
+
+
 def _opt(hidden: int, layers: int, heads: int) -> DecoderConfig:
     """OPT's wiring: learned positions, LayerNorm, biases, an MLP without a gate."""
     return DecoderConfig(
@@ -213,22 +241,14 @@ LLMS: dict[str, DecoderConfig] = {
         attention_pattern="lg",
         model_type="gemma2",
     ),
-    "gemma-3-1b": _gemma(
-        1152,
-        6912,
-        26,
-        4,
-        num_kv_heads=1,
-        vocab_size=262_144,
-        max_positions=32_768,
-        qk_norm=True,
-        post_norms=True,
-        query_scale=256**-0.5,
-        window=512,
-        attention_pattern="lllllg",
-        rope_theta=1_000_000.0,
-        local_rope_theta=10_000.0,
-        model_type="gemma3_text",
+    "gemma-3-1b": _gemma3(1152, 6912, 26, 4, num_kv_heads=1),
+    "gemma-3-4b-llm": _gemma3(2560, 10_240, 34, 8, num_kv_heads=4, **_GEMMA3_IMAGES),
+    "gemma-3-12b-llm": _gemma3(3840, 15_360, 48, 16, num_kv_heads=8, **_GEMMA3_IMAGES),
+    "gemma-3-27b-llm": _gemma3(
+        *(5376, 21_504, 62, 32),
+        num_kv_heads=16,
+        head_dim=128,
+        **(_GEMMA3_IMAGES | {"query_scale": 168**-0.5}),
     ),
     "llama-2-7b": _llama(4096, 11_008, 32, 32),
     "llama-3.1-8b": _llama(4096, 14_336, 32, 32, num_kv_heads=8, rope_factor=8.0, **_LLAMA3_ROPE),
@@ -319,6 +339,10 @@ VISION: dict[str, VisionConfig] = {
     "siglip-so400m-14-384-728": dataclasses.replace(
         _siglip(384, 14, 1152, 4304, 27, 16), drop_first_token=True
     ),
+    # As Gemma 3 reads it: the last layer behind its norm.
+    "siglip-so400m-14-896": dataclasses.replace(
+        _siglip(896, 14, 1152, 4304, 27, 16), feature_layer=-1, feature_norm_eps=1e-6
+    ),
     "dinov2-s-14": _dinov2(384, 12),
     "dinov2-b-14": _dinov2(768, 12),
     "dinov2-l-14": _dinov2(1024, 24),
@@ -348,6 +372,13 @@ MODELS: dict[str, tuple[str, str, str]] = {
     "llava-1.5-7b": ("vicuna-7b", "clip-l-14-336", "mlp2x_gelu"),
     "llava-1.5-13b": ("vicuna-13b", "clip-l-14-336", "mlp2x_gelu"),
     "minigpt-v2": ("llama-2-7b", "eva-g-14-448", "concat4-linear"),
+    **{
+        f"gemma-3-{size}": (
+            *(f"gemma-3-{size}-llm", "siglip-so400m-14-896"),
+            "pool4-rmsnorm-linear-nobias",
+        )
+        for size in ("4b", "12b", "27b")
+    },
 }
 
 

@@ -80,7 +80,9 @@ class ChatAnswer:
         server, stop, top = self._server, self._asked.decoding.stop, self._asked.top_logprobs
         async with (
             server.steered(self._adapter, self._steering) as name,
-            answers(server.scheduler, self._requests(name), stop, top) as pieces,
+            answers(
+                server.scheduler, self._requests(name), stop, top, together=self._asked.together
+            ) as pieces,
         ):
             yield pieces
 

@@ -11,9 +11,12 @@ from moresjax.inference.prompts import mark_images
 from moresjax.serve.errors import ApiError
 from moresjax.serve.fields import Fields
 from moresjax.serve.images import ImageLimits, ImagePart, read_images
+from moresjax.serve.scheduler import Together
 
 MAX_CHOICES = 16
 MAX_LISTED = 20
+MAX_TOGETHER = 8  # requests that wait for each other
+LONGEST_NAME = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class ChatRequest:
       adapter: The adapter that answers; None where the model's name says it.
       attention: Whether attention on the image is wanted.
       steer: The field of steering vectors, unread.
+      together: The requests of the client that are to be in one batch with this one.
     """
 
     model: str
@@ -87,6 +91,7 @@ class ChatRequest:
     adapter: str | None
     attention: bool
     steer: Any = None
+    together: Together | None = None
 
 
 def read_chat(body: Any, limits: ImageLimits) -> ChatRequest:
@@ -109,7 +114,19 @@ def read_chat(body: Any, limits: ImageLimits) -> ChatRequest:
         adapter=fields.text("adapter"),
         attention=fields.flag("attention"),
         steer=fields.get("steer"),
+        together=_read_together(fields.get("together")),
     )
+
+
+def _read_together(given: Any) -> Together | None:
+    """The field `together` of a request."""
+    if given is None:
+        return None
+    fields = Fields(given, "together")
+    name = fields.text("id")
+    if not name or len(name) > LONGEST_NAME:
+        raise fields.wrong("id", f"a text of at most {LONGEST_NAME} letters")
+    return Together(name, fields.whole("count", 1, 1, MAX_TOGETHER))
 
 
 def read_model(fields: Fields) -> str:

@@ -16,7 +16,7 @@ from moresjax.core.types import Ids
 from moresjax.generation.row_pool import NewTokens, PoolRequest
 from moresjax.generation.text import TextStream, has_stop
 from moresjax.serve.errors import ApiError
-from moresjax.serve.scheduler import QueueFull, Scheduler, Tell, Ticket
+from moresjax.serve.scheduler import QueueFull, Scheduler, Tell, Ticket, Together
 
 Events = asyncio.Queue[NewTokens | Exception]
 
@@ -76,6 +76,7 @@ async def answers(
     top: int = 0,
     *,
     strip: bool = True,
+    together: Together | None = None,
 ) -> AsyncIterator[Numbered]:
     """The pieces of some answers in the order in which they come, with the number of the request.
 
@@ -87,6 +88,7 @@ async def answers(
       stop: An answer ends before the first of these strings.
       top: How many likely tokens each token has.
       strip: Whether blanks around an answer are left out.
+      together: The requests of other calls that they are to be read with.
 
     Raises:
       ApiError: A request does not fit the model, or the queue is full. The iterator raises it when
@@ -102,7 +104,8 @@ async def answers(
 
         return tell
 
-    tickets = _submit(scheduler, list(zip(requests, map(teller, queues), strict=True)))
+    asked = list(zip(requests, map(teller, queues), strict=True))
+    tickets = _submit(scheduler, asked, together)
     pairs = zip(tickets, queues, strict=True)
     try:
         readers = [_pieces(scheduler, *pair, stop, top, strip=strip) for pair in pairs]
@@ -113,9 +116,11 @@ async def answers(
             scheduler.cancel(ticket)
 
 
-def _submit(scheduler: Scheduler, asked: Sequence[tuple[PoolRequest, Tell]]) -> list[Ticket]:
+def _submit(
+    scheduler: Scheduler, asked: Sequence[tuple[PoolRequest, Tell]], together: Together | None
+) -> list[Ticket]:
     try:
-        return scheduler.submit_all(asked)
+        return scheduler.submit_all(asked, together)
     except UserError as error:
         raise ApiError(str(error)) from None
     except QueueFull as error:

@@ -10,6 +10,7 @@ Axis legend: N new tokens, K listed tokens.
 import dataclasses
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -26,11 +27,25 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+GATHERING = 0.5  # seconds that requests wait for others that are to be read together with them
 STOPS = "the server stops and answers nothing more"
 
 
 class QueueFull(Exception):
     """More requests wait than the server holds; come back later."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Together:
+    """Requests of several calls that are to be in one batch, such as those of columns on a page.
+
+    Attributes:
+      name: What their client calls them.
+      count: How many calls there are.
+    """
+
+    name: str
+    count: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,10 +59,16 @@ class Ticket:
       slot: Its row while it is answered, else None.
       gone: Whether nobody waits for more of the answer.
       answered: Whether that is because the answer has ended, with a stop string.
+      together: The requests that it is to be read with.
+      call: Tells the tickets of one call from those of others.
+      since: When it came, as `time.monotonic` tells it.
     """
 
     request: PoolRequest
     tell: Tell
+    together: Together | None = None
+    call: object = None
+    since: float = dataclasses.field(default_factory=time.monotonic)
     slot: int | None = None
     gone: bool = False
     answered: bool = False
@@ -96,12 +117,15 @@ class Scheduler:
         (ticket,) = self.submit_all([(request, tell)])
         return ticket
 
-    def submit_all(self, asked: Sequence[tuple[PoolRequest, Tell]]) -> list[Ticket]:
+    def submit_all(
+        self, asked: Sequence[tuple[PoolRequest, Tell]], together: Together | None = None
+    ) -> list[Ticket]:
         """Puts requests into the queue, all of them or none.
 
         Args:
           asked: What is asked, each with what is called on the scheduler's thread with what comes
             of it.
+          together: The requests of other calls that they wait for, `GATHERING` seconds at most.
 
         Raises:
           UserError: A prompt and its new tokens do not fit the model, or there are more requests
@@ -121,7 +145,8 @@ class Scheduler:
                 f"{len(asked)} answers are wanted at once, but this server's queue holds "
                 f"{self.max_waiting}; ask for fewer in one request"
             )
-        tickets = [Ticket(*one) for one in asked]
+        call = object()
+        tickets = [Ticket(*one, together=together, call=call) for one in asked]
         with self._changed:
             if self._closed:
                 raise ApiError(STOPS, 503)
@@ -182,8 +207,9 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._closed or self._waiting or self._jobs or self._answering):
-                    self._changed.wait()
+                while not (self._closed or self._ready() or self._jobs or self._answering):
+                    left = [one.since + GATHERING - time.monotonic() for one in self._waiting]
+                    self._changed.wait(max(min(left), 0) if left else None)
                 if self._closed:
                     break
                 gone = [slot for slot, ticket in self._answering.items() if ticket.gone]
@@ -205,8 +231,8 @@ class Scheduler:
         if self._pool is None:
             self._pool = self._make_pool()
         if not held:
-            while self._waiting and self._pool.num_free:
-                self._admit(self._pool)
+            while self._pool.num_free and self._admit(self._pool):
+                pass
         few = max(self.rows // 4, 1) if self._waiting else None
         for new in self._pool.step(few):
             ticket = self._answering[new.slot]
@@ -235,25 +261,41 @@ class Scheduler:
             except Exception as error:
                 future.set_exception(error)
 
-    def _admit(self, pool: RowPool) -> None:
-        """Admits the first request that waits and those of its shape."""
+    def _ready(self) -> list[Ticket]:
+        """The requests that wait for a row only, and for no others; needs the lock."""
+        calls: dict[str, set[object]] = {}
+        for one in self._waiting:
+            if one.together:
+                calls.setdefault(one.together.name, set()).add(one.call)
+        over = time.monotonic() - GATHERING
+        return [
+            one
+            for one in self._waiting
+            if one.together is None
+            or len(calls[one.together.name]) >= one.together.count
+            or one.since <= over
+        ]
+
+    def _admit(self, pool: RowPool) -> bool:
+        """Admits the first request that is ready and those of its shape; whether there was one."""
         most = min(pool.num_free, pool.most_at_once)
         with self._changed:
-            if not self._waiting:
-                return
-            shape = self._waiting[0].request.shape
-            tickets = [one for one in self._waiting if one.request.shape == shape][:most]
+            ready = self._ready()
+            if not ready:
+                return False
+            shape = ready[0].request.shape
+            tickets = [one for one in ready if one.request.shape == shape][:most]
             for ticket in tickets:
                 self._waiting.remove(ticket)
         tickets, requests = self._resolved(tickets)
         if not tickets:
-            return
+            return True
         try:
             slots = pool.admit(requests)
         except UserError as error:
             for ticket in tickets:
                 ticket.tell(error)
-            return
+            return True
         except Exception as error:
             for ticket in tickets:
                 ticket.tell(error)
@@ -262,6 +304,7 @@ class Scheduler:
         for slot, ticket in zip(slots, tickets, strict=True):
             ticket.slot = slot
             self._answering[slot] = ticket
+        return True
 
     def _resolved(self, tickets: list[Ticket]) -> tuple[list[Ticket], list[PoolRequest]]:
         """Requests with their adapters as the model names them; the others are told of it."""

@@ -3,18 +3,21 @@
 `paper` of every study holds what the paper claims; the controls beside every number are ours.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from moresjax.analysis.concepts import learn
+from moresjax.analysis.grounding import WordFilter, ground_text
 from moresjax.analysis.separability import labelled, separability
 from moresjax.analysis.shift import CONTROLS as MOVES
 from moresjax.analysis.shift import correlation
 from moresjax.analysis.shift_study import ShiftOptions, measure_shift
 from moresjax.analysis.states import States
-from moresjax.analysis.steering import choose
+from moresjax.analysis.steering import choose, coarse, subsampled
+from moresjax.core.types import Tokenizer
 from moresjax.data.digits import WORDS, describe, make_scene
 from moresjax.data.samples import IMAGE_MARK
 from moresjax.evaluation.benchmarks.digits import SEED
@@ -22,12 +25,14 @@ from moresjax.evaluation.examples import Example
 from moresjax.evaluation.metrics.vqa import normalize_vqa
 from moresjax.evaluation.scoring import caption_scorer
 from moresjax.evaluation.states import task_states
+from moresjax.evaluation.steering.ask import Trial
 from moresjax.evaluation.steering.build import coarse_plan, fine_plan, first_token_selections
-from moresjax.evaluation.steering.run import ALL, BASELINE, steer
+from moresjax.evaluation.steering.run import ALL, BASELINE, SteeringResult, steer
 from moresjax.evaluation.steering.tasks import parse_steering_task, split_states
 from moresjax.evaluation.tasks import BenchmarkTask, load_tasks
 from moresjax.inference.model import Model
 from moresjax.reports import plots
+from moresjax.reports.concepts import answer_purity
 from moresjax.reports.shift import at_one
 from moresjax.studies.findings import PairedDifference, compare_with
 from moresjax.studies.llava_steering import runs_of
@@ -40,6 +45,9 @@ STATES, ASKED = 150, 60  # scenes per family whose states are kept, and that are
 CAPTIONS = 300  # scenes whose captions' states make a vector
 CONCEPTS, DIGITS = 20, 10  # concepts of a shift; between which fine vectors lead
 CONTROLS = ("random", "shuffled", "reversed")
+ANSWER_CONCEPTS = 12  # of which it is asked whether they are answers
+FEW = 10  # states of each side that a vector needs
+NUMBERS = frozenset(normalize_vqa(word) for word in WORDS)
 STYLE, CAPTION_TOKENS = "seven;eight;nine", 9  # words that captions are steered to
 
 
@@ -54,9 +62,11 @@ def _shift(pipeline: Pipeline, study: Study) -> Outcome:
         size = min(CONCEPTS, len(base))
         concepts = learn(base, "kmeans", size, seed=seed)
         for run in study.runs:
-            tuned = _final_states(pipeline.model(seed, run.name), limit)
+            model = pipeline.model(seed, run.name)
+            tuned = _final_states(model, limit)
             own = learn(tuned, "kmeans", size, seed=seed)
-            for name, value in _shift_numbers(base, tuned, concepts, own, seed).items():
+            numbers = _shift_numbers(base, tuned, concepts, own, seed, model)
+            for name, value in (numbers | _answer_concepts(model, tuned, seed)).items():
                 found[run.name].setdefault(name, []).append(value)
     moved = {name: {move: own[move] for move in MOVES} for name, own in found.items()}
     head = ["tuned with", *MOVES, "own from global", "concepts improved", "best alpha"]
@@ -82,22 +92,74 @@ def _shift(pipeline: Pipeline, study: Study) -> Outcome:
         "one. With k-means, own shifts of strength 1 are nearly the best by construction: what "
         "they have beyond global and shuffled ones is what concepts add."
     )
+    words = {name: {move: own[f"words {move}"] for move in MOVES} for name, own in found.items()}
+    sentences += [
+        compare_with("global", f"Words shared with the concepts of {name}", values)
+        for name, values in words.items()
+    ]
     title = "Cosine of concepts with those of the tuned model, moved by a shift of strength 1"
-    return Outcome([Table(title, head, rows)], sentences, found)
+    return Outcome([Table(title, head, rows), *_word_tables(found)], sentences, found)
+
+
+def _word_tables(found: dict[str, dict[str, list[float]]]) -> list[Table]:
+    """The words that moved concepts share with tuned ones, and how far concepts are answers."""
+    title = "T-Overlap: share of the 15 first words of tuned concepts that moved ones have"
+    rows = [
+        [name, *(with_interval(own[f"words {move}"]) for move in MOVES)]
+        for name, own in found.items()
+    ]
+    shared = Table(title, ["tuned with", *MOVES], rows)
+    title = f"{ANSWER_CONCEPTS} concepts of the tuned model as answers"
+    head = ["tuned with", "purity by answer", "concepts whose first word is their answer"]
+    rows = [
+        [name, with_interval(own["purity"]), with_interval(own["named"], 1)]
+        for name, own in found.items()
+    ]
+    return [shared, Table(title, head, rows)]
 
 
 def _final_states(model: Model, limit: int) -> States:
     return task_states(model, ["digits"], split="train", limit=limit, site="llm.norm.out")
 
 
-def _shift_numbers(base: States, tuned: States, concepts: Any, own: Any, seed: int) -> dict:
-    """A seed's numbers of one tuned model."""
-    found = measure_shift(base, tuned, concepts, own, ShiftOptions(seed=seed))
+@dataclasses.dataclass(frozen=True)
+class EveryToken(WordFilter):
+    """Every token of the digits world is a word; English stop words have most of its numbers."""
+
+    def describe(self) -> dict[str, str]:
+        """The filter, as results name it."""
+        return {"words": "all tokens", "stop_words": "none"}
+
+    def keeper(self, tokenizer: Tokenizer) -> Callable[[int], str]:
+        """A function from a token to its text."""
+        return lambda token: tokenizer.decode([token], skip_special_tokens=True).strip()
+
+
+def _answer_concepts(model: Model, states: States, seed: int) -> dict[str, float]:
+    """How far a few concepts of a model's answers are answers, by their samples and by its head."""
+    size = min(ANSWER_CONCEPTS, len(states))
+    concepts = learn(states, "kmeans", size, seed=seed)
+    answers = [normalize_vqa(row["prediction"] or "") for row in states.index]
+    found = answer_purity(concepts.assign(states), answers, size)
+    words = ground_text(model, concepts, words=1, word_filter=EveryToken()).words
+    pairs = zip(words, found["most_frequent"], strict=True)
+    named = sum([normalize_vqa(word) for word in own] == [answer] for own, answer in pairs)
+    return {"purity": found["purity"], "named": float(named)}
+
+
+def _shift_numbers(
+    base: States, tuned: States, concepts: Any, own: Any, seed: int, model: Model
+) -> dict:
+    """A seed's numbers of one tuned model, whose head reads the words."""
+    options = ShiftOptions(seed=seed, word_filter=EveryToken())
+    found = measure_shift(base, tuned, concepts, own, options, model)
     recovered = at_one(found)
     best = max(found["recovery"]["own"], key=lambda row: row["cosine"])
     names = "pairwise_cosine", "relative_gain"
     r = correlation(*([row[name] for row in found["concepts"]] for name in names))["r"]
-    return {name: row["cosine"] for name, row in recovered.items()} | {
+    numbers = {name: row["cosine"] for name, row in recovered.items()}
+    numbers |= {f"words {name}": row["t_overlap"] / 100 for name, row in recovered.items()}
+    return numbers | {
         "improved": recovered["own"]["improved"],
         "best_alpha": best["alpha"],
         "r": float("nan") if r is None else r,
@@ -138,6 +200,7 @@ def _steering(pipeline: Pipeline, study: Study) -> Outcome:
             ["vector", "yes became no"],
             [[name, with_interval(x)] for name, x in own.items()],
         ),
+        _vector_table(values),
         _caption_table(values),
     ]
     first, last = f"layer {layers[0]}", f"layer {layers[-1]}"
@@ -155,6 +218,17 @@ def _steering(pipeline: Pipeline, study: Study) -> Outcome:
     figure = plots.lines(drawn, ("layer", "share"))
     alt = "success of steering and accuracy of probes by layer, mean over seeds"
     return Outcome(tables, sentences, values, {alt: figure})
+
+
+def _vector_table(values: Values) -> Table:
+    """Vectors of other answers, and of few states."""
+    rows = [
+        [f"yes became no, {FEW} states of each", with_interval(values[f"success n={FEW}"])],
+        ["one became three", with_interval(values["success one>three"])],
+        ["answers that are numbers, before", with_interval(values["numbers before"])],
+        ["steered from yes and no to numbers", with_interval(values["numbers after"])],
+    ]
+    return Table("Other vectors at the last layer, alpha 1", ["", "share"], rows)
 
 
 def steering_numbers(
@@ -177,10 +251,11 @@ def steering_numbers(
     steering = parse_steering_task(f"answers:{source}>{target}")
     sides = split_states(store, steering)
     plan = coarse_plan(*sides, steering.name, alphas=ALPHAS, seed=seed)
-    result = steer(model, tasks, plan.trials, steering)
     layers = store.layers
     last = layers[-1]
-    numbers: dict[str, float] = {}
+    more = _more_trials(store, last, (source, target), seed)
+    result = steer(model, tasks, [*plan.trials, *more.values()], steering)
+    numbers = _more_numbers(result, more, (source, target))
     for layer in layers:
         row = result.row(f"{steering.name}@{layer}", task=ALL, alpha=1.0)
         numbers[f"success layer {layer}"] = row["success"]
@@ -196,13 +271,57 @@ def steering_numbers(
     return numbers | {"digits": _reached_digits(model, store, last, seed)}
 
 
+def _more_trials(store: States, layer: int, sides: tuple[str, str], seed: int) -> dict[str, Trial]:
+    """Vectors of a few states, from one digit to another, and from other answers to numbers."""
+    answers = [normalize_vqa(row["prediction"] or "") for row in store.index]
+    states = store.matrix(SITE, layer)
+
+    def of(wanted: Collection[str]) -> np.ndarray:
+        return states[[answer in wanted for answer in answers]]
+
+    one, three = (normalize_vqa(word) for word in ("one", "three"))
+    source, target = (of({normalize_vqa(side)}) for side in sides)
+    others = {*map(normalize_vqa, sides)}
+    few = min(FEW, len(source), len(target))
+    vectors = {"few": subsampled(source, target, [few], draws=1, seed=seed)[few][0]}
+    for name, away, to in (("one>three", {one}, {three}), ("number", others, NUMBERS)):
+        if len(of(away)) and len(of(to)):
+            vectors[name] = coarse(of(away), of(to))
+    return {name: Trial(name, vector, layer, site=SITE) for name, vector in vectors.items()}
+
+
+def _more_numbers(
+    result: SteeringResult, trials: dict[str, Trial], sides: tuple[str, str]
+) -> dict[str, float]:
+    """What these vectors did; nan for one that there are no answers for."""
+
+    def said(key: str) -> list[str]:
+        return [normalize_vqa(text) for own in result.answers.values() for text in own[key]]
+
+    def became(name: str, source: str, target: str) -> float:
+        if name not in trials:
+            return float("nan")
+        pairs = zip(said(BASELINE), said(trials[name].key), strict=True)
+        away, to = normalize_vqa(source), normalize_vqa(target)
+        after = [steered == to for before, steered in pairs if before == away]
+        return float(np.mean(after)) if after else float("nan")
+
+    before = [answer in NUMBERS for answer in said(BASELINE)]
+    key = trials["number"].key if "number" in trials else BASELINE
+    return {
+        f"success n={FEW}": became("few", *sides),
+        "success one>three": became("one>three", "one", "three"),
+        "numbers before": float(np.mean(before)),
+        "numbers after": float(np.mean([answer in NUMBERS for answer in said(key)])),
+    }
+
+
 def _reached_digits(model: Model, store: States, layer: int, seed: int) -> float:
     """How many digits some fine vector leads to and to nothing else."""
-    words = {normalize_vqa(word) for word in WORDS}
     rows = [
         number
         for number, row in enumerate(store.index)
-        if normalize_vqa(row["prediction"] or "") in words
+        if normalize_vqa(row["prediction"] or "") in NUMBERS
     ]
     if len(rows) < DIGITS:
         return 0.0
@@ -211,7 +330,7 @@ def _reached_digits(model: Model, store: States, layer: int, seed: int) -> float
     plan = fine_plan(concepts)
     selections = first_token_selections(model, states, plan, normalize_vqa)
     kept = choose(selections, targets=1, keep=len(selections))
-    return float(len({selections[name].targets[0] for name in kept} & words))
+    return float(len({selections[name].targets[0] for name in kept} & NUMBERS))
 
 
 # Captions ---------------------------------------------------------------------------------------

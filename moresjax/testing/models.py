@@ -119,7 +119,7 @@ def talking_model(tuning: str = "none", **llm: Any) -> Model:
     rng = np.random.default_rng(1)
     state = jax.tree.map(lambda x: 12 * x, nnx.state(mllm, nnx.Param))
     state["tuning"] = jax.tree.map(
-        lambda x: rng.standard_normal(x.shape).astype(np.float32), state.get("tuning", {})
+        lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), state.get("tuning", {})
     )
     nnx.update(mllm, state)
     return Model(mllm, digits_processor())

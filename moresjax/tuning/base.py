@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from moresjax.core.errors import UserError
 from moresjax.core.ranges import Rate, Size, check_ranges
@@ -101,6 +102,10 @@ class ModelConfig(Protocol):
     @property
     def places_visual_tokens(self) -> bool:
         """Whether visual tokens stand for places in the image."""
+        ...
+
+    def feature_tokens(self) -> Int[np.ndarray, " F"] | None:
+        """The visual token that each visual feature becomes; None where queries read them all."""
         ...
 
     def connector_linears(self) -> dict[str, tuple[int, int]]:

@@ -49,19 +49,16 @@ def extend_layout(
     )
 
 
-def patch_tokens(vision: Any, visual_tokens: int) -> Int[np.ndarray, " P"]:
+def patch_tokens(vision: Any, tokens: Int[np.ndarray, " F"]) -> Int[np.ndarray, " P"]:
     """The visual token that each patch of an image becomes; -1 for one that is left out.
-
-    Several patches become one token where the connector joins neighbours.
 
     Args:
       vision: The configuration of the vision encoder.
-      visual_tokens: V, the number of visual tokens per image.
+      tokens: The visual token that each visual feature becomes.
     """
     # Features are the class token, if it is kept, and the patches.
     feature = np.arange(vision.num_patches) + int(vision.class_token) - vision.first_feature
-    joined = vision.num_tokens // visual_tokens
-    return np.where(feature >= 0, feature // joined, -1)
+    return np.where(feature >= 0, tokens[np.maximum(feature, 0)], -1)
 
 
 class SiteMasks:
@@ -121,7 +118,9 @@ class SiteMasks:
         if batch.roi is not None:
             # The encoder sees every image of a row as a row of its own.
             roi = jnp.asarray(batch.roi)[:, : images * config.visual_tokens]
-            token = patch_tokens(vision, config.visual_tokens)
+            tokens = config.feature_tokens()
+            assert tokens is not None  # else there is no region
+            token = patch_tokens(vision, tokens)
             roi = roi.reshape(rows * images, -1)[:, np.maximum(token, 0)] & (token >= 0)
         return selector(extend_layout(layout, self._num_extra["vision"]), roi=roi)
 

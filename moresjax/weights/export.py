@@ -24,7 +24,8 @@ from moresjax.models.vision import VisionConfig
 from moresjax.tuning.methods.mores import MoReS
 from moresjax.weights import steering
 from moresjax.weights.edits import write_edits
-from moresjax.weights.families.base import MLLM_FAMILIES, hf_decoder_config
+from moresjax.weights.families.base import MLLM_FAMILIES, MLLMFamily, hf_decoder_config
+from moresjax.weights.families.gemma3 import Gemma3Images
 from moresjax.weights.families.llava import Llava
 from moresjax.weights.families.tinyllava import TinyLlava
 from moresjax.weights.families.vipllava import VipLlava
@@ -67,7 +68,8 @@ def export_hf(
         config, hf = mllm.config, hf_config(mllm.config)
         tokenizer: Any = None if processor is None else processor.tokenizer
         if config.vision is not None:
-            tokenizer, image_token = with_image_token(tokenizer, config)
+            mark = _family(config).image_mark
+            tokenizer, image_token = with_image_token(tokenizer, config, mark)
             config = _with_rows(config, image_token + 1)
             hf = hf_config(config) | {"image_token_index": image_token}
         _write_model(mllm, config, hf, new, shard_size)
@@ -136,10 +138,17 @@ def hf_config(config: MLLMConfig) -> dict[str, Any]:
 
     config = _as_stored(config)
     if config.vision is not None:
-        family = VipLlava() if config.connector.startswith(VipLlava.before) else Llava()
+        family = _family(config)
         return family.to_hf(config) | {"architectures": [family.architecture]}
     hf = hf_decoder_config(config.llm)
     return hf | {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[hf["model_type"]]]}
+
+
+def _family(config: MLLMConfig) -> MLLMFamily:
+    """The family whose models are wired as this one is, if any is."""
+    if config.llm.image_attention == "bidirectional":
+        return Gemma3Images()
+    return VipLlava() if config.connector.startswith(VipLlava.before) else Llava()
 
 
 def tinyllava_config(config: MLLMConfig) -> dict[str, Any]:
@@ -235,7 +244,7 @@ def _grown(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def with_image_token(
-    tokenizer: "PreTrainedTokenizerBase | None", config: MLLMConfig
+    tokenizer: "PreTrainedTokenizerBase | None", config: MLLMConfig, mark: str = IMAGE_MARK
 ) -> "tuple[PreTrainedTokenizerBase | None, int]":
     """The tokenizer, with a token that stands for a visual token, and that token's id.
 
@@ -244,10 +253,10 @@ def with_image_token(
     """
     if tokenizer is None:
         return None, config.llm.vocab_size - 1
-    if IMAGE_MARK not in tokenizer.get_vocab():
+    if mark not in tokenizer.get_vocab():
         tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.add_tokens([IMAGE_MARK], special_tokens=True)
-    return tokenizer, tokenizer.get_vocab()[IMAGE_MARK]
+        tokenizer.add_tokens([mark], special_tokens=True)
+    return tokenizer, tokenizer.get_vocab()[mark]
 
 
 def _write_processor(
@@ -257,15 +266,29 @@ def _write_processor(
     hf: dict[str, Any],
     folder: Path,
 ) -> None:
-    from transformers import LlavaProcessor
+    from transformers import Gemma3Processor, LlavaProcessor
 
     _write_generation(processor, tokenizer, folder)
     vision = config.vision
     if processor.image is None or not isinstance(vision, VisionConfig):
         tokenizer.save_pretrained(folder)
         return
+    image_processor = _image_processor(processor.image)
+    if isinstance(_family(config), Gemma3Images):
+        if not getattr(tokenizer, "boi_token", None):
+            raise UserError(
+                "a Gemma 3 with images is written with its own tokenizer only, which has tokens "
+                "around images; this one has none"
+            )
+        Gemma3Processor(
+            image_processor,
+            tokenizer,
+            chat_template=tokenizer.chat_template,
+            image_seq_length=config.visual_tokens,
+        ).save_pretrained(folder)
+        return
     LlavaProcessor(
-        image_processor=_image_processor(processor.image),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=hf["vision_feature_select_strategy"],

@@ -10,13 +10,13 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jax.sharding import Mesh
 
-from moresjax.core.errors import UserError
-from moresjax.core.json_files import read_object
+from moresjax.core.errors import UserError, choice_error
+from moresjax.core.reading import read_json
 from moresjax.core.types import AnyArray
 from moresjax.models.decoder import quantized
 from moresjax.models.initialize import set_params
@@ -28,6 +28,7 @@ from moresjax.weights.families.base import (
     MLLM_FAMILIES,
     VISION_FAMILIES,
     HFConfig,
+    MLLMFamily,
     decoder_config,
     llm_family,
     renamed,
@@ -35,7 +36,6 @@ from moresjax.weights.families.base import (
 )
 from moresjax.weights.families.eva import eva_config, eva_tensors
 from moresjax.weights.families.keys import TWO_TOWER_KEYS
-from moresjax.weights.families.llava import Llava
 from moresjax.weights.families.llava_original import (
     RENAMED,
     LlavaOriginal,
@@ -55,6 +55,13 @@ from moresjax.weights.tensor_mapping import (
 HEAD = "lm_head.weight"
 TWO_TOWERS = {family.two_towers for family in VISION_FAMILIES.values()} - {""}
 ROWS = 4096  # of a matrix that are compared at a time
+
+
+class _Raw(TypedDict, total=False):
+    model_type: str
+    architectures: list[str] | None
+    text_config: dict[str, Any] | None
+    vision_config: dict[str, Any] | None
 
 
 class HFFolder:
@@ -90,7 +97,7 @@ class HFFolder:
         file = self.path / "config.json"
         if not file.is_file():
             raise UserError(f"{self.path} is not a Hugging Face checkpoint: it has no config.json")
-        raw = read_object(file)
+        raw = read_json(file, _Raw)
         for part in (raw, raw.get("text_config"), raw.get("vision_config")):
             if isinstance(part, dict) and (how := part.get("quantization_config")):
                 kind = how.get("quant_method", "") if isinstance(how, dict) else how
@@ -159,7 +166,13 @@ class HFFolder:
         Raises:
           UserError: when it is not supported.
         """
-        config = config_from_hf(self.hf)
+        try:
+            config = config_from_hf(self.hf)
+        except UserError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            # A value of another kind than transformers writes.
+            raise UserError(f"{self.path / 'config.json'} cannot be used: {error!r}") from None
         if config.llm.tie_embeddings and self._has_own_head(config):
             config = dataclasses.replace(
                 config, llm=dataclasses.replace(config.llm, tie_embeddings=False)
@@ -217,9 +230,9 @@ class HFFolder:
         return kinds.most_common(1)[0][0]
 
     @property
-    def is_llava(self) -> bool:
-        """Whether it is a LLaVA of `transformers`, whose tokenizer knows images."""
-        return isinstance(MLLM_FAMILIES.get(self.raw.get("model_type", "")), Llava)
+    def family(self) -> MLLMFamily | None:
+        """The family of a multimodal LLM; None for another model."""
+        return MLLM_FAMILIES.get(self.raw.get("model_type", ""))
 
     @property
     def is_vision(self) -> bool:
@@ -279,6 +292,8 @@ def config_from_hf(hf: HFConfig) -> MLLMConfig:
     """
     if family := MLLM_FAMILIES.get(hf["model_type"]):
         return family.from_hf(hf)
+    if hf.get("vision_config"):
+        raise choice_error("multimodal family", hf["model_type"], sorted(MLLM_FAMILIES))
     return MLLMConfig(llm=decoder_config(hf))
 
 

@@ -23,6 +23,10 @@ def test_every_name_has_a_card(capsys):
     # BLIP-2's count at 224 px is 985,952,256, with 39 biases of keys; more positions at 448 px.
     assert cards["eva-g-14-448"]["parameters"] == 985_952_256 - 39 * 1408 + 3 * 256 * 1408
     assert cards["minigpt-v2"]["text"] == "llama-2-7b + eva-g-14-448 + concat4-linear"
+    # The tensors of the published checkpoints.
+    assert cards["gemma-3-4b"]["parameters"] == 4_300_079_472
+    assert cards["gemma-3-12b"]["parameters"] == 12_187_325_040
+    assert cards["gemma-3-27b"]["parameters"] == 27_432_406_640
     assert main(["zoo"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(cards)
@@ -34,5 +38,6 @@ def test_whole_models_are_named_like_llms():
     assert (config.llm, config.vision) == (LLMS["phi-2"], ENCODERS["siglip-so400m-14-384-728"])
     assert config.visual_tokens == 728
     assert mllm_config("minigpt-v2").visual_tokens == 256
+    assert mllm_config("gemma-3-4b").visual_tokens == 256
     with pytest.raises(UserError, match=r"LLM 'llava-2'.*phi-2.*llava-steering-3b"):
         mllm_config("llava-2")

@@ -206,6 +206,8 @@ def test_cudnn_lowers_for_gpus_in_both_directions(monkeypatch):
 def test_on_a_cpu_nothing_is_fused_unless_it_is_asked_for():
     assert visible_runs(long_batch(), tiny_config().llm) is None
     assert visible_runs(long_batch(), tiny_config(attention="splash").llm).kernel == "splash"
+    whole = long_batch().layout.replace(whole_images=True)
+    assert visible_runs(long_batch(), tiny_config(attention="splash").llm, whole) is None
     with pytest.raises(UserError, match="attention 'flash'"):
         tiny_config(attention="flash")
 

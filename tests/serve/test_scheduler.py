@@ -9,9 +9,10 @@ from serve_helpers import until
 from moresjax.core.errors import UserError
 from moresjax.core.row import Row
 from moresjax.generation.row_pool import PoolRequest
+from moresjax.serve import scheduler as scheduler_module
 from moresjax.serve.errors import ApiError
 from moresjax.serve.metrics import Metrics
-from moresjax.serve.scheduler import QueueFull, Scheduler
+from moresjax.serve.scheduler import QueueFull, Scheduler, Together
 
 ASK = PoolRequest(Row.text([1, 2]), 4)
 
@@ -167,3 +168,29 @@ def test_an_answer_that_a_stop_string_ends_is_answered(make):
     until(lambda: not scheduler.counts["running"])
     assert "requests_answered_total 1\n" in metrics.text({})
     assert "requests_cancelled_total 2\n" in metrics.text({})
+
+
+def test_requests_of_one_question_wait_for_each_other_and_nobody_for_them(make):
+    pool = Pool(4)
+    pool.groups, admit = [], pool.admit
+    pool.admit = lambda requests: pool.groups.append(len(requests)) or admit(requests)
+    scheduler, two = make(pool), Together("columns", 2)
+    scheduler.submit_all([(PoolRequest(ASK.row, 4, "left"), Told())], two)
+    scheduler.submit(PoolRequest(ASK.row, 4, "other"), Told())
+    until(lambda: pool.admitted)
+    assert (pool.admitted, scheduler.counts["waiting"]) == (["other"], 1)
+    scheduler.submit_all([(PoolRequest(ASK.row, 4, "right"), Told())], two)
+    until(lambda: len(pool.admitted) == 3)
+    assert (pool.admitted, pool.groups) == (["other", "left", "right"], [1, 2])
+
+
+def test_a_request_waits_for_one_that_never_comes_no_longer_than_that(make, monkeypatch):
+    """Also where nothing else is answered; one that was given up is not counted."""
+    monkeypatch.setattr(scheduler_module, "GATHERING", 0.05)
+    pool, two = Pool(2), Together("columns", 2)
+    scheduler = make(pool)
+    (gone,) = scheduler.submit_all([(PoolRequest(ASK.row, 4, "gone"), Told())], two)
+    scheduler.cancel(gone)
+    scheduler.submit_all([(PoolRequest(ASK.row, 4, "alone"), Told())], two)
+    until(lambda: pool.admitted)
+    assert pool.admitted == ["alone"]

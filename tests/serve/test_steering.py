@@ -11,6 +11,7 @@ from serve_helpers import until
 
 from moresjax.analysis.vectors import save_vectors
 from moresjax.core.errors import UserError
+from moresjax.generation.engine import Engine
 from moresjax.serve.errors import ApiError
 from moresjax.serve.run import running
 from moresjax.serve.server import Server, ServerConfig
@@ -69,6 +70,32 @@ def test_a_steered_answer_is_that_of_the_method(steered):
     for nothing in ([{"vector": "up", "alpha": 0}], [], None):
         assert ask(steered, steer=nothing) == base
         assert ask(steered, "counts", steer=nothing) == own
+
+
+def test_columns_of_a_question_are_in_one_batch(shelf, tmp_path, monkeypatch):
+    """However they arrive: what one, two and three models answer is read and decoded together."""
+    model, specs = talking_model(), {"counts": "lora:rank=2", "turns": "lora:rank=1"}
+    model.load_adapters(
+        {name: save_adapter(talking_model(x).mllm, tmp_path / name) for name, x in specs.items()}
+    )
+    server = Server(model, "talker", ServerConfig(rows=12, max_new_tokens=32))
+    read, prefill = [], Engine.prefill
+
+    def counted(engine, batch, *args, **options):
+        read.append(batch)
+        return prefill(engine, batch, *args, **options)
+
+    monkeypatch.setattr(Engine, "prefill", counted)
+    with running(server) as url:
+        names = ["talker", *specs]
+        together = {"id": "one question", "count": len(names)}
+        asking = [Background(lambda n=name: ask(url, n, together=together)) for name in names]
+        found = [one.result() for one in asking]
+        (batch,) = read
+        assert len({*np.asarray(batch.adapter).tolist()}) == len(names)
+        assert found == [ask(url, name) for name in names]
+        assert ask(url, together={"id": "", "count": 2}).status_code == 400
+        assert ask(url, together={"id": "x", "count": 99}).status_code == 400
 
 
 def test_many_steerings_come_and_go(steered):

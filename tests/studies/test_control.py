@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from moresjax.data.control.cases import NEGATIVE, OWN, TARGET
 from moresjax.data.control.source import ControlSource
-from moresjax.evaluation.control.answers import BASE
+from moresjax.evaluation.control.answers import BASE, Answers
 from moresjax.runs.config import load_config
 from moresjax.studies import control
 from moresjax.studies.control import (
@@ -27,7 +29,7 @@ from moresjax.studies.control import (
 from moresjax.studies.pipeline import Pipeline
 
 
-class Canned:
+class Canned(Answers):
     """Editors that answer the target against the truth, and in seed 0 one negative more."""
 
     def __init__(self, model):
@@ -47,8 +49,12 @@ class Canned:
         return said
 
 
-class Untrained:
-    seeds, limit, fast = range(5), 40, True
+@dataclasses.dataclass(frozen=True)
+class Untrained(Pipeline):
+    out: Path = Path("nowhere")
+    seeds: Sequence[int] = range(5)
+    fast: bool = True
+    limit = 40
 
     def model(self, seed, name):
         return seed, name

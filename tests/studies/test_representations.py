@@ -1,14 +1,20 @@
 """Shift and steering in miniature, on models that were not trained."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from moresjax.analysis.states import States
+from moresjax.evaluation.steering.run import SteeringResult
 from moresjax.evaluation.tasks import load_tasks
 from moresjax.inference.load import load
 from moresjax.studies import representations
 from moresjax.studies.papers import STUDIES
+from moresjax.studies.pipeline import Pipeline
 from moresjax.studies.representations import (
     CONTROLS,
     MOVES,
@@ -20,17 +26,19 @@ from moresjax.testing.models import talking_model
 
 BASE = Path(__file__).parents[1] / "fixtures" / "v0_1" / "base"
 LAYERS = (0, 1)
+untrained = functools.cache(talking_model)  # seeds share it, and what it has compiled
 
 
-@dataclasses.dataclass
-class Untrained:
+@dataclasses.dataclass(frozen=True)
+class Untrained(Pipeline):
     """Two seeds of models that differ by their tuning."""
 
-    seeds = range(2)
-    fast = True
+    out: Path = Path("nowhere")
+    seeds: Sequence[int] = range(2)
+    fast: bool = True
 
     def model(self, seed, name):
-        return talking_model("none" if name == "zero-shot" else "lora:rank=2")
+        return untrained("none" if name == "zero-shot" else "lora:rank=2")
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +52,51 @@ def test_every_layer_strength_and_control_has_a_number(numbers):
     names = {f"success layer {layer}" for layer in LAYERS} | {f"success {c}" for c in CONTROLS}
     names |= {"digits", *(f"probe layer {layer}" for layer in LAYERS)}
     names |= {f"{what} {alpha}" for what in ("success", "kept") for alpha in ("0.5", "1", "2")}
+    names |= {"success n=10", "success one>three", "numbers before", "numbers after"}
     assert names == {*numbers}
     assert numbers[f"success layer {LAYERS[-1]}"] == numbers["success 1"]
     shares = [value for name, value in numbers.items() if name != "digits" and value is not None]
-    assert all(0 <= share <= 1 for share in shares)
+    assert all(np.isnan(share) or 0 <= share <= 1 for share in shares)
+    assert not np.isnan([numbers["success n=10"], numbers["numbers after"]]).any()
+    rows = representations._vector_table({name: [x] * 2 for name, x in numbers.items()}).rows
+    assert len(rows) == 4
+
+
+def test_vectors_of_other_answers_are_counted_by_the_answers_that_they_change():
+    index = [{"id": str(n), "prediction": word} for n, word in enumerate(["one", "three", "yes"])]
+    store = States.from_arrays({(representations.SITE, 1): np.eye(3, 4)}, index)
+    trials = representations._more_trials(store, 1, ("yes", "one"), 0)
+    np.testing.assert_array_equal(trials["few"].vector, [1, 0, -1, 0])
+    np.testing.assert_array_equal(trials["one>three"].vector, [-1, 1, 0, 0])
+    np.testing.assert_array_equal(trials["number"].vector, [0, 0.5, -0.5, 0])
+    said = {"baseline": ["one .", "one", "yes", "no"]}
+    said |= {trials["few"].key: ["one", "one", "one", "no"]}
+    said |= {trials["one>three"].key: ["three .", "one", "yes", "three"]}
+    said |= {trials["number"].key: ["two", "no", "six", "ten"]}
+    result = SteeringResult([], {"task": said}, {})
+    assert representations._more_numbers(result, trials, ("yes", "one")) == {
+        "success n=10": 1.0,
+        "success one>three": 0.5,
+        "numbers before": 0.5,
+        "numbers after": 0.5,
+    }
+
+
+def test_concepts_are_answers_by_their_samples_and_by_the_head():
+    """The head's own rows are concepts whose first words are known."""
+    model = talking_model()
+    words = ["two", "seven"]
+    head = np.asarray(model.mllm.llm.head.kernel[...])
+    ids = [model.prompts.tokenizer.convert_tokens_to_ids(word) for word in words]
+    vectors = head[:, ids].T / np.linalg.norm(head[:, ids], axis=0)[:, None]
+    states = np.repeat(vectors, 3, axis=0)
+    said = ["two", "two", "one", "seven", "seven", "seven"]
+    index = [{"id": str(n), "prediction": f"{word} ."} for n, word in enumerate(said)]
+    store = States.from_arrays({("llm.norm.out", 0): states}, index)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(representations, "ANSWER_CONCEPTS", 2)
+        found = representations._answer_concepts(model, store, 0)
+    assert found == {"purity": pytest.approx(5 / 6), "named": 2.0}
 
 
 def test_captions_are_steered_to_words_and_scored(monkeypatch):
@@ -67,12 +116,14 @@ def test_captions_are_steered_to_words_and_scored(monkeypatch):
 
 
 def test_shifts_stand_beside_their_controls():
-    study = STUDIES["shift"]
+    study = dataclasses.replace(STUDIES["shift"], runs=STUDIES["shift"].runs[:2])
     outcome = study.make(Untrained(), study)
     for own in outcome.values.values():
         assert all(len(own[move]) == 2 for move in MOVES)
         assert own["own"] > own["original"]
-    (table,) = outcome.tables
-    assert len(table.rows) == len(study.runs)
-    assert all(len(row) == len(table.head) for row in table.rows)
-    assert len(outcome.findings) == len(study.runs) + 1
+        assert all(0 <= share <= 1 for move in MOVES for share in own[f"words {move}"])
+    for table in outcome.tables:
+        assert len(table.rows) == len(study.runs)
+        assert all(len(row) == len(table.head) for row in table.rows)
+    assert len(outcome.tables) == 3
+    assert len(outcome.findings) == 2 * len(study.runs) + 1

@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moresjax.cli import main
 from moresjax.studies import steered
 from moresjax.studies.papers import STUDIES
+from moresjax.studies.pipeline import Pipeline
 from moresjax.studies.steered import norm_ratios, steered_below, visual_attention, whole_map
 from moresjax.testing.models import talking_model
 
@@ -20,12 +23,14 @@ BASE = Path(__file__).parents[1] / "fixtures" / "v0_1" / "base"
 untrained = functools.cache(talking_model)  # seeds share it, and what it has compiled
 
 
-@dataclasses.dataclass
-class Untrained:
+@dataclasses.dataclass(frozen=True)
+class Untrained(Pipeline):
     """Two seeds of models that differ by their tuning."""
 
-    seeds = range(2)
-    fast, limit, split = True, 1, "test"
+    out: Path = Path("nowhere")
+    seeds: Sequence[int] = range(2)
+    fast: bool = True
+    scenes: int = 1
 
     def model(self, seed, name):
         kinds = {"mores r=1": "mores:positions=image,rank=1", "mores r=4": "mores:positions=image"}
@@ -62,7 +67,7 @@ def test_norms_are_those_after_and_before_the_edit(model, questions):
         before = model.run(prompts, images, read=site).states[site][0]
     row = model.prompts.row(prompts[0], images[0])
     before = before[:, np.flatnonzero(np.asarray(row.image) >= 0)]
-    after = before + np.asarray(method.delta(method.prepare(params), before))
+    after = before + np.asarray(method.delta(method.prepare(params), jnp.asarray(before)))
     wanted = (np.linalg.norm(after, axis=-1) / np.linalg.norm(before, axis=-1)).mean()
     assert found[0] == pytest.approx(wanted, rel=1e-4)
 

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from moresjax.core.errors import UserError
+from moresjax.models.connector import feature_tokens
 from moresjax.models.mllm import MLLM, MLLMConfig
 from moresjax.models.vision import VisionConfig
 from moresjax.testing.batches import tiny_batch
@@ -93,12 +94,13 @@ def test_patches_of_the_encoder_follow_their_visual_tokens():
     # Two learned tokens, the class token and two registers, then the patches.
     assert not found["vision.block.out"][:, :5].any()
     np.testing.assert_array_equal(found["vision.block.out"][:, 5:], roi.reshape(4, 9))
-    assert patch_tokens(vision, 9).tolist() == list(range(9))
-    assert patch_tokens(vision, 3).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert patch_tokens(vision, np.arange(9)).tolist() == list(range(9))
+    joined = feature_tokens("concat3-linear", 9)
+    assert patch_tokens(vision, joined).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     dropped = dataclasses.replace(vision, class_token=False, drop_first_token=True)
-    assert patch_tokens(dropped, 8).tolist() == list(range(-1, 8))
+    assert patch_tokens(dropped, np.arange(8)).tolist() == list(range(-1, 8))
     kept = dataclasses.replace(vision, select="cls_patch")
-    assert patch_tokens(kept, 10).tolist() == list(range(1, 10))
+    assert patch_tokens(kept, np.arange(10)).tolist() == list(range(1, 10))
 
 
 def test_marks_are_bits_and_nothing_generated_is_marked():

@@ -94,13 +94,17 @@ function joined(before, after) {
 /** The maps of an answer that this visit has seen: `{maps: {shape, values}, pictures, heads}`. */
 export const mapsOf = (answer) => seen.get(answer) ?? {};
 
-/** Streams an answer of a turn; `changed` is called whenever there is more of it. */
-export async function ask(number, column, answer, changed) {
+/**
+ * Streams an answer of a turn; `changed` is called whenever there is more of it.
+ *
+ * Those of one question are in one batch: `together` is `{id, count}`, the same for all of them.
+ */
+export async function ask(number, column, answer, together, changed) {
   const control = new AbortController();
   running.set(answer, control);
   const images = state.turns.slice(0, number + 1).some((turn) => turn.images.length);
   const body = { ...request(number, column, answer), ...answer.options };
-  Object.assign(body, { logprobs: true, top_logprobs: 5, attention: images });
+  Object.assign(body, { logprobs: true, top_logprobs: 5, attention: images, together });
   try {
     for await (const chunk of api.complete(body, control.signal)) {
       take(answer, chunk);

@@ -135,9 +135,10 @@ function toTheEnd() {
 
 async function answer(number, columns) {
   const turn = state.turns[number];
+  const together = { id: `${Date.now()} ${Math.random()}`, count: columns.length };
   const asked = columns.map((column) => {
     const place = byId("scroll");
-    return ask(number, column, turn.answers[column], (changed) => {
+    return ask(number, column, turn.answers[column], together, (changed) => {
       const near = place.scrollHeight - place.scrollTop - place.clientHeight < 120;
       show(changed);
       compare(turn);

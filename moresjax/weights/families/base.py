@@ -147,6 +147,11 @@ class MLLMFamily(abc.ABC):
       prefixes: Beginnings of the names of tensors in files -> in the state dict of transformers 5.
       written: Beginnings in the state dict -> in new files.
       in_transformers: Whether `transformers` knows the whole, or its two towers only.
+      architecture: Its class in `transformers`.
+      image_mark: The token that stands for a visual token in ids of `transformers`; empty where
+        there is none.
+      template: The conversation template of a folder whose tokenizer has none of its own; empty
+        where folders do not say how they are asked.
     """
 
     model_type: ClassVar[str]
@@ -154,6 +159,9 @@ class MLLMFamily(abc.ABC):
     prefixes: ClassVar[Mapping[str, str]]
     written: ClassVar[Mapping[str, str]]
     in_transformers: ClassVar[bool] = True
+    architecture: ClassVar[str] = ""
+    image_mark: ClassVar[str] = ""
+    template: ClassVar[str] = ""
 
     @abc.abstractmethod
     def from_hf(self, hf: HFConfig) -> MLLMConfig:

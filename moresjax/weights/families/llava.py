@@ -71,6 +71,7 @@ class Llava(MLLMFamily):
     }
     before = ""  # what precedes the two linears in the name of the connector
     architecture = "LlavaForConditionalGeneration"
+    image_mark = "<image>"
 
     def from_hf(self, hf: HFConfig) -> MLLMConfig:
         """The whole model that a `config.json` describes."""
