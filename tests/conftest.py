@@ -63,6 +63,7 @@ def clean_environment() -> dict[str, str]:
 def pytest_addoption(parser: pytest.Parser):
     parser.addoption("--shape-checks", action="store_true", help="check array shapes at run time")
     parser.addoption("--all-faults", action="store_true", help="every fault of tests/faults")
+    parser.addoption("--fuzz", type=int, default=5000, metavar="N", help="cases of tests/fuzz")
 
 
 def pytest_configure(config: pytest.Config):

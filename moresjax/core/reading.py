@@ -6,6 +6,7 @@ lists, and numbers and texts with `Annotated` bounds.
 """
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from moresjax.core.errors import UserError
 
 SMALL = 1 << 24  # bytes of a file that describes something: a config, an adapter, results
 LARGE = 1 << 32  # bytes of a file of data that is read at once
+_PIECE = 1 << 20  # bytes read at once
 LINE = 1 << 26  # bytes of one line or record, which may hold an image as a data: URL
 IMAGE = 1 << 28  # bytes of the file of an image
 DEPTH = 100  # lists and objects inside of each other
@@ -85,7 +87,9 @@ def read_bytes(path: str | Path, *, what: str = "", most: int = SMALL) -> bytes:
     name = f"{what} {path}" if what else str(path)
     try:
         with open(path, "rb") as file:
-            content = file.read(most + 1)
+            # Piece by piece, since a buffer of the largest size would be taken at once.
+            pieces = iter(functools.partial(file.read, _PIECE), b"")
+            content = b"".join(itertools.islice(pieces, most // _PIECE + 1))
     except OSError as error:
         raise UserError(f"{name} cannot be read: {reason_of(error)}") from None
     if len(content) > most:  # files of /proc say that they are empty

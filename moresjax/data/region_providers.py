@@ -15,7 +15,6 @@ What is random depends on the sample's id and its number of the image only.
 """
 
 import dataclasses
-import json
 import math
 import re
 import zlib
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.reading import LARGE, read_json
 from moresjax.data.regions import EVERYWHERE, Box, Regions, check_regions, find_regions
 from moresjax.data.samples import Sample
 
@@ -161,12 +161,12 @@ def region_provider(text: str) -> RegionProvider:
         return RegionProvider(text, text=text)
     if text == "center":
         return RegionProvider("center", _MIDDLE, text=text)
-    if match := re.fullmatch(r"(center|random)\((\d+(?:\.\d+)?)%\)", text):
+    if match := re.fullmatch(r"(center|random)\((\d{1,9}(?:\.\d{1,20})?)%\)", text):
         return RegionProvider(match[1], _percent(match[2], text), text=text)
-    if match := re.fullmatch(r"attention\((\d+);(\d+(?:\.\d+)?)%\)", text):
+    if match := re.fullmatch(r"attention\((\d{1,9});(\d{1,9}(?:\.\d{1,20})?)%\)", text):
         percent = _percent(match[2], text)
         return RegionProvider("attention", percent, layer=int(match[1]), text=text)
-    number = r"\d*\.?\d+"
+    number = r"(?:\d{1,20}(?:\.\d{1,20})?|\.\d{1,20})"
     if re.fullmatch(rf"{number}(,{number}){{3}}(;{number}(,{number}){{3}})*", text):
         parts = [tuple(map(float, part.split(","))) for part in text.split(";")]
         check_regions([parts], 1, "roi")
@@ -177,12 +177,4 @@ def region_provider(text: str) -> RegionProvider:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"file of regions {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"file of regions {path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must be an object with boxes by the name of a sample")
-    return found
+    return read_json(path, dict[str, Any], what="file of regions", most=LARGE)

@@ -3,7 +3,9 @@
 Rows may have other keys besides; they are kept. Those of versions 0.1 and 0.2 lack some.
 """
 
-from typing import Any, Required, TypedDict
+from typing import Annotated, Any, Required, TypedDict
+
+import msgspec
 
 from moresjax.core.reading import Count
 
@@ -75,6 +77,43 @@ class LandscapeRow(TypedDict):
     pair: int
     first: int
     losses: list[Any]
+
+
+class TaskEntry(TypedDict, total=False):
+    """What `results.json` says of a task, as far as a report shows it."""
+
+    benchmark: Required[str]
+    split: str | None
+    score: Required[Number | None]
+    n: Required[Count]
+    prompt_hash: Required[str]
+    fraction: bool
+    interval95: Annotated[list[Number], msgspec.Meta(min_length=2, max_length=2)] | None
+
+
+class ReportedResults(TypedDict, total=False):
+    """`results.json`, as far as a report shows it."""
+
+    model: str | None
+    fingerprint: str
+    split: str | None
+    processor: dict[str, Any]
+    scores: Required[dict[str, TaskEntry]]
+    attention: dict[str, Any]
+
+
+class AttentionEntry(TypedDict, total=False):
+    """What `attention.json` says of a model."""
+
+    model: str | None
+    template: str | None
+    fingerprint: str
+    share: Required[list[Any]]
+    groups: Required[list[str]]
+    samples: Required[Count]
+    lmar_of_means: Required[dict[str, list[Any]]]
+    share_by_head: list[Any] | None
+    tasks: dict[str, dict[str, Any]]
 
 
 class Results(TypedDict, total=False):

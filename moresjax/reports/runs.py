@@ -20,6 +20,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.folders import named_folder
 from moresjax.core.json_files import read_log, read_object
 from moresjax.core.plugins import explain_missing
+from moresjax.core.reading import LARGE, check, read_json
 from moresjax.evaluation.attention_log import (
     LOG,
     MAPS,
@@ -29,6 +30,12 @@ from moresjax.evaluation.attention_log import (
 )
 from moresjax.evaluation.predictions import FILE, row_key
 from moresjax.evaluation.results import RESULTS
+from moresjax.evaluation.rows import (
+    AttentionEntry,
+    AttentionRow,
+    PredictionRow,
+    ReportedResults,
+)
 from moresjax.evaluation.tasks import default_split, named_splits
 from moresjax.evaluation.validation import NAME as VALIDATION
 from moresjax.models.count import ParameterReport, count_parameters
@@ -302,7 +309,7 @@ def _earlier_split(benchmark: str, split: str | None) -> str | None:
 
 def _evaluation(folder: Path, name: str, inside: Path | None = None) -> Keyed:
     """What an evaluation tells of its model."""
-    data = read_object(folder / RESULTS)
+    data = read_json(folder / RESULTS, ReportedResults)
     key, run = _of_model(data, folder, name, inside)
     run.template, run.asked = data.get("processor", {}).get("template", ""), [folder]
     split = data.get("split")
@@ -321,12 +328,13 @@ def _evaluation(folder: Path, name: str, inside: Path | None = None) -> Keyed:
             entry,
         )
     run.answers = _answers(folder, data)
-    entries = read_object(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
-    (told,) = [e for e in entries.values() if e.get("fingerprint") == data["fingerprint"]] or [None]
+    entries = _entries(folder) if (folder / SUMMARY).is_file() else {}
+    own = data.get("fingerprint")
+    told = next((entry for entry in entries.values() if entry.get("fingerprint") == own), None)
     if told is None and "attention" in data:  # as versions 0.1 and 0.2 wrote it
-        told = data["attention"]
+        told = check(data["attention"], AttentionEntry, f"attention in {folder / RESULTS}")
     if told is not None:
-        run.attention = _attention(told, data["scores"])
+        run.attention = _attention(told, data["scores"], folder)
     if (folder / MAPS).is_file():
         run.maps = _maps(folder / MAPS)
     return key, run
@@ -335,23 +343,33 @@ def _evaluation(folder: Path, name: str, inside: Path | None = None) -> Keyed:
 def _analysis(folder: Path) -> list[Keyed]:
     """What `analyze attention` tells of its models."""
     found = []
-    for name, entry in read_object(folder / SUMMARY).items():
+    for name, entry in _entries(folder).items():
         facts = entry if "model" in entry else {"model": str(folder / name)}
         key, run = _of_model(facts, folder, name, None)
         run.template = entry.get("template") or ""
-        run.attention = _attention(entry, {})
+        run.attention = _attention(entry, {}, folder)
         found.append((key, run))
     return found
 
 
-def _attention(entry: Mapping[str, Any], scores: Mapping[str, Any]) -> Attention:
+def _entries(folder: Path) -> dict[str, Any]:
+    return read_json(folder / SUMMARY, dict[str, AttentionEntry], most=LARGE)
+
+
+def _attention(entry: Mapping[str, Any], scores: Mapping[str, Any], folder: Path) -> Attention:
     """The statistics of an entry of `attention.json`."""
     heads, groups = entry.get("share_by_head"), entry["groups"]
     asked = {name: {"n": score["n"]} for name, score in scores.items()}
+    try:
+        share = np.asarray(entry["share"], float)
+        lmar = np.asarray(entry["lmar_of_means"]["text"], float)
+        own = None if heads is None else np.asarray(heads, float)[..., groups.index("image")]
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"the attention in {folder} cannot be used: {error!r}") from None
     return Attention(
-        share=np.asarray(entry["share"], float),
-        by_head=None if heads is None else np.asarray(heads, float)[..., groups.index("image")],
-        lmar=np.asarray(entry["lmar_of_means"]["text"], float),
+        share=share,
+        by_head=own,
+        lmar=lmar,
         samples=entry["samples"],
         tasks=entry.get("tasks", asked),
         groups=groups,
@@ -368,9 +386,9 @@ def _maps(path: Path) -> list[AnswerOnImage]:
 def _answers(folder: Path, data: Mapping[str, Any]) -> dict[Question, AskedQuestion]:
     """The answers to questions of tasks whose score is a share of what is right."""
     scored = {name for name, entry in data["scores"].items() if entry.get("fraction")}
-    shares = {row_key(row): row for row in read_log(folder / LOG)}
+    shares = {row_key(row): row for row in read_log(folder / LOG, AttentionRow)}
     found = {}
-    for row in read_log(folder / FILE):
+    for row in read_log(folder / FILE, PredictionRow):
         if row["task"] not in data["scores"] or "prompt" not in row:
             continue
         key, images = row_key(row), row.get("images")

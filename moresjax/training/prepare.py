@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError
 from moresjax.core.folders import check_writable, make_folder
-from moresjax.core.json_files import read_object
 from moresjax.core.locks import FolderLock
 from moresjax.core.plugins import active_plugins
 from moresjax.core.ranges import check_ranges
+from moresjax.core.reading import read_json
 from moresjax.data.check import count_cut
 from moresjax.data.pipeline import Batches
 from moresjax.data.processor import Processor
@@ -193,7 +193,7 @@ def _finished(config: RunConfig, workdir: Path, resume: str) -> TrainResult | No
     if not (workdir / RESULT).is_file():
         return None
     try:
-        result = TrainResult(**read_object(workdir / RESULT))
+        result = TrainResult(**read_json(workdir / RESULT, TrainResult))
         return result if result.step >= config.steps else None
     except (UserError, TypeError) as error:
         logger.warning("%s is made again from the newest checkpoint: %s", workdir / RESULT, error)
@@ -235,10 +235,11 @@ def prepare(
         if jax.process_index() == 0:  # one process writes for all
             stack.enter_context(FolderLock(workdir))
             check_workdir(config, workdir, checked.resume)  # what another run wrote meanwhile
+            make_folder(workdir / "checkpoints")
             save_config(config, workdir / "config.json")
             if isinstance(model, MLLM):
                 save_shared(model.tuning, workdir)
-        checkpoints = Checkpoints(make_folder(workdir / "checkpoints"), keep=config.checkpoint.keep)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         checkpoints.identity = identity
         stack.callback(checkpoints.close)
         samples_seen = 0

@@ -10,13 +10,13 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jax.sharding import Mesh
 
 from moresjax.core.errors import UserError, choice_error
-from moresjax.core.json_files import read_object
+from moresjax.core.reading import read_json
 from moresjax.core.types import AnyArray
 from moresjax.models.decoder import quantized
 from moresjax.models.initialize import set_params
@@ -57,6 +57,13 @@ TWO_TOWERS = {family.two_towers for family in VISION_FAMILIES.values()} - {""}
 ROWS = 4096  # of a matrix that are compared at a time
 
 
+class _Raw(TypedDict, total=False):
+    model_type: str
+    architectures: list[str] | None
+    text_config: dict[str, Any] | None
+    vision_config: dict[str, Any] | None
+
+
 class HFFolder:
     """A Hugging Face folder, whose `config.json` is parsed once and whose tensors are opened once.
 
@@ -90,7 +97,7 @@ class HFFolder:
         file = self.path / "config.json"
         if not file.is_file():
             raise UserError(f"{self.path} is not a Hugging Face checkpoint: it has no config.json")
-        raw = read_object(file)
+        raw = read_json(file, _Raw)
         for part in (raw, raw.get("text_config"), raw.get("vision_config")):
             if isinstance(part, dict) and (how := part.get("quantization_config")):
                 kind = how.get("quant_method", "") if isinstance(how, dict) else how
@@ -159,7 +166,13 @@ class HFFolder:
         Raises:
           UserError: when it is not supported.
         """
-        config = config_from_hf(self.hf)
+        try:
+            config = config_from_hf(self.hf)
+        except UserError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            # A value of another kind than transformers writes.
+            raise UserError(f"{self.path / 'config.json'} cannot be used: {error!r}") from None
         if config.llm.tie_embeddings and self._has_own_head(config):
             config = dataclasses.replace(
                 config, llm=dataclasses.replace(config.llm, tie_embeddings=False)

@@ -154,7 +154,7 @@ def test_older_results_are_shown(tmp_path):
         (None, "there is no folder .*run to report on"),
         ({}, "holds no run, no evaluation and no attention statistics"),
         ({"results.json": "{"}, r"results\.json cannot be used"),
-        ({"attention.json": "[]"}, r"attention\.json cannot be used: it is no object"),
+        ({"attention.json": "[]"}, r"attention\.json cannot be used: expected `object`"),
     ],
 )
 def test_bad_folders_are_told_in_a_sentence(content, message, tmp_path, capsys):
