@@ -11,6 +11,7 @@ got from these tokens at these layers, directly: what other tokens before `first
 from them stays.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -34,6 +35,45 @@ from moresjax.tuning.masks import extend_layout
 MASK = "llm.block.attn.mask"
 # What may stand in the place of keys and values; `hide` leaves them out of the softmax.
 REMOVALS = ("mean", "zero", "noise", "swap", "hide")
+
+
+class Structure:
+    """What is compiled in of a model.
+
+    Finding the hash of a model's graph takes longer than a small program; here it is known.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef) -> None:
+        self.graphdef, self._hash = graphdef, hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Structure) and self.graphdef == other.graphdef)
+
+
+# Equal graphs share one structure, so that programs find it without comparing them again.
+_structure = functools.lru_cache(maxsize=8)(Structure)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitModel:
+    """A model as programs take it.
+
+    Attributes:
+      structure: What is compiled in.
+      state: Its parameters.
+    """
+
+    structure: Structure
+    state: nnx.State
+
+    @classmethod
+    def of(cls, mllm: MLLM) -> "SplitModel":
+        """A model with its blocks in a list (`Decoder.unstack`)."""
+        graphdef, state = nnx.split(mllm)
+        return cls(_structure(graphdef), state)
 
 
 @pytree_dataclass
@@ -74,7 +114,7 @@ class Interventions:
 
 
 def read_once(
-    mllm: MLLM,
+    model: SplitModel,
     batch: Batch,
     first: int,
     queries: Int[np.ndarray, " Q"],
@@ -84,15 +124,14 @@ def read_once(
     """Reads a prompt with its answer and keeps all keys and values.
 
     Args:
-      mllm: The model, with its blocks in a list (`Decoder.unstack`).
+      model: The model.
       batch: The single row, padded on the right.
       first: The column from which interventions read again; no image stands behind it.
       queries: The columns before those of the answer's tokens.
       targets: The tokens of the answer.
       weights: 1 for a token of the answer, 0 for what fills up.
     """
-    graphdef, state = nnx.split(mllm)
-    caches = _caches(graphdef, state, batch)
+    caches = _caches(model.structure, model.state, batch)
     text = Batch(
         batch.tokens, batch.layout, None, batch.roi, batch.adapter, marks=batch.marks
     )  # images have been read
@@ -100,8 +139,8 @@ def read_once(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _caches(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> list[LayerCache]:
-    model = nnx.merge(graphdef, state)
+def _caches(structure: Structure, state: nnx.State, batch: Batch) -> list[LayerCache]:
+    model = nnx.merge(structure.graphdef, state)
     one = jnp.zeros((1, 1), jnp.int32)  # of the last layer, keys and values are all that is needed
     caches = model(batch, queries=one, keep_cache=True).cache
     assert caches is not None  # because they are to be kept
@@ -109,7 +148,7 @@ def _caches(graphdef: nnx.GraphDef, state: nnx.State, batch: Batch) -> list[Laye
 
 
 def replacements(
-    mllm: MLLM,
+    model: SplitModel,
     reading: Reading,
     removal: str,
     visual: Bool[np.ndarray, " S"],
@@ -120,7 +159,7 @@ def replacements(
     """The keys and values that stand in the place of those taken away; None where they are hidden.
 
     Args:
-      mllm: The model.
+      model: The model.
       reading: The prompt.
       removal: `zero`; `mean`, the mean over the prompt's visual tokens, of keys before rotation;
         `noise`, normal draws with their mean and standard deviation, feature by feature; `swap`,
@@ -135,22 +174,26 @@ def replacements(
         assert other is not None
         return other.caches
     if removal == "zero":
-        return jax.tree.map(jnp.zeros_like, reading.caches)
-    graphdef, state = nnx.split(mllm)
+        return _zeros(reading.caches)
     key = jax.random.key(seed) if removal == "noise" else None
-    return _moments(graphdef, state, reading, jnp.asarray(visual), key)
+    return _moments(model.structure, model.state, reading, jnp.asarray(visual), key)
+
+
+@jax.jit
+def _zeros(caches: list[LayerCache]) -> list[LayerCache]:
+    return jax.tree.map(jnp.zeros_like, caches)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _moments(
-    graphdef: nnx.GraphDef,
+    structure: Structure,
     state: nnx.State,
     reading: Reading,
     visual: Bool[Array, " S"],
     key: PRNGKeyArray | None,
 ) -> list[LayerCache]:
     """The mean of the visual tokens' keys and values at every place, or draws around it."""
-    model: MLLM = nnx.merge(graphdef, state)
+    model: MLLM = nnx.merge(structure.graphdef, state)
     layout = _whole_layout(model, reading.batch)
     chosen = jnp.pad(visual, (model.tuning.num_virtual_tokens, 0))[:, None]
     count = jnp.maximum(chosen.sum(), 1)
@@ -192,7 +235,7 @@ def _rope(config: DecoderConfig, layout: TokenLayout, layer: int) -> Rope | None
 
 
 def answer_scores(
-    mllm: MLLM,
+    model: SplitModel,
     reading: Reading,
     interventions: Interventions,
     values: Sequence[LayerCache] | None = None,
@@ -203,7 +246,7 @@ def answer_scores(
     All interventions have the same shapes, so that one compilation serves them all.
 
     Args:
-      mllm: The model, with its blocks in a list.
+      model: The model.
       reading: The prompt with its answer.
       interventions: What is taken away; an intervention without keys changes nothing.
       values: What stands in its place (`replacements`); None: it is hidden.
@@ -213,7 +256,6 @@ def answer_scores(
       The natural log-probability of the answer, and whether each of its tokens is the likeliest
       one.
     """
-    graphdef, state = nnx.split(mllm)
     count = len(interventions.keys)
     width = reading.batch.tokens.shape[1] - int(reading.first)
     found = []
@@ -225,7 +267,7 @@ def answer_scores(
 
         chosen = jax.tree.map(some, interventions)
         held = None if values is None else list(values)
-        found.append(_answers(graphdef, width, state, reading, chosen, held))
+        found.append(_answers(model.structure, width, model.state, reading, chosen, held))
     logprobs, greedy = (
         np.concatenate([np.asarray(x) for x in y]) for y in zip(*found, strict=True)
     )
@@ -234,7 +276,7 @@ def answer_scores(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _answers(
-    graphdef: nnx.GraphDef,
+    structure: Structure,
     width: int,
     state: nnx.State,
     reading: Reading,
@@ -242,7 +284,7 @@ def _answers(
     values: list[LayerCache] | None,
 ) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
     """One batch of interventions."""
-    model: MLLM = nnx.merge(graphdef, state)
+    model: MLLM = nnx.merge(structure.graphdef, state)
     rows, virtual = len(interventions.keys), model.tuning.num_virtual_tokens
     layers = jnp.asarray(interventions.layers).T  # [L, B]
     keys = jnp.pad(jnp.asarray(interventions.keys), ((0, 0), (virtual, 0)))

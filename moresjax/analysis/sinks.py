@@ -56,14 +56,14 @@ def sink_values(
     return _relative(states)[..., list(dimensions)].max(-1)
 
 
-def sink_dimensions(states: Float[np.ndarray, "L S D"], tau: float = TAU) -> Ids:
+def sink_dimensions(states: Float[np.ndarray, "L S D"], tau: float = TAU) -> list[int]:
     """The dimensions in which the first token has a massive activation in some layer.
 
     Args:
       states: The inputs of all layers.
       tau: The least |x_d| / rms(x) of one.
     """
-    return np.flatnonzero((_relative(states[:, 0]) >= tau).any(0)).astype(np.int32)
+    return np.flatnonzero((_relative(states[:, 0]) >= tau).any(0)).tolist()
 
 
 def _relative(states: Float[np.ndarray, "*L D"]) -> Float[np.ndarray, "*L D"]:
@@ -85,9 +85,9 @@ def sink_shares(
       visible: Which tokens each query sees.
       sinks: Which tokens are sinks in each layer.
     """
-    groups = np.stack([kind == int(group) for group in GROUPS], -1).astype(float)  # [S, 4]
+    groups = np.stack([np.isin(kind, [int(group)]) for group in GROUPS], -1).astype(float)  # [S, 4]
     text = np.isin(kind, [int(group) for group in TEXT])
-    image = kind == int(TokenKind.IMAGE)
+    image = np.isin(kind, [int(TokenKind.IMAGE)])
 
     def share(mass: Float[np.ndarray, "L G S"]) -> Float[np.ndarray, "L 4"]:
         parts = mass @ groups

@@ -173,7 +173,7 @@ def _numbers(
             "faithfulness": curves.faithfulness.tolist(),
         },
         "sinks": {
-            "dimensions": sinks.dimensions.tolist(),
+            "dimensions": sinks.dimensions,
             "tokens": sinks.tokens,
             "values": sinks.values.tolist(),
             "sinks": sinks.sinks.tolist(),

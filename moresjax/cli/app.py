@@ -1,10 +1,13 @@
 """The command line as a whole: which subcommands there are, and how their mistakes are told."""
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from moresjax._version import __version__
@@ -81,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit code: 0, 2 for a user's mistake, which is printed as one sentence, 130
-      when interrupted, or 141 when nobody reads the output any more.
+      when interrupted, 143 when told to end before training has begun, or 141 when nobody reads the
+      output any more.
     """
     if arguments is None:
         use_huge_pages()
@@ -93,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         try:
-            _run(arguments)
+            with _told_to_end():
+                _run(arguments)
         finally:
             sys.stdout.flush()  # so that a closed pipe is noticed here and not at exit
     except BrokenPipeError:
@@ -108,10 +113,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"moresjax: error: {sentence}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("moresjax: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        asked = interrupt.args == (signal.SIGTERM,)
+        print(f"moresjax: {'told to end (SIGTERM)' if asked else 'interrupted'}", file=sys.stderr)
+        return 143 if asked else 130
     return 0
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Makes of SIGTERM an interruption, which removes what is half-written; the loop takes it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: Sequence[str] | None) -> None:

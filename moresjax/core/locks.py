@@ -113,7 +113,7 @@ def one_writer(function: Callable[P, T]) -> Callable[P, T]:
 
 
 @atexit.register
-def _release() -> None:
+def release_all() -> None:
     """Removes the locks of a process that ends by an error."""
     for folder in list(_held):
         with contextlib.suppress(OSError):

@@ -165,7 +165,7 @@ def causes(
             raise UserError("the other images have other places in the prompt than the images")
     with use_mesh(model.mesh):
         values = replacements(
-            model.mllm,
+            asked.split,
             asked.reading,
             removal,
             asked.visual,
@@ -179,7 +179,7 @@ def causes(
         acts = np.repeat(layer_masks(ranges, count), len(masks), axis=0)
         acts = np.concatenate([np.zeros((1, count), bool), acts])
         scores, greedy = answer_scores(
-            model.mllm, asked.reading, Interventions(acts, keys), values, batch_size
+            asked.split, asked.reading, Interventions(acts, keys), values, batch_size
         )
     shape = (len(ranges), len(masks))
     effects, kept = (scores[0] - scores[1:]).reshape(shape), greedy[1:].reshape(shape)
@@ -231,7 +231,7 @@ def knockouts(
     keys, readers = _edges(asked)
     with use_mesh(model.mesh):
         scores, greedy = answer_scores(
-            model.mllm,
+            asked.split,
             asked.reading,
             Interventions(
                 np.concatenate(

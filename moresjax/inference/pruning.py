@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.analysis.attention import AttentionMaps
 from moresjax.analysis.attribution import embedding_gradients, token_scores
-from moresjax.analysis.causes import Interventions, answer_scores
+from moresjax.analysis.causes import Interventions, Structure, answer_scores
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import Batch
 from moresjax.inference.arguments import Adapters, PromptOptions
@@ -243,7 +243,7 @@ def _hidden(
     keys = asked.tokens_of(np.concatenate([np.zeros_like(visual[:1]), visual]))
     acts = np.concatenate([np.zeros_like(layers[:1]), layers])
     return answer_scores(
-        model.mllm, asked.reading, Interventions(acts, keys), batch_size=batch_size
+        asked.split, asked.reading, Interventions(acts, keys), batch_size=batch_size
     )
 
 
@@ -279,14 +279,16 @@ def _map(
 def visual_attention(model: "Model", asked: AskedQuestion) -> Float[np.ndarray, "L G NV"]:
     """The attention on visual tokens of the tokens that predict the answer's, mean over heads."""
     columns = np.flatnonzero(asked.visual) + model.mllm.tuning.num_virtual_tokens
-    graphdef, state = nnx.split(model.mllm)
-    maps = _attention(graphdef, state, asked.batch, jnp.asarray(asked.reading.queries)[None])
+    split = asked.split
+    maps = _attention(
+        split.structure, split.state, asked.batch, jnp.asarray(asked.reading.queries)[None]
+    )
     return np.asarray(maps)[:, : len(asked.ids), columns]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attention(
-    graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, queries: Int[Array, "1 Q"]
+    structure: Structure, state: nnx.State, batch: Batch, queries: Int[Array, "1 Q"]
 ) -> Float[Array, "L Q T"]:
-    model: MLLM = nnx.merge(graphdef, state)
+    model: MLLM = nnx.merge(structure.graphdef, state)
     return model(batch, probes=(AttentionMaps(),), queries=queries).stats["maps"][:, 0]

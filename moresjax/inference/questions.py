@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from moresjax.analysis.attention import image_grids
-from moresjax.analysis.causes import Reading, read_once
+from moresjax.analysis.causes import Reading, SplitModel, read_once
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import Batch, TokenKind
 from moresjax.core.row import Row
@@ -41,6 +41,7 @@ class AskedQuestion:
       answer: The answer.
       batch: Prompt and answer as a batch of one row, with images.
       reading: The same with keys and values.
+      split: The model that read it.
     """
 
     row: Row
@@ -48,6 +49,7 @@ class AskedQuestion:
     answer: str
     batch: Batch
     reading: Reading
+    split: SplitModel
 
     @property
     def length(self) -> int:
@@ -128,16 +130,17 @@ def ask(
     if first > len(row) - 1 or row.image[-1] >= 0:
         raise UserError("no token of the prompt stands behind its last image")
     whole = row.append(ids[:-1])
-    length = first + bucket(len(whole) - first, 16)
+    length = first + bucket(len(whole) - first, 8)
     batch = model.service.batch([whole], length, model.adapter_names(adapters, 1))
-    width = bucket(len(ids), 8)
+    width = bucket(len(ids), 4)
     queries = np.minimum(len(row) - 1 + np.arange(width), len(whole) - 1).astype(np.int32)
     targets, weights = np.zeros(width, np.int32), np.zeros(width, np.float32)
     targets[: len(ids)], weights[: len(ids)] = ids, 1
     model.mllm.llm.unstack()
+    split = SplitModel.of(model.mllm)
     with use_mesh(model.mesh):
-        reading = read_once(model.mllm, batch, first, queries, targets, weights)
-    return AskedQuestion(row, ids, answer, batch, reading)
+        reading = read_once(split, batch, first, queries, targets, weights)
+    return AskedQuestion(row, ids, answer, batch, reading, split)
 
 
 def layer_ranges(layers: Layers, count: int) -> list[tuple[int, int]]:

@@ -17,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moresjax.analysis.attention import AttentionMaps
 from moresjax.analysis.capture import OutputProbe
+from moresjax.analysis.causes import Structure
 from moresjax.analysis.sinks import TAU, SinkShares, sink_dimensions, sink_shares, sink_values
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, visible
-from moresjax.core.types import Ids
 from moresjax.inference.arguments import Adapters, PromptOptions
 from moresjax.inference.prompts import PromptImages
 from moresjax.inference.questions import ask
@@ -47,7 +47,7 @@ class Sinks:
 
     answer: str
     tokens: list[str]
-    dimensions: Ids
+    dimensions: list[int]
     values: Float[np.ndarray, "L S"]
     sinks: Bool[np.ndarray, "L S"]
     visual: Bool[np.ndarray, " S"]
@@ -102,16 +102,15 @@ def find_sinks(
     if wrong := [d for d in dimensions or () if not 0 <= d < size]:
         raise UserError(f"the LLM has dimensions 0 to {size - 1}, got {wrong[0]}")
     asked = ask(model, prompt, images, answer, adapters=adapters, pointing=pointing)
-    graphdef, state = nnx.split(model.mllm)
     queries = jnp.asarray(asked.reading.queries)[None]
     with use_mesh(model.mesh):
-        found = _read(graphdef, state, asked.batch, queries)
+        found = _read(asked.split.structure, asked.split.state, asked.batch, queries)
     count, new = len(asked.row) + len(asked.ids) - 1, len(asked.ids)
     virtual, extra = model.mllm.tuning.num_virtual_tokens, model.mllm.tuning.num_extra_tokens
     attention = np.asarray(found[0])[:, :new, virtual : virtual + count]
     states = np.asarray(found[1], np.float32)[:, extra : extra + count]
-    own = sink_dimensions(states, tau) if dimensions is None else np.asarray(dimensions, np.int32)
-    values = sink_values(states, own.tolist())
+    own = sink_dimensions(states, tau) if dimensions is None else list(dimensions)
+    values = sink_values(states, own)
     sinks = values >= tau
     seen = np.asarray(visible(asked.batch.layout, queries))[0, :new, :count]
     kind = np.asarray(asked.batch.layout.kind)[0, :count]
@@ -123,10 +122,10 @@ def find_sinks(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _read(
-    graphdef: nnx.GraphDef, state: nnx.State, batch: Batch, queries: Int[Array, "1 Q"]
+    structure: Structure, state: nnx.State, batch: Batch, queries: Int[Array, "1 Q"]
 ) -> tuple[Float[Array, "L Q T"], Float[Array, "L U D"]]:
     """Attention of the queries, and what every layer reads."""
-    model: MLLM = nnx.merge(graphdef, state)
+    model: MLLM = nnx.merge(structure.graphdef, state)
     probes = AttentionMaps(), OutputProbe("llm.embed.out"), OutputProbe("llm.block.out")
     stats = model(batch, probes=probes, queries=queries).stats
     first, outputs = (stats[probe.name] for probe in probes[1:])

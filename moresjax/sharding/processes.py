@@ -9,6 +9,13 @@ import jax
 from jax.experimental import multihost_utils
 
 from moresjax.core.errors import UserError
+from moresjax.sharding.peers import end_process
+
+_LAST = 20  # seconds between the ends of the first and the last process
+_ALONE = (
+    "--distributed {}: the other processes did not come within {} seconds; start all of them, with "
+    "an address that all of them reach, or give --join-timeout"
+)
 
 
 def use_compile_cache() -> None:
@@ -22,22 +29,36 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "moresjax"))
 
 
-def join_processes(where: str) -> None:
+def join_processes(where: str, seconds: int = 20) -> None:
     """Makes this process one of several that run the same program.
 
     Args:
       where: Says how the processes find each other: `auto` on TPU pods, Slurm and the like, or
         `HOST:PORT,PROCESSES,NUMBER`.
+      seconds: How long to wait for the others to come; the process ends when they do not.
 
     Raises:
       UserError: when the processes cannot find each other.
     """
     try:
-        if where == "auto":
-            jax.distributed.initialize()
-            return
-        address, processes, number = where.split(",")
-        jax.distributed.initialize(address, int(processes), int(number))
+        address, processes, number = None, None, None
+        if where != "auto":
+            address, *numbers = where.split(",")
+            processes, number = map(int, numbers)
+        # JAX's own limit aborts the process, which it must not reach.
+        alone = threading.Timer(seconds, end_process, [_ALONE.format(where, seconds)])
+        alone.daemon = True
+        alone.start()
+        try:
+            jax.distributed.initialize(
+                address,
+                processes,
+                number,
+                initialization_timeout=10 * seconds,
+                shutdown_timeout_seconds=_LAST,
+            )
+        finally:
+            alone.cancel()
     except (ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from moresjax.core.errors import choice_error
 from moresjax.studies import (
+    causes,
     control,
     landscape,
     llava_steering,
@@ -24,6 +25,7 @@ _PAPERS = (
     representations,
     landscape,
     control,
+    causes,
 )
 STUDIES = {study.name: study for paper in _PAPERS for study in paper.STUDIES}
 ALL = "all"

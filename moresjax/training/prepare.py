@@ -235,10 +235,11 @@ def prepare(
         if jax.process_index() == 0:  # one process writes for all
             stack.enter_context(FolderLock(workdir))
             check_workdir(config, workdir, checked.resume)  # what another run wrote meanwhile
+            make_folder(workdir / "checkpoints")
             save_config(config, workdir / "config.json")
             if isinstance(model, MLLM):
                 save_shared(model.tuning, workdir)
-        checkpoints = Checkpoints(make_folder(workdir / "checkpoints"), keep=config.checkpoint.keep)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         checkpoints.identity = identity
         stack.callback(checkpoints.close)
         samples_seen = 0

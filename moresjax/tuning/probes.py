@@ -1,6 +1,7 @@
 """Probes: read-only statistics of a forward pass, and what they are told about its tokens.
 
-Axis legend: B rows, N query heads, Q queries, S keys, H head features, C key groups, G new tokens.
+Axis legend: B rows, N images or query heads, A query heads, T all queries, Q chosen queries, S
+keys, H head features, C key groups, G new tokens.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class ProbeContext:
       roi: the region of interest over each row's visual tokens, `[B, R]`; None without one.
       seen: which keys each chosen query sees, where the pass has no mask of all pairs: then `mask`
         is None unless a probe needs it.
-      masses: attention of all queries on the groups of `Probe.members`, `[B, N, S, C]`, where the
+      masses: attention of all queries on the groups of `Probe.members`, `[B, A, T, C]`, where the
         main pass of attention gives it.
       view: what the main pass of attention takes instead of a mask, where it takes something else.
     """
@@ -43,7 +44,7 @@ class ProbeContext:
     layout: TokenLayout | None = None
     roi: Bool[AnyArray, "B R"] | None = None
     seen: LazyMask | None = None
-    masses: Float[Array, "B N S C"] | None = None
+    masses: Float[Array, "B A T C"] | None = None
     view: Any = None
 
     def at_queries(self, x: Float[Array, "B N S H"]) -> Float[Array, "B N Q H"]:

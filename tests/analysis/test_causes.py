@@ -119,32 +119,32 @@ def oracle() -> Oracle:
     return Oracle("llama + clip")
 
 
-@pytest.mark.parametrize("reads", ["question", "answer"])
-@pytest.mark.parametrize("removal", ["zero", "mean", "swap"])
-def test_every_effect_is_that_of_a_run_of_its_own(oracle, removal, reads):
+def check_effects(oracle: Oracle, removal: str, reads: str) -> None:
     length = oracle.first if reads == "question" else oracle.prompt - 1
     other: dict[str, Any] = {"other": IMAGES[1]} if removal == "swap" else {}
-    found = causes(
-        oracle.model,
-        PROMPT,
-        IMAGES[0],
-        answer=ANSWER,
-        removal=removal,
-        layers="each",
-        reads=reads,
-        batch_size=3,
-        **other,
-    )
+    options: dict[str, Any] = {"answer": ANSWER, "removal": removal, "reads": reads} | other
+    found = causes(oracle.model, PROMPT, IMAGES[0], layers="each", batch_size=3, **options)
     value = oracle.score(oracle.prefix(IMAGES[0], length), length)
+    layers = range(len(oracle.layers))
     wanted = [
         [value - oracle.edited(removal, [layer], [place], length) for place in oracle.image]
-        for layer in range(2)
+        for layer in layers
     ]
-    assert found.layers == [(0, 1), (1, 2)]
+    assert found.layers == [(layer, layer + 1) for layer in layers]
     np.testing.assert_allclose(found.value, value, atol=1e-4)
     np.testing.assert_allclose(found.effects, wanted, atol=1e-4)
     assert np.ptp(found.effects) > 0.01
-    np.testing.assert_allclose(found.grids[0].reshape(2, -1), found.effects)
+    np.testing.assert_allclose(found.grids[0].reshape(len(layers), -1), found.effects)
+
+
+@pytest.mark.parametrize("reads", ["question", "answer"])
+@pytest.mark.parametrize("removal", ["zero", "mean", "swap"])
+def test_every_effect_is_that_of_a_run_of_its_own(oracle, removal, reads):
+    check_effects(oracle, removal, reads)
+
+
+def test_keys_that_are_turned_in_part_are_turned_back_for_their_mean():
+    check_effects(Oracle("phi + siglip"), "mean", "question")
 
 
 @pytest.mark.parametrize("layers", ["each", "all"])

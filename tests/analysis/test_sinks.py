@@ -1,5 +1,7 @@
 """Attention sinks: planted ones are found, and shares without them are counted by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -16,11 +18,11 @@ def test_massive_activations_of_the_first_token_name_the_dimensions():
     states = np.random.default_rng(0).standard_normal((2, 5, 900))
     states[1, 0, 7] = states[1, 3, 7] = 1000  # the first token, and another one, in layer 1
     states[0, 2, 8] = 1000  # a dimension that is not one of the first token's
-    assert sink_dimensions(states).tolist() == [7]
+    assert sink_dimensions(states) == [7]
     assert np.argwhere(sink_values(states, [7]) >= 20).tolist() == [[1, 0], [1, 3]]
     assert not (sink_values(states, []) > 0).any()
     # 20 times the root mean square cannot be in less than 400 features.
-    assert sink_dimensions(states[..., :399]).tolist() == []
+    assert sink_dimensions(states[..., :399]) == []
 
 
 def test_shares_and_ratios_without_sinks_by_hand():
@@ -58,7 +60,7 @@ def test_a_planted_sink_is_named_in_the_layers_that_read_it():
     first = int(model.prompts.row(QUESTION, [IMAGE]).tokens[0])
     table.set_value(table[...].at[first, 3].set(1e8))
     found = find_sinks(model, QUESTION, IMAGE, answer="two", tau=3.9)
-    assert found.dimensions.tolist() == [3]
+    assert found.dimensions == [3]
     assert found.sinks[:, 0].all()
     assert found.counts[0].tolist() == [0, 1]
     share = found.shares.share[0]
@@ -67,9 +69,10 @@ def test_a_planted_sink_is_named_in_the_layers_that_read_it():
 
 
 def test_what_is_no_rule_is_told():
-    for options, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"tau": 0.0}, "tau must be above 0, got 0"),
         ({"dimensions": [16]}, "the LLM has dimensions 0 to 15, got 16"),
-    ):
+    ]
+    for options, message in cases:
         with pytest.raises(UserError, match=message):
             find_sinks(talking_model(), QUESTION, IMAGE, answer="two", **options)

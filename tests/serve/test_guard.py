@@ -1,5 +1,6 @@
 """Who may use a server, and how much at a time."""
 
+import hmac
 import logging
 import threading
 
@@ -54,14 +55,20 @@ def small():
         yield server, address
 
 
-def test_a_key_is_wanted_and_never_told(small, caplog):
+def test_a_key_is_wanted_compared_in_constant_time_and_never_told(small, caplog, monkeypatch):
     server, url = small
     caplog.set_level(logging.DEBUG)
+    compared, compare = [], hmac.compare_digest
+    same = lambda a, b: compared.append((a, b)) or compare(a, b)  # noqa: E731
+    monkeypatch.setattr(hmac, "compare_digest", same)
     key = {"Authorization": "Bearer geheim"}
     for given in ({}, {"Authorization": "Bearer falsch"}, {"Authorization": "geheim"}):
         done = httpx.get(f"{url}/v1/models", headers=given)
         assert done.status_code == 401
+        assert done.headers["www-authenticate"] == "Bearer"
+        assert done.headers["content-security-policy"].startswith("default-src 'self'")
         assert "geheim" not in done.text
+    assert compared == [(given, b"geheim") for given in (b"", b"falsch", b"")]
     assert httpx.get(f"{url}/v1/models", headers=key).status_code == 200
     assert httpx.get(f"{url}/metrics").status_code == 401
     assert httpx.get(f"{url}/health").status_code == 200
