@@ -120,7 +120,7 @@ class ArrayRecordSource:
             raise UserError(f"{root} has no {INDEX}: it is not a (complete) converted data set")
         shards = read_json(root / INDEX, _Index)["shards"]
         for name in shards:
-            if Path(name).name != name or not (root / name).is_file():
+            if len(name) > 99 or Path(name).name != name or not (root / name).is_file():
                 raise UserError(f"{root} lacks the shard {name}")
         try:
             reader: Any = ArrayRecordDataSource([str(root / name) for name in shards])
