@@ -44,7 +44,13 @@ from moresjax.inference.causes import knockouts as knockouts
 from moresjax.inference.lens import logit_lens as logit_lens
 from moresjax.inference.model import Model
 from moresjax.inference.patching import patching as patching
-from moresjax.inference.prompts import Images, PromptImages, check_images, pair_images, pair_pointed
+from moresjax.inference.prompt_inputs import (
+    Images,
+    PromptImages,
+    check_images,
+    pair_images,
+    pair_pointed,
+)
 from moresjax.inference.pruning import faithfulness as faithfulness
 from moresjax.inference.pruning import pruning as pruning
 from moresjax.inference.sensitivity import answer_gradients as answer_gradients

@@ -21,7 +21,7 @@ from moresjax.core.errors import UserError, choice_error
 from moresjax.core.row import Row
 from moresjax.inference.arguments import PromptOptions
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import PromptImages
+from moresjax.inference.prompt_inputs import PromptImages
 from moresjax.sharding.mesh import use_mesh
 from moresjax.tuning.base import WeightDelta
 from moresjax.tuning.merge import merged

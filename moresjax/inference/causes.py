@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from moresjax.analysis.causes import REMOVALS, Interventions, answer_scores, replacements
 from moresjax.core.errors import UserError, choice_error
 from moresjax.inference.arguments import Adapters, Marks, PromptOptions, Roi
-from moresjax.inference.prompts import PromptImages, check_images
+from moresjax.inference.prompt_inputs import PromptImages, check_images
 from moresjax.inference.questions import (
     AskedQuestion,
     Layers,

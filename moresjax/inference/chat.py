@@ -28,7 +28,7 @@ from moresjax.generation.state import DecodeState
 from moresjax.generation.text import TextStream, check_stops, has_stop
 from moresjax.inference.arguments import Roi
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import PromptImages, asked_sample, check_images, mark_images
+from moresjax.inference.prompt_inputs import PromptImages, asked_sample, check_images, mark_images
 from moresjax.tuning.attach import Tuning
 from moresjax.tuning.base import Edit, WeightDelta
 from moresjax.tuning.multi_adapter import adapter_ids

@@ -14,7 +14,7 @@ from moresjax.data.records import JsonRecords
 from moresjax.data.samples import Sample
 from moresjax.generation.sampling import GREEDY, Sampling
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import asked_sample
+from moresjax.inference.prompt_inputs import asked_sample
 from moresjax.tuning.multi_adapter import BASE
 
 PROMPTS = ("prompt", "question", "text")  # the fields with what is asked, the first one counts

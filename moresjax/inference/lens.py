@@ -21,7 +21,7 @@ from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch
 from moresjax.inference.arguments import Adapters, PromptOptions
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import PromptImages, check_images
+from moresjax.inference.prompt_inputs import PromptImages, check_images
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import use_mesh
 

@@ -25,14 +25,14 @@ from moresjax.inference.activations import Activations, Write, run_batch
 from moresjax.inference.arguments import Adapters, GenerateOptions, Marks, PromptOptions, Roi
 from moresjax.inference.causes import Causes, CausesOptions, causes
 from moresjax.inference.loaded_model import LoadedModel
-from moresjax.inference.prompts import (
-    Answer,
+from moresjax.inference.prompt_inputs import (
     Images,
     PromptImages,
     pair_continuations,
     pair_images,
     pair_pointed,
 )
+from moresjax.inference.prompts import Answer
 from moresjax.inference.states import Item, StatesOptions, states
 from moresjax.tuning.merge import merged
 

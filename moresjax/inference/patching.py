@@ -19,7 +19,7 @@ from moresjax.core.row import Row
 from moresjax.data.images import ImageInput
 from moresjax.inference.arguments import PromptOptions
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import PromptImages, check_images
+from moresjax.inference.prompt_inputs import PromptImages, check_images
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import use_mesh
 from moresjax.tuning.hooks import AttachedWrite

@@ -21,7 +21,7 @@ from moresjax.analysis.causes import Interventions, Structure, answer_scores
 from moresjax.core.errors import UserError, choice_error
 from moresjax.core.layout import Batch
 from moresjax.inference.arguments import Adapters, PromptOptions
-from moresjax.inference.prompts import PromptImages
+from moresjax.inference.prompt_inputs import PromptImages
 from moresjax.inference.questions import AskedQuestion, ask
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import use_mesh

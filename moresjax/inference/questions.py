@@ -18,7 +18,7 @@ from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.generation.lengths import bucket
 from moresjax.inference.arguments import Adapters, PromptOptions
-from moresjax.inference.prompts import PromptImages, check_images
+from moresjax.inference.prompt_inputs import PromptImages, check_images
 from moresjax.sharding.mesh import use_mesh
 from moresjax.tuning.base import WeightDelta
 

@@ -12,7 +12,7 @@ from moresjax.analysis.capture import check_site
 from moresjax.analysis.sensitivity import state_gradients
 from moresjax.core.errors import UserError
 from moresjax.inference.model import Model
-from moresjax.inference.prompts import PromptImages
+from moresjax.inference.prompt_inputs import PromptImages
 from moresjax.sharding.mesh import use_mesh
 
 

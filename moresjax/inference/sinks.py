@@ -22,7 +22,7 @@ from moresjax.analysis.sinks import TAU, SinkShares, sink_dimensions, sink_share
 from moresjax.core.errors import UserError
 from moresjax.core.layout import Batch, visible
 from moresjax.inference.arguments import Adapters, PromptOptions
-from moresjax.inference.prompts import PromptImages
+from moresjax.inference.prompt_inputs import PromptImages
 from moresjax.inference.questions import ask
 from moresjax.models.mllm import MLLM
 from moresjax.sharding.mesh import use_mesh

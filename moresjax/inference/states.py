@@ -30,7 +30,7 @@ from moresjax.core.row import Row
 from moresjax.core.types import Ids
 from moresjax.data.images import image_names
 from moresjax.generation.scheduler import Completion
-from moresjax.inference.prompts import check_images
+from moresjax.inference.prompt_inputs import check_images
 from moresjax.tuning.sites import num_layers
 
 if TYPE_CHECKING:

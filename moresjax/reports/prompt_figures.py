@@ -18,7 +18,7 @@ from moresjax.inference.attribution import TokenAttribution
 from moresjax.inference.lens import LogitLens
 from moresjax.inference.model import Model
 from moresjax.inference.patching import Patching
-from moresjax.inference.prompts import PromptImages, check_images
+from moresjax.inference.prompt_inputs import PromptImages, check_images
 from moresjax.reports.plots import evenly, plt
 
 TOKENS, LAYERS, WORDS = 40, 8, 4  # the most that a figure shows

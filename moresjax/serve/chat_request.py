@@ -7,7 +7,7 @@ from typing import Any
 
 from moresjax.data.samples import IMAGE_MARK, Sample, Turn
 from moresjax.generation.sampling import Sampling
-from moresjax.inference.prompts import mark_images
+from moresjax.inference.prompt_inputs import mark_images
 from moresjax.serve.errors import ApiError
 from moresjax.serve.fields import Fields
 from moresjax.serve.images import ImageLimits, ImagePart, read_images

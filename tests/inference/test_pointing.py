@@ -18,7 +18,7 @@ from moresjax.generation.config import EngineConfig
 from moresjax.inference.analyze import attention_map
 from moresjax.inference.chat import Chat
 from moresjax.inference.files import generate_file
-from moresjax.inference.prompts import asked_sample
+from moresjax.inference.prompt_inputs import asked_sample
 from moresjax.inference.regions import attended_regions
 from moresjax.inference.steering import with_part, with_steering
 from moresjax.testing.models import talking_model

@@ -13,7 +13,7 @@ import pytest
 from moresjax.analysis.attention import AttentionProbe
 from moresjax.data.region_providers import region_provider
 from moresjax.inference.analyze import attention_map
-from moresjax.inference.prompts import asked_sample
+from moresjax.inference.prompt_inputs import asked_sample
 from moresjax.serve.server import Server, ServerConfig
 from moresjax.testing import talking_model
 
