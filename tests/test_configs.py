@@ -179,16 +179,18 @@ def test_scripts_are_short_and_say_how_they_are_used(script, tmp_path):
     assert calls == ""
 
 
+# Machines of a cluster start minutes apart.
+JOINED = "train --distributed --join-timeout {} --config c.py:size=3b --workdir runs/x"
 RUNS = {
     "gpu": ({}, "moresjax train --config c.py:size=3b --workdir runs/x --config.steps=5"),
-    "slurm": ({}, "train --distributed --config c.py:size=3b --workdir runs/x --config.steps=5"),
+    "slurm": ({}, f"{JOINED.format(120)} --config.steps=5"),
     "tpu-vm": (
         {"TPU": "pod", "ZONE": "us-west4-a"},
-        "train --distributed --config c.py:size=3b --workdir runs/x --config.steps=5",
+        f"{JOINED.format(120)} --config.steps=5",
     ),
     "gke-xpk": (
         {"CLUSTER": "big", "TPU_TYPE": "v5litepod-16", "IMAGE": "image"},
-        "train --distributed --config c.py:size=3b --workdir runs/x --config.steps=5",
+        f"{JOINED.format(600)} --config.steps=5",
     ),
 }
 

@@ -8,7 +8,7 @@ set -euo pipefail
 }
 workload=${WORKLOAD:-moresjax-$(date +%m%d-%H%M%S)}
 image=${IMAGE:?set IMAGE to a docker image with moresjax[tpu] installed}
-train=$(printf ' %q' moresjax train --distributed --config "$1" --workdir "$2" "${@:3}")
+train=$(printf ' %q' moresjax train --distributed --join-timeout 600 --config "$1" --workdir "$2" "${@:3}")
 
 xpk config set send-telemetry false # no usage statistics
 xpk workload create --cluster="$CLUSTER" --workload="$workload" --tpu-type="$TPU_TYPE" \

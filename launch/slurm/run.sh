@@ -15,5 +15,5 @@ shift 2
 venv=${VENV:-$HOME/moresjax-venv}
 [[ -x $venv/bin/moresjax ]] || { echo "no moresjax in $venv; set VENV" >&2; exit 2; }
 # Every process finds the others through Slurm's own variables.
-exec srun --kill-on-bad-exit=1 "$venv/bin/moresjax" train --distributed \
+exec srun --kill-on-bad-exit=1 "$venv/bin/moresjax" train --distributed --join-timeout 120 \
   --config "$config" --workdir "$workdir" "$@"

@@ -14,7 +14,7 @@ trap 'rm -f "$archive"' EXIT
 git archive --format=tar.gz -o "$archive" HEAD
 tpu scp "$archive" "$TPU:moresjax.tar.gz" --worker=all
 
-train=$(printf ' %q' train --distributed --config "$1" --workdir "$2" "${@:3}")
+train=$(printf ' %q' train --distributed --join-timeout 120 --config "$1" --workdir "$2" "${@:3}")
 tpu ssh "$TPU" --worker=all --command "
   set -e
   mkdir -p moresjax && tar xzf moresjax.tar.gz -C moresjax && cd moresjax
