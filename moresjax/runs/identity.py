@@ -26,7 +26,7 @@ from moresjax.runs.run_config import RunConfig, resolve
 # measured beside it, and the devices.
 MAY_CHANGE = (
     *("steps", "samples", "epochs"),
-    *("name", "log_every", "tensorboard", "checkpoint", "lmar_every", "plugins"),
+    *("name", "log_every", "watchdog", "tensorboard", "checkpoint", "lmar_every", "plugins"),
     *("validation.data", "validation.every", "validation.batches"),
     *("mesh", "num_workers", "remat"),
 )

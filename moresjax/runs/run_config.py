@@ -130,9 +130,10 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Steps between checkpoints, and how many of them are kept."""
+    """Steps and minutes between checkpoints (0: by steps alone), and how many of them are kept."""
 
     every: Positive = 500
+    minutes: AtLeastZero = 0.0
     keep: Positive = 2
 
 
@@ -203,6 +204,8 @@ class RunConfig:
       mesh: The devices along each axis.
       checkpoint: When the run is saved.
       log_every: Steps between two logged lines.
+      watchdog: Seconds that a step, or the compilation before the first one, may take before the
+        log says where every thread stands; 0: any time.
       validation: What is measured on samples that never train.
       lmar_every: Steps between two measurements of attention to the image (LMAR); 0: never.
       tensorboard: Whether TensorBoard events are written beside `metrics.jsonl`.
@@ -244,6 +247,7 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: Positive = 20
+    watchdog: AtLeastZero = 1800.0
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     lmar_every: NonNegative = 0
     tensorboard: bool = True

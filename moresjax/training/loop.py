@@ -19,6 +19,7 @@ from moresjax.data.pipeline import to_device_batch
 from moresjax.runs.run_config import AnyConfig
 from moresjax.sharding.mesh import batch_sharding
 from moresjax.sharding.processes import PreemptionHandler
+from moresjax.training.clock import SaveTimer, Watchdog
 from moresjax.training.metrics import MetricWriter, ProgressBar
 from moresjax.training.prepare import RESULT, Run, TrainResult, check, prepare
 from moresjax.training.throughput import ThroughputMeter
@@ -100,7 +101,11 @@ def _loop(run: Run, preemption: PreemptionHandler, bar: bool) -> tuple[TrainResu
     rows, state, first = batch_sharding(run.mesh), run.state, run.first
     done, stopped, metrics = first, False, {}
     compile_seconds, start = 0.0, time.monotonic()
-    with contextlib.closing(_StepReports(run, bar)) as reports:
+    timer = SaveTimer(config.checkpoint.minutes)
+    with (
+        contextlib.closing(Watchdog(config.watchdog, first)) as watchdog,
+        contextlib.closing(_StepReports(run, bar)) as reports,
+    ):
         meter = reports.meter
         while done < config.steps and not stopped:
             stacked = next(run.iterator)
@@ -111,10 +116,12 @@ def _loop(run: Run, preemption: PreemptionHandler, bar: bool) -> tuple[TrainResu
             reports.add(done, measured, ids, meter.flops(batch))
             checkpoints.check()
             stopped, compiled = preemption.at(done), done == first + 1
-            saves = stopped or done % config.checkpoint.every == 0 or done == config.steps
+            saves = timer.due(done) or stopped or done % config.checkpoint.every == 0
+            saves |= done == config.steps
             evaluates = run.evaluators.due(done) and not stopped
             # Only a state whose steps are known to be finite is saved.
             metrics |= reports.settle(0 if saves or evaluates or compiled else IN_FLIGHT)
+            watchdog.at(done)
             if compiled:
                 compile_seconds, start = time.monotonic() - start, time.monotonic()
                 meter.start()
@@ -123,6 +130,7 @@ def _loop(run: Run, preemption: PreemptionHandler, bar: bool) -> tuple[TrainResu
                     found = run.evaluators.measure(done, run.graphdef, state.trainable, run.frozen)
                 metrics |= found
                 reports.writer.write(done, found)
+                watchdog.at(done)
             if saves:
                 position = {**run.iterator.get_state(), "samples_seen": reports.samples_seen}
                 checkpoints.save(state, position)
