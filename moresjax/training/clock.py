@@ -33,7 +33,7 @@ class SaveTimer:
     def __init__(self, minutes: float, store: Any = None, number: int | None = None) -> None:
         self._seconds, self._last = 60 * minutes, time.monotonic()
         several = store is None and jax.process_count() > 1
-        self._store = distributed.global_state.client if several else store
+        self._store: Any = distributed.global_state.client if several else store
         self._number = jax.process_index() if number is None else number
         self._saves, self._at = 0, 0  # of the next announced save; 0: none is
 
