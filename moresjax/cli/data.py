@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moresjax.cli.options import Commands, add_command, add_config, add_planned_workdir, show
@@ -77,6 +78,21 @@ def add_parser(commands: Commands) -> None:
     convert.add_argument("--out", required=True, metavar="DIR", help="the new folder")
     convert.add_argument(
         "--shards", type=int, default=16, metavar="N", help="files (default: %(default)s)"
+    )
+    convert.add_argument(
+        "--decode",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="open every image (default), which takes most of the time, or only copy it",
+    )
+    convert.add_argument(
+        "--on-bad-sample",
+        default="skip",
+        metavar="KIND",
+        help="skip: leave it out, count and list it (default); raise: end with its error",
+    )
+    convert.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="threads; default: one per core"
     )
 
     help = "write a task file from a benchmark's official download"
@@ -224,12 +240,23 @@ def run_show(args: argparse.Namespace) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     """Converts LLaVA JSON to ArrayRecord."""
-    from moresjax.data.arrayrecord import convert_llava
+    from moresjax.core.folders import check_new
+    from moresjax.data.arrayrecord import SKIPPED, convert_llava
     from moresjax.data.llava import LlavaSource
 
-    source = LlavaSource(args.files, args.image_root)
-    index = convert_llava(source, args.out, shards=args.shards)
-    show(args, index, f"{args.out}: {len(source):,d} samples in {len(index['shards'])} files")
+    check_new(Path(args.out), "conversion")  # before files are indexed, which takes a while
+    index = convert_llava(
+        LlavaSource(args.files, args.image_root),
+        args.out,
+        shards=args.shards,
+        decode=args.decode,
+        on_bad_sample=args.on_bad_sample,
+        num_workers=args.workers,
+    )
+    text = f"{args.out}: {index['records']:,d} samples in {len(index['shards'])} files"
+    if index["skipped"]:
+        text += f"; {index['skipped']:,d} bad ones are left out, {SKIPPED} there lists them"
+    show(args, index, text)
 
 
 def run_build(args: argparse.Namespace) -> None:

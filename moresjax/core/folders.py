@@ -40,7 +40,8 @@ def disk_sentence(error: OSError, path: str | Path) -> str:
 def disk_reason(error: BaseException) -> str:
     """Why a library could not write, if a full or read-only disk is behind what it raised.
 
-    Empty where something else is. Libraries wrap the error of the system, or tell its number.
+    Empty where something else is. Libraries wrap the error of the system, or tell its number or
+    text.
     """
     chain: list[BaseException] = []
     following: BaseException | None = error
@@ -50,6 +51,8 @@ def disk_reason(error: BaseException) -> str:
     for one in chain:
         told = re.search(r"\(os error (\d+)\)|os_error_code='(\d+)'", str(one))
         number = one.errno if isinstance(one, OSError) else told and int(told[1] or told[2])
+        if not number:  # some tell only its text
+            number = next((n for n in _FULL if f"failed: {os.strerror(n)}" in str(one)), None)
         if number in _FULL:
             return f"{os.strerror(number)}; {_ADVICE[number]}"
     return ""

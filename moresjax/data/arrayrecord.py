@@ -4,10 +4,15 @@ A record is one line of JSON (LLaVA's, with the sizes of its images in bytes as 
 the image files one after the other, unchanged.
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
+import os
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
@@ -16,8 +21,10 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from moresjax.core.errors import UserError
+from moresjax.core.folders import disk_reason, explain_disk, new_folder
 from moresjax.core.json_files import write_json
 from moresjax.core.reading import IMAGE, Count, check_file, read_bytes, read_json
+from moresjax.data.images import open_image
 from moresjax.data.llava import (
     LlavaSource,
     image_names,
@@ -26,64 +33,129 @@ from moresjax.data.llava import (
     to_sample,
 )
 from moresjax.data.samples import Sample
+from moresjax.data.skipping import SkipPolicy
 
-INDEX = "index.json"  # written last: a folder without it is not complete
+INDEX = "index.json"
 SIZES = "sizes.npy"
+SKIPPED = "skipped_samples.json"
+TOLD = 20  # skipped samples that the log names; the file has all
+AHEAD = 2  # samples for each thread that are read before they are written
 
 
 def convert_llava(
-    source: LlavaSource, out: str | Path, *, shards: int = 16, progress: bool = True
+    source: LlavaSource,
+    out: str | Path,
+    *,
+    shards: int = 16,
+    decode: bool = True,
+    on_bad_sample: str = "skip",
+    num_workers: int = 0,
+    progress: bool = True,
 ) -> dict:
     """Writes LLaVA files and their images as ArrayRecord shards.
+
+    The folder is complete or not there. Where samples were skipped, its `skipped_samples.json`
+    counts and lists them.
 
     Args:
       source: The samples to write, in their order.
       out: A folder that is new or empty.
       shards: The number of files; no more than there are samples.
+      decode: Whether images are decoded, which takes most of the time; else they are only copied.
+      on_bad_sample: `skip` leaves out a sample that cannot be used, `raise` ends with its error.
+      num_workers: The number of threads that read; 0: one per core.
       progress: Whether to show a progress bar.
 
     Returns:
-      The content of the index: the number of records, and every shard with its number of records.
+      The content of the index: the number of records, every shard with its number of records, and
+      the number of samples that were skipped.
 
     Raises:
-      UserError: A sample is bad, an image cannot be read, the folder has files, there are no
-        samples, or the number of shards is below 1.
+      UserError: Every sample is bad, or one where `on_bad_sample` is `raise`; a data file has
+        changed since it was indexed; the folder has files or cannot be written; the number of
+        shards is below 1.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty")
     if shards < 1 or not len(source):
         raise UserError(f"{len(source)} samples cannot be written in {shards} shards")
-    shards = min(shards, len(source))
-    out.mkdir(parents=True, exist_ok=True)
-    borders = np.linspace(0, len(source), shards + 1).round().astype(int)
-    files = {}
-    with tqdm(total=len(source), unit="sample", disable=not progress) as bar:
-        for number, (start, stop) in enumerate(itertools.pairwise(borders)):
-            name = f"data-{number:05d}-of-{shards:05d}.arrayrecord"
-            # Groups of one record: shuffled reading never decompresses a neighbour.
-            writer = ArrayRecordWriter(str(out / name), "group_size:1")
-            for index in range(start, stop):
-                writer.write(_pack(source, index))
-                bar.update()
-            writer.close()
-            files[name] = int(stop - start)
-    np.save(out / SIZES, np.concatenate([source.sizes, source.turn_counts], axis=1))
-    index = {"records": len(source), "shards": files}
-    write_json(out / INDEX, index)
+    if num_workers < 0:
+        raise UserError(f"num_workers must be at least 0, got {num_workers}")
+    policy = SkipPolicy(on_bad_sample, len(source), told=TOLD)
+    borders = np.linspace(0, len(source), min(shards, len(source)) + 1).round().astype(int)
+    records = _good_records(source, policy, decode, num_workers or os.cpu_count() or 1, progress)
+    with new_folder(out, "conversion") as folder, contextlib.closing(records):
+        kept = []
+        for _, part in itertools.groupby(records, lambda x: borders.searchsorted(x[0], "right")):
+            kept.append(_write_shard(folder / str(len(kept)), part, out))
+        files = {}
+        for number, indices in enumerate(kept):
+            name = f"data-{number:05d}-of-{len(kept):05d}.arrayrecord"
+            (folder / str(number)).rename(folder / name)
+            files[name] = len(indices)
+        written = np.concatenate(kept)
+        with explain_disk(out), open(folder / SIZES, "wb") as file:
+            np.save(file, np.concatenate([source.sizes, source.turn_counts], axis=1)[written])
+        policy.save(folder / SKIPPED)
+        index = {"records": len(written), "shards": files, "skipped": len(policy.skipped)}
+        write_json(folder / INDEX, index)
     return index
 
 
-def _pack(source: LlavaSource, index: int) -> bytes:
+def _good_records(
+    source: LlavaSource, policy: SkipPolicy, decode: bool, num_workers: int, progress: bool
+) -> Generator[tuple[int, bytes], None, None]:
+    """Number and content of every record that is not skipped; threads read ahead."""
+    bar = tqdm(total=len(source), unit="sample", disable=not progress)
+    with ThreadPoolExecutor(num_workers, "reading") as pool, bar:
+        numbers = iter(range(len(source)))
+        first = itertools.islice(numbers, AHEAD * num_workers)
+        coming = collections.deque(pool.submit(_pack, source, n, decode) for n in first)
+        for index in range(len(source)):
+            packed = policy.attempt(index, coming.popleft().result)
+            coming.extend(
+                pool.submit(_pack, source, n, decode) for n in itertools.islice(numbers, 1)
+            )
+            bar.update()
+            if packed is not None:
+                yield index, packed
+
+
+def _write_shard(path: Path, records: Iterable[tuple[int, bytes]], out: str | Path) -> list[int]:
+    """Writes a file of records, and returns their numbers.
+
+    Raises:
+      UserError: The file cannot be written; names `out`, in which it was to be.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    # Groups of one record: shuffled reading never decompresses a neighbour.
+    writer, written = ArrayRecordWriter(str(path), "group_size:1"), []
+    try:
+        for index, record in records:
+            if not writer.ok():
+                break
+            writer.write(record)
+            written.append(index)
+    finally:
+        reason = "" if writer.ok() else "the shard is not complete"
+        try:
+            writer.close()
+        except RuntimeError as error:  # the only kind that the library raises
+            reason = disk_reason(error) or str(error)
+        if reason:
+            raise UserError(f"{out} cannot be written: {reason}")
+    return written
+
+
+def _pack(source: LlavaSource, index: int, decode: bool) -> bytes:
     record, name = source.record(index)
     found = source.named_images(image_names(record, name), name)
-    to_sample(record, name, found)  # a bad sample stops the conversion
+    to_sample(record, name, found)  # which a bad sample cannot be made to
     images = []
     for path in found:
-        what = f"sample {name}: image"
+        what, called = f"sample {name}: image", "" if isinstance(path, bytes) else f" {path}"
         images.append(path if isinstance(path, bytes) else read_bytes(path, what=what, most=IMAGE))
+        if decode:
+            open_image(images[-1], what + called)
     line = json.dumps(record | {"name": name, "image_bytes": [len(image) for image in images]})
     return b"\n".join([line.encode(), b"".join(images)])
 

@@ -192,7 +192,7 @@ def _reason(error: Exception) -> str:
     return " ".join(said.split()) or type(error).__name__
 
 
-def open_image(source: ImageInput) -> Image.Image:
+def open_image(source: ImageInput, name: str = "") -> Image.Image:
     """An RGB image from a path, the bytes of a file, a PIL image or a uint8 array.
 
     >>> open_image(np.zeros((4, 6, 3), np.uint8)).size
@@ -201,21 +201,25 @@ def open_image(source: ImageInput) -> Image.Image:
     Transparency is dropped, which the reference implementations do too; 16-bit greys are scaled to
     8 bits.
 
+    Args:
+      source: The image.
+      name: What messages call it; empty: `image` with the path of a file.
+
     Raises:
       UserError: A file is missing or is not an image, or the image is too large, too long for its
         width, or of 32-bit numbers.
     """
     _check_exists(source)
-    name = _name(source)
+    name = name or _name(source)
     try:  # decoders of Pillow raise any kind of error for a damaged file
-        return _rgb(_opened(source), name)
+        return _rgb(_opened(source, name), name)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{name} cannot be read: {_reason(error)}") from None
 
 
-def _opened(source: ImageInput) -> Image.Image:
+def _opened(source: ImageInput, name: str) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, np.ndarray):
@@ -229,8 +233,8 @@ def _opened(source: ImageInput) -> Image.Image:
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     if image.width * image.height > MAX_PIXELS:
         raise UserError(
-            f"{_name(source)} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,d} "
-            "are read; make it smaller"
+            f"{name} has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,d} are read; "
+            "make it smaller"
         )
     image.load()
     return image

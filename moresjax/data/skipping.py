@@ -27,12 +27,14 @@ class SkipPolicy:
       num_samples: How many samples there are; the last good one must not be skipped.
       skipped: The error message of every skipped sample, by its number.
       cut: What its source left out of a sample, by its number.
+      told: How many skipped samples are named in the log; None for all.
     """
 
     on_bad_sample: str
     num_samples: int
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
     cut: dict[int, str] = dataclasses.field(default_factory=dict)
+    told: int | None = None
 
     def __post_init__(self) -> None:
         if self.on_bad_sample not in CHOICES:
@@ -56,7 +58,7 @@ class SkipPolicy:
         except UserError as error:
             if self.on_bad_sample == "raise":
                 raise
-            if number not in self.skipped:
+            if number not in self.skipped and (self.told is None or len(self.skipped) < self.told):
                 logger.warning("skipped: %s", error)
             self.skipped[number] = str(error)
         if len(self.skipped) == self.num_samples:

@@ -92,7 +92,7 @@ def test_an_image_that_is_missing_stops_the_conversion(tmp_path):
     record = {"id": "7", "image": "none.png", "conversations": conversation}
     source = LlavaSource(write_list(tmp_path / "bad.json", [record]), str(tmp_path))
     with pytest.raises(UserError, match=r"\[0\] 7: image .*none\.png does not exist"):
-        convert_llava(source, tmp_path / "new", shards=1, progress=False)
+        convert_llava(source, tmp_path / "new", on_bad_sample="raise", progress=False)
 
 
 def test_a_folder_without_a_shard_is_refused(files, tmp_path):
