@@ -29,20 +29,30 @@ class UnknownName(UserError):
     """A name, or another value, that is none of those allowed."""
 
 
-def choice_error(what: str, value: object, allowed: Iterable[object]) -> UnknownName:
+def choice_error(
+    what: str, value: object, allowed: Iterable[object], besides: str = ""
+) -> UnknownName:
     """`UnknownName` that names the value, the allowed values and the place they belong to.
 
     Where the allowed values are too many for a message, those most like the value are named.
+
+    Args:
+      what: What the value is the name of.
+      value: The value.
+      allowed: The allowed values.
+      besides: What else is allowed, in words, such as `or a file`.
     """
     told = shortened(str(value))
     names = [str(name) for name in allowed]
     text = f"unknown {shortened(what, 160)} {told!r}; choose from: "
-    if len(text) + len(", ".join(names)) <= LONGEST:
-        return UnknownName(text + ", ".join(names))
+    ending = f", {besides}" if besides else ""
+    if len(text) + len(", ".join(names)) + len(ending) <= LONGEST:
+        return UnknownName(text + ", ".join(names) + ending)
     nearest = difflib.get_close_matches(told, names, len(names), cutoff=0.0)
-    while nearest and len(text) + len(", ".join(nearest)) > LONGEST - 20:
+    while nearest and len(text) + len(", ".join(nearest)) + len(ending) > LONGEST - 20:
         nearest.pop()
-    return UnknownName(f"{text}{', '.join(nearest)} and {len(names) - len(nearest)} more")
+    more = f" and {len(names) - len(nearest)} more"
+    return UnknownName(f"{text}{', '.join(nearest)}{more}{ending}")
 
 
 def shortened(text: str, most: int = _LONGEST_VALUE) -> str:

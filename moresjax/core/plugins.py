@@ -110,9 +110,11 @@ def explain_missing(plugins: Iterable[str], what: str) -> Iterator[None]:
         missing = [plugin for plugin in plugins if Path(plugin).name not in names]
         if not missing:
             raise
+        # Which names are known here matters less than what is missing.
         raise UserError(
-            f"{error}; {what} was made with plug-ins that are not loaded here: "
-            f"{', '.join(missing)} (name files with --plugin or in {VARIABLE}, install packages)"
+            f"{str(error).partition(';')[0]}; {what} was made with plug-ins that are not loaded "
+            f"here: {', '.join(missing)} (name files with --plugin or in {VARIABLE}, install "
+            "packages)"
         ) from None
 
 

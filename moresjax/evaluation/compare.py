@@ -78,7 +78,7 @@ def compare(folders: Sequence[str | Path], *, resamples: int = 10_000) -> list[C
     >>> import json, tempfile
     >>> folders = [Path(tempfile.mkdtemp()) for _ in range(2)]
     >>> for folder, score in zip(folders, (0, 1)):
-    ...     rows = [{"task": "mine", "id": str(i), "images": [], "score": score}
+    ...     rows = [{"task": "mine", "id": str(i), "prediction": "a", "score": score}
     ...             for i in range(9)]
     ...     _ = (folder / "predictions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     >>> (found,) = compare(folders)

@@ -154,9 +154,8 @@ def unknown_task(name: str, near: Sequence[str] = ()) -> UnknownName:
       near: Tasks of `lm_eval` with names like it.
     """
     such = f" (such as {', '.join(near)})" if near else ""
-    known = [*benchmark_names(), *PRESETS, "FILE.jsonl", "FILE.py:NAME"]
-    known.append(f"or a task of lm_eval{such}")
-    return choice_error("task", name, known)
+    besides = f"FILE.jsonl, FILE.py:NAME or a task of lm_eval{such}"
+    return choice_error("task", name, [*benchmark_names(), *PRESETS], besides)
 
 
 def _registry() -> dict[str, Loader]:

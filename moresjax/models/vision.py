@@ -204,6 +204,9 @@ class VisionEncoder(nnx.Module):
         # Attention without mask or rotation does not know where in the row extra tokens stand.
         h = hooks.prepend(self.embed(pixels))
         layers = config.feature_layers
+        if not config.used_layers:  # the features are the embeddings
+            kept = self._visual(h[:, hooks.num_extra_tokens :])
+            return jnp.concatenate([kept] * len(layers), axis=-1)
         used = dataclasses.replace(
             config, num_layers=config.used_layers, feature_layer=-1, num_trainable_blocks=0
         )

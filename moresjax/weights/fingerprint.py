@@ -26,7 +26,7 @@ RENAMED_FIELDS = {"last_layers": "num_trainable_blocks"}
 # Fields that version 0.1 had not; fingerprints leave them out.
 NEW_FIELDS = ("model_type",)
 # Fields that version 0.2 had not either, with what they have where they change nothing.
-NEUTRAL_FIELDS = {"k_bias": True, "feature_norm_eps": 0.0}
+NEUTRAL_FIELDS = {"k_bias": True, "feature_norm_eps": 0.0, "image_attention": "causal"}
 # A checksum is of this many values, and there is one for this many parameters.
 _VALUES, _CHECKSUMS = 64, 8
 

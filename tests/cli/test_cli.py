@@ -313,7 +313,7 @@ TRAIN = ["train", "--config", f"{CONFIG}:stage=llm", "--workdir"]
         (f"{CONFIG}:stage=llm", ["--config.optimizer.rate=3"], ["'optimizer.rate'", "lr"]),
         (f"{CONFIG}:stage=llm", ["--config.steps=many"], ["steps", "int", "'many'"]),
         (f"{CONFIG}:stage=llm", ["--config.data.tasks=text"], ["'tasks'", "task"]),
-        (f"{CONFIG}:stage=llm", ["--config.model.llm.depth=2"], ["'depth'", "num_layers"]),
+        (f"{CONFIG}:stage=llm", ["--config.model.llm.layers=2"], ["'layers'", "num_layers"]),
         (f"{CONFIG}:stage=sft", [], ["'sft'", "finetune"]),
         (f"{CONFIG}:stages=llm", [], ["'stages=llm'", "stage"]),
         ("nowhere.py", [], ["nowhere.py", "does not exist"]),

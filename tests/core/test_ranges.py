@@ -62,8 +62,8 @@ SETTINGS = list(all_settings())
 
 def test_the_walk_meets_every_depth():
     keys = [key for key, *_ in SETTINGS]
-    assert {"steps", "optimizer.lr", "mesh.fsdp", "model.classes", "checkpoint.keep"} <= {*keys}
-    assert len(keys) == 30
+    assert {"steps", "optimizer.lr", "mesh.fsdp", "model.classes", "watchdog"} <= {*keys}
+    assert len(keys) == 32
 
 
 @pytest.mark.parametrize(("key", "kind", "name", "hint"), SETTINGS, ids=[k for k, *_ in SETTINGS])

@@ -68,7 +68,7 @@ def test_what_is_named_itself_must_be_there(model, root):
 def test_errors_name_presets_too():
     with pytest.raises(UserError, match="unknown task 'mores-table3'; choose from: ") as error:
         load_benchmark("mores-table3")
-    for name in (*PRESETS, "vqav2", "or a task of lm_eval"):
+    for name in (*PRESETS, "FILE.jsonl", "or a task of lm_eval"):
         assert name in str(error.value)
 
 

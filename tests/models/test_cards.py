@@ -39,5 +39,5 @@ def test_whole_models_are_named_like_llms():
     assert config.visual_tokens == 728
     assert mllm_config("minigpt-v2").visual_tokens == 256
     assert mllm_config("gemma-3-4b").visual_tokens == 256
-    with pytest.raises(UserError, match=r"LLM 'llava-2'.*phi-2.*llava-steering-3b"):
+    with pytest.raises(UserError, match=r"LLM 'llava-2'.*llama-2-7b.*llava-1.5-7b"):
         mllm_config("llava-2")
