@@ -60,7 +60,7 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path):
         (tmp_path / "pipe", "is a pipe, not a file"),
         (tmp_path, "is a folder, not a file"),
         (tmp_path / "none", "does not exist"),
-        (tmp_path / "a\0b", "cannot be read: embedded null byte"),
+        (tmp_path / "a\0b", "cannot be read: .*embedded null"),
         (tmp_path / ("x" * 5000), "cannot be read: File name too long"),
         (tmp_path / "long.json" / "none", "does not exist"),
         (tmp_path / "long.json", "has 102 bytes; at most 100 are read"),

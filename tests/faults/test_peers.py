@@ -54,7 +54,7 @@ def watch(monkeypatch):
 
 def test_an_error_of_one_is_told_by_all_others(watch):
     make, _ = watch
-    (one, own), *others = [make(number, seconds=60) for number in (1, 0, 2)]
+    (one, own), *others = [make(number, seconds=60.0) for number in (1, 0, 2)]
     one.fail("sample 7: no image")
     for _, ends in others:
         told = ends.get(timeout=60)
