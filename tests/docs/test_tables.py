@@ -11,9 +11,6 @@ from moresjax.configs import digits as recipe
 
 SCRIPT = ROOT / "docs" / "tables.py"
 FILES = sorted((ROOT / "docs" / "results").glob("*.json"))
-# Made in a checkout with changes beside its commit, and not made again yet. Nothing else may be,
-# and a study that was made again does not belong here.
-UNCOMMITTED = {"steering"}
 # They say nothing of how they were made; their page does.
 WITHOUT_COMMAND = {
     "demo": "moresjax demo --seeds 5",
@@ -83,7 +80,7 @@ def test_a_block_that_does_not_exist_is_named(tables):
 def test_results_have_their_origin(path):
     results, name = json.loads(path.read_text()), path.stem
     made = results["made_with"]
-    assert re.fullmatch(r"[0-9a-f]{12}" + "[+]?" * (name in UNCOMMITTED), made["commit"])
+    assert re.fullmatch(r"[0-9a-f]{12}", made["commit"])  # of a checkout without changes
     assert {"jax", "python"} <= set(made["versions"])
     assert made["machine"]["cores"]
     assert results["seeds"] >= 5
