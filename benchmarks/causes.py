@@ -31,32 +31,18 @@ from moresjax.data.templates import get_template
 from moresjax.hardware.host import use_huge_pages
 from moresjax.inference.causes import causes
 from moresjax.inference.model import Model
+from moresjax.testing.hf_llavas import IMAGE_ID, TEXT, TOWER
 from moresjax.weights.hf import build_mllm, config_from_hf, import_params
 
-IMAGE_ID, SIDE = 60, 32
-TEXT: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-}
-TOWER: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": SIDE,
-    "patch_size": 4,
-}
+SIDE = 32
 PROMPT, ANSWER, GOAL = "is there a two ?", "yes three", 50
 
 
 def make_llava() -> LlavaForConditionalGeneration:
     """A tiny LLaVA with random weights."""
     config = LlavaConfig(
-        text_config=LlamaConfig(**TEXT),
-        vision_config=CLIPVisionConfig(**TOWER),
+        text_config=LlamaConfig(**(TEXT | {"num_hidden_layers": 4})),
+        vision_config=CLIPVisionConfig(**(TOWER | {"image_size": SIDE})),
         image_token_index=IMAGE_ID,
         vision_feature_select_strategy="default",
     )

@@ -112,6 +112,10 @@ class Interventions:
     keys: Bool[AnyArray, "I S"]
     readers: Bool[AnyArray, "I S"] | None = None
 
+    def behind_nothing(self) -> "Interventions":
+        """The same behind a first one that takes nothing away."""
+        return jax.tree.map(lambda x: np.pad(x, ((1, 0), (0, 0))), self)
+
 
 def read_once(
     model: SplitModel,

@@ -1,7 +1,6 @@
 """`moresjax analyze causes`: which tokens and layers an answer needs, by taking them away."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +82,7 @@ def register(kinds: Commands) -> None:
 def run_causes(args: argparse.Namespace) -> None:
     """Takes tokens and attention away, writes `causes.json` and draws the effects."""
     from moresjax.core.folders import check_new, new_folder
+    from moresjax.core.json_files import write_json
     from moresjax.inference.causes import causes, knockouts
     from moresjax.inference.pruning import pruning
     from moresjax.inference.sinks import find_sinks
@@ -124,7 +124,7 @@ def run_causes(args: argparse.Namespace) -> None:
         **_numbers(found, knocked, curves, sinks),
     }
     with new_folder(args.out, "analysis") as folder:
-        (folder / "causes.json").write_text(json.dumps(content) + "\n")
+        write_json(folder / "causes.json", content, indent=None)
         drawn = {
             "effects": figures.effects_figure(found),
             "knockouts": figures.knockouts_figure(knocked),

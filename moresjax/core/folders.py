@@ -137,7 +137,8 @@ def remove_partial(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
-def _partial_name(path: Path) -> Path:
+def partial_name(path: Path) -> Path:
+    """A name beside `path` for what is not finished, which nobody can foresee."""
     # A name of the greatest length has no room for more.
     return path.with_name(f".{path.name[:60]}.partial-{secrets.token_hex(8)}")
 
@@ -166,7 +167,7 @@ def new_folder(folder: str | Path, what: str) -> Iterator[Path]:
     with explain_disk(folder):
         check_new(folder, what)
         folder = folder.resolve()
-        partial = _partial_name(folder)
+        partial = partial_name(folder)
         partial.mkdir(parents=True)
     try:
         yield partial
@@ -194,7 +195,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
       UserError: The file cannot be written.
     """
     target = Path(path).resolve()  # a link stays one
-    fresh = _partial_name(target)
+    fresh = partial_name(target)
     try:
         with explain_disk(path):
             if target.is_dir():

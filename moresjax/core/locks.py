@@ -7,7 +7,6 @@ import functools
 import inspect
 import json
 import os
-import secrets
 import socket
 import subprocess
 import threading
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from moresjax.core.errors import UserError
-from moresjax.core.folders import LOCK, explain_disk, make_folder, remove_partial
+from moresjax.core.folders import LOCK, explain_disk, make_folder, partial_name, remove_partial
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -151,7 +150,7 @@ def _started(process: int) -> str:
 
 def _created(file: Path, content: dict[str, Any]) -> bool:
     """Whether the lock could be made; it is there with all of its content or not at all."""
-    fresh = file.with_name(f".lock.partial-{secrets.token_hex(8)}")
+    fresh = partial_name(file)
     try:
         fresh.write_text(json.dumps(content) + "\n")
         os.link(fresh, file)

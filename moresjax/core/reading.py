@@ -56,7 +56,7 @@ def check_file(path: str | Path, *, what: str = "", most: int | None = None) -> 
     Raises:
       UserError: There is no such file, it is no regular file, too large, or cannot be looked at.
     """
-    name = f"{what} {path}" if what else str(path)
+    name = _named(what, path)
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -69,6 +69,11 @@ def check_file(path: str | Path, *, what: str = "", most: int | None = None) -> 
     if most is not None and found.st_size > most:
         raise UserError(f"{name} has {found.st_size:,d} bytes; at most {most:,d} are read")
     return Path(path)
+
+
+def _named(what: str, path: str | Path) -> str:
+    """What messages call a file."""
+    return f"{what} {path}" if what else str(path)
 
 
 def reason_of(error: BaseException) -> str:
@@ -84,7 +89,7 @@ def read_bytes(path: str | Path, *, what: str = "", most: int = SMALL) -> bytes:
       UserError: It is no such file, see `check_file`.
     """
     check_file(path, what=what, most=most)
-    name = f"{what} {path}" if what else str(path)
+    name = _named(what, path)
     try:
         with open(path, "rb") as file:
             # Piece by piece, since a buffer of the largest size would be taken at once.
@@ -108,7 +113,7 @@ def read_text(path: str | Path, *, what: str = "", most: int = SMALL) -> str:
     Raises:
       UserError: It is no such file, see `check_file`, or is not UTF-8.
     """
-    name = f"{what} {path}" if what else str(path)
+    name = _named(what, path)
     try:
         return read_bytes(path, what=what, most=most).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -206,7 +211,7 @@ def read_json(path: str | Path, kind: Any = Any, *, what: str = "", most: int = 
     Raises:
       UserError: There is no such file, or it holds something else.
     """
-    name = f"{what} {path}" if what else str(path)
+    name = _named(what, path)
     return check(parse_json(read_text(path, what=what, most=most), name), kind, name)
 
 

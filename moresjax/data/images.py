@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from moresjax.core.errors import UserError, choice_error
+from moresjax.core.reading import reason_of
 from moresjax.data.regions import Placement, find_placement
 from moresjax.data.saved_processors import check_image_processor
 
@@ -186,10 +187,7 @@ def _name(source: ImageInput) -> str:
 
 def _reason(error: Exception) -> str:
     """What an error says, in one line and without the path that an `OSError` repeats."""
-    if isinstance(error, UnidentifiedImageError):
-        return "it is no image file"
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(said.split()) or type(error).__name__
+    return "it is no image file" if isinstance(error, UnidentifiedImageError) else reason_of(error)
 
 
 def open_image(source: ImageInput, name: str = "") -> Image.Image:

@@ -172,14 +172,12 @@ def causes(
             other=swapped and swapped.reading,
             seed=seed,
         )
-        # The first intervention takes nothing away.
-        keys = np.concatenate(
-            [np.zeros((1, asked.length), bool), np.tile(asked.tokens_of(masks), (len(ranges), 1))]
+        each = Interventions(
+            np.repeat(layer_masks(ranges, count), len(masks), axis=0),
+            np.tile(asked.tokens_of(masks), (len(ranges), 1)),
         )
-        acts = np.repeat(layer_masks(ranges, count), len(masks), axis=0)
-        acts = np.concatenate([np.zeros((1, count), bool), acts])
         scores, greedy = answer_scores(
-            asked.split, asked.reading, Interventions(acts, keys), values, batch_size
+            asked.split, asked.reading, each.behind_nothing(), values, batch_size
         )
     shape = (len(ranges), len(masks))
     effects, kept = (scores[0] - scores[1:]).reshape(shape), greedy[1:].reshape(shape)
@@ -229,18 +227,14 @@ def knockouts(
     ranges = layer_ranges(layers, count)
     asked = ask(model, prompt, images, answer, adapters=adapters, pointing=pointing)
     keys, readers = _edges(asked)
+    each = Interventions(
+        np.tile(layer_masks(ranges, count), (len(EDGES), 1)),
+        np.repeat(keys, len(ranges), axis=0),
+        np.repeat(readers, len(ranges), axis=0),
+    )
     with use_mesh(model.mesh):
         scores, greedy = answer_scores(
-            asked.split,
-            asked.reading,
-            Interventions(
-                np.concatenate(
-                    [np.zeros((1, count), bool), np.tile(layer_masks(ranges, count), (3, 1))]
-                ),
-                _behind_nothing(keys, len(ranges)),
-                _behind_nothing(readers, len(ranges)),
-            ),
-            batch_size=batch_size,
+            asked.split, asked.reading, each.behind_nothing(), batch_size=batch_size
         )
     shape = (len(EDGES), len(ranges))
     effects, kept = (scores[0] - scores[1:]).reshape(shape), greedy[1:].reshape(shape)
@@ -251,11 +245,6 @@ def _edges(asked: AskedQuestion) -> tuple[Bool[np.ndarray, "E S"], Bool[np.ndarr
     """The hidden keys and the readers of every edge."""
     keys = np.stack([asked.visual, asked.visual, asked.question])
     return keys, np.stack([asked.question, asked.last, asked.last])
-
-
-def _behind_nothing(each: Bool[np.ndarray, "E S"], times: int) -> Bool[np.ndarray, "I S"]:
-    """Each row so many times, behind one that is empty."""
-    return np.concatenate([np.zeros_like(each[:1]), np.repeat(each, times, axis=0)])
 
 
 def _check(removal: str, batch_size: int) -> None:

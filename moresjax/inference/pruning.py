@@ -6,7 +6,7 @@ L layers, G tokens of the answer, Q places for them, T tokens with virtual ones.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Unpack
 
 import jax
@@ -203,7 +203,8 @@ def pruning(
         raise UserError("pruning needs a map and a batch_size of at least 1")
     asked = ask(model, prompt, images, answer, adapters=adapters, pointing=pointing)
     with use_mesh(model.mesh):
-        scores = np.stack([_map(model, asked, name, seed, batch_size) for name in maps])
+        attention = functools.cache(lambda: visual_attention(model, asked))  # two maps read it
+        scores = np.stack([_map(model, asked, name, attention, seed, batch_size) for name in maps])
         masks = _first_tokens(scores, steps)  # [M, P, NV]
         layers = np.stack([_layers(model, name) for name in maps])
         acts = np.repeat(np.concatenate([layers, layers]), len(steps), axis=0)
@@ -240,15 +241,17 @@ def _hidden(
     batch_size: int,
 ) -> tuple[Float[np.ndarray, " J"], Bool[np.ndarray, " J"]]:
     """The answer without some visual tokens, behind the untouched one: J = I + 1."""
-    keys = asked.tokens_of(np.concatenate([np.zeros_like(visual[:1]), visual]))
-    acts = np.concatenate([np.zeros_like(layers[:1]), layers])
-    return answer_scores(
-        asked.split, asked.reading, Interventions(acts, keys), batch_size=batch_size
-    )
+    each = Interventions(layers, asked.tokens_of(visual))
+    return answer_scores(asked.split, asked.reading, each.behind_nothing(), batch_size=batch_size)
 
 
 def _map(
-    model: "Model", asked: AskedQuestion, name: str, seed: int, batch_size: int
+    model: "Model",
+    asked: AskedQuestion,
+    name: str,
+    attention: Callable[[], Float[np.ndarray, "L G NV"]],
+    seed: int,
+    batch_size: int,
 ) -> Float[np.ndarray, " NV"]:
     """The score of every visual token."""
     count = int(asked.visual.sum())
@@ -270,10 +273,9 @@ def _map(
         return token_scores(embedded[0], gradient[0], "input_x_gradient")[asked.visual].astype(
             float
         )
-    maps = visual_attention(model, asked)
     if name == "fastv":
-        return maps[min(FASTV_LAYERS, len(maps)) - 1, 0].astype(float)
-    return maps.mean((0, 1)).astype(float)
+        return attention()[:FASTV_LAYERS][-1, 0].astype(float)
+    return attention().mean((0, 1)).astype(float)
 
 
 def visual_attention(model: "Model", asked: AskedQuestion) -> Float[np.ndarray, "L G NV"]:

@@ -266,35 +266,12 @@ def _write_processor(
     hf: dict[str, Any],
     folder: Path,
 ) -> None:
-    from transformers import Gemma3Processor, LlavaProcessor
-
     _write_generation(processor, tokenizer, folder)
-    vision = config.vision
-    if processor.image is None or not isinstance(vision, VisionConfig):
+    if processor.image is None or not isinstance(config.vision, VisionConfig):
         tokenizer.save_pretrained(folder)
         return
-    image_processor = _image_processor(processor.image)
-    if isinstance(_family(config), Gemma3Images):
-        if not getattr(tokenizer, "boi_token", None):
-            raise UserError(
-                "a Gemma 3 with images is written with its own tokenizer only, which has tokens "
-                "around images; this one has none"
-            )
-        Gemma3Processor(
-            image_processor,
-            tokenizer,
-            chat_template=tokenizer.chat_template,
-            image_seq_length=config.visual_tokens,
-        ).save_pretrained(folder)
-        return
-    LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=hf["vision_feature_select_strategy"],
-        num_additional_image_tokens=int(vision.class_token),
-        image_token=IMAGE_MARK,
-    ).save_pretrained(folder)
+    image = _image_processor(processor.image)
+    _family(config).processor(image, tokenizer, config, hf).save_pretrained(folder)
 
 
 def _write_generation(

@@ -274,6 +274,6 @@ def test_questions_share_an_image(model):
         for answer, one in zip(answers, found, strict=True):
             [whole] = model.score(question, [answer], image)
             assert abs(one.logprob - whole.logprob) <= 1e-5
-    assert to_grid(np.arange(VISUAL), model.config).tolist() == [[0, 1], [2, 3]]
+    assert to_grid(np.arange(float(VISUAL)), model.config).tolist() == [[0, 1], [2, 3]]
     centres = model.config.visual_token_centres()
     assert centres.tolist() == [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]

@@ -183,6 +183,22 @@ class MLLMFamily(abc.ABC):
     def connector_map(self, connector: str) -> dict[str, str]:
         """The name map of the connector."""
 
+    def processor(
+        self, image_processor: Any, tokenizer: Any, config: MLLMConfig, hf: HFConfig
+    ) -> Any:
+        """The processor of `transformers` for such a model.
+
+        Args:
+          image_processor: Its image processor.
+          tokenizer: Its tokenizer, which has `image_mark`.
+          config: The architecture.
+          hf: The content of its `config.json`.
+
+        Raises:
+          UserError: when the family has none, or the tokenizer is none for it.
+        """
+        raise UserError(f"{self.model_type} has no processor in transformers")
+
     def written_name(self, name: str) -> str:
         """The name in a new file of a tensor of the state dict."""
         return renamed(name, self.written)

@@ -115,6 +115,24 @@ class Gemma3Images(MLLMFamily):
 
         return hf | {"text_config": hf_decoder_config(config.llm, read, "LLM in a Gemma 3")}
 
+    def processor(
+        self, image_processor: Any, tokenizer: Any, config: MLLMConfig, hf: HFConfig
+    ) -> Any:
+        """`Gemma3Processor`."""
+        from transformers import Gemma3Processor
+
+        if not getattr(tokenizer, "boi_token", None):
+            raise UserError(
+                "a Gemma 3 with images is written with its own tokenizer only, which has tokens "
+                "around images; this one has none"
+            )
+        return Gemma3Processor(
+            image_processor,
+            tokenizer,
+            chat_template=tokenizer.chat_template,
+            image_seq_length=config.visual_tokens,
+        )
+
 
 def _connector(square: int) -> str:
     return f"{f'pool{square}-' if square > 1 else ''}rmsnorm-linear-nobias"

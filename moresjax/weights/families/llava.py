@@ -142,6 +142,23 @@ class Llava(MLLMFamily):
 
         return hf | {"text_config": hf_decoder_config(config.llm, read, "LLM in a LLaVA")}
 
+    def processor(
+        self, image_processor: Any, tokenizer: Any, config: MLLMConfig, hf: HFConfig
+    ) -> Any:
+        """`LlavaProcessor`."""
+        from transformers import LlavaProcessor
+
+        vision = config.vision
+        assert isinstance(vision, VisionConfig)  # as `to_hf` wants it
+        return LlavaProcessor(
+            image_processor=image_processor,
+            tokenizer=tokenizer,
+            patch_size=vision.patch_size,
+            vision_feature_select_strategy=hf["vision_feature_select_strategy"],
+            num_additional_image_tokens=int(vision.class_token),
+            image_token=self.image_mark,
+        )
+
 
 def two_linears(connector: str) -> str | None:
     """The activation between the two linears of a connector; None for another kind."""
